@@ -1,0 +1,385 @@
+"""Attach a rule to an optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .apply import PLACES, Factors, PlaceName, Split, make_place
+from .hooks import OptimizerHooks
+from .layers import Layer, LayerSpecification, check_patterns, make_layers, matches, named_parameters_of
+from .optimizers import automatic_place, check_place, no_effect, refuse, unwrap
+from .rules.base import Exclusion, State
+from .rules.combine import bounds as bounded
+from .rules.combine import check_rule, default, initial_state
+from .statistics import LayerStatistics, check_needs
+
+logger = logging.getLogger("layerwise")
+Decay = Literal["auto", "scaled", "plain"]
+
+
+class LayerwiseLR:
+    """Gives each layer of a network its own learning rate, on any optimizer.
+
+    `lr_l = lr · f_l`, where the rule says how large the layer's factor f_l is at each step and `apply` where it acts.
+
+    Attaching registers hooks; the optimizer's `param_groups`, `state_dict()`, `step` and type stay as they are, so that
+    schedulers, gradient scalers, clipping and checkpoints work as without it. The hooks do not travel with a copy or a
+    pickle of the optimizer: attach again there, and carry the state over with `state_dict()`.
+
+    Args:
+        optimizer: A `torch.optim.Optimizer`, or a wrapper of Accelerate or Fabric around one.
+        rule: How large the factors are; one of `layerwise.rules`, or an object like them.
+        model: Names the layers. None takes the names of an optimizer built from `model.named_parameters()`.
+        layers: `"module"` (the module that directly owns the parameters: weight and bias together), `"parameter"`, a list
+            of fnmatch patterns, or a callable `(name, parameter) -> layer name or None`. `"auto"`: what the rule's paper
+            took. A parameter without a layer keeps factor 1.
+        apply: Where the factor acts. `"gradient"`: `g ← f g` before the optimizer sees it, so inside the momentum; the
+            gradient is left so. `"lr"`: this step's rate. `"update"`: `w ← w_old + f (w_new − w_old)`, at the cost of a
+            copy of the parameters during the step. `"auto"`: what the rule's paper did for this optimizer.
+        decay: Whether under `"gradient"` the factor multiplies coupled weight decay too: `"scaled"` or `"plain"`.
+        exclude: Layers left at factor 1: None, fnmatch patterns of layer names, or a callable
+            `(parameter name, parameter) -> bool`, which must hold for all of the layer's parameters.
+        bounds: `(low, high)`, a clamp of the factors.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range, or the combination would give wrong numbers.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> from layerwise.rules import Constant
+        >>> adapter = LayerwiseLR(optimizer, Constant({"0": 2.0}), model)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> adapter.get_last_lr()
+        {'0': 0.2, '2': 0.1}
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        rule: Any,
+        model: nn.Module | None = None,
+        *,
+        layers: LayerSpecification | Literal["auto"] = "auto",
+        apply: PlaceName | Literal["auto"] = "auto",
+        decay: Decay = "auto",
+        exclude: Exclusion | Literal["auto"] = "auto",
+        bounds: tuple[float, float] | None = None,
+    ) -> None:
+        inner = unwrap(optimizer)
+        refuse(inner)
+        check_rule(rule)
+        check_needs(getattr(rule, "needs", ("gradient_norm",)))
+        _check_choice("apply", apply, ("auto", *PLACES))
+        _check_choice("decay", decay, ("auto", "scaled", "plain"))
+        self.rule = rule if bounds is None else bounded(rule, *_pair(bounds))
+        self.enabled = True
+        self._optimizer = weakref.ref(inner)
+        self._model = model
+        self._specification: LayerSpecification = _chosen(layers, default(rule, "layers"), "module")
+        self._exclude: Exclusion = _chosen(exclude, default(rule, "exclude"), None)
+        self._apply, self._decay_argument = apply, decay
+        self._decay: str = _chosen(decay, default(rule, "decay"), "scaled")
+        self._state: State = {}
+        self._layers: list[Layer] = []
+        self._epoch = 1
+        self._attached = False
+        self._place_name = None
+        self._last_raw: tuple[Tensor, int] | None = None
+        self._last_rates: list[Any] | None = None
+        self._factors: Factors | None = None
+        self._resolve(inner)
+        OptimizerHooks.add(inner, self)
+        self._attached = True
+        for message in self._remarks(inner):
+            logger.warning(message)
+
+    # --- What a person asks -------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers' names, in the model's order; `""` is the root module."""
+        return [layer.name for layer in self._layers]
+
+    @property
+    def apply(self) -> PlaceName:
+        """Where the factors act: `"gradient"`, `"lr"` or `"update"`."""
+        return cast(PlaceName, self._place_name)
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, counted from 1 by `end_epoch()`."""
+        return self._epoch
+
+    def layer_table(self) -> list[Layer]:
+        """The layers themselves, with their parameters."""
+        return list(self._layers)
+
+    def get_last_factors(self) -> dict[str, float]:
+        """Return the factor of each layer at the last step; 1 before the first. Waits for the device."""
+        numbers = [1.0] * len(self._layers) if self._factors is None else self._factors.read()
+        return dict(zip(self.layers, numbers, strict=True))
+
+    def get_last_lr(self) -> dict[str, float]:
+        """Return the rate of each layer at the last step, `lr · f_l`. Waits for the device.
+
+        The base rate is that of the parameter group of the layer's first parameter, its weight as a rule.
+        """
+        rates = self._last_rates if self._last_rates is not None else self._base_rates(self._required().param_groups)
+        return {
+            name: float(rate) * factor for (name, factor), rate in zip(self.get_last_factors().items(), rates, strict=True)
+        }
+
+    def end_epoch(self) -> None:
+        """Tell rules that count epochs that one has ended; the first is epoch 1."""
+        if hasattr(self.rule, "end_epoch"):
+            self._state = self.rule.end_epoch(self._state)
+        self._epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the adapter's state: names, numbers and tensors, which `torch.load(weights_only=True)` reads."""
+        return {
+            "version": 1,
+            "rule": repr(self.rule),
+            "layers": self.layers,
+            "epoch": self._epoch,
+            "state": _copied(self._state),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over the state of another adapter with the same rule and layers.
+
+        Args:
+            state_dict: What `state_dict()` returned.
+
+        Raises:
+            TypeError: It is no mapping.
+            ValueError: It is of another version, or of other layers; nothing is changed then.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be what state_dict() returned, not {type(state_dict).__name__}")
+        missing = {"version", "rule", "layers", "epoch", "state"} - set(state_dict)
+        if missing or state_dict["version"] != 1:
+            raise ValueError(f"this is no state of a LayerwiseLR (version 1): it lacks {sorted(missing)}")
+        if list(state_dict["layers"]) != self.layers:
+            raise ValueError(
+                f"the state was saved of the layers {list(state_dict['layers'])}, this adapter has {self.layers}; attach "
+                "with the same model and the same layers="
+            )
+        self._state = _loaded(state_dict["state"], self._state, "state")
+        self._epoch = int(state_dict["epoch"])
+        self._last_raw = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[LayerwiseLR]:
+        """Let the optimizer step alone inside a `with` block.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> from layerwise.rules import LayerAdaptive
+            >>> with LayerwiseLR(optimizer, LayerAdaptive(), model).paused():
+            ...     optimizer.step()
+        """
+        before, self.enabled = self.enabled, False
+        try:
+            yield self
+        finally:
+            self.enabled = before
+
+    def detach(self) -> None:
+        """Take the hooks off; the optimizer is then as it was, to the bit. A second call does nothing."""
+        optimizer = self._optimizer()
+        if self._attached and optimizer is not None:
+            OptimizerHooks.remove(optimizer, self)
+        self._attached = False
+
+    def __repr__(self) -> str:
+        optimizer = self._optimizer()
+        attached = type(optimizer).__name__ if self._attached and optimizer is not None else "detached"
+        excluded = len(self._layers) - sum(self._included_list)
+        parts = [f"{self.rule!r} on {attached}", f"{len(self._layers)} layers", f"apply={self._place_name!r}"]
+        if self._place_name == "gradient":
+            parts.append(f"decay={self._decay!r}")
+        if excluded:
+            parts.append(f"{excluded} excluded")
+        if self._outside:
+            parts.append(f"{self._outside} parameters in no layer")
+        return f"LayerwiseLR({', '.join(parts)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a LayerwiseLR belongs to one optimizer and cannot be copied or pickled (nor are an optimizer's hooks): attach "
+            "a new one to the copy, and carry the state over with state_dict() and load_state_dict()"
+        )
+
+    # --- What the optimizer's hooks call ------------------------------------------------------------------------------
+
+    def measure(self, view: Any) -> None:
+        """Compute this step's factors from the gradients as they arrived."""
+        if self._ids != _ids(view.param_groups):  # parameters added, or replaced by fully_shard
+            self._resolve(self._required())
+        elif self._apply == "auto":  # momentum can come with load_state_dict, or go
+            self._place_at(self._automatic_place(self._required()))
+        statistics = self._statistics.compute(view.param_groups, getattr(view, "grad_scale", None))
+        raw, self._state = self.rule.factors(statistics, self._state)
+        if not isinstance(raw, Tensor) or raw.shape != (len(self._layers),):
+            shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+            raise ValueError(f"{self.rule!r} returned factors of shape {shape}; there are {len(self._layers)} layers")
+        if self._last_raw is None or self._last_raw[0] is not raw or self._last_raw[1] != raw._version:
+            factors = torch.where(torch.isfinite(raw), raw, 1.0)
+            if self._included is not None:
+                factors = torch.where(self._included, factors, 1.0)
+            self._factors = Factors(factors)
+            self._last_raw = (raw, raw._version)
+        self._last_rates = self._base_rates(view.param_groups)
+
+    def act(self, view: Any) -> list[Split]:
+        """Let this step's factors act on the view."""
+        return self._place.act(view, self._statistics.layer_of, cast(Factors, self._factors))
+
+    def finish(self) -> None:
+        """Act after the step."""
+        self._place.finish()
+
+    # --- How it is put together ---------------------------------------------------------------------------------------
+
+    def _resolve(self, optimizer: Optimizer) -> None:
+        """Find the layers, and everything that follows from them; change nothing if that fails."""
+        refuse(optimizer)
+        named = named_parameters_of(optimizer, self._model)
+        layers = make_layers(named, self._specification, self._model)
+        included = _included(layers, self._exclude)
+        place_name = self._automatic_place(optimizer) if self._apply == "auto" else self._apply
+        check_place(optimizer, place_name, self._decay, decay_given=self._decay_argument != "auto")
+        statistics = LayerStatistics(layers, getattr(self.rule, "needs", ("gradient_norm",)))
+        state = _kept(initial_state(self.rule, layers, statistics.device), self._state)
+
+        self._ids = _ids(optimizer.param_groups)
+        self._layers, self._statistics, self._state = layers, statistics, state
+        self._included_list = included
+        self._included = None if all(included) else torch.tensor(included, device=statistics.device)
+        self._place_at(place_name)
+        self._outside = len(set(self._ids)) - len(statistics.layer_of)
+        self._last_raw, self._last_rates, self._factors = None, None, None
+        self._first_parameter = {id(layer.parameters[0]): i for i, layer in enumerate(layers)}
+
+    def _automatic_place(self, optimizer: Optimizer) -> PlaceName:
+        preferred: str = _chosen("auto", default(self.rule, "place"), "lr")
+        return cast(PlaceName, automatic_place(optimizer, preferred, self._decay))
+
+    def _place_at(self, name: PlaceName) -> None:
+        if name != self._place_name:
+            self._place_name: PlaceName | None = name
+            self._place = make_place(name, self._decay, automatic=self._apply == "auto")
+
+    def _remarks(self, optimizer: Optimizer) -> list[str]:
+        """Return what a person should know about this attachment."""
+        remarks = [no_effect(optimizer, self.apply)]
+        if self._outside:
+            remarks.append(
+                f"{self._outside} of the optimizer's {len(set(self._ids))} parameters are in no layer and keep factor 1"
+            )
+        return [remark for remark in remarks if remark]
+
+    def _base_rates(self, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+        rates: list[Any] = [0.0] * len(self._layers)
+        for group in groups:
+            rate = group.get("lr", float("nan"))
+            kept = rate.detach().clone() if isinstance(rate, Tensor) else rate  # schedulers write into a tensor
+            for p in group["params"]:
+                layer = self._first_parameter.get(id(p))
+                if layer is not None:
+                    rates[layer] = kept
+        return rates
+
+    def _required(self) -> Optimizer:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise RuntimeError("the optimizer of this LayerwiseLR no longer exists; attach to the one in use")
+        return optimizer
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    words = ", ".join(map(repr, allowed))
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={value!r} ({type(value).__name__}) must be one of {words}")
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; allowed: {words}")
+
+
+def _chosen(argument: Any, preferred: Any, otherwise: Any) -> Any:
+    """Return the argument, or for `"auto"` what the rule prefers, or else the common choice."""
+    if not (isinstance(argument, str) and argument == "auto"):
+        return argument
+    return otherwise if preferred is None else preferred
+
+
+def _included(layers: Sequence[Layer], exclude: Exclusion) -> list[bool]:
+    if exclude is None:
+        return [True] * len(layers)
+    if isinstance(exclude, str) or not (callable(exclude) or isinstance(exclude, Sequence)):
+        raise TypeError(
+            f"exclude={exclude!r} must be 'auto', None, a list of patterns or a callable (name, parameter) -> bool"
+        )
+    if callable(exclude):
+        return [not all(map(exclude, layer.parameter_names, layer.parameters)) for layer in layers]
+    check_patterns(exclude, [layer.name for layer in layers], "exclude")
+    return [not any(matches(pattern, layer.name) for pattern in exclude) for layer in layers]
+
+
+def _ids(groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [id(p) for group in groups for p in group["params"]]
+
+
+def _kept(fresh: State, old: State) -> State:
+    """Return the fresh state of a rule, with what the old one has in the same form: counters survive new layers."""
+    kept = dict(fresh)
+    for name, value in fresh.items():
+        before = old.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            kept[name] = _kept(cast(State, value), cast(State, before))
+        elif isinstance(value, Tensor):
+            if isinstance(before, Tensor) and value.ndim == 0 == before.ndim:
+                kept[name] = before
+        elif name in old:
+            kept[name] = before
+    return kept
+
+
+def _copied(state: Any) -> Any:
+    """Return a state with its tensors copied, so that later steps do not change what was saved."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    return {name: _copied(value) for name, value in state.items()} if isinstance(state, dict) else state
+
+
+def _loaded(saved: Any, current: Any, where: str) -> Any:
+    """Return the saved state in the form, and on the device, of the current one."""
+    if type(saved) is not type(current):
+        raise ValueError(f"{where} is {type(saved).__name__} in the file, {type(current).__name__} here; same rule?")
+    if isinstance(current, dict):
+        if set(saved) != set(current):
+            raise ValueError(f"{where} holds {sorted(saved)} in the file, {sorted(current)} here; attach the same rule")
+        return {name: _loaded(saved[name], value, f"{where}[{name!r}]") for name, value in current.items()}
+    if isinstance(current, Tensor):
+        if saved.shape != current.shape:
+            raise ValueError(f"{where} has shape {tuple(saved.shape)} in the file, {tuple(current.shape)} here")
+        return saved.to(current.device, current.dtype, copy=True)
+    return saved
+
+
+def _pair(pair: Any) -> tuple[Any, Any]:
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+        raise TypeError(f"bounds={pair!r} must be two numbers (low, high) with 0 <= low <= high, such as (0.1, 10)")
+    return pair[0], pair[1]

@@ -1,0 +1,280 @@
+"""The places where a factor acts: on the gradient, on the rate, on the update.
+
+A place is handed a *view* of the optimizer, a shallow copy on which `step` will run, and may replace the view's parameter
+groups; the optimizer's own are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from .optimizers import damps_history, decay_is_coupled, takes_tensor_rate
+
+PlaceName = Literal["gradient", "lr", "update"]
+PLACES: tuple[PlaceName, ...] = ("gradient", "lr", "update")
+OUTSIDE = -1
+"""The layer number of a parameter that belongs to no layer; its factor is 1."""
+
+
+class Factors:
+    """One step's factors: a tensor on the parameters' device, and numbers where reading them waits for nothing.
+
+    Args:
+        tensor: Shape `[n_layers]`.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.numbers: list[float] | None = tensor.tolist() if tensor.device.type == "cpu" else None
+
+    def read(self) -> list[float]:
+        """Return the numbers; on an accelerator this waits for the device, once."""
+        if self.numbers is None:
+            self.numbers = cast("list[float]", self.tensor.tolist())
+        return self.numbers
+
+
+class Split:
+    """A part of a parameter group with values of its own.
+
+    Args:
+        source: The group it was taken from.
+        group: The new group.
+        overrides: The values that differ on purpose.
+    """
+
+    __slots__ = ("group", "overrides", "source")
+
+    def __init__(self, source: dict[str, Any], group: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+        self.source, self.group, self.overrides = source, group, overrides
+
+
+class Place(Protocol):
+    """Where a factor acts."""
+
+    def act(self, view: Any, layer_of: Mapping[int, int], factors: Factors) -> list[Split]:
+        """Act before the step; return how the view's groups were split."""
+        ...
+
+    def finish(self) -> None:
+        """Act after the step."""
+        ...
+
+
+def split_groups(
+    view: Any,
+    key: Callable[[Tensor], Any],
+    overrides: Callable[[Mapping[str, Any], Any], dict[str, Any]],
+) -> list[Split]:
+    """Replace the view's groups by one group for each distinct key, and return the parts.
+
+    Parameters with equal keys share a group, because each group costs an unfused optimizer a round of kernels.
+
+    Args:
+        view: The view.
+        key: Parameter to a hashable key.
+        overrides: (group, key) to the values that the new group has of its own.
+    """
+    splits: list[Split] = []
+    for group in view.param_groups:
+        buckets: dict[Any, list[int]] = {}
+        for position, p in enumerate(group["params"]):
+            buckets.setdefault(key(p), []).append(position)
+        for bucket, positions in buckets.items():
+            own = overrides(group, bucket)
+            part = {**group, "params": [group["params"][i] for i in positions], **own}
+            if "param_names" in group:
+                part["param_names"] = [group["param_names"][i] for i in positions]
+            splits.append(Split(group, part, own))
+    view.param_groups = [split.group for split in splits]
+    return splits
+
+
+def factor_of(layer_of: Mapping[int, int], numbers: Sequence[float]) -> Callable[[Tensor], float]:
+    """Return the function from a parameter to its factor; 1 for a parameter outside every layer."""
+    factors = {parameter: numbers[layer] for parameter, layer in layer_of.items()}
+    return lambda p: factors.get(id(p), 1.0)
+
+
+def members_of(view: Any, layer_of: Mapping[int, int]) -> list[tuple[Tensor, int]]:
+    """Return the parameters that have a gradient and a layer, each with its layer's number."""
+    return [
+        (p, layer_of[id(p)])
+        for group in view.param_groups
+        for p in group["params"]
+        if p.grad is not None and id(p) in layer_of
+    ]
+
+
+def scale_in_place(gradients: Sequence[Any], factors: Sequence[float]) -> None:
+    """Multiply gradients by numbers; sparse ones one by one, since the grouped kernel takes dense ones only."""
+    dense = [(g, f) for g, f in zip(gradients, factors, strict=True) if g.layout is torch.strided]
+    if dense:
+        torch._foreach_mul_([g for g, _ in dense], [f for _, f in dense])
+    for gradient, factor in zip(gradients, factors, strict=True):
+        if gradient.layout is not torch.strided:
+            gradient.mul_(factor)
+
+
+class LearningRate:
+    """`lr_l = lr · f_l`, for this step.
+
+    Where the optimizer takes a tensor as rate, the rates stay on the device; else they are read there, once a step.
+    """
+
+    def act(self, view: Any, layer_of: Mapping[int, int], factors: Factors) -> list[Split]:
+        """Split the view's groups by rate."""
+        on_device = factors.numbers is None and all(takes_tensor_rate(view, group) for group in view.param_groups)
+        if not on_device:
+            return split_groups(view, factor_of(layer_of, factors.read()), self._scaled)
+        rates: dict[int, tuple[Tensor, ...]] = {}
+
+        def tensor_rate(group: Mapping[str, Any], layer: int) -> dict[str, Any]:
+            if layer == OUTSIDE:
+                return {}
+            if id(group) not in rates:
+                # The fused kernels read float32; the others promote with the parameters.
+                wide = not group.get("fused") and any(p.dtype is torch.float64 for p in group["params"])
+                rates[id(group)] = (factors.tensor * group["lr"]).to(torch.float64 if wide else torch.float32).unbind()
+            return {"lr": rates[id(group)][layer]}
+
+        return split_groups(view, lambda p: layer_of.get(id(p), OUTSIDE), tensor_rate)
+
+    @staticmethod
+    def _scaled(group: Mapping[str, Any], factor: float) -> dict[str, Any]:
+        return {} if factor == 1 else {"lr": group["lr"] * factor}
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+
+class Gradient:
+    """`g_l ← f_l g_l` before the optimizer sees it, and `f_l λ w` of coupled weight decay when it is scaled.
+
+    Args:
+        decay: `"scaled"` multiplies coupled weight decay too, `"plain"` leaves it.
+        in_place: Whether the gradient itself is to be multiplied. If not, torch's SGD with momentum gets the factor
+            through its dampening, `v ← μv + (1 − dampening)(g + λw)`: the same numbers without a pass over memory.
+    """
+
+    def __init__(self, decay: str, *, in_place: bool) -> None:
+        self.decay, self.in_place = decay, in_place
+
+    def act(self, view: Any, layer_of: Mapping[int, int], factors: Factors) -> list[Split]:
+        """Scale the gradients, or what the optimizer multiplies them by."""
+        scaled = self.decay == "scaled" and any(
+            group.get("weight_decay") and decay_is_coupled(view, group) is not False for group in view.param_groups
+        )
+        members = members_of(view, layer_of)
+        if factors.numbers is None:
+            return self._on_device(view, members, factors.tensor, scaled)
+        if not self.in_place and self._can_damp(view, members, scaled):
+            return self._through_dampening(view, layer_of, members, factors.numbers)
+        changed = [(p.grad, factors.numbers[layer]) for p, layer in members if factors.numbers[layer] != 1]
+        scale_in_place([gradient for gradient, _ in changed], [factor for _, factor in changed])
+        if not scaled:
+            return []
+        return split_groups(view, factor_of(layer_of, factors.numbers), lambda group, f: self._decay(view, group, f))
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    @staticmethod
+    def _decay(view: Any, group: Mapping[str, Any], factor: float) -> dict[str, Any]:
+        if factor == 1 or not group.get("weight_decay") or decay_is_coupled(view, group) is False:
+            return {}
+        return {"weight_decay": group["weight_decay"] * factor}
+
+    @staticmethod
+    def _on_device(view: Any, members: Sequence[tuple[Tensor, int]], factors: Tensor, scaled: bool) -> list[Split]:
+        """Form f (g + λw) in the gradients, since a number f λ would have to be read from the device."""
+        splits: list[Split] = []
+        if scaled:
+            scale = getattr(view, "grad_scale", None)
+            if scale is not None:  # the fused kernel would unscale the decay with the gradient
+                gradients = [p.grad for group in view.param_groups for p in group["params"] if p.grad is not None]
+                torch._foreach_mul_(gradients, scale.reciprocal())
+                view.grad_scale = None
+            groups: list[dict[str, Any]] = []
+            for group in view.param_groups:
+                inside = [p for p in group["params"] if p.grad is not None]
+                if inside and group.get("weight_decay") and decay_is_coupled(view, group) is not False:
+                    sign = -1 if group.get("maximize") else 1  # with maximize, step() takes -g before it adds λw
+                    alpha = sign * group["weight_decay"]
+                    torch._foreach_add_([p.grad for p in inside], [p.detach() for p in inside], alpha=alpha)
+                    splits.append(Split(group, {**group, "weight_decay": 0.0}, {"weight_decay": 0.0}))
+                    groups.append(splits[-1].group)
+                else:
+                    groups.append(group)
+            view.param_groups = groups
+        each = factors.unbind()
+        if members:
+            torch._foreach_mul_([p.grad for p, _ in members], [each[layer] for _, layer in members])
+        return splits
+
+    def _can_damp(self, view: Any, members: Sequence[tuple[Tensor, int]], scaled: bool) -> bool:
+        decays = any(group["weight_decay"] for group in view.param_groups) if damps_history(view) else True
+        return (scaled or not decays) and all(p.grad.layout is torch.strided for p, _ in members)
+
+    @staticmethod
+    def _through_dampening(
+        view: Any, layer_of: Mapping[int, int], members: Sequence[tuple[Tensor, int]], numbers: Sequence[float]
+    ) -> list[Split]:
+        """Set `1 − dampening` to `(1 − dampening) f`; a parameter's first step has no dampening of its own."""
+        fresh = [p for p, _ in members if view.state[p].get("momentum_buffer") is None]
+        for p in fresh:  # step() would start from a copy of g + λw; from zero it starts from f (g + λw)
+            view.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        fresh_ids = set(map(id, fresh))
+        factor = factor_of(layer_of, numbers)
+
+        def overrides(group: Mapping[str, Any], key: tuple[float, bool]) -> dict[str, Any]:
+            damping = 0.0 if key[1] else group["dampening"]
+            return {"dampening": damping if key[0] == 1 else 1 - (1 - damping) * key[0]}
+
+        return split_groups(view, lambda p: (factor(p), id(p) in fresh_ids), overrides)
+
+
+class Update:
+    """`w ← w_old + f_l (w_new − w_old)` after the step; keeps a copy of the parameters from before it, during it."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
+
+    def act(self, view: Any, layer_of: Mapping[int, int], factors: Factors) -> list[Split]:
+        """Copy the parameters whose update will be scaled."""
+        members = [(p.detach(), layer) for p, layer in members_of(view, layer_of)]
+        numbers = factors.numbers
+        if numbers is not None:
+            members = [(p, layer) for p, layer in members if numbers[layer] != 1]
+        rest = 1 - factors.tensor
+        weights = {dtype: rest.to(dtype).unbind() for dtype in {p.dtype for p, _ in members}}
+        self._kept = (
+            [p for p, _ in members],
+            [p.clone() for p, _ in members],
+            [weights[p.dtype][layer] for p, layer in members],
+        )
+        return []
+
+    def finish(self) -> None:
+        """Move each parameter from its new value towards its old one, or away from it."""
+        if self._kept is not None and self._kept[0]:
+            parameters, old, weights = self._kept
+            torch._foreach_lerp_(parameters, old, weights)
+        self._kept = None
+
+
+def make_place(name: PlaceName, decay: str, *, automatic: bool) -> Place:
+    """Return the place of this name.
+
+    Args:
+        name: One of `PLACES`.
+        decay: `"scaled"` or `"plain"`, for `"gradient"`.
+        automatic: Whether the place was chosen for the user, who then does not expect the gradient itself to change.
+    """
+    if name == "gradient":
+        return Gradient(decay, in_place=not automatic)
+    return LearningRate() if name == "lr" else Update()

@@ -1,0 +1,129 @@
+"""What attaching would do, told before training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from .adapter import LayerwiseLR
+from .layers import named_parameters_of
+from .optimizers import decay_is_coupled, no_effect, takes_tensor_rate, unwrap
+from .rules import LayerAdaptive
+
+_WHY = {
+    "gradient": "inside the momentum, as the rule's method has it: v ← μv + f (g + λw)",
+    "lr": "as this step's rate of the layer: exact for {name}, whose step reads group['lr']",
+    "update": "on the finished update, w ← w_old + f (w_new − w_old): {name} reads its rate too late for anything else",
+}
+_COST = {
+    "gradient": "one reading of the gradients for the norms; no memory a parameter",
+    "lr": "one reading of the gradients for the norms, one parameter group a distinct factor; no memory a parameter",
+    "update": "one reading of the gradients for the norms, and a copy of the parameters during the step",
+}
+
+
+def diagnose(optimizer: Any, model: nn.Module | None = None, rule: Any = None, *, most: int = 40, **arguments: Any) -> str:
+    """Print which layers exist, where a factor would act and why, what it costs, and what would not work.
+
+    Nothing is attached, changed or computed.
+
+    Args:
+        optimizer: The optimizer.
+        model: Its model, as for `LayerwiseLR`.
+        rule: The rule that would be attached; `LayerAdaptive()` if None.
+        most: How many layers are listed.
+        **arguments: As for `LayerwiseLR`: `layers`, `apply`, `decay`, `exclude`, `bounds`.
+
+    Returns:
+        The text that was printed.
+
+    Raises:
+        TypeError: There is no optimizer in `optimizer`, or `model` is no module.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(784, 10))
+        >>> text = diagnose(torch.optim.AdamW(model.parameters()), model)
+        LayerAdaptive on AdamW: 1 layer, 2 parameter tensors, 7,850 numbers
+        <BLANKLINE>
+        layer      tensors     numbers          lr       decay
+        0                2       7,850       0.001        0.01
+        <BLANKLINE>
+        acts on   'lr': as this step's rate of the layer: exact for AdamW, whose step reads group['lr']
+        costs     one reading of the gradients for the norms, one parameter group a distinct factor; no memory a parameter
+        problems  none found
+        next      adapter = layerwise.LayerwiseLR(optimizer, rule, model)
+    """
+    rule = LayerAdaptive() if rule is None else rule
+    inner = unwrap(optimizer)
+    try:
+        adapter = LayerwiseLR(inner, rule, model, **arguments)
+    except (TypeError, ValueError) as error:
+        text = f"{type(rule).__name__} on {type(inner).__name__}: cannot be attached\n\nproblem   {error}"
+    else:
+        adapter.detach()
+        text = _describe(adapter, inner, model, rule, most)
+    print(text)
+    return text
+
+
+def _describe(adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | None, rule: Any, most: int) -> str:
+    name = type(optimizer).__name__
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    layers = adapter.layer_table()
+    tensors = [p for layer in layers for p in layer.parameters]
+    width = min(max((len(layer.name) for layer in layers), default=5), 40)
+    lines = [
+        f"{type(rule).__name__} on {name}: {_count(len(layers), 'layer')}, {_count(len(tensors), 'parameter tensor')}, "
+        f"{sum(p.numel() for p in tensors):,} numbers",
+        "",
+        f"{'layer':<{max(width, 9)}} {'tensors':>8} {'numbers':>11} {'lr':>11} {'decay':>11}",
+    ]
+    for layer in layers[:most]:
+        groups = [group_of[id(p)] for p in layer.parameters]
+        frozen = "" if any(p.requires_grad for p in layer.parameters) else "  frozen"
+        lines.append(
+            f"{(layer.name or '(root)')[:40]:<{max(width, 9)}} {len(groups):>8} "
+            f"{sum(p.numel() for p in layer.parameters):>11,} {_values(groups, 'lr'):>11} "
+            f"{_values(groups, 'weight_decay'):>11}{frozen}"
+        )
+    if len(layers) > most:
+        lines.append(f"… and {len(layers) - most} more (most={len(layers)} lists all)")
+    inside = {id(p) for p in tensors}
+    outside = [p for p in group_of if p not in inside]
+    problems = _problems(adapter, optimizer, model, len(outside))
+    lines += ["", f"acts on   {adapter.apply!r}: {_WHY[adapter.apply].format(name=name)}", f"costs     {_COST[adapter.apply]}"]
+    lines += [f"problems  {problem}" for problem in problems] or ["problems  none found"]
+    lines.append("next      adapter = layerwise.LayerwiseLR(optimizer, rule, model)")
+    return "\n".join(lines)
+
+
+def _problems(adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | None, outside: int) -> list[str]:
+    problems = [no_effect(optimizer, adapter.apply)]
+    if outside:
+        problems.append(f"{_count(outside, 'parameter tensor')} of the optimizer in no layer; the factor there is 1")
+    if model is not None:
+        held = {id(p) for p in named_parameters_of(optimizer, model).values()}
+        missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+        if missing:
+            names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+            problems.append(f"{_count(len(missing), 'trainable parameter')} not in the optimizer: {names}")
+    device = next(p for group in optimizer.param_groups for p in group["params"]).device.type
+    if adapter.apply == "lr" and device != "cpu" and not all(takes_tensor_rate(optimizer, g) for g in optimizer.param_groups):
+        problems.append("the rates are read from the device once a step; fused=True or capturable=True avoids it")
+    if adapter.apply != "gradient" and any(
+        group.get("weight_decay") and decay_is_coupled(optimizer, group) is False for group in optimizer.param_groups
+    ):
+        problems.append("decoupled weight decay is multiplied by the rate, so the factor scales it too")
+    return [problem for problem in problems if problem]
+
+
+def _values(groups: list[dict[str, Any]], key: str) -> str:
+    values = list(dict.fromkeys(f"{float(group[key]):.4g}" for group in groups if key in group))
+    return "/".join(values) if values else "-"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,51 @@
+"""Permanent parameter groups, one a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .layers import LayerSpecification, clean_name, make_layers
+
+
+def param_groups(model: nn.Module, layers: LayerSpecification = "module") -> list[dict[str, Any]]:
+    """Return named parameter groups, one a layer, to build an optimizer from.
+
+    For rates that a person sets by hand and keeps; `LayerwiseLR` needs no such groups. Every parameter of the model that
+    requires a gradient must be in a layer, so that none is forgotten.
+
+    Args:
+        model: The network.
+        layers: As in `LayerwiseLR`: `"module"`, `"parameter"`, a list of patterns or a callable.
+
+    Returns:
+        Groups `{"params": [...], "param_names": [...], "name": layer}` in the model's order; a parameter that does not
+        require a gradient is left out.
+
+    Raises:
+        TypeError: `model` is no module, or `layers` has the wrong type.
+        ValueError: `layers` is unknown, matches nothing, or leaves a parameter out.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> groups = param_groups(model)
+        >>> groups[0]["lr"] = 0.01
+        >>> optimizer = torch.optim.SGD(groups, lr=0.1)
+        >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
+        [('0', 0.01), ('2', 0.1)]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    named = {clean_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError(f"model={type(model).__name__} has no parameter that requires a gradient")
+    found = make_layers(named, layers, model)
+    missing = named.keys() - {name for layer in found for name in layer.parameter_names}
+    if missing:
+        raise ValueError(f"layers={layers!r} leaves out {sorted(missing)}; add a pattern such as '*' for the rest")
+    return [
+        {"params": list(layer.parameters), "param_names": list(layer.parameter_names), "name": layer.name}
+        for layer in found
+    ]

@@ -1,0 +1,198 @@
+"""The one pair of hooks on an optimizer: the closure, the view that `step` runs on, and what `step` wrote there."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .apply import Split
+
+_hooks_of: weakref.WeakKeyDictionary[Optimizer, OptimizerHooks] = weakref.WeakKeyDictionary()
+
+
+class Member(Protocol):
+    """Something attached to an optimizer."""
+
+    enabled: bool
+
+    def measure(self, view: Any) -> None:
+        """Compute this step's factors from the gradients."""
+        ...
+
+    def act(self, view: Any) -> list[Split]:
+        """Let the factors act on the view; return how its groups were split."""
+        ...
+
+    def finish(self) -> None:
+        """Act after the step."""
+        ...
+
+
+class OptimizerHooks:
+    """Runs `step` on a shallow copy of the optimizer, its *view*, on which the members act.
+
+    A pre-hook may replace the arguments of `step`, its `self` among them. The optimizer itself is therefore never
+    changed: an exception, a scheduler, another hook or `state_dict()` in the middle of a step meets it as it always is.
+
+    All members measure before any of them acts, so that two adapters both see the gradients as they arrived and their
+    factors multiply.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        # One object for all steps: compiled steps are guarded on it.
+        self._view: Any = object.__new__(type(optimizer))
+        self._given: dict[str, Any] = {}
+        self._active: list[Member] = []
+        self._levels: list[list[Split]] = []
+        self.members: list[Member] = []
+        # Traced into a compiled step the hooks would be silently wrong: the graph reads the groups of the optimizer.
+        outside_graph = torch.compiler.disable
+        self._handles = (
+            optimizer.register_step_pre_hook(outside_graph(self._before)),
+            optimizer.register_step_post_hook(outside_graph(self._after)),
+        )
+
+    @classmethod
+    def add(cls, optimizer: Optimizer, member: Member) -> None:
+        """Attach a member, and the hooks with the first one."""
+        if optimizer not in _hooks_of:
+            _hooks_of[optimizer] = cls(optimizer)
+        _hooks_of[optimizer].members.append(member)
+
+    @classmethod
+    def remove(cls, optimizer: Optimizer, member: Member) -> None:
+        """Detach a member, and the hooks with the last one."""
+        hooks = _hooks_of[optimizer]
+        hooks.members.remove(member)
+        if not hooks.members:
+            for handle in hooks._handles:
+                handle.remove()
+            del _hooks_of[optimizer]
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if optimizer is not self._optimizer():  # a step() that calls super().step() runs the hooks once more, on the view
+            return None
+        self._clear()  # an exception in the last step() left no post-hook to do it
+        active = [member for member in self.members if member.enabled]
+        if not active:
+            return None
+        args, kwargs = evaluate_closure(args, kwargs)
+        view, given = self._view, optimizer.__dict__
+        view.__dict__.update(given)
+        with torch.no_grad():
+            for member in active:
+                member.measure(view)
+            self._levels = [member.act(view) for member in active]
+        self._given, self._active = dict(given), active
+        return (view, *args[1:]), kwargs
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if optimizer is not self._optimizer() or args[0] is not self._view:
+            return
+        with torch.no_grad():
+            for member in reversed(self._active):
+                member.finish()
+        try:
+            for level in reversed(self._levels):
+                write_back(level, type(optimizer).__name__)
+        finally:
+            for name, value in self._view.__dict__.items():
+                if name not in ("param_groups", "grad_scale") and value is not self._given.get(name):
+                    optimizer.__dict__[name] = value
+            self._clear()
+
+    def _clear(self) -> None:
+        self._view.__dict__.clear()
+        self._given, self._active, self._levels = {}, [], []
+
+
+def evaluate_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Evaluate the closure of `step`, if there is one, and put its result in its place.
+
+    Hooks run before the closure, which computes the gradients; without this a rule would see those of the step before.
+
+    Args:
+        args: Positional arguments of `step`, the optimizer first.
+        kwargs: Its named arguments.
+
+    Returns:
+        The arguments with a closure that returns the loss.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        return args, kwargs
+    with torch.enable_grad():
+        loss = closure()
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": _once(loss)}
+    return (args[0], _once(loss), *args[2:]), kwargs
+
+
+def _once(loss: Any) -> Callable[[], Any]:
+    calls = 0
+
+    def closure() -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise RuntimeError(
+                "this optimizer evaluates its closure more than once a step, so the factors of its second evaluation are "
+                "not known; detach the LayerwiseLR adapter, or use a first-order optimizer"
+            )
+        return loss
+
+    return closure
+
+
+def write_back(splits: Sequence[Split], optimizer: str) -> None:
+    """Carry what `step` wrote into the parts of a group over to the group.
+
+    Some optimizers count their steps in their parameter groups. Parts that agree are carried over.
+
+    Args:
+        splits: The parts.
+        optimizer: Its name, for the message.
+
+    Raises:
+        RuntimeError: The parts of one group disagree, so that the group's value is not known.
+    """
+    written: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
+    touched: dict[tuple[int, str], int] = {}
+    parts: dict[int, int] = {}
+    for split in splits:
+        source = split.source
+        parts[id(source)] = parts.get(id(source), 0) + 1
+        for name, value in split.group.items():
+            before = split.overrides[name] if name in split.overrides else source.get(name)
+            if name in ("params", "param_names") or value is before:
+                continue
+            key = (id(source), name)
+            known = written.setdefault(key, (source, value))[1]
+            touched[key] = touched.get(key, 0) + 1
+            if name in split.overrides or not _same(known, value):
+                raise RuntimeError(_disagreement(optimizer, name))
+    for key, (source, value) in written.items():
+        if touched[key] != parts[key[0]]:
+            raise RuntimeError(_disagreement(optimizer, key[1]))
+        source[key[1]] = value
+
+
+def _disagreement(optimizer: str, name: str) -> str:
+    return (
+        f"{optimizer} keeps state of its own in param_groups[...][{name!r}], and it came out differently for different "
+        "layers; attach with apply='update', which leaves the groups whole (this step was taken with per-layer groups)"
+    )
+
+
+def _same(first: Any, second: Any) -> bool:
+    if first is second:
+        return True
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return False  # comparing would wait for the device
+    return bool(first == second)

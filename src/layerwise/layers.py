@@ -1,0 +1,222 @@
+"""Parameters -> layers: which parameters share one factor, and what that layer is called."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+LayerName = Callable[[str, Tensor], "str | None"]
+"""A function of a parameter's name and the parameter that names its layer, or None for no layer."""
+
+LayerSpecification = Literal["module", "parameter"] | Sequence[str] | LayerName
+
+# Wrappers put a component of their own into the names: these anywhere, DDP's and AveragedModel's `module` in front.
+_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)")
+_LEADING = re.compile(r"^(?:module(?:\.|$))+")
+_PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original(\d*)$")
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Parameters that share one factor.
+
+    Args:
+        name: The layer's name; `""` is the root module, as in `torch.nn.Module.named_modules`.
+        parameters: The layer's parameters that the optimizer holds, in the model's order.
+        parameter_names: Their names, without the prefixes of wrappers.
+        module: The module that owns them, when there is one such module and the model is known.
+    """
+
+    name: str
+    parameters: tuple[Tensor, ...]
+    parameter_names: tuple[str, ...] = ()
+    module: nn.Module | None = field(default=None, repr=False)
+
+
+def clean_name(name: str) -> str:
+    """Return a parameter's or module's name without the prefixes that wrappers add.
+
+    DDP, `torch.compile`, FSDP, activation checkpointing and Fabric put a component of their own into the names, and
+    `torch.nn.utils.parametrize` moves `weight` to `parametrizations.weight.original`.
+
+    Args:
+        name: A name as `named_parameters()` gives it.
+
+    Returns:
+        The name the same parameter has in the bare model.
+
+    Example:
+        >>> clean_name("module._orig_mod.encoder.parametrizations.weight.original0")
+        'encoder.weight0'
+    """
+    return _PARAMETRIZED.sub(r"\1\2", _LEADING.sub("", _WRAPPER.sub("", name)))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Tell whether a name matches an fnmatch pattern, upper and lower case being different."""
+    return fnmatchcase(name, pattern)
+
+
+def check_patterns(patterns: Iterable[str], names: Iterable[str], argument: str) -> None:
+    """Raise unless each pattern matches one of the names.
+
+    Args:
+        patterns: fnmatch patterns.
+        names: The names they are meant for.
+        argument: What the message calls the patterns, such as `"exclude"`.
+
+    Raises:
+        TypeError: A pattern is not a string.
+        ValueError: A pattern matches nothing.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument} holds {pattern!r} ({type(pattern).__name__}); each pattern must be a string")
+        if not any(matches(pattern, name) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{argument} pattern {pattern!r} matches none of {_some(names)}.{hint}")
+
+
+def named_parameters_of(optimizer: Any, model: nn.Module | None) -> dict[str, Tensor]:
+    """Return the optimizer's parameters by clean name, in the model's order.
+
+    Tied parameters appear once, under their first owner.
+
+    Args:
+        optimizer: A `torch.optim.Optimizer`.
+        model: The model they belong to; None reads the `param_names` of an optimizer built from `named_parameters()`.
+
+    Returns:
+        Clean name to parameter, for the parameters of the model that the optimizer holds.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: There is no model and no name, or the model owns none of the optimizer's parameters.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if model is None:
+        named: list[tuple[str, Tensor]] = []
+        for group in optimizer.param_groups:
+            if len(group.get("param_names", ())) != len(group["params"]):
+                raise ValueError(
+                    "model=None, and the optimizer's parameters have no names: pass the model as the third argument, "
+                    "or build the optimizer from model.named_parameters()"
+                )
+            named.extend(zip(group["param_names"], group["params"], strict=True))
+        return _unique((clean_name(name), p) for name, p in named)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, not {type(model).__name__}")
+    named = [(clean_name(name), p) for name, p in model.named_parameters() if id(p) in held]
+    if not named:
+        raise ValueError(
+            f"model={type(model).__name__} owns none of the {len(held)} parameters of this optimizer: pass the model "
+            "that the optimizer was built from (after fully_shard, build the optimizer anew)"
+        )
+    return _unique(named)
+
+
+def make_layers(
+    named_parameters: Mapping[str, Tensor], specification: LayerSpecification, model: nn.Module | None = None
+) -> list[Layer]:
+    """Group named parameters into layers.
+
+    Args:
+        named_parameters: Clean name to parameter, in the model's order.
+        specification: `"module"` (the module that directly owns a parameter), `"parameter"`, a list of fnmatch patterns
+            (each one is a layer; a parameter goes to the first that matches its name or its module's), or a callable
+            `(name, parameter) -> layer name or None`.
+        model: Gives the layers their module, for rules that look at it.
+
+    Returns:
+        The layers in the order of their first parameter. Parameters without a layer are in none.
+
+    Raises:
+        TypeError: The specification, a pattern or what the callable returns has a wrong type.
+        ValueError: An unknown word, an empty list, a pattern that matches nothing, or no layer at all.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> [layer.name for layer in make_layers(dict(model.named_parameters()), "module")]
+        ['0', '2']
+    """
+    name_of = _layer_name_function(named_parameters, specification)
+    members: dict[str, list[tuple[str, Tensor]]] = {}
+    for name, parameter in named_parameters.items():
+        layer = name_of(name, parameter)
+        if layer is None:
+            continue
+        if not isinstance(layer, str):
+            raise TypeError(f"layers({name!r}, parameter) returned {layer!r}; it must return a string or None")
+        members.setdefault(layer, []).append((name, parameter))
+    if not members:
+        raise ValueError(f"layers={specification!r} puts no parameter into a layer; names: {_some(named_parameters)}")
+    modules = {clean_name(name).rstrip("."): module for name, module in model.named_modules()} if model else {}
+    layers: list[Layer] = []
+    for layer, entries in members.items():
+        owners = {owner_name(name) for name, _ in entries}
+        module = modules.get(owners.pop()) if len(owners) == 1 else None
+        layers.append(Layer(layer, tuple(p for _, p in entries), tuple(n for n, _ in entries), module))
+    return layers
+
+
+def owner_name(parameter_name: str) -> str:
+    """Return the clean name of the module that directly owns a parameter.
+
+    The parameters of a parametrization belong to the module that is parametrized.
+
+    Example:
+        >>> owner_name("encoder.0.weight"), owner_name("weight")
+        ('encoder.0', '')
+    """
+    owner = parameter_name.rpartition(".")[0]
+    return re.split(r"(?:^|\.)parametrizations(?:\.|$)", owner, maxsplit=1)[0]
+
+
+def _layer_name_function(named_parameters: Mapping[str, Tensor], specification: LayerSpecification) -> LayerName:
+    allowed = "'module', 'parameter', a list of patterns or a callable (name, parameter) -> layer name or None"
+    if isinstance(specification, str):
+        if specification == "module":
+            return lambda name, parameter: owner_name(name)
+        if specification == "parameter":
+            return lambda name, parameter: name
+        raise ValueError(f"layers={specification!r} is unknown; allowed: {allowed}. For one pattern, pass a list")
+    if callable(specification):
+        return specification
+    if not isinstance(specification, Sequence):
+        raise TypeError(f"layers={specification!r} ({type(specification).__name__}) is not {allowed}")
+    if not specification:
+        raise ValueError(f"layers=[] names no layer; allowed: {allowed}")
+    patterns = list(specification)
+    check_patterns(patterns, [n for name in named_parameters for n in (name, owner_name(name))], "layers")
+
+    def first_match(name: str, parameter: Tensor) -> str | None:
+        hits = (p for p in patterns if matches(p, name) or matches(p, owner_name(name)))
+        return next(hits, None)
+
+    return first_match
+
+
+def _unique(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Refuse two parameters with one clean name, which would silently merge."""
+    result: dict[str, Tensor] = {}
+    for name, parameter in named:
+        if result.setdefault(name, parameter) is not parameter:
+            raise ValueError(
+                f"two parameters are called {name!r} once the prefixes of wrappers are gone: rename one, or pass the "
+                "model that holds both"
+            )
+    return result
+
+
+def _some(names: Iterable[str], most: int = 8) -> str:
+    names = list(dict.fromkeys(names))
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown + (f", … ({len(names)} in all)" if len(names) > most else "")

@@ -1,0 +1,169 @@
+"""What is known of the optimizers: how each reads its rate, its weight decay, and what cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import optim
+
+COUPLED = (
+    *(optim.SGD, optim.Adagrad, optim.Adadelta, optim.RMSprop, optim.Adam, optim.Adamax, optim.NAdam, optim.RAdam),
+    optim.ASGD,
+)
+DECOUPLED = (optim.AdamW, optim.Adafactor, *([optim.Muon] if hasattr(optim, "Muon") else []))
+SCALE_INVARIANT = (
+    *(optim.Adagrad, optim.Adadelta, optim.RMSprop, optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam),
+    *(optim.SparseAdam, optim.Rprop, *DECOUPLED),
+)
+LATE_RATE = (optim.ASGD, optim.Rprop)
+
+
+def unwrap(optimizer: Any) -> optim.Optimizer:
+    """Return the `torch.optim.Optimizer` inside the wrappers of Accelerate, Fabric and others.
+
+    Args:
+        optimizer: An optimizer, or an object that holds one as `.optimizer`.
+
+    Raises:
+        TypeError: There is none.
+    """
+    inner, seen = optimizer, 0
+    while isinstance(getattr(inner, "optimizer", None), optim.Optimizer) and seen < 10:
+        inner, seen = inner.optimizer, seen + 1
+    if not isinstance(inner, optim.Optimizer):
+        raise TypeError(
+            f"optimizer={optimizer!r} ({type(optimizer).__name__}) is no torch.optim.Optimizer; pass the optimizer that "
+            "your loop calls step() on"
+        )
+    return inner
+
+
+def refuse(optimizer: optim.Optimizer) -> None:
+    """Raise for optimizers to which no per-layer factor can be attached.
+
+    Raises:
+        ValueError: LBFGS; sharded parameters.
+    """
+    if isinstance(optimizer, optim.LBFGS):
+        raise ValueError(
+            "LBFGS evaluates its closure several times a step and takes one step for all parameters together, so there "
+            "is no rate of a layer to scale; use a first-order optimizer"
+        )
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if hasattr(p, "device_mesh"):
+                raise ValueError(
+                    "this optimizer holds sharded parameters (DTensor), whose local norms are not the layers' norms; "
+                    "sharded training is not supported yet"
+                )
+
+
+def decay_is_coupled(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> bool | None:
+    """Tell whether weight decay is added to the gradient (True), taken off the weight (False), or unknown (None)."""
+    if group.get("decoupled_weight_decay") or isinstance(optimizer, DECOUPLED):
+        return False
+    return True if isinstance(optimizer, COUPLED) else None
+
+
+def has_decay(optimizer: optim.Optimizer) -> bool:
+    """Tell whether any parameter group has weight decay."""
+    return any(group.get("weight_decay") for group in optimizer.param_groups)
+
+
+def takes_tensor_rate(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    """Tell whether `step` takes a 0-dim rate on the parameters' device without waiting for its value.
+
+    Read off torch 2.13: the fused kernels, RAdam, Adagrad for each, and the capturable forms.
+    """
+    if group.get("fused") or isinstance(optimizer, optim.RAdam):
+        return True
+    for_each = group.get("foreach") is not False
+    if isinstance(optimizer, optim.Adagrad):
+        return for_each
+    if not group.get("capturable"):
+        return False
+    if isinstance(optimizer, optim.RMSprop | optim.Adadelta):
+        return for_each
+    return isinstance(optimizer, optim.Adam | optim.NAdam | optim.Adamax)
+
+
+def damps_history(optimizer: optim.Optimizer) -> bool:
+    """Tell whether this is torch's SGD with a momentum that is not Nesterov's in every group.
+
+    Its history is `v ← μv + (1 − dampening)(g + λw)`, so a factor inside the momentum can act through the dampening and
+    leave the gradient alone.
+    """
+    return type(optimizer).step is optim.SGD.step and all(
+        group["momentum"] != 0 and not group["nesterov"] and not group["differentiable"]
+        for group in optimizer.param_groups
+    )
+
+
+def automatic_place(optimizer: optim.Optimizer, preferred: str, decay: str) -> str:
+    """Return where a factor acts when `apply="auto"`.
+
+    Args:
+        optimizer: The optimizer.
+        preferred: `"gradient"` for a rule whose method multiplies the gradient, `"lr"` for one that scales the rate.
+        decay: `"scaled"` or `"plain"`.
+
+    Returns:
+        `"update"` for optimizers that read their rate too late (ASGD, Rprop); `"gradient"` for SGD when the method asks
+        for it and the rate would not give the same numbers; else `"lr"`, which is exact for every other optimizer and
+        never the silent no-op that `"gradient"` is under Adam.
+    """
+    if isinstance(optimizer, LATE_RATE):
+        return "update"
+    if preferred == "gradient" and isinstance(optimizer, optim.SGD):
+        momentum = any(group["momentum"] != 0 for group in optimizer.param_groups)
+        if momentum or (decay == "plain" and has_decay(optimizer)):
+            return "gradient"
+    return "lr"
+
+
+def check_place(optimizer: optim.Optimizer, place: str, decay: str, *, decay_given: bool) -> None:
+    """Raise where a factor cannot act at this place of this optimizer.
+
+    Args:
+        optimizer: The optimizer.
+        place: `"gradient"`, `"lr"` or `"update"`.
+        decay: `"scaled"` or `"plain"`.
+        decay_given: Whether the user chose it.
+
+    Raises:
+        ValueError: The combination would give wrong numbers; the message says why and what to use.
+    """
+    name = type(optimizer).__name__
+    if place == "lr":
+        if isinstance(optimizer, LATE_RATE):
+            reason = {
+                optim.ASGD: "computes its step size one step ahead, so a factor would arrive one step late",
+                optim.Rprop: "reads its rate only when it creates its step sizes, so later factors would be lost",
+            }[next(c for c in LATE_RATE if isinstance(optimizer, c))]
+            raise ValueError(f"apply='lr' does not work with {name}: it {reason}; use apply='update'")
+        if any("lr" not in group for group in optimizer.param_groups):
+            raise ValueError(f"apply='lr': {name} has no 'lr' in its parameter groups; use 'gradient' or 'update'")
+    elif any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError(
+            f"apply={place!r} changes tensors in place, which cuts the graph of {name}(differentiable=True); use apply='lr' "
+            "(the factors themselves count as constants)"
+        )
+    if place == "gradient" and decay == "scaled" and not decay_given:
+        unknown = [g for g in optimizer.param_groups if g.get("weight_decay") and decay_is_coupled(optimizer, g) is None]
+        if unknown:
+            raise ValueError(
+                f"apply='gradient': whether the weight decay of {name} is part of the gradient is not known; pass "
+                "decay='scaled' if it is and the factor shall multiply it, else decay='plain'"
+            )
+
+
+def no_effect(optimizer: optim.Optimizer, place: str) -> str | None:
+    """Return a sentence when a factor at this place changes next to nothing, else None."""
+    if place == "gradient" and isinstance(optimizer, SCALE_INVARIANT):
+        return (
+            f"{type(optimizer).__name__} divides by the size of the gradients it has seen, so multiplying the gradient "
+            "changes next to nothing; apply='lr' scales its step"
+        )
+    return None
+

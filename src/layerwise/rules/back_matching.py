@@ -1,0 +1,86 @@
+"""In the manner of back-matching propagation (Zhang, Chen, Liu 2018): undo the gain of the layers above."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import Layer
+from ..statistics import Statistics, common_device
+from .base import Rule, State
+
+
+@dataclass(frozen=True)
+class BackMatching(Rule):
+    """Layer-wise rates in the manner of back-matching.
+
+    f_l = ∏_{j above l} 1/s_j,  f_top = 1
+
+    s_j is the factor by which layer j multiplies the squared signal that goes back through it: ‖W_j‖² / n_in for a linear
+    layer, ‖W_j‖² / (c_in stride²) for a convolution, the mean over channels of γ²/σ² for a batch normalisation (σ² its
+    running variance) and of γ² for a normalisation without running statistics; times `activation` for each weight layer
+    that an activation follows, so for each one but the top. A layer with ‖W‖ = 0, or of no such kind, has s = 1.
+
+    The paper's exact factors are not public; this derivation from its abstract (least-squares matching of the backward
+    signals, W'W ≈ ‖W‖²/n_in I) is ours. Layers count as a chain in the model's order: the sum over the branches of a
+    residual block is not followed.
+
+    Args:
+        activation: Share of the squared signal that an activation lets back: 1/2 for ReLU, 1 to leave it out.
+
+    Raises:
+        ValueError: `activation` is not in (0, 1].
+
+    Example:
+        >>> first, second = nn.Linear(4, 3, bias=False), nn.Linear(3, 2, bias=False)
+        >>> layers = [Layer("a", (first.weight,), module=first), Layer("b", (second.weight,), module=second)]
+        >>> rule = BackMatching(activation=0.5)
+        >>> statistics = Statistics(matrix_norm=torch.tensor([2.0, 3.0]), normalisation_gain=torch.ones(2))
+        >>> rule.factors(statistics, rule.init(layers, torch.device("cpu")))[0]  # 1 / (3² / 3 · 1/2), 1
+        tensor([0.6667, 1.0000])
+
+    Reference:
+        After Zhang, Chen, Liu: Train feedforward neural network with layer-wise adaptive rate via approximating
+        back-matching propagation, 2018, arXiv 1802.09750.
+    """
+
+    activation: float = 0.5
+    needs = ("matrix_norm", "normalisation_gain")
+    default_layers = "module"
+    default_place = "lr"
+    default_decay = "scaled"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.activation <= 1:
+            raise ValueError(f"activation={self.activation!r} must be in (0, 1]; 0.5 for ReLU, 1 to leave it out")
+
+    def init(self, layers: Sequence[Layer], device: torch.device) -> State:
+        """Return the constant part of s_j: 1 / (inputs of the weight), times the activation below it."""
+        constants: list[float] = []
+        weight_below = False
+        for layer in layers:
+            inputs = summed_inputs(layer)
+            constants.append(1.0 if inputs is None else (self.activation if weight_below else 1.0) / inputs)
+            weight_below = weight_below or inputs is not None
+        return {"constants": torch.tensor(constants, dtype=common_device(layers)[1], device=device)}
+
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Return the products of 1/s_j over the layers above each one."""
+        norm = statistics.matrix_norm
+        gain = torch.where(norm > 0, norm.square() * state["constants"], statistics.normalisation_gain)
+        logarithms = gain.log()
+        # The sum over the layers above is the sum from the layer itself to the top, less the layer itself.
+        return (logarithms - logarithms.flip(0).cumsum(0).flip(0)).exp(), state
+
+
+def summed_inputs(layer: Layer) -> float | None:
+    """Return the n_in of a linear layer, the c_in · stride² of a convolution, None for a layer without a matrix."""
+    module = layer.module
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return float(module.in_channels * math.prod(module.stride))
+    matrices = [p for p in layer.parameters if p.ndim > 1]
+    return float(matrices[0].shape[1]) if matrices else None

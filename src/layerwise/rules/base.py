@@ -1,0 +1,70 @@
+"""What a rule is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..layers import Layer, LayerSpecification
+from ..statistics import Statistics
+
+State = dict[str, Any]
+"""A rule's memory: a dictionary of tensors and plain numbers, so that `torch.load(weights_only=True)` reads it."""
+
+Exclusion = Sequence[str] | Callable[[str, Tensor], bool] | None
+
+
+class Rule(ABC):
+    """A map from the layers' statistics to one factor a layer.
+
+    A rule is pure: it keeps nothing but what it returns as state, reads no tensor's value and works on tensors of shape
+    `[n_layers]` on the parameters' device. A factor that is not finite acts as 1, so that a layer with a zero or broken
+    gradient does what the optimizer alone would do.
+
+    The class attributes say what `"auto"` means for the rule in `LayerwiseLR`; None leaves it to the others of a `chain`.
+
+    * `needs`: names of the statistics it reads (fields of `layerwise.statistics.Statistics`).
+    * `default_layers`: `"module"` or `"parameter"`.
+    * `default_place`: `"gradient"` when the method multiplies the gradient (inside momentum), `"lr"` when the rate.
+    * `default_decay`: whether the method's factor multiplies coupled weight decay too: `"scaled"` or `"plain"`.
+    * `default_exclude`: layers that the method leaves out: None, patterns or a callable `(name, parameter) -> bool`.
+
+    Example:
+        >>> class InverseNorm(Rule):
+        ...     '''f_l = 1 / ‖g_l‖.'''
+        ...     def factors(self, statistics, state):
+        ...         return 1 / statistics.gradient_norm, state
+        >>> factors, _ = InverseNorm().factors(Statistics(gradient_norm=torch.tensor([0.5, 2.0])), {})
+        >>> factors
+        tensor([2.0000, 0.5000])
+    """
+
+    needs: Collection[str] = ("gradient_norm",)
+    default_layers: ClassVar[LayerSpecification | None] = None
+    default_place: ClassVar[Literal["gradient", "lr"] | None] = None
+    default_decay: ClassVar[Literal["scaled", "plain"] | None] = None
+    default_exclude: ClassVar[Exclusion] = None
+
+    def init(self, layers: Sequence[Layer], device: torch.device) -> State:
+        """Return the state before the first step.
+
+        Args:
+            layers: The layers, in order.
+            device: Where the factors are used.
+        """
+        return {}
+
+    @abstractmethod
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Return this step's factors, shape `[n_layers]`, and the new state.
+
+        Returning the same tensor object again says that the factors have not changed: they are then read only once.
+        """
+
+    def end_epoch(self, state: State) -> State:
+        """Return the state for the next epoch."""
+        return state

@@ -1,0 +1,150 @@
+"""Rules made of rules: their product, and a rule between bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layers import Layer
+from ..statistics import Statistics
+from .base import Rule, State
+
+
+def default(rule: Any, name: str) -> Any:
+    """Return what a rule, of our class or only alike, prefers for `"layers"`, `"place"`, `"decay"` or `"exclude"`."""
+    return getattr(rule, f"default_{name}", None)
+
+
+def check_rule(rule: Any) -> Any:
+    """Return the rule.
+
+    Raises:
+        TypeError: It has no method `factors`, or is a class.
+    """
+    if isinstance(rule, type):
+        raise TypeError(f"rule={rule.__name__} is a class; call it: {rule.__name__}(…)")
+    if not callable(getattr(rule, "factors", None)):
+        raise TypeError(
+            f"rule={rule!r} ({type(rule).__name__}) has no method factors(statistics, state); pass one of layerwise.rules "
+            "or an object with it"
+        )
+    return rule
+
+
+def initial_state(rule: Any, layers: Sequence[Layer], device: torch.device) -> State:
+    """Return `rule.init(layers, device)`, or an empty state for a rule without it."""
+    return rule.init(layers, device) if hasattr(rule, "init") else {}
+
+
+class _Combined(Rule):
+    """A rule made of others: it needs what they need, and prefers what the first of them with a preference prefers."""
+
+    def __init__(self, *rules: Any) -> None:
+        self.rules = tuple(check_rule(rule) for rule in rules)
+        self.needs = tuple(dict.fromkeys(name for rule in rules for name in getattr(rule, "needs", ("gradient_norm",))))
+        for name in ("layers", "place", "decay", "exclude"):
+            preferences = (default(rule, name) for rule in rules)
+            setattr(self, f"default_{name}", next((p for p in preferences if p is not None), None))
+
+    def init(self, layers: Sequence[Layer], device: torch.device) -> State:
+        """Return the rules' states, by position."""
+        return {str(i): initial_state(rule, layers, device) for i, rule in enumerate(self.rules)}
+
+    def _each(self, statistics: Statistics, state: State) -> tuple[list[Tensor], State]:
+        results = [rule.factors(statistics, state[str(i)]) for i, rule in enumerate(self.rules)]
+        return [factors for factors, _ in results], {str(i): new for i, (_, new) in enumerate(results)}
+
+    def end_epoch(self, state: State) -> State:
+        """Return the rules' states for the next epoch."""
+        ended = ((i, rule, state[str(i)]) for i, rule in enumerate(self.rules))
+        return {str(i): rule.end_epoch(old) if hasattr(rule, "end_epoch") else old for i, rule, old in ended}
+
+
+class _Chain(_Combined):
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Return the product of the rules' factors."""
+        each, state = self._each(statistics, state)
+        finite = [torch.where(torch.isfinite(factors), factors, 1.0) for factors in each]
+        return torch.stack(finite).prod(0), state
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.rules))})"
+
+
+class _Bounds(_Combined):
+    def __init__(self, rule: Any, low: float, high: float) -> None:
+        super().__init__(rule)
+        self.low, self.high = check_bounds((low, high))
+
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Return the rule's factors, clamped."""
+        (factors,), state = self._each(statistics, state)
+        return torch.where(torch.isfinite(factors), factors, 1.0).clamp(self.low, self.high), state
+
+    def __repr__(self) -> str:
+        return f"bounds({self.rules[0]!r}, {self.low:g}, {self.high:g})"
+
+
+def chain(*rules: Any) -> Rule:
+    """Return the rule whose factors are the product of the rules' factors.
+
+    f_l = ∏_r f_l^(r)
+
+    A factor that is not finite counts as 1. For `"auto"`, the first rule that prefers something decides.
+
+    Args:
+        *rules: At least one rule.
+
+    Raises:
+        TypeError: One is no rule.
+        ValueError: There is none.
+
+    Example:
+        >>> from layerwise.rules import Constant, LayerAdaptive
+        >>> chain(LayerAdaptive(), Constant({"head": 10.0}))
+        chain(LayerAdaptive(log_base=2.718281828459045), Constant(factors_by_pattern={'head': 10.0}))
+    """
+    if not rules:
+        raise ValueError("chain() takes at least one rule, such as chain(LayerAdaptive(), Constant({'head': 10}))")
+    return _Chain(*rules)
+
+
+def bounds(rule: Any, low: float, high: float) -> Rule:
+    """Return the rule with its factors clamped.
+
+    f_l = min(max(f_l, low), high)
+
+    The argument `bounds` of `LayerwiseLR` is this. A factor that is not finite counts as 1 before it is clamped.
+
+    Args:
+        rule: A rule.
+        low: Smallest factor, at least 0.
+        high: Largest factor, at least `low`; `math.inf` for none.
+
+    Raises:
+        TypeError: It is no rule, or a bound is no number.
+        ValueError: The bounds are negative, NaN or in the wrong order.
+
+    Example:
+        >>> from layerwise.rules import LayerAdaptive
+        >>> bounds(LayerAdaptive(), 0, 2).factors(Statistics(gradient_norm=torch.tensor([0.1, 1.0])), {"0": {}})[0]
+        tensor([2.0000, 1.6931])
+    """
+    return _Bounds(rule, low, high)
+
+
+def check_bounds(pair: Any) -> tuple[float, float]:
+    """Return bounds as two numbers, 0 ≤ low ≤ high, else raise a TypeError or ValueError."""
+    wanted = "two numbers (low, high) with 0 <= low <= high, such as (0.1, 10)"
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+        raise TypeError(f"bounds={pair!r} must be {wanted}")
+    if any(isinstance(bound, bool) or not isinstance(bound, int | float) for bound in pair):
+        raise TypeError(f"bounds={pair!r} must be {wanted}")
+    low, high = map(float, pair)
+    if not 0 <= low <= high or low == math.inf:  # NaN fails every comparison
+        raise ValueError(f"bounds={pair!r} must be {wanted}")
+    return low, high

@@ -1,0 +1,71 @@
+"""Fixed factors, as permanent parameter groups would have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layers import Layer, check_patterns, matches
+from ..statistics import Statistics, common_device
+from .base import Rule, State
+
+
+def check_factor(factor: object, where: str) -> float:
+    """Return a factor that is a finite number of at least 0, else raise a ValueError."""
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+        raise ValueError(f"{where}: factor {factor!r} must be a finite number of at least 0 (0 freezes a layer)")
+    return float(factor)
+
+
+@dataclass(frozen=True)
+class Constant(Rule):
+    """The same factors at every step.
+
+    f_l = the factor of the first pattern that matches the layer's name, 1 where none does.
+
+    Args:
+        factors_by_pattern: fnmatch pattern of layer names to factor, at least 0; 0 freezes a layer.
+
+    Raises:
+        TypeError: It is no mapping.
+        ValueError: It is empty, a factor is out of its range, or (when attached) a pattern matches no layer.
+
+    Example:
+        >>> layers = [Layer("conv1", (torch.zeros(1),)), Layer("fc", (torch.zeros(1),))]
+        >>> rule = Constant({"conv*": 0.1})
+        >>> rule.factors(Statistics(), rule.init(layers, torch.device("cpu")))[0]
+        tensor([0.1000, 1.0000], dtype=torch.float64)
+    """
+
+    factors_by_pattern: Mapping[str, float]
+    needs = ()
+    default_place = "lr"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.factors_by_pattern, Mapping):
+            raise TypeError(f"Constant takes a mapping of pattern to factor, not {self.factors_by_pattern!r}")
+        if not self.factors_by_pattern:
+            raise ValueError("Constant({}) changes no layer; give at least one pattern, such as {'conv*': 0.1}")
+        for pattern, factor in self.factors_by_pattern.items():
+            check_factor(factor, f"Constant pattern {pattern!r}")
+
+    def init(self, layers: Sequence[Layer], device: torch.device) -> State:
+        """Return the factors as a tensor."""
+        names = [layer.name for layer in layers]
+        check_patterns(self.factors_by_pattern, names, "Constant")
+        values = [next((f for p, f in self.factors_by_pattern.items() if matches(p, name)), 1.0) for name in names]
+        return fixed_factors(layers, values)
+
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Return the tensor made by `init`."""
+        return state["factors"], state
+
+
+def fixed_factors(layers: Sequence[Layer], values: Sequence[float]) -> State:
+    """Return the state of a rule whose factors never change."""
+    device, dtype = common_device(layers)
+    return {"factors": torch.tensor(values, dtype=dtype, device=device)}

@@ -1,0 +1,121 @@
+"""You, Gitman, Ginsburg 2017: LARS, and its clipped form LARC."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..statistics import Statistics
+from .base import Rule, State
+
+
+def one_dimensional(name: str, parameter: Tensor) -> bool:
+    """Tell whether a parameter is a bias or a gain, which LARS leaves out."""
+    return parameter.ndim <= 1
+
+
+def trust_ratio(statistics: Statistics, trust_coefficient: float, eps: float) -> Tensor:
+    """Return η‖w‖ / (‖g‖ + ‖λw‖ + ε), and 1 where ‖w‖ or ‖g‖ is zero."""
+    gradient, weight = statistics.gradient_norm, statistics.weight_norm
+    ratio = trust_coefficient * weight / (gradient + statistics.decay_norm + eps)
+    return torch.where((weight > 0) & (gradient > 0), ratio, 1.0)
+
+
+@dataclass(frozen=True)
+class LARS(Rule):
+    """Layer-wise adaptive rate scaling.
+
+    f_l = η‖w_l‖ / (‖g_l‖ + λ‖w_l‖ + ε)
+
+    and 1 where ‖w_l‖ or ‖g_l‖ is zero. λ is the weight decay of the layer's parameter group. Layers are single parameters,
+    and one-dimensional ones (biases, gains of normalisations) are left out; give those a group without weight decay, as
+    the method does. The factor acts inside the momentum, on gradient and decay together: `v ← μv + f (g + λw)`.
+
+    Args:
+        trust_coefficient: η, above 0.
+        eps: ε, at least 0.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Example:
+        >>> norms = dict(gradient_norm=torch.tensor([2.0]), weight_norm=torch.tensor([4.0]), decay_norm=torch.zeros(1))
+        >>> LARS().factors(Statistics(**norms), {})[0]
+        tensor([0.0020])
+
+    Reference:
+        You, Gitman, Ginsburg: Large batch training of convolutional networks, 2017, arXiv 1708.03888, algorithm 1.
+    """
+
+    trust_coefficient: float = 0.001
+    eps: float = 1e-8
+    needs = ("gradient_norm", "weight_norm", "decay_norm")
+    default_layers = "parameter"
+    default_place = "gradient"
+    default_decay = "scaled"
+    default_exclude = staticmethod(one_dimensional)
+
+    def __post_init__(self) -> None:
+        check_trust(self.trust_coefficient, self.eps)
+
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Return the trust ratios."""
+        return trust_ratio(statistics, self.trust_coefficient, self.eps), state
+
+
+@dataclass(frozen=True)
+class LARC(Rule):
+    """LARS whose layer rate never exceeds the global one.
+
+    λ_l = η‖w_l‖ / (‖g_l‖ + λ‖w_l‖ + ε),  f_l = min(λ_l / lr, 1) if clip else λ_l
+
+    and λ_l = 1 where a norm is zero (the original then leaves the tensor's decay out too; here the optimizer's own
+    behaviour stays). Layers, exclusions and the place are those of `LARS`.
+
+    Args:
+        trust_coefficient: η, above 0.
+        clip: Whether the layer's rate is min(λ_l, lr) instead of lr λ_l.
+        eps: ε, at least 0.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Example:
+        >>> norms = dict(gradient_norm=torch.tensor([2.0]), weight_norm=torch.tensor([4.0]), decay_norm=torch.zeros(1))
+        >>> LARC().factors(Statistics(**norms, learning_rate=torch.tensor([0.1])), {})[0]
+        tensor([0.4000])
+
+    Reference:
+        You, Gitman, Ginsburg 2017 (as `LARS`); the clipped form is that of NVIDIA's apex and Caffe.
+    """
+
+    trust_coefficient: float = 0.02
+    clip: bool = True
+    eps: float = 1e-8
+    needs = ("gradient_norm", "weight_norm", "decay_norm", "learning_rate")
+    default_layers = "parameter"
+    default_place = "gradient"
+    default_decay = "scaled"
+    default_exclude = staticmethod(one_dimensional)
+
+    def __post_init__(self) -> None:
+        check_trust(self.trust_coefficient, self.eps)
+
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Return the trust ratios, clipped against the rate."""
+        ratio = trust_ratio(statistics, self.trust_coefficient, self.eps)
+        if not self.clip:
+            return ratio, state
+        clipped = (ratio / statistics.learning_rate).clamp(max=1)
+        return torch.where(statistics.weight_norm * statistics.gradient_norm > 0, clipped, 1.0), state
+
+
+def check_trust(trust_coefficient: float, eps: float) -> None:
+    """Raise unless η > 0 and ε ≥ 0, both finite."""
+    if not 0 < trust_coefficient < math.inf:
+        raise ValueError(f"trust_coefficient={trust_coefficient!r} must be finite and above 0; the paper's is 0.001")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps={eps!r} must be finite and at least 0")

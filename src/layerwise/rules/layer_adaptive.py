@@ -1,0 +1,60 @@
+"""Singh et al. 2015: a rate for each layer from its current gradient alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..statistics import Statistics
+from .base import Rule, State
+
+
+@dataclass(frozen=True)
+class LayerAdaptive(Rule):
+    """Layer-specific adaptive learning rates.
+
+    f_l = 1 + log(1 + 1/‖g_l‖)
+
+    ‖g_l‖ is the 2-norm of the mini-batch gradient of all the layer's parameters together (weight and bias), without
+    weight decay. The factor is above 1 always, and large where the gradient is small: in flat regions and low layers. It
+    is not scale-free: a loss summed over the batch instead of averaged gives other factors.
+
+    A zero or non-finite norm gives 1.
+
+    Args:
+        log_base: Base of the logarithm. The paper writes "log"; its engine's language and its Table I agree with the
+            natural one, and do not exclude 10.
+
+    Raises:
+        ValueError: `log_base` is not a finite number above 1.
+
+    Example:
+        >>> factors, _ = LayerAdaptive().factors(Statistics(gradient_norm=torch.tensor([0.1, 1.0, 10.0])), {})
+        >>> factors
+        tensor([3.3979, 1.6931, 1.0953])
+
+    Reference:
+        Singh, De, Zhang, Goldstein, Taylor: Layer-specific adaptive learning rates for deep networks, ICMLA 2015,
+        arXiv 1510.04609, equations 9, 10 and 12. The second line of equation 10 prints the rate twice; read with
+        equation 9 the factor is single.
+    """
+
+    log_base: float = math.e
+    needs = ("gradient_norm",)
+    default_layers = "module"
+    default_place = "gradient"
+    default_decay = "scaled"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.log_base, int | float) and 1 < self.log_base < math.inf):
+            raise ValueError(f"log_base={self.log_base!r} must be a finite number above 1, such as math.e or 10")
+
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Return 1 + log(1 + 1/‖g_l‖); equation 9."""
+        logarithm = torch.log1p(statistics.gradient_norm.reciprocal())
+        if self.log_base != math.e:
+            logarithm = logarithm / math.log(self.log_base)
+        return 1 + logarithm, state

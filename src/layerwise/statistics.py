@@ -1,0 +1,211 @@
+"""Per-layer norms and sums, computed where the parameters live, with a constant number of operations."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layers import Layer
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a rule is told about the layers at one step; what it did not ask for in `needs` is None.
+
+    Every tensor but `counts` has shape `[n_layers]`, lives on the parameters' device and is float64 (float32 on devices
+    without float64). Norms are 2-norms over all parameters of the layer together.
+
+    Args:
+        gradient_norm: ‖g_l‖ of the mini-batch gradient: after clipping and unscaling, before weight decay and before
+            any factor; 0 for a layer without a gradient.
+        weight_norm: ‖w_l‖.
+        matrix_norm: ‖W_l‖ over the layer's parameters of two or more dimensions: its weight without its bias.
+        normalisation_gain: Mean over channels of γ²/σ² for a normalisation layer (σ² its running variance, 1 if it keeps
+            none), 1 for every other layer.
+        decay_norm: ‖λ w_l‖, the norm of the weight-decay term, with each parameter's own λ.
+        learning_rate: The layer's rate in its parameter group (the largest one, where a layer spans several groups).
+        counts: Bool scalar: whether this is a step to count. Steps that a gradient scaler skips, steps with a
+            gradient that is not finite and steps whose gradients are all zero are not.
+    """
+
+    gradient_norm: Tensor | None = None
+    weight_norm: Tensor | None = None
+    matrix_norm: Tensor | None = None
+    normalisation_gain: Tensor | None = None
+    decay_norm: Tensor | None = None
+    learning_rate: Tensor | None = None
+    counts: Tensor | None = None
+
+
+NEEDS = tuple(Statistics.__dataclass_fields__)
+
+
+class LayerStatistics:
+    """Computes `Statistics` for fixed layers.
+
+    Args:
+        layers: The layers.
+        needs: Names of the statistics to compute.
+
+    Raises:
+        ValueError: A name is not one of `NEEDS`.
+    """
+
+    def __init__(self, layers: Sequence[Layer], needs: Collection[str]) -> None:
+        check_needs(needs)
+        self.needs = frozenset(needs)
+        self.layer_of = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters}
+        self.layers = tuple(layers)
+        self.count = len(layers)
+        self.device, self.dtype = common_device(layers)
+        self._indices: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+        self._rates: tuple[list[float], Tensor] | None = None
+
+    def compute(self, groups: Sequence[Mapping[str, Any]], grad_scale: Tensor | None = None) -> Statistics:
+        """Return this step's statistics.
+
+        Args:
+            groups: The optimizer's parameter groups.
+            grad_scale: The factor by which a gradient scaler left the gradients multiplied, if it did.
+
+        Returns:
+            The statistics in `needs`.
+        """
+        needs, values = self.needs, {}
+        members = [(p, group) for group in groups for p in group["params"] if id(p) in self.layer_of]
+        if needs & {"gradient_norm", "counts"}:
+            present = [p for p, _ in members if p.grad is not None]
+            norms = self._norms("gradient", [p.grad for p in present], present)
+            if grad_scale is not None:
+                norms = norms / grad_scale.to(norms.device, norms.dtype)
+            if "gradient_norm" in needs:
+                values["gradient_norm"] = norms
+            if "counts" in needs:
+                values["counts"] = torch.isfinite(norms).all() & (norms > 0).any()
+        if "weight_norm" in needs:
+            values["weight_norm"] = self._norms("weight", [p.detach() for p, _ in members], [p for p, _ in members])
+        if "matrix_norm" in needs:
+            matrices = [p for p, _ in members if p.ndim > 1]
+            values["matrix_norm"] = self._norms("matrix", [p.detach() for p in matrices], matrices)
+        if "normalisation_gain" in needs:
+            values["normalisation_gain"] = self._normalisation_gains()
+        if "decay_norm" in needs:
+            decayed = [(p, group["weight_decay"]) for p, group in members if group.get("weight_decay")]
+            values["decay_norm"] = self._norms(
+                "decay", [p.detach() for p, _ in decayed], [p for p, _ in decayed], [d for _, d in decayed]
+            )
+        if "learning_rate" in needs:
+            values["learning_rate"] = self._learning_rates(members)
+        return Statistics(**values)
+
+    def _norms(
+        self, kind: str, tensors: Sequence[Any], owners: Sequence[Tensor], scales: Sequence[float] | None = None
+    ) -> Tensor:
+        """Return each layer's norm over the tensors that its parameters own; 0 where there is none."""
+        squares = torch.zeros(self.count, dtype=self.dtype, device=self.device)
+        if not tensors:
+            return squares
+        norms = tensor_norms(tensors, self.device, self.dtype)
+        if scales is not None:
+            norms = norms * torch.tensor(scales, dtype=self.dtype).to(self.device, non_blocking=True)
+        return squares.index_add_(0, self._index(kind, owners), norms.square_()).sqrt_()
+
+    def _index(self, kind: str, owners: Sequence[Tensor]) -> Tensor:
+        """Return the layer of each owner, on the device; the copy there happens once per pattern of owners."""
+        pattern = tuple(map(id, owners))
+        cached = self._indices.get(kind)
+        if cached is None or cached[0] != pattern:
+            index = torch.tensor([self.layer_of[i] for i in pattern]).to(self.device, non_blocking=True)
+            cached = self._indices[kind] = (pattern, index)
+        return cached[1]
+
+    def _normalisation_gains(self) -> Tensor:
+        one = torch.ones((), dtype=self.dtype, device=self.device)
+        gains: list[Tensor] = []
+        for layer in self.layers:
+            weight, variance = (getattr(layer.module, name, None) for name in ("weight", "running_var"))
+            if weight is None or weight.ndim != 1:
+                gains.append(one)
+                continue
+            square = weight.detach().to(self.device, self.dtype).square()
+            if variance is not None:
+                square = square / (variance.to(self.device, self.dtype) + layer.module.eps)
+            gains.append(square.mean())
+        return torch.stack(gains)
+
+    def _learning_rates(self, members: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> Tensor:
+        rates: list[list[Any]] = [[] for _ in range(self.count)]
+        for p, group in members:
+            rates[self.layer_of[id(p)]].append(group["lr"])
+        if any(isinstance(rate, Tensor) for layer in rates for rate in layer):
+            vectors = [[torch.as_tensor(r, dtype=self.dtype, device=self.device).reshape(()) for r in q] for q in rates]
+            return torch.stack([torch.stack(vector).amax() for vector in vectors])
+        largest = [max(layer) for layer in rates]
+        if self._rates is None or self._rates[0] != largest:
+            self._rates = (largest, torch.tensor(largest, dtype=self.dtype).to(self.device, non_blocking=True))
+        return self._rates[1]
+
+
+def check_needs(needs: Collection[str]) -> None:
+    """Raise unless `needs` is a collection of names of statistics.
+
+    Raises:
+        TypeError: It is one string.
+        ValueError: A name is unknown.
+    """
+    if isinstance(needs, str):
+        raise TypeError(f"needs={needs!r} is one string; write needs = ({needs!r},)")
+    for name in needs:
+        if name not in NEEDS:
+            raise ValueError(f"needs holds {name!r}; allowed: {', '.join(map(repr, NEEDS))}")
+
+
+def common_device(layers: Sequence[Layer]) -> tuple[torch.device, torch.dtype]:
+    """Return the device of the first parameter and the widest floating type for statistics there."""
+    device = layers[0].parameters[0].device
+    return device, torch.float32 if device.type == "mps" else torch.float64
+
+
+def tensor_norms(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the 2-norm of each tensor.
+
+    One `_foreach_norm` for each kind (device, type) of tensor. Half precision is accumulated in float32, because the
+    square of 300 overflows float16; a sparse tensor is coalesced first, because the norm of repeated entries is not
+    the norm of their sum; a complex one is seen as pairs of reals.
+
+    Args:
+        tensors: Dense, sparse or complex tensors.
+        device: Where the result goes.
+        dtype: Its type.
+
+    Returns:
+        The norms, shape `[len(tensors)]`.
+
+    Example:
+        >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(0)], torch.device("cpu"), torch.float64)
+        tensor([5., 0.], dtype=torch.float64)
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    values: list[Tensor] = []
+    for position, tensor in enumerate(tensors):
+        if tensor.layout is not torch.strided:
+            tensor = tensor.coalesce().values()
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
+        values.append(tensor)
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(position)
+    norms: list[Tensor] = values
+    for (_, kind), positions in kinds.items():
+        wide = torch.float32 if kind in (torch.float16, torch.bfloat16) else None
+        results = torch._foreach_norm([values[i] for i in positions], 2, wide)
+        for position, result in zip(positions, results, strict=True):
+            norms[position] = result
+    if len(kinds) > 1:
+        norms = [norm.to(device, dtype, non_blocking=True) for norm in norms]
+    return torch.stack(norms).to(device, dtype)
+
+
