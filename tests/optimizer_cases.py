@@ -51,8 +51,16 @@ OPTIONS: dict[type, list[dict[str, Any]]] = {
         {"lr": 0.1, "maximize": True},
     ],
     optim.Adadelta: [{"lr": 1.0}, {"lr": 1.0, "rho": 0.8, "weight_decay": 0.05}, {"lr": 1.0, "maximize": True}],
-    optim.ASGD: [{"lr": 0.1}, {"lr": 0.1, "weight_decay": 0.05, "t0": 3.0, "lambd": 1e-2}, {"lr": 0.1, "maximize": True}],
-    optim.Rprop: [{"lr": 0.1}, {"lr": 0.1, "etas": (0.6, 1.1), "step_sizes": (1e-4, 1.0)}, {"lr": 0.1, "maximize": True}],
+    optim.ASGD: [
+        {"lr": 0.1},
+        {"lr": 0.1, "weight_decay": 0.05, "t0": 3.0, "lambd": 1e-2},
+        {"lr": 0.1, "maximize": True},
+    ],
+    optim.Rprop: [
+        {"lr": 0.1},
+        {"lr": 0.1, "etas": (0.6, 1.1), "step_sizes": (1e-4, 1.0)},
+        {"lr": 0.1, "maximize": True},
+    ],
     optim.SparseAdam: [{"lr": 0.1}, {"lr": 0.1, "maximize": True}],
     optim.Adafactor: [{"lr": 0.1}, {"lr": 0.1, "weight_decay": 0.05, "d": 2.0}, {"lr": 0.1, "maximize": True}],
     optim.Muon: [{"lr": 0.1}, {"lr": 0.1, "weight_decay": 0.05, "nesterov": False}],

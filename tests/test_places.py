@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import CASES, Case, assert_same_bits, network, relative_difference, take_step, weights
 from torch import Tensor, nn, optim
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layerwise
 from layerwise import apply as places
 from layerwise.rules import Constant, LayerAdaptive
+from optimizer_cases import CASES, Case, assert_same_bits, network, relative_difference, take_step, weights
 
 SGD_CASES = [case for case in CASES if case.optimizer is optim.SGD]
 names = {"ids": str}
@@ -21,14 +21,16 @@ names = {"ids": str}
 def layer_factor(gradients: list[Tensor]) -> float:
     """Equation 9 of Singh 2015, from the gradients of one layer."""
     norm = sum(float((g.double() ** 2).sum()) for g in gradients) ** 0.5
-    return float(1 + torch.log1p(torch.tensor(1 / norm, dtype=torch.float64)))
+    return float(1 + torch.log1p(torch.tensor(1 / norm, dtype=torch.float64))) if norm else 1.0
 
 
 def by_layer(model: nn.Module) -> list[list[nn.Parameter]]:
     return [list(layer.parameters()) for layer in model.children()]
 
 
-def caffe_step(params: list[list[nn.Parameter]], history: dict[Any, Tensor], options: dict[str, Any], steps: int) -> None:
+def caffe_step(
+    params: list[list[nn.Parameter]], history: dict[Any, Tensor], options: dict[str, Any], steps: int
+) -> None:
     """Caffe's SGD and Nesterov (sgd_solver.cpp, nesterov_solver.cpp), with eq. 9 inside the local rate."""
     rate, momentum, decay = options["lr"], options.get("momentum", 0.0), options.get("weight_decay", 0.0)
     sign = -1 if options.get("maximize") else 1
@@ -70,7 +72,8 @@ def test_gradient_on_sgd_and_nag_equals_caffe(case: Case, place: str, factors_ke
             p.grad = None
         reference.loss(step).backward()
         caffe_step(by_layer(reference), history, case.options, step)
-        assert relative_difference(weights(attached), weights(reference)) < 1e-12
+        rate_in_float32 = factors_kept == "device" and case.form.get("fused") and "momentum" not in case.options
+        assert relative_difference(weights(attached), weights(reference)) < (1e-7 if rate_in_float32 else 1e-12)
 
 
 @pytest.mark.parametrize("form", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
@@ -94,7 +97,7 @@ def test_adagrad_equals_equation_12(form: dict[str, Any], decay: float, factors_
                 with torch.no_grad():
                     p -= 0.1 * factor * d / (history[p].sqrt() + 1e-8)
         # A rate kept as a tensor is float32 in the fused kernels.
-        tolerance = 1e-6 if factors_kept == "device" and form.get("fused") else 1e-12
+        tolerance = 1e-5 if factors_kept == "device" and form.get("fused") else 1e-12
         assert relative_difference(weights(attached), weights(reference)) < tolerance
 
 
@@ -117,14 +120,18 @@ def test_plain_decay_is_not_scaled(case: Case, factors_kept: str) -> None:
 
 @pytest.mark.parametrize("place", ["gradient", "lr", "update"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.optimizer not in (optim.ASGD, optim.Rprop)], **names)
-def test_factors_kept_on_the_device_give_what_numbers_give(case: Case, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factors_kept_on_the_device_give_what_numbers_give(
+    case: Case, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = []
     for kept in (False, True):
         model = network(case)
         optimizer = case.make(model.parameters())
         with monkeypatch.context() as patch:
             if kept:
-                patch.setattr(places.Factors, "__init__", lambda s, t: (setattr(s, "tensor", t), setattr(s, "numbers", None))[0])
+                patch.setattr(
+                    places.Factors, "__init__", lambda s, t: (setattr(s, "tensor", t), setattr(s, "numbers", None))[0]
+                )
             if case.optimizer is optim.SparseAdam and place == "gradient" and kept:
                 continue  # sparse gradients are scaled on the CPU only through numbers
             layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, apply=place)
@@ -148,60 +155,76 @@ def test_the_gradient_is_left_scaled_when_asked_for_and_alone_when_not() -> None
             torch.testing.assert_close(model.weight.grad, torch.full((1, 2), 4.0 * factor))
 
 
+# The bare step of these reads a value by itself; the fused kernels have no form for fake tensors.
+UNFIT = {optim.SparseAdam, optim.Adafactor, optim.ASGD, optim.Rprop, optim.Muon}
 FAKE = [
     (case, place)
     for case in CASES
     for place in ("gradient", "lr", "update")
-    if not (place == "lr" and case.optimizer in (optim.ASGD, optim.Rprop))
-    and case.optimizer not in (optim.SparseAdam, optim.Muon, optim.Adafactor)
+    if case.optimizer not in UNFIT and not case.form.get("fused")
 ]
 
 
-def fake_step(case: Case, place: str, *, attach: bool, capturable: bool = False) -> int:
-    """Take three steps on fake CUDA tensors; return how often a value was read from the device."""
+def fake_step(case: Case, place: str, *, capturable: bool = False) -> int:
+    """Take three steps on fake CUDA tensors, of which no value can be read; return how often factors were read."""
     reads = 0
-    with FakeTensorMode() as mode:
-        model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4)).to("cuda")
-        form = {"capturable": True} if capturable else {}
-        optimizer = case.optimizer(model.parameters(), **case.options, **case.form, **form)
-        if attach:
-            layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, apply=place)
 
-        original = Tensor.tolist
+    def read(self: places.Factors) -> list[float]:
+        nonlocal reads
+        reads += 1
+        return [1.5] * len(self.tensor)
 
-        def tolist(tensor: Tensor) -> Any:
-            nonlocal reads
-            if tensor.device.type == "cuda":
-                reads += 1
-                return [1.5] * len(tensor)
-            return original(tensor)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Tensor, "tolist", tolist)
-            for _ in range(3):
-                for p in model.parameters():
-                    p.grad = torch.empty_like(p)
-                optimizer.step()
-        assert mode is not None
+    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(places.Factors, "read", read)
+        named, optimizer = fake_network(case, capturable=capturable)
+        layerwise.LayerwiseLR(optimizer, LayerAdaptive(), apply=place)
+        for _ in range(3):
+            for _, p in named:
+                p.grad = torch.empty_like(p)
+            optimizer.step()
     return reads
 
 
-@pytest.mark.parametrize(("case", "place"), FAKE, ids=lambda v: str(v))
+def fake_network(case: Case, *, capturable: bool = False) -> tuple[list[tuple[str, nn.Parameter]], optim.Optimizer]:
+    shapes = {"a.weight": (6, 5), "a.bias": (6,), "b.weight": (4, 6)}
+    named = [(name, nn.Parameter(torch.empty(shape, device="cuda"))) for name, shape in shapes.items()]
+    return named, case.optimizer(named, **case.options, **case.form, **({"capturable": True} if capturable else {}))
+
+
+@pytest.mark.parametrize(("case", "place"), FAKE, ids=str)
 def test_no_value_is_read_from_a_cuda_device_except_once_a_step_under_lr(case: Case, place: str) -> None:
-    try:
-        fake_step(case, place, attach=False)
-    except Exception as error:
-        pytest.skip(f"the bare optimizer does not run on fake CUDA tensors: {type(error).__name__}")
-    fused = case.form.get("fused")
-    free = place != "lr" or fused or case.optimizer is optim.RAdam
-    free = free or (case.optimizer is optim.Adagrad and case.form.get("foreach") is not False)
-    assert fake_step(case, place, attach=True) == (0 if free else 3)
+    free = place != "lr" or case.optimizer is optim.RAdam
+    free = free or (case.optimizer is optim.Adagrad and case.form.get("foreach"))
+    assert fake_step(case, place) == (0 if free else 3)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.form.get("fused")], ids=str)
+def test_a_fused_kernel_gets_its_rates_as_float32_tensors_on_the_device(case: Case) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class BeforeTheKernelError(Exception):
+        pass
+
+    def look(optimizer: optim.Optimizer, args: Any, kwargs: Any) -> None:
+        seen.extend(args[0].param_groups)
+        raise BeforeTheKernelError
+
+    with FakeTensorMode():
+        named, optimizer = fake_network(case)
+        layerwise.LayerwiseLR(optimizer, LayerAdaptive(), apply="lr")
+        optimizer.register_step_pre_hook(look)
+        for _, p in named:
+            p.grad = torch.empty_like(p)
+        with pytest.raises(BeforeTheKernelError):
+            optimizer.step()
+    assert [len(group["params"]) for group in seen] == [2, 1]
+    assert all(group["lr"].dtype is torch.float32 and group["lr"].device.type == "cuda" for group in seen)
 
 
 @pytest.mark.parametrize("optimizer", [optim.Adam, optim.AdamW, optim.NAdam, optim.Adamax], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("form", [{}, {"foreach": True}, {"foreach": False}], ids=str)
 def test_a_capturable_optimizer_reads_no_rate(optimizer: type[optim.Optimizer], form: dict[str, Any]) -> None:
-    assert fake_step(Case(optimizer, {"lr": 0.1}, form), "lr", attach=True, capturable=True) == 0
+    assert fake_step(Case(optimizer, {"lr": 0.1}, form), "lr", capturable=True) == 0
 
 
 def test_an_sgd_step_under_auto_needs_no_pass_over_the_gradient() -> None:

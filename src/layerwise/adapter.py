@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 
 from .apply import PLACES, Factors, PlaceName, Split, make_place
 from .hooks import OptimizerHooks
-from .layers import Layer, LayerSpecification, check_patterns, make_layers, matches, named_parameters_of
+from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_layers, named_parameters_of
 from .optimizers import automatic_place, check_place, no_effect, refuse, unwrap
-from .rules.base import Exclusion, State
+from .rules.base import State, finite_or_one
 from .rules.combine import bounds as bounded
-from .rules.combine import check_rule, default, initial_state
+from .rules.combine import check_bounds, check_rule, default, initial_state
+from .state import carried_over, copied, loaded
 from .statistics import LayerStatistics, check_needs
 
 logger = logging.getLogger("layerwise")
@@ -38,9 +39,9 @@ class LayerwiseLR:
         optimizer: A `torch.optim.Optimizer`, or a wrapper of Accelerate or Fabric around one.
         rule: How large the factors are; one of `layerwise.rules`, or an object like them.
         model: Names the layers. None takes the names of an optimizer built from `model.named_parameters()`.
-        layers: `"module"` (the module that directly owns the parameters: weight and bias together), `"parameter"`, a list
-            of fnmatch patterns, or a callable `(name, parameter) -> layer name or None`. `"auto"`: what the rule's paper
-            took. A parameter without a layer keeps factor 1.
+        layers: `"module"` (the module that directly owns the parameters: weight and bias together), `"parameter"`, a
+            list of fnmatch patterns, or a callable `(name, parameter) -> layer name or None`. `"auto"`: what the
+            rule's paper took. A parameter without a layer keeps factor 1.
         apply: Where the factor acts. `"gradient"`: `g ← f g` before the optimizer sees it, so inside the momentum; the
             gradient is left so. `"lr"`: this step's rate. `"update"`: `w ← w_old + f (w_new − w_old)`, at the cost of a
             copy of the parameters during the step. `"auto"`: what the rule's paper did for this optimizer.
@@ -82,7 +83,7 @@ class LayerwiseLR:
         check_needs(getattr(rule, "needs", ("gradient_norm",)))
         _check_choice("apply", apply, ("auto", *PLACES))
         _check_choice("decay", decay, ("auto", "scaled", "plain"))
-        self.rule = rule if bounds is None else bounded(rule, *_pair(bounds))
+        self.rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
         self.enabled = True
         self._optimizer = weakref.ref(inner)
         self._model = model
@@ -137,7 +138,8 @@ class LayerwiseLR:
         """
         rates = self._last_rates if self._last_rates is not None else self._base_rates(self._required().param_groups)
         return {
-            name: float(rate) * factor for (name, factor), rate in zip(self.get_last_factors().items(), rates, strict=True)
+            name: float(rate) * factor
+            for (name, factor), rate in zip(self.get_last_factors().items(), rates, strict=True)
         }
 
     def end_epoch(self) -> None:
@@ -153,7 +155,7 @@ class LayerwiseLR:
             "rule": repr(self.rule),
             "layers": self.layers,
             "epoch": self._epoch,
-            "state": _copied(self._state),
+            "state": copied(self._state),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -173,10 +175,10 @@ class LayerwiseLR:
             raise ValueError(f"this is no state of a LayerwiseLR (version 1): it lacks {sorted(missing)}")
         if list(state_dict["layers"]) != self.layers:
             raise ValueError(
-                f"the state was saved of the layers {list(state_dict['layers'])}, this adapter has {self.layers}; attach "
-                "with the same model and the same layers="
+                f"the state was saved of the layers {list(state_dict['layers'])}, this adapter has {self.layers}; "
+                "attach with the same model and the same layers="
             )
-        self._state = _loaded(state_dict["state"], self._state, "state")
+        self._state = loaded(state_dict["state"], self._state, "state")
         self._epoch = int(state_dict["epoch"])
         self._last_raw = None
 
@@ -219,8 +221,8 @@ class LayerwiseLR:
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
-            "a LayerwiseLR belongs to one optimizer and cannot be copied or pickled (nor are an optimizer's hooks): attach "
-            "a new one to the copy, and carry the state over with state_dict() and load_state_dict()"
+            "a LayerwiseLR belongs to one optimizer and cannot be copied or pickled (nor are an optimizer's hooks): "
+            "attach a new one to the copy, and carry the state over with state_dict() and load_state_dict()"
         )
 
     # --- What the optimizer's hooks call ------------------------------------------------------------------------------
@@ -237,7 +239,7 @@ class LayerwiseLR:
             shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
             raise ValueError(f"{self.rule!r} returned factors of shape {shape}; there are {len(self._layers)} layers")
         if self._last_raw is None or self._last_raw[0] is not raw or self._last_raw[1] != raw._version:
-            factors = torch.where(torch.isfinite(raw), raw, 1.0)
+            factors = finite_or_one(raw)
             if self._included is not None:
                 factors = torch.where(self._included, factors, 1.0)
             self._factors = Factors(factors)
@@ -259,11 +261,11 @@ class LayerwiseLR:
         refuse(optimizer)
         named = named_parameters_of(optimizer, self._model)
         layers = make_layers(named, self._specification, self._model)
-        included = _included(layers, self._exclude)
-        place_name = self._automatic_place(optimizer) if self._apply == "auto" else self._apply
+        included = included_layers(layers, self._exclude)
+        place_name = self._automatic_place(optimizer) if self._apply == "auto" else cast(PlaceName, self._apply)
         check_place(optimizer, place_name, self._decay, decay_given=self._decay_argument != "auto")
         statistics = LayerStatistics(layers, getattr(self.rule, "needs", ("gradient_norm",)))
-        state = _kept(initial_state(self.rule, layers, statistics.device), self._state)
+        state = carried_over(initial_state(self.rule, layers, statistics.device), self._state)
 
         self._ids = _ids(optimizer.param_groups)
         self._layers, self._statistics, self._state = layers, statistics, state
@@ -325,61 +327,5 @@ def _chosen(argument: Any, preferred: Any, otherwise: Any) -> Any:
     return otherwise if preferred is None else preferred
 
 
-def _included(layers: Sequence[Layer], exclude: Exclusion) -> list[bool]:
-    if exclude is None:
-        return [True] * len(layers)
-    if isinstance(exclude, str) or not (callable(exclude) or isinstance(exclude, Sequence)):
-        raise TypeError(
-            f"exclude={exclude!r} must be 'auto', None, a list of patterns or a callable (name, parameter) -> bool"
-        )
-    if callable(exclude):
-        return [not all(map(exclude, layer.parameter_names, layer.parameters)) for layer in layers]
-    check_patterns(exclude, [layer.name for layer in layers], "exclude")
-    return [not any(matches(pattern, layer.name) for pattern in exclude) for layer in layers]
-
-
 def _ids(groups: Sequence[Mapping[str, Any]]) -> list[int]:
     return [id(p) for group in groups for p in group["params"]]
-
-
-def _kept(fresh: State, old: State) -> State:
-    """Return the fresh state of a rule, with what the old one has in the same form: counters survive new layers."""
-    kept = dict(fresh)
-    for name, value in fresh.items():
-        before = old.get(name)
-        if isinstance(value, dict) and isinstance(before, dict):
-            kept[name] = _kept(cast(State, value), cast(State, before))
-        elif isinstance(value, Tensor):
-            if isinstance(before, Tensor) and value.ndim == 0 == before.ndim:
-                kept[name] = before
-        elif name in old:
-            kept[name] = before
-    return kept
-
-
-def _copied(state: Any) -> Any:
-    """Return a state with its tensors copied, so that later steps do not change what was saved."""
-    if isinstance(state, Tensor):
-        return state.detach().clone()
-    return {name: _copied(value) for name, value in state.items()} if isinstance(state, dict) else state
-
-
-def _loaded(saved: Any, current: Any, where: str) -> Any:
-    """Return the saved state in the form, and on the device, of the current one."""
-    if type(saved) is not type(current):
-        raise ValueError(f"{where} is {type(saved).__name__} in the file, {type(current).__name__} here; same rule?")
-    if isinstance(current, dict):
-        if set(saved) != set(current):
-            raise ValueError(f"{where} holds {sorted(saved)} in the file, {sorted(current)} here; attach the same rule")
-        return {name: _loaded(saved[name], value, f"{where}[{name!r}]") for name, value in current.items()}
-    if isinstance(current, Tensor):
-        if saved.shape != current.shape:
-            raise ValueError(f"{where} has shape {tuple(saved.shape)} in the file, {tuple(current.shape)} here")
-        return saved.to(current.device, current.dtype, copy=True)
-    return saved
-
-
-def _pair(pair: Any) -> tuple[Any, Any]:
-    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-        raise TypeError(f"bounds={pair!r} must be two numbers (low, high) with 0 <= low <= high, such as (0.1, 10)")
-    return pair[0], pair[1]

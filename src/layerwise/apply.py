@@ -1,7 +1,7 @@
 """The places where a factor acts: on the gradient, on the rate, on the update.
 
-A place is handed a *view* of the optimizer, a shallow copy on which `step` will run, and may replace the view's parameter
-groups; the optimizer's own are never touched.
+A place is handed a *view* of the optimizer, a shallow copy on which `step` will run, and may replace the view's
+parameter groups; the optimizer's own are never touched.
 """
 
 from __future__ import annotations
@@ -146,7 +146,10 @@ class LearningRate:
 
     @staticmethod
     def _scaled(group: Mapping[str, Any], factor: float) -> dict[str, Any]:
-        return {} if factor == 1 else {"lr": group["lr"] * factor}
+        if factor == 1:
+            return {}
+        with torch.set_grad_enabled(bool(group.get("differentiable"))):  # a rate may be learned through the step
+            return {"lr": group["lr"] * factor}
 
     def finish(self) -> None:
         """Nothing is left to do."""
@@ -213,12 +216,15 @@ class Gradient:
             view.param_groups = groups
         each = factors.unbind()
         if members:
-            torch._foreach_mul_([p.grad for p, _ in members], [each[layer] for _, layer in members])
+            gradients: list[Any] = [p.grad for p, _ in members]
+            torch._foreach_mul_(gradients, [each[layer] for _, layer in members])
         return splits
 
     def _can_damp(self, view: Any, members: Sequence[tuple[Tensor, int]], scaled: bool) -> bool:
-        decays = any(group["weight_decay"] for group in view.param_groups) if damps_history(view) else True
-        return (scaled or not decays) and all(p.grad.layout is torch.strided for p, _ in members)
+        gradients: list[Any] = [p.grad for p, _ in members]
+        if not damps_history(view) or any(gradient.layout is not torch.strided for gradient in gradients):
+            return False
+        return scaled or not any(group["weight_decay"] for group in view.param_groups)
 
     @staticmethod
     def _through_dampening(

@@ -18,13 +18,15 @@ _WHY = {
     "update": "on the finished update, w ← w_old + f (w_new − w_old): {name} reads its rate too late for anything else",
 }
 _COST = {
-    "gradient": "one reading of the gradients for the norms; no memory a parameter",
-    "lr": "one reading of the gradients for the norms, one parameter group a distinct factor; no memory a parameter",
-    "update": "one reading of the gradients for the norms, and a copy of the parameters during the step",
+    "gradient": "one reading of the gradients; no memory a parameter",
+    "lr": "one reading of the gradients, one parameter group a distinct factor; no memory a parameter",
+    "update": "one reading of the gradients, and a copy of the parameters during the step",
 }
 
 
-def diagnose(optimizer: Any, model: nn.Module | None = None, rule: Any = None, *, most: int = 40, **arguments: Any) -> str:
+def diagnose(
+    optimizer: Any, model: nn.Module | None = None, rule: Any = None, *, most: int = 40, **arguments: Any
+) -> str:
     """Print which layers exist, where a factor would act and why, what it costs, and what would not work.
 
     Nothing is attached, changed or computed.
@@ -52,8 +54,8 @@ def diagnose(optimizer: Any, model: nn.Module | None = None, rule: Any = None, *
         0                2       7,850       0.001        0.01
         <BLANKLINE>
         acts on   'lr': as this step's rate of the layer: exact for AdamW, whose step reads group['lr']
-        costs     one reading of the gradients for the norms, one parameter group a distinct factor; no memory a parameter
-        problems  none found
+        costs     one reading of the gradients, one parameter group a distinct factor; no memory a
+        parameter problems  none found
         next      adapter = layerwise.LayerwiseLR(optimizer, rule, model)
     """
     rule = LayerAdaptive() if rule is None else rule
@@ -94,8 +96,13 @@ def _describe(adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | Non
     inside = {id(p) for p in tensors}
     outside = [p for p in group_of if p not in inside]
     problems = _problems(adapter, optimizer, model, len(outside))
-    lines += ["", f"acts on   {adapter.apply!r}: {_WHY[adapter.apply].format(name=name)}", f"costs     {_COST[adapter.apply]}"]
-    lines += [f"problems  {problem}" for problem in problems] or ["problems  none found"]
+    lines += [
+        "",
+        f"acts on   {adapter.apply!r}: {_WHY[adapter.apply].format(name=name)}",
+        f"costs     {_COST[adapter.apply]}",
+    ]
+    lines += [f"problem   {problem}" for problem in problems] or ["problems  none found"]
+    lines += [f"note      {note}" for note in _notes(adapter, optimizer)]
     lines.append("next      adapter = layerwise.LayerwiseLR(optimizer, rule, model)")
     return "\n".join(lines)
 
@@ -110,14 +117,23 @@ def _problems(adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | Non
         if missing:
             names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
             problems.append(f"{_count(len(missing), 'trainable parameter')} not in the optimizer: {names}")
+    return [problem for problem in problems if problem]
+
+
+def _notes(adapter: LayerwiseLR, optimizer: Optimizer) -> list[str]:
+    notes: list[str] = []
     device = next(p for group in optimizer.param_groups for p in group["params"]).device.type
-    if adapter.apply == "lr" and device != "cpu" and not all(takes_tensor_rate(optimizer, g) for g in optimizer.param_groups):
-        problems.append("the rates are read from the device once a step; fused=True or capturable=True avoids it")
+    if (
+        adapter.apply == "lr"
+        and device != "cpu"
+        and not all(takes_tensor_rate(optimizer, g) for g in optimizer.param_groups)
+    ):
+        notes.append("the rates are read from the device once a step; fused=True or capturable=True avoids it")
     if adapter.apply != "gradient" and any(
         group.get("weight_decay") and decay_is_coupled(optimizer, group) is False for group in optimizer.param_groups
     ):
-        problems.append("decoupled weight decay is multiplied by the rate, so the factor scales it too")
-    return [problem for problem in problems if problem]
+        notes.append("decoupled weight decay is multiplied by the rate, so the factor scales it too")
+    return notes
 
 
 def _values(groups: list[dict[str, Any]], key: str) -> str:

@@ -12,8 +12,8 @@ from .layers import LayerSpecification, clean_name, make_layers
 def param_groups(model: nn.Module, layers: LayerSpecification = "module") -> list[dict[str, Any]]:
     """Return named parameter groups, one a layer, to build an optimizer from.
 
-    For rates that a person sets by hand and keeps; `LayerwiseLR` needs no such groups. Every parameter of the model that
-    requires a gradient must be in a layer, so that none is forgotten.
+    For rates that a person sets by hand and keeps; `LayerwiseLR` needs no such groups. Every parameter of the model
+    that requires a gradient must be in a layer, so that none is forgotten.
 
     Args:
         model: The network.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class OptimizerHooks:
         self._levels: list[list[Split]] = []
         self.members: list[Member] = []
         # Traced into a compiled step the hooks would be silently wrong: the graph reads the groups of the optimizer.
-        outside_graph = torch.compiler.disable
+        outside_graph = cast(Callable[[Any], Any], torch.compiler.disable)
         self._handles = (
             optimizer.register_step_pre_hook(outside_graph(self._before)),
             optimizer.register_step_post_hook(outside_graph(self._after)),
@@ -76,7 +76,9 @@ class OptimizerHooks:
             del _hooks_of[optimizer]
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if optimizer is not self._optimizer():  # a step() that calls super().step() runs the hooks once more, on the view
+        if (
+            optimizer is not self._optimizer()
+        ):  # a step() that calls super().step() runs the hooks once more, on the view
             return None
         self._clear()  # an exception in the last step() left no post-hook to do it
         active = [member for member in self.members if member.enabled]
@@ -131,7 +133,7 @@ def evaluate_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tup
         loss = closure()
     if "closure" in kwargs:
         return args, {**kwargs, "closure": _once(loss)}
-    return (args[0], _once(loss), *args[2:]), kwargs
+    return (*args[:1], _once(loss), *args[2:]), kwargs
 
 
 def _once(loss: Any) -> Callable[[], Any]:
@@ -142,8 +144,8 @@ def _once(loss: Any) -> Callable[[], Any]:
         calls += 1
         if calls > 1:
             raise RuntimeError(
-                "this optimizer evaluates its closure more than once a step, so the factors of its second evaluation are "
-                "not known; detach the LayerwiseLR adapter, or use a first-order optimizer"
+                "this optimizer evaluates its closure more than once a step, so the factors of its second evaluation "
+                "are not known; detach the LayerwiseLR adapter, or use a first-order optimizer"
             )
         return loss
 

@@ -14,10 +14,15 @@ from torch import Tensor, nn
 LayerName = Callable[[str, Tensor], "str | None"]
 """A function of a parameter's name and the parameter that names its layer, or None for no layer."""
 
+Exclusion = Sequence[str] | Callable[[str, Tensor], bool] | None
+"""Layers left at factor 1: patterns of layer names, or a function of a parameter's name and the parameter."""
+
 LayerSpecification = Literal["module", "parameter"] | Sequence[str] | LayerName
 
 # Wrappers put a component of their own into the names: these anywhere, DDP's and AveragedModel's `module` in front.
-_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)")
+_WRAPPER = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)"
+)
 _LEADING = re.compile(r"^(?:module(?:\.|$))+")
 _PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original(\d*)$")
 
@@ -165,6 +170,29 @@ def make_layers(
         module = modules.get(owners.pop()) if len(owners) == 1 else None
         layers.append(Layer(layer, tuple(p for _, p in entries), tuple(n for n, _ in entries), module))
     return layers
+
+
+def included_layers(layers: Sequence[Layer], exclude: Exclusion) -> list[bool]:
+    """Return for each layer whether it is not excluded.
+
+    Args:
+        layers: The layers.
+        exclude: None, patterns of layer names, or a callable `(parameter name, parameter) -> bool`, which excludes a
+            layer when it holds for all of its parameters.
+
+    Raises:
+        TypeError: `exclude` is none of these.
+        ValueError: A pattern matches no layer.
+    """
+    if exclude is None:
+        return [True] * len(layers)
+    if isinstance(exclude, str) or not (callable(exclude) or isinstance(exclude, Sequence)):
+        allowed = "'auto', None, a list of patterns or a callable (name, parameter) -> bool"
+        raise TypeError(f"exclude={exclude!r} must be {allowed}")
+    if callable(exclude):
+        return [not all(map(exclude, layer.parameter_names, layer.parameters)) for layer in layers]
+    check_patterns(exclude, [layer.name for layer in layers], "exclude")
+    return [not any(matches(pattern, layer.name) for pattern in exclude) for layer in layers]
 
 
 def owner_name(parameter_name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import optim
+from torch import Tensor, nn, optim
 
 COUPLED = (
     *(optim.SGD, optim.Adagrad, optim.Adadelta, optim.RMSprop, optim.Adam, optim.Adamax, optim.NAdam, optim.RAdam),
@@ -33,8 +33,8 @@ def unwrap(optimizer: Any) -> optim.Optimizer:
         inner, seen = inner.optimizer, seen + 1
     if not isinstance(inner, optim.Optimizer):
         raise TypeError(
-            f"optimizer={optimizer!r} ({type(optimizer).__name__}) is no torch.optim.Optimizer; pass the optimizer that "
-            "your loop calls step() on"
+            f"optimizer={optimizer!r} ({type(optimizer).__name__}) is no torch.optim.Optimizer; pass the optimizer "
+            "that your loop calls step() on"
         )
     return inner
 
@@ -78,13 +78,15 @@ def takes_tensor_rate(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> b
     """
     if group.get("fused") or isinstance(optimizer, optim.RAdam):
         return True
-    for_each = group.get("foreach") is not False
+    for_each = group.get("foreach")
+    if for_each is None:  # torch then takes the form for each, for its own tensors only
+        for_each = all(type(p) in (Tensor, nn.Parameter) for p in group["params"])
     if isinstance(optimizer, optim.Adagrad):
-        return for_each
+        return bool(for_each)
     if not group.get("capturable"):
         return False
     if isinstance(optimizer, optim.RMSprop | optim.Adadelta):
-        return for_each
+        return bool(for_each)
     return isinstance(optimizer, optim.Adam | optim.NAdam | optim.Adamax)
 
 
@@ -146,11 +148,13 @@ def check_place(optimizer: optim.Optimizer, place: str, decay: str, *, decay_giv
             raise ValueError(f"apply='lr': {name} has no 'lr' in its parameter groups; use 'gradient' or 'update'")
     elif any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(
-            f"apply={place!r} changes tensors in place, which cuts the graph of {name}(differentiable=True); use apply='lr' "
-            "(the factors themselves count as constants)"
+            f"apply={place!r} changes tensors in place, which cuts the graph of {name}(differentiable=True); use "
+            "apply='lr' (the factors themselves count as constants)"
         )
     if place == "gradient" and decay == "scaled" and not decay_given:
-        unknown = [g for g in optimizer.param_groups if g.get("weight_decay") and decay_is_coupled(optimizer, g) is None]
+        unknown = [
+            g for g in optimizer.param_groups if g.get("weight_decay") and decay_is_coupled(optimizer, g) is None
+        ]
         if unknown:
             raise ValueError(
                 f"apply='gradient': whether the weight decay of {name} is part of the gradient is not known; pass "
@@ -166,4 +170,3 @@ def no_effect(optimizer: optim.Optimizer, place: str) -> str | None:
             "changes next to nothing; apply='lr' scales its step"
         )
     return None
-

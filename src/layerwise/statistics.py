@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ from torch import Tensor
 from .layers import Layer
 
 
-@dataclass(frozen=True)
 class Statistics:
-    """What a rule is told about the layers at one step; what it did not ask for in `needs` is None.
+    """What a rule is told about the layers at one step: what it asked for in `needs`, and no more.
 
     Every tensor but `counts` has shape `[n_layers]`, lives on the parameters' device and is float64 (float32 on devices
     without float64). Norms are 2-norms over all parameters of the layer together.
@@ -24,24 +22,36 @@ class Statistics:
             any factor; 0 for a layer without a gradient.
         weight_norm: ‖w_l‖.
         matrix_norm: ‖W_l‖ over the layer's parameters of two or more dimensions: its weight without its bias.
-        normalisation_gain: Mean over channels of γ²/σ² for a normalisation layer (σ² its running variance, 1 if it keeps
-            none), 1 for every other layer.
+        normalisation_gain: Mean over channels of γ²/σ² for a normalisation layer (σ² its running variance, 1 if it
+            keeps none), 1 for every other layer.
         decay_norm: ‖λ w_l‖, the norm of the weight-decay term, with each parameter's own λ.
         learning_rate: The layer's rate in its parameter group (the largest one, where a layer spans several groups).
         counts: Bool scalar: whether this is a step to count. Steps that a gradient scaler skips, steps with a
             gradient that is not finite and steps whose gradients are all zero are not.
+
+    Raises:
+        AttributeError: A statistic is read that was not asked for.
     """
 
-    gradient_norm: Tensor | None = None
-    weight_norm: Tensor | None = None
-    matrix_norm: Tensor | None = None
-    normalisation_gain: Tensor | None = None
-    decay_norm: Tensor | None = None
-    learning_rate: Tensor | None = None
-    counts: Tensor | None = None
+    gradient_norm: Tensor
+    weight_norm: Tensor
+    matrix_norm: Tensor
+    normalisation_gain: Tensor
+    decay_norm: Tensor
+    learning_rate: Tensor
+    counts: Tensor
+
+    def __init__(self, **statistics: Tensor) -> None:
+        check_needs(statistics)
+        vars(self).update(statistics)
+
+    def __getattr__(self, name: str) -> Any:  # only called for what is not there
+        if name in NEEDS:
+            raise AttributeError(f"the rule reads statistics.{name} without asking for it; add {name!r} to its needs")
+        raise AttributeError(f"there is no statistic {name!r}; there are {', '.join(NEEDS)}")
 
 
-NEEDS = tuple(Statistics.__dataclass_fields__)
+NEEDS = tuple(Statistics.__annotations__)
 
 
 class LayerStatistics:
@@ -63,7 +73,7 @@ class LayerStatistics:
         self.count = len(layers)
         self.device, self.dtype = common_device(layers)
         self._indices: dict[str, tuple[tuple[int, ...], Tensor]] = {}
-        self._rates: tuple[list[float], Tensor] | None = None
+        self._numbers: dict[str, tuple[list[float], Tensor]] = {}
 
     def compute(self, groups: Sequence[Mapping[str, Any]], grad_scale: Tensor | None = None) -> Statistics:
         """Return this step's statistics.
@@ -81,7 +91,7 @@ class LayerStatistics:
             present = [p for p, _ in members if p.grad is not None]
             norms = self._norms("gradient", [p.grad for p in present], present)
             if grad_scale is not None:
-                norms = norms / grad_scale.to(norms.device, norms.dtype)
+                norms = norms / moved(grad_scale, self.device).to(self.dtype)
             if "gradient_norm" in needs:
                 values["gradient_norm"] = norms
             if "counts" in needs:
@@ -111,7 +121,7 @@ class LayerStatistics:
             return squares
         norms = tensor_norms(tensors, self.device, self.dtype)
         if scales is not None:
-            norms = norms * torch.tensor(scales, dtype=self.dtype).to(self.device, non_blocking=True)
+            norms = norms * self._on_device("scales", list(scales))
         return squares.index_add_(0, self._index(kind, owners), norms.square_()).sqrt_()
 
     def _index(self, kind: str, owners: Sequence[Tensor]) -> Tensor:
@@ -119,7 +129,7 @@ class LayerStatistics:
         pattern = tuple(map(id, owners))
         cached = self._indices.get(kind)
         if cached is None or cached[0] != pattern:
-            index = torch.tensor([self.layer_of[i] for i in pattern]).to(self.device, non_blocking=True)
+            index = torch.tensor([self.layer_of[i] for i in pattern], device=self.device)
             cached = self._indices[kind] = (pattern, index)
         return cached[1]
 
@@ -127,13 +137,14 @@ class LayerStatistics:
         one = torch.ones((), dtype=self.dtype, device=self.device)
         gains: list[Tensor] = []
         for layer in self.layers:
-            weight, variance = (getattr(layer.module, name, None) for name in ("weight", "running_var"))
+            module: Any = layer.module
+            weight, variance = getattr(module, "weight", None), getattr(module, "running_var", None)
             if weight is None or weight.ndim != 1:
                 gains.append(one)
                 continue
-            square = weight.detach().to(self.device, self.dtype).square()
+            square = moved(weight.detach(), self.device).to(self.dtype).square()
             if variance is not None:
-                square = square / (variance.to(self.device, self.dtype) + layer.module.eps)
+                square = square / (moved(variance, self.device).to(self.dtype) + module.eps)
             gains.append(square.mean())
         return torch.stack(gains)
 
@@ -145,9 +156,14 @@ class LayerStatistics:
             vectors = [[torch.as_tensor(r, dtype=self.dtype, device=self.device).reshape(()) for r in q] for q in rates]
             return torch.stack([torch.stack(vector).amax() for vector in vectors])
         largest = [max(layer) for layer in rates]
-        if self._rates is None or self._rates[0] != largest:
-            self._rates = (largest, torch.tensor(largest, dtype=self.dtype).to(self.device, non_blocking=True))
-        return self._rates[1]
+        return self._on_device("rates", largest)
+
+    def _on_device(self, kind: str, values: list[float]) -> Tensor:
+        """Return numbers as a tensor; the copy to the device happens once for as long as they stay the same."""
+        cached = self._numbers.get(kind)
+        if cached is None or cached[0] != values:
+            cached = self._numbers[kind] = (values, torch.tensor(values, dtype=self.dtype, device=self.device))
+        return cached[1]
 
 
 def check_needs(needs: Collection[str]) -> None:
@@ -205,7 +221,10 @@ def tensor_norms(tensors: Sequence[Tensor], device: torch.device, dtype: torch.d
         for position, result in zip(positions, results, strict=True):
             norms[position] = result
     if len(kinds) > 1:
-        norms = [norm.to(device, dtype, non_blocking=True) for norm in norms]
-    return torch.stack(norms).to(device, dtype)
+        norms = [moved(norm, device).to(dtype) for norm in norms]
+    return torch.stack(norms).to(dtype)
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on a device, without waiting for it."""
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)

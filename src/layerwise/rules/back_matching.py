@@ -20,10 +20,11 @@ class BackMatching(Rule):
 
     f_l = ∏_{j above l} 1/s_j,  f_top = 1
 
-    s_j is the factor by which layer j multiplies the squared signal that goes back through it: ‖W_j‖² / n_in for a linear
-    layer, ‖W_j‖² / (c_in stride²) for a convolution, the mean over channels of γ²/σ² for a batch normalisation (σ² its
-    running variance) and of γ² for a normalisation without running statistics; times `activation` for each weight layer
-    that an activation follows, so for each one but the top. A layer with ‖W‖ = 0, or of no such kind, has s = 1.
+    s_j is the factor by which layer j multiplies the squared signal that goes back through it: ‖W_j‖² / n_in for a
+    linear layer, ‖W_j‖² / (c_in stride²) for a convolution, the mean over channels of γ²/σ² for a batch normalisation
+    (σ² its running variance) and of γ² for a normalisation without running statistics; times `activation` for each
+    weight layer that an activation follows, so for each one but the top. A layer with ‖W‖ = 0, or of no such kind, has
+    s = 1.
 
     The paper's exact factors are not public; this derivation from its abstract (least-squares matching of the backward
     signals, W'W ≈ ‖W‖²/n_in I) is ours. Layers count as a chain in the model's order: the sum over the branches of a
@@ -41,7 +42,7 @@ class BackMatching(Rule):
         >>> rule = BackMatching(activation=0.5)
         >>> statistics = Statistics(matrix_norm=torch.tensor([2.0, 3.0]), normalisation_gain=torch.ones(2))
         >>> rule.factors(statistics, rule.init(layers, torch.device("cpu")))[0]  # 1 / (3² / 3 · 1/2), 1
-        tensor([0.6667, 1.0000])
+        tensor([0.6667, 1.0000], dtype=torch.float64)
 
     Reference:
         After Zhang, Chen, Liu: Train feedforward neural network with layer-wise adaptive rate via approximating

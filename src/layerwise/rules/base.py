@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..layers import Layer, LayerSpecification
+from ..layers import Exclusion, Layer, LayerSpecification
 from ..statistics import Statistics
 
 State = dict[str, Any]
 """A rule's memory: a dictionary of tensors and plain numbers, so that `torch.load(weights_only=True)` reads it."""
-
-Exclusion = Sequence[str] | Callable[[str, Tensor], bool] | None
 
 
 class Rule(ABC):
@@ -25,7 +23,8 @@ class Rule(ABC):
     `[n_layers]` on the parameters' device. A factor that is not finite acts as 1, so that a layer with a zero or broken
     gradient does what the optimizer alone would do.
 
-    The class attributes say what `"auto"` means for the rule in `LayerwiseLR`; None leaves it to the others of a `chain`.
+    The class attributes say what `"auto"` means for the rule in `LayerwiseLR`; None leaves it to the others of a
+    `chain`.
 
     * `needs`: names of the statistics it reads (fields of `layerwise.statistics.Statistics`).
     * `default_layers`: `"module"` or `"parameter"`.
@@ -68,3 +67,8 @@ class Rule(ABC):
     def end_epoch(self, state: State) -> State:
         """Return the state for the next epoch."""
         return state
+
+
+def finite_or_one(factors: Tensor) -> Tensor:
+    """Return the factors with 1 for each that is not finite."""
+    return torch.nan_to_num(factors, nan=1.0, posinf=1.0, neginf=1.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..layers import Layer
 from ..statistics import Statistics
-from .base import Rule, State
+from .base import Rule, State, finite_or_one
 
 
 def default(rule: Any, name: str) -> Any:
@@ -29,8 +29,8 @@ def check_rule(rule: Any) -> Any:
         raise TypeError(f"rule={rule.__name__} is a class; call it: {rule.__name__}(…)")
     if not callable(getattr(rule, "factors", None)):
         raise TypeError(
-            f"rule={rule!r} ({type(rule).__name__}) has no method factors(statistics, state); pass one of layerwise.rules "
-            "or an object with it"
+            f"rule={rule!r} ({type(rule).__name__}) has no method factors(statistics, state); pass one of "
+            "layerwise.rules or an object with it"
         )
     return rule
 
@@ -68,8 +68,7 @@ class _Chain(_Combined):
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the product of the rules' factors."""
         each, state = self._each(statistics, state)
-        finite = [torch.where(torch.isfinite(factors), factors, 1.0) for factors in each]
-        return torch.stack(finite).prod(0), state
+        return torch.stack([finite_or_one(factors) for factors in each]).prod(0), state
 
     def __repr__(self) -> str:
         return f"chain({', '.join(map(repr, self.rules))})"
@@ -83,7 +82,7 @@ class _Bounds(_Combined):
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the rule's factors, clamped."""
         (factors,), state = self._each(statistics, state)
-        return torch.where(torch.isfinite(factors), factors, 1.0).clamp(self.low, self.high), state
+        return finite_or_one(factors).clamp(self.low, self.high), state
 
     def __repr__(self) -> str:
         return f"bounds({self.rules[0]!r}, {self.low:g}, {self.high:g})"

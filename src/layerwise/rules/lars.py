@@ -30,9 +30,10 @@ class LARS(Rule):
 
     f_l = η‖w_l‖ / (‖g_l‖ + λ‖w_l‖ + ε)
 
-    and 1 where ‖w_l‖ or ‖g_l‖ is zero. λ is the weight decay of the layer's parameter group. Layers are single parameters,
-    and one-dimensional ones (biases, gains of normalisations) are left out; give those a group without weight decay, as
-    the method does. The factor acts inside the momentum, on gradient and decay together: `v ← μv + f (g + λw)`.
+    and 1 where ‖w_l‖ or ‖g_l‖ is zero. λ is the weight decay of the layer's parameter group. Layers are single
+    parameters, and one-dimensional ones (biases, gains of normalisations) are left out; give those a group without
+    weight decay, as the method does. The factor acts inside the momentum, on gradient and decay together: `v ← μv + f
+    (g + λw)`.
 
     Args:
         trust_coefficient: η, above 0.

@@ -19,8 +19,8 @@ class LayerAdaptive(Rule):
     f_l = 1 + log(1 + 1/‖g_l‖)
 
     ‖g_l‖ is the 2-norm of the mini-batch gradient of all the layer's parameters together (weight and bias), without
-    weight decay. The factor is above 1 always, and large where the gradient is small: in flat regions and low layers. It
-    is not scale-free: a loss summed over the batch instead of averaged gives other factors.
+    weight decay. The factor is above 1 always, and large where the gradient is small: in flat regions and low layers.
+    It is not scale-free: a loss summed over the batch instead of averaged gives other factors.
 
     A zero or non-finite norm gives 1.
 

@@ -22,8 +22,8 @@ def depths(names: Sequence[str]) -> list[int]:
     """Return the depth of each layer, counted from 0 at the input, from the names alone.
 
     Layers of one numbered block (`blocks.3`, `encoder.layer.3`, `layer1.0`, `3`) share a depth. Layers named before the
-    first block are its embeddings, all of depth 0; those after the last block are the head, all of the last depth; those
-    in between belong to the block before them. Without numbered blocks every layer is a depth of its own.
+    first block are its embeddings, all of depth 0; those after the last block are the head, all of the last depth;
+    those in between belong to the block before them. Without numbered blocks every layer is a depth of its own.
 
     Args:
         names: Layer names in the model's order.

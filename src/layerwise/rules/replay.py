@@ -89,8 +89,8 @@ class Replay(Rule):
 
     f_l(k) = the factor recorded for layer l at step k; the last ones after the last recorded step
 
-    Steps that count are those with finite gradients that are not all zero, so a skipped step does not move the recording
-    on. Attach it with the `apply`, `decay` and `layers` of the run that was recorded.
+    Steps that count are those with finite gradients that are not all zero, so a skipped step does not move the
+    recording on. Attach it with the `apply`, `decay` and `layers` of the run that was recorded.
 
     Args:
         file: A file written by `save_factors`.
@@ -128,8 +128,8 @@ class Replay(Rule):
         if set(names) != set(wanted):
             missing, extra = sorted(set(wanted) - set(names)), sorted(set(names) - set(wanted))
             raise ValueError(
-                f"file={os.fspath(self.file)!r} was recorded of other layers: it lacks {missing} and has {extra} besides; "
-                "attach with the layers= of the recorded run"
+                f"file={os.fspath(self.file)!r} was recorded of other layers: it lacks {missing} and has {extra} "
+                "besides; attach with the layers= of the recorded run"
             )
         columns = [names.index(name) for name in wanted]
         table = torch.tensor(steps, dtype=common_device(layers)[1])[:, columns].to(device)

@@ -1,0 +1,144 @@
+"""What is told before training, and that telling it changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import layerwise
+from layerwise.rules import LARS, Constant
+
+
+@pytest.fixture
+def told(capsys):
+    """Return a function that runs `diagnose` and returns its text, which it must also have printed."""
+
+    def run(*arguments, **named):
+        text = layerwise.diagnose(*arguments, **named)
+        assert capsys.readouterr().out == text + "\n"
+        return text
+
+    return run
+
+
+def line_of(text, start):
+    return next(line for line in text.splitlines() if line.startswith(start))
+
+
+def test_the_layers_are_listed_with_their_size_rate_and_decay(make_model, told):
+    model = make_model()
+    groups = layerwise.param_groups(model)
+    groups[1]["lr"] = 0.5
+    groups[2]["weight_decay"] = 0.01
+    text = told(torch.optim.SGD(groups, lr=0.1), model)
+    assert text.splitlines()[0] == "LayerAdaptive on SGD: 3 layers, 6 parameter tensors, 47 numbers"
+    assert line_of(text, "0 ").split() == ["0", "2", "24", "0.1", "0"]
+    assert line_of(text, "2 ").split() == ["2", "2", "15", "0.5", "0"]
+    assert line_of(text, "4 ").split() == ["4", "2", "8", "0.1", "0.01"]
+    assert "problems  none found" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "place", "reason"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9}, "gradient", "inside the momentum"),
+        (torch.optim.SGD, {}, "lr", "exact for SGD"),
+        (torch.optim.Adam, {}, "lr", "exact for Adam"),
+        (torch.optim.Rprop, {}, "update", "Rprop reads its rate too late"),
+    ],
+    ids=["momentum", "plain descent", "Adam", "Rprop"],
+)
+def test_where_the_factor_acts_and_what_it_costs_is_told(make_model, told, kind, options, place, reason):
+    model = make_model()
+    text = told(kind(model.parameters(), lr=0.1, **options), model)
+    assert line_of(text, "acts on").startswith(f"acts on   {place!r}: ")
+    assert reason in line_of(text, "acts on")
+    assert ("a copy of the parameters" in line_of(text, "costs")) == (place == "update")
+
+
+def test_the_rule_and_its_arguments_decide(make_model, told):
+    model = make_model()
+    text = told(torch.optim.SGD(model.parameters(), lr=0.1), model, LARS(), apply="update")
+    assert text.startswith("LARS on SGD: 6 layers")
+    assert "acts on   'update'" in text
+
+
+def test_what_is_outside_frozen_missing_or_without_effect_is_told(told):
+    model = nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 1), "aside": nn.Linear(1, 1)})
+    model["body"].requires_grad_(False)
+    stranger = nn.Parameter(torch.zeros(1))
+    held = [*model["body"].parameters(), *model["head"].parameters(), stranger]
+    text = told(torch.optim.AdamW(held), model, apply="gradient")
+    assert line_of(text, "body").endswith("frozen")
+    assert not line_of(text, "head").endswith("frozen")
+    assert "1 parameter tensor of the optimizer in no layer; the factor there is 1" in text
+    assert "2 trainable parameters not in the optimizer: aside.weight, aside.bias" in text
+    assert "AdamW divides by the size of the gradients it has seen" in text
+    assert "none found" not in text
+
+
+def test_the_decoupled_decay_that_a_factor_scales_is_told(make_model, told):
+    model = make_model()
+    assert "decoupled weight decay" in told(torch.optim.AdamW(model.parameters()), model)
+    assert "decoupled weight decay" not in told(torch.optim.AdamW(model.parameters(), weight_decay=0), model)
+
+
+def test_a_long_list_is_cut_and_says_how_to_see_the_rest(told):
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(50)))
+    optimizer = torch.optim.SGD(model.parameters())
+    assert "… and 10 more (most=50 lists all)" in told(optimizer, model)
+    assert "more (most=" not in told(optimizer, model, most=50)
+
+
+def test_the_root_layer_has_a_name_that_can_be_read(told):
+    model = nn.Linear(2, 1)
+    assert line_of(told(torch.optim.SGD(model.parameters()), model), "(root)").split()[1:3] == ["2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "words"),
+    [
+        (torch.optim.LBFGS, {}, "use a first-order optimizer"),
+        (torch.optim.Rprop, {"apply": "lr"}, "use apply='update'"),
+        (torch.optim.SGD, {"exclude": ["fc"]}, "exclude pattern 'fc' matches none of '0', '2', '4'"),
+        (torch.optim.SGD, {"rule": LARS}, "LARS is a class"),
+    ],
+    ids=["LBFGS", "the rate of Rprop", "an unknown layer", "a rule class"],
+)
+def test_what_cannot_be_attached_is_told_and_does_not_raise(make_model, told, kind, arguments, words):
+    model = make_model()
+    text = told(kind(model.parameters()), model, **arguments)
+    assert "cannot be attached" in text
+    assert words in text
+
+
+def test_what_is_no_optimizer_raises():
+    with pytest.raises(TypeError, match=r"no torch\.optim\.Optimizer"):
+        layerwise.diagnose("sgd", nn.Linear(1, 1))
+
+
+def test_what_is_no_model_raises():
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        layerwise.diagnose(torch.optim.SGD(nn.Linear(1, 1).parameters()), "net")
+
+
+def test_nothing_changes_not_even_beside_an_adapter(make_model, train, weights, assert_same_bits, told):
+    results = []
+    for asked in (False, True):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        layerwise.LayerwiseLR(optimizer, Constant({"2": 3.0}), model)
+        before = dict(vars(optimizer)), dict(optimizer._optimizer_step_pre_hooks), optimizer.state_dict()
+        if asked:
+            told(optimizer, model)
+        after = dict(vars(optimizer)), dict(optimizer._optimizer_step_pre_hooks), optimizer.state_dict()
+        assert before == after
+        train(model, optimizer)
+        results.append(weights(model))
+    assert_same_bits(*results)
+    model = make_model()
+    bare = torch.optim.SGD(model.parameters())
+    assert "none found" in told(bare, model)
+    assert not bare._optimizer_step_pre_hooks
+    assert not bare._optimizer_step_post_hooks

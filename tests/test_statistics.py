@@ -1,0 +1,289 @@
+"""The statistics against float64 NumPy, and that computing them waits for no device."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import layerwise
+from layerwise.layers import Layer, make_layers
+from layerwise.statistics import NEEDS, LayerStatistics, check_needs, tensor_norms
+
+NORMS = ("gradient_norm", "weight_norm", "matrix_norm", "decay_norm")
+
+
+def layer_norm(arrays):
+    """Return the 2-norm over arrays together, slowly and in float64."""
+    return math.sqrt(sum(float(np.sum(np.abs(np.asarray(a).astype(np.complex128)) ** 2)) for a in arrays))
+
+
+def compute(layers, groups, *needs, grad_scale=None):
+    with torch.no_grad():
+        return LayerStatistics(layers, needs).compute(groups, grad_scale)
+
+
+def layers_with_gradients(shapes, dtype=torch.float64, gradients=True):
+    """Return a layer for each list of shapes, and one parameter group that holds all of them."""
+    layers = []
+    for number, layer in enumerate(shapes):
+        parameters = tuple(nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in layer)
+        for p in parameters:
+            p.grad = torch.randn_like(p) if gradients else None
+        layers.append(Layer(str(number), parameters))
+    members = [p for layer in layers for p in layer.parameters]
+    return layers, [{"params": members, "lr": 0.1, "weight_decay": 0.01}]
+
+
+def arrays(tensors):
+    return [t.detach().to(torch.complex128 if t.is_complex() else torch.float64).numpy() for t in tensors]
+
+
+SHAPES = st.lists(
+    st.lists(st.lists(st.integers(0, 4), min_size=0, max_size=3).map(tuple), min_size=1, max_size=4),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(SHAPES, st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]))
+@settings(deadline=None, max_examples=50)
+def test_all_norms_are_those_of_numpy_whatever_the_shapes_and_the_type(shapes, dtype):
+    layers, groups = layers_with_gradients(shapes, dtype)
+    statistics = compute(layers, groups, *NORMS)
+    tolerance = 1e-12 if dtype is torch.float64 else 1e-5
+    for index, layer in enumerate(layers):
+        weights, gradients = arrays(layer.parameters), arrays([p.grad for p in layer.parameters])
+        expected = {
+            "gradient_norm": layer_norm(gradients),
+            "weight_norm": layer_norm(weights),
+            "matrix_norm": layer_norm([w for w in weights if w.ndim > 1]),
+            "decay_norm": 0.01 * layer_norm(weights),
+        }
+        for name, value in expected.items():
+            actual = getattr(statistics, name)
+            assert actual.dtype is torch.float64
+            assert actual.shape == (len(layers),)
+            assert float(actual[index]) == pytest.approx(value, rel=tolerance, abs=1e-30), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_neither_overflows_nor_rounds(dtype):
+    gradient = torch.full((1000,), 3e4, dtype=dtype)
+    small = torch.full((100,), 1e-4, dtype=dtype)
+    norms = tensor_norms([gradient, small], torch.device("cpu"), torch.float64)
+    expected = [layer_norm(arrays([gradient])), layer_norm(arrays([small]))]
+    assert norms.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_repeated_entries_of_a_sparse_gradient_are_summed_first():
+    p = nn.Parameter(torch.zeros(4, 2, dtype=torch.float64))
+    values = torch.randn(3, 2, dtype=torch.float64)
+    p.grad = torch.sparse_coo_tensor(torch.tensor([[1, 3, 1]]), values, (4, 2), check_invariants=True)
+    assert not p.grad.is_coalesced()
+    norm = compute([Layer("", (p,))], [{"params": [p], "lr": 1.0}], "gradient_norm").gradient_norm
+    assert norm.tolist() == pytest.approx([layer_norm([p.grad.to_dense().numpy()])], rel=1e-14)
+    assert not p.grad.is_coalesced(), "the gradient itself must stay as it came"
+
+
+def test_an_empty_sparse_gradient_has_norm_zero():
+    p = nn.Parameter(torch.zeros(4, 2))
+    p.grad = torch.zeros(4, 2).to_sparse()
+    norm = compute([Layer("", (p,))], [{"params": [p], "lr": 1.0}], "gradient_norm").gradient_norm
+    assert norm.tolist() == [0.0]
+
+
+def test_a_layer_of_mixed_types_and_a_sparse_part_has_one_norm():
+    kinds = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
+    parameters = [nn.Parameter(torch.randn(3, 2, dtype=kind)) for kind in kinds]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    parameters[0].grad = parameters[0].grad.to_sparse()
+    dense = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in parameters]
+    groups = [{"params": [p], "lr": 1.0} for p in parameters]
+    layers = [Layer("a", tuple(parameters[:3])), Layer("b", tuple(parameters[3:]))]
+    norms = compute(layers, groups, "gradient_norm").gradient_norm
+    expected = [layer_norm(arrays(dense[:3])), layer_norm(arrays(dense[3:]))]
+    assert norms.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_missing_gradients_count_as_nothing_and_may_come_back():
+    layers, groups = layers_with_gradients([[(3, 2), (3,)], [(2,)], [(2, 2)]])
+    statistics = LayerStatistics(layers, ["gradient_norm"])
+    kept = [p.grad for p in groups[0]["params"]]
+    for missing in ([], [1, 2], [0, 1, 2, 3], [3], []):
+        for number, (p, gradient) in enumerate(zip(groups[0]["params"], kept, strict=True)):
+            p.grad = None if number in missing else gradient
+        expected = [layer_norm(arrays([p.grad for p in layer.parameters if p.grad is not None])) for layer in layers]
+        assert statistics.compute(groups).gradient_norm.tolist() == pytest.approx(expected, rel=1e-13)
+
+
+def test_the_scale_of_a_gradient_scaler_is_divided_out():
+    layers, groups = layers_with_gradients([[(3, 2)], [(2,)]], torch.float32)
+    expected = [layer_norm(arrays([layer.parameters[0].grad])) for layer in layers]
+    for p in groups[0]["params"]:
+        p.grad *= 1024
+    actual = compute(layers, groups, "gradient_norm", grad_scale=torch.tensor(1024.0)).gradient_norm
+    assert actual.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_each_parameter_has_the_decay_and_the_rate_of_its_own_group():
+    layers, _ = layers_with_gradients([[(3, 2), (3,)], [(2,)], [(2, 2)]])
+    (w, b), (c,), (d,) = (layer.parameters for layer in layers)
+    groups = [
+        {"params": [w, d], "lr": 0.1, "weight_decay": 0.5},
+        {"params": [b], "lr": 0.3, "weight_decay": 0.0},
+        {"params": [c], "lr": 0.2},
+    ]
+    statistics = compute(layers, groups, "decay_norm", "learning_rate")
+    expected = [0.5 * layer_norm(arrays([w])), 0.0, 0.5 * layer_norm(arrays([d]))]
+    assert statistics.decay_norm.tolist() == pytest.approx(expected, rel=1e-14)
+    assert statistics.learning_rate.tolist() == [0.3, 0.2, 0.1]
+
+
+def test_a_rate_that_changes_is_read_again_also_when_it_is_a_tensor():
+    layers, groups = layers_with_gradients([[(2,)], [(3,)]])
+    statistics = LayerStatistics(layers, ["learning_rate"])
+    for rate in (0.1, 0.1, 0.05, torch.tensor(0.25), torch.tensor(0.5, dtype=torch.float64)):
+        groups[0]["lr"] = rate
+        assert statistics.compute(groups).learning_rate.tolist() == [float(rate)] * 2
+
+
+def test_the_gain_of_a_normalisation_is_its_squared_scale_over_the_running_variance():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.LayerNorm(4), nn.BatchNorm1d(4, affine=False))
+    for p in model.parameters():
+        nn.init.uniform_(p, 0.5, 2)
+    nn.init.uniform_(model[1].running_var, 0.5, 2)
+    layers = make_layers(dict(model.named_parameters()), "module", model)
+    groups = [{"params": list(model.parameters()), "lr": 1.0}]
+    gain = compute(layers, groups, "normalisation_gain").normalisation_gain
+    batch, variance, layer = arrays([model[1].weight, model[1].running_var, model[2].weight])
+    expected = [1.0, np.mean(batch**2 / (variance + 1e-5)), np.mean(layer**2)]
+    assert gain.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fill", "counts"), [(1.0, True), (0.0, False), (math.nan, False), (math.inf, False), (None, False)]
+)
+def test_a_step_counts_unless_its_gradients_are_zero_missing_or_not_finite(fill, counts):
+    layers, groups = layers_with_gradients([[(3, 2), (3,)], [(2,)]])
+    for p in groups[0]["params"]:
+        p.grad = None if fill is None else torch.full_like(p, fill)
+    assert compute(layers, groups, "counts").counts.item() is counts
+
+
+def test_one_broken_gradient_makes_a_step_not_count_and_one_zero_gradient_does_not():
+    layers, groups = layers_with_gradients([[(3, 2), (3,)], [(2,)]])
+    layers[1].parameters[0].grad.zero_()
+    assert compute(layers, groups, "counts").counts.item() is True
+    layers[1].parameters[0].grad[0] = math.inf
+    assert compute(layers, groups, "counts").counts.item() is False
+
+
+def test_only_what_is_needed_is_computed_and_reading_the_rest_names_the_remedy():
+    layers, groups = layers_with_gradients([[(2,)]])
+    for need in NEEDS:
+        statistics = compute(layers, groups, need)
+        assert [name for name in NEEDS if hasattr(statistics, name)] == [need]
+    with pytest.raises(AttributeError, match=r"statistics\.weight_norm .*; add 'weight_norm' to its needs"):
+        _ = compute(layers, groups, "gradient_norm").weight_norm
+
+
+def test_an_unknown_need_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="needs holds 'hessian'; allowed: 'gradient_norm'"):
+        check_needs(["gradient_norm", "hessian"])
+    with pytest.raises(TypeError, match=r"needs='gradient_norm' is one string; write needs = \('gradient_norm',\)"):
+        check_needs("gradient_norm")
+
+
+class Operations(TorchDispatchMode):
+    """Records the operations that reach a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+def operations_of(need, number, dtypes):
+    """Return the operations that one computation takes for so many layers of a matrix and a vector."""
+    layers = []
+    for index in range(number):
+        parameters = [nn.Parameter(torch.randn(s, dtype=d)) for s, d in zip([(3, 2), (3,)], dtypes, strict=True)]
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        layers.append(Layer(str(index), tuple(parameters)))
+    groups = [{"params": [p for layer in layers for p in layer.parameters], "lr": 0.1, "weight_decay": 0.01}]
+    statistics = LayerStatistics(layers, [need])
+    with torch.no_grad(), Operations() as operations:
+        statistics.compute(groups)
+    assert not [name for name in operations.names if "_local_scalar_dense" in name]
+    return operations.names
+
+
+@pytest.mark.parametrize("need", NORMS)
+def test_the_number_of_operations_does_not_grow_with_the_layers(need):
+    few, many = (operations_of(need, number, [torch.float32, torch.float32]) for number in (4, 300))
+    assert few == many
+    assert len(many) <= 12
+
+
+@pytest.mark.parametrize("need", NORMS)
+def test_the_number_of_operations_does_not_grow_with_the_layers_of_mixed_types(need):
+    few, many = (operations_of(need, number, [torch.bfloat16, torch.float32]) for number in (4, 300))
+    assert few == many
+
+
+class OnDevice(nn.Module):
+    """A linear layer's parameters on a device that need not exist."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, device="cuda"))
+        self.bias = nn.Parameter(torch.empty(outputs, device="cuda", dtype=torch.bfloat16))
+
+
+@pytest.fixture
+def imagined_accelerator():
+    """Tensors without numbers that claim to be on a GPU: reading one raises."""
+    with FakeTensorMode() as mode:
+        with pytest.raises(DataDependentOutputException):
+            torch.ones(1, device="cuda").item()
+        yield mode
+
+
+@pytest.mark.parametrize("need", NEEDS)
+def test_no_statistic_reads_a_value_from_the_device(imagined_accelerator, need):
+    model = nn.Sequential(OnDevice(4, 3), OnDevice(3, 2))
+    parameters = list(model.parameters())
+    layers = make_layers(dict(model.named_parameters()), "module", model)
+    statistics = LayerStatistics(layers, [need])
+    groups = [{"params": parameters, "lr": 0.1, "weight_decay": 0.1}]
+    for missing in (None, parameters[1], None):
+        for p in parameters:
+            p.grad = None if p is missing else torch.empty_like(p)
+        result = getattr(statistics.compute(groups, torch.ones((), device="cuda")), need)
+        assert result.device.type == "cuda"
+
+
+@pytest.mark.parametrize("apply", ["auto", "gradient", "update"])
+def test_a_whole_step_of_momentum_reads_no_value_from_the_device(imagined_accelerator, apply):
+    model = nn.Sequential(OnDevice(4, 3), OnDevice(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    adapter = layerwise.LayerwiseLR(optimizer, layerwise.rules.LayerAdaptive(), model, apply=apply)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+    with pytest.raises(DataDependentOutputException):
+        adapter.get_last_factors()
