@@ -121,9 +121,8 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     versions = f"torch {torch.__version__}, Python {platform.python_version()}, {arguments.threads} threads"
     print(f"{versions}; median of {arguments.rounds} rounds, ratio with its quartiles\n")
-    print(
-        f"{'one step, ResNet-50 (161 tensors)':<41}{'bare ms':>8}{'with':>8}{'ratio':>7}  {'quartiles':<12}{'target':>6}"
-    )
+    heading = "one step, ResNet-50 (161 tensors)"
+    print(f"{heading:<41}{'bare ms':>8}{'with':>8}{'ratio':>7}  {'quartiles':<12}{'target':>6}")
     rows: dict[str, Any] = {}
 
     def show(name: str, target: float | None, row: dict[str, float]) -> None:

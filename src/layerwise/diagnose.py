@@ -19,7 +19,7 @@ _WHY = {
 }
 _COST = {
     "gradient": "one reading of the gradients; no memory a parameter",
-    "lr": "one reading of the gradients, one parameter group a distinct factor; no memory a parameter",
+    "lr": "one reading of the gradients, a parameter group for each factor; no memory a parameter",
     "update": "one reading of the gradients, and a copy of the parameters during the step",
 }
 
@@ -54,8 +54,9 @@ def diagnose(
         0                2       7,850       0.001        0.01
         <BLANKLINE>
         acts on   'lr': as this step's rate of the layer: exact for AdamW, whose step reads group['lr']
-        costs     one reading of the gradients, one parameter group a distinct factor; no memory a
-        parameter problems  none found
+        costs     one reading of the gradients, a parameter group for each factor; no memory a parameter
+        problems  none found
+        note      decoupled weight decay is multiplied by the rate, so the factor scales it too
         next      adapter = layerwise.LayerwiseLR(optimizer, rule, model)
     """
     rule = LayerAdaptive() if rule is None else rule

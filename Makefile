@@ -1,0 +1,42 @@
+# Everything installs into .venv; each target may be run first, again, and in any order.
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= 2
+
+.PHONY: help demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/pip: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "layerwise needs Python 3.10 or later")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip==26.3'
+	touch $@
+
+.venv/lab: .venv/pip pyproject.toml
+	@echo "installing into .venv (about a minute the first time)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]'
+	touch $@
+
+.venv/dev: .venv/lab
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
+	touch $@
+
+demo: .venv/lab ## train LeNet on real digits, with and without per-layer rates, and write runs/report.html
+	$(BIN)/layerwise demo
+
+test: .venv/dev ## run the tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: .venv/dev ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+bench: .venv/lab ## measure what attaching costs
+	$(BIN)/python -m benchmarks
+
+clean: ## remove what was installed and built; runs/ stays
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
