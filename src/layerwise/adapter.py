@@ -170,9 +170,13 @@ class LayerwiseLR:
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be what state_dict() returned, not {type(state_dict).__name__}")
-        missing = {"version", "rule", "layers", "epoch", "state"} - set(state_dict)
-        if missing or state_dict["version"] != 1:
-            raise ValueError(f"this is no state of a LayerwiseLR (version 1): it lacks {sorted(missing)}")
+        missing = sorted({"version", "rule", "layers", "epoch", "state"} - set(state_dict))
+        if missing:
+            raise ValueError(f"this is no state of a LayerwiseLR: it lacks {missing}")
+        if state_dict["version"] != 1:
+            raise ValueError(
+                f"version={state_dict['version']!r} of the state is unknown; this layerwise reads version 1"
+            )
         if list(state_dict["layers"]) != self.layers:
             raise ValueError(
                 f"the state was saved of the layers {list(state_dict['layers'])}, this adapter has {self.layers}; "

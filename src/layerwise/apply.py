@@ -166,9 +166,11 @@ class Gradient:
 
     def __init__(self, decay: str, *, in_place: bool) -> None:
         self.decay, self.in_place = decay, in_place
+        self._started: tuple[Any, Any, list[Tensor]] | None = None
 
     def act(self, view: Any, layer_of: Mapping[int, int], factors: Factors) -> list[Split]:
         """Scale the gradients, or what the optimizer multiplies them by."""
+        self._started = None  # of a step that failed
         scaled = self.decay == "scaled" and any(
             group.get("weight_decay") and decay_is_coupled(view, group) is not False for group in view.param_groups
         )
@@ -184,7 +186,12 @@ class Gradient:
         return split_groups(view, factor_of(layer_of, factors.numbers), lambda group, f: self._decay(view, group, f))
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Hand the momentum that the step has begun to the optimizer."""
+        if self._started is not None:
+            view, state, fresh = self._started
+            for p in fresh:
+                state[p] = view.state[p]
+            view.state, self._started = state, None
 
     @staticmethod
     def _decay(view: Any, group: Mapping[str, Any], factor: float) -> dict[str, Any]:
@@ -208,7 +215,7 @@ class Gradient:
                 if inside and group.get("weight_decay") and decay_is_coupled(view, group) is not False:
                     sign = -1 if group.get("maximize") else 1  # with maximize, step() takes -g before it adds λw
                     alpha = sign * group["weight_decay"]
-                    torch._foreach_add_([p.grad for p in inside], [p.detach() for p in inside], alpha=alpha)
+                    torch._foreach_add_([p.grad for p in inside], inside, alpha=alpha)
                     splits.append(Split(group, {**group, "weight_decay": 0.0}, {"weight_decay": 0.0}))
                     groups.append(splits[-1].group)
                 else:
@@ -226,14 +233,18 @@ class Gradient:
             return False
         return scaled or not any(group["weight_decay"] for group in view.param_groups)
 
-    @staticmethod
     def _through_dampening(
-        view: Any, layer_of: Mapping[int, int], members: Sequence[tuple[Tensor, int]], numbers: Sequence[float]
+        self, view: Any, layer_of: Mapping[int, int], members: Sequence[tuple[Tensor, int]], numbers: Sequence[float]
     ) -> list[Split]:
         """Set `1 − dampening` to `(1 − dampening) f`; a parameter's first step has no dampening of its own."""
-        fresh = [p for p, _ in members if view.state[p].get("momentum_buffer") is None]
-        for p in fresh:  # step() would start from a copy of g + λw; from zero it starts from f (g + λw)
-            view.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        state = view.state
+        fresh = [p for p, _ in members if state.get(p, {}).get("momentum_buffer") is None]
+        if fresh:  # step() would start from a copy of g + λw; from zero it starts from f (g + λw)
+            view.state = state.copy()  # the optimizer's own changes only when the step has been taken
+            for p in fresh:
+                zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
+                view.state[p] = {**state.get(p, {}), "momentum_buffer": zeros}
+            self._started = (view, state, fresh)
         fresh_ids = set(map(id, fresh))
         factor = factor_of(layer_of, numbers)
 
@@ -252,7 +263,7 @@ class Update:
 
     def act(self, view: Any, layer_of: Mapping[int, int], factors: Factors) -> list[Split]:
         """Copy the parameters whose update will be scaled."""
-        members = [(p.detach(), layer) for p, layer in members_of(view, layer_of)]
+        members = members_of(view, layer_of)
         numbers = factors.numbers
         if numbers is not None:
             members = [(p, layer) for p, layer in members if numbers[layer] != 1]

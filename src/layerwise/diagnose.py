@@ -61,6 +61,8 @@ def diagnose(
     """
     rule = LayerAdaptive() if rule is None else rule
     inner = unwrap(optimizer)
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, not {type(model).__name__}")
     try:
         adapter = LayerwiseLR(inner, rule, model, **arguments)
     except (TypeError, ValueError) as error:

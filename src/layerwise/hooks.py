@@ -76,9 +76,8 @@ class OptimizerHooks:
             del _hooks_of[optimizer]
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if (
-            optimizer is not self._optimizer()
-        ):  # a step() that calls super().step() runs the hooks once more, on the view
+        # A step() that calls super().step() runs the hooks once more, on the view.
+        if optimizer is not self._optimizer():
             return None
         self._clear()  # an exception in the last step() left no post-hook to do it
         active = [member for member in self.members if member.enabled]

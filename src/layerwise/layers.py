@@ -163,7 +163,9 @@ def make_layers(
         members.setdefault(layer, []).append((name, parameter))
     if not members:
         raise ValueError(f"layers={specification!r} puts no parameter into a layer; names: {_some(named_parameters)}")
-    modules = {clean_name(name).rstrip("."): module for name, module in model.named_modules()} if model else {}
+    modules = (
+        {clean_name(name).rstrip("."): module for name, module in model.named_modules()} if model is not None else {}
+    )
     layers: list[Layer] = []
     for layer, entries in members.items():
         owners = {owner_name(name) for name, _ in entries}

@@ -164,9 +164,11 @@ def check_place(optimizer: optim.Optimizer, place: str, decay: str, *, decay_giv
 
 def no_effect(optimizer: optim.Optimizer, place: str) -> str | None:
     """Return a sentence when a factor at this place changes next to nothing, else None."""
-    if place == "gradient" and isinstance(optimizer, SCALE_INVARIANT):
-        return (
-            f"{type(optimizer).__name__} divides by the size of the gradients it has seen, so multiplying the gradient "
-            "changes next to nothing; apply='lr' scales its step"
-        )
-    return None
+    if place != "gradient" or not isinstance(optimizer, SCALE_INVARIANT):
+        return None
+    after = " after its first five steps" if isinstance(optimizer, optim.RAdam) else ""
+    remedy = "update" if isinstance(optimizer, LATE_RATE) else "lr"
+    return (
+        f"{type(optimizer).__name__} divides by the size of the gradients it has seen, so multiplying the gradient "
+        f"changes next to nothing{after}; apply={remedy!r} scales its step"
+    )

@@ -28,7 +28,14 @@ def copied(state: Any) -> Any:
     """Return a state with its tensors copied, so that later steps do not change what was saved."""
     if isinstance(state, Tensor):
         return state.detach().clone()
-    return {name: copied(value) for name, value in state.items()} if isinstance(state, dict) else state
+    if isinstance(state, dict):
+        return {name: copied(value) for name, value in state.items() if not derived(name)}
+    return state
+
+
+def derived(name: str) -> bool:
+    """Tell whether an entry follows from the rule's arguments, so that it is neither saved nor loaded."""
+    return name.startswith("_")
 
 
 def loaded(saved: Any, current: Any, where: str) -> Any:
@@ -36,9 +43,10 @@ def loaded(saved: Any, current: Any, where: str) -> Any:
     if type(saved) is not type(current):
         raise ValueError(f"{where} is {type(saved).__name__} in the file, {type(current).__name__} here; same rule?")
     if isinstance(current, dict):
-        if set(saved) != set(current):
-            raise ValueError(f"{where} holds {sorted(saved)} in the file, {sorted(current)} here; attach the same rule")
-        return {name: loaded(saved[name], value, f"{where}[{name!r}]") for name, value in current.items()}
+        wanted = sorted(name for name in current if not derived(name))
+        if sorted(saved) != wanted:
+            raise ValueError(f"{where} holds {sorted(saved)} in the file, {wanted} here; attach the same rule")
+        return {**current, **{name: loaded(saved[name], current[name], f"{where}[{name!r}]") for name in wanted}}
     if isinstance(current, Tensor):
         if saved.shape != current.shape:
             raise ValueError(f"{where} has shape {tuple(saved.shape)} in the file, {tuple(current.shape)} here")

@@ -75,6 +75,7 @@ class LayerStatistics:
         self._indices: dict[str, tuple[tuple[int, ...], Tensor]] = {}
         self._numbers: dict[str, tuple[list[float], Tensor]] = {}
 
+    @torch.no_grad()
     def compute(self, groups: Sequence[Mapping[str, Any]], grad_scale: Tensor | None = None) -> Statistics:
         """Return this step's statistics.
 
@@ -95,19 +96,19 @@ class LayerStatistics:
             if "gradient_norm" in needs:
                 values["gradient_norm"] = norms
             if "counts" in needs:
-                values["counts"] = torch.isfinite(norms).all() & (norms > 0).any()
+                total = norms.sum()  # not finite if any of them is not
+                values["counts"] = (total > 0) & (total < torch.inf)
         if "weight_norm" in needs:
-            values["weight_norm"] = self._norms("weight", [p.detach() for p, _ in members], [p for p, _ in members])
+            values["weight_norm"] = self._norms("weight", [p for p, _ in members], [p for p, _ in members])
         if "matrix_norm" in needs:
             matrices = [p for p, _ in members if p.ndim > 1]
-            values["matrix_norm"] = self._norms("matrix", [p.detach() for p in matrices], matrices)
+            values["matrix_norm"] = self._norms("matrix", matrices, matrices)
         if "normalisation_gain" in needs:
             values["normalisation_gain"] = self._normalisation_gains()
         if "decay_norm" in needs:
             decayed = [(p, group["weight_decay"]) for p, group in members if group.get("weight_decay")]
-            values["decay_norm"] = self._norms(
-                "decay", [p.detach() for p, _ in decayed], [p for p, _ in decayed], [d for _, d in decayed]
-            )
+            owners = [p for p, _ in decayed]
+            values["decay_norm"] = self._norms("decay", owners, owners, [decay for _, decay in decayed])
         if "learning_rate" in needs:
             values["learning_rate"] = self._learning_rates(members)
         return Statistics(**values)
@@ -119,18 +120,18 @@ class LayerStatistics:
         squares = torch.zeros(self.count, dtype=self.dtype, device=self.device)
         if not tensors:
             return squares
-        norms = tensor_norms(tensors, self.device, self.dtype)
+        norms, order = tensor_norms(tensors, self.device, self.dtype)
         if scales is not None:
-            norms = norms * self._on_device("scales", list(scales))
-        return squares.index_add_(0, self._index(kind, owners), norms.square_()).sqrt_()
+            norms = norms * self._on_device("scales", [scales[i] for i in order])
+        index = self._index(kind, tuple(id(owners[i]) for i in order))
+        return squares.index_add_(0, index, norms.square_()).sqrt_()
 
-    def _index(self, kind: str, owners: Sequence[Tensor]) -> Tensor:
+    def _index(self, kind: str, owners: tuple[int, ...]) -> Tensor:
         """Return the layer of each owner, on the device; the copy there happens once per pattern of owners."""
-        pattern = tuple(map(id, owners))
         cached = self._indices.get(kind)
-        if cached is None or cached[0] != pattern:
-            index = torch.tensor([self.layer_of[i] for i in pattern], device=self.device)
-            cached = self._indices[kind] = (pattern, index)
+        if cached is None or cached[0] != owners:
+            index = torch.tensor([self.layer_of[i] for i in owners], device=self.device)
+            cached = self._indices[kind] = (owners, index)
         return cached[1]
 
     def _normalisation_gains(self) -> Tensor:
@@ -186,8 +187,8 @@ def common_device(layers: Sequence[Layer]) -> tuple[torch.device, torch.dtype]:
     return device, torch.float32 if device.type == "mps" else torch.float64
 
 
-def tensor_norms(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the 2-norm of each tensor.
+def tensor_norms(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
+    """Return the 2-norm of each tensor, kind by kind.
 
     One `_foreach_norm` for each kind (device, type) of tensor. Half precision is accumulated in float32, because the
     square of 300 overflows float16; a sparse tensor is coalesced first, because the norm of repeated entries is not
@@ -199,30 +200,27 @@ def tensor_norms(tensors: Sequence[Tensor], device: torch.device, dtype: torch.d
         dtype: Its type.
 
     Returns:
-        The norms, shape `[len(tensors)]`.
+        The norms, shape `[len(tensors)]`, and the position of each one's tensor.
 
     Example:
         >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(0)], torch.device("cpu"), torch.float64)
-        tensor([5., 0.], dtype=torch.float64)
+        (tensor([5., 0.], dtype=torch.float64), [0, 1])
     """
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    values: list[Tensor] = []
+    kinds: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = {}
     for position, tensor in enumerate(tensors):
         if tensor.layout is not torch.strided:
             tensor = tensor.coalesce().values()
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)
-        values.append(tensor)
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(position)
-    norms: list[Tensor] = values
-    for (_, kind), positions in kinds.items():
+        positions, members = kinds.setdefault((tensor.device, tensor.dtype), ([], []))
+        positions.append(position)
+        members.append(tensor)
+    norms: list[Tensor] = []
+    for (_, kind), (_, members) in kinds.items():
         wide = torch.float32 if kind in (torch.float16, torch.bfloat16) else None
-        results = torch._foreach_norm([values[i] for i in positions], 2, wide)
-        for position, result in zip(positions, results, strict=True):
-            norms[position] = result
-    if len(kinds) > 1:
-        norms = [moved(norm, device).to(dtype) for norm in norms]
-    return torch.stack(norms).to(dtype)
+        norms.append(moved(torch.stack(torch._foreach_norm(members, 2, wide)), device).to(dtype))
+    order = [position for positions, _ in kinds.values() for position in positions]
+    return norms[0] if len(norms) == 1 else torch.cat(norms), order
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -67,12 +67,12 @@ class BackMatching(Rule):
             inputs = summed_inputs(layer)
             constants.append(1.0 if inputs is None else (self.activation if weight_below else 1.0) / inputs)
             weight_below = weight_below or inputs is not None
-        return {"constants": torch.tensor(constants, dtype=common_device(layers)[1], device=device)}
+        return {"_constants": torch.tensor(constants, dtype=common_device(layers)[1], device=device)}
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the products of 1/s_j over the layers above each one."""
         norm = statistics.matrix_norm
-        gain = torch.where(norm > 0, norm.square() * state["constants"], statistics.normalisation_gain)
+        gain = torch.where(norm > 0, norm.square() * state["_constants"], statistics.normalisation_gain)
         logarithms = gain.log()
         # The sum over the layers above is the sum from the layer itself to the top, less the layer itself.
         return (logarithms - logarithms.flip(0).cumsum(0).flip(0)).exp(), state

@@ -13,7 +13,10 @@ from ..layers import Exclusion, Layer, LayerSpecification
 from ..statistics import Statistics
 
 State = dict[str, Any]
-"""A rule's memory: a dictionary of tensors and plain numbers, so that `torch.load(weights_only=True)` reads it."""
+"""A rule's memory: a dictionary of tensors and plain numbers, so that `torch.load(weights_only=True)` reads it.
+
+An entry whose name begins with an underscore follows from the rule's arguments; it is neither saved nor loaded.
+"""
 
 
 class Rule(ABC):

@@ -62,10 +62,10 @@ class Constant(Rule):
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the tensor made by `init`."""
-        return state["factors"], state
+        return state["_factors"], state
 
 
 def fixed_factors(layers: Sequence[Layer], values: Sequence[float]) -> State:
     """Return the state of a rule whose factors never change."""
     device, dtype = common_device(layers)
-    return {"factors": torch.tensor(values, dtype=dtype, device=device)}
+    return {"_factors": torch.tensor(values, dtype=dtype, device=device)}

@@ -72,7 +72,7 @@ class LayerDecay(Rule):
     Example:
         >>> names = ["embeddings", "layer.0", "layer.1", "head"]
         >>> layers = [Layer(name, (torch.zeros(1),)) for name in names]
-        >>> LayerDecay(0.5).init(layers, torch.device("cpu"))["factors"]
+        >>> LayerDecay(0.5).init(layers, torch.device("cpu"))["_factors"]
         tensor([0.1250, 0.2500, 0.5000, 1.0000], dtype=torch.float64)
 
     Reference:
@@ -105,4 +105,4 @@ class LayerDecay(Rule):
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the tensor made by `init`."""
-        return state["factors"], state
+        return state["_factors"], state

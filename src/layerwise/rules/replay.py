@@ -133,10 +133,10 @@ class Replay(Rule):
             )
         columns = [names.index(name) for name in wanted]
         table = torch.tensor(steps, dtype=common_device(layers)[1])[:, columns].to(device)
-        return {"table": table, "step": torch.zeros((), dtype=torch.int64, device=device)}
+        return {"_table": table, "step": torch.zeros((), dtype=torch.int64, device=device)}
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the row of this step."""
-        table, step = state["table"], state["step"]
+        table, step = state["_table"], state["step"]
         row = table.index_select(0, step.clamp(max=len(table) - 1).reshape(1))[0]
-        return row, {"table": table, "step": step + statistics.counts}
+        return row, {"_table": table, "step": step + statistics.counts}

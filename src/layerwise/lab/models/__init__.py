@@ -1,0 +1,1 @@
+"""Networks of the papers, as their authors' software defined them."""

@@ -1,0 +1,250 @@
+"""Jobs side by side in worker processes of one machine.
+
+The master hands out one job at a time over a pipe to each worker and gets messages back. The same pipe is the
+stop event: nothing but "stop" (or the end of the pipe, when the master was killed) can arrive while a job
+runs, so a worker that finds something to read stops. Unlike a shared lock, a pipe cannot be left locked by a
+process that was killed.
+
+An interrupt from the keyboard reaches the whole process group. Workers are born with it blocked and then
+ignore it: only the master decides, and it asks them to stop.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+STOP_SECONDS = 1.0
+"""How long a worker may take to stop before it is killed."""
+
+POLL_SECONDS = 0.1
+"""How often the master looks whether it was asked to stop."""
+
+
+class NamedJob(Protocol):
+    """A job is any object that can be pickled and has a name."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that ended without finishing.
+
+    Attributes:
+        job: its name.
+        doing: what it last said that it was doing, or its name.
+        reason: one line.
+        details: the traceback, or "" if the process died.
+    """
+
+    job: str
+    doing: str
+    reason: str
+    details: str = ""
+
+
+class Link:
+    """A worker's end of the pipe, given to the function that does the job."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._stopped = False
+
+    def stopped(self) -> bool:
+        """Say whether the job is to stop now."""
+        if not self._stopped and self._connection.poll():
+            self._stopped = True
+        return self._stopped
+
+    def doing(self, name: str) -> None:
+        """Say what is worked on, so that a crash can be named."""
+        self._connection.send(("doing", name))
+
+    def send(self, message: object) -> None:
+        """Send a message to the master."""
+        self._connection.send(("message", message))
+
+
+class Interrupt:
+    """Turns the first interrupt from the keyboard into a flag; the second raises ``KeyboardInterrupt``."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __enter__(self) -> Interrupt:
+        self._previous = None
+        if threading.current_thread() is threading.main_thread():  # signals belong to the main thread
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+
+@contextmanager
+def _interrupt_blocked() -> Iterator[None]:
+    """Hold interrupts back, so that a process started here is born with them blocked; none is lost."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(connection: Connection, work: Callable[[Any, Link], None]) -> None:
+    """Be a worker: do one job after another until told to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    link = Link(connection)
+    try:
+        connection.send(("ready", None))
+        while (job := connection.recv()) is not None:
+            ending: tuple[str, object] = ("done", None)
+            try:
+                work(job, link)
+            except (BrokenPipeError, EOFError):
+                raise
+            except Exception as error:
+                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                ending = ("failed", (reason, traceback.format_exc()))
+            stopped = link.stopped()  # asked before the end is told: what arrives after that is the next job
+            connection.send(ending)
+            if stopped:
+                return
+    except (BrokenPipeError, EOFError, ConnectionResetError):
+        return  # the master is gone
+
+
+class _Worker:
+    """The master's view of one process."""
+
+    def __init__(self, work: Callable[[Any, Link], None]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        with _interrupt_blocked():
+            self.process.start()
+        theirs.close()
+        self.ready = False
+        self.job: NamedJob | None = None
+        self.doing = ""
+
+    def give(self, job: NamedJob | None) -> None:
+        """Hand over a job; None sends the worker home."""
+        self.job, self.doing = job, job.name if job else ""
+        with suppress(OSError):  # it died; its end of the pipe says so
+            self.connection.send(job)
+
+    def close(self) -> None:
+        """Make sure that the process is gone."""
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def run_jobs(
+    work: Callable[[Any, Link], None],
+    jobs: Sequence[NamedJob],
+    count: int,
+    *,
+    on_message: Callable[[int, Any], None],
+    stop: Callable[[], bool] = lambda: False,
+) -> list[Failure]:
+    """Do jobs side by side.
+
+    Args:
+        work: importable function of a job and a ``Link``; an exception fails that job only.
+        jobs: what to do, in order.
+        count: number of processes at most.
+        on_message: called in this process with the number of the worker (from 0) and what it sent.
+        stop: asked about ten times a second; True stops the workers within about ``STOP_SECONDS``.
+
+    Returns:
+        The jobs that failed. Jobs that were stopped or never begun are not failures.
+    """
+    waiting, failures = deque(jobs), []
+    workers: list[_Worker | None] = []
+    try:
+        workers += [_Worker(work) for _ in range(min(count, len(waiting)))]
+        while any(workers):
+            if stop():
+                _stop([worker for worker in workers if worker], workers, on_message)
+                break
+            ready = wait([worker.connection for worker in workers if worker], POLL_SECONDS)
+            for number, worker in enumerate(workers):
+                if worker is None or worker.connection not in ready:
+                    continue
+                try:
+                    kind, content = worker.connection.recv()
+                except (EOFError, OSError):
+                    worker.process.join(STOP_SECONDS)
+                    if worker.job is not None or not worker.ready:
+                        failures.append(_death(worker))
+                    worker.close()
+                    # One that died before its first job would die again; one that died in a job is replaced.
+                    workers[number] = _Worker(work) if waiting and worker.ready else None
+                    continue
+                if kind == "message":
+                    on_message(number, content)
+                elif kind == "doing":
+                    worker.doing = content
+                else:
+                    if kind == "failed":
+                        failures.append(Failure(worker.job.name, worker.doing, *content))  # type: ignore[union-attr]
+                    worker.ready = True
+                    worker.give(waiting.popleft() if waiting else None)
+    finally:
+        for worker in workers:
+            if worker is not None:
+                worker.close()
+    return failures
+
+
+def _death(worker: _Worker) -> Failure:
+    """Describe a process that ended by itself."""
+    code = worker.process.exitcode
+    how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+    job = worker.job.name if worker.job else "start of a worker"
+    return Failure(job, worker.doing or job, f"its process {how}")
+
+
+def _stop(alive: list[_Worker], numbered: list[_Worker | None], on_message: Callable[[int, Any], None]) -> None:
+    """Ask the workers to stop, and take what they had finished; those still starting have nothing to lose."""
+    for worker in alive:
+        if worker.ready:
+            worker.give(None)
+        else:
+            worker.process.kill()
+    deadline = time.monotonic() + STOP_SECONDS
+    for worker in alive:
+        while worker.connection.poll(max(0.0, deadline - time.monotonic())):
+            try:
+                kind, content = worker.connection.recv()
+            except (EOFError, OSError):
+                break
+            if kind == "message":
+                on_message(numbered.index(worker), content)
+            elif kind in ("done", "failed"):
+                break  # it has nothing more to say, and holds nothing that a kill could harm

@@ -1,0 +1,39 @@
+"""The rules' equations once more, slow and obvious, in NumPy and float64.
+
+For tests, and for reading: each function is written from the paper's equation, in loops, from plain arrays to
+factors. A layer is a list of arrays (weight, bias, …), a network a list of layers. Nothing of the rest of the
+package imports this one, which needs NumPy.
+"""
+
+from .back_matching import Convolution, Dense, Normalisation, Other, TransposedConvolution, back_matching
+from .combine import bounds, chain
+from .constant import constant
+from .lars import larc, lars
+from .layer_adaptive import layer_adaptive
+from .layer_decay import layer_decay
+from .norms import joint_norm
+from .replay import replay
+from .solvers import Adam, CaffeAdaGrad, CaffeNesterov, CaffeSGD, TorchSGD
+
+__all__ = [
+    "Adam",
+    "CaffeAdaGrad",
+    "CaffeNesterov",
+    "CaffeSGD",
+    "Convolution",
+    "Dense",
+    "Normalisation",
+    "Other",
+    "TorchSGD",
+    "TransposedConvolution",
+    "back_matching",
+    "bounds",
+    "chain",
+    "constant",
+    "joint_norm",
+    "larc",
+    "lars",
+    "layer_adaptive",
+    "layer_decay",
+    "replay",
+]

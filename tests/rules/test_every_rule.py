@@ -1,0 +1,181 @@
+"""What must hold for every rule."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import layerwise
+from layerwise.rules import (
+    LARC,
+    LARS,
+    BackMatching,
+    Constant,
+    LayerAdaptive,
+    LayerDecay,
+    Replay,
+    Rule,
+    bounds,
+    chain,
+    save_factors,
+)
+from layerwise.statistics import NEEDS, LayerStatistics
+
+from .samples import SEEDS, bits, layers_of, network, one_group, quadratic_step
+
+NAMES = ["first", "norm", "second", "third", "head"]
+
+
+def replay(folder: Path) -> Replay:
+    rows = [{name: 1 + step + i / 8 for i, name in enumerate(NAMES)} for step in range(9)]
+    save_factors(folder / "factors.jsonl", rows)
+    return Replay(folder / "factors.jsonl")
+
+
+RULES: dict[str, Callable[[Path], Rule]] = {
+    "LayerAdaptive": lambda folder: LayerAdaptive(),
+    "LayerAdaptive_base_10": lambda folder: LayerAdaptive(10),
+    "LARS": lambda folder: LARS(),
+    "LARC": lambda folder: LARC(),
+    "LARC_scaled": lambda folder: LARC(clip=False),
+    "LayerDecay": lambda folder: LayerDecay(0.8),
+    "LayerDecay_electra": lambda folder: LayerDecay(0.8, "electra"),
+    "BackMatching": lambda folder: BackMatching(),
+    "Constant": lambda folder: Constant({"*e*": 2.0}),
+    "Replay": replay,
+    "chain": lambda folder: chain(LayerAdaptive(), replay(folder), LayerDecay(0.5)),
+    "bounds": lambda folder: bounds(chain(replay(folder), LARS()), 0.01, 5.0),
+}
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.01),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
+}
+
+
+@pytest.fixture(params=RULES)
+def rule(request: pytest.FixtureRequest, tmp_path: Path) -> Rule:
+    return RULES[request.param](tmp_path)
+
+
+def attach(rule: Rule, model: nn.Module, optimizer: torch.optim.Optimizer) -> layerwise.LayerwiseLR:
+    return layerwise.LayerwiseLR(optimizer, rule, model, layers="module", exclude=None)
+
+
+def through_memory(value: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(value)
+
+
+def through_a_file(value: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_factors_are_one_finite_number_a_layer(rule: Rule, seed: int, dtype: torch.dtype) -> None:
+    model = network(seed, dtype)
+    layers = layers_of(model)
+    state = rule.init(layers, torch.device("cpu"))
+    factors, _ = rule.factors(LayerStatistics(layers, rule.needs).compute(one_group(model)), state)
+    assert (factors.shape, factors.dtype) == ((len(layers),), torch.float64)
+    assert torch.isfinite(factors).all()
+    assert (factors > 0).all()
+
+
+def test_rule_changes_neither_its_state_nor_the_network(rule: Rule) -> None:
+    model = network(0)
+    before, gradients = bits(model), [p.grad.clone() for p in model.parameters()]
+    layers = layers_of(model)
+    statistics = LayerStatistics(layers, rule.needs).compute(one_group(model))
+    state = rule.init(layers, torch.device("cpu"))
+    first, _ = rule.factors(statistics, state)
+    again, _ = rule.factors(statistics, state)
+    assert torch.equal(first, again)
+    assert bits(model) == before
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+
+
+def test_statistics_outside_its_needs_are_not_read(rule: Rule) -> None:
+    model = network(0)
+    layers = layers_of(model)
+    state = rule.init(layers, torch.device("cpu"))
+    asked, _ = rule.factors(LayerStatistics(layers, rule.needs).compute(one_group(model)), state)
+    everything, _ = rule.factors(LayerStatistics(layers, NEEDS).compute(one_group(model)), state)
+    assert torch.equal(asked, everything)
+
+
+def test_scaled_gradients_are_measured_unscaled(rule: Rule) -> None:
+    model = network(0)
+    layers = layers_of(model)
+    state = rule.init(layers, torch.device("cpu"))
+    expected, _ = rule.factors(LayerStatistics(layers, rule.needs).compute(one_group(model)), state)
+    for p in model.parameters():
+        p.grad *= 1024.0
+    scaled = LayerStatistics(layers, rule.needs).compute(one_group(model), torch.tensor(1024.0))
+    torch.testing.assert_close(rule.factors(scaled, state)[0], expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("gradient", [0.0, math.nan, None], ids=["zero", "nan", "missing"])
+def test_step_without_gradients_gives_finite_factors(rule: Rule, gradient: float | None) -> None:
+    model = network(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.01)
+    adapter = attach(rule, model, optimizer)
+    for p in model.parameters():
+        p.grad = None if gradient is None else torch.full_like(p, gradient)
+    optimizer.step()
+    assert all(math.isfinite(factor) for factor in adapter.get_last_factors().values())
+    if gradient is not math.nan:  # NaN gradients make NaN weights without a rule too
+        assert all(math.isfinite(value) for values in bits(model) for value in values)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("carried", [through_memory, through_a_file])
+def test_run_continues_to_the_bit_from_a_state_taken_in_the_middle(
+    rule: Rule, optimizer: str, carried: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    model = network(1)
+    first = OPTIMIZERS[optimizer](model)
+    adapter = attach(rule, model, first)
+    for step in range(3):
+        quadratic_step(model, first, step)
+    adapter.end_epoch()
+    saved = carried({"model": model.state_dict(), "optimizer": first.state_dict(), "adapter": adapter.state_dict()})
+    for step in range(3, 7):
+        quadratic_step(model, first, step)
+
+    fresh = network(2)
+    second = OPTIMIZERS[optimizer](fresh)
+    resumed = attach(rule, fresh, second)
+    fresh.load_state_dict(saved["model"])
+    second.load_state_dict(saved["optimizer"])
+    resumed.load_state_dict(saved["adapter"])
+    assert resumed.epoch == 2
+    for step in range(3, 7):
+        quadratic_step(fresh, second, step)
+    assert resumed.get_last_factors() == adapter.get_last_factors()
+    assert bits(fresh) == bits(model)
+
+
+def test_saved_state_does_not_change_with_later_steps(rule: Rule) -> None:
+    model = network(0)
+    optimizer = OPTIMIZERS["SGD"](model)
+    adapter = attach(rule, model, optimizer)
+    quadratic_step(model, optimizer, 0)
+    saved = adapter.state_dict()
+    kept = through_a_file(saved)
+    quadratic_step(model, optimizer, 1)
+    assert repr(saved) == repr(kept)
+
+
+def test_name_in_a_message_tells_the_rule(rule: Rule) -> None:
+    assert any(word in repr(rule) for word in ["Layer", "LAR", "BackMatching", "Constant", "Replay"])
