@@ -48,15 +48,22 @@ def caffe_step(
                 p -= update
 
 
+def keep_on_device(patch: pytest.MonkeyPatch) -> None:
+    """Keep factors as tensors, as on an accelerator, but with values."""
+    original = places.Factors.__init__
+
+    def keep(self: places.Factors, *arguments: Any) -> None:
+        original(self, *arguments)
+        self.numbers = None
+
+    patch.setattr(places.Factors, "__init__", keep)
+
+
 @pytest.fixture(params=["numbers", "device"])
 def factors_kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test as on the CPU, and with the factors kept as tensors as on an accelerator."""
     if request.param == "device":
-
-        def keep(self: places.Factors, tensor: Tensor) -> None:
-            self.tensor, self.numbers = tensor, None
-
-        monkeypatch.setattr(places.Factors, "__init__", keep)
+        keep_on_device(monkeypatch)
     return request.param
 
 
@@ -129,9 +136,7 @@ def test_factors_kept_on_the_device_give_what_numbers_give(
         optimizer = case.make(model.parameters())
         with monkeypatch.context() as patch:
             if kept:
-                patch.setattr(
-                    places.Factors, "__init__", lambda s, t: (setattr(s, "tensor", t), setattr(s, "numbers", None))[0]
-                )
+                keep_on_device(patch)
             if case.optimizer is optim.SparseAdam and place == "gradient" and kept:
                 continue  # sparse gradients are scaled on the CPU only through numbers
             layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, apply=place)
@@ -172,7 +177,7 @@ def fake_step(case: Case, place: str, *, capturable: bool = False) -> int:
     def read(self: places.Factors) -> list[float]:
         nonlocal reads
         reads += 1
-        return [1.5] * len(self.tensor)
+        return [1.5] * 2
 
     with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(places.Factors, "read", read)

@@ -16,7 +16,7 @@ from .apply import PLACES, Factors, PlaceName, Split, make_place
 from .hooks import OptimizerHooks
 from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_layers, named_parameters_of
 from .optimizers import automatic_place, check_place, no_effect, refuse, unwrap
-from .rules.base import State, finite_or_one
+from .rules.base import State
 from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds, check_rule, default, initial_state
 from .state import carried_over, copied, loaded
@@ -136,7 +136,8 @@ class LayerwiseLR:
 
         The base rate is that of the parameter group of the layer's first parameter, its weight as a rule.
         """
-        rates = self._last_rates if self._last_rates is not None else self._base_rates(self._required().param_groups)
+        by_group = self._last_rates if self._last_rates is not None else _rates(self._required().param_groups)
+        rates = [by_group[group] for group in self._first_group]
         return {
             name: float(rate) * factor
             for (name, factor), rate in zip(self.get_last_factors().items(), rates, strict=True)
@@ -213,7 +214,7 @@ class LayerwiseLR:
     def __repr__(self) -> str:
         optimizer = self._optimizer()
         attached = type(optimizer).__name__ if self._attached and optimizer is not None else "detached"
-        excluded = len(self._layers) - sum(self._included_list)
+        excluded = len(self._layers) - sum(self._included)
         parts = [f"{self.rule!r} on {attached}", f"{len(self._layers)} layers", f"apply={self._place_name!r}"]
         if self._place_name == "gradient":
             parts.append(f"decay={self._decay!r}")
@@ -243,12 +244,9 @@ class LayerwiseLR:
             shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
             raise ValueError(f"{self.rule!r} returned factors of shape {shape}; there are {len(self._layers)} layers")
         if self._last_raw is None or self._last_raw[0] is not raw or self._last_raw[1] != raw._version:
-            factors = finite_or_one(raw)
-            if self._included is not None:
-                factors = torch.where(self._included, factors, 1.0)
-            self._factors = Factors(factors)
+            self._factors = Factors(raw, self._included, self._mask)
             self._last_raw = (raw, raw._version)
-        self._last_rates = self._base_rates(view.param_groups)
+        self._last_rates = _rates(view.param_groups)
 
     def act(self, view: Any) -> list[Split]:
         """Let this step's factors act on the view."""
@@ -273,12 +271,13 @@ class LayerwiseLR:
 
         self._ids = _ids(optimizer.param_groups)
         self._layers, self._statistics, self._state = layers, statistics, state
-        self._included_list = included
-        self._included = None if all(included) else torch.tensor(included, device=statistics.device)
+        self._included = included
+        self._mask = None if all(included) else torch.tensor(included, device=statistics.device)
         self._place_at(place_name)
         self._outside = len(set(self._ids)) - len(statistics.layer_of)
         self._last_raw, self._last_rates, self._factors = None, None, None
-        self._first_parameter = {id(layer.parameters[0]): i for i, layer in enumerate(layers)}
+        group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._first_group = [group_of[id(layer.parameters[0])] for layer in layers]
 
     def _automatic_place(self, optimizer: Optimizer) -> PlaceName:
         preferred: str = _chosen("auto", default(self.rule, "place"), "lr")
@@ -297,17 +296,6 @@ class LayerwiseLR:
                 f"{self._outside} of the optimizer's {len(set(self._ids))} parameters are in no layer and keep factor 1"
             )
         return [remark for remark in remarks if remark]
-
-    def _base_rates(self, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
-        rates: list[Any] = [0.0] * len(self._layers)
-        for group in groups:
-            rate = group.get("lr", float("nan"))
-            kept = rate.detach().clone() if isinstance(rate, Tensor) else rate  # schedulers write into a tensor
-            for p in group["params"]:
-                layer = self._first_parameter.get(id(p))
-                if layer is not None:
-                    rates[layer] = kept
-        return rates
 
     def _required(self) -> Optimizer:
         optimizer = self._optimizer()
@@ -329,6 +317,12 @@ def _chosen(argument: Any, preferred: Any, otherwise: Any) -> Any:
     if not (isinstance(argument, str) and argument == "auto"):
         return argument
     return otherwise if preferred is None else preferred
+
+
+def _rates(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return each group's rate; a tensor is copied, since schedulers write into it."""
+    rates = [group.get("lr", float("nan")) for group in groups]
+    return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
 
 def _ids(groups: Sequence[Mapping[str, Any]]) -> list[int]:

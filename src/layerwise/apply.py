@@ -7,12 +7,14 @@ parameter groups; the optimizer's own are never touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, cast
+from math import isfinite
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from .optimizers import damps_history, decay_is_coupled, takes_tensor_rate
+from .rules.base import finite_or_one
 
 PlaceName = Literal["gradient", "lr", "update"]
 PLACES: tuple[PlaceName, ...] = ("gradient", "lr", "update")
@@ -21,21 +23,38 @@ OUTSIDE = -1
 
 
 class Factors:
-    """One step's factors: a tensor on the parameters' device, and numbers where reading them waits for nothing.
+    """One step's factors: numbers where reading them waits for nothing, else a tensor on the parameters' device.
+
+    A factor that is not finite is 1.
 
     Args:
-        tensor: Shape `[n_layers]`.
+        raw: What the rule returned, shape `[n_layers]`.
+        included: Which layers are not excluded; the factor of the others is 1.
+        mask: The same as a tensor beside `raw`; None if all are included.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.numbers: list[float] | None = tensor.tolist() if tensor.device.type == "cpu" else None
+    def __init__(self, raw: Tensor, included: Sequence[bool], mask: Tensor | None) -> None:
+        self._raw, self._included, self._mask = raw, included, mask
+        self._tensor: Tensor | None = None
+        self.numbers: list[float] | None = self._read() if raw.device.type == "cpu" else None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The factors on the parameters' device."""
+        if self._tensor is None:
+            finite = finite_or_one(self._raw)
+            self._tensor = finite if self._mask is None else torch.where(self._mask, finite, 1.0)
+        return self._tensor
 
     def read(self) -> list[float]:
         """Return the numbers; on an accelerator this waits for the device, once."""
         if self.numbers is None:
-            self.numbers = cast("list[float]", self.tensor.tolist())
+            self.numbers = self._read()
         return self.numbers
+
+    def _read(self) -> list[float]:
+        numbers: list[float] = self._raw.tolist()
+        return [x if inside and isfinite(x) else 1.0 for x, inside in zip(numbers, self._included, strict=True)]
 
 
 class Split:

@@ -72,6 +72,7 @@ class LayerStatistics:
         self.layers = tuple(layers)
         self.count = len(layers)
         self.device, self.dtype = common_device(layers)
+        self._zeros = torch.zeros(self.count, dtype=self.dtype, device=self.device)
         self._indices: dict[str, tuple[tuple[int, ...], Tensor]] = {}
         self._numbers: dict[str, tuple[list[float], Tensor]] = {}
 
@@ -117,14 +118,13 @@ class LayerStatistics:
         self, kind: str, tensors: Sequence[Any], owners: Sequence[Tensor], scales: Sequence[float] | None = None
     ) -> Tensor:
         """Return each layer's norm over the tensors that its parameters own; 0 where there is none."""
-        squares = torch.zeros(self.count, dtype=self.dtype, device=self.device)
         if not tensors:
-            return squares
+            return self._zeros.clone()
         norms, order = tensor_norms(tensors, self.device, self.dtype)
         if scales is not None:
             norms = norms * self._on_device("scales", [scales[i] for i in order])
-        index = self._index(kind, tuple(id(owners[i]) for i in order))
-        return squares.index_add_(0, index, norms.square_()).sqrt_()
+        index = self._index(kind, tuple([id(owners[i]) for i in order]))
+        return self._zeros.index_add(0, index, norms.square_()).sqrt_()
 
     def _index(self, kind: str, owners: tuple[int, ...]) -> Tensor:
         """Return the layer of each owner, on the device; the copy there happens once per pattern of owners."""
@@ -139,8 +139,11 @@ class LayerStatistics:
         gains: list[Tensor] = []
         for layer in self.layers:
             module: Any = layer.module
-            weight, variance = getattr(module, "weight", None), getattr(module, "running_var", None)
-            if weight is None or weight.ndim != 1:
+            weight: Any = getattr(module, "weight", None)
+            variance: Any = getattr(module, "running_var", None)
+            if not (
+                hasattr(module, "eps") and any(weight is p for p in layer.parameters)
+            ):  # normalisations have an eps
                 gains.append(one)
                 continue
             square = moved(weight.detach(), self.device).to(self.dtype).square()
@@ -218,7 +221,9 @@ def tensor_norms(tensors: Sequence[Tensor], device: torch.device, dtype: torch.d
     norms: list[Tensor] = []
     for (_, kind), (_, members) in kinds.items():
         wide = torch.float32 if kind in (torch.float16, torch.bfloat16) else None
-        norms.append(moved(torch.stack(torch._foreach_norm(members, 2, wide)), device).to(dtype))
+        each = torch._foreach_norm(members, 2, wide)
+        stacked = torch.empty(len(each), dtype=dtype, device=each[0].device)
+        norms.append(moved(torch.stack(each, out=stacked), device))  # written as dtype, without a pass to convert
     order = [position for positions, _ in kinds.values() for position in positions]
     return norms[0] if len(norms) == 1 else torch.cat(norms), order
 

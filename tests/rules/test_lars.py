@@ -203,7 +203,7 @@ RULES = {"LARS": LARS, "LARC": LARC}
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("value", [0, -0.001, math.inf, math.nan], ids=repr)
 def test_trust_coefficient_out_of_range_is_refused(rule: type[LARS | LARC], value: float) -> None:
-    message = rf"trust_coefficient={re.escape(repr(value))} must be finite and above 0; the paper's is 0\.001"
+    message = rf"trust_coefficient={re.escape(repr(value))} must be a finite number above 0; the paper's is 0\.001"
     with pytest.raises(ValueError, match=message):
         rule(trust_coefficient=value)
 
@@ -211,7 +211,7 @@ def test_trust_coefficient_out_of_range_is_refused(rule: type[LARS | LARC], valu
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("value", [-1e-8, math.inf, math.nan], ids=repr)
 def test_eps_out_of_range_is_refused(rule: type[LARS | LARC], value: float) -> None:
-    with pytest.raises(ValueError, match=rf"eps={re.escape(repr(value))} must be finite and at least 0"):
+    with pytest.raises(ValueError, match=rf"eps={re.escape(repr(value))} must be a finite number of at least 0"):
         rule(eps=value)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layers import Layer
 from ..statistics import Statistics, common_device
-from .base import Rule, State
+from .base import Rule, State, is_number
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class BackMatching(Rule):
 
     s_j is the factor by which layer j multiplies the squared signal that goes back through it: ‖W_j‖² / n_in for a
     linear layer, ‖W_j‖² / (c_in stride²) for a convolution, the mean over channels of γ²/σ² for a batch normalisation
-    (σ² its running variance) and of γ² for a normalisation without running statistics; times `activation` for each
-    weight layer that an activation follows, so for each one but the top. A layer with ‖W‖ = 0, or of no such kind, has
-    s = 1.
+    (σ² its running variance) and of γ² for a normalisation without running statistics. Each weight layer but the lowest
+    carries the activation under it, `activation`, as a further factor. A layer whose gain is zero, or that is of no
+    such kind, has s = 1.
 
     The paper's exact factors are not public; this derivation from its abstract (least-squares matching of the backward
     signals, W'W ≈ ‖W‖²/n_in I) is ours. Layers count as a chain in the model's order: the sum over the branches of a
@@ -56,7 +56,7 @@ class BackMatching(Rule):
     default_decay = "scaled"
 
     def __post_init__(self) -> None:
-        if not 0 < self.activation <= 1:
+        if not (is_number(self.activation) and 0 < self.activation <= 1):
             raise ValueError(f"activation={self.activation!r} must be in (0, 1]; 0.5 for ReLU, 1 to leave it out")
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
@@ -73,15 +73,18 @@ class BackMatching(Rule):
         """Return the products of 1/s_j over the layers above each one."""
         norm = statistics.matrix_norm
         gain = torch.where(norm > 0, norm.square() * state["_constants"], statistics.normalisation_gain)
-        logarithms = gain.log()
-        # The sum over the layers above is the sum from the layer itself to the top, less the layer itself.
-        return (logarithms - logarithms.flip(0).cumsum(0).flip(0)).exp(), state
+        logarithms = torch.where(gain > 0, gain, 1.0).log()
+        # Over the layers above: the sum from the top down, moved by one.
+        from_top = logarithms.flip(0).cumsum(0)
+        above = torch.cat([torch.zeros_like(from_top[:1]), from_top[:-1]]).flip(0)
+        return above.neg().exp(), state
 
 
 def summed_inputs(layer: Layer) -> float | None:
     """Return the n_in of a linear layer, the c_in · stride² of a convolution, None for a layer without a matrix."""
     module = layer.module
     if isinstance(module, nn.modules.conv._ConvNd):
-        return float(module.in_channels * math.prod(module.stride))
+        # A transposed kernel stands at every position of its input, so its stride divides nothing.
+        return float(module.in_channels * (1 if module.transposed else math.prod(module.stride)))
     matrices = [p for p in layer.parameters if p.ndim > 1]
     return float(matrices[0].shape[1]) if matrices else None

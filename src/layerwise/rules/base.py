@@ -75,3 +75,8 @@ class Rule(ABC):
 def finite_or_one(factors: Tensor) -> Tensor:
     """Return the factors with 1 for each that is not finite."""
     return torch.nan_to_num(factors, nan=1.0, posinf=1.0, neginf=1.0)
+
+
+def is_number(value: object) -> bool:
+    """Tell whether an argument is an int or a float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

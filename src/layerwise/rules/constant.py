@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..layers import Layer, check_patterns, matches
 from ..statistics import Statistics, common_device
-from .base import Rule, State
+from .base import Rule, State, is_number
 
 
 def check_factor(factor: object, where: str) -> float:
     """Return a factor that is a finite number of at least 0, else raise a ValueError."""
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+    if not (is_number(factor) and 0 <= cast(float, factor) < math.inf):
         raise ValueError(f"{where}: factor {factor!r} must be a finite number of at least 0 (0 freezes a layer)")
-    return float(factor)
+    return float(cast(float, factor))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..statistics import Statistics
-from .base import Rule, State
+from .base import Rule, State, is_number
 
 
 def one_dimensional(name: str, parameter: Tensor) -> bool:
@@ -17,11 +17,12 @@ def one_dimensional(name: str, parameter: Tensor) -> bool:
     return parameter.ndim <= 1
 
 
-def trust_ratio(statistics: Statistics, trust_coefficient: float, eps: float) -> Tensor:
-    """Return η‖w‖ / (‖g‖ + ‖λw‖ + ε), and 1 where ‖w‖ or ‖g‖ is zero."""
+def trust_ratio(statistics: Statistics, trust_coefficient: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Return η‖w‖ / (‖g‖ + ‖λw‖ + ε), and where it is to be used: where ‖w‖ and ‖g‖ are above zero and finite."""
     gradient, weight = statistics.gradient_norm, statistics.weight_norm
     ratio = trust_coefficient * weight / (gradient + statistics.decay_norm + eps)
-    return torch.where((weight > 0) & (gradient > 0), ratio, 1.0)
+    usable = (weight > 0) & (gradient > 0) & (weight < torch.inf) & (gradient < torch.inf)
+    return ratio, usable
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class LARS(Rule):
 
     f_l = η‖w_l‖ / (‖g_l‖ + λ‖w_l‖ + ε)
 
-    and 1 where ‖w_l‖ or ‖g_l‖ is zero. λ is the weight decay of the layer's parameter group. Layers are single
-    parameters, and one-dimensional ones (biases, gains of normalisations) are left out; give those a group without
-    weight decay, as the method does. The factor acts inside the momentum, on gradient and decay together: `v ← μv + f
-    (g + λw)`.
+    and 1 where ‖w_l‖ or ‖g_l‖ is zero or not finite. λ is the weight decay of the layer's parameter group. Layers are
+    single parameters, and one-dimensional ones (biases, gains of normalisations) are left out; give those a group
+    without weight decay, as the method does. The factor acts inside the momentum, on gradient and decay together: `v ←
+    μv + f (g + λw)`.
 
     Args:
         trust_coefficient: η, above 0.
@@ -64,7 +65,8 @@ class LARS(Rule):
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the trust ratios."""
-        return trust_ratio(statistics, self.trust_coefficient, self.eps), state
+        ratio, usable = trust_ratio(statistics, self.trust_coefficient, self.eps)
+        return torch.where(usable, ratio, 1.0), state
 
 
 @dataclass(frozen=True)
@@ -107,16 +109,17 @@ class LARC(Rule):
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the trust ratios, clipped against the rate."""
-        ratio = trust_ratio(statistics, self.trust_coefficient, self.eps)
-        if not self.clip:
-            return ratio, state
-        clipped = (ratio / statistics.learning_rate).clamp(max=1)
-        return torch.where(statistics.weight_norm * statistics.gradient_norm > 0, clipped, 1.0), state
+        ratio, usable = trust_ratio(statistics, self.trust_coefficient, self.eps)
+        if self.clip:
+            ratio = (ratio / statistics.learning_rate).clamp(max=1)
+        return torch.where(usable, ratio, 1.0), state
 
 
 def check_trust(trust_coefficient: float, eps: float) -> None:
-    """Raise unless η > 0 and ε ≥ 0, both finite."""
-    if not 0 < trust_coefficient < math.inf:
-        raise ValueError(f"trust_coefficient={trust_coefficient!r} must be finite and above 0; the paper's is 0.001")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps={eps!r} must be finite and at least 0")
+    """Raise unless η > 0 and ε ≥ 0, both finite numbers."""
+    if not (is_number(trust_coefficient) and 0 < trust_coefficient < math.inf):
+        raise ValueError(
+            f"trust_coefficient={trust_coefficient!r} must be a finite number above 0; the paper's is 0.001"
+        )
+    if not (is_number(eps) and 0 <= eps < math.inf):
+        raise ValueError(f"eps={eps!r} must be a finite number of at least 0")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..statistics import Statistics
-from .base import Rule, State
+from .base import Rule, State, is_number
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class LayerAdaptive(Rule):
     default_decay = "scaled"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.log_base, int | float) and 1 < self.log_base < math.inf):
+        if not (is_number(self.log_base) and 1 < self.log_base < math.inf):
             raise ValueError(f"log_base={self.log_base!r} must be a finite number above 1, such as math.e or 10")
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..layers import Layer
 from ..statistics import Statistics
-from .base import Rule, State
+from .base import Rule, State, is_number
 from .constant import fixed_factors
 
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
@@ -42,13 +42,15 @@ def depths(names: Sequence[str]) -> list[int]:
     order: dict[str, int] = {}
     first = 1 if numbered[0] > 0 else 0
     result, current = [], 0
-    for i, block in enumerate(blocks):
+    for block in blocks:
         if block is not None:
             current = order.setdefault(block, first + len(order))
-        elif i > numbered[-1]:
-            current = first + len(order)
         result.append(current)
-    return result
+    head = first + len(order)
+    return [
+        head if i > numbered[-1] or names[i].rpartition(".")[2] == "rel_pos_bias" else depth
+        for i, depth in enumerate(result)
+    ]
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class LayerDecay(Rule):
     default_place = "lr"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.decay, int | float) and 0 < self.decay <= 1):
+        if not (is_number(self.decay) and 0 < self.decay <= 1):
             raise ValueError(f"decay={self.decay!r} must be a number in (0, 1]; 0.65 to 0.9 are usual")
         if self.style not in ("beit", "electra"):
             raise ValueError(f"style={self.style!r} is unknown; allowed: 'beit', 'electra'")

@@ -59,12 +59,12 @@ def load_factors(file: str | os.PathLike[str]) -> tuple[list[str], list[list[flo
         FileNotFoundError: There is no such file.
         ValueError: The file is not of this format, or damaged; the message names the line.
     """
-    name = os.fspath(file)
+    name, lines = os.fspath(file), Path(file).read_bytes().splitlines()
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
         header = json.loads(lines[0])
-        layers = header["layers"]
-        if header["format"] != FORMAT or header["version"] != 1 or not all(isinstance(x, str) for x in layers):
+        layers: list[str] = header["layers"]
+        known = header["format"] == FORMAT and header["version"] == 1 and isinstance(layers, list)
+        if not known or not all(isinstance(x, str) for x in layers) or len(set(layers)) != len(layers):
             raise ValueError(header)
     except (ValueError, IndexError, KeyError, TypeError) as error:
         remedy = "write it with layerwise.rules.save_factors"
