@@ -66,7 +66,7 @@ OPTIONS: dict[type, list[dict[str, Any]]] = {
     optim.Muon: [{"lr": 0.1}, {"lr": 0.1, "weight_decay": 0.05, "nesterov": False}],
 }
 REFUSED = {optim.LBFGS: "LBFGS"}
-LATE = {optim.ASGD, optim.Rprop}
+LATE = (optim.ASGD, optim.Rprop)
 ALL = {c for c in vars(optim).values() if isinstance(c, type) and issubclass(c, optim.Optimizer)} - {optim.Optimizer}
 
 

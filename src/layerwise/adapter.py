@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .apply import PLACES, Factors, PlaceName, Split, make_place
+from .apply import PLACES, Factors, Partition, PlaceName, Split, make_place
 from .hooks import OptimizerHooks
 from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_layers, named_parameters_of
 from .optimizers import automatic_place, check_place, no_effect, refuse, unwrap
@@ -20,7 +20,7 @@ from .rules.base import State
 from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds, check_rule, default, initial_state
 from .state import carried_over, copied, loaded
-from .statistics import LayerStatistics, check_needs
+from .statistics import LayerStatistics, check_needs, same_objects
 
 logger = logging.getLogger("layerwise")
 Decay = Literal["auto", "scaled", "plain"]
@@ -234,11 +234,13 @@ class LayerwiseLR:
 
     def measure(self, view: Any) -> None:
         """Compute this step's factors from the gradients as they arrived."""
-        if self._ids != _ids(view.param_groups):  # parameters added, or replaced by fully_shard
+        groups = view.param_groups
+        if not same_objects(self._parameters, _parameters(groups)):  # parameters added, or replaced by fully_shard
             self._resolve(self._required())
-        elif self._apply == "auto":  # momentum can come with load_state_dict, or go
+        elif self._apply == "auto" and not same_objects(self._groups, groups):  # load_state_dict may bring momentum
+            self._groups = list(groups)
             self._place_at(self._automatic_place(self._required()))
-        statistics = self._statistics.compute(view.param_groups, getattr(view, "grad_scale", None))
+        statistics = self._statistics.compute(groups, getattr(view, "grad_scale", None))
         raw, self._state = self.rule.factors(statistics, self._state)
         if not isinstance(raw, Tensor) or raw.shape != (len(self._layers),):
             shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
@@ -246,11 +248,11 @@ class LayerwiseLR:
         if self._last_raw is None or self._last_raw[0] is not raw or self._last_raw[1] != raw._version:
             self._factors = Factors(raw, self._included, self._mask)
             self._last_raw = (raw, raw._version)
-        self._last_rates = _rates(view.param_groups)
+        self._last_rates = _rates(groups)
 
     def act(self, view: Any) -> list[Split]:
         """Let this step's factors act on the view."""
-        return self._place.act(view, self._statistics.layer_of, cast(Factors, self._factors))
+        return self._place.act(view, self._partition, cast(Factors, self._factors))
 
     def finish(self) -> None:
         """Act after the step."""
@@ -269,12 +271,14 @@ class LayerwiseLR:
         statistics = LayerStatistics(layers, getattr(self.rule, "needs", ("gradient_norm",)))
         state = carried_over(initial_state(self.rule, layers, statistics.device), self._state)
 
-        self._ids = _ids(optimizer.param_groups)
+        self._parameters = _parameters(optimizer.param_groups)
+        self._groups = list(optimizer.param_groups)
+        self._partition = Partition(statistics.layer_of)
         self._layers, self._statistics, self._state = layers, statistics, state
         self._included = included
         self._mask = None if all(included) else torch.tensor(included, device=statistics.device)
         self._place_at(place_name)
-        self._outside = len(set(self._ids)) - len(statistics.layer_of)
+        self._outside = len(self._parameters) - len(statistics.layer_of)
         self._last_raw, self._last_rates, self._factors = None, None, None
         group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self._first_group = [group_of[id(layer.parameters[0])] for layer in layers]
@@ -293,7 +297,7 @@ class LayerwiseLR:
         remarks = [no_effect(optimizer, self.apply)]
         if self._outside:
             remarks.append(
-                f"{self._outside} of the optimizer's {len(set(self._ids))} parameters are in no layer and keep factor 1"
+                f"{self._outside} of the optimizer's {len(self._parameters)} parameters are in no layer: factor 1"
             )
         return [remark for remark in remarks if remark]
 
@@ -325,5 +329,5 @@ def _rates(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
 
-def _ids(groups: Sequence[Mapping[str, Any]]) -> list[int]:
-    return [id(p) for group in groups for p in group["params"]]
+def _parameters(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    return [p for group in groups for p in group["params"]]

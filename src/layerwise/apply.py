@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .optimizers import damps_history, decay_is_coupled, takes_tensor_rate
 from .rules.base import finite_or_one
+from .statistics import same_objects
 
 PlaceName = Literal["gradient", "lr", "update"]
 PLACES: tuple[PlaceName, ...] = ("gradient", "lr", "update")
@@ -54,6 +55,8 @@ class Factors:
 
     def _read(self) -> list[float]:
         numbers: list[float] = self._raw.tolist()
+        if self._mask is None and all(map(isfinite, numbers)):
+            return numbers
         return [x if inside and isfinite(x) else 1.0 for x, inside in zip(numbers, self._included, strict=True)]
 
 
@@ -66,16 +69,82 @@ class Split:
         overrides: The values that differ on purpose.
     """
 
-    __slots__ = ("group", "overrides", "source")
+    __slots__ = ("before", "group", "overrides", "source")
 
     def __init__(self, source: dict[str, Any], group: dict[str, Any], overrides: Mapping[str, Any]) -> None:
         self.source, self.group, self.overrides = source, group, overrides
+        self.before = list(group.values())
+
+    def unchanged(self) -> bool:
+        """Tell whether nothing has been written into the group since it was made."""
+        return same_objects(self.before, list(self.group.values()))
+
+
+class Partition:
+    """Which parameters of which group belong to which layer.
+
+    Args:
+        layer_of: id of parameter to layer number.
+    """
+
+    def __init__(self, layer_of: Mapping[int, int]) -> None:
+        self.layer_of = layer_of
+        self._cached: dict[int, tuple[list[Tensor], list[Tensor], list[tuple[int, list[int]]]]] = {}
+
+    def of(self, number: int, parameters: list[Tensor]) -> list[tuple[int, list[int]]]:
+        """Return each layer of a group with the positions of its parameters; `OUTSIDE` for those in no layer.
+
+        Args:
+            number: The group's number in the list of groups, under which the answer is kept for the next step.
+            parameters: The group's parameters.
+        """
+        cached = self._cached.get(number)
+        if cached is None or cached[0] is not parameters or not same_objects(cached[1], parameters):
+            layers: dict[int, list[int]] = {}
+            for position, p in enumerate(parameters):
+                layers.setdefault(self.layer_of.get(id(p), OUTSIDE), []).append(position)
+            cached = self._cached[number] = (parameters, list(parameters), list(layers.items()))
+        return cached[2]
+
+    def members(self, view: Any) -> list[tuple[Tensor, int]]:
+        """Return the parameters that have a gradient and a layer, each with its layer's number."""
+        layer_of = self.layer_of
+        every = [p for group in view.param_groups for p in group["params"]]
+        return [(p, layer_of[id(p)]) for p in every if p.grad is not None and id(p) in layer_of]
+
+    def split(
+        self, view: Any, key: Callable[[int], Any], overrides: Callable[[Mapping[str, Any], Any], dict[str, Any]]
+    ) -> list[Split]:
+        """Replace the view's groups by one group for each distinct key, and return the parts.
+
+        Layers with equal keys share a group, because each group costs an unfused optimizer a round of kernels.
+
+        Args:
+            view: The view.
+            key: Layer number (or `OUTSIDE`) to a hashable key.
+            overrides: (group, key) to the values that the new group has of its own.
+        """
+        splits: list[Split] = []
+        for number, group in enumerate(view.param_groups):
+            buckets: dict[Any, list[int]] = {}
+            for layer, positions in self.of(number, group["params"]):
+                bucket = key(layer)
+                buckets[bucket] = buckets[bucket] + positions if bucket in buckets else positions
+            parameters, names = group["params"], group.get("param_names")
+            for bucket, positions in buckets.items():
+                own = overrides(group, bucket)
+                part = {**group, "params": [parameters[i] for i in positions], **own}
+                if names is not None:
+                    part["param_names"] = [names[i] for i in positions]
+                splits.append(Split(group, part, own))
+        view.param_groups = [split.group for split in splits]
+        return splits
 
 
 class Place(Protocol):
     """Where a factor acts."""
 
-    def act(self, view: Any, layer_of: Mapping[int, int], factors: Factors) -> list[Split]:
+    def act(self, view: Any, partition: Partition, factors: Factors) -> list[Split]:
         """Act before the step; return how the view's groups were split."""
         ...
 
@@ -84,49 +153,9 @@ class Place(Protocol):
         ...
 
 
-def split_groups(
-    view: Any,
-    key: Callable[[Tensor], Any],
-    overrides: Callable[[Mapping[str, Any], Any], dict[str, Any]],
-) -> list[Split]:
-    """Replace the view's groups by one group for each distinct key, and return the parts.
-
-    Parameters with equal keys share a group, because each group costs an unfused optimizer a round of kernels.
-
-    Args:
-        view: The view.
-        key: Parameter to a hashable key.
-        overrides: (group, key) to the values that the new group has of its own.
-    """
-    splits: list[Split] = []
-    for group in view.param_groups:
-        buckets: dict[Any, list[int]] = {}
-        for position, p in enumerate(group["params"]):
-            buckets.setdefault(key(p), []).append(position)
-        for bucket, positions in buckets.items():
-            own = overrides(group, bucket)
-            part = {**group, "params": [group["params"][i] for i in positions], **own}
-            if "param_names" in group:
-                part["param_names"] = [group["param_names"][i] for i in positions]
-            splits.append(Split(group, part, own))
-    view.param_groups = [split.group for split in splits]
-    return splits
-
-
-def factor_of(layer_of: Mapping[int, int], numbers: Sequence[float]) -> Callable[[Tensor], float]:
-    """Return the function from a parameter to its factor; 1 for a parameter outside every layer."""
-    factors = {parameter: numbers[layer] for parameter, layer in layer_of.items()}
-    return lambda p: factors.get(id(p), 1.0)
-
-
-def members_of(view: Any, layer_of: Mapping[int, int]) -> list[tuple[Tensor, int]]:
-    """Return the parameters that have a gradient and a layer, each with its layer's number."""
-    return [
-        (p, layer_of[id(p)])
-        for group in view.param_groups
-        for p in group["params"]
-        if p.grad is not None and id(p) in layer_of
-    ]
+def factor_of(numbers: Sequence[float]) -> Callable[[int], float]:
+    """Return the function from a layer's number to its factor; 1 for parameters in no layer."""
+    return lambda layer: 1.0 if layer == OUTSIDE else numbers[layer]
 
 
 def scale_in_place(gradients: Sequence[Any], factors: Sequence[float]) -> None:
@@ -145,11 +174,11 @@ class LearningRate:
     Where the optimizer takes a tensor as rate, the rates stay on the device; else they are read there, once a step.
     """
 
-    def act(self, view: Any, layer_of: Mapping[int, int], factors: Factors) -> list[Split]:
+    def act(self, view: Any, partition: Partition, factors: Factors) -> list[Split]:
         """Split the view's groups by rate."""
         on_device = factors.numbers is None and all(takes_tensor_rate(view, group) for group in view.param_groups)
         if not on_device:
-            return split_groups(view, factor_of(layer_of, factors.read()), self._scaled)
+            return partition.split(view, factor_of(factors.read()), self._scaled)
         rates: dict[int, tuple[Tensor, ...]] = {}
 
         def tensor_rate(group: Mapping[str, Any], layer: int) -> dict[str, Any]:
@@ -161,7 +190,7 @@ class LearningRate:
                 rates[id(group)] = (factors.tensor * group["lr"]).to(torch.float64 if wide else torch.float32).unbind()
             return {"lr": rates[id(group)][layer]}
 
-        return split_groups(view, lambda p: layer_of.get(id(p), OUTSIDE), tensor_rate)
+        return partition.split(view, lambda layer: layer, tensor_rate)
 
     @staticmethod
     def _scaled(group: Mapping[str, Any], factor: float) -> dict[str, Any]:
@@ -187,22 +216,22 @@ class Gradient:
         self.decay, self.in_place = decay, in_place
         self._started: tuple[Any, Any, list[Tensor]] | None = None
 
-    def act(self, view: Any, layer_of: Mapping[int, int], factors: Factors) -> list[Split]:
+    def act(self, view: Any, partition: Partition, factors: Factors) -> list[Split]:
         """Scale the gradients, or what the optimizer multiplies them by."""
         self._started = None  # of a step that failed
         scaled = self.decay == "scaled" and any(
             group.get("weight_decay") and decay_is_coupled(view, group) is not False for group in view.param_groups
         )
-        members = members_of(view, layer_of)
+        members = partition.members(view)
         if factors.numbers is None:
             return self._on_device(view, members, factors.tensor, scaled)
         if not self.in_place and self._can_damp(view, members, scaled):
-            return self._through_dampening(view, layer_of, members, factors.numbers)
+            return self._through_dampening(view, partition, members, factors.numbers)
         changed = [(p.grad, factors.numbers[layer]) for p, layer in members if factors.numbers[layer] != 1]
         scale_in_place([gradient for gradient, _ in changed], [factor for _, factor in changed])
         if not scaled:
             return []
-        return split_groups(view, factor_of(layer_of, factors.numbers), lambda group, f: self._decay(view, group, f))
+        return partition.split(view, factor_of(factors.numbers), lambda group, f: self._decay(view, group, f))
 
     def finish(self) -> None:
         """Hand the momentum that the step has begun to the optimizer."""
@@ -248,14 +277,14 @@ class Gradient:
 
     def _can_damp(self, view: Any, members: Sequence[tuple[Tensor, int]], scaled: bool) -> bool:
         gradients: list[Any] = [p.grad for p, _ in members]
-        if not damps_history(view) or any(gradient.layout is not torch.strided for gradient in gradients):
+        if not damps_history(view) or {gradient.layout for gradient in gradients} != {torch.strided}:
             return False
         return scaled or not any(group["weight_decay"] for group in view.param_groups)
 
     def _through_dampening(
-        self, view: Any, layer_of: Mapping[int, int], members: Sequence[tuple[Tensor, int]], numbers: Sequence[float]
+        self, view: Any, partition: Partition, members: Sequence[tuple[Tensor, int]], numbers: Sequence[float]
     ) -> list[Split]:
-        """Set `1 − dampening` to `(1 − dampening) f`; a parameter's first step has no dampening of its own."""
+        """Set `1 − dampening` to f."""
         state = view.state
         fresh = [p for p, _ in members if state.get(p, {}).get("momentum_buffer") is None]
         if fresh:  # step() would start from a copy of g + λw; from zero it starts from f (g + λw)
@@ -264,14 +293,7 @@ class Gradient:
                 zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
                 view.state[p] = {**state.get(p, {}), "momentum_buffer": zeros}
             self._started = (view, state, fresh)
-        fresh_ids = set(map(id, fresh))
-        factor = factor_of(layer_of, numbers)
-
-        def overrides(group: Mapping[str, Any], key: tuple[float, bool]) -> dict[str, Any]:
-            damping = 0.0 if key[1] else group["dampening"]
-            return {"dampening": damping if key[0] == 1 else 1 - (1 - damping) * key[0]}
-
-        return split_groups(view, lambda p: (factor(p), id(p) in fresh_ids), overrides)
+        return partition.split(view, factor_of(numbers), lambda group, f: {} if f == 1 else {"dampening": 1 - f})
 
 
 class Update:
@@ -280,9 +302,9 @@ class Update:
     def __init__(self) -> None:
         self._kept: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
 
-    def act(self, view: Any, layer_of: Mapping[int, int], factors: Factors) -> list[Split]:
+    def act(self, view: Any, partition: Partition, factors: Factors) -> list[Split]:
         """Copy the parameters whose update will be scaled."""
-        members = members_of(view, layer_of)
+        members = partition.members(view)
         numbers = factors.numbers
         if numbers is not None:
             members = [(p, layer) for p, layer in members if numbers[layer] != 1]

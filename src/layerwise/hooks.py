@@ -79,18 +79,20 @@ class OptimizerHooks:
         # A step() that calls super().step() runs the hooks once more, on the view.
         if optimizer is not self._optimizer():
             return None
-        self._clear()  # an exception in the last step() left no post-hook to do it
+        if self._given:  # an exception in the last step() left no post-hook to clear up
+            self._clear()
         active = [member for member in self.members if member.enabled]
         if not active:
             return None
         args, kwargs = evaluate_closure(args, kwargs)
         view, given = self._view, optimizer.__dict__
         view.__dict__.update(given)
+        self._given = dict(given)
         with torch.no_grad():
             for member in active:
                 member.measure(view)
             self._levels = [member.act(view) for member in active]
-        self._given, self._active = dict(given), active
+        self._active = active
         return (view, *args[1:]), kwargs
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -163,6 +165,8 @@ def write_back(splits: Sequence[Split], optimizer: str) -> None:
     Raises:
         RuntimeError: The parts of one group disagree, so that the group's value is not known.
     """
+    if all(split.unchanged() for split in splits):
+        return
     written: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
     touched: dict[tuple[int, str], int] = {}
     parts: dict[int, int] = {}

@@ -91,13 +91,13 @@ def takes_tensor_rate(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> b
 
 
 def damps_history(optimizer: optim.Optimizer) -> bool:
-    """Tell whether this is torch's SGD with a momentum that is not Nesterov's in every group.
+    """Tell whether this is torch's SGD with momentum, not Nesterov's and without dampening, in every group.
 
     Its history is `v ← μv + (1 − dampening)(g + λw)`, so a factor inside the momentum can act through the dampening and
     leave the gradient alone.
     """
     return type(optimizer).step is optim.SGD.step and all(
-        group["momentum"] != 0 and not group["nesterov"] and not group["differentiable"]
+        group["momentum"] != 0 and not (group["nesterov"] or group["dampening"] or group["differentiable"])
         for group in optimizer.param_groups
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import repeat
+from operator import is_
 from typing import Any
 
 import torch
@@ -68,12 +70,13 @@ class LayerStatistics:
     def __init__(self, layers: Sequence[Layer], needs: Collection[str]) -> None:
         check_needs(needs)
         self.needs = frozenset(needs)
-        self.layer_of = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters}
         self.layers = tuple(layers)
         self.count = len(layers)
+        self.members = [p for layer in layers for p in layer.parameters]
+        self.layer_of = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters}
         self.device, self.dtype = common_device(layers)
         self._zeros = torch.zeros(self.count, dtype=self.dtype, device=self.device)
-        self._indices: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+        self._indices: dict[str, tuple[list[Tensor], list[int] | None, Tensor]] = {}
         self._numbers: dict[str, tuple[list[float], Tensor]] = {}
 
     @torch.no_grad()
@@ -88,51 +91,57 @@ class LayerStatistics:
             The statistics in `needs`.
         """
         needs, values = self.needs, {}
-        members = [(p, group) for group in groups for p in group["params"] if id(p) in self.layer_of]
-        if needs & {"gradient_norm", "counts"}:
-            present = [p for p, _ in members if p.grad is not None]
-            norms = self._norms("gradient", [p.grad for p in present], present)
-            if grad_scale is not None:
-                norms = norms / moved(grad_scale, self.device).to(self.dtype)
+        if "gradient_norm" in needs or "counts" in needs:
+            norms = self._gradient_norms(grad_scale)
             if "gradient_norm" in needs:
                 values["gradient_norm"] = norms
             if "counts" in needs:
                 total = norms.sum()  # not finite if any of them is not
                 values["counts"] = (total > 0) & (total < torch.inf)
         if "weight_norm" in needs:
-            values["weight_norm"] = self._norms("weight", [p for p, _ in members], [p for p, _ in members])
+            values["weight_norm"] = self._norms("weight", self.members, self.members)
         if "matrix_norm" in needs:
-            matrices = [p for p, _ in members if p.ndim > 1]
+            matrices = [p for p in self.members if p.ndim > 1]
             values["matrix_norm"] = self._norms("matrix", matrices, matrices)
         if "normalisation_gain" in needs:
             values["normalisation_gain"] = self._normalisation_gains()
         if "decay_norm" in needs:
-            decayed = [(p, group["weight_decay"]) for p, group in members if group.get("weight_decay")]
-            owners = [p for p, _ in decayed]
-            values["decay_norm"] = self._norms("decay", owners, owners, [decay for _, decay in decayed])
+            decay_of = {id(p): group.get("weight_decay", 0) for group in groups for p in group["params"]}
+            decayed = [p for p in self.members if decay_of[id(p)]]
+            values["decay_norm"] = self._norms("decay", decayed, decayed, [decay_of[id(p)] for p in decayed])
         if "learning_rate" in needs:
-            values["learning_rate"] = self._learning_rates(members)
+            values["learning_rate"] = self._learning_rates(groups)
         return Statistics(**values)
 
+    def _gradient_norms(self, grad_scale: Tensor | None) -> Tensor:
+        owners = self.members
+        gradients: list[Any] = [p.grad for p in owners]
+        if any(map(is_, gradients, repeat(None))):
+            owners = [p for p in owners if p.grad is not None]
+            gradients = [p.grad for p in owners]
+        norms = self._norms("gradient", gradients, owners)
+        return norms if grad_scale is None else norms / moved(grad_scale, self.device).to(self.dtype)
+
     def _norms(
-        self, kind: str, tensors: Sequence[Any], owners: Sequence[Tensor], scales: Sequence[float] | None = None
+        self, kind: str, tensors: Sequence[Any], owners: list[Tensor], scales: Sequence[float] | None = None
     ) -> Tensor:
         """Return each layer's norm over the tensors that its parameters own; 0 where there is none."""
         if not tensors:
             return self._zeros.clone()
         norms, order = tensor_norms(tensors, self.device, self.dtype)
         if scales is not None:
-            norms = norms * self._on_device("scales", [scales[i] for i in order])
-        index = self._index(kind, tuple([id(owners[i]) for i in order]))
-        return self._zeros.index_add(0, index, norms.square_()).sqrt_()
+            norms = norms * self._on_device("scales", [scales[i] for i in order or range(len(scales))])
+        return self._zeros.index_add(0, self._index(kind, owners, order), norms.square_()).sqrt_()
 
-    def _index(self, kind: str, owners: tuple[int, ...]) -> Tensor:
+    def _index(self, kind: str, owners: list[Tensor], order: list[int] | None) -> Tensor:
         """Return the layer of each owner, on the device; the copy there happens once per pattern of owners."""
         cached = self._indices.get(kind)
-        if cached is None or cached[0] != owners:
-            index = torch.tensor([self.layer_of[i] for i in owners], device=self.device)
-            cached = self._indices[kind] = (owners, index)
-        return cached[1]
+        if cached is None or cached[1] != order or not same_objects(cached[0], owners):
+            index = torch.tensor(
+                [self.layer_of[id(owners[i])] for i in order or range(len(owners))], device=self.device
+            )
+            cached = self._indices[kind] = (owners, order, index)
+        return cached[2]
 
     def _normalisation_gains(self) -> Tensor:
         one = torch.ones((), dtype=self.dtype, device=self.device)
@@ -152,10 +161,12 @@ class LayerStatistics:
             gains.append(square.mean())
         return torch.stack(gains)
 
-    def _learning_rates(self, members: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> Tensor:
+    def _learning_rates(self, groups: Sequence[Mapping[str, Any]]) -> Tensor:
         rates: list[list[Any]] = [[] for _ in range(self.count)]
-        for p, group in members:
-            rates[self.layer_of[id(p)]].append(group["lr"])
+        for group in groups:
+            for p in group["params"]:
+                if id(p) in self.layer_of:
+                    rates[self.layer_of[id(p)]].append(group["lr"])
         if any(isinstance(rate, Tensor) for layer in rates for rate in layer):
             vectors = [[torch.as_tensor(r, dtype=self.dtype, device=self.device).reshape(()) for r in q] for q in rates]
             return torch.stack([torch.stack(vector).amax() for vector in vectors])
@@ -190,7 +201,9 @@ def common_device(layers: Sequence[Layer]) -> tuple[torch.device, torch.dtype]:
     return device, torch.float32 if device.type == "mps" else torch.float64
 
 
-def tensor_norms(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
+def tensor_norms(
+    tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, list[int] | None]:
     """Return the 2-norm of each tensor, kind by kind.
 
     One `_foreach_norm` for each kind (device, type) of tensor. Half precision is accumulated in float32, because the
@@ -203,29 +216,43 @@ def tensor_norms(tensors: Sequence[Tensor], device: torch.device, dtype: torch.d
         dtype: Its type.
 
     Returns:
-        The norms, shape `[len(tensors)]`, and the position of each one's tensor.
+        The norms, shape `[len(tensors)]`, and the position of each one's tensor; None if they are in order.
 
     Example:
         >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(0)], torch.device("cpu"), torch.float64)
-        (tensor([5., 0.], dtype=torch.float64), [0, 1])
+        (tensor([5., 0.], dtype=torch.float64), None)
     """
-    kinds: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = {}
-    for position, tensor in enumerate(tensors):
-        if tensor.layout is not torch.strided:
-            tensor = tensor.coalesce().values()
-        if tensor.is_complex():
-            tensor = torch.view_as_real(tensor)
-        positions, members = kinds.setdefault((tensor.device, tensor.dtype), ([], []))
-        positions.append(position)
-        members.append(tensor)
-    norms: list[Tensor] = []
-    for (_, kind), (_, members) in kinds.items():
-        wide = torch.float32 if kind in (torch.float16, torch.bfloat16) else None
-        each = torch._foreach_norm(members, 2, wide)
-        stacked = torch.empty(len(each), dtype=dtype, device=each[0].device)
-        norms.append(moved(torch.stack(each, out=stacked), device))  # written as dtype, without a pass to convert
-    order = [position for positions, _ in kinds.values() for position in positions]
-    return norms[0] if len(norms) == 1 else torch.cat(norms), order
+    dense = list(tensors)
+    kinds = {(tensor.device, tensor.dtype, tensor.layout) for tensor in dense}
+    if any(layout is not torch.strided or dtype.is_complex for _, dtype, layout in kinds):
+        dense = [as_dense_real(tensor) for tensor in tensors]
+        kinds = {(tensor.device, tensor.dtype, tensor.layout) for tensor in dense}
+    if len(kinds) == 1:
+        return _norms_of_one_kind(dense, device, dtype), None
+    parts: list[Tensor] = []
+    order: list[int] = []
+    for kind in sorted(kinds, key=str):
+        positions = [i for i, tensor in enumerate(dense) if (tensor.device, tensor.dtype, tensor.layout) == kind]
+        parts.append(_norms_of_one_kind([dense[i] for i in positions], device, dtype))
+        order += positions
+    return torch.cat(parts), order
+
+
+def _norms_of_one_kind(tensors: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    wide = torch.float32 if tensors[0].dtype in (torch.float16, torch.bfloat16) else None
+    return moved(torch.stack(torch._foreach_norm(tensors, 2, wide)), device).to(dtype)
+
+
+def as_dense_real(tensor: Tensor) -> Tensor:
+    """Return a tensor's values so that their 2-norm is the tensor's."""
+    if tensor.layout is not torch.strided:
+        tensor = tensor.coalesce().values()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Tell whether two sequences hold the very same objects."""
+    return first is second or (len(first) == len(second) and all(map(is_, first, second)))
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

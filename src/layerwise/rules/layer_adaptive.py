@@ -57,4 +57,4 @@ class LayerAdaptive(Rule):
         logarithm = torch.log1p(statistics.gradient_norm.reciprocal())
         if self.log_base != math.e:
             logarithm = logarithm / math.log(self.log_base)
-        return 1 + logarithm, state
+        return logarithm.add_(1), state
