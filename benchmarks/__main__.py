@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -91,6 +92,15 @@ def operations(layer_count: int) -> tuple[int, int]:
     return count.operations, count.reads
 
 
+def import_cost(rounds: int) -> dict[str, float]:
+    """Importing torch, and importing layerwise, each in a new process."""
+
+    def run(module: str) -> Callable[[], Any]:
+        return lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+
+    return ratio(run("torch"), run("layerwise"), rounds)
+
+
 SGD = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
 NAG = {**SGD, "nesterov": True}
 STEPS: list[tuple[str, float | None, Callable[[Any], optim.Optimizer], Any, dict[str, Any]]] = [
@@ -134,6 +144,7 @@ def main() -> int:
     for name, target, make, rule, options in STEPS:
         show(name, target, step_cost(make, rule, arguments.rounds, **options))
     show("LeNet, batch 64, whole iteration", 1.05, iteration_cost(10 * arguments.rounds))
+    show("import layerwise / import torch", 1.2, import_cost(min(arguments.rounds, 7)))
     print(f"\n{'gradients to factors':<41}{'operations':>11}{'reads':>7}{'target':>11}")
     for count in (4, 107, 1000):
         total, reads = operations(count)
