@@ -10,7 +10,7 @@ from torch import Tensor, nn, optim
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layerwise
-from layerwise import apply as places
+from layerwise.factors import Factors
 from layerwise.rules import Constant, LayerAdaptive
 from optimizer_cases import CASES, Case, assert_same_bits, network, relative_difference, take_step, weights
 
@@ -50,13 +50,13 @@ def caffe_step(
 
 def keep_on_device(patch: pytest.MonkeyPatch) -> None:
     """Keep factors as tensors, as on an accelerator, but with values."""
-    original = places.Factors.__init__
+    original = Factors.__init__
 
-    def keep(self: places.Factors, *arguments: Any) -> None:
+    def keep(self: Factors, *arguments: Any) -> None:
         original(self, *arguments)
         self.numbers = None
 
-    patch.setattr(places.Factors, "__init__", keep)
+    patch.setattr(Factors, "__init__", keep)
 
 
 @pytest.fixture(params=["numbers", "device"])
@@ -174,13 +174,13 @@ def fake_step(case: Case, place: str, *, capturable: bool = False) -> int:
     """Take three steps on fake CUDA tensors, of which no value can be read; return how often factors were read."""
     reads = 0
 
-    def read(self: places.Factors) -> list[float]:
+    def read(self: Factors) -> list[float]:
         nonlocal reads
         reads += 1
         return [1.5] * 2
 
     with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(places.Factors, "read", read)
+        patch.setattr(Factors, "read", read)
         named, optimizer = fake_network(case, capturable=capturable)
         layerwise.LayerwiseLR(optimizer, LayerAdaptive(), apply=place)
         for _ in range(3):

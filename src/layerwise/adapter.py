@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .apply import PLACES, Factors, Partition, PlaceName, Split, make_place
+from .apply import PLACES, PlaceName, make_place
+from .factors import Factors
 from .hooks import OptimizerHooks
 from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_layers, named_parameters_of
 from .optimizers import automatic_place, check_place, no_effect, refuse, unwrap
+from .partition import Partition, Split
 from .rules.base import State
 from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds, check_rule, default, initial_state

@@ -6,139 +6,19 @@ parameter groups; the optimizer's own are never touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from .factors import Factors
 from .optimizers import damps_history, decay_is_coupled, takes_tensor_rate
-from .rules.base import finite_or_one
-from .statistics import same_objects
+from .partition import OUTSIDE, Partition, Split, factor_of
+from .statistics import moved
 
 PlaceName = Literal["gradient", "lr", "update"]
 PLACES: tuple[PlaceName, ...] = ("gradient", "lr", "update")
-OUTSIDE = -1
-"""The layer number of a parameter that belongs to no layer; its factor is 1."""
-
-
-class Factors:
-    """One step's factors: numbers where reading them waits for nothing, else a tensor on the parameters' device.
-
-    A factor that is not finite is 1.
-
-    Args:
-        raw: What the rule returned, shape `[n_layers]`.
-        included: Which layers are not excluded; the factor of the others is 1.
-        mask: The same as a tensor beside `raw`; None if all are included.
-    """
-
-    def __init__(self, raw: Tensor, included: Sequence[bool], mask: Tensor | None) -> None:
-        self._raw, self._included, self._mask = raw, included, mask
-        self._tensor: Tensor | None = None
-        self.numbers: list[float] | None = self._read() if raw.device.type == "cpu" else None
-
-    @property
-    def tensor(self) -> Tensor:
-        """The factors on the parameters' device."""
-        if self._tensor is None:
-            finite = finite_or_one(self._raw)
-            self._tensor = finite if self._mask is None else torch.where(self._mask, finite, 1.0)
-        return self._tensor
-
-    def read(self) -> list[float]:
-        """Return the numbers; on an accelerator this waits for the device, once."""
-        if self.numbers is None:
-            self.numbers = self._read()
-        return self.numbers
-
-    def _read(self) -> list[float]:
-        numbers: list[float] = self._raw.tolist()
-        if self._mask is None and all(map(isfinite, numbers)):
-            return numbers
-        return [x if inside and isfinite(x) else 1.0 for x, inside in zip(numbers, self._included, strict=True)]
-
-
-class Split:
-    """A part of a parameter group with values of its own.
-
-    Args:
-        source: The group it was taken from.
-        group: The new group.
-        overrides: The values that differ on purpose.
-    """
-
-    __slots__ = ("before", "group", "overrides", "source")
-
-    def __init__(self, source: dict[str, Any], group: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-        self.source, self.group, self.overrides = source, group, overrides
-        self.before = list(group.values())
-
-    def unchanged(self) -> bool:
-        """Tell whether nothing has been written into the group since it was made."""
-        return same_objects(self.before, list(self.group.values()))
-
-
-class Partition:
-    """Which parameters of which group belong to which layer.
-
-    Args:
-        layer_of: id of parameter to layer number.
-    """
-
-    def __init__(self, layer_of: Mapping[int, int]) -> None:
-        self.layer_of = layer_of
-        self._cached: dict[int, tuple[list[Tensor], list[Tensor], list[tuple[int, list[int]]]]] = {}
-
-    def of(self, number: int, parameters: list[Tensor]) -> list[tuple[int, list[int]]]:
-        """Return each layer of a group with the positions of its parameters; `OUTSIDE` for those in no layer.
-
-        Args:
-            number: The group's number in the list of groups, under which the answer is kept for the next step.
-            parameters: The group's parameters.
-        """
-        cached = self._cached.get(number)
-        if cached is None or cached[0] is not parameters or not same_objects(cached[1], parameters):
-            layers: dict[int, list[int]] = {}
-            for position, p in enumerate(parameters):
-                layers.setdefault(self.layer_of.get(id(p), OUTSIDE), []).append(position)
-            cached = self._cached[number] = (parameters, list(parameters), list(layers.items()))
-        return cached[2]
-
-    def members(self, view: Any) -> list[tuple[Tensor, int]]:
-        """Return the parameters that have a gradient and a layer, each with its layer's number."""
-        layer_of = self.layer_of
-        every = [p for group in view.param_groups for p in group["params"]]
-        return [(p, layer_of[id(p)]) for p in every if p.grad is not None and id(p) in layer_of]
-
-    def split(
-        self, view: Any, key: Callable[[int], Any], overrides: Callable[[Mapping[str, Any], Any], dict[str, Any]]
-    ) -> list[Split]:
-        """Replace the view's groups by one group for each distinct key, and return the parts.
-
-        Layers with equal keys share a group, because each group costs an unfused optimizer a round of kernels.
-
-        Args:
-            view: The view.
-            key: Layer number (or `OUTSIDE`) to a hashable key.
-            overrides: (group, key) to the values that the new group has of its own.
-        """
-        splits: list[Split] = []
-        for number, group in enumerate(view.param_groups):
-            buckets: dict[Any, list[int]] = {}
-            for layer, positions in self.of(number, group["params"]):
-                bucket = key(layer)
-                buckets[bucket] = buckets[bucket] + positions if bucket in buckets else positions
-            parameters, names = group["params"], group.get("param_names")
-            for bucket, positions in buckets.items():
-                own = overrides(group, bucket)
-                part = {**group, "params": [parameters[i] for i in positions], **own}
-                if names is not None:
-                    part["param_names"] = [names[i] for i in positions]
-                splits.append(Split(group, part, own))
-        view.param_groups = [split.group for split in splits]
-        return splits
 
 
 class Place(Protocol):
@@ -151,11 +31,6 @@ class Place(Protocol):
     def finish(self) -> None:
         """Act after the step."""
         ...
-
-
-def factor_of(numbers: Sequence[float]) -> Callable[[int], float]:
-    """Return the function from a layer's number to its factor; 1 for parameters in no layer."""
-    return lambda layer: 1.0 if layer == OUTSIDE else numbers[layer]
 
 
 def scale_in_place(gradients: Sequence[Any], factors: Sequence[float]) -> None:
@@ -224,7 +99,7 @@ class Gradient:
         )
         members = partition.members(view)
         if factors.numbers is None:
-            return self._on_device(view, members, factors.tensor, scaled)
+            return self._on_device(view, members, factors, scaled)
         if not self.in_place and self._can_damp(view, members, scaled):
             return self._through_dampening(view, partition, members, factors.numbers)
         changed = [(p.grad, factors.numbers[layer]) for p, layer in members if factors.numbers[layer] != 1]
@@ -248,7 +123,7 @@ class Gradient:
         return {"weight_decay": group["weight_decay"] * factor}
 
     @staticmethod
-    def _on_device(view: Any, members: Sequence[tuple[Tensor, int]], factors: Tensor, scaled: bool) -> list[Split]:
+    def _on_device(view: Any, members: Sequence[tuple[Tensor, int]], factors: Factors, scaled: bool) -> list[Split]:
         """Form f (g + λw) in the gradients, since a number f λ would have to be read from the device."""
         splits: list[Split] = []
         if scaled:
@@ -269,10 +144,9 @@ class Gradient:
                 else:
                     groups.append(group)
             view.param_groups = groups
-        each = factors.unbind()
         if members:
             gradients: list[Any] = [p.grad for p, _ in members]
-            torch._foreach_mul_(gradients, [each[layer] for _, layer in members])
+            torch._foreach_mul_(gradients, [factors.each(p)[layer] for p, layer in members])
         return splits
 
     def _can_damp(self, view: Any, members: Sequence[tuple[Tensor, int]], scaled: bool) -> bool:
@@ -308,12 +182,12 @@ class Update:
         numbers = factors.numbers
         if numbers is not None:
             members = [(p, layer) for p, layer in members if numbers[layer] != 1]
-        rest = 1 - factors.tensor
-        weights = {dtype: rest.to(dtype).unbind() for dtype in {p.dtype for p, _ in members}}
+        kinds = {(p.device, p.dtype) for p, _ in members}
+        weights = {(at, kind): (1 - moved(factors.tensor, at)).to(kind).unbind() for at, kind in kinds}
         self._kept = (
             [p for p, _ in members],
             [p.clone() for p, _ in members],
-            [weights[p.dtype][layer] for p, layer in members],
+            [weights[p.device, p.dtype][layer] for p, layer in members],
         )
         return []
 

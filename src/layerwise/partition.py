@@ -1,0 +1,99 @@
+"""Parameter groups -> parts of one layer, or of layers with equal factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .statistics import same_objects
+
+OUTSIDE = -1
+"""The layer number of a parameter that belongs to no layer; its factor is 1."""
+
+
+class Split:
+    """A part of a parameter group with values of its own.
+
+    Args:
+        source: The group it was taken from.
+        group: The new group.
+        overrides: The values that differ on purpose.
+    """
+
+    __slots__ = ("before", "group", "overrides", "source")
+
+    def __init__(self, source: dict[str, Any], group: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+        self.source, self.group, self.overrides = source, group, overrides
+        self.before = list(group.values())
+
+    def unchanged(self) -> bool:
+        """Tell whether nothing has been written into the group since it was made."""
+        return same_objects(self.before, list(self.group.values()))
+
+
+class Partition:
+    """Which parameters of which group belong to which layer.
+
+    Args:
+        layer_of: id of parameter to layer number.
+    """
+
+    def __init__(self, layer_of: Mapping[int, int]) -> None:
+        self.layer_of = layer_of
+        self._cached: dict[int, tuple[list[Tensor], list[Tensor], list[tuple[int, list[int]]]]] = {}
+
+    def of(self, number: int, parameters: list[Tensor]) -> list[tuple[int, list[int]]]:
+        """Return each layer of a group with the positions of its parameters; `OUTSIDE` for those in no layer.
+
+        Args:
+            number: The group's number in the list of groups, under which the answer is kept for the next step.
+            parameters: The group's parameters.
+        """
+        cached = self._cached.get(number)
+        if cached is None or cached[0] is not parameters or not same_objects(cached[1], parameters):
+            layers: dict[int, list[int]] = {}
+            for position, p in enumerate(parameters):
+                layers.setdefault(self.layer_of.get(id(p), OUTSIDE), []).append(position)
+            cached = self._cached[number] = (parameters, list(parameters), list(layers.items()))
+        return cached[2]
+
+    def members(self, view: Any) -> list[tuple[Tensor, int]]:
+        """Return the parameters that have a gradient and a layer, each with its layer's number."""
+        layer_of = self.layer_of
+        every = [p for group in view.param_groups for p in group["params"]]
+        return [(p, layer_of[id(p)]) for p in every if p.grad is not None and id(p) in layer_of]
+
+    def split(
+        self, view: Any, key: Callable[[int], Any], overrides: Callable[[Mapping[str, Any], Any], dict[str, Any]]
+    ) -> list[Split]:
+        """Replace the view's groups by one group for each distinct key, and return the parts.
+
+        Layers with equal keys share a group, because each group costs an unfused optimizer a round of kernels.
+
+        Args:
+            view: The view.
+            key: Layer number (or `OUTSIDE`) to a hashable key.
+            overrides: (group, key) to the values that the new group has of its own.
+        """
+        splits: list[Split] = []
+        for number, group in enumerate(view.param_groups):
+            buckets: dict[Any, list[int]] = {}
+            for layer, positions in self.of(number, group["params"]):
+                bucket = key(layer)
+                buckets[bucket] = buckets[bucket] + positions if bucket in buckets else positions
+            parameters, names = group["params"], group.get("param_names")
+            for bucket, positions in buckets.items():
+                own = overrides(group, bucket)
+                part = {**group, "params": [parameters[i] for i in positions], **own}
+                if names is not None:
+                    part["param_names"] = [names[i] for i in positions]
+                splits.append(Split(group, part, own))
+        view.param_groups = [split.group for split in splits]
+        return splits
+
+
+def factor_of(numbers: Sequence[float]) -> Callable[[int], float]:
+    """Return the function from a layer's number to its factor; 1 for parameters in no layer."""
+    return lambda layer: 1.0 if layer == OUTSIDE else numbers[layer]
