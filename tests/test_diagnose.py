@@ -43,8 +43,8 @@ def test_the_layers_are_listed_with_their_size_rate_and_decay(make_model, told):
     ("kind", "options", "place", "reason"),
     [
         (torch.optim.SGD, {"momentum": 0.9}, "gradient", "inside the momentum"),
-        (torch.optim.SGD, {}, "lr", "exact for SGD"),
-        (torch.optim.Adam, {}, "lr", "exact for Adam"),
+        (torch.optim.SGD, {}, "lr", "for SGD as it is set, the same as multiplying the gradient"),
+        (torch.optim.Adam, {}, "lr", "Adam divides out what multiplies the gradient"),
         (torch.optim.Rprop, {}, "update", "Rprop reads its rate too late"),
     ],
     ids=["momentum", "plain descent", "Adam", "Rprop"],
@@ -53,7 +53,7 @@ def test_where_the_factor_acts_and_what_it_costs_is_told(make_model, told, kind,
     model = make_model()
     text = told(kind(model.parameters(), lr=0.1, **options), model)
     assert line_of(text, "acts on").startswith(f"acts on   {place!r}: ")
-    assert reason in line_of(text, "acts on")
+    assert reason in line_of(text, "because")
     assert ("a copy of the parameters" in line_of(text, "costs")) == (place == "update")
 
 

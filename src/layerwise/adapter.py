@@ -120,6 +120,11 @@ class LayerwiseLR:
         return cast(PlaceName, self._place_name)
 
     @property
+    def decay(self) -> str:
+        """Whether coupled weight decay is `"scaled"` with the gradient or `"plain"`."""
+        return self._decay
+
+    @property
     def epoch(self) -> int:
         """The current epoch, counted from 1 by `end_epoch()`."""
         return self._epoch
@@ -141,7 +146,7 @@ class LayerwiseLR:
         by_group = self._last_rates if self._last_rates is not None else _rates(self._required().param_groups)
         rates = [by_group[group] for group in self._first_group]
         return {
-            name: float(rate) * factor
+            name: float("nan") if rate is None else float(rate) * factor
             for (name, factor), rate in zip(self.get_last_factors().items(), rates, strict=True)
         }
 
@@ -155,7 +160,7 @@ class LayerwiseLR:
         """Return the adapter's state: names, numbers and tensors, which `torch.load(weights_only=True)` reads."""
         return {
             "version": 1,
-            "rule": repr(self.rule),
+            "rule": type(self.rule).__name__,
             "layers": self.layers,
             "epoch": self._epoch,
             "state": copied(self._state),
@@ -185,8 +190,15 @@ class LayerwiseLR:
                 f"the state was saved of the layers {list(state_dict['layers'])}, this adapter has {self.layers}; "
                 "attach with the same model and the same layers="
             )
+        if state_dict["rule"] != type(self.rule).__name__:
+            saved = state_dict["rule"]
+            raise ValueError(
+                f"the state was saved of the rule {saved}, this adapter has {self.rule!r}; attach the same"
+            )
+        if not isinstance(state_dict["epoch"], int) or state_dict["epoch"] < 1:
+            raise ValueError(f"epoch={state_dict['epoch']!r} of the state must be a whole number of at least 1")
         self._state = loaded(state_dict["state"], self._state, "state")
-        self._epoch = int(state_dict["epoch"])
+        self._epoch = state_dict["epoch"]
         self._last_raw = None
 
     @contextlib.contextmanager
@@ -211,6 +223,9 @@ class LayerwiseLR:
         optimizer = self._optimizer()
         if self._attached and optimizer is not None:
             OptimizerHooks.remove(optimizer, self)
+            self._place = make_place(
+                self.apply, self._decay, automatic=self._apply == "auto"
+            )  # keeps nothing of a step
         self._attached = False
 
     def __repr__(self) -> str:
@@ -237,13 +252,15 @@ class LayerwiseLR:
     def measure(self, view: Any) -> None:
         """Compute this step's factors from the gradients as they arrived."""
         groups = view.param_groups
-        if not same_objects(self._parameters, _parameters(groups)):  # parameters added, or replaced by fully_shard
-            self._resolve(self._required())
-        elif self._apply == "auto" and not same_objects(self._groups, groups):  # load_state_dict may bring momentum
-            self._groups = list(groups)
-            self._place_at(self._automatic_place(self._required()))
+        if not same_objects(self._parameters, _parameters(groups)) or self._statistics.moved_away():
+            self._resolve(self._required())  # parameters added, replaced by fully_shard, or moved to another device
+        elif self._apply == "auto":
+            self._place_at(self._automatic_place(self._required()))  # schedulers and checkpoints can bring momentum
         statistics = self._statistics.compute(groups, getattr(view, "grad_scale", None))
-        raw, self._state = self.rule.factors(statistics, self._state)
+        result = self.rule.factors(statistics, self._state)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(f"{self.rule!r}.factors returned {type(result).__name__}; it must return (factors, state)")
+        raw, self._state = result
         if not isinstance(raw, Tensor) or raw.shape != (len(self._layers),):
             shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
             raise ValueError(f"{self.rule!r} returned factors of shape {shape}; there are {len(self._layers)} layers")
@@ -270,11 +287,14 @@ class LayerwiseLR:
         included = included_layers(layers, self._exclude)
         place_name = self._automatic_place(optimizer) if self._apply == "auto" else cast(PlaceName, self._apply)
         check_place(optimizer, place_name, self._decay, decay_given=self._decay_argument != "auto")
-        statistics = LayerStatistics(layers, getattr(self.rule, "needs", ("gradient_norm",)))
-        state = carried_over(initial_state(self.rule, layers, statistics.device), self._state)
+        needs = getattr(self.rule, "needs", ("gradient_norm",))
+        if "learning_rate" in needs and any(group.get("lr") is None for group in optimizer.param_groups):
+            raise ValueError(f"{self.rule!r} needs the rate, and {type(optimizer).__name__} has no 'lr' in its groups")
+        statistics = LayerStatistics(layers, needs)
+        names = [layer.name for layer in layers]
+        state = carried_over(initial_state(self.rule, layers, statistics.device), self._state, names, self.layers)
 
         self._parameters = _parameters(optimizer.param_groups)
-        self._groups = list(optimizer.param_groups)
         self._partition = Partition(statistics.layer_of)
         self._layers, self._statistics, self._state = layers, statistics, state
         self._included = included
@@ -327,7 +347,7 @@ def _chosen(argument: Any, preferred: Any, otherwise: Any) -> Any:
 
 def _rates(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Return each group's rate; a tensor is copied, since schedulers write into it."""
-    rates = [group.get("lr", float("nan")) for group in groups]
+    rates = [group.get("lr") for group in groups]
     return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
 

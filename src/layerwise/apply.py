@@ -33,6 +33,11 @@ class Place(Protocol):
         ...
 
 
+def gradients_of(view: Any) -> list[tuple[Tensor, Any]]:
+    """Return the parameters that have a gradient, in a layer or not, with it."""
+    return [(p, p.grad) for group in view.param_groups for p in group["params"] if p.grad is not None]
+
+
 def scale_in_place(gradients: Sequence[Any], factors: Sequence[float]) -> None:
     """Multiply gradients by numbers; sparse ones one by one, since the grouped kernel takes dense ones only."""
     dense = [(g, f) for g, f in zip(gradients, factors, strict=True) if g.layout is torch.strided]
@@ -51,7 +56,11 @@ class LearningRate:
 
     def act(self, view: Any, partition: Partition, factors: Factors) -> list[Split]:
         """Split the view's groups by rate."""
-        on_device = factors.numbers is None and all(takes_tensor_rate(view, group) for group in view.param_groups)
+        on_device = (
+            factors.numbers is None
+            and all(takes_tensor_rate(view, group) for group in view.param_groups)
+            and len({p.device for group in view.param_groups for p in group["params"]}) == 1
+        )
         if not on_device:
             return partition.split(view, factor_of(factors.read()), self._scaled)
         rates: dict[int, tuple[Tensor, ...]] = {}
@@ -150,8 +159,7 @@ class Gradient:
         return splits
 
     def _can_damp(self, view: Any, members: Sequence[tuple[Tensor, int]], scaled: bool) -> bool:
-        gradients: list[Any] = [p.grad for p, _ in members]
-        if not damps_history(view) or {gradient.layout for gradient in gradients} != {torch.strided}:
+        if not damps_history(view) or any(gradient.layout is not torch.strided for _, gradient in gradients_of(view)):
             return False
         return scaled or not any(group["weight_decay"] for group in view.param_groups)
 
@@ -160,7 +168,8 @@ class Gradient:
     ) -> list[Split]:
         """Set `1 − dampening` to f."""
         state = view.state
-        fresh = [p for p, _ in members if state.get(p, {}).get("momentum_buffer") is None]
+        # Parameters in no layer too: while the view has a state of its own, what step() begins there is begun for all.
+        fresh = [p for p, _ in gradients_of(view) if state.get(p, {}).get("momentum_buffer") is None]
         if fresh:  # step() would start from a copy of g + λw; from zero it starts from f (g + λw)
             view.state = state.copy()  # the optimizer's own changes only when the step has been taken
             for p in fresh:
@@ -183,7 +192,7 @@ class Update:
         if numbers is not None:
             members = [(p, layer) for p, layer in members if numbers[layer] != 1]
         kinds = {(p.device, p.dtype) for p, _ in members}
-        weights = {(at, kind): (1 - moved(factors.tensor, at)).to(kind).unbind() for at, kind in kinds}
+        weights = {(at, kind): moved(factors.tensor, at).to(kind).unbind() for at, kind in kinds}
         self._kept = (
             [p for p, _ in members],
             [p.clone() for p, _ in members],
@@ -192,10 +201,12 @@ class Update:
         return []
 
     def finish(self) -> None:
-        """Move each parameter from its new value towards its old one, or away from it."""
+        """Move from the old values towards the new ones, or past them."""
         if self._kept is not None and self._kept[0]:
             parameters, old, weights = self._kept
-            torch._foreach_lerp_(parameters, old, weights)
+            # From the old values, because 1 - f of a small f would be 1 in half precision.
+            torch._foreach_lerp_(old, parameters, weights)
+            torch._foreach_copy_(parameters, old)
         self._kept = None
 
 
@@ -205,7 +216,7 @@ def make_place(name: PlaceName, decay: str, *, automatic: bool) -> Place:
     Args:
         name: One of `PLACES`.
         decay: `"scaled"` or `"plain"`, for `"gradient"`.
-        automatic: Whether the place was chosen for the user, who then does not expect the gradient itself to change.
+        automatic: Whether `"auto"` chose it, which may then carry the factor in another way with the same numbers.
     """
     if name == "gradient":
         return Gradient(decay, in_place=not automatic)

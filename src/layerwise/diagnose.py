@@ -5,23 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Adafactor, Optimizer
 
 from .adapter import LayerwiseLR
 from .layers import named_parameters_of
-from .optimizers import decay_is_coupled, no_effect, takes_tensor_rate, unwrap
+from .optimizers import SCALE_INVARIANT, decay_is_coupled, no_effect, takes_tensor_rate, unwrap
 from .rules import LayerAdaptive
-
-_WHY = {
-    "gradient": "inside the momentum, as the rule's method has it: v ← μv + f (g + λw)",
-    "lr": "as this step's rate of the layer: exact for {name}, whose step reads group['lr']",
-    "update": "on the finished update, w ← w_old + f (w_new − w_old): {name} reads its rate too late for anything else",
-}
-_COST = {
-    "gradient": "one reading of the gradients; no memory a parameter",
-    "lr": "one reading of the gradients, a parameter group for each factor; no memory a parameter",
-    "update": "one reading of the gradients, and a copy of the parameters during the step",
-}
+from .rules.combine import default
 
 
 def diagnose(
@@ -29,7 +19,7 @@ def diagnose(
 ) -> str:
     """Print which layers exist, where a factor would act and why, what it costs, and what would not work.
 
-    Nothing is attached, changed or computed.
+    Nothing stays attached, and nothing is changed or computed.
 
     Args:
         optimizer: The optimizer.
@@ -53,8 +43,9 @@ def diagnose(
         layer      tensors     numbers          lr       decay
         0                2       7,850       0.001        0.01
         <BLANKLINE>
-        acts on   'lr': as this step's rate of the layer: exact for AdamW, whose step reads group['lr']
-        costs     one reading of the gradients, a parameter group for each factor; no memory a parameter
+        acts on   'lr': the layer's rate in this step is f lr
+        because   AdamW divides out what multiplies the gradient, and is exact in its rate
+        costs     one reading of the gradients, a parameter group for each factor
         problems  none found
         note      decoupled weight decay is multiplied by the rate, so the factor scales it too
         next      adapter = layerwise.LayerwiseLR(optimizer, rule, model)
@@ -69,12 +60,14 @@ def diagnose(
         text = f"{type(rule).__name__} on {type(inner).__name__}: cannot be attached\n\nproblem   {error}"
     else:
         adapter.detach()
-        text = _describe(adapter, inner, model, rule, most)
+        text = _describe(adapter, inner, model, rule, most, automatic=arguments.get("apply", "auto") == "auto")
     print(text)
     return text
 
 
-def _describe(adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | None, rule: Any, most: int) -> str:
+def _describe(
+    adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | None, rule: Any, most: int, *, automatic: bool
+) -> str:
     name = type(optimizer).__name__
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     layers = adapter.layer_table()
@@ -99,15 +92,47 @@ def _describe(adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | Non
     inside = {id(p) for p in tensors}
     outside = [p for p in group_of if p not in inside]
     problems = _problems(adapter, optimizer, model, len(outside))
-    lines += [
-        "",
-        f"acts on   {adapter.apply!r}: {_WHY[adapter.apply].format(name=name)}",
-        f"costs     {_COST[adapter.apply]}",
-    ]
+    lines += ["", f"acts on   {adapter.apply!r}: {_where(adapter, optimizer)}"]
+    lines += [f"because   {_why(adapter, optimizer, automatic)}", f"costs     {_cost(adapter)}"]
     lines += [f"problem   {problem}" for problem in problems] or ["problems  none found"]
     lines += [f"note      {note}" for note in _notes(adapter, optimizer)]
     lines.append("next      adapter = layerwise.LayerwiseLR(optimizer, rule, model)")
     return "\n".join(lines)
+
+
+def _where(adapter: LayerwiseLR, optimizer: Optimizer) -> str:
+    if adapter.apply == "gradient":
+        return f"the gradient becomes {'f (g + λw)' if adapter.decay == 'scaled' else 'f g'} before any momentum"
+    if adapter.apply == "lr":
+        limit = ", inside its min(lr, 1/√t)" if isinstance(optimizer, Adafactor) else ""
+        return f"the layer's rate in this step is f lr{limit}"
+    return "w ← w_old + f (w_new − w_old)"
+
+
+def _why(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> str:
+    name = type(optimizer).__name__
+    if not automatic:
+        return "it was asked for"
+    if adapter.apply == "update":
+        return f"{name} reads its rate too late for another place"
+    if adapter.apply == "gradient":
+        return "the rule's method multiplies the gradient, inside the momentum"
+    if default(adapter.rule, "place") != "gradient":
+        return "the rule scales rates"
+    if isinstance(optimizer, SCALE_INVARIANT):
+        return f"{name} divides out what multiplies the gradient, and is exact in its rate"
+    return f"for {name} as it is set, the same as multiplying the gradient, for less"
+
+
+def _cost(adapter: LayerwiseLR) -> str:
+    needs = getattr(adapter.rule, "needs", ("gradient_norm",))
+    costs = ["one reading of the gradients"] if "gradient_norm" in needs else []
+    costs += {
+        "gradient": ["scaling the gradients, unless SGD's dampening can carry the factor"],
+        "lr": ["a parameter group for each factor"],
+        "update": ["a copy of the parameters during the step"],
+    }[adapter.apply]
+    return ", ".join(costs)
 
 
 def _problems(adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | None, outside: int) -> list[str]:
@@ -140,7 +165,7 @@ def _notes(adapter: LayerwiseLR, optimizer: Optimizer) -> list[str]:
 
 
 def _values(groups: list[dict[str, Any]], key: str) -> str:
-    values = list(dict.fromkeys(f"{float(group[key]):.4g}" for group in groups if key in group))
+    values = list(dict.fromkeys(f"{float(group[key]):.4g}" for group in groups if group.get(key) is not None))
     return "/".join(values) if values else "-"
 
 

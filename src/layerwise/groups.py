@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .layers import LayerSpecification, clean_name, make_layers
+from .layers import LayerSpecification, clean_name, make_layers, unique_names
 
 
 def param_groups(model: nn.Module, layers: LayerSpecification = "module") -> list[dict[str, Any]]:
@@ -38,7 +38,7 @@ def param_groups(model: nn.Module, layers: LayerSpecification = "module") -> lis
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    named = {clean_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    named = unique_names((clean_name(name), p) for name, p in model.named_parameters() if p.requires_grad)
     if not named:
         raise ValueError(f"model={type(model).__name__} has no parameter that requires a gradient")
     found = make_layers(named, layers, model)

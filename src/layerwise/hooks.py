@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
@@ -70,6 +71,7 @@ class OptimizerHooks:
         """Detach a member, and the hooks with the last one."""
         hooks = _hooks_of[optimizer]
         hooks.members.remove(member)
+        hooks._active = [other for other in hooks._active if other is not member]
         if not hooks.members:
             for handle in hooks._handles:
                 handle.remove()
@@ -81,10 +83,10 @@ class OptimizerHooks:
             return None
         if self._given:  # an exception in the last step() left no post-hook to clear up
             self._clear()
-        active = [member for member in self.members if member.enabled]
-        if not active:
+        if not any(member.enabled for member in self.members):
             return None
         args, kwargs = evaluate_closure(args, kwargs)
+        active = [member for member in self.members if member.enabled]  # a closure may pause or detach
         view, given = self._view, optimizer.__dict__
         view.__dict__.update(given)
         self._given = dict(given)
@@ -109,6 +111,9 @@ class OptimizerHooks:
                 if name not in ("param_groups", "grad_scale") and value is not self._given.get(name):
                     optimizer.__dict__[name] = value
             self._clear()
+            # Other post-hooks are handed the view; without hooks of its own it keeps nothing alive but what they read.
+            for name in ("defaults", "state", "param_groups"):
+                self._view.__dict__[name] = optimizer.__dict__[name]
 
     def _clear(self) -> None:
         self._view.__dict__.clear()
@@ -169,10 +174,11 @@ def write_back(splits: Sequence[Split], optimizer: str) -> None:
         return
     written: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
     touched: dict[tuple[int, str], int] = {}
-    parts: dict[int, int] = {}
+    parts = Counter(id(split.source) for split in splits)
     for split in splits:
         source = split.source
-        parts[id(source)] = parts.get(id(source), 0) + 1
+        if parts[id(source)] > 1 and split.written_in_place():  # once for each part, instead of once
+            raise RuntimeError(_disagreement(optimizer, split.written_in_place()[0]))
         for name, value in split.group.items():
             before = split.overrides[name] if name in split.overrides else source.get(name)
             if name in ("params", "param_names") or value is before:

@@ -116,7 +116,7 @@ def named_parameters_of(optimizer: Any, model: nn.Module | None) -> dict[str, Te
                     "or build the optimizer from model.named_parameters()"
                 )
             named.extend(zip(group["param_names"], group["params"], strict=True))
-        return _unique((clean_name(name), p) for name, p in named)
+        return unique_names((clean_name(name), p) for name, p in named)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or None, not {type(model).__name__}")
     named = [(clean_name(name), p) for name, p in model.named_parameters() if id(p) in held]
@@ -125,7 +125,7 @@ def named_parameters_of(optimizer: Any, model: nn.Module | None) -> dict[str, Te
             f"model={type(model).__name__} owns none of the {len(held)} parameters of this optimizer: pass the model "
             "that the optimizer was built from (after fully_shard, build the optimizer anew)"
         )
-    return _unique(named)
+    return unique_names(named)
 
 
 def make_layers(
@@ -234,7 +234,7 @@ def _layer_name_function(named_parameters: Mapping[str, Tensor], specification: 
     return first_match
 
 
-def _unique(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def unique_names(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Refuse two parameters with one clean name, which would silently merge."""
     result: dict[str, Tensor] = {}
     for name, parameter in named:

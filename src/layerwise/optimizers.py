@@ -43,8 +43,15 @@ def refuse(optimizer: optim.Optimizer) -> None:
     """Raise for optimizers to which no per-layer factor can be attached.
 
     Raises:
-        ValueError: LBFGS; sharded parameters.
+        ValueError: LBFGS; sharded parameters; an optimizer that steps another one's groups.
     """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, inner in vars(optimizer).items():
+        if isinstance(inner, optim.Optimizer) and any(id(p) in held for g in inner.param_groups for p in g["params"]):
+            raise ValueError(
+                f"{type(optimizer).__name__} wraps another optimizer, whose own groups take the step, so no factor "
+                f"would act: attach to optimizer.{name}"
+            )
     if isinstance(optimizer, optim.LBFGS):
         raise ValueError(
             "LBFGS evaluates its closure several times a step and takes one step for all parameters together, so there "
@@ -144,7 +151,7 @@ def check_place(optimizer: optim.Optimizer, place: str, decay: str, *, decay_giv
                 optim.Rprop: "reads its rate only when it creates its step sizes, so later factors would be lost",
             }[next(c for c in LATE_RATE if isinstance(optimizer, c))]
             raise ValueError(f"apply='lr' does not work with {name}: it {reason}; use apply='update'")
-        if any("lr" not in group for group in optimizer.param_groups):
+        if any(group.get("lr") is None for group in optimizer.param_groups):
             raise ValueError(f"apply='lr': {name} has no 'lr' in its parameter groups; use 'gradient' or 'update'")
     elif any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(

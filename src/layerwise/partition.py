@@ -22,15 +22,20 @@ class Split:
         overrides: The values that differ on purpose.
     """
 
-    __slots__ = ("before", "group", "overrides", "source")
+    __slots__ = ("before", "group", "overrides", "shared", "source")
 
     def __init__(self, source: dict[str, Any], group: dict[str, Any], overrides: Mapping[str, Any]) -> None:
         self.source, self.group, self.overrides = source, group, overrides
         self.before = list(group.values())
+        self.shared = [(name, value, value._version) for name, value in group.items() if isinstance(value, Tensor)]
 
     def unchanged(self) -> bool:
         """Tell whether nothing has been written into the group since it was made."""
-        return same_objects(self.before, list(self.group.values()))
+        return not self.written_in_place() and same_objects(self.before, list(self.group.values()))
+
+    def written_in_place(self) -> list[str]:
+        """Return the names of tensors that were written into; the parts of a group share them."""
+        return [name for name, value, version in self.shared if value._version != version]
 
 
 class Partition:

@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor
 
 from .rules.base import State
+from .statistics import moved
 
 
-def carried_over(fresh: State, old: State) -> State:
-    """Return the fresh state of a rule, with what the old one has in the same form: counters survive new layers."""
-    kept = dict(fresh)
+def carried_over(fresh: State, old: State, names: Sequence[str], old_names: Sequence[str]) -> State:
+    """Return the fresh state of a rule with what is still true of the old one, when layers have come or gone.
+
+    A tensor with a row a layer keeps the rows of the layers that are still there; numbers and scalars are kept; what
+    has changed its form otherwise starts anew.
+
+    Args:
+        fresh: What the rule's `init` returned for the new layers.
+        old: The state so far.
+        names: The new layers.
+        old_names: The layers so far.
+    """
+    result = dict(fresh)
     for name, value in fresh.items():
         before = old.get(name)
+        if name not in old or derived(name):
+            continue
         if isinstance(value, dict) and isinstance(before, dict):
-            kept[name] = carried_over(cast(State, value), cast(State, before))
-        elif isinstance(value, Tensor):
-            if isinstance(before, Tensor) and value.ndim == 0 == before.ndim:
-                kept[name] = before
-        elif name in old:
-            kept[name] = before
-    return kept
+            result[name] = carried_over(cast(State, value), cast(State, before), names, old_names)
+        elif isinstance(value, Tensor) and isinstance(before, Tensor):
+            result[name] = _rows(value, before, names, old_names)
+        elif not isinstance(value, dict | Tensor):
+            result[name] = before
+    return result
+
+
+def _rows(fresh: Tensor, old: Tensor, names: Sequence[str], old_names: Sequence[str]) -> Tensor:
+    if fresh.shape == old.shape and (fresh.ndim == 0 or list(names) == list(old_names)):
+        return moved(old, fresh.device)
+    by_layer = fresh.ndim > 0 and len(fresh) == len(names) and old.ndim > 0 and len(old) == len(old_names)
+    if not by_layer or fresh.shape[1:] != old.shape[1:]:
+        return fresh
+    result = fresh.clone()
+    for row, name in enumerate(names):
+        if name in old_names:
+            result[row] = moved(old[list(old_names).index(name)], fresh.device)
+    return result
 
 
 def copied(state: Any) -> Any:
@@ -40,7 +66,7 @@ def derived(name: str) -> bool:
 
 def loaded(saved: Any, current: Any, where: str) -> Any:
     """Return the saved state in the form, and on the device, of the current one."""
-    if type(saved) is not type(current):
+    if isinstance(saved, dict) != isinstance(current, dict) or isinstance(saved, Tensor) != isinstance(current, Tensor):
         raise ValueError(f"{where} is {type(saved).__name__} in the file, {type(current).__name__} here; same rule?")
     if isinstance(current, dict):
         wanted = sorted(name for name in current if not derived(name))

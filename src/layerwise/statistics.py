@@ -79,6 +79,10 @@ class LayerStatistics:
         self._indices: dict[str, tuple[list[Tensor], list[int] | None, Tensor]] = {}
         self._numbers: dict[str, tuple[list[float], Tensor]] = {}
 
+    def moved_away(self) -> bool:
+        """Tell whether the parameters have left the device on which the statistics are kept."""
+        return self.members[0].device != self.device
+
     @torch.no_grad()
     def compute(self, groups: Sequence[Mapping[str, Any]], grad_scale: Tensor | None = None) -> Statistics:
         """Return this step's statistics.
@@ -190,6 +194,8 @@ def check_needs(needs: Collection[str]) -> None:
     """
     if isinstance(needs, str):
         raise TypeError(f"needs={needs!r} is one string; write needs = ({needs!r},)")
+    if not isinstance(needs, Collection):
+        raise TypeError(f"needs={needs!r} must be a tuple of names, such as ('gradient_norm',)")
     for name in needs:
         if name not in NEEDS:
             raise ValueError(f"needs holds {name!r}; allowed: {', '.join(map(repr, NEEDS))}")
@@ -256,5 +262,5 @@ def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on a device, without waiting for it."""
-    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
+    """Return the tensor on a device; only a copy to the CPU waits, lest its values be read before they arrive."""
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=device.type != "cpu")

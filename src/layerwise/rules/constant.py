@@ -18,7 +18,7 @@ from .base import Rule, State, is_number
 def check_factor(factor: object, where: str) -> float:
     """Return a factor that is a finite number of at least 0, else raise a ValueError."""
     if not (is_number(factor) and 0 <= cast(float, factor) < math.inf):
-        raise ValueError(f"{where}: factor {factor!r} must be a finite number of at least 0 (0 freezes a layer)")
+        raise ValueError(f"{where}: factor {factor!r} must be a finite number of at least 0")
     return float(cast(float, factor))
 
 
@@ -29,7 +29,8 @@ class Constant(Rule):
     f_l = the factor of the first pattern that matches the layer's name, 1 where none does.
 
     Args:
-        factors_by_pattern: fnmatch pattern of layer names to factor, at least 0; 0 freezes a layer.
+        factors_by_pattern: fnmatch pattern of layer names to factor, at least 0. 0 freezes a layer under
+            `"lr"` and `"update"`; under `"gradient"` its momentum and decay go on.
 
     Raises:
         TypeError: It is no mapping.

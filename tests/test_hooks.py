@@ -1,0 +1,194 @@
+"""What other code around the step meets: wrappers, counters in groups, other hooks, closures, garbage collection."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, optim
+
+import layerwise
+from layerwise.rules import LARC, Constant, LayerAdaptive
+
+
+class Plain(optim.Optimizer):
+    """Gradient descent that counts its steps in its groups, as many third-party optimizers do."""
+
+    def __init__(self, params: Any, count: Any) -> None:
+        super().__init__(params, {"lr": 0.1, "count": count})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["count"] += 1
+            for p in group["params"]:
+                p -= group["lr"] * p.grad
+
+
+class Wrapper(optim.Optimizer):
+    """An optimizer that lets another one step."""
+
+    def __init__(self, base: optim.Optimizer) -> None:
+        super().__init__(base.param_groups, base.defaults)
+        self.base_optimizer = base
+        self.param_groups = base.param_groups
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    backward(model, 0)
+    return model
+
+
+def backward(model: nn.Module, step: int) -> None:
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(step)
+    model(torch.randn(6, 4, generator=generator, dtype=torch.float64)).pow(2).sum().backward()
+
+
+def test_a_count_in_the_groups_is_carried_over() -> None:
+    model = network()
+    optimizer = Plain(model.parameters(), 0)
+    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.param_groups[0]["count"] == 3
+
+
+def test_a_count_in_a_tensor_that_the_parts_share_is_told_of() -> None:
+    model = network()
+    optimizer = Plain(model.parameters(), torch.tensor(0))
+    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    with pytest.raises(RuntimeError, match=r"keeps state of its own in param_groups.*'count'.*apply='update'"):
+        optimizer.step()
+
+
+def test_under_update_a_count_in_a_tensor_is_right() -> None:
+    model = network()
+    optimizer = Plain(model.parameters(), torch.tensor(0))
+    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, apply="update")
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.param_groups[0]["count"].item() == 3
+
+
+def test_an_optimizer_around_another_is_refused_and_the_inner_one_is_named() -> None:
+    model = network()
+    with pytest.raises(ValueError, match=r"wraps another optimizer.* attach to optimizer\.base_optimizer"):
+        layerwise.LayerwiseLR(Wrapper(optim.AdamW(model.parameters())), LayerAdaptive(), model)
+
+
+@pytest.mark.parametrize("form", [{}, {"fused": True}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize("layers", [["0"], ["2"]])
+def test_momentum_of_parameters_in_no_layer_is_kept(layers: list[str], form: dict[str, Any]) -> None:
+    attached, bare = network(), network()
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, **form}
+    optimizer, plain = optim.SGD(attached.parameters(), **options), optim.SGD(bare.parameters(), **options)
+    layerwise.LayerwiseLR(optimizer, Constant({"*": 1.0}), attached, layers=layers, apply="auto")
+    adaptive = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), attached, layers=layers, bounds=(1.0, 1.0))
+    assert adaptive.apply == "gradient"
+    for step in range(4):
+        for model, stepping in ((attached, optimizer), (bare, plain)):
+            backward(model, step)
+            stepping.step()
+        for p, q in zip(attached.parameters(), bare.parameters(), strict=True):
+            assert torch.equal(p, q)
+            assert torch.equal(optimizer.state[p]["momentum_buffer"], plain.state[q]["momentum_buffer"])
+
+
+def test_two_adapters_on_a_part_of_the_layers_each_equal_one_on_all() -> None:
+    both, one = network(), network()
+    optimizers = [optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01) for model in (both, one)]
+    for layer in ("0", "2"):
+        layerwise.LayerwiseLR(optimizers[0], LayerAdaptive(), both, layers=[layer])
+    layerwise.LayerwiseLR(optimizers[1], LayerAdaptive(), one)
+    for step in range(5):
+        for model, optimizer in zip((both, one), optimizers, strict=True):
+            backward(model, step)
+            optimizer.step()
+    for p, q in zip(both.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-13)
+
+
+def test_momentum_that_is_set_later_decides_the_place_anew() -> None:
+    late, early = network(), network()
+    optimizers = [optim.SGD(late.parameters(), lr=0.1), optim.SGD(early.parameters(), lr=0.1, momentum=0.9)]
+    adapters = [layerwise.LayerwiseLR(o, LayerAdaptive(), m) for o, m in zip(optimizers, (late, early), strict=True)]
+    assert [adapter.apply for adapter in adapters] == ["lr", "gradient"]
+    optimizers[0].param_groups[0]["momentum"] = 0.9  # as OneCycleLR does, in place
+    for step in range(5):
+        for model, optimizer in zip((late, early), optimizers, strict=True):
+            backward(model, step)
+            optimizer.step()
+    assert adapters[0].apply == "gradient"
+    for p, q in zip(late.parameters(), early.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_another_post_hook_can_read_what_it_is_handed() -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    seen: list[Any] = []
+    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    optimizer.register_step_post_hook(
+        lambda o, args, kwargs: seen.append((len(args[0].state), args[0].param_groups is o.param_groups))
+    )
+    optimizer.step()
+    assert seen == [(4, True)]
+
+
+def test_a_closure_may_detach() -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    optimizer.step(lambda: (adapter.detach(), torch.tensor(0.0))[1])
+    assert len(optimizer.state) == 4
+
+
+@pytest.mark.parametrize("place", ["auto", "gradient", "lr", "update"])
+def test_after_an_exception_detaching_frees_everything(place: Any) -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, apply=place)
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    handle = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    handle.remove()
+    adapter.detach()
+    gone = weakref.ref(adapter)
+    gc.collect()
+    gc.disable()
+    try:
+        del adapter
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [0.001, 0.01, 0.5, 3.0])
+def test_update_keeps_a_small_factor_in_half_precision(dtype: torch.dtype, factor: float) -> None:
+    w = nn.Parameter(torch.zeros(1, dtype=dtype))
+    optimizer = optim.SGD([("w", w)], lr=100.0)
+    layerwise.LayerwiseLR(optimizer, Constant({"*": factor}), layers="parameter", apply="update")
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    assert w.item() == pytest.approx(-100 * factor, rel=1e-2)
+
+
+def test_a_group_without_a_rate_is_told_of_when_the_rate_is_needed() -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(ValueError, match="has no 'lr' in its parameter groups"):
+        layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, apply="lr")
+    with pytest.raises(ValueError, match="needs the rate"):
+        layerwise.LayerwiseLR(optimizer, LARC(), model, apply="update")

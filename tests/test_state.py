@@ -1,0 +1,98 @@
+"""A rule's state when layers come and go, and when it is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, optim
+
+import layerwise
+from layerwise.rules import LARS, LayerAdaptive, Rule
+
+
+class Average(Rule):
+    """A rule with one number a layer, a scalar, a plain number, and something that follows from its arguments."""
+
+    def init(self, layers: Any, device: torch.device) -> dict[str, Any]:
+        return {"mean": torch.zeros(len(layers)), "n": torch.zeros(()), "scale": 1, "_count": len(layers)}
+
+    def factors(self, statistics: Any, state: dict[str, Any]) -> Any:
+        return torch.ones(len(state["mean"])), {**state, "mean": state["mean"] + 1, "n": state["n"] + 1}
+
+    def end_epoch(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "scale": state["scale"] / 2}
+
+
+def attached(names: str) -> tuple[nn.ModuleDict, optim.Optimizer, layerwise.LayerwiseLR]:
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in names})
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer = optim.SGD(model[names[0]].parameters(), lr=0.1)
+    return model, optimizer, layerwise.LayerwiseLR(optimizer, Average(), model)
+
+
+def test_layers_that_stay_keep_their_rows_when_one_comes() -> None:
+    model, optimizer, adapter = attached("ba")
+    for _ in range(3):
+        optimizer.step()
+    optimizer.add_param_group({"params": list(model["a"].parameters())})
+    optimizer.step()
+    state = adapter.state_dict()["state"]
+    assert adapter.layers == ["b", "a"]
+    assert state["mean"].tolist() == [4.0, 1.0]
+    assert state["n"].item() == 4
+    assert adapter._state["_count"] == 2
+
+
+def test_state_survives_a_group_that_brings_no_layer() -> None:
+    _, optimizer, adapter = attached("b")
+    for _ in range(3):
+        optimizer.step()
+    outside = nn.Parameter(torch.zeros(1))
+    outside.grad = torch.ones(1)
+    optimizer.add_param_group({"params": [outside]})
+    optimizer.step()
+    assert adapter.state_dict()["state"]["mean"].tolist() == [4.0]
+
+
+def test_a_number_may_have_become_another_kind_of_number() -> None:
+    _, _, adapter = attached("b")
+    adapter.end_epoch()
+    saved = adapter.state_dict()
+    _, _, other = attached("b")
+    other.load_state_dict(saved)
+    assert other.state_dict()["state"]["scale"] == 0.5
+    assert other.epoch == 2
+
+
+@pytest.mark.parametrize("bad", [{"epoch": "x"}, {"epoch": 0}, {"rule": "LARS"}, {"version": 2}, {"layers": ["z"]}])
+def test_what_cannot_be_loaded_changes_nothing(bad: dict[str, Any]) -> None:
+    _, optimizer, adapter = attached("b")
+    optimizer.step()
+    before = adapter.state_dict()
+    altered = {**before, "state": {**before["state"], "scale": 7}, **bad}
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        adapter.load_state_dict(altered)
+    assert str(adapter.state_dict()) == str(before)
+
+
+def test_the_state_of_another_rule_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    one = layerwise.LayerwiseLR(optimizer, LARS(), model, layers="module")
+    two = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    with pytest.raises(ValueError, match="saved of the rule LARS"):
+        two.load_state_dict(one.state_dict())
+
+
+def test_names_that_coincide_without_their_wrappers_are_told_of() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+            self.module = nn.Linear(2, 2, bias=False)
+
+    with pytest.raises(ValueError, match="two parameters are called 'weight'"):
+        layerwise.param_groups(Net())
