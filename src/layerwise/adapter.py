@@ -93,6 +93,7 @@ class LayerwiseLR:
         self._exclude: Exclusion = _chosen(exclude, default(rule, "exclude"), None)
         self._apply, self._decay_argument = apply, decay
         self._decay: str = _chosen(decay, default(rule, "decay"), "scaled")
+        self._preferred: str = _chosen("auto", default(rule, "place"), "lr")
         self._state: State = {}
         self._layers: list[Layer] = []
         self._epoch = 1
@@ -306,8 +307,7 @@ class LayerwiseLR:
         self._first_group = [group_of[id(layer.parameters[0])] for layer in layers]
 
     def _automatic_place(self, optimizer: Optimizer) -> PlaceName:
-        preferred: str = _chosen("auto", default(self.rule, "place"), "lr")
-        return cast(PlaceName, automatic_place(optimizer, preferred, self._decay))
+        return cast(PlaceName, automatic_place(optimizer, self._preferred, self._decay))
 
     def _place_at(self, name: PlaceName) -> None:
         if name != self._place_name:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .factors import Factors
-from .optimizers import damps_history, decay_is_coupled, takes_tensor_rate
+from .optimizers import damps_history, decay_is_coupled, has_decay, takes_tensor_rate
 from .partition import OUTSIDE, Partition, Split, factor_of
 from .statistics import moved
 
@@ -103,14 +103,17 @@ class Gradient:
     def act(self, view: Any, partition: Partition, factors: Factors) -> list[Split]:
         """Scale the gradients, or what the optimizer multiplies them by."""
         self._started = None  # of a step that failed
+        if not self.in_place and factors.numbers is not None and damps_history(view):
+            present = gradients_of(view)
+            scales_decay = self.decay == "scaled" or not has_decay(view)  # the dampening multiplies g + λw
+            if scales_decay and all(gradient.layout is torch.strided for _, gradient in present):
+                return self._through_dampening(view, partition, present, factors.numbers)
         scaled = self.decay == "scaled" and any(
             group.get("weight_decay") and decay_is_coupled(view, group) is not False for group in view.param_groups
         )
         members = partition.members(view)
         if factors.numbers is None:
             return self._on_device(view, members, factors, scaled)
-        if not self.in_place and self._can_damp(view, members, scaled):
-            return self._through_dampening(view, partition, members, factors.numbers)
         changed = [(p.grad, factors.numbers[layer]) for p, layer in members if factors.numbers[layer] != 1]
         scale_in_place([gradient for gradient, _ in changed], [factor for _, factor in changed])
         if not scaled:
@@ -158,18 +161,13 @@ class Gradient:
             torch._foreach_mul_(gradients, [factors.each(p)[layer] for p, layer in members])
         return splits
 
-    def _can_damp(self, view: Any, members: Sequence[tuple[Tensor, int]], scaled: bool) -> bool:
-        if not damps_history(view) or any(gradient.layout is not torch.strided for _, gradient in gradients_of(view)):
-            return False
-        return scaled or not any(group["weight_decay"] for group in view.param_groups)
-
     def _through_dampening(
-        self, view: Any, partition: Partition, members: Sequence[tuple[Tensor, int]], numbers: Sequence[float]
+        self, view: Any, partition: Partition, present: Sequence[tuple[Tensor, Any]], numbers: Sequence[float]
     ) -> list[Split]:
         """Set `1 − dampening` to f."""
         state = view.state
         # Parameters in no layer too: while the view has a state of its own, what step() begins there is begun for all.
-        fresh = [p for p, _ in gradients_of(view) if state.get(p, {}).get("momentum_buffer") is None]
+        fresh = [p for p, _ in present if state.get(p, {}).get("momentum_buffer") is None]
         if fresh:  # step() would start from a copy of g + λw; from zero it starts from f (g + λw)
             view.state = state.copy()  # the optimizer's own changes only when the step has been taken
             for p in fresh:

@@ -44,7 +44,6 @@ class Statistics:
     counts: Tensor
 
     def __init__(self, **statistics: Tensor) -> None:
-        check_needs(statistics)
         vars(self).update(statistics)
 
     def __getattr__(self, name: str) -> Any:  # only called for what is not there
