@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn, optim
+from torch import nn, optim
 from torch.nn import functional as F
 
 import layerwise
+from layerwise.lab.models.lenet import LeNet
 from layerwise.rules import LayerAdaptive
 
 
@@ -30,24 +31,11 @@ def resnet50_parameters(seed: int = 0) -> nn.Module:
     return model
 
 
-class LeNet(nn.Module):
-    """Caffe's LeNet: 431,080 parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5)
-        self.ip1, self.ip2 = nn.Linear(800, 500), nn.Linear(500, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits."""
-        x = F.max_pool2d(self.conv2(F.max_pool2d(self.conv1(images), 2)), 2)
-        return self.ip2(F.relu(self.ip1(x.flatten(1))))
-
-
 def lenet_iteration(*, attach: bool, batch: int = 64) -> Callable[[], None]:
     """Return one training iteration of LeNet with SGD as Caffe sets it."""
     torch.manual_seed(0)
-    model = LeNet().to(memory_format=torch.channels_last)
+    model: nn.Module = LeNet(seed=0)
+    model = model.to(memory_format=torch.channels_last)
     images = torch.rand(batch, 1, 28, 28).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (batch,))
     optimizer = optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .apply import PLACES, PlaceName, make_place
+from .arguments import check_choice, chosen
 from .factors import Factors
 from .hooks import OptimizerHooks
 from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_layers, named_parameters_of
@@ -21,7 +22,7 @@ from .partition import Partition, Split
 from .rules.base import State
 from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds, check_rule, default, initial_state
-from .state import carried_over, copied, loaded
+from .state import carried_over, check_saved, copied, loaded
 from .statistics import LayerStatistics, check_needs, same_objects
 
 logger = logging.getLogger("layerwise")
@@ -83,17 +84,17 @@ class LayerwiseLR:
         refuse(inner)
         check_rule(rule)
         check_needs(getattr(rule, "needs", ("gradient_norm",)))
-        _check_choice("apply", apply, ("auto", *PLACES))
-        _check_choice("decay", decay, ("auto", "scaled", "plain"))
+        check_choice("apply", apply, ("auto", *PLACES))
+        check_choice("decay", decay, ("auto", "scaled", "plain"))
         self.rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
         self.enabled = True
         self._optimizer = weakref.ref(inner)
         self._model = model
-        self._specification: LayerSpecification = _chosen(layers, default(rule, "layers"), "module")
-        self._exclude: Exclusion = _chosen(exclude, default(rule, "exclude"), None)
+        self._specification: LayerSpecification = chosen(layers, default(rule, "layers"), "module")
+        self._exclude: Exclusion = chosen(exclude, default(rule, "exclude"), None)
         self._apply, self._decay_argument = apply, decay
-        self._decay: str = _chosen(decay, default(rule, "decay"), "scaled")
-        self._preferred: str = _chosen("auto", default(rule, "place"), "lr")
+        self._decay: str = chosen(decay, default(rule, "decay"), "scaled")
+        self._preferred: str = chosen("auto", default(rule, "place"), "lr")
         self._state: State = {}
         self._layers: list[Layer] = []
         self._epoch = 1
@@ -177,27 +178,7 @@ class LayerwiseLR:
             TypeError: It is no mapping.
             ValueError: It is of another version, or of other layers; nothing is changed then.
         """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict must be what state_dict() returned, not {type(state_dict).__name__}")
-        missing = sorted({"version", "rule", "layers", "epoch", "state"} - set(state_dict))
-        if missing:
-            raise ValueError(f"this is no state of a LayerwiseLR: it lacks {missing}")
-        if state_dict["version"] != 1:
-            raise ValueError(
-                f"version={state_dict['version']!r} of the state is unknown; this layerwise reads version 1"
-            )
-        if list(state_dict["layers"]) != self.layers:
-            raise ValueError(
-                f"the state was saved of the layers {list(state_dict['layers'])}, this adapter has {self.layers}; "
-                "attach with the same model and the same layers="
-            )
-        if state_dict["rule"] != type(self.rule).__name__:
-            saved = state_dict["rule"]
-            raise ValueError(
-                f"the state was saved of the rule {saved}, this adapter has {self.rule!r}; attach the same"
-            )
-        if not isinstance(state_dict["epoch"], int) or state_dict["epoch"] < 1:
-            raise ValueError(f"epoch={state_dict['epoch']!r} of the state must be a whole number of at least 1")
+        check_saved(state_dict, type(self.rule).__name__, self.layers)
         self._state = loaded(state_dict["state"], self._state, "state")
         self._epoch = state_dict["epoch"]
         self._last_raw = None
@@ -224,9 +205,8 @@ class LayerwiseLR:
         optimizer = self._optimizer()
         if self._attached and optimizer is not None:
             OptimizerHooks.remove(optimizer, self)
-            self._place = make_place(
-                self.apply, self._decay, automatic=self._apply == "auto"
-            )  # keeps nothing of a step
+            # A new place keeps nothing of a step that failed.
+            self._place = make_place(self.apply, self._decay, automatic=self._apply == "auto")
         self._attached = False
 
     def __repr__(self) -> str:
@@ -328,21 +308,6 @@ class LayerwiseLR:
         if optimizer is None:
             raise RuntimeError("the optimizer of this LayerwiseLR no longer exists; attach to the one in use")
         return optimizer
-
-
-def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    words = ", ".join(map(repr, allowed))
-    if not isinstance(value, str):
-        raise TypeError(f"{name}={value!r} ({type(value).__name__}) must be one of {words}")
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown; allowed: {words}")
-
-
-def _chosen(argument: Any, preferred: Any, otherwise: Any) -> Any:
-    """Return the argument, or for `"auto"` what the rule prefers, or else the common choice."""
-    if not (isinstance(argument, str) and argument == "auto"):
-        return argument
-    return otherwise if preferred is None else preferred
 
 
 def _rates(groups: Sequence[Mapping[str, Any]]) -> list[Any]:

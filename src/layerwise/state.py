@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
@@ -62,6 +62,38 @@ def copied(state: Any) -> Any:
 def derived(name: str) -> bool:
     """Tell whether an entry follows from the rule's arguments, so that it is neither saved nor loaded."""
     return name.startswith("_")
+
+
+def check_saved(saved: Any, rule: str, layers: Sequence[str]) -> None:
+    """Raise unless this is the saved state of an adapter with this rule and these layers.
+
+    Args:
+        saved: What `state_dict()` returned.
+        rule: Name of the rule's class.
+        layers: Names of the layers.
+
+    Raises:
+        TypeError: It is no mapping.
+        ValueError: It is incomplete, or of another version, rule or layers.
+    """
+    if not isinstance(saved, Mapping):
+        raise TypeError(f"state_dict must be what state_dict() returned, not {type(saved).__name__}")
+    missing = sorted({"version", "rule", "layers", "epoch", "state"} - set(saved))
+    if missing:
+        raise ValueError(f"this is no state of a LayerwiseLR: it lacks {missing}")
+    if saved["version"] != 1:
+        raise ValueError(f"version={saved['version']!r} of the state is unknown; this layerwise reads version 1")
+    if list(saved["layers"]) != list(layers):
+        raise ValueError(
+            f"the state was saved of the layers {list(saved['layers'])}, this adapter has {list(layers)}; attach with "
+            "the same model and the same layers="
+        )
+    if saved["rule"] != rule:
+        raise ValueError(
+            f"the state was saved of the rule {saved['rule']}, this adapter has {rule}; attach the same rule"
+        )
+    if not isinstance(saved["epoch"], int) or saved["epoch"] < 1:
+        raise ValueError(f"epoch={saved['epoch']!r} of the state must be a whole number of at least 1")
 
 
 def loaded(saved: Any, current: Any, where: str) -> Any:
