@@ -19,7 +19,8 @@ def test_its_code_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str
     namespace: dict[str, object] = {"layerwise": layerwise}
     exec(BLOCKS[0], namespace)
     assert re.fullmatch(r"\{'1': 0\.0[12]\d+, '3': 0\.0[12]\d+\}\n", capsys.readouterr().out)
-    exec(BLOCKS[1], namespace)
+    for block in BLOCKS[1:]:
+        exec(block, namespace)
     assert isinstance(namespace["InverseNorm"](), layerwise.rules.Rule)
 
 

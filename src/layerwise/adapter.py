@@ -141,7 +141,7 @@ class LayerwiseLR:
         return dict(zip(self.layers, numbers, strict=True))
 
     def get_last_lr(self) -> dict[str, float]:
-        """Return the rate of each layer at the last step, `lr · f_l`. Waits for the device.
+        """Return the rate of each layer at the last step, `lr · f_l`, f_l of this adapter alone. Waits for the device.
 
         The base rate is that of the parameter group of the layer's first parameter, its weight as a rule.
         """
@@ -300,6 +300,11 @@ class LayerwiseLR:
         if self._outside:
             remarks.append(
                 f"{self._outside} of the optimizer's {len(self._parameters)} parameters are in no layer: factor 1"
+            )
+        if OptimizerHooks.others(optimizer, self):
+            remarks.append(
+                f"{type(optimizer).__name__} has another LayerwiseLR attached already: their factors multiply, and "
+                "each tells of its own only; detach() the first if it was meant to be replaced"
             )
         return [remark for remark in remarks if remark]
 

@@ -67,6 +67,12 @@ class OptimizerHooks:
         _hooks_of[optimizer].members.append(member)
 
     @classmethod
+    def others(cls, optimizer: Optimizer, member: Member) -> list[Member]:
+        """Return what else is attached to the optimizer."""
+        hooks = _hooks_of.get(optimizer)
+        return [] if hooks is None else [other for other in hooks.members if other is not member]
+
+    @classmethod
     def remove(cls, optimizer: Optimizer, member: Member) -> None:
         """Detach a member, and the hooks with the last one."""
         hooks = _hooks_of[optimizer]

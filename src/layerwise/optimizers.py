@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any
 
 from torch import Tensor, nn, optim
@@ -33,8 +34,8 @@ def unwrap(optimizer: Any) -> optim.Optimizer:
         inner, seen = inner.optimizer, seen + 1
     if not isinstance(inner, optim.Optimizer):
         raise TypeError(
-            f"optimizer={optimizer!r} ({type(optimizer).__name__}) is no torch.optim.Optimizer; pass the optimizer "
-            "that your loop calls step() on"
+            f"optimizer={shorten(repr(optimizer), 60)} ({type(optimizer).__name__}) is no torch.optim.Optimizer; pass "
+            "the optimizer that your loop calls step() on"
         )
     return inner
 

@@ -67,11 +67,13 @@ def test_no_job_needs_no_process(keep):
     assert run_jobs(work, [], 4, on_message=keep) == []
 
 
-def test_the_first_interrupt_is_a_flag_and_the_second_is_raised():
+def test_the_first_interrupt_is_a_flag_its_echo_is_nothing_and_a_later_one_is_raised(monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     with Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # as when a press reaches the process and its group
         assert interrupt.requested
+        monkeypatch.setattr("layerwise.lab.pool.SAME_PRESS_SECONDS", -1.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shlex
+import shutil
 import sys
 import threading
 from collections.abc import Sequence
@@ -75,13 +76,20 @@ def _run_demo(options: Demo, arguments: Sequence[str]) -> int:
 def _next_command(options: Demo, outcome: Outcome, arguments: Sequence[str]) -> str:
     """Give the one obvious next command: go on, or the same on the full data."""
     if outcome.interrupted or outcome.failures:
-        return shlex.join(["layerwise", *arguments])
+        return shlex.join([_program(), *arguments])
     if outcome.dataset == "digits5k":
         folder = shlex.quote(f"{options.out}-mnist")
-        return f"layerwise demo --data-dir FOLDER --out {folder}   (the paper's table, on full MNIST)"
+        return f"{_program()} demo --data-dir FOLDER --out {folder}   (full MNIST: FOLDER holds its four .gz files)"
     if options.seeds < 10:  # Singh et al. 2015, Table I: ten runs
-        return shlex.join(["layerwise", "demo", *_without_seeds(arguments[1:]), "--seeds", "10"])
+        return shlex.join([_program(), "demo", *_without_seeds(arguments[1:]), "--seeds", "10"])
     return ""
+
+
+def _program() -> str:
+    """Give this command as a person can type it: by its path where the shell would not find it."""
+    if shutil.which("layerwise") or not sys.argv[0].endswith("layerwise"):
+        return "layerwise"
+    return shlex.quote(os.path.relpath(sys.argv[0]))
 
 
 def _without_seeds(arguments: Sequence[str]) -> list[str]:

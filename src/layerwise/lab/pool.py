@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ STOP_SECONDS = 1.0
 """How long a worker may take to stop before it is killed."""
 
 POLL_SECONDS = 0.1
+SAME_PRESS_SECONDS = 0.5
 """How often the master looks whether it was asked to stop."""
 
 
@@ -79,15 +81,18 @@ class Link:
 
 
 class Interrupt:
-    """Turns the first interrupt from the keyboard into a flag; the second raises ``KeyboardInterrupt``."""
+    """Turns the first interrupt from the keyboard into a flag; a later one raises ``KeyboardInterrupt``."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.requested:
+        # One press can arrive twice, at the process and at its group.
+        if self.requested and time.monotonic() - self._since > SAME_PRESS_SECONDS:
             raise KeyboardInterrupt
-        self.requested = True
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
 
     def __enter__(self) -> Interrupt:
         self._previous = None
@@ -143,6 +148,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        resource_tracker.ensure_running()  # begun by start(), it would let interrupts through again
         with _interrupt_blocked():
             self.process.start()
         theirs.close()

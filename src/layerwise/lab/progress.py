@@ -73,6 +73,12 @@ class _Counted(Display):
         """Iterations in a second, over all workers."""
         return sum(self.done.values()) / max(time.monotonic() - self.clock, 1e-9)
 
+    @property
+    def left(self) -> str:
+        """How long the rest takes at this rate."""
+        rest = (self.total - self.count) * self.iterations / max(self.rate, 1e-9)
+        return f"{rest / 60:.0f} min left" if rest >= 90 else f"{rest:.0f} s left"
+
 
 class LineDisplay(_Counted):
     """A plain line now and then, for logs and pipes."""
@@ -90,7 +96,8 @@ class LineDisplay(_Counted):
             self._last = now
             words = "diverged" if diverged else f"{error:.2f} % error"
             self.target.print(
-                f"{self.count}/{self.total} runs, {self.rate:.0f} iterations/s; {run}: {words}", markup=False
+                f"{self.count}/{self.total} runs, {self.rate:.0f} iterations/s, {self.left}; {run}: {words}",
+                markup=False,
             )
 
 

@@ -204,6 +204,8 @@ def conclusion(plain: Comparison, control: Comparison) -> str:
     Returns:
         One or two sentences; never more than the intervals show.
     """
+    if max(len(plain.differences), len(control.differences)) < MINIMUM_PAIRS:
+        return f"Too few runs to tell: fewer than {MINIMUM_PAIRS} pairs are finished."
     if plain.outcome == LOWER and control.outcome == LOWER:
         return "The gain is more than that of a larger global rate: it beats the plain solver and the control."
     if plain.outcome == LOWER and control.outcome == NONE:
