@@ -153,9 +153,8 @@ class LayerStatistics:
             module: Any = layer.module
             weight: Any = getattr(module, "weight", None)
             variance: Any = getattr(module, "running_var", None)
-            if not (
-                hasattr(module, "eps") and any(weight is p for p in layer.parameters)
-            ):  # normalisations have an eps
+            # A normalisation has an eps; under layers="parameter" its gain is that of the layer with the weight.
+            if not hasattr(module, "eps") or all(weight is not p for p in layer.parameters):
                 gains.append(one)
                 continue
             square = moved(weight.detach(), self.device).to(self.dtype).square()

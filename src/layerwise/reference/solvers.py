@@ -7,6 +7,7 @@ decay is added to the gradient before everything else: d = g + λ · decay_mult 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,7 +16,7 @@ import numpy as np
 Arrays = Sequence[np.ndarray]
 
 
-class _Caffe:
+class _Caffe(ABC):
     """What Caffe's solvers have in common.
 
     Args:
@@ -56,9 +57,9 @@ class _Caffe:
             local = rate * self.rate_multipliers[i] * factors[self.layer_of[i]]
             w -= self.update(i, d, local)
 
+    @abstractmethod
     def update(self, i: int, d: np.ndarray, local: float) -> np.ndarray:
         """Return what is taken off blob i, and renew its history."""
-        raise NotImplementedError
 
 
 class CaffeSGD(_Caffe):
