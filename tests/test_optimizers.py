@@ -11,7 +11,7 @@ import torch
 from torch import nn, optim
 
 import layerwise
-from layerwise.apply import PLACES
+from layerwise.optimizers import PLACES
 from layerwise.rules import Constant, LayerAdaptive
 from optimizer_cases import (
     ALL,

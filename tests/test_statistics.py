@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerwise
 from layerwise.layers import Layer, make_layers
-from layerwise.statistics import NEEDS, LayerStatistics, check_needs, tensor_norms
+from layerwise.norms import tensor_norms
+from layerwise.statistics import AS_NUMBERS, NEEDS, LayerStatistics, check_needs
 
 NORMS = ("gradient_norm", "weight_norm", "matrix_norm", "decay_norm")
 
@@ -78,7 +79,7 @@ def test_all_norms_are_those_of_numpy_whatever_the_shapes_and_the_type(shapes, d
 def test_half_precision_neither_overflows_nor_rounds(dtype):
     gradient = torch.full((1000,), 3e4, dtype=dtype)
     small = torch.full((100,), 1e-4, dtype=dtype)
-    norms, _ = tensor_norms([gradient, small], torch.device("cpu"), torch.float64)
+    norms, _ = tensor_norms([gradient, small], torch.device("cpu"))
     expected = [layer_norm(arrays([gradient])), layer_norm(arrays([small]))]
     assert norms.tolist() == pytest.approx(expected, rel=1e-6)
 
@@ -288,3 +289,32 @@ def test_a_whole_step_of_momentum_reads_no_value_from_the_device(imagined_accele
         optimizer.step()
     with pytest.raises(DataDependentOutputException):
         adapter.get_last_factors()
+
+
+@given(SHAPES, st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]))
+@settings(deadline=None, max_examples=30)
+def test_the_numbers_are_those_of_the_tensors(shapes, dtype):
+    layers, groups = layers_with_gradients(shapes, dtype)
+    kept = groups[0]["params"][::2]
+    groups = [{"params": kept, "lr": 0.1, "weight_decay": 0.01}, {"params": groups[0]["params"][1::2], "lr": 0.3}]
+    for missing in (None, groups[0]["params"][0]):
+        for p in kept:
+            p.grad = None if p is missing else p.grad
+        for grad_scale in (None, torch.tensor(1024.0)):
+            with torch.no_grad():
+                tensors = LayerStatistics(layers, AS_NUMBERS).compute(groups, grad_scale)
+            numbers = LayerStatistics(layers, AS_NUMBERS).numbers(groups, grad_scale)
+            assert set(numbers) == AS_NUMBERS
+            for name, values in numbers.items():
+                assert values == pytest.approx(getattr(tensors, name).tolist(), rel=1e-14, abs=1e-300), name
+
+
+def test_a_norm_that_is_left_out_may_be_broken():
+    weight, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.full((2,), math.inf))
+    layers = [Layer("", (weight, bias))]
+    groups = [{"params": [weight], "lr": 1.0, "weight_decay": 0.5}, {"params": [bias], "lr": 1.0, "weight_decay": 0.0}]
+    statistics = LayerStatistics(layers, ["matrix_norm", "decay_norm", "weight_norm"])
+    expected = {"matrix_norm": [2.0], "decay_norm": [1.0], "weight_norm": [math.inf]}
+    assert statistics.numbers(groups) == expected
+    computed = statistics.compute(groups)
+    assert {name: getattr(computed, name).tolist() for name in expected} == expected

@@ -12,21 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .apply import PLACES, PlaceName, make_place
+from .apply import make_place
 from .arguments import check_choice, chosen
 from .factors import Factors
 from .hooks import OptimizerHooks
 from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_layers, named_parameters_of
-from .optimizers import automatic_place, check_place, no_effect, refuse, unwrap
+from .optimizers import PLACES, PlaceName, automatic_place, check_place, no_effect, refuse, unwrap
 from .partition import Partition, Split
 from .rules.base import State
 from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds, check_rule, default, initial_state
+from .rules.elementwise import ElementwiseRule, is_elementwise
 from .state import carried_over, check_saved, copied, loaded
-from .statistics import LayerStatistics, check_needs, same_objects
+from .statistics import AS_NUMBERS, LayerStatistics, check_needs
+from .tensors import same_objects
 
 logger = logging.getLogger("layerwise")
 Decay = Literal["auto", "scaled", "plain"]
+MOST_NUMBERS = 256
+"""Layers up to which plain numbers cost less than tensor operations; on the CPU, for elementwise rules."""
 
 
 class LayerwiseLR:
@@ -236,9 +240,16 @@ class LayerwiseLR:
         if not same_objects(self._parameters, _parameters(groups)) or self._statistics.moved_away():
             self._resolve(self._required())  # parameters added, replaced by fully_shard, or moved to another device
         elif self._apply == "auto":
-            self._place_at(self._automatic_place(self._required()))  # schedulers and checkpoints can bring momentum
-        statistics = self._statistics.compute(groups, getattr(view, "grad_scale", None))
-        result = self.rule.factors(statistics, self._state)
+            # Again at each step: schedulers and checkpoints can bring momentum.
+            self._place_at(automatic_place(view, self._preferred, self._decay))
+        self._last_rates = _rates(groups)
+        grad_scale = getattr(view, "grad_scale", None)
+        if self._in_numbers is not None:
+            numbers = self._in_numbers.numbers(self._statistics.numbers(groups, grad_scale))
+            self._factors = Factors(numbers, self._included, self._mask)
+            return
+        with torch.no_grad():
+            result = self.rule.factors(self._statistics.compute(groups, grad_scale), self._state)
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError(f"{self.rule!r}.factors returned {type(result).__name__}; it must return (factors, state)")
         raw, self._state = result
@@ -248,7 +259,6 @@ class LayerwiseLR:
         if self._last_raw is None or self._last_raw[0] is not raw or self._last_raw[1] != raw._version:
             self._factors = Factors(raw, self._included, self._mask)
             self._last_raw = (raw, raw._version)
-        self._last_rates = _rates(groups)
 
     def act(self, view: Any) -> list[Split]:
         """Let this step's factors act on the view."""
@@ -266,7 +276,8 @@ class LayerwiseLR:
         named = named_parameters_of(optimizer, self._model)
         layers = make_layers(named, self._specification, self._model)
         included = included_layers(layers, self._exclude)
-        place_name = self._automatic_place(optimizer) if self._apply == "auto" else cast(PlaceName, self._apply)
+        automatic = automatic_place(optimizer, self._preferred, self._decay)
+        place_name = automatic if self._apply == "auto" else cast(PlaceName, self._apply)
         check_place(optimizer, place_name, self._decay, decay_given=self._decay_argument != "auto")
         needs = getattr(self.rule, "needs", ("gradient_norm",))
         if "learning_rate" in needs and any(group.get("lr") is None for group in optimizer.param_groups):
@@ -278,6 +289,9 @@ class LayerwiseLR:
         self._parameters = _parameters(optimizer.param_groups)
         self._partition = Partition(statistics.layer_of)
         self._layers, self._statistics, self._state = layers, statistics, state
+        few = statistics.device.type == "cpu" and len(layers) <= MOST_NUMBERS
+        as_numbers = is_elementwise(self.rule) and set(needs) <= AS_NUMBERS
+        self._in_numbers = cast(ElementwiseRule, self.rule) if few and as_numbers else None
         self._included = included
         self._mask = None if all(included) else torch.tensor(included, device=statistics.device)
         self._place_at(place_name)
@@ -285,9 +299,6 @@ class LayerwiseLR:
         self._last_raw, self._last_rates, self._factors = None, None, None
         group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self._first_group = [group_of[id(layer.parameters[0])] for layer in layers]
-
-    def _automatic_place(self, optimizer: Optimizer) -> PlaceName:
-        return cast(PlaceName, automatic_place(optimizer, self._preferred, self._decay))
 
     def _place_at(self, name: PlaceName) -> None:
         if name != self._place_name:

@@ -7,18 +7,15 @@ parameter groups; the optimizer's own are never touched.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .factors import Factors
-from .optimizers import damps_history, decay_is_coupled, has_decay, takes_tensor_rate
+from .optimizers import PlaceName, damps_history, decay_is_coupled, has_decay, takes_tensor_rate
 from .partition import OUTSIDE, Partition, Split, factor_of
-from .statistics import moved
-
-PlaceName = Literal["gradient", "lr", "update"]
-PLACES: tuple[PlaceName, ...] = ("gradient", "lr", "update")
+from .tensors import moved
 
 
 class Place(Protocol):
@@ -33,9 +30,17 @@ class Place(Protocol):
         ...
 
 
-def gradients_of(view: Any) -> list[tuple[Tensor, Any]]:
-    """Return the parameters that have a gradient, in a layer or not, with it."""
-    return [(p, p.grad) for group in view.param_groups for p in group["params"] if p.grad is not None]
+def strided_gradients(view: Any) -> list[Tensor] | None:
+    """Return the parameters that have a gradient, in a layer or not; None if one of the gradients is sparse."""
+    present: list[Tensor] = []
+    for group in view.param_groups:
+        for p in group["params"]:
+            gradient = p.grad
+            if gradient is not None:
+                if gradient.layout is not torch.strided:
+                    return None
+                present.append(p)
+    return present
 
 
 def scale_in_place(gradients: Sequence[Any], factors: Sequence[float]) -> None:
@@ -65,6 +70,7 @@ class LearningRate:
             return partition.split(view, factor_of(factors.read()), self._scaled)
         rates: dict[int, tuple[Tensor, ...]] = {}
 
+        @torch.no_grad()
         def tensor_rate(group: Mapping[str, Any], layer: int) -> dict[str, Any]:
             if layer == OUTSIDE:
                 return {}
@@ -80,8 +86,11 @@ class LearningRate:
     def _scaled(group: Mapping[str, Any], factor: float) -> dict[str, Any]:
         if factor == 1:
             return {}
+        rate = group["lr"]
+        if not isinstance(rate, Tensor):
+            return {"lr": rate * factor}
         with torch.set_grad_enabled(bool(group.get("differentiable"))):  # a rate may be learned through the step
-            return {"lr": group["lr"] * factor}
+            return {"lr": rate * factor}
 
     def finish(self) -> None:
         """Nothing is left to do."""
@@ -104,10 +113,14 @@ class Gradient:
         """Scale the gradients, or what the optimizer multiplies them by."""
         self._started = None  # of a step that failed
         if not self.in_place and factors.numbers is not None and damps_history(view):
-            present = gradients_of(view)
             scales_decay = self.decay == "scaled" or not has_decay(view)  # the dampening multiplies g + λw
-            if scales_decay and all(gradient.layout is torch.strided for _, gradient in present):
+            present = strided_gradients(view) if scales_decay else None
+            if present is not None:
                 return self._through_dampening(view, partition, present, factors.numbers)
+        return self._in_gradients(view, partition, factors)
+
+    @torch.no_grad()
+    def _in_gradients(self, view: Any, partition: Partition, factors: Factors) -> list[Split]:
         scaled = self.decay == "scaled" and any(
             group.get("weight_decay") and decay_is_coupled(view, group) is not False for group in view.param_groups
         )
@@ -151,8 +164,8 @@ class Gradient:
                     sign = -1 if group.get("maximize") else 1  # with maximize, step() takes -g before it adds λw
                     alpha = sign * group["weight_decay"]
                     torch._foreach_add_([p.grad for p in inside], inside, alpha=alpha)
-                    splits.append(Split(group, {**group, "weight_decay": 0.0}, {"weight_decay": 0.0}))
-                    groups.append(splits[-1].group)
+                    splits.append(Split(group, [{**group, "weight_decay": 0.0}], [{"weight_decay": 0.0}]))
+                    groups += splits[-1].parts
                 else:
                     groups.append(group)
             view.param_groups = groups
@@ -162,12 +175,12 @@ class Gradient:
         return splits
 
     def _through_dampening(
-        self, view: Any, partition: Partition, present: Sequence[tuple[Tensor, Any]], numbers: Sequence[float]
+        self, view: Any, partition: Partition, present: Sequence[Tensor], numbers: Sequence[float]
     ) -> list[Split]:
         """Set `1 − dampening` to f."""
         state = view.state
         # Parameters in no layer too: while the view has a state of its own, what step() begins there is begun for all.
-        fresh = [p for p, _ in present if state.get(p, {}).get("momentum_buffer") is None]
+        fresh = [p for p in present if state.get(p, {}).get("momentum_buffer") is None]
         if fresh:  # step() would start from a copy of g + λw; from zero it starts from f (g + λw)
             view.state = state.copy()  # the optimizer's own changes only when the step has been taken
             for p in fresh:
@@ -183,6 +196,7 @@ class Update:
     def __init__(self) -> None:
         self._kept: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
 
+    @torch.no_grad()
     def act(self, view: Any, partition: Partition, factors: Factors) -> list[Split]:
         """Copy the parameters whose update will be scaled."""
         members = partition.members(view)
@@ -198,6 +212,7 @@ class Update:
         )
         return []
 
+    @torch.no_grad()
     def finish(self) -> None:
         """Move from the old values towards the new ones, or past them."""
         if self._kept is not None and self._kept[0]:
@@ -212,7 +227,7 @@ def make_place(name: PlaceName, decay: str, *, automatic: bool) -> Place:
     """Return the place of this name.
 
     Args:
-        name: One of `PLACES`.
+        name: One of `layerwise.optimizers.PLACES`.
         decay: `"scaled"` or `"plain"`, for `"gradient"`.
         automatic: Whether `"auto"` chose it, which may then carry the factor in another way with the same numbers.
     """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .rules.base import finite_or_one
-from .statistics import moved
+from .tensors import moved
 
 
 class Factors:
@@ -18,23 +18,28 @@ class Factors:
     A factor that is not finite is 1.
 
     Args:
-        raw: What the rule returned, shape `[n_layers]`.
+        raw: What the rule returned, shape `[n_layers]`, or plain numbers on the CPU.
         included: Which layers are not excluded; the factor of the others is 1.
         mask: The same as a tensor beside `raw`; None if all are included.
     """
 
-    def __init__(self, raw: Tensor, included: Sequence[bool], mask: Tensor | None) -> None:
+    def __init__(self, raw: Tensor | Sequence[float], included: Sequence[bool], mask: Tensor | None) -> None:
         self._raw, self._included, self._mask = raw, included, mask
         self._tensor: Tensor | None = None
         self._each: dict[torch.device, tuple[Tensor, ...]] = {}
-        self.numbers: list[float] | None = self._read() if raw.device.type == "cpu" else None
+        self.numbers: list[float] | None = None
+        if not isinstance(raw, Tensor) or raw.device.type == "cpu":
+            self.numbers = self._read()
 
     @property
     def tensor(self) -> Tensor:
         """The factors on the parameters' device."""
         if self._tensor is None:
-            finite = finite_or_one(self._raw)
-            self._tensor = finite if self._mask is None else torch.where(self._mask, finite, 1.0)
+            if isinstance(self._raw, Tensor):
+                finite = finite_or_one(self._raw)
+                self._tensor = finite if self._mask is None else torch.where(self._mask, finite, 1.0)
+            else:
+                self._tensor = torch.tensor(self.read(), dtype=torch.float64)
         return self._tensor
 
     def each(self, like: Tensor) -> tuple[Tensor, ...]:
@@ -50,7 +55,7 @@ class Factors:
         return self.numbers
 
     def _read(self) -> list[float]:
-        numbers: list[float] = self._raw.tolist()
+        numbers: list[float] = self._raw.tolist() if isinstance(self._raw, Tensor) else list(self._raw)
         if self._mask is None and all(map(isfinite, numbers)):
             return numbers
         return [x if inside and isfinite(x) else 1.0 for x, inside in zip(numbers, self._included, strict=True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
@@ -89,37 +88,39 @@ class OptimizerHooks:
             return None
         if self._given:  # an exception in the last step() left no post-hook to clear up
             self._clear()
-        if not any(member.enabled for member in self.members):
+        active = [member for member in self.members if member.enabled]
+        if not active:
             return None
-        args, kwargs = evaluate_closure(args, kwargs)
-        active = [member for member in self.members if member.enabled]  # a closure may pause or detach
-        view, given = self._view, optimizer.__dict__
+        if kwargs or len(args) > 1:
+            args, kwargs = evaluate_closure(args, kwargs)
+            active = [member for member in self.members if member.enabled]  # a closure may pause or detach
+        view = self._view
+        self._given = given = dict(optimizer.__dict__)
         view.__dict__.update(given)
-        self._given = dict(given)
-        with torch.no_grad():
-            for member in active:
-                member.measure(view)
-            self._levels = [member.act(view) for member in active]
+        for member in active:
+            member.measure(view)
+        self._levels = [member.act(view) for member in active]
         self._active = active
         return (view, *args[1:]), kwargs
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if optimizer is not self._optimizer() or args[0] is not self._view:
+        view = self._view
+        if args[0] is not view or optimizer is not self._optimizer():
             return
-        with torch.no_grad():
-            for member in reversed(self._active):
-                member.finish()
+        for member in reversed(self._active):
+            member.finish()
         try:
             for level in reversed(self._levels):
                 write_back(level, type(optimizer).__name__)
         finally:
-            for name, value in self._view.__dict__.items():
-                if name not in ("param_groups", "grad_scale") and value is not self._given.get(name):
+            given, written = self._given, view.__dict__
+            for name, value in written.items():
+                if value is not given.get(name) and name not in ("param_groups", "grad_scale"):
                     optimizer.__dict__[name] = value
             self._clear()
             # Other post-hooks are handed the view; without hooks of its own it keeps nothing alive but what they read.
             for name in ("defaults", "state", "param_groups"):
-                self._view.__dict__[name] = optimizer.__dict__[name]
+                written[name] = optimizer.__dict__[name]
 
     def _clear(self) -> None:
         self._view.__dict__.clear()
@@ -170,34 +171,33 @@ def write_back(splits: Sequence[Split], optimizer: str) -> None:
     Some optimizers count their steps in their parameter groups. Parts that agree are carried over.
 
     Args:
-        splits: The parts.
+        splits: The groups and their parts.
         optimizer: Its name, for the message.
 
     Raises:
-        RuntimeError: The parts of one group disagree, so that the group's value is not known.
+        RuntimeError: The parts of one group disagree, so that the group's value is not known; nothing is carried over.
     """
-    if all(split.unchanged() for split in splits):
-        return
-    written: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
-    touched: dict[tuple[int, str], int] = {}
-    parts = Counter(id(split.source) for split in splits)
-    for split in splits:
-        source = split.source
-        if parts[id(source)] > 1 and split.written_in_place():  # once for each part, instead of once
-            raise RuntimeError(_disagreement(optimizer, split.written_in_place()[0]))
-        for name, value in split.group.items():
-            before = split.overrides[name] if name in split.overrides else source.get(name)
-            if name in ("params", "param_names") or value is before:
+    written = [(split.source, _agreed(split, optimizer)) for split in splits if not split.unchanged()]
+    for source, values in written:
+        source.update(values)
+
+
+def _agreed(split: Split, optimizer: str) -> dict[str, Any]:
+    """Return what all parts of a group hold in place of the group's values."""
+    if len(split.parts) > 1 and split.written_in_place():  # once for each part, instead of once
+        raise RuntimeError(_disagreement(optimizer, split.written_in_place()[0]))
+    found: dict[str, list[Any]] = {}
+    for part, own in zip(split.parts, split.overrides, strict=True):
+        for name, value in part.items():
+            if name in ("params", "param_names") or value is (own if name in own else split.source).get(name):
                 continue
-            key = (id(source), name)
-            known = written.setdefault(key, (source, value))[1]
-            touched[key] = touched.get(key, 0) + 1
-            if name in split.overrides or not _same(known, value):
+            if name in own:
                 raise RuntimeError(_disagreement(optimizer, name))
-    for key, (source, value) in written.items():
-        if touched[key] != parts[key[0]]:
-            raise RuntimeError(_disagreement(optimizer, key[1]))
-        source[key[1]] = value
+            found.setdefault(name, []).append(value)
+    for name, values in found.items():
+        if len(values) != len(split.parts) or not all(_same(values[0], value) for value in values):
+            raise RuntimeError(_disagreement(optimizer, name))
+    return {name: values[0] for name, values in found.items()}
 
 
 def _disagreement(optimizer: str, name: str) -> str:

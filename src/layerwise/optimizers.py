@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from textwrap import shorten
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn, optim
 
+PlaceName = Literal["gradient", "lr", "update"]
+PLACES: tuple[PlaceName, ...] = ("gradient", "lr", "update")
 COUPLED = (
     *(optim.SGD, optim.Adagrad, optim.Adadelta, optim.RMSprop, optim.Adam, optim.Adamax, optim.NAdam, optim.RAdam),
     optim.ASGD,
@@ -110,7 +112,7 @@ def damps_history(optimizer: optim.Optimizer) -> bool:
     )
 
 
-def automatic_place(optimizer: optim.Optimizer, preferred: str, decay: str) -> str:
+def automatic_place(optimizer: Any, preferred: str, decay: str) -> PlaceName:
     """Return where a factor acts when `apply="auto"`.
 
     Args:
@@ -126,8 +128,9 @@ def automatic_place(optimizer: optim.Optimizer, preferred: str, decay: str) -> s
     if isinstance(optimizer, LATE_RATE):
         return "update"
     if preferred == "gradient" and isinstance(optimizer, optim.SGD):
-        momentum = any(group["momentum"] != 0 for group in optimizer.param_groups)
-        if momentum or (decay == "plain" and has_decay(optimizer)):
+        if any(group["momentum"] != 0 for group in optimizer.param_groups):
+            return "gradient"
+        if decay == "plain" and has_decay(optimizer):
             return "gradient"
     return "lr"
 

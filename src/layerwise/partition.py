@@ -7,35 +7,41 @@ from typing import Any
 
 from torch import Tensor
 
-from .statistics import same_objects
+from .tensors import same_objects
 
 OUTSIDE = -1
 """The layer number of a parameter that belongs to no layer; its factor is 1."""
 
 
 class Split:
-    """A part of a parameter group with values of its own.
+    """The parts that `step` sees in place of a parameter group.
 
     Args:
-        source: The group it was taken from.
-        group: The new group.
-        overrides: The values that differ on purpose.
+        source: The group.
+        parts: Groups like it, each with some of its parameters.
+        overrides: For each part the values that differ on purpose.
     """
 
-    __slots__ = ("before", "group", "overrides", "shared", "source")
+    __slots__ = ("before", "overrides", "parts", "source", "tensors")
 
-    def __init__(self, source: dict[str, Any], group: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-        self.source, self.group, self.overrides = source, group, overrides
-        self.before = list(group.values())
-        self.shared = [(name, value, value._version) for name, value in group.items() if isinstance(value, Tensor)]
+    def __init__(
+        self, source: dict[str, Any], parts: list[dict[str, Any]], overrides: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self.source, self.parts, self.overrides = source, parts, overrides
+        self.before = [list(part.values()) for part in parts]
+        # The parts share the group's tensors.
+        own = [item for override in overrides for item in override.items()]
+        self.tensors = [(name, x, x._version) for name, x in (*source.items(), *own) if isinstance(x, Tensor)]
 
     def unchanged(self) -> bool:
-        """Tell whether nothing has been written into the group since it was made."""
-        return not self.written_in_place() and same_objects(self.before, list(self.group.values()))
+        """Tell whether nothing has been written into the parts since they were made."""
+        return not self.written_in_place() and all(
+            same_objects(before, list(part.values())) for before, part in zip(self.before, self.parts, strict=True)
+        )
 
     def written_in_place(self) -> list[str]:
-        """Return the names of tensors that were written into; the parts of a group share them."""
-        return [name for name, value, version in self.shared if value._version != version]
+        """Return the names of tensors that were written into."""
+        return [name for name, tensor, version in self.tensors if tensor._version != version]
 
 
 class Partition:
@@ -73,7 +79,7 @@ class Partition:
     def split(
         self, view: Any, key: Callable[[int], Any], overrides: Callable[[Mapping[str, Any], Any], dict[str, Any]]
     ) -> list[Split]:
-        """Replace the view's groups by one group for each distinct key, and return the parts.
+        """Replace the view's groups by one group for each distinct key, and return how each was split.
 
         Layers with equal keys share a group, because each group costs an unfused optimizer a round of kernels.
 
@@ -89,13 +95,16 @@ class Partition:
                 bucket = key(layer)
                 buckets[bucket] = buckets[bucket] + positions if bucket in buckets else positions
             parameters, names = group["params"], group.get("param_names")
-            for bucket, positions in buckets.items():
-                own = overrides(group, bucket)
-                part = {**group, "params": [parameters[i] for i in positions], **own}
-                if names is not None:
+            own = [overrides(group, bucket) for bucket in buckets]
+            parts = [
+                {**group, "params": [parameters[i] for i in positions], **values}
+                for positions, values in zip(buckets.values(), own, strict=True)
+            ]
+            if names is not None:
+                for part, positions in zip(parts, buckets.values(), strict=True):
                     part["param_names"] = [names[i] for i in positions]
-                splits.append(Split(group, part, own))
-        view.param_groups = [split.group for split in splits]
+            splits.append(Split(group, parts, own))
+        view.param_groups = [part for split in splits for part in split.parts]
         return splits
 
 

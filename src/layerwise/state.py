@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from .rules.base import State
-from .statistics import moved
+from .tensors import moved
 
 
 def carried_over(fresh: State, old: State, names: Sequence[str], old_names: Sequence[str]) -> State:

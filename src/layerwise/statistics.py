@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .layers import Layer
+from .norms import JointNorms, tensor_norms
+from .tensors import moved, same_objects
 
 
 class Statistics:
@@ -53,6 +55,10 @@ class Statistics:
 
 
 NEEDS = tuple(Statistics.__annotations__)
+WEIGHT_NORMS = frozenset({"weight_norm", "matrix_norm", "decay_norm"})
+AS_NUMBERS = WEIGHT_NORMS | {"gradient_norm", "learning_rate"}
+"""What `LayerStatistics.numbers` can return."""
+Groups = Sequence[Mapping[str, Any]]
 
 
 class LayerStatistics:
@@ -75,15 +81,15 @@ class LayerStatistics:
         self.layer_of = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters}
         self.device, self.dtype = common_device(layers)
         self._zeros = torch.zeros(self.count, dtype=self.dtype, device=self.device)
-        self._indices: dict[str, tuple[list[Tensor], list[int] | None, Tensor]] = {}
-        self._numbers: dict[str, tuple[list[float], Tensor]] = {}
+        self._joint: dict[str, tuple[list[Tensor], list[int] | None, list[float] | None, JointNorms]] = {}
+        self._rates: tuple[list[float], Tensor] | None = None
 
     def moved_away(self) -> bool:
         """Tell whether the parameters have left the device on which the statistics are kept."""
         return self.members[0].device != self.device
 
     @torch.no_grad()
-    def compute(self, groups: Sequence[Mapping[str, Any]], grad_scale: Tensor | None = None) -> Statistics:
+    def compute(self, groups: Groups, grad_scale: Tensor | None = None) -> Statistics:
         """Return this step's statistics.
 
         Args:
@@ -95,56 +101,85 @@ class LayerStatistics:
         """
         needs, values = self.needs, {}
         if "gradient_norm" in needs or "counts" in needs:
-            norms = self._gradient_norms(grad_scale)
+            parts = self._gradient_parts()
+            norms = self._zeros.clone() if parts is None else parts[1].of(parts[0])
+            if grad_scale is not None:
+                norms = norms / moved(grad_scale, self.device).to(self.dtype)
             if "gradient_norm" in needs:
                 values["gradient_norm"] = norms
             if "counts" in needs:
                 total = norms.sum()  # not finite if any of them is not
                 values["counts"] = (total > 0) & (total < torch.inf)
-        if "weight_norm" in needs:
-            values["weight_norm"] = self._norms("weight", self.members, self.members)
-        if "matrix_norm" in needs:
-            matrices = [p for p in self.members if p.ndim > 1]
-            values["matrix_norm"] = self._norms("matrix", matrices, matrices)
+        if needs & WEIGHT_NORMS:
+            norms, order = tensor_norms(self.members, self.device)
+            for name in needs & WEIGHT_NORMS:
+                values[name] = self._weights_joint(name, order, groups).of(norms)
         if "normalisation_gain" in needs:
             values["normalisation_gain"] = self._normalisation_gains()
-        if "decay_norm" in needs:
-            decay_of = {id(p): group.get("weight_decay", 0) for group in groups for p in group["params"]}
-            decayed = [p for p in self.members if decay_of[id(p)]]
-            values["decay_norm"] = self._norms("decay", decayed, decayed, [decay_of[id(p)] for p in decayed])
         if "learning_rate" in needs:
             values["learning_rate"] = self._learning_rates(groups)
         return Statistics(**values)
 
-    def _gradient_norms(self, grad_scale: Tensor | None) -> Tensor:
+    def numbers(self, groups: Groups, grad_scale: Tensor | None = None) -> dict[str, list[float]]:
+        """Return the statistics in `needs` as plain numbers, one a layer; only those in `AS_NUMBERS`.
+
+        On the CPU, where reading a value waits for nothing, a few operations on Python's numbers cost less than the
+        small tensor operations of `compute`.
+
+        Args:
+            groups: As for `compute`.
+            grad_scale: As for `compute`.
+        """
+        needs, values = self.needs, {}
+        if "gradient_norm" in needs:
+            parts = self._gradient_parts()
+            norms = [0.0] * self.count if parts is None else parts[1].of_numbers(parts[0].tolist())
+            values["gradient_norm"] = norms if grad_scale is None else [norm / float(grad_scale) for norm in norms]
+        if needs & WEIGHT_NORMS:
+            with torch.no_grad():
+                norms, order = tensor_norms(self.members, self.device)
+            numbers = norms.tolist()
+            for name in needs & WEIGHT_NORMS:
+                values[name] = self._weights_joint(name, order, groups).of_numbers(numbers)
+        if "learning_rate" in needs:
+            values["learning_rate"] = [max(map(float, rates)) for rates in self._rates_of(groups)]
+        return values
+
+    def _gradient_parts(self) -> tuple[Tensor, JointNorms] | None:
+        """Return the norms of the gradients and the way to those of the layers; None if there is no gradient."""
         owners = self.members
         gradients: list[Any] = [p.grad for p in owners]
         if any(map(is_, gradients, repeat(None))):
             owners = [p for p in owners if p.grad is not None]
             gradients = [p.grad for p in owners]
-        norms = self._norms("gradient", gradients, owners)
-        return norms if grad_scale is None else norms / moved(grad_scale, self.device).to(self.dtype)
+        if not gradients:
+            return None
+        norms, order = tensor_norms(gradients, self.device)
+        return norms, self._joint_norms("gradient_norm", owners, order, None)
 
-    def _norms(
-        self, kind: str, tensors: Sequence[Any], owners: list[Tensor], scales: Sequence[float] | None = None
-    ) -> Tensor:
-        """Return each layer's norm over the tensors that its parameters own; 0 where there is none."""
-        if not tensors:
-            return self._zeros.clone()
-        norms, order = tensor_norms(tensors, self.device, self.dtype)
-        if scales is not None:
-            norms = norms * self._on_device("scales", [scales[i] for i in order or range(len(scales))])
-        return self._zeros.index_add(0, self._index(kind, owners, order), norms.square_()).sqrt_()
+    def _weights_joint(self, name: str, order: list[int] | None, groups: Groups) -> JointNorms:
+        scales: list[float] | None = None
+        if name == "matrix_norm":
+            scales = [float(p.ndim > 1) for p in self.members]
+        elif name == "decay_norm":
+            decay_of = {id(p): group.get("weight_decay", 0) for group in groups for p in group["params"]}
+            scales = [decay_of[id(p)] for p in self.members]
+        return self._joint_norms(name, self.members, order, scales)
 
-    def _index(self, kind: str, owners: list[Tensor], order: list[int] | None) -> Tensor:
-        """Return the layer of each owner, on the device; the copy there happens once per pattern of owners."""
-        cached = self._indices.get(kind)
-        if cached is None or cached[1] != order or not same_objects(cached[0], owners):
-            index = torch.tensor(
-                [self.layer_of[id(owners[i])] for i in order or range(len(owners))], device=self.device
+    def _joint_norms(
+        self, name: str, owners: list[Tensor], order: list[int] | None, scales: list[float] | None
+    ) -> JointNorms:
+        """Return the way from the norms of the owners' tensors to those of the layers, kept for as long as it holds."""
+        known = self._joint.get(name)
+        if known is None or known[1] != order or known[2] != scales or not same_objects(known[0], owners):
+            positions = order or range(len(owners))
+            joint = JointNorms(
+                [self.layer_of[id(owners[i])] for i in positions],
+                [1.0 if scales is None else scales[i] for i in positions],
+                self._zeros,
             )
-            cached = self._indices[kind] = (owners, order, index)
-        return cached[2]
+            known = self._joint[name] = (owners, order, scales, joint)
+        return known[3]
 
     def _normalisation_gains(self) -> Tensor:
         one = torch.ones((), dtype=self.dtype, device=self.device)
@@ -163,24 +198,24 @@ class LayerStatistics:
             gains.append(square.mean())
         return torch.stack(gains)
 
-    def _learning_rates(self, groups: Sequence[Mapping[str, Any]]) -> Tensor:
+    def _rates_of(self, groups: Groups) -> list[list[Any]]:
+        """Return the rates of each layer's parameters."""
         rates: list[list[Any]] = [[] for _ in range(self.count)]
         for group in groups:
             for p in group["params"]:
                 if id(p) in self.layer_of:
                     rates[self.layer_of[id(p)]].append(group["lr"])
+        return rates
+
+    def _learning_rates(self, groups: Groups) -> Tensor:
+        rates = self._rates_of(groups)
         if any(isinstance(rate, Tensor) for layer in rates for rate in layer):
             vectors = [[torch.as_tensor(r, dtype=self.dtype, device=self.device).reshape(()) for r in q] for q in rates]
             return torch.stack([torch.stack(vector).amax() for vector in vectors])
         largest = [max(layer) for layer in rates]
-        return self._on_device("rates", largest)
-
-    def _on_device(self, kind: str, values: list[float]) -> Tensor:
-        """Return numbers as a tensor; the copy to the device happens once for as long as they stay the same."""
-        cached = self._numbers.get(kind)
-        if cached is None or cached[0] != values:
-            cached = self._numbers[kind] = (values, torch.tensor(values, dtype=self.dtype, device=self.device))
-        return cached[1]
+        if self._rates is None or self._rates[0] != largest:  # copying them to the device waits for it
+            self._rates = (largest, torch.tensor(largest, dtype=self.dtype, device=self.device))
+        return self._rates[1]
 
 
 def check_needs(needs: Collection[str]) -> None:
@@ -203,62 +238,3 @@ def common_device(layers: Sequence[Layer]) -> tuple[torch.device, torch.dtype]:
     """Return the device of the first parameter and the widest floating type for statistics there."""
     device = layers[0].parameters[0].device
     return device, torch.float32 if device.type == "mps" else torch.float64
-
-
-def tensor_norms(
-    tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, list[int] | None]:
-    """Return the 2-norm of each tensor, kind by kind.
-
-    One `_foreach_norm` for each kind (device, type) of tensor. Half precision is accumulated in float32, because the
-    square of 300 overflows float16; a sparse tensor is coalesced first, because the norm of repeated entries is not
-    the norm of their sum; a complex one is seen as pairs of reals.
-
-    Args:
-        tensors: Dense, sparse or complex tensors.
-        device: Where the result goes.
-        dtype: Its type.
-
-    Returns:
-        The norms, shape `[len(tensors)]`, and the position of each one's tensor; None if they are in order.
-
-    Example:
-        >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(0)], torch.device("cpu"), torch.float64)
-        (tensor([5., 0.], dtype=torch.float64), None)
-    """
-    dense = list(tensors)
-    kinds = {(tensor.device, tensor.dtype, tensor.layout) for tensor in dense}
-    if any(layout is not torch.strided or dtype.is_complex for _, dtype, layout in kinds):
-        dense = [as_dense_real(tensor) for tensor in tensors]
-        kinds = {(tensor.device, tensor.dtype, tensor.layout) for tensor in dense}
-    if len(kinds) == 1:
-        return _norms_of_one_kind(dense, device, dtype), None
-    parts: list[Tensor] = []
-    order: list[int] = []
-    for kind in sorted(kinds, key=str):
-        positions = [i for i, tensor in enumerate(dense) if (tensor.device, tensor.dtype, tensor.layout) == kind]
-        parts.append(_norms_of_one_kind([dense[i] for i in positions], device, dtype))
-        order += positions
-    return torch.cat(parts), order
-
-
-def _norms_of_one_kind(tensors: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-    wide = torch.float32 if tensors[0].dtype in (torch.float16, torch.bfloat16) else None
-    return moved(torch.stack(torch._foreach_norm(tensors, 2, wide)), device).to(dtype)
-
-
-def as_dense_real(tensor: Tensor) -> Tensor:
-    """Return a tensor's values so that their 2-norm is the tensor's."""
-    if tensor.layout is not torch.strided:
-        tensor = tensor.coalesce().values()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:
-    """Tell whether two sequences hold the very same objects."""
-    return first is second or (len(first) == len(second) and all(map(is_, first, second)))
-
-
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on a device; only a copy to the CPU waits, lest its values be read before they arrive."""
-    return tensor if tensor.device == device else tensor.to(device, non_blocking=device.type != "cpu")

@@ -4,6 +4,7 @@ from .back_matching import BackMatching
 from .base import Rule
 from .combine import bounds, chain
 from .constant import Constant
+from .elementwise import ElementwiseRule
 from .lars import LARC, LARS
 from .layer_adaptive import LayerAdaptive
 from .layer_decay import LayerDecay
@@ -14,6 +15,7 @@ __all__ = [
     "LARS",
     "BackMatching",
     "Constant",
+    "ElementwiseRule",
     "LayerAdaptive",
     "LayerDecay",
     "Replay",

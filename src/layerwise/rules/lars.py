@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..statistics import Statistics
-from .base import Rule, State, is_number
+from .base import is_number
+from .elementwise import ElementwiseRule, Value, minimum, where
 
 
 def one_dimensional(name: str, parameter: Tensor) -> bool:
@@ -17,16 +17,13 @@ def one_dimensional(name: str, parameter: Tensor) -> bool:
     return parameter.ndim <= 1
 
 
-def trust_ratio(statistics: Statistics, trust_coefficient: float, eps: float) -> tuple[Tensor, Tensor]:
-    """Return η‖w‖ / (‖g‖ + ‖λw‖ + ε), and where it is to be used: where ‖w‖ and ‖g‖ are above zero and finite."""
-    gradient, weight = statistics.gradient_norm, statistics.weight_norm
-    ratio = trust_coefficient * weight / (gradient + statistics.decay_norm + eps)
-    usable = (weight > 0) & (gradient > 0) & (weight < torch.inf) & (gradient < torch.inf)
-    return ratio, usable
+def usable(gradient: Value, weight: Value) -> Any:
+    """Tell where a trust ratio is to be used: where ‖g‖ and ‖w‖ are above zero and finite."""
+    return (weight > 0) & (gradient > 0) & (weight < math.inf) & (gradient < math.inf)
 
 
 @dataclass(frozen=True)
-class LARS(Rule):
+class LARS(ElementwiseRule):
     """Layer-wise adaptive rate scaling.
 
     f_l = η‖w_l‖ / (‖g_l‖ + λ‖w_l‖ + ε)
@@ -44,9 +41,8 @@ class LARS(Rule):
         ValueError: An argument is out of its range.
 
     Example:
-        >>> norms = dict(gradient_norm=torch.tensor([2.0]), weight_norm=torch.tensor([4.0]), decay_norm=torch.zeros(1))
-        >>> LARS().factors(Statistics(**norms), {})[0]
-        tensor([0.0020])
+        >>> LARS(trust_coefficient=0.5, eps=0).factor(2.0, 4.0, 0.0)
+        1.0
 
     Reference:
         You, Gitman, Ginsburg: Large batch training of convolutional networks, 2017, arXiv 1708.03888, algorithm 1.
@@ -63,14 +59,14 @@ class LARS(Rule):
     def __post_init__(self) -> None:
         check_trust(self.trust_coefficient, self.eps)
 
-    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
-        """Return the trust ratios."""
-        ratio, usable = trust_ratio(statistics, self.trust_coefficient, self.eps)
-        return torch.where(usable, ratio, 1.0), state
+    def factor(self, gradient_norm: Value, weight_norm: Value, decay_norm: Value) -> Value:
+        """Return the trust ratio."""
+        ratio = self.trust_coefficient * weight_norm / (gradient_norm + decay_norm + self.eps)
+        return where(usable(gradient_norm, weight_norm), ratio, 1.0)
 
 
 @dataclass(frozen=True)
-class LARC(Rule):
+class LARC(ElementwiseRule):
     """LARS whose layer rate never exceeds the global one.
 
     λ_l = η‖w_l‖ / (‖g_l‖ + λ‖w_l‖ + ε),  f_l = min(λ_l / lr, 1) if clip else λ_l
@@ -87,9 +83,8 @@ class LARC(Rule):
         ValueError: An argument is out of its range.
 
     Example:
-        >>> norms = dict(gradient_norm=torch.tensor([2.0]), weight_norm=torch.tensor([4.0]), decay_norm=torch.zeros(1))
-        >>> LARC().factors(Statistics(**norms, learning_rate=torch.tensor([0.1])), {})[0]
-        tensor([0.4000])
+        >>> LARC(trust_coefficient=0.5, eps=0).factor(16.0, 4.0, 0.0, 0.25)
+        0.5
 
     Reference:
         You, Gitman, Ginsburg 2017 (as `LARS`); the clipped form is that of NVIDIA's apex and Caffe.
@@ -107,12 +102,12 @@ class LARC(Rule):
     def __post_init__(self) -> None:
         check_trust(self.trust_coefficient, self.eps)
 
-    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
-        """Return the trust ratios, clipped against the rate."""
-        ratio, usable = trust_ratio(statistics, self.trust_coefficient, self.eps)
+    def factor(self, gradient_norm: Value, weight_norm: Value, decay_norm: Value, learning_rate: Value) -> Value:
+        """Return the trust ratio, clipped against the rate."""
+        ratio = self.trust_coefficient * weight_norm / (gradient_norm + decay_norm + self.eps)
         if self.clip:
-            ratio = (ratio / statistics.learning_rate).clamp(max=1)
-        return torch.where(usable, ratio, 1.0), state
+            ratio = minimum(ratio / learning_rate, 1)
+        return where(usable(gradient_norm, weight_norm), ratio, 1.0)
 
 
 def check_trust(trust_coefficient: float, eps: float) -> None:

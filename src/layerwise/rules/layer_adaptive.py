@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from ..statistics import Statistics
-from .base import Rule, State, is_number
+from .base import is_number
+from .elementwise import ElementwiseRule, Value, log1p
 
 
 @dataclass(frozen=True)
-class LayerAdaptive(Rule):
+class LayerAdaptive(ElementwiseRule):
     """Layer-specific adaptive learning rates.
 
     f_l = 1 + log(1 + 1/‖g_l‖)
@@ -32,9 +29,8 @@ class LayerAdaptive(Rule):
         ValueError: `log_base` is not a finite number above 1.
 
     Example:
-        >>> factors, _ = LayerAdaptive().factors(Statistics(gradient_norm=torch.tensor([0.1, 1.0, 10.0])), {})
-        >>> factors
-        tensor([3.3979, 1.6931, 1.0953])
+        >>> [round(LayerAdaptive().factor(norm), 4) for norm in (0.1, 1.0, 10.0)]
+        [3.3979, 1.6931, 1.0953]
 
     Reference:
         Singh, De, Zhang, Goldstein, Taylor: Layer-specific adaptive learning rates for deep networks, ICMLA 2015,
@@ -52,9 +48,9 @@ class LayerAdaptive(Rule):
         if not (is_number(self.log_base) and 1 < self.log_base < math.inf):
             raise ValueError(f"log_base={self.log_base!r} must be a finite number above 1, such as math.e or 10")
 
-    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+    def factor(self, gradient_norm: Value) -> Value:
         """Return 1 + log(1 + 1/‖g_l‖); equation 9."""
-        logarithm = torch.log1p(statistics.gradient_norm.reciprocal())
+        logarithm = log1p(1 / gradient_norm)
         if self.log_base != math.e:
             logarithm = logarithm / math.log(self.log_base)
-        return logarithm.add_(1), state
+        return 1 + logarithm

@@ -1,0 +1,80 @@
+"""Rules in which no layer sees another, written once for numbers and for tensors."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..statistics import Statistics
+from .base import Rule, State
+
+Value = float | Tensor
+"""A number of one layer, or a tensor of all layers."""
+
+
+class ElementwiseRule(Rule):
+    """A rule without state whose factor for a layer follows from that layer's own statistics: f_l = φ(s_l).
+
+    φ is written once, with the operators and the functions of this module, and takes numbers of one layer or tensors of
+    all layers. On the CPU a step with few layers then costs a few operations on Python's numbers instead of a chain of
+    small tensor operations, each of which finds its code out of the cache.
+
+    Example:
+        >>> class InverseNorm(ElementwiseRule):
+        ...     '''f_l = 1 / ‖g_l‖.'''
+        ...     def factor(self, gradient_norm):
+        ...         return 1 / gradient_norm
+        >>> InverseNorm().numbers({"gradient_norm": [0.5, 2.0]})
+        [2.0, 0.5]
+        >>> InverseNorm().factors(Statistics(gradient_norm=torch.tensor([0.5, 2.0])), {})[0]
+        tensor([2.0000, 0.5000])
+    """
+
+    @abstractmethod
+    def factor(self, *statistics: Any, **options: Any) -> Any:
+        """Return φ of the statistics in `needs`, in their order."""
+
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Return φ of all layers."""
+        return self.factor(*(getattr(statistics, name) for name in self.needs)), state
+
+    def numbers(self, statistics: Mapping[str, Sequence[float]]) -> list[float]:
+        """Return φ layer by layer.
+
+        Args:
+            statistics: For each name in `needs` one number a layer.
+        """
+        columns = [statistics[name] for name in self.needs]
+        try:
+            return list(map(self.factor, *columns))
+        except ArithmeticError:  # Python's numbers cannot be divided by zero, and do not overflow
+            return self.factor(*(torch.tensor(column, dtype=torch.float64) for column in columns)).tolist()
+
+
+def is_elementwise(rule: object) -> bool:
+    """Tell whether a rule's factors are its φ; a subclass may have other ones."""
+    return isinstance(rule, ElementwiseRule) and type(rule).factors is ElementwiseRule.factors
+
+
+def log1p(x: Value) -> Value:
+    """Return log(1 + x); NaN for x below -1."""
+    if isinstance(x, Tensor):
+        return torch.log1p(x)
+    return math.log1p(x) if x > -1 else (-math.inf if x == -1 else math.nan)
+
+
+def minimum(x: Value, limit: float) -> Value:
+    """Return the smaller of x and a number."""
+    return x.clamp(max=limit) if isinstance(x, Tensor) else min(x, limit)
+
+
+def where(condition: Any, x: Value, otherwise: float) -> Value:
+    """Return x where the condition holds, else a number."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, cast(Tensor, x), otherwise)
+    return x if condition else otherwise

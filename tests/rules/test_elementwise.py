@@ -1,0 +1,111 @@
+"""Rules written once for numbers and for tensors: both give the same."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import layerwise
+from layerwise.adapter import MOST_NUMBERS
+from layerwise.rules import LARC, LARS, ElementwiseRule, LayerAdaptive
+from layerwise.rules.base import State, finite_or_one
+from layerwise.rules.elementwise import is_elementwise, log1p, minimum, where
+from layerwise.statistics import Statistics
+
+RULES = {
+    "LayerAdaptive": LayerAdaptive(),
+    "LayerAdaptive_base_10": LayerAdaptive(10),
+    "LARS": LARS(),
+    "LARS_without_eps": LARS(eps=0),
+    "LARC": LARC(),
+    "LARC_without_eps": LARC(eps=0),
+    "LARC_scaled": LARC(clip=False),
+}
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+EDGES = [0.0, 5e-324, 1e-300, 1.0, 1e300, math.inf, math.nan]
+
+
+class Inverse(ElementwiseRule):
+    """f_l = 1 / ‖g_l‖²."""
+
+    def factor(self, gradient_norm: Any) -> Any:
+        return 1 / gradient_norm**2
+
+
+def assert_same(rule: ElementwiseRule, columns: dict[str, list[float]]) -> None:
+    """Both ways give the same numbers, once what is not finite counts as 1."""
+    tensors = {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
+    expected = finite_or_one(rule.factors(Statistics(**tensors), {})[0])
+    numbers = finite_or_one(torch.tensor(rule.numbers(columns), dtype=torch.float64))
+    torch.testing.assert_close(numbers, expected, rtol=1e-14, atol=0)
+
+
+@every_rule
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_numbers_and_tensors_give_the_same_factors(rule: ElementwiseRule, data: st.DataObject) -> None:
+    norms = st.lists(st.floats(1e-12, 1e12) | st.sampled_from(EDGES), min_size=4, max_size=4)
+    assert_same(rule, {name: data.draw(norms, name) for name in rule.needs})
+
+
+@pytest.mark.parametrize("norm", EDGES)
+def test_numbers_that_python_cannot_form_are_those_of_a_tensor(norm: float) -> None:
+    assert_same(Inverse(), {"gradient_norm": [2.0, norm, 0.5]})
+    assert Inverse().numbers({"gradient_norm": [2.0, norm, 0.5]})[::2] == [0.25, 4.0]
+
+
+@pytest.mark.parametrize("x", [-math.inf, -2.0, -1.0, -0.5, 0.0, 1e-20, 3.0, math.inf, math.nan])
+def test_the_functions_take_numbers_and_tensors_alike(x: float) -> None:
+    tensor = torch.tensor([x], dtype=torch.float64)
+    functions = [log1p, lambda y: minimum(y, 1.0), lambda y: where(y > 0, y, 7.0)]
+    for function in functions:
+        assert function(x) == pytest.approx(function(tensor).item(), rel=1e-15, nan_ok=True)
+
+
+def steps(model: nn.Module, rule: Any, count: int = 3, **options: Any) -> tuple[list[dict[str, float]], list[Tensor]]:
+    """Return the factors of some steps, and the weights after them."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1, **options)
+    adapter = layerwise.LayerwiseLR(optimizer, rule, model)
+    generator, seen = torch.Generator().manual_seed(1), []
+    for _ in range(count):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, dtype=p.dtype, generator=generator)
+        optimizer.step()
+        seen.append(adapter.get_last_factors())
+    return seen, [p.detach().clone() for p in model.parameters()]
+
+
+def network(layers: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(2, 2, dtype=torch.float64) for _ in range(layers)))
+
+
+@pytest.mark.parametrize("rule", [LayerAdaptive(), LARS(), LARC()], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("layers", [3, MOST_NUMBERS // 2 + 1, MOST_NUMBERS + 1])
+def test_an_attached_rule_trains_alike_by_numbers_and_by_tensors(
+    rule: ElementwiseRule, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factors, weights = steps(network(layers), rule)
+    monkeypatch.setattr("layerwise.adapter.MOST_NUMBERS", 0)
+    expected_factors, expected_weights = steps(network(layers), rule)
+    for step, expected in zip(factors, expected_factors, strict=True):
+        assert step == pytest.approx(expected, rel=1e-14)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-12, atol=0)
+
+
+def test_a_subclass_with_factors_of_its_own_is_asked_for_them() -> None:
+    class Doubled(LayerAdaptive):
+        def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+            factors, state = super().factors(statistics, state)
+            return 2 * factors, state
+
+    assert not is_elementwise(Doubled())
+    plain, _ = steps(network(3), LayerAdaptive(), count=1)
+    doubled, _ = steps(network(3), Doubled(), count=1)
+    assert doubled[0] == pytest.approx({name: 2 * factor for name, factor in plain[0].items()}, rel=1e-14)
