@@ -55,6 +55,19 @@ def test_factors_of_one_change_nothing_to_the_bit(case: Case, place: str) -> Non
     assert_equal_state(optimizer, plain)
 
 
+@pytest.mark.parametrize("case", CASES, **names)
+def test_no_optimizer_of_torch_writes_into_its_groups(case: Case) -> None:
+    model = network(case)
+    optimizer = case.make(model.parameters())
+    before = [{**group} for group in optimizer.param_groups]
+    versions = [x._version for group in before for x in group.values() if isinstance(x, torch.Tensor)]
+    for step in range(3):
+        take_step(model, optimizer, step)
+    for group, old in zip(optimizer.param_groups, before, strict=True):
+        assert all(group[name] is old[name] for name in {*group, *old})
+    assert [x._version for group in before for x in group.values() if isinstance(x, torch.Tensor)] == versions
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.optimizer not in LATE], **names)
 def test_lr_equals_permanent_groups_to_the_bit_over_100_steps(case: Case) -> None:
     permanent, attached = network(case), network(case)

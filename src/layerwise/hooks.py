@@ -50,6 +50,8 @@ class OptimizerHooks:
         self._given: dict[str, Any] = {}
         self._active: list[Member] = []
         self._levels: list[list[Split]] = []
+        # None of torch's own optimizers does (a test holds them to it); taking down what the parts hold costs.
+        self._writes_into_groups = not type(optimizer).__module__.startswith("torch.optim.")
         self.members: list[Member] = []
         # Traced into a compiled step the hooks would be silently wrong: the graph reads the groups of the optimizer.
         outside_graph = cast(Callable[[Any], Any], torch.compiler.disable)
@@ -99,7 +101,12 @@ class OptimizerHooks:
         view.__dict__.update(given)
         for member in active:
             member.measure(view)
-        self._levels = [member.act(view) for member in active]
+        levels = [member.act(view) for member in active]
+        if self._writes_into_groups:
+            for level in levels:
+                for split in level:
+                    split.remember()
+            self._levels = levels
         self._active = active
         return (view, *args[1:]), kwargs
 

@@ -35,9 +35,11 @@ def tensor_norms(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tenso
     """
     dense = list(tensors)
     kinds = set(map(_kind, dense))
-    if any(layout is not torch.strided or dtype.is_complex for _, dtype, layout in kinds):
-        dense = [as_dense_real(tensor) for tensor in tensors]
-        kinds = set(map(_kind, dense))
+    for _, dtype, layout in kinds:
+        if layout is not torch.strided or dtype.is_complex:
+            dense = [as_dense_real(tensor) for tensor in tensors]
+            kinds = set(map(_kind, dense))
+            break
     if len(kinds) == 1:
         return _norms_of_one_kind(dense, device), None
     parts: list[Tensor] = []

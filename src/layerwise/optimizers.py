@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import itemgetter
 from textwrap import shorten
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ SCALE_INVARIANT = (
     *(optim.SparseAdam, optim.Rprop, *DECOUPLED),
 )
 LATE_RATE = (optim.ASGD, optim.Rprop)
+_momentum = itemgetter("momentum")
 
 
 def unwrap(optimizer: Any) -> optim.Optimizer:
@@ -128,7 +130,7 @@ def automatic_place(optimizer: Any, preferred: str, decay: str) -> PlaceName:
     if isinstance(optimizer, LATE_RATE):
         return "update"
     if preferred == "gradient" and isinstance(optimizer, optim.SGD):
-        if any(group["momentum"] != 0 for group in optimizer.param_groups):
+        if any(map(_momentum, optimizer.param_groups)):
             return "gradient"
         if decay == "plain" and has_decay(optimizer):
             return "gradient"

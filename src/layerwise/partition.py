@@ -28,13 +28,16 @@ class Split:
         self, source: dict[str, Any], parts: list[dict[str, Any]], overrides: Sequence[Mapping[str, Any]]
     ) -> None:
         self.source, self.parts, self.overrides = source, parts, overrides
-        self.before = [list(part.values()) for part in parts]
+
+    def remember(self) -> None:
+        """Take down what the parts hold, for `unchanged`."""
+        self.before = [list(part.values()) for part in self.parts]
         # The parts share the group's tensors.
-        own = [item for override in overrides for item in override.items()]
-        self.tensors = [(name, x, x._version) for name, x in (*source.items(), *own) if isinstance(x, Tensor)]
+        own = [item for override in self.overrides for item in override.items()]
+        self.tensors = [(name, x, x._version) for name, x in (*self.source.items(), *own) if isinstance(x, Tensor)]
 
     def unchanged(self) -> bool:
-        """Tell whether nothing has been written into the parts since they were made."""
+        """Tell whether nothing has been written into the parts since `remember`."""
         return not self.written_in_place() and all(
             same_objects(before, list(part.values())) for before, part in zip(self.before, self.parts, strict=True)
         )
