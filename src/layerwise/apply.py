@@ -180,7 +180,8 @@ class Gradient:
         """Set `1 − dampening` to f."""
         state = view.state
         # Parameters in no layer too: while the view has a state of its own, what step() begins there is begun for all.
-        fresh = [p for p in present if state.get(p, {}).get("momentum_buffer") is None]
+        begun = {id(p) for p, kept in state.items() if kept.get("momentum_buffer") is not None}
+        fresh = [p for p in present if id(p) not in begun]
         if fresh:  # step() would start from a copy of g + λw; from zero it starts from f (g + λw)
             view.state = state.copy()  # the optimizer's own changes only when the step has been taken
             for p in fresh:

@@ -56,10 +56,10 @@ class Partition:
 
     def __init__(self, layer_of: Mapping[int, int]) -> None:
         self.layer_of = layer_of
-        self._cached: dict[int, tuple[list[Tensor], list[Tensor], list[tuple[int, list[int]]]]] = {}
+        self._cached: dict[int, tuple[list[Tensor], list[Tensor], list[tuple[int, list[Tensor]]]]] = {}
 
-    def of(self, number: int, parameters: list[Tensor]) -> list[tuple[int, list[int]]]:
-        """Return each layer of a group with the positions of its parameters; `OUTSIDE` for those in no layer.
+    def of(self, number: int, parameters: list[Tensor]) -> list[tuple[int, list[Tensor]]]:
+        """Return each layer of a group with its parameters there; `OUTSIDE` for those in no layer.
 
         Args:
             number: The group's number in the list of groups, under which the answer is kept for the next step.
@@ -67,9 +67,9 @@ class Partition:
         """
         cached = self._cached.get(number)
         if cached is None or cached[0] is not parameters or not same_objects(cached[1], parameters):
-            layers: dict[int, list[int]] = {}
-            for position, p in enumerate(parameters):
-                layers.setdefault(self.layer_of.get(id(p), OUTSIDE), []).append(position)
+            layers: dict[int, list[Tensor]] = {}
+            for p in parameters:
+                layers.setdefault(self.layer_of.get(id(p), OUTSIDE), []).append(p)
             cached = self._cached[number] = (parameters, list(parameters), list(layers.items()))
         return cached[2]
 
@@ -93,19 +93,19 @@ class Partition:
         """
         splits: list[Split] = []
         for number, group in enumerate(view.param_groups):
-            buckets: dict[Any, list[int]] = {}
-            for layer, positions in self.of(number, group["params"]):
+            buckets: dict[Any, list[Tensor]] = {}
+            for layer, parameters in self.of(number, group["params"]):
                 bucket = key(layer)
-                buckets[bucket] = buckets[bucket] + positions if bucket in buckets else positions
-            parameters, names = group["params"], group.get("param_names")
+                buckets[bucket] = buckets[bucket] + parameters if bucket in buckets else parameters
             own = [overrides(group, bucket) for bucket in buckets]
             parts = [
-                {**group, "params": [parameters[i] for i in positions], **values}
-                for positions, values in zip(buckets.values(), own, strict=True)
+                {**group, "params": [*parameters], **values}
+                for parameters, values in zip(buckets.values(), own, strict=True)
             ]
-            if names is not None:
-                for part, positions in zip(parts, buckets.values(), strict=True):
-                    part["param_names"] = [names[i] for i in positions]
+            if "param_names" in group:
+                name_of = dict(zip(map(id, group["params"]), group["param_names"], strict=True))
+                for part in parts:
+                    part["param_names"] = [name_of[id(p)] for p in part["params"]]
             splits.append(Split(group, parts, own))
         view.param_groups = [part for split in splits for part in split.parts]
         return splits

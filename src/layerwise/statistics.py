@@ -80,13 +80,14 @@ class LayerStatistics:
         self.members = [p for layer in layers for p in layer.parameters]
         self.layer_of = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters}
         self.device, self.dtype = common_device(layers)
+        self._on_cpu = self.members[0].is_cpu
         self._zeros = torch.zeros(self.count, dtype=self.dtype, device=self.device)
         self._joint: dict[str, tuple[list[Tensor], list[int] | None, list[float] | None, JointNorms]] = {}
         self._rates: tuple[list[float], Tensor] | None = None
 
     def moved_away(self) -> bool:
-        """Tell whether the parameters have left the device on which the statistics are kept."""
-        return self.members[0].device != self.device
+        """Tell whether the parameters have gone to or left the CPU since; between accelerators all stays right."""
+        return self.members[0].is_cpu != self._on_cpu
 
     @torch.no_grad()
     def compute(self, groups: Groups, grad_scale: Tensor | None = None) -> Statistics:
