@@ -21,9 +21,10 @@ from .optimizers import PLACES, PlaceName, automatic_place, check_place, no_effe
 from .partition import Partition, Split
 from .rules.base import State
 from .rules.combine import bounds as bounded
-from .rules.combine import check_bounds, check_rule, default, initial_state
-from .rules.elementwise import ElementwiseRule, is_elementwise
-from .state import carried_over, check_saved, copied, loaded
+from .rules.combine import check_bounds, check_rule, default, get_selection, initial_state, load_state
+from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
+from .rules.selection import Selection
+from .state import carried_over, check_saved, copied
 from .statistics import AS_NUMBERS, LayerStatistics, check_needs
 from .tensors import same_objects
 
@@ -90,7 +91,7 @@ class LayerwiseLR:
         check_needs(getattr(rule, "needs", ("gradient_norm",)))
         check_choice("apply", apply, ("auto", *PLACES))
         check_choice("decay", decay, ("auto", "scaled", "plain"))
-        self.rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
+        self._rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
         self.enabled = True
         self._optimizer = weakref.ref(inner)
         self._model = model
@@ -114,6 +115,11 @@ class LayerwiseLR:
             logger.warning(message)
 
     # --- What a person asks -------------------------------------------------------------------------------------------
+
+    @property
+    def rule(self) -> Any:
+        """The rule; attach another adapter for another one."""
+        return self._rule
 
     @property
     def layers(self) -> list[str]:
@@ -156,17 +162,31 @@ class LayerwiseLR:
             for (name, factor), rate in zip(self.get_last_factors().items(), rates, strict=True)
         }
 
+    def get_last_selection(self) -> dict[str, Selection]:
+        """Return what a rule that chooses layers found of each: its value, its ẑ, and whether it is chosen.
+
+        Value and ẑ are NaN where nothing has been measured: before the first epoch of analysis, for layers that
+        received no gradient, and for choices at random.
+
+        Raises:
+            ValueError: The rule chooses no layers.
+        """
+        selection = get_selection(self._rule, self._state)
+        if selection is None:
+            raise ValueError(f"{self._rule!r} chooses no layers; GradientAmplification and LayerFreezing do")
+        return dict(zip(self.layers, selection, strict=True))
+
     def end_epoch(self) -> None:
-        """Tell rules that count epochs that one has ended; the first is epoch 1."""
-        if hasattr(self.rule, "end_epoch"):
-            self._state = self.rule.end_epoch(self._state)
+        """Tell rules that count epochs that one has ended; the first is epoch 1. May wait for the device."""
+        if hasattr(self._rule, "end_epoch"):
+            self._state = self._rule.end_epoch(self._state)
         self._epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the adapter's state: names, numbers and tensors, which `torch.load(weights_only=True)` reads."""
         return {
             "version": 1,
-            "rule": type(self.rule).__name__,
+            "rule": type(self._rule).__name__,
             "layers": self.layers,
             "epoch": self._epoch,
             "state": copied(self._state),
@@ -182,8 +202,8 @@ class LayerwiseLR:
             TypeError: It is no mapping.
             ValueError: It is of another version, or of other layers; nothing is changed then.
         """
-        check_saved(state_dict, type(self.rule).__name__, self.layers)
-        self._state = loaded(state_dict["state"], self._state, "state")
+        check_saved(state_dict, type(self._rule).__name__, self.layers)
+        self._state = load_state(self._rule, state_dict["state"], self._state)
         self._epoch = state_dict["epoch"]
         self._last_raw = None
 
@@ -217,7 +237,7 @@ class LayerwiseLR:
         optimizer = self._optimizer()
         attached = type(optimizer).__name__ if self._attached and optimizer is not None else "detached"
         excluded = len(self._layers) - sum(self._included)
-        parts = [f"{self.rule!r} on {attached}", f"{len(self._layers)} layers", f"apply={self._place_name!r}"]
+        parts = [f"{self._rule!r} on {attached}", f"{len(self._layers)} layers", f"apply={self._place_name!r}"]
         if self._place_name == "gradient":
             parts.append(f"decay={self._decay!r}")
         if excluded:
@@ -234,31 +254,38 @@ class LayerwiseLR:
 
     # --- What the optimizer's hooks call ------------------------------------------------------------------------------
 
-    def measure(self, view: Any) -> None:
+    def measure(self, optimizer: Any) -> None:
         """Compute this step's factors from the gradients as they arrived."""
-        groups = view.param_groups
+        groups = optimizer.param_groups
         if not same_objects(self._parameters, _parameters(groups)) or self._statistics.moved_away():
-            self._resolve(self._required())  # parameters added, replaced by fully_shard, or moved to another device
+            self._resolve(optimizer)  # parameters added, replaced by fully_shard, or moved to another device
         elif self._apply == "auto":
             # Again at each step: schedulers and checkpoints can bring momentum.
-            self._place_at(automatic_place(view, self._preferred, self._decay))
-        self._last_rates = _rates(groups)
-        grad_scale = getattr(view, "grad_scale", None)
+            self._place_at(automatic_place(optimizer, self._preferred, self._decay))
+        grad_scale = getattr(optimizer, "grad_scale", None)
         if self._in_numbers is not None:
             numbers = self._in_numbers.numbers(self._statistics.numbers(groups, grad_scale))
             self._factors = Factors(numbers, self._included, self._mask)
+            self._last_rates = _rates(groups)
             return
         with torch.no_grad():
-            result = self.rule.factors(self._statistics.compute(groups, grad_scale), self._state)
+            found_inf = getattr(optimizer, "found_inf", None)
+            result = self._rule.factors(self._statistics.compute(groups, grad_scale, found_inf), self._state)
         if not isinstance(result, tuple) or len(result) != 2:
-            raise TypeError(f"{self.rule!r}.factors returned {type(result).__name__}; it must return (factors, state)")
+            raise TypeError(f"{self._rule!r}.factors returned {type(result).__name__}; it must return (factors, state)")
         raw, self._state = result
         if not isinstance(raw, Tensor) or raw.shape != (len(self._layers),):
             shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
-            raise ValueError(f"{self.rule!r} returned factors of shape {shape}; there are {len(self._layers)} layers")
+            raise ValueError(f"{self._rule!r} returned factors of shape {shape}; there are {len(self._layers)} layers")
         if self._last_raw is None or self._last_raw[0] is not raw or self._last_raw[1] != raw._version:
             self._factors = Factors(raw, self._included, self._mask)
             self._last_raw = (raw, raw._version)
+        self._last_rates = _rates(groups)
+
+    @property
+    def acts(self) -> bool:
+        """Whether any factor of this step is not 1, as far as is known without asking the device."""
+        return self._factors is None or not self._factors.neutral
 
     def act(self, view: Any) -> list[Split]:
         """Let this step's factors act on the view."""
@@ -279,19 +306,21 @@ class LayerwiseLR:
         automatic = automatic_place(optimizer, self._preferred, self._decay)
         place_name = automatic if self._apply == "auto" else cast(PlaceName, self._apply)
         check_place(optimizer, place_name, self._decay, decay_given=self._decay_argument != "auto")
-        needs = getattr(self.rule, "needs", ("gradient_norm",))
+        needs = getattr(self._rule, "needs", ("gradient_norm",))
+        elementwise = cast(ElementwiseRule, self._rule) if is_elementwise(self._rule) else None
+        if elementwise is not None:
+            check_elementwise(elementwise)
         if "learning_rate" in needs and any(group.get("lr") is None for group in optimizer.param_groups):
-            raise ValueError(f"{self.rule!r} needs the rate, and {type(optimizer).__name__} has no 'lr' in its groups")
+            raise ValueError(f"{self._rule!r} needs the rate, and {type(optimizer).__name__} has no 'lr' in its groups")
         statistics = LayerStatistics(layers, needs)
         names = [layer.name for layer in layers]
-        state = carried_over(initial_state(self.rule, layers, statistics.device), self._state, names, self.layers)
+        state = carried_over(initial_state(self._rule, layers, statistics.device), self._state, names, self.layers)
 
         self._parameters = _parameters(optimizer.param_groups)
         self._partition = Partition(statistics.layer_of)
         self._layers, self._statistics, self._state = layers, statistics, state
         few = statistics.device.type == "cpu" and len(layers) <= MOST_NUMBERS
-        as_numbers = is_elementwise(self.rule) and set(needs) <= AS_NUMBERS
-        self._in_numbers = cast(ElementwiseRule, self.rule) if few and as_numbers else None
+        self._in_numbers = elementwise if few and set(needs) <= AS_NUMBERS else None
         self._included = included
         self._mask = None if all(included) else torch.tensor(included, device=statistics.device)
         self._place_at(place_name)

@@ -113,8 +113,9 @@ class Gradient:
         """Scale the gradients, or what the optimizer multiplies them by."""
         self._started = None  # of a step that failed
         if not self.in_place and factors.numbers is not None and damps_history(view):
-            scales_decay = self.decay == "scaled" or not has_decay(view)  # the dampening multiplies g + λw
-            present = strided_gradients(view) if scales_decay else None
+            # The dampening multiplies g + λw, so to leave the decay plain λ is divided by f.
+            possible = self.decay == "scaled" or not has_decay(view) or 0.0 not in factors.numbers
+            present = strided_gradients(view) if possible else None
             if present is not None:
                 return self._through_dampening(view, partition, present, factors.numbers)
         return self._in_gradients(view, partition, factors)
@@ -180,15 +181,21 @@ class Gradient:
         """Set `1 − dampening` to f."""
         state = view.state
         # Parameters in no layer too: while the view has a state of its own, what step() begins there is begun for all.
-        begun = {id(p) for p, kept in state.items() if kept.get("momentum_buffer") is not None}
-        fresh = [p for p in present if id(p) not in begun]
+        fresh = [p for p in present if state.get(p, {}).get("momentum_buffer") is None]
         if fresh:  # step() would start from a copy of g + λw; from zero it starts from f (g + λw)
             view.state = state.copy()  # the optimizer's own changes only when the step has been taken
             for p in fresh:
                 zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
                 view.state[p] = {**state.get(p, {}), "momentum_buffer": zeros}
             self._started = (view, state, fresh)
-        return partition.split(view, factor_of(numbers), lambda group, f: {} if f == 1 else {"dampening": 1 - f})
+        return partition.split(view, factor_of(numbers), self._dampening)
+
+    def _dampening(self, group: Mapping[str, Any], factor: float) -> dict[str, Any]:
+        if factor == 1:
+            return {}
+        if self.decay == "scaled" or not group["weight_decay"]:
+            return {"dampening": 1 - factor}
+        return {"dampening": 1 - factor, "weight_decay": group["weight_decay"] / factor}
 
 
 class Update:
@@ -205,7 +212,7 @@ class Update:
         if numbers is not None:
             members = [(p, layer) for p, layer in members if numbers[layer] != 1]
         kinds = {(p.device, p.dtype) for p, _ in members}
-        weights = {(at, kind): moved(factors.tensor, at).to(kind).unbind() for at, kind in kinds}
+        weights = {(at, kind): moved(factors.tensor.to(kind), at).unbind() for at, kind in kinds}
         self._kept = (
             [p for p, _ in members],
             [p.clone() for p, _ in members],

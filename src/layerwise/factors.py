@@ -30,16 +30,18 @@ class Factors:
         self.numbers: list[float] | None = None
         if not isinstance(raw, Tensor) or raw.device.type == "cpu":
             self.numbers = self._read()
+        # Nothing has to act then, and the optimizer steps as it is.
+        self.neutral = self.numbers is not None and self.numbers.count(1.0) == len(self.numbers)
 
     @property
     def tensor(self) -> Tensor:
         """The factors on the parameters' device."""
         if self._tensor is None:
-            if isinstance(self._raw, Tensor):
+            if isinstance(self._raw, Tensor) and self.numbers is None:
                 finite = finite_or_one(self._raw)
                 self._tensor = finite if self._mask is None else torch.where(self._mask, finite, 1.0)
             else:
-                self._tensor = torch.tensor(self.read(), dtype=torch.float64)
+                self._tensor = torch.tensor(self.read(), dtype=torch.float64, device="cpu")
         return self._tensor
 
     def each(self, like: Tensor) -> tuple[Tensor, ...]:

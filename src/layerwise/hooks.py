@@ -20,8 +20,13 @@ class Member(Protocol):
 
     enabled: bool
 
-    def measure(self, view: Any) -> None:
+    def measure(self, optimizer: Any) -> None:
         """Compute this step's factors from the gradients."""
+        ...
+
+    @property
+    def acts(self) -> bool:
+        """Whether this step's factors change anything."""
         ...
 
     def act(self, view: Any) -> list[Split]:
@@ -50,8 +55,8 @@ class OptimizerHooks:
         self._given: dict[str, Any] = {}
         self._active: list[Member] = []
         self._levels: list[list[Split]] = []
-        # None of torch's own optimizers does (a test holds them to it); taking down what the parts hold costs.
-        self._writes_into_groups = not type(optimizer).__module__.startswith("torch.optim.")
+        # None of torch's own optimizers writes into its groups (a test holds them to it); looking for it costs.
+        self._torch_own = getattr(torch.optim, type(optimizer).__name__, None) is type(optimizer)
         self.members: list[Member] = []
         # Traced into a compiled step the hooks would be silently wrong: the graph reads the groups of the optimizer.
         outside_graph = cast(Callable[[Any], Any], torch.compiler.disable)
@@ -96,13 +101,16 @@ class OptimizerHooks:
         if kwargs or len(args) > 1:
             args, kwargs = evaluate_closure(args, kwargs)
             active = [member for member in self.members if member.enabled]  # a closure may pause or detach
+        for member in active:
+            member.measure(optimizer)
+        active = [member for member in active if member.acts]
+        if not active:
+            return args, kwargs
         view = self._view
         self._given = given = dict(optimizer.__dict__)
         view.__dict__.update(given)
-        for member in active:
-            member.measure(view)
         levels = [member.act(view) for member in active]
-        if self._writes_into_groups:
+        if not self._torch_own or len(optimizer._optimizer_step_pre_hooks) > 1:  # other hooks are handed the view
             for level in levels:
                 for split in level:
                     split.remember()

@@ -103,9 +103,10 @@ class Partition:
                 for parameters, values in zip(buckets.values(), own, strict=True)
             ]
             if "param_names" in group:
-                name_of = dict(zip(map(id, group["params"]), group["param_names"], strict=True))
+                # A group whose parameters were thinned out keeps all the names; torch does not look at them.
+                name_of = dict(zip(map(id, group["params"]), group["param_names"], strict=False))
                 for part in parts:
-                    part["param_names"] = [name_of[id(p)] for p in part["params"]]
+                    part["param_names"] = [name_of[id(p)] for p in part["params"] if id(p) in name_of]
             splits.append(Split(group, parts, own))
         view.param_groups = [part for split in splits for part in split.parts]
         return splits

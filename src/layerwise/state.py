@@ -28,7 +28,9 @@ def carried_over(fresh: State, old: State, names: Sequence[str], old_names: Sequ
         before = old.get(name)
         if name not in old or derived(name):
             continue
-        if isinstance(value, dict) and isinstance(before, dict):
+        if value == {} and isinstance(before, dict):  # one that fills as training goes on, by names of its own
+            result[name] = before
+        elif isinstance(value, dict) and isinstance(before, dict):
             result[name] = carried_over(cast(State, value), cast(State, before), names, old_names)
         elif isinstance(value, Tensor) and isinstance(before, Tensor):
             result[name] = _rows(value, before, names, old_names)

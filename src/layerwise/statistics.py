@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import repeat
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -15,11 +16,26 @@ from .norms import JointNorms, tensor_norms
 from .tensors import moved, same_objects
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """The mini-batch gradients themselves, as they arrived.
+
+    Args:
+        tensors: Of each parameter of each layer, in order; None where there is none.
+        scale: The factor by which a gradient scaler left them multiplied, if it did.
+        skipped: Above zero when the gradient scaler lets the optimizer skip this step, if it has one.
+    """
+
+    tensors: Sequence[Tensor | None]
+    scale: Tensor | None = None
+    skipped: Tensor | None = None
+
+
 class Statistics:
     """What a rule is told about the layers at one step: what it asked for in `needs`, and no more.
 
-    Every tensor but `counts` has shape `[n_layers]`, lives on the parameters' device and is float64 (float32 on devices
-    without float64). Norms are 2-norms over all parameters of the layer together.
+    Every tensor but `counts` and the gradients has shape `[n_layers]`, lives on the parameters' device and is float64
+    (float32 on devices without float64). Norms are 2-norms over all parameters of the layer together.
 
     Args:
         gradient_norm: ‖g_l‖ of the mini-batch gradient: after clipping and unscaling, before weight decay and before
@@ -32,6 +48,7 @@ class Statistics:
         learning_rate: The layer's rate in its parameter group (the largest one, where a layer spans several groups).
         counts: Bool scalar: whether this is a step to count. Steps that a gradient scaler skips, steps with a
             gradient that is not finite and steps whose gradients are all zero are not.
+        gradients: The gradients, which a rule must not change.
 
     Raises:
         AttributeError: A statistic is read that was not asked for.
@@ -44,8 +61,9 @@ class Statistics:
     decay_norm: Tensor
     learning_rate: Tensor
     counts: Tensor
+    gradients: Gradients
 
-    def __init__(self, **statistics: Tensor) -> None:
+    def __init__(self, **statistics: Any) -> None:
         vars(self).update(statistics)
 
     def __getattr__(self, name: str) -> Any:  # only called for what is not there
@@ -59,6 +77,7 @@ WEIGHT_NORMS = frozenset({"weight_norm", "matrix_norm", "decay_norm"})
 AS_NUMBERS = WEIGHT_NORMS | {"gradient_norm", "learning_rate"}
 """What `LayerStatistics.numbers` can return."""
 Groups = Sequence[Mapping[str, Any]]
+_requires_grad = attrgetter("requires_grad")
 
 
 class LayerStatistics:
@@ -80,27 +99,29 @@ class LayerStatistics:
         self.members = [p for layer in layers for p in layer.parameters]
         self.layer_of = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters}
         self.device, self.dtype = common_device(layers)
-        self._on_cpu = self.members[0].is_cpu
         self._zeros = torch.zeros(self.count, dtype=self.dtype, device=self.device)
         self._joint: dict[str, tuple[list[Tensor], list[int] | None, list[float] | None, JointNorms]] = {}
         self._rates: tuple[list[float], Tensor] | None = None
 
     def moved_away(self) -> bool:
-        """Tell whether the parameters have gone to or left the CPU since; between accelerators all stays right."""
-        return self.members[0].is_cpu != self._on_cpu
+        """Tell whether the parameters have left the device on which the statistics are kept."""
+        return self.members[0].device != self.device
 
     @torch.no_grad()
-    def compute(self, groups: Groups, grad_scale: Tensor | None = None) -> Statistics:
+    def compute(self, groups: Groups, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Statistics:
         """Return this step's statistics.
 
         Args:
             groups: The optimizer's parameter groups.
             grad_scale: The factor by which a gradient scaler left the gradients multiplied, if it did.
+            found_inf: Above zero when a gradient scaler found them not finite.
 
         Returns:
             The statistics in `needs`.
         """
         needs, values = self.needs, {}
+        if "gradients" in needs:
+            values["gradients"] = Gradients([p.grad for p in self.members], grad_scale, found_inf)
         if "gradient_norm" in needs or "counts" in needs:
             parts = self._gradient_parts()
             norms = self._zeros.clone() if parts is None else parts[1].of(parts[0])
@@ -143,7 +164,7 @@ class LayerStatistics:
             for name in needs & WEIGHT_NORMS:
                 values[name] = self._weights_joint(name, order, groups).of_numbers(numbers)
         if "learning_rate" in needs:
-            values["learning_rate"] = [max(map(float, rates)) for rates in self._rates_of(groups)]
+            values["learning_rate"] = [max(map(_number, rates)) for rates in self._rates_of(groups)]
         return values
 
     def _gradient_parts(self) -> tuple[Tensor, JointNorms] | None:
@@ -155,6 +176,8 @@ class LayerStatistics:
             gradients = [p.grad for p in owners]
         if not gradients:
             return None
+        if any(map(_requires_grad, gradients)):  # of backward(create_graph=True)
+            gradients = [gradient.detach() for gradient in gradients]
         norms, order = tensor_norms(gradients, self.device)
         return norms, self._joint_norms("gradient_norm", owners, order, None)
 
@@ -164,7 +187,7 @@ class LayerStatistics:
             scales = [float(p.ndim > 1) for p in self.members]
         elif name == "decay_norm":
             decay_of = {id(p): group.get("weight_decay", 0) for group in groups for p in group["params"]}
-            scales = [decay_of[id(p)] for p in self.members]
+            scales = [_number(decay_of[id(p)]) for p in self.members]
         return self._joint_norms(name, self.members, order, scales)
 
     def _joint_norms(
@@ -217,6 +240,10 @@ class LayerStatistics:
         if self._rates is None or self._rates[0] != largest:  # copying them to the device waits for it
             self._rates = (largest, torch.tensor(largest, dtype=self.dtype, device=self.device))
         return self._rates[1]
+
+
+def _number(value: Any) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def check_needs(needs: Collection[str]) -> None:

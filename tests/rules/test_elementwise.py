@@ -109,3 +109,56 @@ def test_a_subclass_with_factors_of_its_own_is_asked_for_them() -> None:
     plain, _ = steps(network(3), LayerAdaptive(), count=1)
     doubled, _ = steps(network(3), Doubled(), count=1)
     assert doubled[0] == pytest.approx({name: 2 * factor for name, factor in plain[0].items()}, rel=1e-14)
+
+
+class Inconsistent(ElementwiseRule):
+    """What φ must not be; `kind` says which."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.needs: Any = {"gradient_norm", "weight_norm"} if kind == "no order" else ("gradient_norm",)
+
+    def factor(self, *statistics: Any) -> Any:
+        if self.kind == "branch":
+            return 1 / statistics[0] if statistics[0] < 1 else 1 / statistics[0] ** 2
+        return 2.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("no order", "must be a tuple"), ("branch", "cannot take tensors"), ("constant", "not one factor each")],
+)
+def test_a_rule_that_only_works_as_numbers_is_refused_when_attached(kind: str, words: str) -> None:
+    model = network(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=words):
+        layerwise.LayerwiseLR(optimizer, Inconsistent(kind), model)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_power_that_python_makes_complex_is_that_of_a_tensor() -> None:
+    class Root(ElementwiseRule):
+        def factor(self, gradient_norm: Any) -> Any:
+            return (1 - gradient_norm) ** 0.5
+
+    assert_same(Root(), {"gradient_norm": [0.5, 4.0, 0.0]})
+    assert math.isnan(Root().numbers({"gradient_norm": [0.5, 4.0]})[1])
+
+
+def test_factors_set_on_the_instance_are_asked_for() -> None:
+    rule = Inverse()
+    rule.factors = lambda statistics, state: (torch.full((3,), 7.0), state)
+    factors, _ = steps(network(3), rule, count=1)
+    assert list(factors[0].values()) == [7.0] * 3
+
+
+def test_the_default_device_does_not_matter() -> None:
+    for place in ("update", "lr"):
+        model = network(3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        adapter = layerwise.LayerwiseLR(optimizer, Inverse(), model, apply=place)
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.zeros_like(p) if i < 2 else torch.ones_like(p)
+        with torch.device("meta"):
+            optimizer.step()
+        assert adapter.get_last_factors() == pytest.approx({"0": 1.0, "1": 1 / 6, "2": 1 / 6})

@@ -17,10 +17,14 @@ import layerwise
 from layerwise.rules import (
     LARC,
     LARS,
+    AllLayers,
     BackMatching,
     Constant,
+    GradientAmplification,
     LayerAdaptive,
     LayerDecay,
+    LayerFreezing,
+    Phase,
     Replay,
     Rule,
     bounds,
@@ -51,6 +55,8 @@ RULES: dict[str, Callable[[Path], Rule]] = {
     "BackMatching": lambda folder: BackMatching(),
     "Constant": lambda folder: Constant({"*e*": 2.0}),
     "Replay": replay,
+    "GradientAmplification": lambda folder: GradientAmplification(AllLayers(after_analysis=False), [Phase(9, True)]),
+    "LayerFreezing": lambda folder: LayerFreezing(0.5, start=2),
     "chain": lambda folder: chain(LayerAdaptive(), replay(folder), LayerDecay(0.5)),
     "bounds": lambda folder: bounds(chain(replay(folder), LARS()), 0.01, 5.0),
 }

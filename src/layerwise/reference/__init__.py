@@ -8,9 +8,11 @@ package imports this one, which needs NumPy.
 from .back_matching import Convolution, Dense, Normalisation, Other, TransposedConvolution, back_matching
 from .combine import bounds, chain
 from .constant import constant
+from .gradient_amplification import chosen, directionality, schedule, z_scores
 from .lars import larc, lars
 from .layer_adaptive import layer_adaptive
 from .layer_decay import layer_decay
+from .layer_freezing import freezing_score
 from .norms import joint_norm
 from .replay import replay
 from .solvers import Adam, CaffeAdaGrad, CaffeNesterov, CaffeSGD, TorchSGD
@@ -29,11 +31,16 @@ __all__ = [
     "back_matching",
     "bounds",
     "chain",
+    "chosen",
     "constant",
+    "directionality",
+    "freezing_score",
     "joint_norm",
     "larc",
     "lars",
     "layer_adaptive",
     "layer_decay",
     "replay",
+    "schedule",
+    "z_scores",
 ]

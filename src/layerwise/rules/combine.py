@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..layers import Layer
+from ..state import loaded
 from ..statistics import Statistics
 from .base import Rule, State, finite_or_one
+from .selection import Selection
 
 
 def default(rule: Any, name: str) -> Any:
@@ -40,6 +42,16 @@ def initial_state(rule: Any, layers: Sequence[Layer], device: torch.device) -> S
     return rule.init(layers, device) if hasattr(rule, "init") else {}
 
 
+def load_state(rule: Any, saved: Any, state: State) -> State:
+    """Return a rule's state with what was saved, by its own `load` if it has one."""
+    return rule.load(saved, state) if hasattr(rule, "load") else loaded(saved, state, "state")
+
+
+def get_selection(rule: Any, state: State) -> list[Selection] | None:
+    """Return the last choice of a rule that chooses layers, None for others."""
+    return rule.get_selection(state) if hasattr(rule, "get_selection") else None
+
+
 class _Combined(Rule):
     """A rule made of others: it needs what they need, and prefers what the first of them with a preference prefers."""
 
@@ -62,6 +74,17 @@ class _Combined(Rule):
         """Return the rules' states for the next epoch."""
         ended = ((i, rule, state[str(i)]) for i, rule in enumerate(self.rules))
         return {str(i): rule.end_epoch(old) if hasattr(rule, "end_epoch") else old for i, rule, old in ended}
+
+    def load(self, saved: State, state: State) -> State:
+        """Return the rules' states with what was saved."""
+        if not isinstance(saved, dict) or sorted(saved) != sorted(state):
+            raise ValueError(f"the file does not hold a state for each of the {len(self.rules)} rules; attach the same")
+        return {str(i): load_state(rule, saved[str(i)], state[str(i)]) for i, rule in enumerate(self.rules)}
+
+    def get_selection(self, state: State) -> list[Selection] | None:
+        """Return the last choice of the first rule that chooses layers."""
+        found = (get_selection(rule, state[str(i)]) for i, rule in enumerate(self.rules))
+        return next((selection for selection in found if selection is not None), None)
 
 
 class _Chain(_Combined):

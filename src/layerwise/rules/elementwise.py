@@ -51,14 +51,44 @@ class ElementwiseRule(Rule):
         """
         columns = [statistics[name] for name in self.needs]
         try:
-            return list(map(self.factor, *columns))
+            numbers = list(map(self.factor, *columns))
+            if set(map(type, numbers)) <= {float, int}:
+                return numbers
         except ArithmeticError:  # Python's numbers cannot be divided by zero, and do not overflow
-            return self.factor(*(torch.tensor(column, dtype=torch.float64) for column in columns)).tolist()
+            pass
+        return [self._of_one_layer(row) for row in zip(*columns, strict=True)]
+
+    def _of_one_layer(self, row: Sequence[float]) -> float:
+        """Return φ of one layer as a tensor has it."""
+        value = self.factor(*(torch.tensor([x], dtype=torch.float64, device="cpu") for x in row))
+        return float(value)
+
+
+def check_elementwise(rule: ElementwiseRule) -> None:
+    """Raise unless φ takes tensors of several layers.
+
+    Raises:
+        TypeError: It does not, or its `needs` have no order.
+    """
+    if not isinstance(rule.needs, Sequence):
+        raise TypeError(f"{rule!r}: needs={rule.needs!r} must be a tuple, whose order is that of factor's arguments")
+    remedy = "write it with operators and with log1p, minimum and where of layerwise.rules.elementwise"
+    layers = torch.tensor([1.0, 2.0], dtype=torch.float64, device="cpu")
+    try:
+        result = rule.factor(*(layers.clone() for _ in rule.needs))
+    except Exception as error:
+        raise TypeError(f"{rule!r}.factor cannot take tensors of several layers ({error}); {remedy}") from error
+    if not isinstance(result, Tensor) or result.shape != layers.shape:
+        raise TypeError(f"{rule!r}.factor returns {result!r} for tensors of two layers, not one factor each; {remedy}")
 
 
 def is_elementwise(rule: object) -> bool:
     """Tell whether a rule's factors are its φ; a subclass may have other ones."""
-    return isinstance(rule, ElementwiseRule) and type(rule).factors is ElementwiseRule.factors
+    return (
+        isinstance(rule, ElementwiseRule)
+        and type(rule).factors is ElementwiseRule.factors
+        and "factors" not in getattr(rule, "__dict__", {})
+    )
 
 
 def log1p(x: Value) -> Value:

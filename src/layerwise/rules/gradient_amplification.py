@@ -1,0 +1,155 @@
+"""Basodi et al. 2020 and 2023: the gradients of some layers are doubled in some epochs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from .base import State, is_number
+from .measured import ChoosingRule
+from .selection import LayerChoice, Measure, check_whole
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Epochs up to and with `until`, and whether layers are amplified in them.
+
+    Args:
+        until: The last epoch; the first epoch of all is 1.
+        amplify: Whether the chosen layers are amplified.
+        factor: By how much, above 0.
+
+    Raises:
+        TypeError: `amplify` is no bool.
+        ValueError: `until` or `factor` is out of its range.
+    """
+
+    until: int
+    amplify: bool
+    factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_whole("until", self.until, 1)
+        if not isinstance(self.amplify, bool):
+            raise TypeError(f"amplify={self.amplify!r} must be True or False")
+        if not (is_number(self.factor) and 0 < self.factor < math.inf):
+            raise ValueError(f"factor={self.factor!r} must be a finite number above 0; the paper's is 2")
+
+
+PARAMS_1 = (Phase(50, False), Phase(100, True), Phase(130, True), Phase(150, False))
+"""The paper's phases for VGG-19, ResNet-18 and ResNet-34, at rate 0.1 up to epoch 100 and 0.01 from 101 on."""
+
+PARAMS_2 = (Phase(10, False), Phase(100, True), Phase(145, True), Phase(150, False))
+"""The paper's phases for ResNet-50 and ResNet-101, at the same rates."""
+
+
+@dataclass(frozen=True)
+class GradientAmplification(ChoosingRule):
+    """Gradient amplification: the gradients of chosen layers times a factor, in some epochs.
+
+    g_l ← f g_l for the chosen layers in the epochs of an amplified phase, else g_l: equal to the rate f · lr for this
+    gradient alone. Weight decay is not amplified; momentum is neither reset nor scaled when it begins or ends.
+
+    With `Directionality` the first epoch of each amplified phase is one of analysis: gradients are summed, nothing is
+    amplified, and the layers are chosen at its end. With `reselect=N` the choice is renewed at epochs N, 2N … later,
+    from what the epoch before each showed. Call `adapter.end_epoch()` after every epoch; `adapter.get_last_selection()`
+    tells value, ẑ and choice. Where no layer passes the threshold none is amplified, and the log says so.
+
+    The sums take one float32 number a parameter for G and two for G′ while an epoch of analysis lasts.
+
+    Args:
+        selection: `Directionality(…)`, `RandomLayers(ratio)`, `AllLayers()` or `ShuffledLayers(Directionality(…))`.
+        phases: `Phase(until, amplify, factor)` one after another; plain after the last. `PARAMS_1` and `PARAMS_2` are
+            the paper's, which go with 150 epochs.
+
+    Raises:
+        TypeError: `selection` or a phase is of another type.
+        ValueError: The phases do not increase, or (when attached) no layer is of a kind that is asked for.
+
+    Example:
+        >>> from layerwise.rules import AllLayers
+        >>> rule = GradientAmplification(AllLayers(), [Phase(1, False), Phase(3, True)])
+        >>> [rule.amplified(epoch) for epoch in (1, 2, 3, 4)]  # 2 is the epoch of analysis
+        [False, False, True, False]
+
+    Reference:
+        Basodi, Ji, Zhang, Pan 2020, Big Data Mining and Analytics 3(3); Basodi, Pusuluri, Xiao, Pan 2023, arXiv
+        2305.18445, equations 2 and 3, section 4.
+    """
+
+    selection: LayerChoice
+    phases: Sequence[Phase] = PARAMS_1
+    default_place = "gradient"
+    default_decay = "plain"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.selection, LayerChoice):
+            raise TypeError(
+                f"selection={self.selection!r} must be Directionality(...), RandomLayers(ratio), AllLayers() or "
+                "ShuffledLayers(Directionality(...))"
+            )
+        object.__setattr__(self, "phases", tuple(self.phases))
+        if not self.phases or not all(isinstance(phase, Phase) for phase in self.phases):
+            raise TypeError(f"phases={self.phases!r} must be Phase(until, amplify, factor), at least one; try PARAMS_1")
+        ends = [phase.until for phase in self.phases]
+        if any(later <= earlier for earlier, later in pairwise(ends)):
+            raise ValueError(f"phases end at epochs {ends}; each must end after the one before it")
+
+    def phase_of(self, epoch: int) -> tuple[Phase, int] | None:
+        """Return the phase of an epoch and the phase's first epoch; None after the last phase."""
+        first = 1
+        for phase in self.phases:
+            if epoch <= phase.until:
+                return phase, first
+            first = phase.until + 1
+        return None
+
+    def amplified(self, epoch: int) -> bool:
+        """Tell whether the chosen layers are amplified in an epoch."""
+        found = self.phase_of(epoch)
+        return found is not None and found[0].amplify and not (self._waits() and epoch == found[1])
+
+    def analysed(self, epoch: int) -> bool:
+        """Tell whether gradients are measured in an epoch."""
+        found = self.phase_of(epoch)
+        if self.selection.measure is None or found is None or not found[0].amplify:
+            return False
+        phase, first = found
+        if epoch == first:
+            return True
+        renewed, every = epoch + 1 - first, self.selection.reselect
+        return every is not None and renewed % every == 0 and epoch < phase.until
+
+    def _waits(self) -> bool:
+        return self.selection.measure is not None or self.selection.waits
+
+    def _measures(self) -> tuple[Measure | None, int | None]:
+        return self.selection.measure, self.selection.sample
+
+    def _kinds(self) -> Sequence[str] | None:
+        return self.selection.kinds
+
+    def _ddof(self) -> int:
+        return self.selection.ddof
+
+    def _measuring(self, epoch: int) -> bool:
+        return self.analysed(epoch)
+
+    def _factor(self, epoch: int) -> float:
+        found = self.phase_of(epoch)
+        return found[0].factor if found is not None and self.amplified(epoch) else 1.0
+
+    def _entered(self, state: State) -> State:
+        found = self.phase_of(state["epoch"])
+        if self.selection.measure is not None or found is None or not found[0].amplify:
+            return state
+        if state["epoch"] != found[1] and not self.selection.every_epoch:
+            return state
+        selected = self.selection.choose(state["_candidates"], [], state["draw"])
+        return self._select(state, selected, type(self.selection).__name__)
+
+    def _chosen(self, state: State, live: Sequence[bool], values: Sequence[float], z: Sequence[float]) -> State:
+        why = f"{self.selection!r}, largest z {max(z):.2f}" if z else repr(self.selection)
+        return self._select(state, self.selection.choose(live, z, state["draw"]), why)

@@ -1,0 +1,81 @@
+"""Freezing by gradient fluctuation: layers whose gradients only fluctuate stand still for some epochs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .base import State, is_number
+from .measured import ChoosingRule
+from .selection import Measure, check_kinds, check_measure, check_whole
+
+
+@dataclass(frozen=True)
+class LayerFreezing(ChoosingRule):
+    """Freezing of layers by the fluctuation of their gradients.
+
+    F_l = 1 − G_l over an epoch of measuring; f_l = 0 where F_l > threshold, else 1, until the next one
+
+    G_l is that of `Directionality`, so F_l is 0 for gradients that keep their direction and about 1 − 1/√m for noise
+    over m steps. Frozen layers are measured too, and thaw when their gradients find a direction again. This rule is
+    ours: it decides by fluctuations as Xiao et al. 2019 do, whose formula is not public.
+
+    Args:
+        threshold: On F_l, from 0 to 1.
+        start: The first epoch of measuring.
+        every: Epochs from one measuring to the next.
+        measure: `"G"` or `"G_prime"`.
+        kinds: Kinds of layers that may be frozen, of `"conv"`, `"bn"`, `"fc"`; None for all.
+        sample: As for `Directionality`.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Example:
+        >>> rule = LayerFreezing(0.9, start=2, every=3)
+        >>> [epoch for epoch in range(1, 10) if rule.measured(epoch)]
+        [2, 5, 8]
+    """
+
+    threshold: float
+    start: int = 1
+    every: int = 5
+    measure: Measure = "G"
+    kinds: Sequence[str] | None = None
+    sample: int | None = None
+    default_place = "lr"
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.threshold) and 0 <= self.threshold <= 1):
+            raise ValueError(f"threshold={self.threshold!r} must be from 0 to 1, such as 0.95; 1 freezes nothing")
+        check_whole("start", self.start, 1)
+        check_whole("every", self.every, 1)
+        check_measure(self.measure)
+        check_kinds(self.kinds)
+        if self.sample is not None:
+            check_whole("sample", self.sample, 1)
+
+    def measured(self, epoch: int) -> bool:
+        """Tell whether gradients are measured in an epoch."""
+        return epoch >= self.start and (epoch - self.start) % self.every == 0
+
+    def _measures(self) -> tuple[Measure | None, int | None]:
+        return self.measure, self.sample
+
+    def _kinds(self) -> Sequence[str] | None:
+        return self.kinds
+
+    def _measuring(self, epoch: int) -> bool:
+        return self.measured(epoch)
+
+    def _factor(self, epoch: int) -> float:
+        return 0.0
+
+    def _score(self, value: float) -> float:
+        return 1 - value
+
+    def _chosen(self, state: State, live: Sequence[bool], values: Sequence[float], z: Sequence[float]) -> State:
+        frozen = [inside and value > self.threshold for value, inside in zip(values, live, strict=True)]
+        largest = max((value for value in values if not math.isnan(value)), default=0.0)
+        return self._select(state, frozen, f"frozen above {self.threshold:g}, largest score {largest:.3f}")

@@ -1,0 +1,263 @@
+"""Sums of gradients over an epoch, and the directionality ratios G and G′ that follow from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layers import Layer
+from .statistics import Gradients
+from .tensors import as_dense_real, moved
+
+Sums = dict[str, Any]
+"""Empty, or `signed` and `absolute`: buffers by parameter name, so that a checkpoint holds them; and `iterations`."""
+
+
+class DirectionalitySums:
+    """Accumulates Σ_j g_ij and Σ_j |g_ij| over the steps that count.
+
+    G needs one buffer a parameter (Σ_j g_ij) and one number a parameter tensor (Σ_ij |g_ij|), G′ two buffers. They are
+    float32, or float64 for float64 gradients, and exist from the first step that is added until they are dropped.
+
+    Steps with a gradient that is not finite, steps that a gradient scaler skips and steps whose gradients are all zero
+    do not count.
+
+    Args:
+        layers: The layers.
+        each_weight: Whether Σ_j |g_ij| is kept for each weight (G′) or summed at once (G).
+        sample: Number of weights of each layer that stand for it; None for all.
+    """
+
+    def __init__(self, layers: Sequence[Layer], *, each_weight: bool, sample: int | None = None) -> None:
+        self.each_weight = each_weight
+        self.sample = sample
+        self._layers = [layer.parameters for layer in layers]
+        self._parameters = [p for layer in layers for p in layer.parameters]
+        self._keys = [
+            name
+            for layer in layers
+            for name in (layer.parameter_names or [f"{layer.name}.{i}" for i in range(len(layer.parameters))])
+        ]
+        self._taken = [taken for layer in self._layers for taken in _shares(layer, sample)]
+
+    @torch.no_grad()
+    def add(self, sums: Sums, gradients: Gradients) -> Sums:
+        """Return the sums with one step more; the buffers are changed in place.
+
+        Args:
+            sums: Those so far; empty before the first step.
+            gradients: This step's.
+        """
+        present = [(i, _real(g)) for i, g in enumerate(gradients.tensors) if g is not None]
+        if not present:
+            return sums
+        # Summed in cascades, so good to the last digits of float32 where a norm of a million numbers is not.
+        totals = [_absolute_sum(g) for _, g in present]
+        if self.sample is not None:
+            present = [(i, self._some(i, g)) for i, g in present]
+        device = totals[0].device
+        total = torch.stack([moved(t, device) for t in totals]).sum()
+        if total.device.type == "cpu" and gradients.skipped is None:
+            if not 0 < total.item() < math.inf:
+                return sums
+            counts = None
+            scale: Any = 1.0 if gradients.scale is None else 1 / float(gradients.scale)
+        else:
+            counts = (total > 0) & (total < math.inf)
+            if gradients.skipped is not None:
+                counts &= moved(gradients.skipped, device) == 0
+            scale = 1.0 if gradients.scale is None else gradients.scale.double().reciprocal()
+        sums = sums or {"signed": {}, "absolute": {}, "iterations": torch.zeros((), dtype=torch.int64, device=device)}
+        sums["iterations"] += 1 if counts is None else counts
+        for i, gradient in present:
+            self._open(sums, i, gradient)
+        values = [gradient for _, gradient in present]
+        self._accumulate(sums["signed"], present, values, scale, counts)
+        if self.each_weight:
+            for item in present:  # one at a time: together they would take the room of all parameters once more
+                self._accumulate(sums["absolute"], [item], [item[1].abs()], scale, counts)
+        else:
+            if self.sample is not None:
+                totals = [_absolute_sum(gradient) for gradient in values]
+            self._accumulate(sums["absolute"], present, totals, scale, counts)
+        return sums
+
+    def ratios(self, sums: Sums) -> tuple[list[float], list[bool]]:
+        """Return G or G′ of each layer, and which layers received a gradient. Waits for the device.
+
+        Args:
+            sums: Those of the epoch; may be empty.
+        """
+        ratios: list[float] = []
+        received: list[bool] = []
+        position = 0
+        for layer in self._layers:
+            numbers = range(position, position + len(layer))
+            position += len(layer)
+            keys = [self._keys[i] for i in numbers if sums and self._keys[i] in sums["signed"]]
+            received.append(bool(keys))
+            signed = [sums["signed"][key].double().abs() for key in keys]
+            absolute = [sums["absolute"][key].double() for key in keys]
+            if self.each_weight:
+                count = sum(self._count(i) for i in numbers)
+                terms = sum(float(torch.where(a > 0, s / a, 0.0).sum()) for s, a in zip(signed, absolute, strict=True))
+                ratios.append(min(terms / count, 1.0) if count else 0.0)
+            else:
+                total = sum(map(float, absolute))
+                ratios.append(min(sum(float(s.sum()) for s in signed) / total, 1.0) if total > 0 else 0.0)
+        return ratios, received
+
+    def _accumulate(
+        self,
+        buffers: dict[str, Tensor],
+        present: Sequence[tuple[int, Tensor]],
+        values: Sequence[Tensor],
+        scale: Any,
+        counts: Tensor | None,
+    ) -> None:
+        """Add `scale` times the values, or nothing where `counts` is false; the values need not be finite then."""
+        into = [buffers[self._keys[i]] for i, _ in present]
+        if counts is None:
+            torch._foreach_add_(into, list(values), alpha=scale)
+            return
+        for buffer, value in zip(into, values, strict=True):
+            factor = moved(scale, buffer.device) if isinstance(scale, Tensor) else scale
+            counted = torch.where(moved(counts, buffer.device), value.to(buffer.dtype) * factor, 0)
+            buffer.add_(counted.to(buffer.dtype))
+
+    def _count(self, i: int) -> int:
+        """Return how many weights stand for a parameter; a complex one counts as two."""
+        parameter, taken = self._parameters[i], self._taken[i]
+        numbers = parameter.numel() if taken is None else taken[0]
+        return numbers * (2 if parameter.is_complex() else 1)
+
+    def loaded(self, sums: Any) -> Sums:
+        """Return a copy of saved sums.
+
+        Raises:
+            ValueError: They are not of this form, or of other parameters.
+        """
+        if not sums:
+            return {}
+        if set(sums) != {"signed", "absolute", "iterations"} or not isinstance(sums["iterations"], Tensor):
+            raise ValueError(f"the saved sums hold {sorted(sums)}, not signed, absolute and iterations")
+        copy: Sums = {"signed": {}, "absolute": {}, "iterations": sums["iterations"].clone()}
+        for part in ("signed", "absolute"):
+            if sums[part].keys() != sums["signed"].keys():
+                raise ValueError("the saved sums are of different parameters in 'signed' and 'absolute'")
+            for key, buffer in sums[part].items():
+                if key not in self._keys:
+                    raise ValueError(f"the saved sums hold {key!r}, which is no parameter here; use the same model")
+                wanted = () if part == "absolute" and not self.each_weight else self._shape(self._keys.index(key))
+                if not isinstance(buffer, Tensor) or buffer.shape != wanted:
+                    found = tuple(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
+                    raise ValueError(f"the saved sums of {key!r} have shape {found}, here {tuple(wanted)}; same rule?")
+                copy[part][key] = buffer.detach().clone()
+        return copy
+
+    def _shape(self, i: int) -> tuple[int, ...]:
+        parameter, taken = self._parameters[i], self._taken[i]
+        shape = (taken[0],) if taken is not None else tuple(parameter.shape)
+        return (*shape, 2) if parameter.is_complex() else shape
+
+    def _open(self, sums: Sums, i: int, gradient: Tensor) -> None:
+        known = sums["signed"].get(self._keys[i])
+        if known is not None:
+            if known.device != gradient.device:  # read from a file, or the model was moved
+                for part in ("signed", "absolute"):
+                    sums[part][self._keys[i]] = moved(sums[part][self._keys[i]], gradient.device)
+            return
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        sums["signed"][self._keys[i]] = torch.zeros_like(gradient, dtype=wide)
+        sums["absolute"][self._keys[i]] = (
+            torch.zeros_like(gradient, dtype=wide)
+            if self.each_weight
+            else torch.zeros((), dtype=torch.float64, device=gradient.device)
+        )
+
+    def _some(self, i: int, gradient: Tensor) -> Tensor:
+        """Return the fixed weights that stand for the parameter."""
+        taken, parameter = self._taken[i], self._parameters[i]
+        if taken is None:
+            return gradient
+        if gradient.shape == parameter.shape and gradient.stride() != parameter.stride():
+            # The positions are those in the parameter's memory.
+            gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+        count, stride = taken
+        return (gradient if _dense(gradient) else gradient.contiguous()).as_strided((count,), (stride,))
+
+
+def z_scores(values: Sequence[float], live: Sequence[bool], ddof: int = 0) -> list[float]:
+    """Return how many standard deviations each layer's value lies from the mean of the live layers.
+
+    ẑ_l = (v_l − mean) / σ, and 0 where σ = 0, where fewer than two layers are live, and for layers that are not
+
+    Args:
+        values: One a layer.
+        live: Which layers count.
+        ddof: 0 for the population's σ, 1 for the sample's.
+
+    Example:
+        >>> z_scores([1.0, 3.0, 9.0], [True, True, False])
+        [-1.0, 1.0, 0.0]
+
+    Reference:
+        Basodi, Pusuluri, Xiao, Pan 2023, arXiv 2305.18445, equation 6.
+    """
+    counted = [value for value, inside in zip(values, live, strict=True) if inside]
+    if len(counted) < 2:
+        return [0.0] * len(values)
+    mean = math.fsum(counted) / len(counted)
+    sigma = math.sqrt(math.fsum((value - mean) ** 2 for value in counted) / (len(counted) - ddof))
+    # Equal values leave rounding dust, which is no spread.
+    if sigma <= 1e-12 * max(map(abs, counted)):
+        return [0.0] * len(values)
+    return [(value - mean) / sigma if inside else 0.0 for value, inside in zip(values, live, strict=True)]
+
+
+def _real(gradient: Tensor) -> Tensor:
+    """Return a gradient that can be added up: repeated entries of a sparse one summed, complex ones as pairs."""
+    if gradient.layout is not torch.strided:
+        gradient = gradient.to_dense()
+    return as_dense_real(gradient)
+
+
+def _absolute_sum(gradient: Tensor) -> Tensor:
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return gradient.abs().sum(dtype=wide)
+
+
+def _shares(layer: Sequence[Tensor], sample: int | None) -> list[tuple[int, int] | None]:
+    """Return for each parameter how many of its weights are taken, and their distance in memory; None for all."""
+    total = sum(p.numel() for p in layer)
+    if sample is None or total <= sample:
+        return [None] * len(layer)
+    shares: list[tuple[int, int] | None] = []
+    for p in layer:
+        count = min(p.numel(), max(1, round(sample * p.numel() / total)))
+        stride = p.numel() // count if count else 1
+        # A distance that shares a divisor with the sizes would meet one position of a kernel, one channel only.
+        while math.gcd(stride, p.numel()) > 1:
+            stride -= 1
+        shares.append((count, stride))
+    return shares
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Tell whether a tensor fills its memory without gaps."""
+    return tensor.is_contiguous() or (
+        sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        == tensor.numel()
+    )
+
+
+def buffer_bytes(sums: Mapping[str, Any]) -> int:
+    """Return the bytes that sums hold."""
+    return sum(
+        buffer_bytes(value) if isinstance(value, dict) else value.numel() * value.element_size()
+        for value in sums.values()
+    )
