@@ -16,14 +16,14 @@ PIXEL_SCALE = 0.00390625
 
 @dataclass(frozen=True)
 class Dataset:
-    """Grey images with their classes, in the order of the file.
+    """Grey or coloured images with their classes, in the order of the file.
 
     Attributes:
         name: short name, as recorded with each run.
         title: what it is, in words.
-        train_images: uint8, shape (n, 1, height, width).
+        train_images: uint8, shape (n, channels, height, width).
         train_labels: int64, shape (n,).
-        test_images: uint8, shape (m, 1, height, width).
+        test_images: uint8, shape (m, channels, height, width).
         test_labels: int64, shape (m,).
     """
 
@@ -90,8 +90,8 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
     """Read a data set.
 
     Args:
-        name: ``"digits5k"`` or ``"mnist"``.
-        data_dir: folder that holds MNIST; not used by ``"digits5k"``.
+        name: ``"digits5k"``, ``"mnist"``, ``"cifar10"`` or ``"cifar100"``.
+        data_dir: folder that holds the files of the data set; not used by ``"digits5k"``.
 
     Returns:
         The data, uint8.
@@ -99,11 +99,16 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
     Raises:
         UsageError: unknown name, or files missing or damaged.
     """
-    from layerwise.lab.data import digits, mnist
+    from layerwise.lab.data import cifar, digits, mnist
     from layerwise.lab.errors import UsageError
 
     if name == "digits5k":
         return digits.load()
     if name == "mnist" and data_dir is not None:
         return mnist.load(data_dir)
-    raise UsageError(f"name={name!r} with data_dir={str(data_dir)!r}: use 'digits5k', or 'mnist' with its folder")
+    if name in cifar.FORMS and data_dir is not None:
+        return cifar.load(name, data_dir)
+    raise UsageError(
+        f"name={name!r} with data_dir={str(data_dir)!r}: use 'digits5k', or 'mnist', 'cifar10' or 'cifar100' with "
+        "its folder"
+    )

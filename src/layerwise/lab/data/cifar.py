@@ -1,0 +1,266 @@
+"""CIFAR-10 and CIFAR-100 from their publisher's files.
+
+Layout: ``<folder>`` or ``<folder>/cifar10`` (``cifar100``) holds one of the published archives, or the folder that
+comes out of it, or the files of that folder. There are two versions. In the binary one a file is a row of records:
+one byte for the class (CIFAR-100: two, the coarse class before the fine one), then the red, the green and the blue
+plane of 32 x 32 bytes. In the python one a file is a pickled dictionary, which ``cifar_pickle.py`` reads without
+running anything it asks for. Archives are read in memory; nothing is unpacked to the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from layerwise.lab.data import Dataset
+from layerwise.lab.data.cifar_pickle import read_batch
+from layerwise.lab.errors import UsageError
+
+CHANNELS = 3
+SIDE = 32
+PIXELS = CHANNELS * SIDE * SIDE
+
+
+@dataclass(frozen=True)
+class Form:
+    """One of the published forms of a data set.
+
+    Attributes:
+        archive: name of the archive.
+        md5: of the archive, as published.
+        folder: name of the folder in the archive.
+        train_files: file -> number of images, in the order of the data set.
+        test_files: the same of the test images.
+        label_bytes: bytes before the pixels of a record, the class in the last of them; 0 in the python version.
+        label_key: key of the classes in the python version.
+    """
+
+    archive: str
+    md5: str
+    folder: str
+    train_files: dict[str, int]
+    test_files: dict[str, int]
+    label_bytes: int = 0
+    label_key: bytes = b""
+
+    @property
+    def files(self) -> dict[str, int]:
+        """All files that are read, with their numbers of images."""
+        return self.train_files | self.test_files
+
+    def sizes(self, name: str) -> range:
+        """Give the sizes in bytes that a file may have, so that nothing else is read into memory."""
+        if self.label_bytes:
+            size = self.files[name] * (self.label_bytes + PIXELS)
+            return range(size, size + 1)
+        # Classes and file names add 31 to 33 bytes an image in the published files.
+        return range(self.files[name] * PIXELS, self.files[name] * (PIXELS + 100) + 10_000)
+
+
+FORMS = {
+    "cifar10": (
+        Form(
+            "cifar-10-python.tar.gz",
+            "c58f30108f718f92721af3b95e74349a",
+            "cifar-10-batches-py",
+            {f"data_batch_{number}": 10_000 for number in range(1, 6)},
+            {"test_batch": 10_000},
+            label_key=b"labels",
+        ),
+        Form(
+            "cifar-10-binary.tar.gz",
+            "c32a1d4ab5d03f1284b67883e8d87530",
+            "cifar-10-batches-bin",
+            {f"data_batch_{number}.bin": 10_000 for number in range(1, 6)},
+            {"test_batch.bin": 10_000},
+            label_bytes=1,
+        ),
+    ),
+    "cifar100": (
+        Form(
+            "cifar-100-python.tar.gz",
+            "eb9058c3a382ffc7106e4002c42a8d85",
+            "cifar-100-python",
+            {"train": 50_000},
+            {"test": 10_000},
+            label_key=b"fine_labels",
+        ),
+        Form(
+            "cifar-100-binary.tar.gz",
+            "03b5dce01913d631647c71ecec9e9cb8",
+            "cifar-100-binary",
+            {"train.bin": 50_000},
+            {"test.bin": 10_000},
+            label_bytes=2,
+        ),
+    ),
+}
+"""Data set -> its forms, the one looked for first before the other. MD5 as published by Krizhevsky."""
+
+CLASSES = {"cifar10": 10, "cifar100": 100}
+"""Data set -> number of classes; of CIFAR-100 the fine ones."""
+
+TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+
+
+def _remedy(form: Form) -> str:
+    """Say what to do about a file that cannot be used."""
+    return f"fetch {form.archive} (MD5 {form.md5}) again from www.cs.toronto.edu/~kriz/cifar.html"
+
+
+def _search(name: str, folder: Path) -> tuple[Form, Path] | None:
+    """Look for a form of a data set: the archive, or the folder with at least one of the files."""
+    if name not in FORMS:
+        raise UsageError(f"name={name!r}: use one of {', '.join(map(repr, FORMS))}")
+    if not folder.is_dir():
+        first, second = FORMS[name]
+        raise UsageError(
+            f"data-dir={str(folder)!r} is not a folder: give an existing one that holds {first.archive} or "
+            f"{second.archive}, or what comes out of it"
+        )
+    for place in (folder / name, folder):
+        for form in FORMS[name]:
+            for candidate in (place / form.folder, place):
+                if any((candidate / file).is_file() for file in form.files):
+                    return form, candidate
+            if (place / form.archive).is_file():
+                return form, place / form.archive
+    return None
+
+
+def find(name: str, folder: Path) -> Path | None:
+    """Look for CIFAR-10 or CIFAR-100 in a folder.
+
+    Args:
+        name: ``"cifar10"`` or ``"cifar100"``.
+        folder: where to look; its subfolder called as the data set is looked at first.
+
+    Returns:
+        The folder with at least one of the published files, or the archive, or None. What is unpacked comes
+        before the archive, and the python version before the binary one.
+
+    Raises:
+        UsageError: unknown name, or the folder does not exist.
+    """
+    found = _search(name, folder)
+    return found[1] if found else None
+
+
+def _check_size(form: Form, name: str, source: str, size: int) -> None:
+    """Refuse a file of another size than the published one's."""
+    sizes = form.sizes(name)
+    if size not in sizes:
+        bounds = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        raise UsageError(
+            f"{source}: damaged or incomplete: {size} bytes, expected {bounds} for {form.files[name]} images; "
+            f"{_remedy(form)}"
+        )
+
+
+def _from_folder(form: Form, folder: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Read the files of a folder, one at a time: name, where it is, content."""
+    for name in form.files:
+        path = folder / name
+        try:
+            _check_size(form, name, str(path), path.stat().st_size)
+            content = path.read_bytes()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UsageError(
+                f"{path}: {reason}; expected a file of {form.files[name]} images; {_remedy(form)}"
+            ) from error
+        yield name, str(path), content
+
+
+def _from_archive(form: Form, path: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Check the archive, then read its files, one at a time: name, where it is, content."""
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.md5(usedforsecurity=False)
+            while block := stream.read(1 << 20):
+                digest.update(block)
+            if digest.hexdigest() != form.md5:
+                raise UsageError(
+                    f"{path}: damaged: MD5 is {digest.hexdigest()} ({stream.tell()} bytes), expected {form.md5}; "
+                    f"{_remedy(form)}"
+                )
+            stream.seek(0)
+            with tarfile.open(fileobj=stream, mode="r:gz") as archive:
+                for member in archive:
+                    name = member.name.removeprefix(f"{form.folder}/")
+                    if member.isfile() and name in form.files:
+                        source = f"{path}:{member.name}"
+                        _check_size(form, name, source, member.size)
+                        content = archive.extractfile(member)
+                        yield name, source, content.read() if content else b""
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); {_remedy(form)}") from error
+
+
+def _decode(name: str, form: Form, file: str, source: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Give the pixels of a file, shape (n, 3072), and its classes, shape (n,), both uint8."""
+    if form.label_bytes:
+        records = np.frombuffer(content, dtype=np.uint8).reshape(-1, form.label_bytes + PIXELS)
+        pixels, labels = records[:, form.label_bytes :], records[:, form.label_bytes - 1]
+    else:
+        pixels, labels = read_batch(content, form.label_key, source, _remedy(form))
+    count = form.files[file]
+    if pixels.shape != (count, PIXELS) or labels.shape != (count,) or labels.max() >= CLASSES[name]:
+        raise UsageError(
+            f"{source}: holds pixels of shape {pixels.shape} and classes of shape {labels.shape} up to "
+            f"{labels.max(initial=0)}, expected {(count, PIXELS)} and {(count,)} up to {CLASSES[name] - 1}; "
+            f"{_remedy(form)}"
+        )
+    return pixels, labels
+
+
+@lru_cache(maxsize=1)
+def load(name: str, folder: Path) -> Dataset:
+    """Read CIFAR-10 or CIFAR-100.
+
+    Args:
+        name: ``"cifar10"`` or ``"cifar100"``, the latter with its 100 fine classes.
+        folder: the folder of the files or of the archive, or the one above.
+
+    Returns:
+        50,000 training and 10,000 test images of 3 x 32 x 32 pixels (red, green, blue), uint8, in file order.
+
+    Raises:
+        UsageError: unknown name; nothing found; or a file is missing, damaged or incomplete, is not what was
+            published, or asks to run something.
+    """
+    found = _search(name, folder)
+    if found is None:
+        expected = ", ".join(f"{form.archive} or {form.folder}/" for form in FORMS[name])
+        raise UsageError(f"data-dir={str(folder)!r} holds no {TITLES[name]} file: expected {expected}")
+    form, place = found
+    counts = list(form.files.values())
+    images = torch.empty((sum(counts), CHANNELS, SIDE, SIDE), dtype=torch.uint8)
+    labels = torch.empty(sum(counts), dtype=torch.int64)
+    room = dict(zip(form.files, zip(images.split(counts), labels.split(counts), strict=True), strict=True))
+    missing = set(form.files)
+    for file, source, content in (_from_folder if place.is_dir() else _from_archive)(form, place):
+        pixels, classes = _decode(name, form, file, source, content)
+        image_room, label_room = room[file]
+        image_room.flatten(1).numpy()[...] = pixels
+        label_room.numpy()[...] = classes
+        missing.discard(file)
+    if missing:
+        raise UsageError(f"{place}: without {', '.join(sorted(missing))} in {form.folder}/; {_remedy(form)}")
+    train_count = sum(form.train_files.values())
+    return Dataset(
+        name=name,
+        title=f"{TITLES[name]}: {train_count:,} photographs to train, {len(labels) - train_count:,} to test",
+        train_images=images[:train_count],
+        train_labels=labels[:train_count],
+        test_images=images[train_count:],
+        test_labels=labels[train_count:],
+    )

@@ -1,0 +1,182 @@
+"""ResNet-18, -34, -50 and -101 for images of 32 x 32 pixels, networks of Basodi et al. 2023, tables 1 to 4.
+
+The paper names the networks and not their layout. Its running times fit the layout of kuangliu/pytorch-cifar
+(inferred): the blocks of He et al. 2015 (arXiv 1512.03385), table 1, behind a stem for small images, which is one
+3 x 3 convolution of stride 1 without pooling. Every shortcut that changes the shape is a 1 x 1 convolution with
+batch normalisation, and a bottleneck has its stride in the 3 x 3 convolution.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from layerwise.lab.errors import UsageError
+
+MODULE_COUNTS = {18: 41, 34: 73, 50: 107, 101: 209}
+"""Depth -> modules that own parameters: convolutions, as many batch normalisations, 1 fully connected layer."""
+
+PARAMETER_COUNTS = {18: 11_173_962, 34: 21_282_122, 50: 23_520_842, 101: 42_512_970}
+"""Depth -> parameters at width 64 with 10 classes."""
+
+
+def _convolution(inputs: int, outputs: int, window: int, stride: int = 1) -> nn.Conv2d:
+    """Make a convolution without bias that keeps the size of the image, but for the stride."""
+    return nn.Conv2d(inputs, outputs, window, stride=stride, padding=window // 2, bias=False)
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """Make the way around a block: nothing where the shape stays, else a 1 x 1 convolution and normalisation."""
+    if stride == 1 and inputs == outputs:
+        return nn.Sequential()
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["conv"] = _convolution(inputs, outputs, 1, stride)
+    layers["bn"] = nn.BatchNorm2d(outputs)
+    return nn.Sequential(layers)
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions around which the input is added.
+
+    y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)); He et al. 2015, figure 5 left.
+
+    Args:
+        inputs: channels of x.
+        channels: of both convolutions and of y.
+        stride: of the first convolution and of the shortcut.
+    """
+
+    expansion = 1
+    """Channels of the output for each channel of the convolutions."""
+
+    def __init__(self, inputs: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _convolution(inputs, channels, 3, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _convolution(channels, channels, 3)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = _shortcut(inputs, channels, stride)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute the block.
+
+        Args:
+            hidden: shape (n, inputs, height, width).
+
+        Returns:
+            Shape (n, channels, height / stride, width / stride).
+        """
+        inner = functional.relu(self.bn1(self.conv1(hidden)))
+        return functional.relu(self.bn2(self.conv2(inner)) + self.shortcut(hidden))
+
+
+class Bottleneck(nn.Module):
+    """A 3 x 3 convolution between two of 1 x 1, around which the input is added.
+
+    y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)); He et al. 2015, figure 5 right.
+
+    Args:
+        inputs: channels of x.
+        channels: of the first two convolutions; y has four times as many.
+        stride: of the 3 x 3 convolution and of the shortcut.
+    """
+
+    expansion = 4
+    """Channels of the output for each channel of the inner convolutions."""
+
+    def __init__(self, inputs: int, channels: int, stride: int) -> None:
+        super().__init__()
+        outputs = channels * self.expansion
+        self.conv1 = _convolution(inputs, channels, 1)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _convolution(channels, channels, 3, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = _convolution(channels, outputs, 1)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.shortcut = _shortcut(inputs, outputs, stride)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute the block.
+
+        Args:
+            hidden: shape (n, inputs, height, width).
+
+        Returns:
+            Shape (n, 4 * channels, height / stride, width / stride).
+        """
+        inner = functional.relu(self.bn1(self.conv1(hidden)))
+        inner = functional.relu(self.bn2(self.conv2(inner)))
+        return functional.relu(self.bn3(self.conv3(inner)) + self.shortcut(hidden))
+
+
+BLOCKS: dict[int, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
+    10: (BasicBlock, (1, 1, 1, 1)),
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+}
+"""Depth -> kind of block, blocks of each stage. He et al. 2015, table 1; depth 10 is ours, for demonstrations."""
+
+
+class ResNet(nn.Module):
+    """A 3 x 3 convolution, four stages of residual blocks, the mean over the image, one fully connected layer.
+
+    conv1, bn1, then layer1 to layer4 of width, 2, 4 and 8 times the width, the last three beginning with stride 2,
+    then fc. Parametric modules: 41, 73, 107, 209 for depth 18, 34, 50, 101; parameter tensors: 62, 110, 161, 314;
+    parameters at width 64 with 10 classes: 11,173,962; 21,282,122; 23,520,842; 42,512,970. Weights begin as
+    PyTorch's own defaults give them, drawn on the CPU, so that a seed means the same weights on every device; the
+    global random state is left alone.
+
+    Args:
+        depth: convolutions outside the shortcuts, plus the fully connected layer: 10, 18, 34, 50 or 101.
+        seed: of the initial weights.
+        classes: outputs of the fully connected layer.
+        width: channels of the stem.
+        channels: of the input images.
+
+    Raises:
+        UsageError: unknown depth; classes, width or channels below 1.
+    """
+
+    def __init__(self, depth: int, seed: int, classes: int = 10, width: int = 64, *, channels: int = 3) -> None:
+        if depth not in BLOCKS:
+            raise UsageError(f"depth={depth!r}: use one of {', '.join(map(str, BLOCKS))}")
+        for name, value in (("classes", classes), ("width", width), ("channels", channels)):
+            if value < 1:
+                raise UsageError(f"{name}={value!r}: use a whole number from 1")
+        super().__init__()
+        block, (first, second, third, fourth) = BLOCKS[depth]
+        outputs = width * block.expansion
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
+            self.conv1 = _convolution(channels, width, 3)
+            self.bn1 = nn.BatchNorm2d(width)
+            self.layer1 = _stage(block, first, width, width, 1)
+            self.layer2 = _stage(block, second, outputs, 2 * width, 2)
+            self.layer3 = _stage(block, third, 2 * outputs, 4 * width, 2)
+            self.layer4 = _stage(block, fourth, 4 * outputs, 8 * width, 2)
+            self.fc = nn.Linear(8 * outputs, classes)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Compute the class scores.
+
+        Args:
+            pixels: float32, shape (n, channels, 32, 32).
+
+        Returns:
+            Scores before the softmax, shape (n, classes).
+        """
+        hidden = functional.relu(self.bn1(self.conv1(pixels)))
+        hidden = self.layer4(self.layer3(self.layer2(self.layer1(hidden))))
+        return self.fc(hidden.mean(dim=(2, 3)))
+
+
+def _stage(block: type[BasicBlock | Bottleneck], count: int, inputs: int, channels: int, stride: int) -> nn.Sequential:
+    """Chain the blocks of a stage; only the first changes the shape."""
+    blocks = [block(inputs, channels, stride)]
+    blocks += [block(channels * block.expansion, channels, 1) for _ in range(count - 1)]
+    return nn.Sequential(*blocks)

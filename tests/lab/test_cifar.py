@@ -1,0 +1,414 @@
+import dataclasses
+import hashlib
+import io
+import os
+import pickle
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from layerwise.lab import data
+from layerwise.lab.data import cifar, cifar_pickle
+from layerwise.lab.errors import UsageError
+
+SMALL = {"cifar10": (dict.fromkeys(range(5), 3), 4), "cifar100": ({0: 7}, 2)}
+"""Images of each training file, and of the test file, in the archives that these tests write."""
+
+VERSIONS = {"python": 0, "binary": 1}
+
+
+def text(value):
+    """Write a string as Python 2 pickles it."""
+    return b"U" + bytes([len(value)]) + value if len(value) < 256 else b"T" + struct.pack("<i", len(value)) + value
+
+
+def number(value):
+    return b"K" + bytes([value]) if value < 256 else b"M" + struct.pack("<H", value)
+
+
+def python_file(pixels, classes, label_key, coarse=None, extra=b""):
+    """Write a batch as its publisher's Python 2 did: protocol 2, strings as bytes, NumPy's own state of an array."""
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\nq\x07cnumpy\nndarray\nq\x08K\x00\x85U\x01b\x87Rq\x09"
+        + b"(K\x01"
+        + (number(pixels.shape[0]) + number(pixels.shape[1]) + b"\x86")
+        + b"cnumpy\ndtype\nq\x0aU\x02u1K\x00K\x01\x87Rq\x0b(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        + b"\x89"
+        + text(pixels.tobytes())
+        + b"tb"
+    )
+    entries = text(b"batch_label") + b"q\x02" + text(b"training batch 1 of 5") + b"q\x03"
+    entries += text(label_key) + b"q\x04" + b"]q\x05(" + b"".join(map(number, classes)) + b"e"
+    if coarse is not None:
+        entries += text(b"coarse_labels") + b"](" + b"".join(map(number, coarse)) + b"e"
+    entries += text(b"data") + b"q\x06" + array
+    entries += text(b"filenames") + b"q\x0c](" + b"".join(text(b"cur_s_%06d.png" % n) for n in classes) + b"e"
+    return b"\x80\x02}q\x01(" + entries + extra + b"u."
+
+
+def binary_file(pixels, classes, coarse=None):
+    """Write a batch of the binary version, record by record."""
+    content = b""
+    for row in range(len(pixels)):
+        content += (bytes([coarse[row]]) if coarse is not None else b"") + bytes([classes[row]]) + pixels[row].tobytes()
+    return content
+
+
+@pytest.fixture
+def publish(monkeypatch):
+    """Return a function that writes a small data set in a published form, and gives what must be read from it.
+
+    Sizes and the MD5 of the archive are those of the small files; everything else is as published.
+    """
+
+    def write(folder, name, version, packed=False, alter=None):
+        published = cifar.FORMS[name]
+        train, test = SMALL[name]
+        forms = [
+            dataclasses.replace(
+                form,
+                train_files=dict(zip(form.train_files, train.values(), strict=True)),
+                test_files=dict.fromkeys(form.test_files, test),
+            )
+            for form in published
+        ]
+        form = forms[VERSIONS[version]]
+        source = np.random.default_rng(7)
+        expected, files = [], {}
+        for file, count in form.files.items():
+            pixels = source.integers(0, 256, (count, 3072), dtype=np.uint8)
+            classes = source.integers(0, cifar.CLASSES[name], count).tolist()
+            coarse = source.integers(0, 20, count).tolist() if name == "cifar100" else None
+            expected.append((pixels.reshape(count, 3, 32, 32), classes))
+            if version == "python":
+                files[file] = python_file(pixels, classes, form.label_key, coarse)
+            else:
+                files[file] = binary_file(pixels, classes, coarse)
+        if alter:
+            alter(files)
+        folder.mkdir(parents=True, exist_ok=True)
+        if packed:
+            with tarfile.open(folder / form.archive, "w:gz") as archive:
+                # The order of the members is not that of the data set.
+                for file, content in reversed([*files.items(), ("readme.html", b"read me")]):
+                    member = tarfile.TarInfo(f"{form.folder}/{file}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+            digest = hashlib.md5((folder / form.archive).read_bytes(), usedforsecurity=False).hexdigest()
+            forms[VERSIONS[version]] = dataclasses.replace(form, md5=digest)
+        else:
+            (folder / form.folder).mkdir()
+            for file, content in files.items():
+                (folder / form.folder / file).write_bytes(content)
+        monkeypatch.setitem(cifar.FORMS, name, tuple(forms))
+        return expected
+
+    return write
+
+
+def everything_below(folder):
+    return sorted(path for path in folder.rglob("*"))
+
+
+def assert_read(loaded, expected):
+    *train, test = expected
+    assert loaded.train_images.dtype == loaded.test_images.dtype == torch.uint8
+    assert loaded.train_labels.dtype == loaded.test_labels.dtype == torch.int64
+    assert np.array_equal(loaded.train_images.numpy(), np.concatenate([pixels for pixels, _ in train]))
+    assert loaded.train_labels.tolist() == [label for _, classes in train for label in classes]
+    assert np.array_equal(loaded.test_images.numpy(), test[0])
+    assert loaded.test_labels.tolist() == test[1]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "archive"])
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", SMALL)
+def test_every_published_form_is_read_in_file_order(tmp_path, publish, name, version, packed):
+    expected = publish(tmp_path, name, version, packed)
+    before = everything_below(tmp_path)
+    assert_read(cifar.load(name, tmp_path), expected)
+    assert everything_below(tmp_path) == before  # nothing was unpacked to the disk
+
+
+def test_a_colour_is_a_plane_and_a_plane_is_row_by_row(tmp_path, publish):
+    def alter(files):
+        content = bytearray(files["test_batch.bin"])
+        content[1 + 2 * 1024 + 5 * 32 + 9] = 201  # blue, row 5, column 9 of the first image
+        files["test_batch.bin"] = bytes(content)
+
+    publish(tmp_path, "cifar10", "binary", alter=alter)
+    assert cifar.load("cifar10", tmp_path).test_images[0, 2, 5, 9] == 201
+
+
+@pytest.mark.parametrize("place", ["cifar10", "", "cifar-10-batches-py"])
+def test_the_files_may_lie_in_a_subfolder_in_the_folder_or_be_the_folder(tmp_path, publish, place):
+    if place == "cifar-10-batches-py":
+        expected = publish(tmp_path, "cifar10", "python")
+        assert cifar.find("cifar10", tmp_path / place) == tmp_path / place
+        assert_read(cifar.load("cifar10", tmp_path / place), expected)
+    else:
+        expected = publish(tmp_path / place, "cifar10", "python")
+        assert cifar.find("cifar10", tmp_path) == tmp_path / place / "cifar-10-batches-py"
+        assert_read(cifar.load("cifar10", tmp_path), expected)
+
+
+def test_the_unpacked_python_version_comes_first(tmp_path):
+    for form in cifar.FORMS["cifar10"]:
+        (tmp_path / form.archive).touch()
+    assert cifar.find("cifar10", tmp_path) == tmp_path / "cifar-10-python.tar.gz"
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert cifar.find("cifar10", tmp_path) == tmp_path / "cifar-10-python.tar.gz"
+    (tmp_path / "cifar-10-batches-py" / "test_batch").touch()
+    assert cifar.find("cifar10", tmp_path) == tmp_path / "cifar-10-batches-py"
+    assert cifar.find("cifar100", tmp_path) is None
+
+
+def test_the_data_are_read_once_and_by_the_common_function(tmp_path, publish):
+    expected = publish(tmp_path, "cifar100", "binary")
+    loaded = data.load("cifar100", tmp_path)
+    assert_read(loaded, expected)
+    assert data.load("cifar100", tmp_path) is loaded
+    assert (loaded.name, loaded.title) == ("cifar100", "CIFAR-100: 7 photographs to train, 2 to test")
+    with pytest.raises(UsageError, match="name='cifar100' with data_dir='None'"):
+        data.load("cifar100")
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_batch_pickled_again_by_python_3_is_read(order):
+    pixels = np.asarray(np.arange(2 * 3072).reshape(2, 3072) % 251, dtype=np.uint8, order=order)
+    content = pickle.dumps({b"data": pixels, b"labels": [3, 9]}, protocol=2)
+    read, classes = cifar_pickle.read_batch(content, b"labels", "a file", "fetch it")
+    assert np.array_equal(read, pixels)
+    assert classes.tolist() == [3, 9]
+
+
+def test_the_published_archives_are_known_by_their_md5():
+    assert {form.archive: form.md5 for forms in cifar.FORMS.values() for form in forms} == {
+        "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
+        "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
+        "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
+        "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8",
+    }
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_archive_of_another_md5_is_refused_before_it_is_opened(tmp_path, name, version):
+    form = cifar.FORMS[name][VERSIONS[version]]
+    (tmp_path / form.archive).write_bytes(b"not this")
+    with pytest.raises(UsageError) as caught:
+        cifar.load(name, tmp_path)
+    words = str(caught.value)
+    assert form.archive in words
+    assert f"expected {form.md5}" in words
+    assert hashlib.md5(b"not this", usedforsecurity=False).hexdigest() in words
+    assert "8 bytes" in words
+    assert "fetch" in words
+    assert "\n" not in words
+
+
+def test_an_archive_that_cannot_be_unpacked_is_named(tmp_path, publish, monkeypatch):
+    publish(tmp_path, "cifar10", "python", packed=True)
+    path = tmp_path / "cifar-10-python.tar.gz"
+    path.write_bytes(path.read_bytes()[:-3000])
+    digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    python, binary = cifar.FORMS["cifar10"]
+    monkeypatch.setitem(cifar.FORMS, "cifar10", (dataclasses.replace(python, md5=digest), binary))
+    with pytest.raises(UsageError, match=r"cifar-10-python\.tar\.gz: cannot be read \(.*fetch"):
+        cifar.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "archive"])
+def test_a_missing_file_is_named(tmp_path, publish, packed):
+    publish(tmp_path, "cifar10", "binary", packed, alter=lambda files: files.pop("data_batch_4.bin"))
+    with pytest.raises(UsageError, match=r"data_batch_4\.bin.*fetch cifar-10-binary\.tar\.gz"):
+        cifar.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "archive"])
+@pytest.mark.parametrize(
+    ("version", "file", "expected"),
+    [("python", "data_batch_2", "9216 to 19515"), ("binary", "data_batch_2.bin", "9219")],
+)
+def test_a_truncated_file_is_named_with_its_size_and_the_expected_one(
+    tmp_path, publish, version, file, expected, packed
+):
+    def alter(files):
+        files[file] = files[file][:5000]
+
+    publish(tmp_path, "cifar10", version, packed, alter=alter)
+    with pytest.raises(UsageError, match=rf"{file}: damaged.* 5000 bytes, expected {expected} for 3 images; fetch"):
+        cifar.load("cifar10", tmp_path)
+
+
+def test_a_pickle_that_ends_too_early_is_named(tmp_path, publish):
+    def alter(files):
+        files["test_batch"] = files["test_batch"][:-20]
+
+    publish(tmp_path, "cifar10", "python", alter=alter)
+    with pytest.raises(UsageError, match=r"test_batch: cannot be read \(.*b'labels'; fetch"):
+        cifar.load("cifar10", tmp_path)
+
+
+def test_classes_that_the_data_set_does_not_have_are_refused(tmp_path, publish):
+    def alter(files):
+        files["test_batch.bin"] = b"\x0a" + files["test_batch.bin"][1:]
+
+    publish(tmp_path, "cifar10", "binary", alter=alter)
+    with pytest.raises(UsageError, match=r"test_batch\.bin: .* up to 10, expected .* up to 9; fetch"):
+        cifar.load("cifar10", tmp_path)
+
+
+def test_arrays_of_another_shape_are_refused(tmp_path, publish):
+    def alter(files):
+        files["test_batch"] = python_file(np.zeros((5, 3072), dtype=np.uint8), [1] * 5, b"labels")
+
+    publish(tmp_path, "cifar10", "python", alter=alter)
+    with pytest.raises(UsageError, match=r"test_batch: holds pixels of shape \(5, 3072\).* expected \(4, 3072\)"):
+        cifar.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "archive"])
+def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, publish, packed):
+    mark = tmp_path / "was run"
+    command = text(f"touch '{mark}'".encode())
+    run = b"cposix\nsystem\n" + command + b"\x85R"
+
+    def alter(files):
+        files["data_batch_1"] = python_file(
+            np.zeros((3, 3072), dtype=np.uint8), [1] * 3, b"labels", extra=text(b"more") + run
+        )
+
+    publish(tmp_path, "cifar10", "python", packed, alter=alter)
+    with pytest.raises(UsageError, match=r"data_batch_1: asks for posix\.system.*it was not run.*fetch"):
+        cifar.load("cifar10", tmp_path)
+    assert not mark.exists()
+
+
+class Hostile:
+    """Pickles into a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        Hostile(os.system, "false"),
+        Hostile(eval, "1"),
+        Hostile(getattr, "text", "upper"),
+        Hostile(np.load, "file.npy", None, True),
+        Hostile(np.frombuffer, b"1"),
+        Hostile(torch.load, "file"),
+        Hostile(__import__, "this"),
+    ],
+    ids=lambda hostile: hostile.call[0].__name__,
+)
+def test_no_name_but_those_of_the_files_is_found(hostile, protocol):
+    content = pickle.dumps({b"data": hostile, b"labels": []}, protocol=protocol)
+    with pytest.raises(UsageError, match=r"a file: asks for .*it was not run"):
+        cifar_pickle.read_batch(content, b"labels", "a file", "fetch it")
+
+
+def batch(array, labels=(1,)):
+    return pickle.dumps({b"data": array, b"labels": list(labels)}, protocol=2)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        batch(np.zeros((1, 3), dtype=np.int32)),
+        batch(np.array([[1, "text"]], dtype=object)),
+        batch([1, 2, 3]),
+        batch(np.zeros((1, 3), dtype=np.uint8), labels=["1"]),
+        batch(np.zeros((1, 3), dtype=np.uint8), labels=[-1]),
+        batch(np.zeros((1, 3), dtype=np.uint8), labels=[256]),
+        pickle.dumps([1, 2], protocol=2),
+        pickle.dumps({}, protocol=2),
+        # An array of a million times as many bytes as there are.
+        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01J\xff\xff\xff\x7f\x85"
+        b"cnumpy\ndtype\nU\x02u1\x85R\x89U\x01atbU\x06labels]u.",
+        # A size below 0, and a shape that is no tuple.
+        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01J\xff\xff\xff\xff\x85"
+        b"cnumpy\ndtype\nU\x02u1\x85R\x89U\x01atbU\x06labels]u.",
+        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01K\x01"
+        b"cnumpy\ndtype\nU\x02u1\x85R\x89U\x01atbU\x06labels]u.",
+    ],
+)
+def test_what_is_no_table_of_bytes_with_classes_is_refused(content):
+    with pytest.raises(UsageError, match=r"a file: does not hold bytes and classes.*b'data' and b'labels'; fetch it"):
+        cifar_pickle.read_batch(content, b"labels", "a file", "fetch it")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not a pickle",
+        b"\x80\x02",
+        b"\x80\x02c_codecs\nencode\nU\x01aU\x04zlib\x86R.",
+        b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x06\x00\x00\x00base64\x86R.",
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)RK\x01b.",
+    ],
+)
+def test_damaged_pickles_give_one_kind_of_error(content):
+    with pytest.raises(UsageError, match=r"a file: cannot be read \(.*fetch it"):
+        cifar_pickle.read_batch(content, b"labels", "a file", "fetch it")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_folder_without_the_data_is_named_with_what_was_expected(tmp_path, name):
+    assert cifar.find(name, tmp_path) is None
+    archive = cifar.FORMS[name][0].archive
+    with pytest.raises(UsageError, match=rf"data-dir='.*' holds no CIFAR-100? file: expected {archive} or cifar-10"):
+        cifar.load(name, tmp_path)
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"data-dir='.*nowhere' is not a folder: .*cifar-10-python\.tar\.gz"):
+        cifar.find("cifar10", tmp_path / "nowhere")
+
+
+def test_an_unknown_name_is_named(tmp_path):
+    with pytest.raises(UsageError, match="name='cifar20': use one of 'cifar10', 'cifar100'"):
+        cifar.find("cifar20", tmp_path)
+
+
+@pytest.fixture
+def published():
+    """Return a function that gives the folder of a published data set, or skips."""
+
+    def look(name):
+        place = os.environ.get("LAYERWISE_DATA")
+        if not place:
+            pytest.skip(f"LAYERWISE_DATA is not set: the published files of {name} are not tested")
+        if cifar.find(name, Path(place)) is None:
+            pytest.skip(f"LAYERWISE_DATA holds no {name}: its published files are not tested")
+        return Path(place)
+
+    return look
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_the_published_files_are_read(published, name, classes):
+    loaded = data.load(name, published(name))
+    assert loaded.train_images.shape == (50_000, 3, 32, 32)
+    assert loaded.test_images.shape == (10_000, 3, 32, 32)
+    assert torch.bincount(loaded.train_labels).tolist() == [50_000 // classes] * classes
+    assert torch.bincount(loaded.test_labels).tolist() == [10_000 // classes] * classes
+
+
+def test_the_published_cifar_10_has_the_statistics_of_the_recipe(published):
+    loaded = data.load("cifar10", published("cifar10"))
+    assert loaded.train_labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
+    mean = [loaded.train_images[:, n].to(torch.float32).mean().item() / 255 for n in range(3)]
+    assert mean == pytest.approx([0.4914, 0.4822, 0.4465], abs=6e-5)
