@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import layerwise
 from layerwise.rules import LARS, Constant, LayerAdaptive
 
+from . import amplification
 from .networks import lenet_iteration, resnet50_parameters
 
 
@@ -150,6 +151,7 @@ def main() -> int:
         total, reads = operations(count)
         rows[f"operations, {count} layers"] = {"operations": total, "reads": reads, "target": 12}
         print(f"{f'{count} layers':<41}{total:>11}{reads:>7}{'12':>11}")
+    rows |= amplification.show(arguments.rounds)
     if arguments.json:
         arguments.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
     return 0

@@ -25,7 +25,7 @@ from .rules.combine import check_bounds, check_rule, default, get_selection, ini
 from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
 from .rules.selection import Selection
 from .state import carried_over, check_saved, copied
-from .statistics import AS_NUMBERS, LayerStatistics, check_needs
+from .statistics import AS_NUMBERS, NOTHING, LayerStatistics, check_needs
 from .tensors import same_objects
 
 logger = logging.getLogger("layerwise")
@@ -92,6 +92,7 @@ class LayerwiseLR:
         check_choice("apply", apply, ("auto", *PLACES))
         check_choice("decay", decay, ("auto", "scaled", "plain"))
         self._rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
+        self._asks = getattr(self._rule, "asks", None)
         self.enabled = True
         self._optimizer = weakref.ref(inner)
         self._model = model
@@ -268,9 +269,12 @@ class LayerwiseLR:
             self._factors = Factors(numbers, self._included, self._mask)
             self._last_rates = _rates(groups)
             return
-        with torch.no_grad():
+        if self._asks is not None and not self._asks(self._state):
+            result = self._rule.factors(NOTHING, self._state)
+        else:
             found_inf = getattr(optimizer, "found_inf", None)
-            result = self._rule.factors(self._statistics.compute(groups, grad_scale, found_inf), self._state)
+            with torch.no_grad():
+                result = self._rule.factors(self._statistics.compute(groups, grad_scale, found_inf), self._state)
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError(f"{self._rule!r}.factors returned {type(result).__name__}; it must return (factors, state)")
         raw, self._state = result

@@ -73,6 +73,8 @@ class Statistics:
 
 
 NEEDS = tuple(Statistics.__annotations__)
+NOTHING = Statistics()
+"""What a rule is told that asks for nothing at this step."""
 WEIGHT_NORMS = frozenset({"weight_norm", "matrix_norm", "decay_norm"})
 AS_NUMBERS = WEIGHT_NORMS | {"gradient_norm", "learning_rate"}
 """What `LayerStatistics.numbers` can return."""

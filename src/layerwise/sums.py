@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .layers import Layer
+from .norms import tensor_norms
 from .statistics import Gradients
 from .tensors import as_dense_real, moved
 
@@ -55,12 +56,15 @@ class DirectionalitySums:
         present = [(i, _real(g)) for i, g in enumerate(gradients.tensors) if g is not None]
         if not present:
             return sums
-        # Summed in cascades, so good to the last digits of float32 where a norm of a million numbers is not.
-        totals = [_absolute_sum(g) for _, g in present]
+        device = present[0][1].device
+        if self.sample is None and not self.each_weight:
+            totals = _absolute_sums([g for _, g in present])
+            total = torch.stack([moved(t, device) for t in totals]).sum()
+        else:
+            totals = []
+            total = tensor_norms([g for _, g in present], device)[0].sum()
         if self.sample is not None:
             present = [(i, self._some(i, g)) for i, g in present]
-        device = totals[0].device
-        total = torch.stack([moved(t, device) for t in totals]).sum()
         if total.device.type == "cpu" and gradients.skipped is None:
             if not 0 < total.item() < math.inf:
                 return sums
@@ -81,8 +85,7 @@ class DirectionalitySums:
             for item in present:  # one at a time: together they would take the room of all parameters once more
                 self._accumulate(sums["absolute"], [item], [item[1].abs()], scale, counts)
         else:
-            if self.sample is not None:
-                totals = [_absolute_sum(gradient) for gradient in values]
+            totals = totals or _absolute_sums(values)
             self._accumulate(sums["absolute"], present, totals, scale, counts)
         return sums
 
@@ -226,9 +229,13 @@ def _real(gradient: Tensor) -> Tensor:
     return as_dense_real(gradient)
 
 
-def _absolute_sum(gradient: Tensor) -> Tensor:
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    return gradient.abs().sum(dtype=wide)
+def _absolute_sums(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Return Σ|g| of each tensor.
+
+    Summed in cascades, good to the last digits of float32, where a norm is to 1e-6 for thousands of numbers and 1e-4 for
+    millions; a temporary copy of each tensor is the price.
+    """
+    return [g.abs().sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
 
 
 def _shares(layer: Sequence[Tensor], sample: int | None) -> list[tuple[int, int] | None]:

@@ -47,6 +47,10 @@ class ChoosingRule(Rule):
         }
         return self._derived(self._entered(state))
 
+    def asks(self, state: State) -> bool:
+        """Tell whether this epoch's steps need the statistics in `needs`."""
+        return state["_measuring"]
+
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return this epoch's factors; add the gradients to the sums when it is one of measuring."""
         if state["_measuring"]:
