@@ -232,8 +232,8 @@ def _real(gradient: Tensor) -> Tensor:
 def _absolute_sums(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return Σ|g| of each tensor.
 
-    Summed in cascades, good to the last digits of float32, where a norm is to 1e-6 for thousands of numbers and 1e-4 for
-    millions; a temporary copy of each tensor is the price.
+    Summed in cascades, good to the last digits of float32, where a norm is to 1e-6 for thousands of numbers and 1e-4
+    for millions; a temporary copy of each tensor is the price.
     """
     return [g.abs().sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
 

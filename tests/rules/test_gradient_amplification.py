@@ -516,3 +516,54 @@ def test_no_step_of_any_epoch_reads_a_value_from_an_accelerator(
                 p.grad = torch.empty_like(p)
             optimizer.step()
         assert bool(adapter._state["sums"]) == isinstance(selection, Directionality)
+
+
+@pytest.mark.parametrize("measure", ["G", "G_prime"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscale", [False, True])
+def test_under_a_gradient_scaler_the_measures_are_those_of_the_true_gradients(
+    measure: Any, fused: bool, unscale: bool
+) -> None:
+    model = network(torch.float32)
+    optimizer = sgd(model, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=3)
+    rule = GradientAmplification(Directionality(measure), [Phase(2, True)])
+    adapter = layerwise.LayerwiseLR(optimizer, rule, model)
+    counted, scales = [], set()
+    for step in range(8):
+        scale = scaler.get_scale()
+        scales.add(scale)
+        model.zero_grad()
+        scaler.scale(model(batch(1, step, torch.float32)).square().sum(1).mean()).backward()
+        if step == 4:
+            model[4].weight.grad[0, 0] = math.inf  # the scaler lets this step be skipped
+        else:
+            layers = [layer.parameters for layer in adapter.layer_table()]
+            counted.append([[p.grad.double().numpy() / scale for p in parameters] for parameters in layers])
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert len(scales) == 2
+    assert adapter._state["sums"]["iterations"].item() == 7
+    adapter.end_epoch()
+    found = [one.value for one in adapter.get_last_selection().values()]
+    np.testing.assert_allclose(found, reference.directionality(counted, measure), rtol=1e-6)
+
+
+def test_accumulated_gradients_count_as_one_step() -> None:
+    model = network()
+    optimizer = sgd(model)
+    adapter = layerwise.LayerwiseLR(optimizer, GradientAmplification(Directionality(), [Phase(2, True)]), model)
+    steps = []
+    for step in range(4):
+        model.zero_grad()
+        for part in range(3):
+            model(batch(part, step)).square().sum(1).mean().backward()
+        layers = [layer.parameters for layer in adapter.layer_table()]
+        steps.append([[p.grad.numpy().copy() for p in parameters] for parameters in layers])
+        optimizer.step()
+    assert adapter._state["sums"]["iterations"].item() == 4
+    adapter.end_epoch()
+    found = [one.value for one in adapter.get_last_selection().values()]
+    np.testing.assert_allclose(found, reference.directionality(steps), rtol=1e-9)
