@@ -32,11 +32,9 @@ def directionality(epoch: Sequence[Sequence[Sequence[np.ndarray]]], measure: str
     """
     values = []
     for layer in range(len(epoch[0])):
-        steps = [
-            np.concatenate([np.zeros(0), *(np.asarray(g, dtype=np.float64).ravel() for g in step[layer])])
-            for step in epoch
-        ]
-        signed, absolute = sum(steps), sum(abs(g) for g in steps)
+        arrays = [[np.asarray(g, dtype=np.float64).ravel() for g in step[layer]] for step in epoch]
+        steps = np.array([np.concatenate([np.zeros(0), *step]) for step in arrays])
+        signed, absolute = steps.sum(0), abs(steps).sum(0)
         if measure == "G":
             total = math.fsum(absolute)
             values.append(math.fsum(abs(signed)) / total if total else 0.0)
