@@ -191,7 +191,10 @@ class DirectionalitySums:
             # The positions are those in the parameter's memory.
             gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
         count, stride = taken
-        return (gradient if _dense(gradient) else gradient.contiguous()).as_strided((count,), (stride,))
+        # The positions are computed anew: kept, they would take as much memory as the sums.
+        positions = torch.arange(count, device=gradient.device).mul_(stride).remainder_(gradient.numel())
+        dense = gradient if _dense(gradient) else gradient.contiguous()
+        return dense.as_strided((gradient.numel(),), (1,)).index_select(0, positions)
 
 
 def z_scores(values: Sequence[float], live: Sequence[bool], ddof: int = 0) -> list[float]:
@@ -239,18 +242,20 @@ def _absolute_sums(gradients: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _shares(layer: Sequence[Tensor], sample: int | None) -> list[tuple[int, int] | None]:
-    """Return for each parameter how many of its weights are taken, and their distance in memory; None for all."""
+    """Return for each parameter how many of its weights are taken, and by what step; None for all.
+
+    Weight k · step mod n, for a step near n/φ (φ the golden ratio) without a common divisor: no weight twice, none of
+    the channels or positions in a kernel left out.
+    """
     total = sum(p.numel() for p in layer)
     if sample is None or total <= sample:
         return [None] * len(layer)
     shares: list[tuple[int, int] | None] = []
     for p in layer:
-        count = min(p.numel(), max(1, round(sample * p.numel() / total)))
-        stride = p.numel() // count if count else 1
-        # A distance that shares a divisor with the sizes would meet one position of a kernel, one channel only.
-        while math.gcd(stride, p.numel()) > 1:
-            stride -= 1
-        shares.append((count, stride))
+        step = max(1, round(p.numel() * (math.sqrt(5) - 1) / 2))
+        while math.gcd(step, p.numel()) > 1:
+            step += 1
+        shares.append((min(p.numel(), max(1, round(sample * p.numel() / total))), step))
     return shares
 
 

@@ -174,8 +174,8 @@ class Directionality(LayerChoice):
         sides: `"upper"` (case 1) or `"both"` (case 2).
         reselect: None, or after how many epochs of an amplified phase the layers are chosen anew.
         kinds: Kinds of layers that are measured and chosen, of `"conv"`, `"bn"`, `"fc"`; None for all.
-        sample: None, or how many fixed weights stand for each layer: less memory, and an estimate of G. Its error was
-            2 % of G at 4096 weights of layers of a million, and falls as 1/√sample.
+        sample: None, or how many fixed weights stand for each layer: less memory, and an estimate. With 4096 of
+            ResNet-18 in training, G and G′ were 0.5 % off on average over the layers and 4 % at worst, ẑ at most 0.16.
         ddof: 0 for the population's σ, 1 for the sample's.
 
     Raises:
