@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import layerwise
-from layerwise.rules import LARS, Constant
+from layerwise.rules import LARS, Constant, Directionality, GradientAmplification
 
 
 @pytest.fixture
@@ -142,3 +142,11 @@ def test_nothing_changes_not_even_beside_an_adapter(make_model, train, weights, 
     assert "none found" in told(bare, model)
     assert not bare._optimizer_step_pre_hooks
     assert not bare._optimizer_step_post_hooks
+
+
+def test_a_rule_that_counts_epochs_says_what_it_waits_for_and_what_its_analysis_takes(make_model, told):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    text = told(optimizer, model, GradientAmplification(Directionality()))
+    assert "call adapter.end_epoch() after each" in text
+    assert "in epochs of analysis one number a parameter for G" in text

@@ -12,6 +12,7 @@ from .layers import named_parameters_of
 from .optimizers import SCALE_INVARIANT, decay_is_coupled, no_effect, takes_tensor_rate, unwrap
 from .rules import LayerAdaptive
 from .rules.combine import default
+from .rules.measured import ChoosingRule
 
 
 def diagnose(
@@ -127,6 +128,8 @@ def _why(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> str:
 def _cost(adapter: LayerwiseLR) -> str:
     needs = getattr(adapter.rule, "needs", ("gradient_norm",))
     costs = ["one reading of the gradients"] if "gradient_norm" in needs else []
+    if "gradients" in needs:
+        costs.append("in epochs of analysis one number a parameter for G, two for G′, or those of the sample")
     costs += {
         "gradient": ["scaling the gradients, unless SGD's dampening can carry the factor"],
         "lr": ["a parameter group for each factor"],
@@ -150,6 +153,8 @@ def _problems(adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | Non
 
 def _notes(adapter: LayerwiseLR, optimizer: Optimizer) -> list[str]:
     notes: list[str] = []
+    if isinstance(adapter.rule, ChoosingRule):
+        notes.append("the rule counts epochs: call adapter.end_epoch() after each")
     device = next(p for group in optimizer.param_groups for p in group["params"]).device.type
     if (
         adapter.apply == "lr"
