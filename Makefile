@@ -3,11 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo demo-amplification test lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/pip: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "layerwise needs Python 3.10 or later")'
@@ -26,6 +26,9 @@ help: ## list the targets
 
 demo: .venv/lab ## train LeNet on real digits, with and without per-layer rates, and write runs/report.html
 	$(BIN)/layerwise demo
+
+demo-amplification: .venv/lab ## train a narrow ResNet with and without amplified gradients, and write runs/report-amplification.html
+	$(BIN)/layerwise demo amplification
 
 test: .venv/dev ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

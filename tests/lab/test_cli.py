@@ -85,7 +85,8 @@ def test_a_missing_dependency_names_the_extra(capsys, monkeypatch):
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without_tyro)
-    monkeypatch.delitem(sys.modules, "tyro", raising=False)
+    for name in ("tyro", "layerwise.lab.options"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     assert cli.main(["demo"]) == 1
     assert 'pip install "layerwise[lab]"' in capsys.readouterr().err
 

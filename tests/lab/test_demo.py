@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from layerwise.lab import console
-from layerwise.lab.demo import PROTOCOLS, Protocol, Settings, run_demo, write_results
+from layerwise.lab.demo import PROTOCOLS, Protocol, Settings, run_demo
+from layerwise.lab.plan import write_results
 from layerwise.lab.progress import BarDisplay, LineDisplay
-from layerwise.lab.report import write_report
+from layerwise.lab.report import page, render
 
 TINY = Protocol(iterations=4, record_at=(2, 4), loss_every=2, rate_every=2)
 ARMS = ("plain", "layer-adaptive", "control")
@@ -48,7 +49,7 @@ def first(tmp_path_factory):
     with target.file:
         outcome = run_demo(settings, LineDisplay(target))
         write_results(outcome)
-        write_report(outcome, "layerwise demo")
+        page.write(outcome, render(outcome, "layerwise demo"))
         yield outcome, target.export_text()
 
 

@@ -19,7 +19,7 @@ RECORD = {
 
 @pytest.fixture
 def runs(tmp_path):
-    folder = RunStore(tmp_path / "demo")
+    folder = RunStore(tmp_path / "demo", RECORD)
     folder.save("a", RECORD)
     return folder
 

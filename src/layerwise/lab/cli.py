@@ -9,74 +9,68 @@ import shutil
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layerwise.lab.errors import UsageError, missing_extra
 
 if TYPE_CHECKING:
-    from layerwise.lab.demo import Outcome
-
-DESCRIPTION = "Per-layer learning rates for PyTorch: compare methods with paired seeds, controls and intervals."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """Train Caffe's LeNet with and without the layer-adaptive rule, and say what the difference is worth.
-
-    Three solvers (SGD, NAG, AdaGrad), three arms (plain; layer-adaptive; plain at the mean factor), several
-    seeds. Uses 5,000 digits that need no download, or the full MNIST where --data-dir or LAYERWISE_DATA holds
-    it. Finished runs are never repeated. Writes report.html.
-    """
-
-    out: Path = Path("runs")
-    """Folder of the report and the runs."""
-
-    data_dir: Path | None = None
-    """Folder that holds mnist/train-images-idx3-ubyte.gz and its companions (else LAYERWISE_DATA)."""
-
-    seeds: int = 5
-    """Number of seeds; fewer than 5 never show a difference."""
-
-    jobs: int | None = None
-    """Processes side by side; the number of usable cores if left out."""
-
-    json: bool = False
-    """Print one JSON object and nothing else."""
-
-    quiet: bool = False
-    """Print the conclusion and the place of the report only."""
+    from layerwise.lab.options import Demo
+    from layerwise.lab.plan import Outcome
 
 
 def _run_demo(options: Demo, arguments: Sequence[str]) -> int:
-    """Run the demo and say what came of it."""
-    from layerwise.lab import console, demo, progress
-    from layerwise.lab.report import prepare, write_report
+    """Run a demo and say what came of it."""
+    from layerwise.lab import plan, progress, terminal
+    from layerwise.lab.report import page
 
     place = options.data_dir
     if place is None and os.environ.get("LAYERWISE_DATA"):
         place = Path(os.environ["LAYERWISE_DATA"])
-    settings = demo.Settings(out=options.out, data_dir=place, seeds=options.seeds, jobs=options.jobs)
-    target = console.console()
-    threading.Thread(target=prepare, daemon=True).start()
-    outcome = demo.run_demo(settings, progress.display(target, silent=options.json or options.quiet))
+    asked: dict[str, Any] = {"out": options.out, "data_dir": place, "seeds": options.seeds, "jobs": options.jobs}
+    demo: Any
+    if options.which == "amplification":
+        from layerwise.lab.amplification import console, demo
+        from layerwise.lab.report import amplification as report
+
+        if options.weight_decay is not None:
+            asked["weight_decay"] = options.weight_decay
+    else:
+        from layerwise.lab import console, demo, report
+
+        if options.weight_decay is not None:
+            raise UsageError(
+                f"weight-decay={options.weight_decay!r}: the LeNet demo has Caffe's 0.0005; leave it out, or say "
+                "layerwise demo amplification"
+            )
+    settings = demo.Settings(**asked)
+    target = terminal.console()
+    threading.Thread(target=page.prepare, daemon=True).start()
+    outcome: Any = demo.run_demo(settings, progress.display(target, silent=options.json or options.quiet))
     if outcome.results.records:
-        demo.write_results(outcome)
-        write_report(outcome, shlex.join(["layerwise", *arguments]))
+        plan.write_results(outcome)
+        page.write(outcome, report.render(outcome, shlex.join(["layerwise", *arguments])))
     if options.json:
         sys.stdout.write(console.as_json(outcome) + "\n")
         for failure in outcome.failures:
             sys.stderr.write(f"layerwise: {failure.doing}: {failure.reason}\n{failure.details}")
     else:
-        console.show(outcome, _next_command(options, outcome, arguments), target, options.quiet)
+        command = _next_command(options, outcome, arguments)
+        terminal.show(outcome, console.shown(outcome), command, target, options.quiet)
     return outcome.exit_code
 
 
 def _next_command(options: Demo, outcome: Outcome, arguments: Sequence[str]) -> str:
-    """Give the one obvious next command: go on, or the same on the full data."""
+    """Give the one obvious next command: go on, the same on the full data, or what else the papers ask for."""
     if outcome.interrupted or outcome.failures:
         return shlex.join([_program(), *arguments])
+    if options.which == "amplification":
+        if outcome.dataset == "digits5k":
+            folder = shlex.quote(f"{options.out}-cifar10")
+            return f"{_program()} demo amplification --data-dir FOLDER --out {folder}   (FOLDER holds CIFAR-10)"
+        if options.weight_decay is None:  # the paper does not tell its weight decay
+            return shlex.join([_program(), *arguments, "--weight-decay", "0"])
+        return ""
     if outcome.dataset == "digits5k":
         folder = shlex.quote(f"{options.out}-mnist")
         return f"{_program()} demo --data-dir FOLDER --out {folder}   (full MNIST: FOLDER holds its four .gz files)"
@@ -103,19 +97,6 @@ def _without_seeds(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def _parse(arguments: Sequence[str]) -> Demo:
-    """Read the command line; prints help and exits where asked to."""
-    import tyro
-
-    return tyro.extras.subcommand_cli_from_dict(
-        {"demo": Demo},
-        prog="layerwise",
-        description=DESCRIPTION,
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command ``layerwise``.
 
@@ -135,7 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             sys.stdout.write(f"layerwise {__version__}\n")
             return 0
-        return _run_demo(_parse(arguments or ["--help"]), arguments)
+        from layerwise.lab.options import parse
+
+        return _run_demo(parse(arguments or ["--help"]), arguments)
     except UsageError as error:
         sys.stderr.write(f"layerwise: {error}\n")
         return 2

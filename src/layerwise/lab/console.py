@@ -1,31 +1,14 @@
-"""What the person at the terminal reads when the runs are done: the table, the verdict, what to do next."""
+"""What the person at the terminal reads of the LeNet demo: the table and the verdict."""
 
 from __future__ import annotations
 
-import json
-import math
-import sys
-
-from rich.console import Console
 from rich.table import Table
 
 from layerwise.lab.demo import Outcome
-from layerwise.lab.results import Cell
 from layerwise.lab.solvers import SOLVERS
+from layerwise.lab.terminal import Shown, cell_json, cell_text, comparisons_json, plain_table, whole_json
 from layerwise.lab.training import ARMS
 from layerwise.lab.verdict import conclusion, confidence_note
-
-
-def console() -> Console:
-    """Make a console on the standard output; at most 80 columns are asked for where there is no terminal."""
-    return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 80)
-
-
-def cell_text(cell: Cell) -> str:
-    """Write mean ± sd with two decimals, with one where the sd needs the room; one seed has no sd."""
-    if math.isnan(cell.sd):
-        return f"{cell.mean:.2f}"
-    return f"{cell.mean:.2f} ± {cell.sd:.2f}" if cell.sd < 10 else f"{cell.mean:.1f} ± {cell.sd:.1f}"
 
 
 def table(outcome: Outcome) -> Table:
@@ -38,16 +21,10 @@ def table(outcome: Outcome) -> Table:
         Three rows a solver; an arm with fewer runs than planned, or with diverged ones, says so.
     """
     results = outcome.results
-    made = Table(
-        box=None,
-        padding=(0, 1, 0, 0),
-        title=f"test error in %, mean ± sd over {len(results.seeds)} seeds, after so many iterations",
-        title_justify="left",
-        title_style="bold",
+    made = plain_table(
+        f"test error in %, mean ± sd over {len(results.seeds)} seeds, after so many iterations",
+        map(str, results.record_at),
     )
-    made.add_column("", no_wrap=True)
-    for iteration in results.record_at:
-        made.add_column(str(iteration), justify="right", no_wrap=True)
     for solver in results.solvers:
         made.add_row(f"[bold]{SOLVERS[solver]}[/bold]")
         for arm, words in ARMS.items():
@@ -59,45 +36,18 @@ def table(outcome: Outcome) -> Table:
     return made
 
 
-def show(outcome: Outcome, command: str, target: Console, quiet: bool) -> None:
-    """Print the outcome: table, verdict, where the report is, and the next command.
+def shown(outcome: Outcome) -> Shown:
+    """Gather what the person reads of the LeNet demo.
 
     Args:
         outcome: of the demo.
-        command: one to try next, or "".
-        target: where.
-        quiet: leave out the table.
+
+    Returns:
+        Table, one verdict a solver, and how the intervals were made.
     """
-    if outcome.results.records:
-        if not quiet:
-            target.print()
-            target.print(table(outcome))
-            target.print()
-        for plain, control in outcome.results.comparisons():
-            target.print(f"[bold]{plain.solver}[/bold]: {conclusion(plain, control)}")
-            if not quiet:
-                target.print(f"  {_capital(plain.sentence)}", markup=False)
-                target.print(f"  {_capital(control.sentence)}", markup=False)
-        if not quiet:
-            target.print(confidence_note(outcome.results.family, len(outcome.results.seeds)), markup=False)
-        target.print()
-    for failure in outcome.failures:
-        target.print(f"FAILED {failure.doing} ({failure.job}): {failure.reason}", markup=False)
-        if failure.details and not quiet:
-            target.print(failure.details, markup=False)
-    count = len(outcome.results.records)
-    if outcome.interrupted or outcome.failures:
-        how = "Interrupted" if outcome.interrupted else "Incomplete"
-        rest = "the table is of these; the same command goes on with the rest." if count else "nothing is kept."
-        target.print(f"{how}: {count} of {outcome.planned} runs are finished; {rest}", markup=False)
-    if count:
-        target.print(f"Report: {outcome.report}  ({outcome.seconds:.0f} s)", markup=False, soft_wrap=True)
-    if command and not quiet:
-        target.print(f"Next:   {command}", markup=False, soft_wrap=True)
-
-
-def _capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
+    results = outcome.results
+    verdicts = [(pair[0].solver, conclusion(*pair), pair) for pair in results.comparisons()]
+    return Shown(table(outcome), verdicts, confidence_note(results.family, len(results.seeds)))
 
 
 def as_json(outcome: Outcome) -> str:
@@ -115,9 +65,7 @@ def as_json(outcome: Outcome) -> str:
             "solver": solver,
             "arm": arm,
             "iteration": cell.iteration,
-            "mean": cell.mean,
-            "sd": None if math.isnan(cell.sd) else cell.sd,
-            "runs": cell.count,
+            **cell_json(cell),
             "diverged": results.diverged(solver, arm),
         }
         for solver in results.solvers
@@ -128,24 +76,8 @@ def as_json(outcome: Outcome) -> str:
         {
             "solver": solver,
             "conclusion": conclusion(*pair),
-            "comparisons": [vars(comparison) | {"sentence": comparison.sentence} for comparison in pair],
+            "comparisons": comparisons_json(pair),
         }
         for solver, pair in zip(results.solvers, results.comparisons(), strict=True)
     ]
-    whole = {
-        "dataset": outcome.dataset,
-        "seeds": list(results.seeds),
-        "iterations": outcome.protocol.iterations,
-        "planned": outcome.planned,
-        "finished": len(results.records),
-        "found": outcome.found,
-        "set_aside": [str(path) for path in outcome.renamed],
-        "interrupted": outcome.interrupted,
-        "failures": [vars(failure) for failure in outcome.failures],
-        "errors": errors,
-        "verdict": verdict if results.records else [],
-        "report": str(outcome.report) if results.records else None,
-        "runs": str(outcome.folder),
-        "seconds": outcome.seconds,
-    }
-    return json.dumps(whole, indent=2, allow_nan=False)
+    return whole_json(outcome, errors=errors, verdict=verdict if results.records else [])

@@ -8,19 +8,15 @@ same weights and see the same batches.
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from layerwise.lab import data
-from layerwise.lab.errors import UsageError
-from layerwise.lab.jobs import Advance, Finished, Job, do_job
-from layerwise.lab.pool import Failure, Interrupt, run_jobs
+from layerwise.lab import data, plan
+from layerwise.lab.jobs import Job, do_job
 from layerwise.lab.results import Results
 from layerwise.lab.solvers import SOLVERS
-from layerwise.lab.store import RunStore, usable_cores, write_whole
-from layerwise.lab.training import ARMS, Run
+from layerwise.lab.store import RunStore
+from layerwise.lab.training import ARMS, RECORD_FIELDS, Run
 
 
 @dataclass(frozen=True)
@@ -48,91 +44,27 @@ PROTOCOLS = {
 }
 """Data set -> protocol."""
 
-LARGEST_SEEDS = 1000
-LARGEST_JOBS = 1024
-
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(plan.Settings):
     """What the demo is asked to do.
 
     Attributes:
-        out: folder of the report and the runs.
-        data_dir: folder that may hold the full MNIST, or None.
-        seeds: number of seeds; they are 0, 1, ...
-        jobs: number of processes, or None for the number of usable cores.
         solvers: keys of ``solvers.SOLVERS``.
         protocol: None for that of the data set.
     """
 
-    out: Path = Path("runs")
-    data_dir: Path | None = None
-    seeds: int = 5
-    jobs: int | None = None
     solvers: tuple[str, ...] = tuple(SOLVERS)
     protocol: Protocol | None = None
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.seeds <= LARGEST_SEEDS:
-            raise UsageError(
-                f"seeds={self.seeds!r}: must be from 1 to {LARGEST_SEEDS}; "
-                "the default, --seeds 5, is the fewest that can show a difference"
-            )
-        if self.jobs is not None and not 1 <= self.jobs <= LARGEST_JOBS:
-            raise UsageError(
-                f"jobs={self.jobs!r}: must be from 1 to {LARGEST_JOBS}; leave --jobs out to use every core"
-            )
-        if self.out.exists() and not self.out.is_dir():
-            raise UsageError(f"out={str(self.out)!r} is a file: give a folder, or a name that does not exist yet")
 
-
-class Display:
-    """Where the demo says what happens; this one says nothing."""
-
-    def begin(self, outcome: Outcome, workers: int) -> None:
-        """The plan is made and the finished runs are found."""
-
-    def advance(self, worker: int, run: str, done: int) -> None:
-        """A worker has done so many iterations of a run."""
-
-    def finished(self, worker: int, run: str, error: float, diverged: bool) -> None:
-        """A run is finished with this test error in %."""
-
-    def end(self) -> None:
-        """No run is worked on any more."""
-
-
-@dataclass
-class Outcome:
-    """What came of the demo.
-
-    Attributes:
-        settings: what was asked.
-        dataset: name of the data set.
-        title: what it is, in words.
-        test_count: number of test images.
-        protocol: how long the runs were.
-        results: the finished runs.
-        found: runs that were finished before.
-        set_aside: broken files that were renamed.
-        failures: jobs that failed.
-        interrupted: the person stopped it.
-        seconds: wall clock time.
-        jobs: number of processes.
-    """
+class Outcome(plan.Outcome):
+    """What came of the demo."""
 
     settings: Settings
-    dataset: str
-    title: str
-    test_count: int
     protocol: Protocol
     results: Results
-    found: int = 0
-    set_aside: list[Path] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    interrupted: bool = False
-    seconds: float = 0.0
-    jobs: int = 1
+    subject = "Caffe's LeNet"
 
     @property
     def planned(self) -> int:
@@ -140,24 +72,13 @@ class Outcome:
         return len(self.results.solvers) * len(self.results.seeds) * len(ARMS)
 
     @property
-    def folder(self) -> Path:
-        """Folder of the runs."""
-        return self.settings.out / "demo"
+    def run_length(self) -> int:
+        """Iterations of one run."""
+        return self.protocol.iterations
 
-    @property
-    def renamed(self) -> list[Path]:
-        """New names of the broken files that were set aside."""
-        return [path.with_name(path.name + ".broken") for path in self.set_aside]
-
-    @property
-    def report(self) -> Path:
-        """File of the report."""
-        return self.settings.out / "report.html"
-
-    @property
-    def exit_code(self) -> int:
-        """0, 1 if a job failed, 130 if interrupted."""
-        return 130 if self.interrupted else 1 if self.failures else 0
+    def result_words(self, record: dict[str, Any]) -> str:
+        """Say what came of a run."""
+        return f"{record['test_error'][-1][1]:.2f} % error"
 
 
 def _pending(outcome: Outcome, store: RunStore) -> list[Job]:
@@ -186,7 +107,7 @@ def _pending(outcome: Outcome, store: RunStore) -> list[Job]:
                 if record is None:
                     left.append(run)
                     continue
-                results.records[solver, arm, seed] = record
+                results.records[run.key] = record
                 outcome.found += 1
                 if arm == "layer-adaptive":
                     factor = record["factor"]["mean"]
@@ -195,7 +116,7 @@ def _pending(outcome: Outcome, store: RunStore) -> list[Job]:
     return jobs
 
 
-def run_demo(settings: Settings, display: Display | None = None) -> Outcome:
+def run_demo(settings: Settings, display: plan.Display | None = None) -> Outcome:
     """Do the runs that are not finished yet, and write each to its file as it ends.
 
     Args:
@@ -208,55 +129,11 @@ def run_demo(settings: Settings, display: Display | None = None) -> Outcome:
     Raises:
         UsageError: the data are missing or damaged.
     """
-    clock = time.perf_counter()
-    display = display or Display()
     name = data.choose(settings.data_dir)
     dataset = data.load(name, settings.data_dir)
     protocol = settings.protocol or PROTOCOLS[name]
     results = Results(settings.solvers, tuple(range(settings.seeds)), protocol.record_at)
     outcome = Outcome(settings, name, dataset.title, len(dataset.test_labels), protocol, results)
-    store = RunStore(outcome.folder)
-    store.clear_leftovers()
-    jobs = _pending(outcome, store)
-    outcome.set_aside = store.set_aside
-    outcome.jobs = max(1, min(settings.jobs or usable_cores(), len(jobs)))
-
-    def on_message(worker: int, message: object) -> None:
-        if isinstance(message, Advance):
-            display.advance(worker, message.run, message.done)
-        elif isinstance(message, Finished):
-            run = message.run
-            record = store.save(run.name, message.record)
-            results.records[run.solver, run.arm, run.seed] = record
-            error = record["test_error"][-1][1]  # type: ignore[index]
-            display.finished(worker, run.name, error, record["diverged_at"] is not None)
-
-    with Interrupt() as interrupt:
-        display.begin(outcome, outcome.jobs)
-        try:
-            outcome.failures = run_jobs(
-                do_job, jobs, outcome.jobs, on_message=on_message, stop=lambda: interrupt.requested
-            )
-        finally:
-            display.end()
-        outcome.interrupted = interrupt.requested
-    outcome.seconds = time.perf_counter() - clock
+    store = RunStore(outcome.folder, RECORD_FIELDS)
+    plan.carry_out(outcome, store, lambda: _pending(outcome, store), do_job, display or plan.Display())
     return outcome
-
-
-def write_results(outcome: Outcome) -> Path:
-    """Write every number of the finished runs to ``results.parquet``.
-
-    Args:
-        outcome: of the demo.
-
-    Returns:
-        The file.
-    """
-    import io
-
-    buffer = io.BytesIO()
-    outcome.results.frame().write_parquet(buffer)
-    path = outcome.folder / "results.parquet"
-    write_whole(path, buffer.getvalue())
-    return path

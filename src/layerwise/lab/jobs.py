@@ -1,15 +1,19 @@
-"""What a worker of the demo does: the arms of one solver and one seed, in order."""
+"""What workers do and say, and the work of the LeNet demo: the arms of one solver and one seed, in order."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from layerwise.lab import data
+from layerwise.lab.data import Dataset
+from layerwise.lab.evaluation import StoppedError
 from layerwise.lab.pool import Link
-from layerwise.lab.training import Run, StoppedError, train
+from layerwise.lab.training import Run, train
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,34 @@ class Advance:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run is finished."""
+    """A run is finished; it has a name and the key of its record."""
 
-    run: Run
+    run: Any
     record: dict[str, object]
+
+
+Train = Callable[[Any, Dataset, Callable[[], bool], Callable[[int], None]], dict[str, object]]
+"""Does a run on its data: asks whether to stop, and says how many iterations are done."""
+
+
+def do_run(run: Any, dataset: Dataset, train: Train, link: Link) -> dict[str, object] | None:
+    """Do one run; send ``Advance`` now and then, and ``Finished``.
+
+    Args:
+        run: what to do.
+        dataset: its data.
+        train: does it.
+        link: where messages go and a stop comes from.
+
+    Returns:
+        The run's record, or None if it was stopped.
+    """
+    try:
+        record = train(run, dataset, link.stopped, lambda done: link.send(Advance(run.name, done)))
+    except StoppedError:
+        return None
+    link.send(Finished(run, record))
+    return record
 
 
 def do_job(job: Job, link: Link) -> None:
@@ -64,11 +92,8 @@ def do_job(job: Job, link: Link) -> None:
             if mean_factor is None:
                 raise ValueError(f"{run.name} needs the layer-adaptive run before it")
             run = replace(run, rate_factor=mean_factor)
-        dataset = data.load(run.dataset, job.data_dir)
-        try:
-            record = train(run, dataset, link.stopped, lambda done, name=run.name: link.send(Advance(name, done)))
-        except StoppedError:
+        record = do_run(run, data.load(run.dataset, job.data_dir), train, link)
+        if record is None:
             return
         if run.arm == "layer-adaptive":
             mean_factor = record["factor"]["mean"]  # type: ignore[index]
-        link.send(Finished(run, record))

@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from layerwise.lab.demo import Display, Outcome
+from layerwise.lab.plan import Display, Outcome
 
 PLAIN_LINE_SECONDS = 10.0
 """Seconds between two progress lines where the output is not a terminal."""
@@ -24,7 +24,7 @@ def opening(outcome: Outcome, workers: int) -> list[str]:
         Lines of text.
     """
     left = outcome.planned - outcome.found
-    lines = [f"Caffe's LeNet on {outcome.title}."]
+    lines = [f"{outcome.subject} on {outcome.title}."]
     lines += [
         f"{path.name} was damaged: set aside as {path.name}.broken, and its run is repeated."
         for path in outcome.set_aside
@@ -36,7 +36,7 @@ def opening(outcome: Outcome, workers: int) -> list[str]:
         )
     if left:
         lines.append(
-            f"{left} runs of {outcome.protocol.iterations} iterations in {workers} "
+            f"{left} runs of {outcome.run_words} in {workers} "
             f"process{'es' if workers > 1 else ''}; Ctrl-C keeps the finished ones."
         )
     return lines
@@ -55,7 +55,7 @@ class _Counted(Display):
         """Say what is about to be done."""
         self.clock = time.monotonic()
         self.count, self.total = outcome.found, outcome.planned
-        self.iterations = outcome.protocol.iterations
+        self.iterations = outcome.run_length
         for line in opening(outcome, workers):
             self.target.print(line, markup=False)
 
@@ -63,7 +63,7 @@ class _Counted(Display):
         """Count the iterations of a run."""
         self.done[run] = done
 
-    def finished(self, worker: int, run: str, error: float, diverged: bool) -> None:
+    def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
         """Count a finished run."""
         self.done[run] = self.iterations
         self.count += 1
@@ -88,13 +88,13 @@ class LineDisplay(_Counted):
         super().begin(outcome, workers)
         self._last = time.monotonic()
 
-    def finished(self, worker: int, run: str, error: float, diverged: bool) -> None:
+    def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
         """Say how far it is, unless that was said a moment ago."""
-        super().finished(worker, run, error, diverged)
+        super().finished(worker, run, result, diverged)
         now = time.monotonic()
         if now - self._last >= PLAIN_LINE_SECONDS or self.count == self.total or diverged:
             self._last = now
-            words = "diverged" if diverged else f"{error:.2f} % error"
+            words = "diverged" if diverged else result
             self.target.print(
                 f"{self.count}/{self.total} runs, {self.rate:.0f} iterations/s, {self.left}; {run}: {words}",
                 markup=False,
@@ -137,9 +137,9 @@ class BarDisplay(_Counted):
             note=f"{self.count}/{self.total} runs, {self.rate:.0f} it/s",
         )
 
-    def finished(self, worker: int, run: str, error: float, diverged: bool) -> None:
+    def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
         """Count a run, and say so if it diverged."""
-        super().finished(worker, run, error, diverged)
+        super().finished(worker, run, result, diverged)
         self.advance(worker, run, self.iterations)
         if diverged:
             self.target.print(f"{run} diverged", markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -63,10 +64,12 @@ class RunStore:
 
     Args:
         folder: where the files are; made when the first one is written.
+        fields: what the record of a whole run holds; a file without them is broken.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fields: Iterable[str] = ()) -> None:
         self.folder = folder
+        self.fields = frozenset(fields)
         self.set_aside: list[Path] = []
         """Files that were not whole JSON and were renamed, in the order found."""
 
@@ -84,7 +87,7 @@ class RunStore:
 
         Args:
             name: of the run.
-            record: what ``training.train`` returned.
+            record: what the training returned.
 
         Returns:
             The record as written.
@@ -113,7 +116,7 @@ class RunStore:
             record = json.loads(path.read_bytes())
             same = record["configuration"] == configuration
             known = {key: record["versions"][key] for key in versions()}
-            complete = {"test_error", "training_loss", "rates", "factor", "diverged_at", "seconds"} <= set(record)
+            complete = self.fields <= set(record)
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):

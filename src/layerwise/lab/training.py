@@ -14,6 +14,7 @@ from torch.nn import functional
 import layerwise
 from layerwise.lab import solvers
 from layerwise.lab.data import BATCH_SIZE, Dataset, pixels, training_batch
+from layerwise.lab.evaluation import CHANCE_ERROR, MEMORY_FORMAT, StoppedError, measure_error
 from layerwise.lab.models.lenet import LeNet
 
 ARMS = {
@@ -23,18 +24,8 @@ ARMS = {
 }
 """Arm -> its name in tables, in the order of a job: the control needs the factor of the arm before it."""
 
-CHANCE_ERROR = 90.0
-"""Test error in % of a network that says nothing about ten classes; what a diverged run counts as."""
-
-MEMORY_FORMAT = torch.channels_last
-"""Layout of the convolutions. On one thread an iteration takes 11 ms so, 20 ms in the default layout."""
-
-EVALUATION_CHUNK = 500
-"""Test images in one forward pass; a stop is looked for between two of them."""
-
-
-class StoppedError(Exception):
-    """The run was told to stop and has no result."""
+RECORD_FIELDS = frozenset({"test_error", "training_loss", "rates", "factor", "diverged_at", "seconds"})
+"""What the record of a whole run holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +59,11 @@ class Run:
         """Name of the run and of its file, for example ``sgd-plain-seed0``."""
         return f"{self.solver}-{self.arm}-seed{self.seed}"
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Key of the run's record."""
+        return self.solver, self.arm, self.seed
+
     def configuration(self) -> dict[str, object]:
         """Give everything that decides the numbers, as it is written to the run's file."""
         constants = {
@@ -83,32 +79,9 @@ class Run:
         return {**asdict(self), "record_at": list(self.record_at), **constants}
 
 
-def measure_error(model: LeNet, dataset: Dataset, stop: Callable[[], bool] = lambda: False) -> float:
-    """Measure the error on all test images.
-
-    Args:
-        model: the network.
-        dataset: the data.
-        stop: asked between chunks.
-
-    Returns:
-        Wrong classifications in %.
-
-    Raises:
-        StoppedError: ``stop`` said so.
-    """
-    wrong = 0
-    with torch.no_grad():
-        for images, labels in zip(
-            dataset.test_images.split(EVALUATION_CHUNK),
-            dataset.test_labels.split(EVALUATION_CHUNK),
-            strict=True,
-        ):
-            if stop():
-                raise StoppedError
-            scores = model(pixels(images).contiguous(memory_format=MEMORY_FORMAT))
-            wrong += int((scores.argmax(1) != labels).sum())
-    return 100.0 * wrong / len(dataset.test_labels)
+def _inputs(images: torch.Tensor) -> torch.Tensor:
+    """Turn raw bytes into what the network reads."""
+    return pixels(images).contiguous(memory_format=MEMORY_FORMAT)
 
 
 class _FactorRecord:
@@ -201,7 +174,7 @@ def train(
             raise StoppedError
         images, labels = training_batch(dataset, iteration)
         optimizer.zero_grad()
-        loss = functional.cross_entropy(model(pixels(images).contiguous(memory_format=MEMORY_FORMAT)), labels)
+        loss = functional.cross_entropy(model(_inputs(images)), labels)
         recent.append(loss.item())
         if not math.isfinite(recent[-1]):
             diverged_at = iteration
@@ -223,7 +196,7 @@ def train(
             recent.clear()
             progress(done)
         if done in run.record_at:
-            errors.append([done, measure_error(model, dataset, stop)])
+            errors.append([done, measure_error(model, dataset, _inputs, stop)])
     recorded = {done for done, _ in errors}
     errors += [[done, CHANCE_ERROR] for done in run.record_at if done not in recorded]
     return {

@@ -19,6 +19,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+Quantity = Literal["error", "accuracy"]
 
 ALPHA = 0.05
 """Chance, over all comparisons together, of calling a difference where there is none."""
@@ -27,7 +30,7 @@ MINIMUM_PAIRS = 5
 """Fewer pairs than this show nothing, whatever the interval."""
 
 LOWER, HIGHER, NONE = "lower error", "higher error", "no difference shown"
-"""The three outcomes."""
+"""The three outcomes where the quantity is an error; of another quantity, its name stands for "error"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +41,18 @@ class Comparison:
         solver: name of the solver, in words.
         arm: the arm in question, in words.
         against: the other arm, in words.
-        iteration: updates after which the error was measured.
+        iteration: updates after which the quantity was measured.
         seeds: the pairs.
-        differences: error of ``arm`` minus error of ``against``, percentage points, one a pair.
+        differences: quantity of ``arm`` minus that of ``against``, percentage points, one a pair.
         mean: of the differences; None without a pair.
         sd: of the differences (n - 1); None with fewer than two pairs.
         low: lower end of the interval; None where there is no interval.
         high: upper end.
         confidence: of this one interval, after the correction.
-        outcome: ``LOWER``, ``HIGHER`` or ``NONE``.
+        outcome: ``LOWER``, ``HIGHER`` or ``NONE``; of another quantity than the error, in its words.
         reason: why the outcome is ``NONE``, or "".
         diverged: runs among the pairs that diverged.
+        quantity: ``"error"`` or ``"accuracy"``.
     """
 
     solver: str
@@ -65,6 +69,17 @@ class Comparison:
     outcome: str
     reason: str
     diverged: int = 0
+    quantity: Quantity = "error"
+
+    @property
+    def better(self) -> bool:
+        """The arm is shown to be better than the other."""
+        return self.outcome == (LOWER if self.quantity == "error" else f"higher {self.quantity}")
+
+    @property
+    def worse(self) -> bool:
+        """The arm is shown to be worse than the other."""
+        return self.outcome != NONE and not self.better
 
     @property
     def statistics(self) -> str:
@@ -85,7 +100,7 @@ class Comparison:
         else:
             words = f"{self.arm} has a {self.outcome} than {self.against} ({self.statistics})."
         if self.diverged:
-            words += f" {self.diverged} of these runs diverged and count at the error they ended with."
+            words += f" {self.diverged} of these runs diverged and count at the {self.quantity} they ended with."
         return words
 
 
@@ -121,7 +136,7 @@ def student_interval(differences: tuple[float, ...], confidence: float) -> tuple
 
 
 def compare(
-    errors: Mapping[int, float],
+    values: Mapping[int, float],
     reference: Mapping[int, float],
     family: int,
     *,
@@ -130,18 +145,20 @@ def compare(
     against: str,
     iteration: int,
     diverged: int = 0,
+    quantity: Quantity = "error",
 ) -> Comparison:
     """Compare two arms over the seeds that both have.
 
     Args:
-        errors: seed -> error of the arm, in %; a diverged run with the error it counts as.
-        reference: seed -> error of the other arm.
+        values: seed -> quantity of the arm, in %; a diverged run with the one it counts as.
+        reference: seed -> quantity of the other arm.
         family: number of comparisons planned together, at least 1.
         solver: name in words.
         arm: name in words.
         against: name in words.
-        iteration: updates after which the error was measured.
+        iteration: updates after which the quantity was measured.
         diverged: runs among the pairs that diverged.
+        quantity: what is compared.
 
     Returns:
         The comparison with its outcome.
@@ -151,8 +168,8 @@ def compare(
     """
     if family < 1:
         raise ValueError(f"family={family!r}: at least one comparison is planned")
-    seeds = tuple(sorted(errors.keys() & reference.keys()))
-    differences = tuple(errors[seed] - reference[seed] for seed in seeds)
+    seeds = tuple(sorted(values.keys() & reference.keys()))
+    differences = tuple(values[seed] - reference[seed] for seed in seeds)
     confidence = 1.0 - ALPHA / family
     mean = sd = low = high = None
     if differences:
@@ -168,14 +185,14 @@ def compare(
         reason = f"fewer than {MINIMUM_PAIRS} pairs"
     elif constant:
         reason = (
-            "the error is the same in every pair"
+            f"the {quantity} is the same in every pair"
             if max(map(abs, differences)) <= 1e-9
             else "every pair differs by the same amount, which leaves no spread to judge it by"
         )
     elif low is not None and high is not None and low <= 0.0 <= high:
         reason = "the interval holds 0"
     else:
-        outcome = LOWER if mean is not None and mean < 0.0 else HIGHER
+        outcome = f"{'lower' if mean is not None and mean < 0.0 else 'higher'} {quantity}"
     return Comparison(
         solver=solver,
         arm=arm,
@@ -191,36 +208,56 @@ def compare(
         outcome=outcome,
         reason=reason,
         diverged=diverged,
+        quantity=quantity,
     )
 
 
-def conclusion(plain: Comparison, control: Comparison) -> str:
-    """Say what the two comparisons of one solver mean together.
+@dataclass(frozen=True)
+class Rivals:
+    """What conclusions call the arms that a method is compared with.
+
+    Attributes:
+        plain: the arm without the method.
+        global_rate: what the control does.
+        control: the control as the subject of a sentence.
+    """
+
+    plain: str = "the plain solver"
+    global_rate: str = "a larger global rate"
+    control: str = "the same mean factor as a global rate"
+
+
+DEFAULT_RIVALS = Rivals()
+
+
+def conclusion(plain: Comparison, control: Comparison, rivals: Rivals = DEFAULT_RIVALS) -> str:
+    """Say what the two comparisons of one method mean together.
 
     Args:
-        plain: the method against the plain solver.
-        control: the method against the plain solver at the method's mean factor.
+        plain: the method against the plain arm.
+        control: the method against the control, which does the same to every layer.
+        rivals: what these two are called.
 
     Returns:
         One or two sentences; never more than the intervals show.
     """
     if max(len(plain.differences), len(control.differences)) < MINIMUM_PAIRS:
         return f"Too few runs to tell: fewer than {MINIMUM_PAIRS} pairs are finished."
-    if plain.outcome == LOWER and control.outcome == LOWER:
-        return "The gain is more than that of a larger global rate: it beats the plain solver and the control."
-    if plain.outcome == LOWER and control.outcome == NONE:
+    if plain.better and control.better:
+        return f"The gain is more than that of {rivals.global_rate}: it beats {rivals.plain} and the control."
+    if plain.better and control.outcome == NONE:
         return (
-            "It beats the plain solver but not the control: "
-            "the gain is not shown to be more than that of a larger global rate."
+            f"It beats {rivals.plain} but not the control: "
+            f"the gain is not shown to be more than that of {rivals.global_rate}."
         )
-    if control.outcome == HIGHER:
-        beats = "It beats the plain solver, but" if plain.outcome == LOWER else "Here"
-        return f"{beats} the same mean factor as a global rate does better."
-    if plain.outcome == HIGHER:
-        return "It does worse than the plain solver."
-    if control.outcome == LOWER:
-        return "It beats the control, but is not shown to beat the plain solver."
-    return "These runs do not show that the method changes the error."
+    if control.worse:
+        beats = f"It beats {rivals.plain}, but" if plain.better else "Here"
+        return f"{beats} {rivals.control} does better."
+    if plain.worse:
+        return f"It does worse than {rivals.plain}."
+    if control.better:
+        return f"It beats the control, but is not shown to beat {rivals.plain}."
+    return f"These runs do not show that the method changes the {plain.quantity}."
 
 
 def confidence_note(family: int, seeds: int) -> str:

@@ -1,19 +1,16 @@
-"""The report: one HTML page that needs no network."""
+"""The report of the LeNet demo: one HTML page that needs no network."""
 
 from __future__ import annotations
 
-from collections import Counter
-from contextlib import suppress
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from layerwise.lab.demo import Outcome
 from layerwise.lab.report import charts
+from layerwise.lab.report.page import fill
 from layerwise.lab.solvers import SOLVERS
-from layerwise.lab.store import write_whole
+from layerwise.lab.terminal import capital
 from layerwise.lab.training import ARMS
-from layerwise.lab.verdict import LOWER, conclusion, confidence_note
+from layerwise.lab.verdict import LOWER, conclusion
 
 VIRIDIS = "#440154, #414487, #2a788e, #22a884, #7ad151, #fde725"
 """Colour scale of the heat-maps, from low to high."""
@@ -67,38 +64,6 @@ def _table(outcome: Outcome) -> list[dict[str, Any]]:
     return groups
 
 
-def _origins(outcome: Outcome) -> list[tuple[str, str]]:
-    """Say how, on what and with what the runs were made; runs of several machines are all named."""
-    records = list(outcome.results.records.values())
-    versions = Counter(
-        ", ".join(f"{name} {number}" for name, number in sorted(record["versions"].items())) for record in records
-    )
-    machines = Counter("{processor}, {cores} cores, {system}".format(**record["hardware"]) for record in records)
-    seconds = sum(record["seconds"] for record in records)
-    now = f"{outcome.seconds:.0f} s in {outcome.jobs} process{'es' if outcome.jobs > 1 else ''}"
-    if outcome.found == len(records):
-        now = "no run was needed this time"
-    return [
-        ("Data", outcome.title),
-        (
-            "Network",
-            "Caffe's LeNet, 431,080 parameters; pixels / 256; batches of 64 in file order, unshuffled",
-        ),
-        (
-            "Schedule",
-            f"{outcome.protocol.iterations:,} iterations; base rate 0.01, policy inv; weight decay 0.0005",
-        ),
-        ("Seeds", ", ".join(str(seed) for seed in outcome.results.seeds)),
-        (
-            "Runs",
-            f"{len(records)} of {outcome.planned} finished; {outcome.found} of them were found finished",
-        ),
-        ("Versions", "; ".join(versions)),
-        ("Hardware", "; ".join(machines)),
-        ("Time", f"{now}; all runs together {seconds:.0f} s, each on one thread"),
-    ]
-
-
 def _caveats(outcome: Outcome) -> list[str]:
     """Say what the page does not show."""
     results = outcome.results
@@ -137,7 +102,6 @@ def render(outcome: Outcome, command: str) -> str:
     Returns:
         HTML, with every string escaped.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     results = outcome.results
@@ -149,30 +113,32 @@ def render(outcome: Outcome, command: str) -> str:
         "loss": charts.curves(results, "training_loss", "training loss, nats", floor=1e-4),
         "heat": heat,
     }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("page.html.j2").render(
+    return fill(
+        "lenet.html.j2",
+        outcome,
+        command,
         summary=summary(outcome),
-        complete=len(results.records) == outcome.planned,
-        finished=len(results.records),
-        planned=outcome.planned,
-        interrupted=outcome.interrupted,
-        failures=outcome.failures,
+        about=[
+            ("Network", "Caffe's LeNet, 431,080 parameters; pixels / 256; batches of 64 in file order, unshuffled"),
+            (
+                "Schedule",
+                f"{outcome.protocol.iterations:,} iterations; base rate 0.01, policy inv; weight decay 0.0005",
+            ),
+        ],
+        caveats=_caveats(outcome),
+        legend=charts.LOOK.legend(),
         verdicts=[
             {
-                "solver": pair[0].solver,
+                "subject": pair[0].solver,
                 "conclusion": conclusion(*pair),
-                "sentences": [comparison.sentence[:1].upper() + comparison.sentence[1:] for comparison in pair],
+                "sentences": [capital(comparison.sentence) for comparison in pair],
                 "chart": Markup(drawing),
             }
             for pair, drawing in zip(pairs, charts.differences(pairs), strict=True)
         ],
-        note=confidence_note(results.family, len(results.seeds)),
         record_at=results.record_at,
         table=_table(outcome),
         names=SOLVERS,
-        arms=ARMS,
         panels={name: {solver: Markup(drawing) for solver, drawing in row.items()} for name, row in panels.items()},
         rate_low=low,
         rate_high=high,
@@ -187,34 +153,4 @@ def render(outcome: Outcome, command: str) -> str:
             for solver in results.solvers
             if results.layer_factors(solver)
         ],
-        command=command,
-        origins=_origins(outcome),
-        caveats=_caveats(outcome),
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
-
-
-def prepare() -> None:
-    """Import what a report needs and start its renderer, so that an interrupted demo does not wait for them.
-
-    Meant for a thread beside the runs. A module that is missing is reported where it is needed.
-    """
-    with suppress(ImportError):
-        import jinja2  # noqa: F401
-        import scipy.special  # noqa: F401
-
-        charts.svg({"data": {"values": [{}]}, "mark": "point"}, "", "nothing")
-
-
-def write_report(outcome: Outcome, command: str) -> Path:
-    """Write the page to the folder of the outcome.
-
-    Args:
-        outcome: of the demo, with at least one finished run.
-        command: the command line that made it.
-
-    Returns:
-        The file.
-    """
-    write_whole(outcome.report, render(outcome, command).encode())
-    return outcome.report

@@ -1,8 +1,4 @@
-"""Charts of the report, rendered to SVG beforehand so that the page needs no script and no network.
-
-Colours are CSS variables of the page (``var(--plain)`` and so on), so that one drawing serves light and dark.
-Charts of a row share their scales, and their legend is part of the page.
-"""
+"""Charts of the LeNet report."""
 
 from __future__ import annotations
 
@@ -10,51 +6,30 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from layerwise.lab.report.drawing import svg
+from layerwise.lab.report.parts import (
+    HEIGHT,
+    WIDTH,
+    Look,
+    band_rows,
+    colour,
+    difference_chart,
+    line_layers,
+    names_axis,
+    reach_of,
+)
 from layerwise.lab.results import Results
 from layerwise.lab.training import ARMS
-from layerwise.lab.verdict import MINIMUM_PAIRS, Comparison
+from layerwise.lab.verdict import Comparison
 
-WIDTH, HEIGHT = 300, 190
-"""Plotting area in pixels; with its labels a chart fits a telephone held upright."""
-
-DASHES = {"plain": [2, 2], "layer-adaptive": [1, 0], "control": [7, 3]}
-SHAPES = {"plain": "square", "layer-adaptive": "circle", "control": "triangle-up"}
-"""A second sign beside the colour, for those who do not see it."""
+LOOK = Look(
+    ARMS,
+    {"plain": [2, 2], "layer-adaptive": [1, 0], "control": [7, 3]},
+    {"plain": "square", "layer-adaptive": "circle", "control": "triangle-up"},
+)
+"""How the arms are told apart."""
 
 FEW_DIGITS, MANY_DIGITS = (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)
 """Ticks of a log axis are these times powers of ten: the many where the few give less than four."""
-
-
-def colour(arm: str) -> str:
-    """Give the page's colour of an arm."""
-    return f"var(--{arm})"
-
-
-def _arm_scale(values: dict[str, Any]) -> dict[str, Any]:
-    return {"scale": {"domain": list(ARMS), "range": [values[arm] for arm in ARMS]}, "legend": None}
-
-
-def _arm_encoding() -> dict[str, Any]:
-    colours = {arm: colour(arm) for arm in ARMS}
-    return {"color": {"field": "arm", "type": "nominal", **_arm_scale(colours)}}
-
-
-def _curve_rows(results: Results, solver: str, quantity: str, floor: float) -> list[dict[str, Any]]:
-    """Give a solver's points: mean, and mean ± sd no lower than ``floor``, as a log axis has no 0."""
-    rows = []
-    for arm in ARMS:
-        for cell in results.cells(solver, arm, quantity):
-            sd = cell.sd if cell.count > 1 else 0.0
-            rows.append(
-                {
-                    "arm": arm,
-                    "iteration": cell.iteration,
-                    "mean": max(cell.mean, floor),
-                    "low": max(cell.mean - sd, floor),
-                    "high": max(cell.mean + sd, floor),
-                }
-            )
-    return rows
 
 
 def _log_axis(values: Iterable[float]) -> tuple[list[float], list[float]]:
@@ -81,7 +56,10 @@ def curves(results: Results, quantity: str, title: str, floor: float) -> dict[st
     Returns:
         Solver -> drawing; solvers without a finished run are left out.
     """
-    data = {solver: _curve_rows(results, solver, quantity, floor) for solver in results.solvers}
+    data = {
+        solver: [row for arm in ARMS for row in band_rows(arm, results.cells(solver, arm, quantity=quantity), floor)]
+        for solver in results.solvers
+    }
     drawn = [row for rows in data.values() for row in rows]
     if not drawn:
         return {}
@@ -99,30 +77,7 @@ def curves(results: Results, quantity: str, title: str, floor: float) -> dict[st
         "scale": {"type": "log", "domain": domain, "nice": False, "clamp": True},
         "axis": {"values": ticks, "title": title, "format": "~g"},
     }
-    dashes = {"strokeDash": {"field": "arm", "type": "nominal", **_arm_scale(DASHES)}}
-    shapes = {"shape": {"field": "arm", "type": "nominal", **_arm_scale(SHAPES)}}
-    layers = [
-        {
-            "mark": {"type": "area", "opacity": 0.16},
-            "encoding": {
-                "x": x,
-                "y": {"field": "low", **y_scale},
-                "y2": {"field": "high"},
-                **_arm_encoding(),
-            },
-        },
-        {
-            "mark": {"type": "line", "strokeWidth": 2},
-            "encoding": {"x": x, "y": {"field": "mean", **y_scale}, **_arm_encoding(), **dashes},
-        },
-    ]
-    if quantity == "test_error":
-        layers.append(
-            {
-                "mark": {"type": "point", "filled": True, "size": 45, "opacity": 1},
-                "encoding": {"x": x, "y": {"field": "mean", **y_scale}, **_arm_encoding(), **shapes},
-            }
-        )
+    layers = line_layers(LOOK, x, y_scale, points=quantity == "test_error")
     return {
         solver: svg(
             {"width": WIDTH, "height": HEIGHT, "data": {"values": rows}, "layer": layers},
@@ -143,86 +98,14 @@ def differences(pairs: Sequence[tuple[Comparison, Comparison]]) -> list[str]:
     Returns:
         One drawing a pair, all on one scale.
     """
-    labels = {0: "vs plain", 1: "vs control"}
-    reach = 0.1
-    for comparison in (item for pair in pairs for item in pair):
-        # The interval of very few pairs says nothing and would hide them: it is cut off at the edge.
-        few = len(comparison.seeds) < MINIMUM_PAIRS
-        ends = [2.0 * value if few else value for value in comparison.differences]
-        ends += [] if few else [comparison.low or 0.0, comparison.high or 0.0]
-        reach = max(reach, *(abs(value) for value in ends), 0.0)
-    drawings = []
-    for number, pair in enumerate(pairs):
-        dots = [
-            {"row": labels[index], "value": value, "arm": arm}
-            for index, (arm, comparison) in enumerate(zip(("plain", "control"), pair, strict=True))
-            for value in comparison.differences
-        ]
-        means = [
-            {"row": labels[index], "value": item.mean, "low": item.low, "high": item.high}
-            for index, item in enumerate(pair)
-            if item.mean is not None
-        ]
-        intervals = [row for row in means if row["low"] is not None]
-        x = {
-            "field": "value",
-            "type": "quantitative",
-            "scale": {"domain": [-1.05 * reach, 1.05 * reach], "nice": False, "clamp": True},
-            "axis": {
-                "title": "percentage points (left of 0: lower error)",
-                "tickCount": 5,
-            },
-        }
-        y = {
-            "field": "row",
-            "type": "nominal",
-            "sort": list(labels.values()),
-            "scale": {"domain": list(labels.values())},
-            "axis": {"title": None, "domain": False, "ticks": False, "minExtent": 68},
-        }
-        layers = [
-            {
-                "mark": {"type": "rule", "color": "var(--ink)", "strokeDash": [3, 3]},
-                "data": {"values": [{"value": 0}]},
-                "encoding": {"x": x},
-            },
-            {
-                "mark": {"type": "rule", "strokeWidth": 3, "color": "var(--layer-adaptive)"},
-                "data": {"values": intervals},
-                "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"}, "y": y},
-            },
-            {
-                "mark": {
-                    "type": "tick",
-                    "thickness": 1.5,
-                    "size": 12,
-                    "yOffset": 14,
-                    "color": "var(--muted)",
-                },
-                "data": {"values": dots},
-                "encoding": {"x": x, "y": y},
-            },
-            {
-                "mark": {
-                    "type": "point",
-                    "filled": True,
-                    "size": 80,
-                    "opacity": 1,
-                    "color": "var(--layer-adaptive)",
-                },
-                "data": {"values": means},
-                "encoding": {"x": x, "y": y},
-            },
-        ]
-        words = "; ".join(f"against {item.against}: {item.statistics}" for item in pair)
-        drawings.append(
-            svg(
-                {"width": WIDTH - 30, "height": 110, "layer": layers},
-                f"{pair[0].solver}: {words}",
-                f"d{number}",
-            )
+    reach = reach_of(item for pair in pairs for item in pair)
+    title = "percentage points (left of 0: lower error)"
+    return [
+        difference_chart(
+            [("vs plain", plain), ("vs control", control)], reach, title, colour("layer-adaptive"), f"d{number}"
         )
-    return drawings
+        for number, (plain, control) in enumerate(pairs)
+    ]
 
 
 def heat_maps(results: Results) -> tuple[dict[str, str], float, float]:
@@ -254,7 +137,7 @@ def heat_maps(results: Results) -> tuple[dict[str, str], float, float]:
                 "field": "layer",
                 "type": "nominal",
                 "sort": layers,
-                "axis": {"title": None, "domain": False, "ticks": False, "minExtent": 40},
+                "axis": names_axis(layers),
             },
             "color": {
                 "field": "rate",
