@@ -234,7 +234,7 @@ def test_z_is_that_of_numpy_and_within_its_bounds(values, ddof):
     count = len(values)
     limit = math.sqrt(count - 1) if ddof == 0 else (count - 1) / math.sqrt(count)
     assert max(map(abs, z)) <= limit * (1 + 1e-9)
-    if np.std(values) > 1e-9:
+    if np.std(values) > 2e-6:
         np.testing.assert_allclose(z, reference.z_scores(values, ddof), rtol=1e-6, atol=1e-9)
 
 
@@ -251,11 +251,11 @@ def test_layers_that_are_not_live_do_not_distort_z():
 def test_the_first_measure_takes_a_buffer_a_parameter_and_the_second_two_and_a_sample_takes_its_share():
     layers = layers_of([[(100, 100), (100,)], [(50, 100)]], torch.float32)
     numbers, epoch = 15_100, random_epoch(layers, 2, dtype=torch.float32)
-    small = 8 * 3 + 8  # a sum a parameter tensor, and the number of steps
+    small = 8 * 3 + 3 + 8  # a sum and a flag a parameter tensor, and the number of steps
     assert buffer_bytes(measured(layers, epoch, "G")[1]) == 4 * numbers + small
-    assert buffer_bytes(measured(layers, epoch, "G_prime")[1]) == 2 * 4 * numbers + 8
+    assert buffer_bytes(measured(layers, epoch, "G_prime")[1]) == 2 * 4 * numbers + 3 + 8
     assert buffer_bytes(measured(layers, epoch, "G", sample=200)[1]) == 4 * 2 * 200 + small
-    assert buffer_bytes(measured(layers, epoch, "G_prime", sample=200)[1]) == 2 * 4 * 2 * 200 + 8
+    assert buffer_bytes(measured(layers, epoch, "G_prime", sample=200)[1]) == 2 * 4 * 2 * 200 + 3 + 8
 
 
 @both
@@ -311,9 +311,90 @@ def test_saved_sums_go_on_where_they_were_and_foreign_ones_are_refused(measure):
         copy = sums.add(copy, Gradients(gradients))
     assert sums.ratios(copy)[0] == whole
     assert half["iterations"].item() == 3
-    with pytest.raises(ValueError, match="not signed, absolute and iterations"):
+    with pytest.raises(ValueError, match="must hold signed, absolute, received by parameter"):
         sums.loaded({"signed": {}})
     with pytest.raises(ValueError, match="no parameter here"):
         DirectionalitySums(layers[:1], each_weight=measure == "G_prime").loaded(half)
     with pytest.raises(ValueError, match="have shape"):
         DirectionalitySums(layers, each_weight=measure != "G_prime").loaded(half)
+
+
+@both
+def test_a_broken_form_of_saved_sums_is_refused(measure):
+    layers = layers_of(SHAPES)
+    sums, half, _ = measured(layers, random_epoch(layers, 2), measure)
+    for spoiled in ({**half, "signed": None}, {**half, "signed": []}, {**half, "iterations": torch.zeros(3)}, None):
+        with pytest.raises(ValueError, match="the saved sums"):
+            sums.loaded(spoiled)
+
+
+@both
+@pytest.mark.parametrize("size", [1e-24, 1e19])
+@pytest.mark.parametrize("sample", [None, 100])
+def test_tiny_and_huge_float32_gradients_count(measure, size, sample):
+    layers = layers_of([[(30, 20)]], torch.float32)
+    epoch = random_epoch(layers, 4, dtype=torch.float32)
+    scaled = [[g * size for g in row] for row in epoch]
+    _, state, values = measured(layers, scaled, measure, sample=sample)
+    assert state["iterations"].item() == 4
+    assert values == pytest.approx(measured(layers, epoch, measure, sample=sample)[2], rel=1e-5)
+
+
+@pytest.mark.parametrize("sample", [None, 50])
+@both
+def test_complex_gradients_of_constant_sign_give_1_and_their_sums_can_be_loaded(measure, sample):
+    layers = [Layer("wave", (nn.Parameter(torch.zeros(200, dtype=torch.complex64)),))]
+    sums, state, values = measured(layers, [[torch.full((200,), 1 + 2j)]] * 3, measure, sample=sample)
+    assert values == pytest.approx([1.0])
+    assert sums.ratios(sums.loaded(state))[0] == values
+
+
+def test_rounding_dust_of_float32_is_no_spread():
+    layers = layers_of([[(64, 64), (64,)] for _ in range(8)], torch.float32)
+    for steps in (1, 3):
+        epoch = [[g.abs() for g in row] for row in random_epoch(layers, steps, dtype=torch.float32)]
+        assert z_scores(measured(layers, epoch, "G")[2], [True] * 8) == [0.0] * 8
+
+
+def test_only_the_measured_layers_take_memory_and_all_tell_whether_a_step_counts():
+    layers = layers_of([[(10, 10)], [(100, 100)]], torch.float32)
+    sums = DirectionalitySums(layers, each_weight=True, measured=[True, False])
+    epoch = random_epoch(layers, 2, dtype=torch.float32)
+    state = sums.add({}, Gradients(epoch[0]))
+    assert buffer_bytes(state) == 2 * 4 * 100 + 1 + 8
+    epoch[1][1][0, 0] = math.nan
+    assert sums.add(state, Gradients(epoch[1]))["iterations"].item() == 1
+
+
+@both
+def test_a_layer_with_gradients_in_skipped_steps_alone_has_received_none(measure):
+    layers = layers_of([[(3,)], [(3,)]])
+    epoch = [[torch.ones(3), None], [torch.ones(3), torch.ones(3)], [torch.ones(3), None]]
+    sums, state, _ = measured(layers, epoch, measure, skipped=[0.0, 1.0, 0.0])
+    assert sums.ratios(state)[1] == [True, False]
+
+
+@both
+def test_a_parameter_of_another_shape_begins_anew(measure):
+    layers = layers_of([[(3,)], [(2,)]])
+    _, state, _ = measured(layers, [[torch.ones(3), torch.ones(2)]], measure)
+    grown = layers_of([[(3,)], [(4,)]])
+    sums = DirectionalitySums(grown, each_weight=measure == "G_prime")
+    state = sums.add(state, Gradients([-torch.ones(3), torch.ones(4)]))
+    assert sums.ratios(state)[0] == [0.0, 1.0]
+
+
+def test_sums_read_from_a_file_go_on_where_the_gradients_are():
+    with FakeTensorMode():
+        parameter = nn.Parameter(torch.empty(4, device="cuda"))
+        for each_weight in (False, True):
+            sums = DirectionalitySums([Layer("", (parameter,))], each_weight=each_weight)
+            state = sums.add({}, Gradients([torch.empty(4, device="cuda")]))
+            saved = {
+                part: {k: torch.zeros_like(b, device="cpu") for k, b in state[part].items()}
+                for part in ("signed", "absolute", "received")
+            }
+            saved["iterations"] = torch.zeros((), dtype=torch.int64)
+            state = sums.add(sums.loaded(saved), Gradients([torch.empty(4, device="cuda")]))
+            assert state["iterations"].device.type == "cuda"
+            assert state["signed"]["/.0"].device.type == "cuda"

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -21,7 +22,7 @@ from .optimizers import PLACES, PlaceName, automatic_place, check_place, no_effe
 from .partition import Partition, Split
 from .rules.base import State
 from .rules.combine import bounds as bounded
-from .rules.combine import check_bounds, check_rule, default, get_selection, initial_state, load_state
+from .rules.combine import check_bounds, check_rule, default, derived_state, get_selection, initial_state, load_state
 from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
 from .rules.selection import Selection
 from .state import carried_over, check_saved, copied
@@ -307,6 +308,7 @@ class LayerwiseLR:
         named = named_parameters_of(optimizer, self._model)
         layers = make_layers(named, self._specification, self._model)
         included = included_layers(layers, self._exclude)
+        layers = [replace(layer, included=inside) for layer, inside in zip(layers, included, strict=True)]
         automatic = automatic_place(optimizer, self._preferred, self._decay)
         place_name = automatic if self._apply == "auto" else cast(PlaceName, self._apply)
         check_place(optimizer, place_name, self._decay, decay_given=self._decay_argument != "auto")
@@ -319,6 +321,7 @@ class LayerwiseLR:
         statistics = LayerStatistics(layers, needs)
         names = [layer.name for layer in layers]
         state = carried_over(initial_state(self._rule, layers, statistics.device), self._state, names, self.layers)
+        state = derived_state(self._rule, state)
 
         self._parameters = _parameters(optimizer.param_groups)
         self._partition = Partition(statistics.layer_of)

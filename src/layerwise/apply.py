@@ -96,6 +96,10 @@ class LearningRate:
         """Nothing is left to do."""
 
 
+SMALLEST_DIVISOR = 1e-3
+"""Factors below this are applied to the gradient itself where the decay is to stay plain: λ/f would lose digits."""
+
+
 class Gradient:
     """`g_l ← f_l g_l` before the optimizer sees it, and `f_l λ w` of coupled weight decay when it is scaled.
 
@@ -113,8 +117,8 @@ class Gradient:
         """Scale the gradients, or what the optimizer multiplies them by."""
         self._started = None  # of a step that failed
         if not self.in_place and factors.numbers is not None and damps_history(view):
-            # The dampening multiplies g + λw, so to leave the decay plain λ is divided by f.
-            possible = self.decay == "scaled" or not has_decay(view) or 0.0 not in factors.numbers
+            # The dampening multiplies g + λw, so to leave the decay plain λ is divided by f, which must not be small.
+            possible = self.decay == "scaled" or not has_decay(view) or min(factors.numbers) >= SMALLEST_DIVISOR
             present = strided_gradients(view) if possible else None
             if present is not None:
                 return self._through_dampening(view, partition, present, factors.numbers)

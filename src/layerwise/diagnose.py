@@ -11,8 +11,7 @@ from .adapter import LayerwiseLR
 from .layers import named_parameters_of
 from .optimizers import SCALE_INVARIANT, decay_is_coupled, no_effect, takes_tensor_rate, unwrap
 from .rules import LayerAdaptive
-from .rules.combine import default
-from .rules.measured import ChoosingRule
+from .rules.combine import default, get_selection
 
 
 def diagnose(
@@ -153,7 +152,7 @@ def _problems(adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | Non
 
 def _notes(adapter: LayerwiseLR, optimizer: Optimizer) -> list[str]:
     notes: list[str] = []
-    if isinstance(adapter.rule, ChoosingRule):
+    if get_selection(adapter.rule, adapter._state) is not None:
         notes.append("the rule counts epochs: call adapter.end_epoch() after each")
     device = next(p for group in optimizer.param_groups for p in group["params"]).device.type
     if (

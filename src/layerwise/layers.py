@@ -36,12 +36,14 @@ class Layer:
         parameters: The layer's parameters that the optimizer holds, in the model's order.
         parameter_names: Their names, without the prefixes of wrappers.
         module: The module that owns them, when there is one such module and the model is known.
+        included: Whether the layer is not excluded; the factor of an excluded one is 1.
     """
 
     name: str
     parameters: tuple[Tensor, ...]
     parameter_names: tuple[str, ...] = ()
     module: nn.Module | None = field(default=None, repr=False)
+    included: bool = True
 
 
 def clean_name(name: str) -> str:

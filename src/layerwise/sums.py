@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .layers import Layer
-from .norms import tensor_norms
 from .statistics import Gradients
 from .tensors import as_dense_real, moved
 
 Sums = dict[str, Any]
-"""Empty, or `signed` and `absolute`: buffers by parameter name, so that a checkpoint holds them; and `iterations`."""
+"""Empty, or `signed`, `absolute`, `received`: tensors by parameter, for a checkpoint to hold; and `iterations`."""
+
+PARTS = ("signed", "absolute", "received")
 
 
 class DirectionalitySums:
@@ -31,19 +32,31 @@ class DirectionalitySums:
         layers: The layers.
         each_weight: Whether Σ_j |g_ij| is kept for each weight (G′) or summed at once (G).
         sample: Number of weights of each layer that stand for it; None for all.
+        measured: Which layers are summed; None for all. The others still tell whether a step counts.
     """
 
-    def __init__(self, layers: Sequence[Layer], *, each_weight: bool, sample: int | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        *,
+        each_weight: bool,
+        sample: int | None = None,
+        measured: Sequence[bool] | None = None,
+    ) -> None:
         self.each_weight = each_weight
         self.sample = sample
         self._layers = [layer.parameters for layer in layers]
         self._parameters = [p for layer in layers for p in layer.parameters]
-        self._keys = [
+        names = [
             name
             for layer in layers
             for name in (layer.parameter_names or [f"{layer.name}.{i}" for i in range(len(layer.parameters))])
         ]
+        # A state's own entries that begin with an underscore are not saved; a parameter's name may begin with one.
+        self._keys = [f"/{name}" for name in names]
         self._taken = [taken for layer in self._layers for taken in _shares(layer, sample)]
+        inside = [True] * len(layers) if measured is None else measured
+        self._measured = [flag for layer, flag in zip(self._layers, inside, strict=True) for _ in layer]
 
     @torch.no_grad()
     def add(self, sums: Sums, gradients: Gradients) -> Sums:
@@ -53,32 +66,33 @@ class DirectionalitySums:
             sums: Those so far; empty before the first step.
             gradients: This step's.
         """
-        present = [(i, _real(g)) for i, g in enumerate(gradients.tensors) if g is not None]
-        if not present:
+        every = [(i, _real(g)) for i, g in enumerate(gradients.tensors) if g is not None]
+        if not every:
             return sums
-        device = present[0][1].device
-        if self.sample is None and not self.each_weight:
-            totals = _absolute_sums([g for _, g in present])
-            total = torch.stack([moved(t, device) for t in totals]).sum()
+        device = every[0][1].device
+        totals: list[Tensor] = []
+        if self.sample is None and not self.each_weight and all(self._measured):
+            totals = _absolute_sums([g for _, g in every])
+            size = torch.stack([moved(t, device) for t in totals]).sum()
         else:
-            totals = []
-            total = tensor_norms([g for _, g in present], device)[0].sum()
-        if self.sample is not None:
-            present = [(i, self._some(i, g)) for i, g in present]
-        if total.device.type == "cpu" and gradients.skipped is None:
-            if not 0 < total.item() < math.inf:
+            size = _largest([g for _, g in every], device)
+        present = [(i, self._some(i, g)) for i, g in every if self._measured[i]]
+        if size.device.type == "cpu" and gradients.skipped is None:
+            if not 0 < size.item() < math.inf:
                 return sums
             counts = None
             scale: Any = 1.0 if gradients.scale is None else 1 / float(gradients.scale)
         else:
-            counts = (total > 0) & (total < math.inf)
+            counts = (size > 0) & (size < math.inf)
             if gradients.skipped is not None:
                 counts &= moved(gradients.skipped, device) == 0
             scale = 1.0 if gradients.scale is None else gradients.scale.double().reciprocal()
-        sums = sums or {"signed": {}, "absolute": {}, "iterations": torch.zeros((), dtype=torch.int64, device=device)}
-        sums["iterations"] += 1 if counts is None else counts
+        sums = sums or {**{part: {} for part in PARTS}, "iterations": torch.zeros((), dtype=torch.int64, device=device)}
+        sums["iterations"] = moved(sums["iterations"], device) + (1 if counts is None else counts)
         for i, gradient in present:
             self._open(sums, i, gradient)
+            received = sums["received"][self._keys[i]]
+            received |= True if counts is None else moved(counts, received.device)
         values = [gradient for _, gradient in present]
         self._accumulate(sums["signed"], present, values, scale, counts)
         if self.each_weight:
@@ -102,7 +116,7 @@ class DirectionalitySums:
             numbers = range(position, position + len(layer))
             position += len(layer)
             keys = [self._keys[i] for i in numbers if sums and self._keys[i] in sums["signed"]]
-            received.append(bool(keys))
+            received.append(any(bool(sums["received"][key]) for key in keys))
             signed = [sums["signed"][key].double().abs() for key in keys]
             absolute = [sums["absolute"][key].double() for key in keys]
             if self.each_weight:
@@ -133,10 +147,9 @@ class DirectionalitySums:
             buffer.add_(counted.to(buffer.dtype))
 
     def _count(self, i: int) -> int:
-        """Return how many weights stand for a parameter; a complex one counts as two."""
-        parameter, taken = self._parameters[i], self._taken[i]
-        numbers = parameter.numel() if taken is None else taken[0]
-        return numbers * (2 if parameter.is_complex() else 1)
+        """Return how many numbers stand for a parameter."""
+        taken = self._taken[i]
+        return _numbers(self._parameters[i]) if taken is None else taken[0]
 
     def loaded(self, sums: Any) -> Sums:
         """Return a copy of saved sums.
@@ -144,18 +157,22 @@ class DirectionalitySums:
         Raises:
             ValueError: They are not of this form, or of other parameters.
         """
-        if not sums:
+        if sums == {}:
             return {}
-        if set(sums) != {"signed", "absolute", "iterations"} or not isinstance(sums["iterations"], Tensor):
-            raise ValueError(f"the saved sums hold {sorted(sums)}, not signed, absolute and iterations")
-        copy: Sums = {"signed": {}, "absolute": {}, "iterations": sums["iterations"].clone()}
-        for part in ("signed", "absolute"):
+        form = isinstance(sums, dict) and sorted(sums) == sorted([*PARTS, "iterations"])
+        if not form or not all(isinstance(sums[part], dict) for part in PARTS):
+            raise ValueError(f"the saved sums must hold {', '.join(PARTS)} by parameter, and iterations")
+        if not isinstance(sums["iterations"], Tensor) or sums["iterations"].ndim:
+            raise ValueError("the saved sums hold no number of iterations")
+        copy: Sums = {**{part: {} for part in PARTS}, "iterations": sums["iterations"].clone()}
+        for part in PARTS:
             if sums[part].keys() != sums["signed"].keys():
-                raise ValueError("the saved sums are of different parameters in 'signed' and 'absolute'")
+                raise ValueError(f"the saved sums are of different parameters in 'signed' and {part!r}")
             for key, buffer in sums[part].items():
                 if key not in self._keys:
                     raise ValueError(f"the saved sums hold {key!r}, which is no parameter here; use the same model")
-                wanted = () if part == "absolute" and not self.each_weight else self._shape(self._keys.index(key))
+                whole = part == "signed" or (part == "absolute" and self.each_weight)
+                wanted = self._shape(self._keys.index(key)) if whole else ()
                 if not isinstance(buffer, Tensor) or buffer.shape != wanted:
                     found = tuple(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
                     raise ValueError(f"the saved sums of {key!r} have shape {found}, here {tuple(wanted)}; same rule?")
@@ -164,19 +181,23 @@ class DirectionalitySums:
 
     def _shape(self, i: int) -> tuple[int, ...]:
         parameter, taken = self._parameters[i], self._taken[i]
-        shape = (taken[0],) if taken is not None else tuple(parameter.shape)
-        return (*shape, 2) if parameter.is_complex() else shape
+        if taken is not None:
+            return (taken[0],)
+        return (*parameter.shape, 2) if parameter.is_complex() else tuple(parameter.shape)
 
     def _open(self, sums: Sums, i: int, gradient: Tensor) -> None:
-        known = sums["signed"].get(self._keys[i])
-        if known is not None:
-            if known.device != gradient.device:  # read from a file, or the model was moved
-                for part in ("signed", "absolute"):
-                    sums[part][self._keys[i]] = moved(sums[part][self._keys[i]], gradient.device)
+        """Make a parameter's buffers, or bring those of a file, or of a model that was moved, to its device."""
+        key = self._keys[i]
+        known = sums["signed"].get(key)
+        if known is not None and known.shape == gradient.shape:
+            if known.device != gradient.device:
+                for part in PARTS:
+                    sums[part][key] = moved(sums[part][key], gradient.device)
             return
         wide = torch.promote_types(gradient.dtype, torch.float32)
-        sums["signed"][self._keys[i]] = torch.zeros_like(gradient, dtype=wide)
-        sums["absolute"][self._keys[i]] = (
+        sums["signed"][key] = torch.zeros_like(gradient, dtype=wide)
+        sums["received"][key] = torch.zeros((), dtype=torch.bool, device=gradient.device)
+        sums["absolute"][key] = (
             torch.zeros_like(gradient, dtype=wide)
             if self.each_weight
             else torch.zeros((), dtype=torch.float64, device=gradient.device)
@@ -219,8 +240,8 @@ def z_scores(values: Sequence[float], live: Sequence[bool], ddof: int = 0) -> li
         return [0.0] * len(values)
     mean = math.fsum(counted) / len(counted)
     sigma = math.sqrt(math.fsum((value - mean) ** 2 for value in counted) / (len(counted) - ddof))
-    # Equal values leave rounding dust, which is no spread.
-    if sigma <= 1e-12 * max(map(abs, counted)):
+    # Equal values leave rounding dust of float32, which is no spread.
+    if sigma <= 1e-6 * max(map(abs, counted)):
         return [0.0] * len(values)
     return [(value - mean) / sigma if inside else 0.0 for value, inside in zip(values, live, strict=True)]
 
@@ -241,21 +262,37 @@ def _absolute_sums(gradients: Sequence[Tensor]) -> list[Tensor]:
     return [g.abs().sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
 
 
+def _largest(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return max |g| over all tensors: zero where all are, not finite where one is not; no square can overflow."""
+    # Of an empty tensor there is no largest entry.
+    norms = torch._foreach_norm([gradient for gradient in gradients if gradient.numel()], math.inf)
+    if not norms:
+        return torch.zeros((), device=device)
+    if len({(norm.device, norm.dtype) for norm in norms}) > 1:
+        norms = [moved(norm, device).float() for norm in norms]
+    return moved(torch.stack(list(norms)).sum(), device)
+
+
+def _numbers(parameter: Tensor) -> int:
+    """Return how many real numbers a parameter holds."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
+
+
 def _shares(layer: Sequence[Tensor], sample: int | None) -> list[tuple[int, int] | None]:
     """Return for each parameter how many of its weights are taken, and by what step; None for all.
 
     Weight k · step mod n, for a step near n/φ (φ the golden ratio) without a common divisor: no weight twice, none of
     the channels or positions in a kernel left out.
     """
-    total = sum(p.numel() for p in layer)
+    total = sum(map(_numbers, layer))
     if sample is None or total <= sample:
         return [None] * len(layer)
     shares: list[tuple[int, int] | None] = []
-    for p in layer:
-        step = max(1, round(p.numel() * (math.sqrt(5) - 1) / 2))
-        while math.gcd(step, p.numel()) > 1:
+    for numbers in map(_numbers, layer):
+        step = max(1, round(numbers * (math.sqrt(5) - 1) / 2))
+        while math.gcd(step, numbers) > 1:
             step += 1
-        shares.append((min(p.numel(), max(1, round(sample * p.numel() / total))), step))
+        shares.append((min(numbers, max(1, round(sample * numbers / total))), step))
     return shares
 
 

@@ -505,8 +505,13 @@ def test_no_step_of_any_epoch_reads_a_value_from_an_accelerator(
         with unset_fake_temporarily():  # the rule's own numbers lie on the host
             return init(self, layers, device)
 
-    init = GradientAmplification.init
+    def real_derived(self: Any, state: Any) -> Any:
+        with unset_fake_temporarily():
+            return derived(self, state)
+
+    init, derived = GradientAmplification.init, GradientAmplification.derived
     monkeypatch.setattr(GradientAmplification, "init", real)
+    monkeypatch.setattr(GradientAmplification, "derived", real_derived)
     with FakeTensorMode():
         named = {f"{i}.weight": nn.Parameter(torch.empty(3, 3, device="cuda")) for i in range(3)}
         optimizer = torch.optim.SGD(named.items(), lr=0.1, **options)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..layers import Layer
 from ..state import loaded
 from ..statistics import Statistics
+from ..tensors import moved
 from .base import Rule, State, finite_or_one
 from .selection import Selection
 
@@ -45,6 +46,11 @@ def initial_state(rule: Any, layers: Sequence[Layer], device: torch.device) -> S
 def load_state(rule: Any, saved: Any, state: State) -> State:
     """Return a rule's state with what was saved, by its own `load` if it has one."""
     return rule.load(saved, state) if hasattr(rule, "load") else loaded(saved, state, "state")
+
+
+def derived_state(rule: Any, state: State) -> State:
+    """Return a rule's state with what follows from the rest of it, after layers have come or gone."""
+    return rule.derived(state) if hasattr(rule, "derived") else state
 
 
 def get_selection(rule: Any, state: State) -> list[Selection] | None:
@@ -81,6 +87,10 @@ class _Combined(Rule):
             raise ValueError(f"the file does not hold a state for each of the {len(self.rules)} rules; attach the same")
         return {str(i): load_state(rule, saved[str(i)], state[str(i)]) for i, rule in enumerate(self.rules)}
 
+    def derived(self, state: State) -> State:
+        """Return the rules' states with what follows from the rest of each."""
+        return {str(i): derived_state(rule, state[str(i)]) for i, rule in enumerate(self.rules)}
+
     def get_selection(self, state: State) -> list[Selection] | None:
         """Return the last choice of the first rule that chooses layers."""
         found = (get_selection(rule, state[str(i)]) for i, rule in enumerate(self.rules))
@@ -91,7 +101,9 @@ class _Chain(_Combined):
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the product of the rules' factors."""
         each, state = self._each(statistics, state)
-        return torch.stack([finite_or_one(factors) for factors in each]).prod(0), state
+        # Some rules know their factors on the host; copying so few to the device waits for nothing.
+        device = next((factors.device for factors in each if factors.device.type != "cpu"), each[0].device)
+        return torch.stack([finite_or_one(moved(factors, device)) for factors in each]).prod(0), state
 
     def __repr__(self) -> str:
         return f"chain({', '.join(map(repr, self.rules))})"

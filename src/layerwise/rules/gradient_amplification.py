@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from .base import State, is_number
-from .measured import ChoosingRule
-from .selection import LayerChoice, Measure, check_whole
+from .measured import ChoosingRule, candidates_of
+from .selection import LayerChoice, Measure, check_flag, check_whole
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Phase:
 
     def __post_init__(self) -> None:
         check_whole("until", self.until, 1)
-        if not isinstance(self.amplify, bool):
-            raise TypeError(f"amplify={self.amplify!r} must be True or False")
+        check_flag("amplify", self.amplify)
         if not (is_number(self.factor) and 0 < self.factor < math.inf):
             raise ValueError(f"factor={self.factor!r} must be a finite number above 0; the paper's is 2")
 
@@ -50,7 +49,8 @@ class GradientAmplification(ChoosingRule):
     """Gradient amplification: the gradients of chosen layers times a factor, in some epochs.
 
     g_l ← f g_l for the chosen layers in the epochs of an amplified phase, else g_l: equal to the rate f · lr for this
-    gradient alone. Weight decay is not amplified; momentum is neither reset nor scaled when it begins or ends.
+    gradient alone. SGD's weight decay is not amplified (AdamW's is, which goes with the rate); momentum is neither
+    reset nor scaled when amplification begins or ends.
 
     With `Directionality` the first epoch of each amplified phase is one of analysis: gradients are summed, nothing is
     amplified, and the layers are chosen at its end. With `reselect=N` the choice is renewed at epochs N, 2N … later,
@@ -90,9 +90,10 @@ class GradientAmplification(ChoosingRule):
                 f"selection={self.selection!r} must be Directionality(...), RandomLayers(ratio), AllLayers() or "
                 "ShuffledLayers(Directionality(...))"
             )
-        object.__setattr__(self, "phases", tuple(self.phases))
-        if not self.phases or not all(isinstance(phase, Phase) for phase in self.phases):
+        right = isinstance(self.phases, Sequence) and all(isinstance(phase, Phase) for phase in self.phases)
+        if not right or not self.phases:
             raise TypeError(f"phases={self.phases!r} must be Phase(until, amplify, factor), at least one; try PARAMS_1")
+        object.__setattr__(self, "phases", tuple(self.phases))
         ends = [phase.until for phase in self.phases]
         if any(later <= earlier for earlier, later in pairwise(ends)):
             raise ValueError(f"phases end at epochs {ends}; each must end after the one before it")
@@ -147,7 +148,7 @@ class GradientAmplification(ChoosingRule):
             return state
         if state["epoch"] != found[1] and not self.selection.every_epoch:
             return state
-        selected = self.selection.choose(state["_candidates"], [], state["draw"])
+        selected = self.selection.choose(candidates_of(state), [], state["draw"])
         return self._select(state, selected, type(self.selection).__name__)
 
     def _chosen(self, state: State, live: Sequence[bool], values: Sequence[float], z: Sequence[float]) -> State:

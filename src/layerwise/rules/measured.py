@@ -15,7 +15,7 @@ from ..state import loaded
 from ..statistics import Statistics
 from ..sums import DirectionalitySums, z_scores
 from .base import Rule, State
-from .selection import Measure, Selection, candidates_of
+from .selection import Measure, Selection, check_whole, of_kinds
 
 logger = logging.getLogger("layerwise")
 
@@ -33,19 +33,34 @@ class ChoosingRule(Rule):
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return the state at the beginning of epoch 1."""
         measure, sample = self._measures()
-        unknown = torch.full((len(layers),), math.nan, dtype=torch.float64)
+        unknown = torch.full((len(layers),), math.nan, dtype=torch.float64, device="cpu")
+        of_kind = of_kinds(layers, self._kinds())
         state = {
             "epoch": 1,
             "draw": 0,
             "sums": {},
             "value": unknown,
             "z": unknown.clone(),
-            "selected": torch.zeros(len(layers), dtype=torch.bool),
-            "_names": [layer.name for layer in layers],
-            "_candidates": candidates_of(layers, self._kinds()),
-            "_sums": DirectionalitySums(layers, each_weight=measure == "G_prime", sample=sample),
+            "selected": torch.zeros(len(layers), dtype=torch.bool, device="cpu"),
+            "_layers": tuple(layers),
+            "_of_kind": of_kind,
+            "_sums": DirectionalitySums(
+                layers, each_weight=measure == "G_prime", sample=sample, measured=None if all(of_kind) else of_kind
+            ),
         }
-        return self._derived(self._entered(state))
+        return self.derived(self._entered(state))
+
+    def derived(self, state: State) -> State:
+        """Return the state with what follows from the rest: this epoch's factors, and whether it measures."""
+        factor = torch.tensor(self._factor(state["epoch"]), dtype=torch.float64, device="cpu")
+        factors = torch.where(state["selected"].cpu(), factor, 1.0)
+        measuring = self._measuring(state["epoch"])
+        return {
+            **state,
+            "sums": state["sums"] if measuring else {},
+            "_factors": factors,
+            "_measuring": measuring,
+        }
 
     def asks(self, state: State) -> bool:
         """Tell whether this epoch's steps need the statistics in `needs`."""
@@ -59,48 +74,52 @@ class ChoosingRule(Rule):
 
     def end_epoch(self, state: State) -> State:
         """Choose layers if this epoch was one of measuring, and begin the next. Waits for the device."""
+        if state["epoch"] == 1 and state["draw"]:
+            self._log(state, "from the start")
         if state["_measuring"]:
             values, received = state["_sums"].ratios(state["sums"])
-            live = [x and y for x, y in zip(state["_candidates"], received, strict=True)]
+            live = [x and y for x, y in zip(candidates_of(state), received, strict=True)]
             values = [self._score(value) if inside else math.nan for value, inside in zip(values, live, strict=True)]
             z = z_scores(values, live, self._ddof())
+            shown = [one if inside else math.nan for one, inside in zip(z, live, strict=True)]
             state = {
                 **state,
                 "sums": {},
-                "value": torch.tensor(values, dtype=torch.float64),
-                "z": torch.tensor([x if y else math.nan for x, y in zip(z, live, strict=True)], dtype=torch.float64),
+                "value": torch.tensor(values, dtype=torch.float64, device="cpu"),
+                "z": torch.tensor(shown, dtype=torch.float64, device="cpu"),
             }
             state = self._chosen(state, live, values, z)
-        return self._derived(self._entered({**state, "epoch": state["epoch"] + 1}))
+        return self.derived(self._entered({**state, "epoch": state["epoch"] + 1}))
 
     def load(self, saved: State, state: State) -> State:
         """Return the state with what was saved; the sums of an epoch of measuring may be there or not."""
-        sums = saved.get("sums") if isinstance(saved, dict) else None
-        if not isinstance(sums, dict):
+        if not isinstance(saved, dict) or not isinstance(saved.get("sums"), dict):
             raise ValueError("state['sums'] is missing in the file; was it saved of the same rule?")
         rest = loaded({**saved, "sums": {}}, {**state, "sums": {}}, "state")
-        return self._derived({**rest, "sums": state["_sums"].loaded(sums)})
+        check_whole("epoch of the saved state", rest["epoch"], 1)
+        check_whole("draw of the saved state", rest["draw"], 0)
+        return self.derived({**rest, "sums": state["_sums"].loaded(saved["sums"])})
 
     def get_selection(self, state: State) -> list[Selection]:
         """Return the last choice, a layer each."""
         columns = (state[name].tolist() for name in ("value", "z", "selected"))
         return [Selection(*row) for row in zip(*columns, strict=True)]
 
-    def _derived(self, state: State) -> State:
-        """Fill in what follows from the rest: this epoch's factors, and whether it measures."""
-        factor = self._factor(state["epoch"])
-        factors = torch.where(state["selected"], factor, 1.0).to(torch.float64)
-        return {**state, "_factors": factors, "_measuring": self._measuring(state["epoch"])}
-
     def _select(self, state: State, selected: Sequence[bool], why: str) -> State:
         """Return the state with a new choice, and log it."""
-        names = [name or "(root)" for name, chosen in zip(state["_names"], selected, strict=True) if chosen]
+        chosen = torch.tensor(list(selected), dtype=torch.bool, device="cpu")
+        state = {**state, "selected": chosen, "draw": state["draw"] + 1}
+        if "_factors" in state:  # a choice made in init may not be the one that stays
+            self._log(state, why)
+        return state
+
+    def _log(self, state: State, why: str) -> None:
+        names = [layer.name or "(root)" for layer, x in zip(state["_layers"], state["selected"], strict=True) if x]
         if names:
-            among = sum(state["_candidates"])
+            among = sum(candidates_of(state))
             logger.info("epoch %d: %d of %d layers chosen (%s): %s", state["epoch"], len(names), among, why, names)
         else:
             logger.warning("epoch %d: no layer is chosen (%s), so all keep factor 1", state["epoch"], why)
-        return {**state, "selected": torch.tensor(list(selected), dtype=torch.bool), "draw": state["draw"] + 1}
 
     def _entered(self, state: State) -> State:
         """Return the state at the beginning of its epoch; a place to choose without measuring."""
@@ -131,3 +150,9 @@ class ChoosingRule(Rule):
     @abstractmethod
     def _chosen(self, state: State, live: Sequence[bool], values: Sequence[float], z: Sequence[float]) -> State:
         """Return the state with the choice that follows from what was measured."""
+
+
+def candidates_of(state: State) -> list[bool]:
+    """Tell which layers may be chosen now: of the kinds, not excluded, and with a parameter to train."""
+    trained = [layer.included and any(p.requires_grad for p in layer.parameters) for layer in state["_layers"]]
+    return [x and y for x, y in zip(state["_of_kind"], trained, strict=True)]

@@ -64,24 +64,21 @@ class LayerChoice(ABC):
         """
 
 
-def candidates_of(layers: Sequence[Layer], kinds: Sequence[str] | None) -> list[bool]:
-    """Tell which layers are of the kinds and have a parameter to train.
+def of_kinds(layers: Sequence[Layer], kinds: Sequence[str] | None) -> list[bool]:
+    """Tell which layers are of the kinds and not excluded.
 
     Raises:
         ValueError: None is of one of the kinds.
     """
-    trained = [any(p.requires_grad for p in layer.parameters) for layer in layers]
     if kinds is None:
-        return trained
+        return [layer.included for layer in layers]
     for kind in kinds:
         if not any(isinstance(layer.module, KINDS[kind]) for layer in layers):
             found = sorted({type(layer.module).__name__ for layer in layers if layer.module is not None})
-            known = (
-                f"the layers are {', '.join(found)}" if found else "no layer's module is known; attach with the model"
-            )
+            known = f"the layers are {', '.join(found)}" if found else "no layer's module is known; pass the model"
             raise ValueError(f"kinds={tuple(kinds)!r}: no layer is of kind {kind!r}; {known}")
     classes = tuple(one for kind in kinds for one in KINDS[kind])
-    return [inside and isinstance(layer.module, classes) for inside, layer in zip(trained, layers, strict=True)]
+    return [layer.included and isinstance(layer.module, classes) for layer in layers]
 
 
 @dataclass(frozen=True)
@@ -105,6 +102,7 @@ class AllLayers(LayerChoice):
 
     def __post_init__(self) -> None:
         check_kinds(self.kinds)
+        check_flag("after_analysis", self.after_analysis)
         object.__setattr__(self, "waits", self.after_analysis)
 
     def choose(self, candidates: Sequence[bool], z: Sequence[float], draw: int) -> list[bool]:
@@ -151,6 +149,7 @@ class RandomLayers(LayerChoice):
         check_whole("seed", self.seed, 0)
         if self.redraw not in ("phase", "epoch"):
             raise ValueError(f"redraw={self.redraw!r} must be 'phase' or 'epoch'")
+        check_flag("after_analysis", self.after_analysis)
         object.__setattr__(self, "waits", self.after_analysis)
         object.__setattr__(self, "every_epoch", self.redraw == "epoch")
 
@@ -209,7 +208,7 @@ class Directionality(LayerChoice):
             check_whole("reselect", self.reselect, 1)
         if self.sample is not None:
             check_whole("sample", self.sample, 1)
-        if self.ddof not in (0, 1):
+        if isinstance(self.ddof, bool) or self.ddof not in (0, 1):
             raise ValueError(f"ddof={self.ddof!r} must be 0 (population) or 1 (sample)")
 
     def choose(self, candidates: Sequence[bool], z: Sequence[float], draw: int) -> list[bool]:
@@ -253,8 +252,8 @@ class ShuffledLayers(LayerChoice):
 def drawn(candidates: Sequence[bool], count: int, seed: int, draw: int) -> list[bool]:
     """Draw some of the candidates without replacement; the same for the same seed and draw."""
     inside = [i for i, candidate in enumerate(candidates) if candidate]
-    generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + draw)
-    chosen = {inside[i] for i in torch.randperm(len(inside), generator=generator)[:count].tolist()}
+    generator = torch.Generator("cpu").manual_seed(((seed + 1) * 1_000_003 + draw) % 2**63)
+    chosen = {inside[i] for i in torch.randperm(len(inside), generator=generator, device="cpu")[:count].tolist()}
     return [i in chosen for i in range(len(candidates))]
 
 
@@ -265,7 +264,7 @@ def check_kinds(kinds: Sequence[str] | None) -> None:
     if isinstance(kinds, str) or not isinstance(kinds, Sequence) or not kinds:
         raise ValueError(f"kinds={kinds!r} must be a tuple of {', '.join(map(repr, KINDS))}, such as ('conv', 'fc')")
     for kind in kinds:
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise ValueError(f"kinds holds {kind!r}; allowed: {', '.join(map(repr, KINDS))}")
 
 
@@ -273,6 +272,12 @@ def check_measure(measure: str | None) -> None:
     """Raise unless the measure is known."""
     if measure not in MEASURES:
         raise ValueError(f"measure={measure!r} must be one of {', '.join(map(repr, MEASURES))}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless an argument is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False")
 
 
 def check_whole(name: str, value: object, least: int) -> None:
