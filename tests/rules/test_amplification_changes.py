@@ -78,9 +78,8 @@ def test_parameters_added_in_any_epoch_change_nothing_for_the_others(epoch: int,
         for number in range(1, 9):
             epoch_of(model, optimizer, number, range(2))
             if added and number == epoch:
-                # Of one sign in every step, so that it is not chosen by its own and stands outside what is compared.
                 optimizer.add_param_group({"params": [*model._fc.parameters()]})
-                model._fc.requires_grad_(False)
+                model._fc.requires_grad_(False)  # not a candidate, so that the others' z stays what it was
             epoch_of(model, optimizer, number, range(2, 4))
             factors = adapter.get_last_factors()
             adapter.end_epoch()
@@ -112,7 +111,7 @@ def test_sums_of_parameters_with_underscores_are_saved() -> None:
     assert found[0] == found[1]
 
 
-def test_a_chain_with_factors_of_the_device_works_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chain_with_factors_of_the_device_works_on_an_accelerator() -> None:
     with FakeTensorMode():
         named = {f"{i}.weight": nn.Parameter(torch.empty(3, 3, device="cuda")) for i in range(3)}
         optimizer = torch.optim.SGD(named.items(), lr=0.1, momentum=0.9)
