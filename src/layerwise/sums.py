@@ -75,7 +75,7 @@ class DirectionalitySums:
             totals = _absolute_sums([g for _, g in every])
             size = torch.stack([moved(t, device) for t in totals]).sum()
         else:
-            size = _largest([g for _, g in every], device)
+            size = _size([g for _, g in every], device)
         present = [(i, self._some(i, g)) for i, g in every if self._measured[i]]
         if size.device.type == "cpu" and gradients.skipped is None:
             if not 0 < size.item() < math.inf:
@@ -262,15 +262,12 @@ def _absolute_sums(gradients: Sequence[Tensor]) -> list[Tensor]:
     return [g.abs().sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
 
 
-def _largest(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return max |g| over all tensors: zero where all are, not finite where one is not; no square can overflow."""
-    # Of an empty tensor there is no largest entry.
-    norms = torch._foreach_norm([gradient for gradient in gradients if gradient.numel()], math.inf)
-    if not norms:
-        return torch.zeros((), device=device)
+def _size(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return about Σ|g| over all tensors: zero where all are, not finite where one is not; no square can overflow."""
+    norms = torch._foreach_norm(list(gradients), 1)
     if len({(norm.device, norm.dtype) for norm in norms}) > 1:
         norms = [moved(norm, device).float() for norm in norms]
-    return moved(torch.stack(list(norms)).sum(), device)
+    return moved(torch.stack(list(norms)).float().sum(), device)
 
 
 def _numbers(parameter: Tensor) -> int:
