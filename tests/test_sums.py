@@ -251,11 +251,11 @@ def test_layers_that_are_not_live_do_not_distort_z():
 def test_the_first_measure_takes_a_buffer_a_parameter_and_the_second_two_and_a_sample_takes_its_share():
     layers = layers_of([[(100, 100), (100,)], [(50, 100)]], torch.float32)
     numbers, epoch = 15_100, random_epoch(layers, 2, dtype=torch.float32)
-    small = 8 * 3 + 3 + 8  # a sum and a flag a parameter tensor, and the number of steps
+    small = 8 * 3 + 8  # a sum a parameter tensor, and the number of steps
     assert buffer_bytes(measured(layers, epoch, "G")[1]) == 4 * numbers + small
-    assert buffer_bytes(measured(layers, epoch, "G_prime")[1]) == 2 * 4 * numbers + 3 + 8
+    assert buffer_bytes(measured(layers, epoch, "G_prime")[1]) == 2 * 4 * numbers + 8
     assert buffer_bytes(measured(layers, epoch, "G", sample=200)[1]) == 4 * 2 * 200 + small
-    assert buffer_bytes(measured(layers, epoch, "G_prime", sample=200)[1]) == 2 * 4 * 2 * 200 + 3 + 8
+    assert buffer_bytes(measured(layers, epoch, "G_prime", sample=200)[1]) == 2 * 4 * 2 * 200 + 8
 
 
 @both
@@ -361,7 +361,7 @@ def test_only_the_measured_layers_take_memory_and_all_tell_whether_a_step_counts
     sums = DirectionalitySums(layers, each_weight=True, measured=[True, False])
     epoch = random_epoch(layers, 2, dtype=torch.float32)
     state = sums.add({}, Gradients(epoch[0]))
-    assert buffer_bytes(state) == 2 * 4 * 100 + 1 + 8
+    assert buffer_bytes(state) == 2 * 4 * 100 + 8
     epoch[1][1][0, 0] = math.nan
     assert sums.add(state, Gradients(epoch[1]))["iterations"].item() == 1
 
@@ -391,7 +391,7 @@ def test_sums_read_from_a_file_go_on_where_the_gradients_are():
             sums = DirectionalitySums([Layer("", (parameter,))], each_weight=each_weight)
             state = sums.add({}, Gradients([torch.empty(4, device="cuda")]))
             saved = {
-                part: {k: torch.zeros_like(b, device="cpu") for k, b in state[part].items()}
+                part: {k: torch.zeros(b.shape, dtype=b.dtype) for k, b in state[part].items()}
                 for part in ("signed", "absolute", "received")
             }
             saved["iterations"] = torch.zeros((), dtype=torch.int64)

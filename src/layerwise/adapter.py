@@ -197,6 +197,8 @@ class LayerwiseLR:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the state of another adapter with the same rule and layers.
 
+        The rule's arguments are not compared: attach with those of the saved run.
+
         Args:
             state_dict: What `state_dict()` returned.
 
@@ -242,6 +244,8 @@ class LayerwiseLR:
         parts = [f"{self._rule!r} on {attached}", f"{len(self._layers)} layers", f"apply={self._place_name!r}"]
         if self._place_name == "gradient":
             parts.append(f"decay={self._decay!r}")
+        if get_selection(self._rule, self._state) is not None:
+            parts.append(f"epoch {self._epoch}")
         if excluded:
             parts.append(f"{excluded} excluded")
         if self._outside:

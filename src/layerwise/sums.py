@@ -91,8 +91,11 @@ class DirectionalitySums:
         sums["iterations"] = moved(sums["iterations"], device) + (1 if counts is None else counts)
         for i, gradient in present:
             self._open(sums, i, gradient)
-            received = sums["received"][self._keys[i]]
-            received |= True if counts is None else moved(counts, received.device)
+            key = self._keys[i]
+            if counts is None:
+                sums["received"][key] = True
+            else:
+                sums["received"][key] = sums["received"][key] | moved(counts, gradient.device)
         values = [gradient for _, gradient in present]
         self._accumulate(sums["signed"], present, values, scale, counts)
         if self.each_weight:
@@ -171,6 +174,9 @@ class DirectionalitySums:
             for key, buffer in sums[part].items():
                 if key not in self._keys:
                     raise ValueError(f"the saved sums hold {key!r}, which is no parameter here; use the same model")
+                if part == "received" and isinstance(buffer, bool):
+                    copy[part][key] = buffer
+                    continue
                 whole = part == "signed" or (part == "absolute" and self.each_weight)
                 wanted = self._shape(self._keys.index(key)) if whole else ()
                 if not isinstance(buffer, Tensor) or buffer.shape != wanted:
@@ -192,11 +198,12 @@ class DirectionalitySums:
         if known is not None and known.shape == gradient.shape:
             if known.device != gradient.device:
                 for part in PARTS:
-                    sums[part][key] = moved(sums[part][key], gradient.device)
+                    buffer = sums[part][key]
+                    sums[part][key] = moved(buffer, gradient.device) if isinstance(buffer, Tensor) else buffer
             return
         wide = torch.promote_types(gradient.dtype, torch.float32)
         sums["signed"][key] = torch.zeros_like(gradient, dtype=wide)
-        sums["received"][key] = torch.zeros((), dtype=torch.bool, device=gradient.device)
+        sums["received"][key] = False
         sums["absolute"][key] = (
             torch.zeros_like(gradient, dtype=wide)
             if self.each_weight
@@ -303,7 +310,6 @@ def _dense(tensor: Tensor) -> bool:
 
 def buffer_bytes(sums: Mapping[str, Any]) -> int:
     """Return the bytes that sums hold."""
-    return sum(
-        buffer_bytes(value) if isinstance(value, dict) else value.numel() * value.element_size()
-        for value in sums.values()
-    )
+    tensors = (value for value in sums.values() if isinstance(value, Tensor))
+    inner = (value for value in sums.values() if isinstance(value, dict))
+    return sum(x.numel() * x.element_size() for x in tensors) + sum(map(buffer_bytes, inner))

@@ -243,3 +243,26 @@ def test_kinds_flags_and_seeds_are_checked_or_taken() -> None:
     with pytest.raises(ValueError, match="ddof=True"):
         Directionality(ddof=True)
     assert sum(RandomLayers(0.5, seed=2**62).choose([True] * 4, [], 0)) == 2
+
+
+def test_what_can_never_amplify_is_told_when_attached(caplog: pytest.LogCaptureFixture) -> None:
+    model = Named()
+    for phases in ([Phase(4, False)], [Phase(1, False), Phase(2, True), Phase(4, False)]):
+        caplog.clear()
+        layerwise.LayerwiseLR(
+            sgd(model.parameters()), GradientAmplification(Directionality(threshold=1.0), phases), model
+        )
+        assert [r.getMessage()[:42] for r in caplog.records] == ["no epoch of these phases is amplified: [Ph"]
+    caplog.clear()
+    layerwise.LayerwiseLR(sgd(model.parameters()), GradientAmplification(Directionality(threshold=1.8), PHASES), model)
+    assert [r.getMessage() for r in caplog.records] == ["threshold=1.8 chooses nothing: z of 4 layers is at most 1.73"]
+
+
+def test_an_epoch_without_steps_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = Named()
+    rule = GradientAmplification(Directionality(threshold=0.5), [Phase(9, True)])
+    adapter = layerwise.LayerwiseLR(sgd(model.parameters()), rule, model)
+    assert "epoch 1" in repr(adapter)
+    adapter.end_epoch()
+    assert "epoch 1: no step of it counted; was end_epoch() called twice?" in [r.getMessage() for r in caplog.records]
+    assert "epoch 2" in repr(adapter)

@@ -202,7 +202,9 @@ def test_an_empty_choice_amplifies_nothing_and_is_logged(caplog: pytest.LogCaptu
     adapter = layerwise.LayerwiseLR(optimizer, rule, model)
     with caplog.at_level(logging.INFO, logger="layerwise"):
         train(model, optimizer, adapter, range(1, 8))
-    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings[0] == "threshold=10 chooses nothing: z of 5 layers is at most 2.00"
+    messages = warnings[1:]
     assert [message[:31] for message in messages] == [
         "epoch 2: no layer is chosen (Di",
         "epoch 5: no layer is chosen (Di",

@@ -50,6 +50,9 @@ def _run_demo(options: Demo, arguments: Sequence[str]) -> int:
     if outcome.results.records:
         plan.write_results(outcome)
         page.write(outcome, report.render(outcome, shlex.join(["layerwise", *arguments])))
+    if place is not None and outcome.dataset == "digits5k":
+        wanted = "CIFAR-10" if options.which == "amplification" else "full MNIST"
+        sys.stderr.write(f"layerwise: {place} does not hold {wanted}, so this was run on digits5k\n")
     if options.json:
         sys.stdout.write(console.as_json(outcome) + "\n")
         for failure in outcome.failures:

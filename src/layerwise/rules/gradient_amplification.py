@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
+
+from ..layers import Layer
 from .base import State, is_number
 from .measured import ChoosingRule, candidates_of
 from .selection import LayerChoice, Measure, check_flag, check_whole
+
+logger = logging.getLogger("layerwise")
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,17 @@ class GradientAmplification(ChoosingRule):
         ends = [phase.until for phase in self.phases]
         if any(later <= earlier for earlier, later in pairwise(ends)):
             raise ValueError(f"phases end at epochs {ends}; each must end after the one before it")
+
+    def init(self, layers: Sequence[Layer], device: torch.device) -> State:
+        """Return the state at the beginning of epoch 1; warn of what can never amplify a layer."""
+        state = super().init(layers, device)
+        if not any(self.amplified(epoch) for epoch in range(1, self.phases[-1].until + 1)):
+            logger.warning("no epoch of these phases is amplified: %s", list(self.phases))
+        threshold, count = getattr(self.selection, "threshold", 0.0), sum(candidates_of(state))
+        if count and threshold >= math.sqrt(max(count - 1, 1)):
+            limit = math.sqrt(count - 1)
+            logger.warning("threshold=%g chooses nothing: z of %d layers is at most %.2f", threshold, count, limit)
+        return state
 
     def phase_of(self, epoch: int) -> tuple[Phase, int] | None:
         """Return the phase of an epoch and the phase's first epoch; None after the last phase."""

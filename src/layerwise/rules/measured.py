@@ -88,6 +88,8 @@ class ChoosingRule(Rule):
                 "value": torch.tensor(values, dtype=torch.float64, device="cpu"),
                 "z": torch.tensor(shown, dtype=torch.float64, device="cpu"),
             }
+            if not any(live):
+                logger.warning("epoch %d: no step of it counted; was end_epoch() called twice?", state["epoch"])
             state = self._chosen(state, live, values, z)
         return self.derived(self._entered({**state, "epoch": state["epoch"] + 1}))
 

@@ -271,7 +271,8 @@ def check_kinds(kinds: Sequence[str] | None) -> None:
 def check_measure(measure: str | None) -> None:
     """Raise unless the measure is known."""
     if measure not in MEASURES:
-        raise ValueError(f"measure={measure!r} must be one of {', '.join(map(repr, MEASURES))}")
+        hint = "; a threshold is named: threshold=1.5" if is_number(measure) else ""
+        raise ValueError(f"measure={measure!r} must be one of {', '.join(map(repr, MEASURES))}{hint}")
 
 
 def check_flag(name: str, value: object) -> None:

@@ -59,7 +59,8 @@ def shown(outcome: Outcome) -> Shown:
     results = outcome.results
     verdicts = [(ARMS[finding.arm], finding.words, finding.comparisons) for finding in results.findings()]
     key = (
-        f"Epoch {results.epochs} is judged; best epoch and best run are chosen by the test images themselves. "
+        f"Epoch {results.epochs} is judged; best epoch, and best run (the best of the seeds there), are chosen by the "
+        "test images themselves. "
         "Layers: how many are amplified in each amplified phase, mean over seeds."
     )
     return Shown(table(outcome), verdicts, confidence_note(results.family, len(results.seeds)), key)
