@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layerwise import reference
 from layerwise.layers import Layer
+from layerwise.rules.measured import z_scores
 from layerwise.statistics import Gradients
-from layerwise.sums import DirectionalitySums, buffer_bytes, z_scores
+from layerwise.sums import DirectionalitySums, buffer_bytes
 
 MEASURES = ["G", "G_prime"]
 both = pytest.mark.parametrize("measure", MEASURES)
@@ -398,3 +399,13 @@ def test_sums_read_from_a_file_go_on_where_the_gradients_are():
             state = sums.add(sums.loaded(saved), Gradients([torch.empty(4, device="cuda")]))
             assert state["iterations"].device.type == "cuda"
             assert state["signed"]["/.0"].device.type == "cuda"
+
+
+@both
+@pytest.mark.parametrize("sample", [None, 10])
+def test_layers_of_different_types_and_empty_parameters_are_measured_together(measure, sample):
+    kinds = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    layers = [Layer(str(kind), (nn.Parameter(torch.zeros(50, dtype=kind)),)) for kind in kinds]
+    layers.append(Layer("empty", (nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(30)))))
+    one = [torch.ones_like(p) for layer in layers for p in layer.parameters]
+    assert measured(layers, [one] * 3, measure, sample=sample)[2] == [1.0] * 5

@@ -225,34 +225,6 @@ class DirectionalitySums:
         return dense.as_strided((gradient.numel(),), (1,)).index_select(0, positions)
 
 
-def z_scores(values: Sequence[float], live: Sequence[bool], ddof: int = 0) -> list[float]:
-    """Return how many standard deviations each layer's value lies from the mean of the live layers.
-
-    ẑ_l = (v_l − mean) / σ, and 0 where σ = 0, where fewer than two layers are live, and for layers that are not
-
-    Args:
-        values: One a layer.
-        live: Which layers count.
-        ddof: 0 for the population's σ, 1 for the sample's.
-
-    Example:
-        >>> z_scores([1.0, 3.0, 9.0], [True, True, False])
-        [-1.0, 1.0, 0.0]
-
-    Reference:
-        Basodi, Pusuluri, Xiao, Pan 2023, arXiv 2305.18445, equation 6.
-    """
-    counted = [value for value, inside in zip(values, live, strict=True) if inside]
-    if len(counted) < 2:
-        return [0.0] * len(values)
-    mean = math.fsum(counted) / len(counted)
-    sigma = math.sqrt(math.fsum((value - mean) ** 2 for value in counted) / (len(counted) - ddof))
-    # Equal values leave rounding dust of float32, which is no spread.
-    if sigma <= 1e-6 * max(map(abs, counted)):
-        return [0.0] * len(values)
-    return [(value - mean) / sigma if inside else 0.0 for value, inside in zip(values, live, strict=True)]
-
-
 def _real(gradient: Tensor) -> Tensor:
     """Return a gradient that can be added up: repeated entries of a sparse one summed, complex ones as pairs."""
     if gradient.layout is not torch.strided:
