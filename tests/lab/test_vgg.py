@@ -110,6 +110,20 @@ def test_weights_begin_as_pytorch_begins_them():
             assert 0.9 * bound < layer.weight.abs().max().item() <= bound
 
 
+def test_the_default_weights_are_drawn_layer_after_layer_at_width_64_for_colour_images():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        expected, inputs = [], 3
+        for outputs in [64] * 2 + [128] * 2 + [256] * 4 + [512] * 8:
+            layer = nn.Conv2d(inputs, outputs, 3, padding=1)
+            expected += [layer.weight, layer.bias]
+            inputs = outputs
+        layer = nn.Linear(512, 10)
+        expected += [layer.weight, layer.bias]
+    drawn = [p for layer in parametric(VGG19(3)) if not isinstance(layer, nn.BatchNorm2d) for p in layer.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
+
+
 @pytest.mark.parametrize("argument", ["classes", "width", "channels"])
 def test_a_size_below_one_is_named(argument):
     with pytest.raises(UsageError, match=f"{argument}=0: use a whole number from 1"):

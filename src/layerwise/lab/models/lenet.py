@@ -54,6 +54,11 @@ class LeNet(nn.Module):
             caffe_xavier_(layer.weight, generator)  # type: ignore[arg-type]
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
+    @property
+    def multipliers(self) -> dict[str, tuple[float, float]]:
+        """Parameter name -> (lr_mult, decay_mult), Caffe lenet_train_test.prototxt, which gives no decay_mult."""
+        return {name: (2.0 if name.endswith("bias") else 1.0, 1.0) for name, _ in self.named_parameters()}
+
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Compute the class scores.
 
