@@ -1,0 +1,205 @@
+"""Bootstrap interval, p-value and correction for differences between paired runs.
+
+The interval is Hesterberg's expanded percentile interval of the mean: the quantiles a and 1 - a of the means of all
+resamples, with
+
+    a = Phi(-sqrt(n / (n - 1)) * t(n - 1; 1 - alpha / 2))
+
+in place of the plain alpha / 2. The plain percentile interval is too narrow for the 5 to 10 seeds of a comparison:
+resampling divides by n where n - 1 is right, and its tails are those of a normal distribution.
+
+What the expansion cannot do: no resample has a mean beyond the smallest and the largest difference. With n = 5, a is
+0.00095 and the most extreme resample has probability 5^-5 = 0.00032, so the quantile is the second most extreme
+resample: four times the smallest difference and once the next. Such an interval always leaves out 0 where all five
+differences have the same sign, which chance alone brings about in 1 of 16 cases if they are symmetric about 0. So
+five pairs never reach 95 %, and the p-value has to agree before a difference is called.
+With fewer than five numbers the interval is simply the smallest and the largest of them.
+
+Measured: how often a 95 % interval holds the true mean (20,000 samples a cell). "both" is the union of the expanded
+and Student's interval: 1 minus it is how often both call a difference where there is none.
+
+    distribution   n   percentile   expanded   Student   both
+    normal         5         0.84       0.92      0.95   0.95
+    normal         7         0.88       0.94      0.95   0.96
+    normal        10         0.91       0.95      0.95   0.95
+    exponential    5         0.79       0.87      0.88   0.89
+    exponential    7         0.82       0.89      0.89   0.90
+    exponential   10         0.86       0.91      0.90   0.91
+    t3             5         0.83       0.92      0.96   0.96
+    t3             7         0.87       0.94      0.96   0.96
+    t3            10         0.89       0.94      0.96   0.96
+
+A skewed distribution is covered too rarely by all of them. Where two arms do the same, though, the difference between
+them is symmetric, however skewed the arms are.
+
+Reference:
+    Hesterberg 2015, "What Teachers Should Know About the Bootstrap", American Statistician 69(4), on the expanded
+    percentile interval; Student 1908, Biometrika 6; Holm 1979, Scandinavian Journal of Statistics 6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layerwise.lab.errors import UsageError
+
+EXACT_UP_TO = 10
+"""Up to this many numbers every distinct resample is enumerated: 126 of five, 92,378 of ten."""
+
+RESAMPLES = 20_000
+"""Resamples drawn where there are more numbers."""
+
+SEED = 2015
+"""Of these draws: the same differences give the same interval everywhere."""
+
+
+def bootstrap_interval(differences: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Compute the expanded percentile bootstrap interval of a mean.
+
+    Quantiles a and 1 - a of the bootstrap means, a = Phi(-sqrt(n / (n - 1)) * t(n - 1; (1 + confidence) / 2)).
+
+    Args:
+        differences: at least two finite numbers; their order does not matter.
+        confidence: of the interval, in (0, 1).
+
+    Returns:
+        Lower and upper end. Fewer than five numbers give the smallest and the largest at 95 %, which is less than
+        95 % sure (half of the time for two).
+
+    Raises:
+        UsageError: fewer than two numbers, one that is not finite, or a confidence outside (0, 1).
+
+    Reference:
+        Hesterberg 2015, American Statistician 69(4).
+    """
+    from scipy.special import ndtr, stdtrit  # a tenth of the import time of scipy.stats
+
+    count = len(_checked(differences))
+    if not 0.0 < confidence < 1.0:
+        raise UsageError(f"confidence={confidence!r}: must lie between 0 and 1, both left out; 0.95 is usual")
+    quantile = float(stdtrit(count - 1, (1.0 + confidence) / 2.0))
+    return percentile_interval(differences, float(ndtr(-math.sqrt(count / (count - 1)) * quantile)))
+
+
+def percentile_interval(differences: Sequence[float], tail: float) -> tuple[float, float]:
+    """Cut both tails off the bootstrap distribution of a mean.
+
+    The lower end is the smallest bootstrap mean m with P(mean <= m) >= tail, the upper end its mirror image.
+
+    Args:
+        differences: at least two finite numbers; their order does not matter.
+        tail: probability left out on each side, in [0, 0.5]; 0.025 is the plain 95 % percentile interval.
+
+    Returns:
+        Lower and upper end.
+
+    Raises:
+        UsageError: fewer than two numbers, one that is not finite, or a tail outside [0, 0.5].
+
+    Reference:
+        Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
+    """
+    # Sorted, so that drawn resamples do not depend on the order of the seeds either.
+    values = np.sort(_checked(differences))
+    if not 0.0 <= tail <= 0.5:
+        raise UsageError(f"tail={tail!r}: must lie in [0, 0.5]; 0.025 leaves out 5 % in all")
+    shares, weights = _resamples(len(values))
+    means = shares @ values
+    order = np.argsort(means, kind="stable")
+    means, weights = means[order], weights[order]
+    low = means[np.searchsorted(np.cumsum(weights), tail)]
+    high = means[::-1][np.searchsorted(np.cumsum(weights[::-1]), tail)]
+    # A weighted mean of equal numbers may be off in its last digit, but never truly leaves their range.
+    return float(max(low, values[0])), float(min(high, values[-1]))
+
+
+@lru_cache(maxsize=4)
+def _resamples(count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """List resamples of ``count`` numbers: the share of each number (resamples, count), and the probabilities."""
+    if count <= EXACT_UP_TO:
+        # Stars and bars: count - 1 bars among 2 count - 1 places; the stars between them are how often each is drawn.
+        bars = np.array(list(combinations(range(2 * count - 1), count - 1)))
+        times = np.diff(bars, axis=1, prepend=-1, append=2 * count - 1) - 1
+        factorials = np.array([math.factorial(k) for k in range(count + 1)], dtype=np.float64)
+        weights = factorials[count] / factorials[times].prod(axis=1) / float(count) ** count
+        return times / count, weights
+    drawn = np.random.default_rng(SEED).multinomial(count, np.full(count, 1.0 / count), size=RESAMPLES // 2)
+    # Each resample and its mirror image: exchanging the two arms then mirrors the interval exactly.
+    times = np.concatenate([drawn, drawn[:, ::-1]])
+    return times / count, np.full(RESAMPLES, 1.0 / RESAMPLES)
+
+
+def paired_p_value(differences: Sequence[float]) -> float:
+    """Compute the two-sided p-value of Student's paired t.
+
+    p = 2 P(T <= -|mean| / (sd / sqrt(n))), T with n - 1 degrees of freedom.
+
+    Args:
+        differences: at least two finite numbers.
+
+    Returns:
+        The p-value, in [0, 1]. Equal numbers give 1: where all are 0 nothing differs, and where they are not there
+        is no spread to judge them by.
+
+    Raises:
+        UsageError: fewer than two numbers, or one that is not finite.
+
+    Reference:
+        Student 1908, Biometrika 6.
+    """
+    from scipy.special import stdtr
+
+    values = _checked(differences)
+    if values.min() == values.max():
+        return 1.0
+    # Scaled, so that squares of very large or very small numbers neither overflow nor vanish.
+    values = values / np.abs(values).max()
+    count = len(values)
+    mean = math.fsum(values) / count
+    sd = math.sqrt(math.fsum((values - mean) ** 2) / (count - 1))
+    return min(1.0, 2.0 * float(stdtr(count - 1, -abs(mean) * math.sqrt(count) / sd)))
+
+
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """Adjust p-values for the number of comparisons, by Holm's step-down procedure.
+
+    Of m sorted p-values, adjusted(i) = min(1, max over j <= i of (m - j + 1) p(j)). Calling those below alpha keeps
+    the chance of any false call below alpha, however the comparisons depend on each other.
+
+    Args:
+        p_values: one for each planned comparison, in [0, 1]; 1 for one that is missing.
+
+    Returns:
+        The adjusted p-values, in the given order.
+
+    Raises:
+        UsageError: a p-value outside [0, 1].
+
+    Reference:
+        Holm 1979, Scandinavian Journal of Statistics 6.
+    """
+    for p in p_values:
+        if not 0.0 <= p <= 1.0:
+            raise UsageError(f"p_values={tuple(p_values)!r}: each must lie in [0, 1]; give 1 where there is none")
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return tuple(adjusted)
+
+
+def _checked(differences: Sequence[float]) -> NDArray[np.float64]:
+    """Turn differences into an array, or say what is wrong with them."""
+    values = np.asarray(differences, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 2:
+        raise UsageError(f"differences={differences!r}: needs at least two numbers; run more seeds")
+    if not np.isfinite(values).all():
+        raise UsageError(f"differences={differences!r}: each must be finite; leave out pairs with a diverged run")
+    return values
