@@ -1,42 +1,103 @@
+"""The command as a person types it, on a recipe of a few updates."""
+
 import builtins
 import json
+import subprocess
 import sys
 
 import pytest
-from rich.console import Console
 
 import layerwise
-from layerwise.lab import cli, console, demo
-from layerwise.lab.pool import Failure
+from layerwise.lab import cli, data, options, places, recipe
+from layerwise.lab.errors import UsageError
+
+RECIPE = """
+title = "A few updates of LeNet"
+source = "Nobody 2026, Table 0"
+layout = "steps"
+quantity = "test_error"
+columns = [3, 6]
+paper = [{ subject = "sgd", arm = "plain", step = 6, mean = 50.0, sd = 1.0 }]
+claims = ["It learns."]
+
+[constants]
+data = { value = "digits5k", source = "ours" }
+test_count = { value = 100, source = "ours" }
+inputs = { value = "scaled", source = "ours" }
+order = { value = "sequential", source = "ours" }
+batch_size = { value = 32, source = "ours" }
+model = { value = "lenet", source = "ours" }
+solver = { value = "caffe-sgd", source = "ours" }
+rate = { value = 0.01, source = "ours" }
+iterations = { value = 6, source = "ours" }
+test_every = { value = 3, source = "ours" }
+factors_every = { value = 1, source = "ours" }
+layers_every = { value = 2, source = "ours" }
+
+[[subjects]]
+name = "sgd"
+words = "SGD"
+
+[[arms]]
+name = "plain"
+words = "plain"
+
+[[arms]]
+name = "layer-adaptive"
+words = "layer-adaptive"
+rule = { name = "LayerAdaptive" }
+apply = "lr"
+against = ["plain", "mean-factor"]
+
+[[arms]]
+name = "mean-factor"
+words = "plain at the mean factor"
+control = "mean factor"
+of = "layer-adaptive"
+
+[scales.smoke]
+seeds = 2
+needs = { data = "5,000 MNIST digits", time = "5 s", memory = "0.5 GB" }
+
+[scales.full]
+seeds = 3
+constants = { data = "mnist" }
+needs = { data = "MNIST", time = "an hour", memory = "0.5 GB" }
+"""
 
 
 @pytest.fixture(autouse=True)
-def _no_data_of_the_person(monkeypatch):
+def folder(tmp_path, monkeypatch):
+    """A folder of its own, recipes of a few updates, and no data of the person's."""
     monkeypatch.delenv("LAYERWISE_DATA", raising=False)
+    monkeypatch.setattr(places, "home", lambda: tmp_path / "nothing here")
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    (recipes / "tiny.toml").write_text(RECIPE)
+    (recipes / "demo-lenet.toml").write_text(RECIPE.replace("[scales.full]", "[scales.real]").replace("smoke", "full"))
+    monkeypatch.setattr(recipe, "FOLDER", recipes)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-@pytest.fixture
-def made_up(monkeypatch, make_outcome):
-    """Let the command find made-up runs instead of training."""
-    outcomes = []
-
-    def run_demo(settings, display):
-        errors = {"plain": [5.0] * 5, "layer-adaptive": [4.0, 4.1, 4.0, 3.9, 4.2], "control": [4.0] * 5}
-        outcome = make_outcome(errors, interrupted="interrupted" in str(settings.out))
-        if "failed" in str(settings.out):
-            outcome.failures = [Failure("sgd seed 0", "sgd-plain-seed0", "RuntimeError: no", "Traceback...\n")]
-        outcomes.append(outcome)
-        return outcome
-
-    monkeypatch.setattr(demo, "run_demo", run_demo)
-    return outcomes
+def words_of(capsys):
+    return " ".join(capsys.readouterr().out.split())
 
 
 def test_the_command_alone_prints_its_help(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([])
     assert ended.value.code == 0
-    assert "demo" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert all(name in said for name in options.COMMANDS)
+
+
+@pytest.mark.parametrize("name", options.COMMANDS)
+def test_every_command_has_help(capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+    assert "--out" in capsys.readouterr().out
 
 
 def test_the_version_is_printed(capsys):
@@ -47,33 +108,28 @@ def test_the_version_is_printed(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--seeds", "0"], "seeds=0: must be from 1 to 1000"),
-        (["--seeds", "-3"], "seeds=-3: must be from 1"),
-        (["--jobs", "-1"], "jobs=-1: must be from 1 to 1024; leave --jobs out"),
-        (["--jobs", "0"], "jobs=0"),
-        (
-            ["--data-dir", "/nowhere/at/all"],
-            "data-dir='/nowhere/at/all' is not a folder: give an existing one",
-        ),
-        (["--out", __file__], "is a file: give a folder"),
+        (["demo", "--seeds", "0"], "seeds=0: must be from 1 to 1000"),
+        (["run", "tiny", "--scale", "smoke", "--jobs", "0"], "jobs=0: must be from 1 to 1024; leave --jobs out"),
+        (["run", "tiny", "--scale", "smoke", "--data-dir", "/nowhere/at/all"], "is not a folder: give an existing one"),
+        (["run", "tiny", "--scale", "smoke", "--out", __file__], "is a file: give a folder"),
+        (["run", "tin", "--scale", "smoke"], "recipe 'tin' is not known: layerwise list names them. Did you mean"),
+        (["run", "tiny"], "scale='reduced': recipe tiny has smoke, full"),
+        (["run", "tiny", "--scale", "full"], "layerwise data mnist fetches it or says where to put it"),
+        (["sweep", "tiny", "--scale", "smoke"], "--vary is missing"),
+        (["sweep", "tiny", "--scale", "smoke", "--vary", "rate"], "write NAME=VALUE"),
+        (["sweep", "tiny", "--scale", "smoke", "--vary", "rat=1"], "unknown constant 'rat'"),
+        (["demo", "--weight-decay", "0"], "the LeNet demo has Caffe's 0.0005"),
+        (["report", "nowhere"], "nowhere"),
+        (["data", "cifar11"], "name='cifar11': use one of"),
     ],
 )
-def test_a_value_that_cannot_be_used_is_one_line_and_exit_code_2(capsys, arguments, words):
-    assert cli.main(["demo", *arguments]) == 2
+def test_a_value_that_cannot_be_used_is_one_line_and_exit_code_2(capsys, folder, arguments, words):
+    assert cli.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert words in captured.err
     assert captured.err.count("\n") == 1
-
-
-def test_a_damaged_data_file_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch):
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"x")
-    monkeypatch.setenv("LAYERWISE_DATA", str(tmp_path))
-    assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 2
-    captured = capsys.readouterr()
-    assert "train-images-idx3-ubyte.gz: damaged" in captured.err
-    assert captured.err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert not (folder / "runs" / "store").exists()
 
 
 def test_a_missing_dependency_names_the_extra(capsys, monkeypatch):
@@ -91,90 +147,121 @@ def test_a_missing_dependency_names_the_extra(capsys, monkeypatch):
     assert 'pip install "layerwise[lab]"' in capsys.readouterr().err
 
 
-def test_json_prints_one_object_and_nothing_else(capsys, made_up, tmp_path):
-    assert cli.main(["demo", "--json"]) == 0
+@pytest.mark.dist
+def test_a_recipe_is_run_its_report_written_and_nothing_repeated(capsys, folder):
+    arguments = ["run", "tiny", "--scale", "smoke", "--seeds", "2"]
+    assert cli.main([*arguments, "--json"]) == 0
     captured = capsys.readouterr()
-    result = json.loads(captured.out)
     assert captured.err == ""
-    assert (result["planned"], result["finished"], result["interrupted"]) == (15, 15, False)
-    assert len(result["errors"]) == 6
-    assert result["errors"][0] == {
-        "solver": "sgd",
-        "arm": "plain",
-        "iteration": 2,
-        "mean": 10.0,
-        "sd": 0.0,
-        "runs": 5,
-        "diverged": 0,
-    }
-    against_plain, against_control = result["verdict"][0]["comparisons"]
-    assert against_plain["outcome"] == "lower error"
-    assert against_control["outcome"] == "no difference shown"
-    assert "not shown to be more" in result["verdict"][0]["conclusion"]
-    assert made_up[0].report.exists()
+    result = json.loads(captured.out)
+    assert (result["planned"], result["finished"], result["found"]) == (6, 6, 0)
+    experiment = folder / "runs" / "tiny-smoke"
+    for name in ("report.html", "table.md", "tables/table.parquet", "tables/metrics.parquet"):
+        assert (experiment / name).stat().st_size > 0
+    assert (folder / "runs" / "report.html").read_bytes() == (experiment / "report.html").read_bytes()
 
-
-def test_the_person_reads_table_verdict_report_and_next_command(capsys, made_up):
-    assert cli.main(["demo"]) == 0
-    words = " ".join(capsys.readouterr().out.split())
-    for part in ("test error in %", "plain at the mean factor", "beats the plain solver but not the control"):
-        assert part in words
-    assert "Bonferroni" in words
+    assert cli.main(arguments) == 0
+    words = words_of(capsys)
+    assert "6 of 6 runs were finished already" in words
+    assert "no difference shown" in words.lower() or "Too few" in words
     assert "report.html" in words
-    assert "Next: layerwise demo --data-dir FOLDER" in words
+    assert "Next: layerwise run tiny --scale reduced" in words
 
-
-def test_quiet_prints_the_conclusion_and_the_report_only(capsys, made_up):
-    assert cli.main(["demo", "--quiet"]) == 0
-    words = capsys.readouterr().out
-    assert "beats the plain solver" in words
+    assert cli.main([*arguments, "--quiet"]) == 0
+    words = words_of(capsys)
     assert "report.html" in words
-    assert "test error in %" not in words
     assert "Next" not in words
 
+    assert cli.main(["list"]) == 0
+    words = words_of(capsys)
+    assert "6 runs, 6 finished" in words
+    assert "not here: layerwise data mnist" in words
+    assert cli.main(["list", "--json"]) == 0
+    (demo, tiny) = json.loads(capsys.readouterr().out)
+    assert (demo["name"], tiny["name"]) == ("demo-lenet", "tiny")
+    assert tiny["scales"]["smoke"]["finished"] == 6
+    assert not tiny["scales"]["full"]["present"]
 
-def test_an_interrupted_demo_ends_with_130_and_says_how_to_go_on(capsys, made_up):
-    assert cli.main(["demo", "--out", "interrupted here"]) == 130
-    words = " ".join(capsys.readouterr().out.split())
-    assert "Interrupted: 15 of 15 runs are finished" in words
-    assert "Next: layerwise demo --out 'interrupted here'" in words
+    assert cli.main(["report", "runs", "--out", "gathered"]) == 0
+    assert "report.html" in words_of(capsys)
+    assert (folder / "gathered" / "report.html").stat().st_size > 0
 
 
-def test_a_failed_run_is_named_and_ends_with_1(capsys, made_up):
-    assert cli.main(["demo", "--out", "failed"]) == 1
-    words = capsys.readouterr().out
-    assert "FAILED sgd-plain-seed0 (sgd seed 0): RuntimeError: no" in words
-    assert "Traceback..." in words
-    assert cli.main(["demo", "--out", "failed", "--json"]) == 1
+@pytest.mark.dist
+def test_a_sweep_tries_every_combination(capsys, folder):
+    arguments = ["sweep", "tiny", "--scale", "smoke", "--seeds", "1", "--vary", "rate=0.01,0.02"]
+    assert cli.main([*arguments, "--vary", "momentum=0,0.9", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["planned"], result["finished"]) == (12, 12)
+    assert len(list((folder / "runs" / "store").iterdir())) == 12
+
+
+@pytest.mark.dist
+def test_a_demo_ends_with_what_to_try_next(capsys):
+    assert cli.main(["demo", "--seeds", "1"]) == 0
+    assert "Next: layerwise run singh2015-table1 --scale full --data-dir FOLDER" in words_of(capsys)
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "imagenet", "digits5k"])
+def test_data_that_cannot_be_fetched_say_where_to_put_them(capsys, monkeypatch, folder, name):
+    from layerwise.lab.data import fetch
+
+    def no_network(*_, **__):
+        raise UsageError("no server gave train-images-idx3-ubyte.gz")
+
+    monkeypatch.setattr(fetch, "fetch", no_network)
+    code = cli.main(["data", name, "--data-dir", str(folder / "data")])
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["failures"][0]["doing"] == "sgd-plain-seed0"
-    assert "sgd-plain-seed0" in captured.err
+    if name == "digits5k":
+        assert "nothing to fetch" in captured.out
+    else:
+        assert str(folder / "data" / name) in captured.out + captured.err
+    assert code == (1 if name in ("mnist", "cifar10") else 0)
+
+
+def test_data_alone_lists_all(capsys):
+    assert cli.main(["data"]) == 0
+    said = capsys.readouterr().out
+    assert all(known.name in said for known in data.names())
+    assert "digits5k        here" in said
+
+
+def test_the_folder_of_the_data_is_the_one_named_then_the_environments_then_the_own(monkeypatch, tmp_path):
+    assert places.data_dir(None) is None
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setattr(places, "home", lambda: home)
+    assert places.data_dir(None) == home
+    monkeypatch.setenv("LAYERWISE_DATA", str(tmp_path))
+    assert places.data_dir(None) == tmp_path
+    assert places.data_dir(home) == home
+
+
+def test_assignments_are_numbers_or_words():
+    read = options.assignments(["rate=0.1, 1e-3,2", "solver=sgd"], "vary")
+    assert read == {"rate": [0.1, 0.001, 2], "solver": ["sgd"]}
+    for wrong in (["rate"], ["=1"], ["rate="], ["rate=1,,2"], ["rate=1", "rate=2"]):
+        with pytest.raises(UsageError, match="--vary"):
+            options.assignments(wrong, "vary")
 
 
 def test_an_interrupt_before_any_run_ends_with_130(capsys, monkeypatch):
-    def interrupted(settings, display):
+    def interrupted(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "run_demo", interrupted)
+    monkeypatch.setattr(recipe, "load", interrupted)
     assert cli.main(["demo"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_the_next_command_on_full_mnist_is_the_papers_ten_seeds():
-    assert cli._without_seeds(["--seeds", "5", "--out", "a"]) == ["--out", "a"]
-    assert cli._without_seeds(["--out", "a", "--seeds=5"]) == ["--out", "a"]
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell with pipes")
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m layerwise list | head -1"
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert ended.stderr == ""
+    assert ended.stdout.count("\n") == 1
 
 
-def test_a_table_of_four_columns_of_large_errors_fits_80_columns(make_outcome):
-    outcome = make_outcome({"plain": [90.0, 0.0], "layer-adaptive": [90.0, 0.0], "control": [90.0, 0.0]})
-    for record in outcome.results.records.values():
-        record["test_error"][0][1] = 22.0
-    outcome.results.record_at = (2, 4, 2, 4)
-    target = Console(width=80)
-    with target.capture() as captured:
-        target.print(console.table(outcome))
-    lines = captured.get().splitlines()
-    assert max(map(len, lines)) <= 80
-    assert captured.get().count("45.0 ± 63.6") == 6
-    assert captured.get().count("22.00 ± 0.00") == 6
-    assert "…" not in captured.get()
+def test_an_option_is_left_out_of_a_command():
+    assert cli.without(["--seeds", "5", "--out", "a"], "--seeds") == ["--out", "a"]
+    assert cli.without(["--out", "a", "--seeds=5"], "--seeds") == ["--out", "a"]

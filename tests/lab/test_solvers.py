@@ -1,51 +1,91 @@
 import pytest
 import torch
 
-from layerwise.lab import solvers
+from layerwise.lab import caffe, networks, solvers
+from layerwise.lab.configuration import Constants
+from layerwise.lab.errors import UsageError
 from layerwise.lab.models.lenet import LeNet
 
-
-def test_the_inv_policy_is_the_formula():
-    assert solvers.inv_policy(0) == 1.0
-    assert solvers.inv_policy(10_000) == pytest.approx(2**-0.75, rel=1e-15)
-    assert solvers.inv_policy(1799) == pytest.approx((1 + 0.0001 * 1799) ** -0.75, rel=1e-15)
+VALUES = {
+    "data": "digits5k",
+    "inputs": "scaled",
+    "order": "sequential",
+    "batch_size": 64,
+    "model": "lenet",
+    "solver": "caffe-sgd",
+    "rate": 0.01,
+    "momentum": 0.9,
+    "weight_decay": 0.0005,
+    "policy": "inv",
+    "gamma": 0.0001,
+    "power": 0.75,
+    "iterations": 10,
+    "test_every": 10,
+}
+CLASSES = {
+    "caffe-sgd": caffe.SGD,
+    "caffe-nesterov": caffe.Nesterov,
+    "caffe-adagrad": caffe.AdaGrad,
+    "caffe-adadelta": caffe.AdaDelta,
+    "sgd": torch.optim.SGD,
+    "adamw": torch.optim.AdamW,
+}
 
 
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
-def test_the_rate_follows_the_policy_and_biases_learn_at_twice_the_rate(solver):
+def test_the_rate_follows_the_policy_and_the_rest_is_as_given(solver):
     model = LeNet(0)
-    optimizer, scheduler = solvers.build(solver, model)
+    optimizer, scheduler = solvers.build(Constants.of({**VALUES, "solver": solver}), model)
+    assert type(optimizer) is CLASSES[solver]
     for iteration in range(4):
-        weights, biases = optimizer.param_groups
-        assert weights["lr"] == pytest.approx(0.01 * (1 + 1e-4 * iteration) ** -0.75, rel=1e-12)
-        assert biases["lr"] == pytest.approx(2 * weights["lr"], rel=1e-12)
-        assert weights["weight_decay"] == biases["weight_decay"] == 0.0005
-        assert {parameter.dim() for parameter in biases["params"]} == {1}
-        model(torch.rand(1, 1, 28, 28)).sum().backward()
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(0.01 * (1 + 1e-4 * iteration) ** -0.75, rel=1e-12)
+            assert group["weight_decay"] == 0.0005
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
         optimizer.step()
         scheduler.step()
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == 8
+
+
+@pytest.mark.parametrize("solver", ["caffe-sgd", "caffe-adagrad"])
+def test_caffes_solvers_know_the_rate_and_decay_of_each_blob(solver):
+    model = networks.build("cifar10-full", 0, classes=10, channels=3)
+    optimizer, _ = solvers.build(Constants.of({**VALUES, "solver": solver}), model)
+    found = {
+        name: (group["lr_mult"], group["decay_mult"])
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
+    assert found["conv1.weight"] == (1.0, 1.0)
+    assert found["conv1.bias"] == (2.0, 1.0)
+    assert found["conv3.bias"] == (1.0, 1.0)
+    assert found["ip1.weight"] == (1.0, 250.0)
+    assert found["ip1.bias"] == (2.0, 0.0)
+
+
+def test_delta_is_taken_where_it_is_given():
+    made, _ = solvers.build(Constants.of({**VALUES, "solver": "caffe-adadelta", "delta": 1e-3}), LeNet(0))
+    assert made.param_groups[0]["delta"] == 1e-3
+
+
+@pytest.mark.parametrize(("change", "words"), [({"solver": "adam"}, "solver='adam'"), ({"policy": "exp"}, "exp")])
+def test_unknown_solvers_and_policies_are_told(change, words):
+    with pytest.raises(UsageError, match=words):
+        solvers.build(Constants.of({**VALUES, **change}), LeNet(0))
 
 
 @pytest.mark.parametrize(
-    ("solver", "kind", "expected"),
-    [
-        ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": False}),
-        ("nag", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-        ("adagrad", torch.optim.Adagrad, {"eps": 1e-8, "lr_decay": 0, "initial_accumulator_value": 0}),
-    ],
+    "name", [name for name in networks.NETWORKS if name not in ("alexnet", "resnet50", "resnet101")]
 )
-def test_the_solver_is_the_papers(solver, kind, expected):
-    optimizer, _ = solvers.build(solver, LeNet(0))
-    assert type(optimizer) is kind
-    assert {key: optimizer.defaults[key] for key in expected} == expected
+def test_every_network_is_built_of_its_name_and_seed(name):
+    width = 4 if name.startswith(("resnet", "vgg")) else None
+    channels = 1 if name == "lenet" else 3
+    first, again, other = (networks.build(name, seed, classes=10, channels=channels, width=width) for seed in (0, 0, 1))
+    weights = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
-def test_the_control_multiplies_the_base_rate_of_weights_and_biases():
-    optimizer, _ = solvers.build("sgd", LeNet(0), rate_factor=1.5)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.015, 0.03])
-
-
-def test_an_unknown_solver_is_named_with_the_choices():
-    with pytest.raises(ValueError, match="solver='adam': use one of sgd, nag, adagrad"):
-        solvers.build("adam", LeNet(0))
+def test_an_unknown_network_is_told():
+    with pytest.raises(UsageError, match="model='lenet5': use one of lenet"):
+        networks.build("lenet5", 0, classes=10, channels=1)

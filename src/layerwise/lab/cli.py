@@ -8,95 +8,194 @@ import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from layerwise.lab.errors import UsageError, missing_extra
 
 if TYPE_CHECKING:
-    from layerwise.lab.options import Demo
-    from layerwise.lab.plan import Outcome
+    from layerwise.lab import options
+    from layerwise.lab.experiment import Outcome, Settings
+    from layerwise.lab.plan import Plan
 
 
-def _run_demo(options: Demo, arguments: Sequence[str]) -> int:
-    """Run a demo and say what came of it."""
-    from layerwise.lab import plan, progress, terminal
-    from layerwise.lab.report import page
+def _settings(asked: options.Work) -> Settings:
+    from layerwise.lab import places
+    from layerwise.lab.experiment import Settings
 
-    place = options.data_dir
-    if place is None and os.environ.get("LAYERWISE_DATA"):
-        place = Path(os.environ["LAYERWISE_DATA"])
-    asked: dict[str, Any] = {"out": options.out, "data_dir": place, "seeds": options.seeds, "jobs": options.jobs}
-    demo: Any
-    if options.which == "amplification":
-        from layerwise.lab.amplification import console, demo
-        from layerwise.lab.report import amplification as report
+    return Settings(
+        out=asked.out,
+        data_dir=places.data_dir(asked.data_dir),
+        jobs=asked.jobs,
+        device=asked.device,
+        engine=asked.engine,
+        address=asked.address,
+    )
 
-        if options.weight_decay is not None:
-            asked["weight_decay"] = options.weight_decay
-    else:
-        from layerwise.lab import console, demo, report
 
-        if options.weight_decay is not None:
-            raise UsageError(
-                f"weight-decay={options.weight_decay!r}: the LeNet demo has Caffe's 0.0005; leave it out, or say "
-                "layerwise demo amplification"
-            )
-    settings = demo.Settings(**asked)
+def _carry_out(
+    asked: options.Work,
+    do: Callable[[Settings, Any], Outcome | None],
+    arguments: Sequence[str],
+    next_command: Callable[[Outcome], str],
+) -> int:
+    """Carry an experiment out, write its report and say what came of it; of several processes the first does so."""
+    from layerwise.lab import progress, report, terminal
+
+    settings = _settings(asked)
     target = terminal.console()
-    threading.Thread(target=page.prepare, daemon=True).start()
-    outcome: Any = demo.run_demo(settings, progress.display(target, silent=options.json or options.quiet))
+    threading.Thread(target=report.prepare, daemon=True).start()
+    outcome = do(settings, progress.display(target, silent=asked.json or asked.quiet))
+    if outcome is None:
+        return 0
     if outcome.results.records:
-        plan.write_results(outcome)
-        page.write(outcome, report.render(outcome, shlex.join(["layerwise", *arguments])))
-    if place is not None and outcome.dataset == "digits5k":
-        wanted = "CIFAR-10" if options.which == "amplification" else "full MNIST"
-        sys.stderr.write(f"layerwise: {place} does not hold {wanted}, so this was run on digits5k\n")
-    if options.json:
-        sys.stdout.write(console.as_json(outcome) + "\n")
+        report.write(outcome, shlex.join(["layerwise", *arguments]))
+    again = shlex.join([program(), *arguments])
+    command = next_command(outcome) if outcome.complete else again
+    if asked.json:
+        sys.stdout.write(terminal.as_json(outcome) + "\n")
         for failure in outcome.failures:
             sys.stderr.write(f"layerwise: {failure.doing}: {failure.reason}\n{failure.details}")
     else:
-        command = _next_command(options, outcome, arguments)
-        terminal.show(outcome, console.shown(outcome), command, target, options.quiet)
+        terminal.show(outcome, target, quiet=asked.quiet, next_command=command)
     return outcome.exit_code
 
 
-def _next_command(options: Demo, outcome: Outcome, arguments: Sequence[str]) -> str:
-    """Give the one obvious next command: go on, the same on the full data, or what else the papers ask for."""
-    if outcome.interrupted or outcome.failures:
-        return shlex.join([_program(), *arguments])
-    if options.which == "amplification":
-        if outcome.dataset == "digits5k":
-            folder = shlex.quote(f"{options.out}-cifar10")
-            return f"{_program()} demo amplification --data-dir FOLDER --out {folder}   (FOLDER holds CIFAR-10)"
-        if options.weight_decay is None:  # the paper does not tell its weight decay
-            return shlex.join([_program(), *arguments, "--weight-decay", "0"])
-        return ""
-    if outcome.dataset == "digits5k":
-        folder = shlex.quote(f"{options.out}-mnist")
-        return f"{_program()} demo --data-dir FOLDER --out {folder}   (full MNIST: FOLDER holds its four .gz files)"
-    if options.seeds < 10:  # Singh et al. 2015, Table I: ten runs
-        return shlex.join([_program(), "demo", *_without_seeds(arguments[1:]), "--seeds", "10"])
-    return ""
+def _plan_runner(plan: Plan) -> Callable[[Settings, Any], Outcome]:
+    from layerwise.lab import experiment, places
+
+    def do(settings: Settings, display: Any) -> Outcome:
+        for name in sorted({run.configuration.trial["data"] for run in plan.runs}):
+            places.require(name, settings.data_dir)
+        return experiment.carry_out(plan, settings, display)
+
+    return do
 
 
-def _program() -> str:
+def _demo(asked: options.Demo, arguments: Sequence[str]) -> int:
+    from layerwise.lab import data, recipe
+
+    seeds, settings = asked.seeds, _settings(asked)
+    if asked.which == "lenet":
+        if asked.weight_decay is not None:
+            raise UsageError(
+                f"weight-decay={asked.weight_decay!r}: the LeNet demo has Caffe's 0.0005; leave it out, or say "
+                "layerwise demo amplification"
+            )
+        plan = recipe.load("demo-lenet").plan("full", seeds=seeds)
+        following = "run singh2015-table1 --scale full --data-dir FOLDER   (it holds MNIST; see layerwise data mnist)"
+    else:
+        present = data.present("cifar10", settings.data_dir)
+        vary = None if asked.weight_decay is None else {"weight_decay": [asked.weight_decay]}
+        plan = recipe.load("demo-amplification").plan("full" if present else "digits", seeds=seeds, vary=vary)
+        following = shlex.join([*arguments, "--weight-decay", "0"]) if asked.weight_decay is None else "list"
+        if not present:
+            following = "demo amplification --data-dir FOLDER   (FOLDER holds CIFAR-10; see layerwise data cifar10)"
+            if settings.data_dir is not None:
+                sys.stderr.write(f"layerwise: {settings.data_dir} does not hold CIFAR-10, so this is run on digits5k\n")
+    return _carry_out(asked, _plan_runner(plan), arguments, lambda outcome: f"{program()} {following}")
+
+
+def _run(asked: options.Run, arguments: Sequence[str]) -> int:
+    from layerwise.lab import recipe
+
+    plan = recipe.load(asked.recipe).plan(asked.scale, seeds=asked.seeds)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from layerwise.lab import distributed
+
+        return _carry_out(asked, partial(distributed.run_shared, plan), arguments, lambda outcome: "")
+    larger = {"smoke": "reduced", "reduced": "full"}.get(asked.scale)
+
+    def following(outcome: Outcome) -> str:
+        if larger is None:
+            return ""
+        words = [program(), "run", asked.recipe, "--scale", larger]
+        return shlex.join([*words, *(["--data-dir", str(asked.data_dir)] if asked.data_dir else [])])
+
+    return _carry_out(asked, _plan_runner(plan), arguments, following)
+
+
+def _sweep(asked: options.Sweep, arguments: Sequence[str]) -> int:
+    from layerwise.lab import recipe
+    from layerwise.lab.options import assignments
+
+    vary = assignments(asked.vary, "vary")
+    if not vary:
+        raise UsageError("--vary is missing: name a constant and its values, as in --vary rate=0.005,0.01")
+    plan = recipe.load(asked.recipe).plan(asked.scale, seeds=asked.seeds, vary=vary)
+    return _carry_out(asked, _plan_runner(plan), arguments, lambda outcome: "")
+
+
+def _compare(asked: options.Compare, arguments: Sequence[str]) -> int:
+    from layerwise.lab import compare
+    from layerwise.lab.options import assignments
+
+    tune = assignments(asked.tune, "tune")
+    seeds = 5 if asked.seeds is None else asked.seeds
+
+    def do(settings: Settings, display: Any) -> Outcome:
+        return compare.run(asked.task, arms=asked.arms, seeds=seeds, tune=tune, settings=settings, display=display)
+
+    def following(outcome: Outcome) -> str:
+        return "" if seeds >= 10 else shlex.join([program(), *without(arguments, "--seeds"), "--seeds", "10"])
+
+    return _carry_out(asked, do, arguments, following)
+
+
+def _doctor(asked: options.Doctor, arguments: Sequence[str]) -> int:
+    from layerwise.lab import compare
+
+    sys.stdout.write("\n".join(compare.doctor(asked.task)) + "\n")
+    if not asked.quiet:
+        sys.stdout.write(f"\nNext:   {shlex.join([program(), 'compare', asked.task])}\n")
+    return 0
+
+
+def _report(asked: options.Report, arguments: Sequence[str]) -> int:
+    from layerwise.lab import report, terminal
+    from layerwise.lab.report import anything
+
+    outcome = anything.gather(asked.runs, out=asked.out)
+    report.write(outcome, shlex.join(["layerwise", *arguments]))
+    if asked.json:
+        sys.stdout.write(terminal.as_json(outcome) + "\n")
+    else:
+        terminal.show(outcome, terminal.console(), quiet=asked.quiet, next_command="")
+    return 0
+
+
+def _list(asked: options.List, arguments: Sequence[str]) -> int:
+    from layerwise.lab import catalogue, places
+
+    folder = places.data_dir(asked.data_dir)
+    sys.stdout.write(catalogue.show(asked.out, folder, as_json=asked.json, program=program()))
+    return 0
+
+
+def _data(asked: options.Data, arguments: Sequence[str]) -> int:
+    from layerwise.lab import catalogue, places
+
+    # The folder that is named may not exist yet: it is made for what is fetched.
+    folder = asked.data_dir or places.data_dir(None)
+    return catalogue.show_data(asked.name, folder, quiet=asked.quiet or asked.json, program=program())
+
+
+def program() -> str:
     """Give this command as a person can type it: by its path where the shell would not find it."""
     if shutil.which("layerwise") or not sys.argv[0].endswith("layerwise"):
         return "layerwise"
     return shlex.quote(os.path.relpath(sys.argv[0]))
 
 
-def _without_seeds(arguments: Sequence[str]) -> list[str]:
-    """Leave ``--seeds N`` or ``--seeds=N`` out."""
+def without(arguments: Sequence[str], option: str) -> list[str]:
+    """Leave ``OPTION VALUE`` or ``OPTION=VALUE`` out."""
     kept: list[str] = []
     skip = False
     for argument in arguments:
-        if not skip and argument != "--seeds" and not argument.startswith("--seeds="):
+        if not skip and argument != option and not argument.startswith(f"{option}="):
             kept.append(argument)
-        skip = argument == "--seeds" and not skip
+        skip = argument == option and not skip
     return kept
 
 
@@ -107,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None for those of this process.
 
     Returns:
-        Exit code: 0; 1 if a run failed; 2 for a value that cannot be used; 130 if interrupted.
+        Exit code: 0; 1 if a run failed or is left; 2 for a value that cannot be used; 130 if interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -121,7 +220,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         from layerwise.lab.options import parse
 
-        return _run_demo(parse(arguments or ["--help"]), arguments)
+        asked = parse(arguments or ["--help"])
+        handlers: dict[str, Callable[[Any, Sequence[str]], int]] = {
+            "Demo": _demo,
+            "Run": _run,
+            "Sweep": _sweep,
+            "Compare": _compare,
+            "Doctor": _doctor,
+            "Report": _report,
+            "List": _list,
+            "Data": _data,
+        }
+        return handlers[type(asked).__name__](asked, arguments)
     except UsageError as error:
         sys.stderr.write(f"layerwise: {error}\n")
         return 2
@@ -131,6 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"layerwise: {explanation}\n")
         return 1
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]  # who read it has gone, as head does
+        return 0
     except KeyboardInterrupt:
-        sys.stderr.write("\nlayerwise: interrupted; finished runs are kept\n")
+        sys.stderr.write("\nlayerwise: interrupted; what is done is kept, and the same command goes on with the rest\n")
         return 130

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -13,38 +13,14 @@ DESCRIPTION = "Per-layer learning rates for PyTorch: compare methods with paired
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo:
-    """Train a network with and without per-layer rates, and say what the difference is worth.
-
-    The demo lenet, which runs if none is named, trains Caffe's LeNet with three solvers (SGD, NAG, AdaGrad): plain,
-    with the layer-adaptive rule, and plain at its mean factor. It uses 5,000 digits that need no download, or full
-    MNIST from --data-dir.
-
-    The demo amplification trains a narrow ResNet-10 plainly, and with the gradients doubled in some epochs of
-    random layers, of the layers that G or G′ chooses, and of every layer. It uses a slice of CIFAR-10 from --data-dir,
-    or the digits.
-
-    Finished runs are never repeated. Each writes a report of its own, an HTML page.
-    """
-
-    which: tyro.conf.Positional[Literal["lenet", "amplification"]] = "lenet"
-    """Which demo."""
+class Places:
+    """Where things are, and how much is said."""
 
     out: Path = Path("runs")
-    """Folder of the report and the runs."""
+    """Folder of the runs and the reports."""
 
     data_dir: Path | None = None
-    """Folder that holds mnist/train-images-idx3-ubyte.gz and its companions, or CIFAR-10 as published (else
-    LAYERWISE_DATA)."""
-
-    seeds: int = 5
-    """Number of seeds; fewer than 5 never show a difference."""
-
-    jobs: int | None = None
-    """Processes side by side; the number of usable cores if left out."""
-
-    weight_decay: float | None = None
-    """Of the amplification demo: 5e-4 if left out; 0 is the other one to look at."""
+    """Folder of the data sets (else LAYERWISE_DATA, else where layerwise data puts them)."""
 
     json: bool = False
     """Print one JSON object and nothing else."""
@@ -53,7 +29,140 @@ class Demo:
     """Print the conclusion and the place of the report only."""
 
 
-def parse(arguments: Sequence[str]) -> Demo:
+@dataclass(frozen=True, kw_only=True)
+class Work(Places):
+    """How runs are done."""
+
+    seeds: int | None = None
+    """Number of seeds; fewer than 5 never show a difference."""
+
+    jobs: int | None = None
+    """Processes side by side; the number of usable cores if left out."""
+
+    device: str = "cpu"
+    """Where networks are trained: cpu, cuda, cuda:1, mps."""
+
+    engine: Literal["local", "ray"] = "local"
+    """Processes of this machine, or tasks of a Ray cluster."""
+
+    address: str | None = None
+    """Of the Ray cluster; one is started on this machine if left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Work):
+    """Train a network with and without per-layer rates, and say what the difference is worth: two minutes, no data.
+
+    The demo lenet, which runs if none is named, trains Caffe's LeNet with three solvers (SGD, NAG, AdaGrad): plain,
+    with the layer-adaptive rule, and plain at its mean factor, on 5,000 digits that need no download.
+
+    The demo amplification trains a narrow ResNet-10 plainly, and with the gradients doubled in some epochs of
+    random layers, of the layers that G or G′ chooses, and of every layer. It uses a slice of CIFAR-10 from --data-dir,
+    or the digits.
+
+    Finished runs are never repeated.
+    """
+
+    which: tyro.conf.Positional[Literal["lenet", "amplification"]] = "lenet"
+    """Which demo."""
+
+    weight_decay: float | None = None
+    """Of the amplification demo: 5e-4 if left out; 0 is the other one to look at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Work):
+    """Run a recipe: a table or figure of the papers, beside the paper's own numbers.
+
+    What is finished is never repeated, and what was stopped goes on from its last checkpoint. Under torchrun all
+    processes share each run: torchrun --nproc-per-node 2 -m layerwise run NAME.
+    """
+
+    recipe: tyro.conf.Positional[str]
+    """Its name; layerwise list names them all."""
+
+    scale: Literal["smoke", "reduced", "full"] = "reduced"
+    """A minute without any data; what two cores finish in an hour or two; or the paper's own iterations, seeds and
+    sizes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Work):
+    """Run a recipe over values of its constants: every combination, every arm, the same seeds."""
+
+    recipe: tyro.conf.Positional[str]
+    """Its name; layerwise list names them all."""
+
+    scale: Literal["smoke", "reduced", "full"] = "reduced"
+    """As in layerwise run."""
+
+    vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """CONSTANT=VALUE,VALUE,... as in rate=0.005,0.01; once for each constant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Work):
+    """Compare methods on a model and data of your own: layerwise compare my_task.py:task.
+
+    The file's function returns model, batches, loss and metric; docs/compare.md says how. This file is the only code
+    that is loaded and run.
+    """
+
+    task: tyro.conf.Positional[str]
+    """FILE:FUNCTION."""
+
+    arms: tuple[str, ...] = ()
+    """Arms by name; if left out: plain, layer-adaptive and its controls."""
+
+    tune: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """PARAMETER=VALUE,VALUE,... of the function; every arm gets the same budget, on other seeds and a validation
+    split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(Places):
+    """Look at a task of your own before anything long is run: what would be done, and what is wrong."""
+
+    task: tyro.conf.Positional[str]
+    """FILE:FUNCTION."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Places):
+    """Make a report of finished runs: of experiments, of single runs, of any mix."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
+    """Folders: what --out named, an experiment in it, or single runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class List(Places):
+    """Name the recipes, with what they need and how many of their runs are finished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Places):
+    """Fetch a data set, or say exactly where to put its files; without a name, say which there are."""
+
+    name: tyro.conf.Positional[str] = ""
+    """mnist, fashion-mnist, cifar10, cifar100 or folder."""
+
+
+Command = Demo | Run | Sweep | Compare | Doctor | Report | List | Data
+
+COMMANDS: dict[str, Any] = {
+    "demo": Demo,
+    "run": Run,
+    "compare": Compare,
+    "sweep": Sweep,
+    "report": Report,
+    "list": List,
+    "data": Data,
+    "doctor": Doctor,
+}
+
+
+def parse(arguments: Sequence[str]) -> Command:
     """Read the command line; prints help and exits where asked to.
 
     Args:
@@ -63,9 +172,45 @@ def parse(arguments: Sequence[str]) -> Demo:
         What is asked for.
     """
     return tyro.extras.subcommand_cli_from_dict(
-        {"demo": Demo},
+        COMMANDS,
         prog="layerwise",
         description=DESCRIPTION,
         args=list(arguments),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def assignments(words: Sequence[str], option: str) -> dict[str, list[Any]]:
+    """Read NAME=VALUE,VALUE,...
+
+    Args:
+        words: as given.
+        option: of the command line, for the message.
+
+    Returns:
+        Name -> values: numbers where they are numbers, else words.
+
+    Raises:
+        UsageError: a word of another form, or a name that is given twice.
+    """
+    from layerwise.lab.errors import UsageError
+
+    found: dict[str, list[Any]] = {}
+    for word in words:
+        name, sign, values = word.partition("=")
+        parts = [part.strip() for part in values.split(",")]
+        if not (name.strip() and sign and all(parts)):
+            raise UsageError(f"--{option} {word!r}: write NAME=VALUE,VALUE,..., as in --{option} rate=0.005,0.01")
+        if name.strip() in found:
+            raise UsageError(f"--{option} {word!r}: {name.strip()} is given twice; list its values after one another")
+        found[name.strip()] = [_value(part) for part in parts]
+    return found
+
+
+def _value(word: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word

@@ -1,204 +1,210 @@
-"""What every demo does: settings, the outcome, and the runs side by side, each written to its file as it ends."""
+"""What an experiment is: subjects, arms, seeds, and what is looked at; from a recipe or from a person's own task."""
 
 from __future__ import annotations
 
-import io
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from layerwise.lab.arms import Arm
+from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
-from layerwise.lab.jobs import Advance, Finished
-from layerwise.lab.pool import Failure, Interrupt, Link, NamedJob, run_jobs
-from layerwise.lab.store import RunStore, usable_cores, write_whole
+
+Layout = Literal["steps", "curves", "thresholds", "best", "times"]
+LAYOUTS: tuple[Layout, ...] = ("steps", "curves", "thresholds", "best", "times")
+"""What the paper shows: values at some steps; curves over steps; the last value over thresholds; the best value of each
+group of arms; running times of each group of arms."""
 
 LARGEST_SEEDS = 1000
-LARGEST_JOBS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a demo is asked to do.
+class Quantity:
+    """What arms are compared by.
 
     Attributes:
-        out: folder of the report and the runs.
-        data_dir: folder that may hold the full data, or None.
-        seeds: number of seeds; they are 0, 1, ...
-        jobs: number of processes, or None for the number of usable cores.
+        name: in the metrics of a run; ``"seconds"`` is the running time.
+        words: of it.
+        unit: of a value, as ``"%"``, or "".
+        difference_unit: of a difference, as ``"points"``.
+        higher_is_better: which way is better.
     """
 
-    out: Path = Path("runs")
-    data_dir: Path | None = None
-    seeds: int = 5
-    jobs: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.seeds <= LARGEST_SEEDS:
-            raise UsageError(
-                f"seeds={self.seeds!r}: must be from 1 to {LARGEST_SEEDS}; "
-                "the default, --seeds 5, is the fewest that can show a difference"
-            )
-        if self.jobs is not None and not 1 <= self.jobs <= LARGEST_JOBS:
-            raise UsageError(
-                f"jobs={self.jobs!r}: must be from 1 to {LARGEST_JOBS}; leave --jobs out to use every core"
-            )
-        if self.out.exists() and not self.out.is_dir():
-            raise UsageError(f"out={str(self.out)!r} is a file: give a folder, or a name that does not exist yet")
+    name: str = "test_error"
+    words: str = "test error"
+    unit: str = "%"
+    difference_unit: str = "points"
+    higher_is_better: bool = False
 
 
-class Display:
-    """Where a demo says what happens; this one says nothing."""
-
-    def begin(self, outcome: Outcome, workers: int) -> None:
-        """The plan is made and the finished runs are found."""
-
-    def advance(self, worker: int, run: str, done: int) -> None:
-        """A worker has done so many iterations of a run."""
-
-    def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
-        """A run is finished with this result, in words."""
-
-    def end(self) -> None:
-        """No run is worked on any more."""
+QUANTITIES = {
+    "test_error": Quantity(),
+    "accuracy": Quantity(name="accuracy", words="accuracy", higher_is_better=True),
+    "seconds": Quantity(name="seconds", words="running time", unit="s", difference_unit="s"),
+}
 
 
-@dataclass
-class Outcome:
-    """What came of a demo; each demo has its own kind.
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One thing that all arms are tried on: a solver of Table I, a network.
 
     Attributes:
-        settings: what was asked.
-        dataset: name of the data set.
-        title: what it is, in words.
-        test_count: number of test images.
-        protocol: how long the runs were.
-        results: the finished runs.
-        found: runs that were finished before.
-        set_aside: broken files that were renamed.
-        failures: jobs that failed.
-        interrupted: the person stopped it.
-        seconds: wall clock time.
-        jobs: number of processes.
+        name: short.
+        words: for people.
+        constants: values that it changes.
+        kind: tells subjects with other phases and other thresholds apart, or "".
     """
 
-    settings: Any
-    dataset: str
+    name: str
+    words: str
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperValue:
+    """A number of the paper; a lost one has no mean.
+
+    Attributes:
+        subject: name of the subject.
+        arm: name of the arm, or of the group of arms.
+        step: updates or, in runs counted in epochs, epochs; None for the last.
+        mean: the value.
+        sd: its standard deviation, or None.
+        note: what else the paper says, or why the value is lost.
+    """
+
+    subject: str
+    arm: str
+    step: int | None = None
+    mean: float | None = None
+    sd: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run of a plan.
+
+    Attributes:
+        subject: name of the subject.
+        arm: the arm.
+        seed: of the run.
+        configuration: what it is; of a control, without what follows from its method's run.
+        task: a person's own task, as ``tasks.py`` names it, or None.
+    """
+
+    subject: str
+    arm: Arm
+    seed: int
+    configuration: Configuration
+    task: Any = None
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Subject, arm and seed."""
+        return self.subject, self.arm.name, self.seed
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"{self.subject} {self.arm.name} seed {self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """An experiment.
+
+    Attributes:
+        name: of its folder.
+        title: one line.
+        source: paper and section, or the person's file.
+        layout: what is shown.
+        quantity: what is compared.
+        columns: steps that the table shows; empty for the last one alone.
+        step_unit: ``"iteration"`` or ``"epoch"``: what columns and curves count.
+        subjects: in order.
+        arms: in order.
+        seeds: of the runs.
+        runs: all of them.
+        paper: the paper's numbers.
+        claims: what the paper says in words, each a sentence with its place.
+        constants: name -> (value, source), for the page.
+        notes: what differs from the paper, and what the page does not show.
+        scale: ``"smoke"``, ``"reduced"``, ``"full"``, or "" for a person's own task.
+        data_title: the data in words.
+    """
+
+    name: str
     title: str
-    test_count: int
-    protocol: Any
-    results: Any
-    found: int = 0
-    set_aside: list[Path] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    interrupted: bool = False
-    seconds: float = 0.0
-    jobs: int = 1
+    source: str
+    layout: Layout
+    quantity: Quantity
+    columns: tuple[int, ...]
+    step_unit: str
+    subjects: tuple[Subject, ...]
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    runs: tuple[PlannedRun, ...]
+    paper: tuple[PaperValue, ...] = ()
+    claims: tuple[str, ...] = ()
+    constants: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    scale: str = ""
+    data_title: str = ""
 
-    name = "demo"
-    """Folder of the runs inside ``settings.out``."""
+    def arms_of(self, subject: str) -> list[Arm]:
+        """Give the arms that a subject has, in order."""
+        return [arm for arm in self.arms if not arm.subjects or subject in arm.subjects]
 
-    report_name = "report.html"
-    """File of the report inside ``settings.out``."""
+    def arm(self, name: str) -> Arm:
+        """Give an arm by its name."""
+        return next(arm for arm in self.arms if arm.name == name)
 
-    subject = ""
-    """The network, in words."""
+    def subject(self, name: str) -> Subject:
+        """Give a subject by its name."""
+        return next(subject for subject in self.subjects if subject.name == name)
 
-    @property
-    def planned(self) -> int:
-        """Number of runs of the whole plan."""
-        raise NotImplementedError
+    def pairs(self) -> Iterator[tuple[str, Arm, Arm]]:
+        """Give every comparison that was planned: subject, arm, and the arm that it is compared with."""
+        for subject in self.subjects:
+            present = {arm.name: arm for arm in self.arms_of(subject.name)}
+            for arm in present.values():
+                for other in arm.against:
+                    if other in present:
+                        yield subject.name, arm, present[other]
 
-    @property
-    def run_length(self) -> int:
-        """Iterations of one run."""
-        raise NotImplementedError
+    def chains(self) -> list[tuple[PlannedRun, ...]]:
+        """Group the runs into chains: a method's run and then the controls that need it; other runs stand alone.
 
-    @property
-    def run_words(self) -> str:
-        """The length of a run in words."""
-        return f"{self.run_length:,} iterations"
-
-    def result_words(self, record: dict[str, Any]) -> str:
-        """Say what came of a run."""
-        raise NotImplementedError
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the runs."""
-        return self.settings.out / self.name
-
-    @property
-    def renamed(self) -> list[Path]:
-        """New names of the broken files that were set aside."""
-        return [path.with_name(path.name + ".broken") for path in self.set_aside]
-
-    @property
-    def report(self) -> Path:
-        """File of the report."""
-        return self.settings.out / self.report_name
-
-    @property
-    def exit_code(self) -> int:
-        """0, 1 if a job failed, 130 if interrupted."""
-        return 130 if self.interrupted else 1 if self.failures else 0
+        Seeds come first, so that what is finished early is complete for some seeds.
+        """
+        chains: dict[tuple[str, str, int], list[PlannedRun]] = {}
+        for run in sorted(self.runs, key=lambda run: (run.seed, run.arm.control is not None)):
+            head = (run.subject, run.arm.of or run.arm.name, run.seed)
+            chains.setdefault(head, []).append(run)
+        return [tuple(chain) for chain in chains.values()]
 
 
-def carry_out(
-    outcome: Outcome,
-    store: RunStore,
-    pending: Callable[[], Sequence[NamedJob]],
-    work: Callable[[Any, Link], None],
-    display: Display,
-) -> None:
-    """Do the runs that are not finished yet, and write each to its file as it ends.
+def check_seeds(count: int) -> tuple[int, ...]:
+    """Give the seeds 0, 1, ... of a number of seeds.
 
     Args:
-        outcome: of the demo; its runs, failures and times are filled in.
-        store: the folder of the runs.
-        pending: loads the finished runs into the outcome and gives the jobs that are left.
-        work: does a job; it sends ``Advance`` and ``Finished``.
-        display: told what happens.
-    """
-    clock = time.perf_counter()
-    store.clear_leftovers()
-    jobs = pending()
-    outcome.set_aside = store.set_aside
-    outcome.jobs = max(1, min(outcome.settings.jobs or usable_cores(), len(jobs)))
-
-    def on_message(worker: int, message: object) -> None:
-        if isinstance(message, Advance):
-            display.advance(worker, message.run, message.done)
-        elif isinstance(message, Finished):
-            run = message.run
-            record = store.save(run.name, message.record)
-            outcome.results.records[run.key] = record
-            display.finished(worker, run.name, outcome.result_words(record), record["diverged_at"] is not None)
-
-    with Interrupt() as interrupt:
-        display.begin(outcome, outcome.jobs)
-        try:
-            outcome.failures = run_jobs(
-                work, jobs, outcome.jobs, on_message=on_message, stop=lambda: interrupt.requested
-            )
-        finally:
-            display.end()
-        outcome.interrupted = interrupt.requested
-    outcome.seconds = time.perf_counter() - clock
-
-
-def write_results(outcome: Outcome) -> Path:
-    """Write every number of the finished runs to ``results.parquet``.
-
-    Args:
-        outcome: of a demo.
+        count: from 1 to ``LARGEST_SEEDS``.
 
     Returns:
-        The file.
+        The seeds.
+
+    Raises:
+        UsageError: another number.
     """
-    buffer = io.BytesIO()
-    outcome.results.frame().write_parquet(buffer)
-    path = outcome.folder / "results.parquet"
-    write_whole(path, buffer.getvalue())
-    return path
+    if not 1 <= count <= LARGEST_SEEDS:
+        raise UsageError(f"seeds={count!r}: must be from 1 to {LARGEST_SEEDS}; fewer than 5 never show a difference")
+    return tuple(range(count))
+
+
+def check_names(kind: str, names: Sequence[str]) -> None:
+    """Refuse names that occur twice."""
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise UsageError(f"{kind} {twice[0]!r} is named twice; names tell runs apart")

@@ -24,12 +24,17 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-STOP_SECONDS = 1.0
-"""How long a worker may take to stop before it is killed."""
+STOP_SECONDS = 30.0
+"""How long a worker may take to write its checkpoint and stop before it is killed, from the last checkpoint on."""
+
+DEATH_SECONDS = 1.0
+"""How long a worker whose pipe has ended may take to end itself."""
 
 POLL_SECONDS = 0.1
-SAME_PRESS_SECONDS = 0.5
 """How often the master looks whether it was asked to stop."""
+
+SAME_PRESS_SECONDS = 0.5
+"""Two interrupts within this time are one press of a key."""
 
 
 class NamedJob(Protocol):
@@ -147,7 +152,8 @@ class _Worker:
     def __init__(self, work: Callable[[Any, Link], None]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        # No daemon: those may not start processes, as a person's loader does. Without its master it ends by its pipe.
+        self.process = context.Process(target=_serve, args=(theirs, work), daemon=False)
         resource_tracker.ensure_running()  # begun by start(), it would let interrupts through again
         with _interrupt_blocked():
             self.process.start()
@@ -205,7 +211,7 @@ def run_jobs(
                 try:
                     kind, content = worker.connection.recv()
                 except (EOFError, OSError):
-                    worker.process.join(STOP_SECONDS)
+                    worker.process.join(DEATH_SECONDS)
                     if worker.job is not None or not worker.ready:
                         failures.append(_death(worker))
                     worker.close()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from layerwise.lab.plan import Display, Outcome
+from layerwise.lab.experiment import Display, Outcome
 
 PLAIN_LINE_SECONDS = 10.0
 """Seconds between two progress lines where the output is not a terminal."""
@@ -24,60 +24,65 @@ def opening(outcome: Outcome, workers: int) -> list[str]:
         Lines of text.
     """
     left = outcome.planned - outcome.found
-    lines = [f"{outcome.subject} on {outcome.title}."]
+    lines = [f"{outcome.plan.title}. {outcome.plan.data_title}.".replace("..", ".")]
     lines += [
-        f"{path.name} was damaged: set aside as {path.name}.broken, and its run is repeated."
-        for path in outcome.set_aside
+        f"{path.parent.name}/{path.name} was damaged: set aside as {path.name}.broken." for path in outcome.set_aside
     ]
     if outcome.found:
-        lines.append(
-            f"{outcome.found} of {outcome.planned} runs were finished already and are not repeated; "
-            f"to repeat them delete {outcome.folder}"
-        )
+        lines.append(f"{outcome.found} of {outcome.planned} runs were finished already and are not repeated.")
     if left:
+        runs = "1 run" if left == 1 else f"{left} runs"
         lines.append(
-            f"{left} runs of {outcome.run_words} in {workers} "
-            f"process{'es' if workers > 1 else ''}; Ctrl-C keeps the finished ones."
+            f"{runs} in {workers} process{'es' if workers > 1 else ''}; Ctrl-C keeps what is done, "
+            "and the same command goes on."
         )
     return lines
 
 
+def duration(seconds: float) -> str:
+    """Write a time roughly."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
 class _Counted(Display):
-    """Counts iterations and finished runs."""
+    """Counts finished runs and the parts of those at work; parts are what the time that is left is told from."""
 
     def __init__(self, target: Console) -> None:
         self.target = target
         self.clock = time.monotonic()
-        self.done: dict[str, int] = {}
-        self.count = self.total = self.iterations = 0
+        self.parts: dict[str, float] = {}
+        self.count = self.total = self.found = 0
 
     def begin(self, outcome: Outcome, workers: int) -> None:
         """Say what is about to be done."""
         self.clock = time.monotonic()
-        self.count, self.total = outcome.found, outcome.planned
-        self.iterations = outcome.run_length
+        self.count = self.found = outcome.found
+        self.total = outcome.planned
+        self._first: dict[str, float] = {}
         for line in opening(outcome, workers):
             self.target.print(line, markup=False)
 
-    def advance(self, worker: int, run: str, done: int) -> None:
-        """Count the iterations of a run."""
-        self.done[run] = done
+    def advance(self, worker: int, run: str, done: int, total: int | None) -> None:
+        """Count the part of a run; what a checkpoint had done before is no work of this time."""
+        part = done / total if total else 0.0
+        self._first.setdefault(run, part)
+        self.parts[run] = part
 
     def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
         """Count a finished run."""
-        self.done[run] = self.iterations
+        self.parts[run] = 1.0
         self.count += 1
 
     @property
-    def rate(self) -> float:
-        """Iterations in a second, over all workers."""
-        return sum(self.done.values()) / max(time.monotonic() - self.clock, 1e-9)
-
-    @property
     def left(self) -> str:
-        """How long the rest takes at this rate."""
-        rest = (self.total - self.count) * self.iterations / max(self.rate, 1e-9)
-        return f"{rest / 60:.0f} min left" if rest >= 90 else f"{rest:.0f} s left"
+        """How long the rest takes, going by the time so far."""
+        done = sum(part - self._first.get(run, 0.0) for run, part in self.parts.items())
+        if done < 0.02:
+            return ""
+        rest = self.total - self.found - sum(self.parts.values())
+        return f"{duration((time.monotonic() - self.clock) / done * max(rest, 0.0))} left"
 
 
 class LineDisplay(_Counted):
@@ -94,11 +99,8 @@ class LineDisplay(_Counted):
         now = time.monotonic()
         if now - self._last >= PLAIN_LINE_SECONDS or self.count == self.total or diverged:
             self._last = now
-            words = "diverged" if diverged else result
-            self.target.print(
-                f"{self.count}/{self.total} runs, {self.rate:.0f} iterations/s, {self.left}; {run}: {words}",
-                markup=False,
-            )
+            left = f"{self.left}; " if self.left and self.count < self.total else ""
+            self.target.print(f"{self.count}/{self.total} runs, {left}{run}: {result}", markup=False)
 
 
 class BarDisplay(_Counted):
@@ -108,41 +110,42 @@ class BarDisplay(_Counted):
         """Say what is about to be done and draw the bars."""
         super().begin(outcome, workers)
         left = outcome.planned - outcome.found
+        self._progress = None
         if not left:
-            self._progress = None
             return
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             TextColumn("{task.fields[note]}", markup=False),
-            TimeRemainingColumn(),
             console=self.target,
             transient=True,
             refresh_per_second=5,
         )
-        self._whole = self._progress.add_task("iterations", total=left * self.iterations, note="")
-        self._lines = [self._progress.add_task("  starting", total=self.iterations, note="") for _ in range(workers)]
+        self._whole = self._progress.add_task("all runs", total=left, note="")
+        self._lines = [self._progress.add_task("  starting", total=1.0, note="") for _ in range(workers)]
         self._progress.start()
 
-    def advance(self, worker: int, run: str, done: int) -> None:
+    def advance(self, worker: int, run: str, done: int, total: int | None) -> None:
         """Move the bars."""
-        super().advance(worker, run, done)
-        if self._progress is None:
-            return
-        self._progress.update(self._lines[worker], description=f"  {run}", completed=done)
-        self._progress.update(
-            self._whole,
-            completed=sum(self.done.values()),
-            note=f"{self.count}/{self.total} runs, {self.rate:.0f} it/s",
-        )
+        super().advance(worker, run, done, total)
+        self._move(worker, run, f"{done:,} updates")
 
     def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
         """Count a run, and say so if it diverged."""
         super().finished(worker, run, result, diverged)
-        self.advance(worker, run, self.iterations)
+        self._move(worker, run, result)
         if diverged:
             self.target.print(f"{run} diverged", markup=False)
+
+    def _move(self, worker: int, run: str, note: str) -> None:
+        if self._progress is None:
+            return
+        part = self.parts[run]
+        line = self._lines[worker % len(self._lines)]
+        self._progress.update(line, description=f"  {run}", completed=part, note=note)
+        whole = f"{self.count}/{self.total} runs  {self.left}"
+        self._progress.update(self._whole, completed=sum(self.parts.values()), note=whole)
 
     def end(self) -> None:
         """Take the bars away."""
@@ -150,15 +153,15 @@ class BarDisplay(_Counted):
             self._progress.stop()
 
 
-def display(target: Console, silent: bool) -> Display:
-    """Choose how progress is shown.
+def display(target: Console, *, silent: bool) -> Display:
+    """Choose what is shown.
 
     Args:
-        target: where.
-        silent: show none.
+        target: the console.
+        silent: show nothing.
 
     Returns:
-        Bars on a terminal, else lines.
+        Bars in a terminal, lines elsewhere.
     """
     if silent:
         return Display()

@@ -1,18 +1,14 @@
-"""Finished runs on disk: one JSON file each, whole or not there at all."""
+"""Files that are whole or not there at all, and what is told of the machine and the versions."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 import layerwise
-
-Record = dict[str, object]
 
 
 def versions() -> dict[str, str]:
@@ -46,6 +42,9 @@ def write_whole(path: Path, data: bytes) -> None:
     Args:
         path: the file; its folder is made if needed.
         data: the content.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; the error names the file, which is as it was before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -55,76 +54,7 @@ def write_whole(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-class RunStore:
-    """The folder of the runs.
-
-    Args:
-        folder: where the files are; made when the first one is written.
-        fields: what the record of a whole run holds; a file without them is broken.
-    """
-
-    def __init__(self, folder: Path, fields: Iterable[str] = ()) -> None:
-        self.folder = folder
-        self.fields = frozenset(fields)
-        self.set_aside: list[Path] = []
-        """Files that were not whole JSON and were renamed, in the order found."""
-
-    def path(self, name: str) -> Path:
-        """Give the file of a run."""
-        return self.folder / f"{name}.json"
-
-    def clear_leftovers(self) -> None:
-        """Remove temporary files of a process that was killed while it wrote."""
-        for leftover in self.folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
-
-    def save(self, name: str, record: Record) -> Record:
-        """Write a finished run with the versions and the machine that made it.
-
-        Args:
-            name: of the run.
-            record: what the training returned.
-
-        Returns:
-            The record as written.
-        """
-        whole = {
-            **record,
-            "versions": {**versions(), "python": platform.python_version()},
-            "hardware": hardware(),
-        }
-        write_whole(self.path(name), json.dumps(whole, allow_nan=False).encode())
-        return whole
-
-    def load(self, name: str, configuration: Record) -> Record | None:
-        """Read a finished run of this configuration and these versions.
-
-        Args:
-            name: of the run.
-            configuration: what the run must have been.
-
-        Returns:
-            The record, or None if there is none, if it is of another configuration or version, or if its file
-            is broken; a broken file is renamed to ``.json.broken`` and listed in ``set_aside``.
-        """
-        path = self.path(name)
-        try:
-            record = json.loads(path.read_bytes())
-            same = record["configuration"] == configuration
-            known = {key: record["versions"][key] for key in versions()}
-            complete = self.fields <= set(record)
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError):
-            return self._put_aside(path)
-        if not complete:
-            return self._put_aside(path)
-        return record if same and known == versions() else None
-
-    def _put_aside(self, path: Path) -> None:
-        path.replace(path.with_name(path.name + ".broken"))
-        self.set_aside.append(path)

@@ -1,37 +1,33 @@
-"""What the person at the terminal, or a program, reads when the runs of any demo are done."""
+"""What the person at the terminal, or a program, reads when the runs of an experiment are done."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from layerwise.lab.plan import Outcome
-from layerwise.lab.records import Cell
-from layerwise.lab.verdict import Comparison
+from layerwise.lab.experiment import Outcome
+from layerwise.lab.judgement import note
+from layerwise.lab.report.headline import headline
+from layerwise.lab.report.layouts import sheet
+from layerwise.lab.report.sheets import Entry, Row, Sheet
+from layerwise.lab.report.verdicts import verdicts
+from layerwise.lab.report.words import capital
 
+NARROWEST = 60
+"""Columns below which a table is not squeezed any more."""
 
-@dataclass(frozen=True)
-class Shown:
-    """What a demo found, ready to be printed.
+LONGEST_NAME = 30
+"""Letters of an arm's name in a table; longer ones are cut."""
 
-    Attributes:
-        table: of the results.
-        verdicts: what is judged, the conclusion, and the comparisons behind it.
-        note: how the intervals were made.
-        key: what the columns of the table are, or "".
-    """
-
-    table: Table
-    verdicts: Sequence[tuple[str, str, Sequence[Comparison]]]
-    note: str
-    key: str = ""
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def console() -> Console:
@@ -39,111 +35,192 @@ def console() -> Console:
     return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 80)
 
 
-def plain_table(title: str, columns: Iterable[str]) -> Table:
-    """Make an empty table without lines: the first column for names, then numbers.
+def clean(text: str) -> str:
+    """Replace what would move the cursor or change the colours of a terminal."""
+    return CONTROL.sub("?", text)
+
+
+def tables(whole: Sheet, width: int) -> Iterator[Table]:
+    """Lay a table of results out for a terminal.
 
     Args:
-        title: of the table.
-        columns: headings of the numbers.
+        whole: the table.
+        width: columns of the terminal.
 
     Returns:
-        The table.
+        One table a section, or several with some of the columns each where they do not fit side by side. The paper's
+        number stands in the same cell, in brackets, where there is room, else in a line below.
     """
-    made = Table(box=None, padding=(0, 1, 0, 0), title=title, title_justify="left", title_style="bold")
-    made.add_column("", no_wrap=True)
-    for column in columns:
-        made.add_column(column, justify="right", no_wrap=True)
+    width = max(width, NARROWEST)
+    for title, rows in whole.sections:
+        name = min(LONGEST_NAME, max([len(whole.corner), *(len(clean(row.words)) for row in rows)])) + 2
+        inside = _widths(whole, rows, inside=True)
+        below = _widths(whole, rows, inside=False)
+        fits = name + sum(inside) + len(inside) <= width
+        widths = inside if fits else below
+        for places in _spread(widths, width - name):
+            yield _table(whole, title, rows, places, inside=fits)
+
+
+def _widths(whole: Sheet, rows: Sequence[Row], *, inside: bool) -> list[int]:
+    """Give the width of each column."""
+    return [
+        max([len(clean(column)), *(len(line) for row in rows for line in _cell(row.entries[place], inside=inside))])
+        for place, column in enumerate(whole.columns)
+    ]
+
+
+def _spread(widths: Sequence[int], room: int) -> list[list[int]]:
+    """Put columns into as few tables as have room for them."""
+    parts: list[list[int]] = [[]]
+    used = 0
+    for place, width in enumerate(widths):
+        if parts[-1] and used + width + 1 > room:
+            parts.append([])
+            used = 0
+        parts[-1].append(place)
+        used += width + 1
+    return parts
+
+
+def _cell(one: Entry, *, inside: bool) -> list[str]:
+    """Write a cell: in one line, or with what stands below it."""
+    below = [f"{name} {words}".strip() for name, words in one.lines]
+    if inside and below:
+        return [clean(f"{one.text} ({', '.join(below)})")]
+    return [clean(line) for line in (one.text, *(words for _, words in one.lines))]
+
+
+def _table(whole: Sheet, title: str, rows: Sequence[Row], places: Sequence[int], *, inside: bool) -> Table:
+    """Make one table."""
+    made = Table(box=None, padding=(0, 1, 0, 0), title_justify="left", title_style="bold")
+    if title:
+        made.title = Text(clean(title))
+    made.add_column(Text(clean(whole.corner)), no_wrap=True, max_width=LONGEST_NAME + 2, overflow="ellipsis")
+    for place in places:
+        made.add_column(Text(clean(whole.columns[place])), justify="right", no_wrap=True)
+    for row in rows:
+        shown = [row.entries[place] for place in places]
+        cells = [_cell(one, inside=inside)[0] for one in shown]
+        made.add_row(Text("  " + clean(row.words)), *map(Text, cells))
+        if row.remark:
+            made.add_row(Text(f"    ({row.remark})"))
+        if not inside:
+            below = dict.fromkeys(name for one in shown for name, _ in one.lines)
+            for name in sorted(below, key=lambda name: name == "paper"):  # the paper's last, else as they come
+                lines = [dict(one.lines).get(name, "") for one in shown]
+                made.add_row(Text("    " + name, style="dim"), *(Text(clean(line), style="dim") for line in lines))
     return made
 
 
-def cell_text(cell: Cell | None) -> str:
-    """Write mean ± sd with two decimals, with one where the sd needs the room; one seed has no sd."""
-    if cell is None:
-        return "-"
-    if math.isnan(cell.sd):
-        return f"{cell.mean:.2f}"
-    return f"{cell.mean:.2f} ± {cell.sd:.2f}" if cell.sd < 10 else f"{cell.mean:.1f} ± {cell.sd:.1f}"
-
-
-def show(outcome: Outcome, shown: Shown, command: str, target: Console, quiet: bool) -> None:
-    """Print the outcome: table, verdict, where the report is, and the next command.
+def show(outcome: Outcome, target: Console, *, quiet: bool = False, next_command: str = "") -> None:
+    """Print the outcome: tables, verdict, where the report is, and the next command.
 
     Args:
-        outcome: of a demo.
-        shown: what it found.
-        command: one to try next, or "".
+        outcome: of a plan.
         target: where.
-        quiet: leave out the table.
+        quiet: print the conclusions, the failures and the place of the report only.
+        next_command: one to try next, or "".
     """
-    if outcome.results.records:
+    plan, count = outcome.plan, len(outcome.results.records)
+
+    def say(words: str, **style: Any) -> None:
+        target.print(Text(clean(words), **style))
+
+    if count:
+        whole = sheet(outcome.results)
         if not quiet:
             target.print()
-            target.print(shown.table)
-            if shown.key:
-                target.print(shown.key, markup=False)
+            say(f"{plan.title} ({plan.source})", style="bold")
+            say(f"{capital(whole.lead)}.")
+            for table in tables(whole, target.width):
+                target.print()
+                target.print(table)
+            for words in whole.notes:
+                say(words)
             target.print()
-        for subject, conclusion, comparisons in shown.verdicts:
-            target.print(f"[bold]{subject}[/bold]: {conclusion}")
-            if not quiet:
-                for comparison in comparisons:
-                    target.print(f"  {capital(comparison.sentence)}", markup=False)
+        say(headline(outcome))
+        for verdict in verdicts(outcome.results):
+            begin = Text(clean(f"{verdict.subject_words}, {verdict.words}"), style="bold")
+            target.print(begin.append(clean(f": {verdict.conclusion}"), style="not bold"))
+            if not quiet and not verdict.grouped:
+                for _, comparison in verdict.rows:
+                    say(f"  {capital(comparison.sentence)}")
         if not quiet:
-            target.print(shown.note, markup=False)
+            say(note(max(1, outcome.results.family), len(plan.seeds)))
         target.print()
+    _say_ends(outcome, target, quiet=quiet)
+    if count:
+        target.print(Text(clean(f"Report: {outcome.report}  ({outcome.seconds:.0f} s)")), soft_wrap=True)
+    if next_command and not quiet:
+        target.print(Text(clean(f"Next:   {next_command}")), soft_wrap=True)
+
+
+def _say_ends(outcome: Outcome, target: Console, *, quiet: bool) -> None:
+    """Say which runs failed, were skipped, or are not finished."""
     for failure in outcome.failures:
-        target.print(f"FAILED {failure.doing} ({failure.job}): {failure.reason}", markup=False)
+        target.print(Text(clean(f"FAILED {failure.doing} ({failure.job}): {failure.reason}")))
         if failure.details and not quiet:
-            target.print(failure.details, markup=False)
+            target.print(Text(clean(failure.details)))
+    for words in outcome.skipped:
+        target.print(Text(clean(f"Skipped {words}")))
     count = len(outcome.results.records)
-    if outcome.interrupted or outcome.failures:
+    if not outcome.complete:
         how = "Interrupted" if outcome.interrupted else "Incomplete"
         rest = "the table is of these; the same command goes on with the rest." if count else "nothing is kept."
-        target.print(f"{how}: {count} of {outcome.planned} runs are finished; {rest}", markup=False)
-    if count:
-        target.print(f"Report: {outcome.report}  ({outcome.seconds:.0f} s)", markup=False, soft_wrap=True)
-    if command and not quiet:
-        target.print(f"Next:   {command}", markup=False, soft_wrap=True)
+        target.print(Text(f"{how}: {count} of {outcome.planned} runs are finished; {rest}"))
 
 
-def capital(sentence: str) -> str:
-    """Begin a sentence with a capital letter."""
-    return sentence[:1].upper() + sentence[1:]
-
-
-def comparisons_json(comparisons: Iterable[Comparison]) -> list[dict[str, Any]]:
-    """Give the numbers and the sentence of each comparison."""
-    return [vars(comparison) | {"sentence": comparison.sentence} for comparison in comparisons]
-
-
-def cell_json(cell: Cell) -> dict[str, Any]:
-    """Give mean, sd and number of runs; the sd of one run is None."""
-    return {"mean": cell.mean, "sd": None if math.isnan(cell.sd) else cell.sd, "runs": cell.count}
-
-
-def whole_json(outcome: Outcome, **found: object) -> str:
-    """Write an outcome for a program.
+def as_json(outcome: Outcome) -> str:
+    """Write the outcome for a program.
 
     Args:
-        outcome: of a demo.
-        found: what the demo found.
+        outcome: of a plan.
 
     Returns:
-        One JSON object: what was found, the files, and whether it is complete.
+        One JSON object: the table, the verdict with every comparison, the files, and whether it is complete.
     """
-    results = outcome.results
+    plan, results = outcome.plan, outcome.results
     whole = {
-        "dataset": outcome.dataset,
-        "seeds": list(results.seeds),
-        "iterations": outcome.run_length,
+        "plan": plan.name,
+        "title": plan.title,
+        "source": plan.source,
+        "scale": plan.scale,
+        "layout": plan.layout,
+        "quantity": plan.quantity.name,
+        "unit": plan.quantity.unit,
+        "step_unit": plan.step_unit,
+        "seeds": list(plan.seeds),
         "planned": outcome.planned,
         "finished": len(results.records),
         "found": outcome.found,
-        "set_aside": [str(path) for path in outcome.renamed],
+        "complete": outcome.complete,
         "interrupted": outcome.interrupted,
+        "set_aside": [str(path) for path in outcome.set_aside],
+        "skipped": list(outcome.skipped),
         "failures": [vars(failure) for failure in outcome.failures],
-        **found,
+        "headline": headline(outcome),
+        "table": results.table().to_dicts(),
+        "verdict": [
+            {
+                "subject": verdict.subject,
+                "arm": verdict.item,
+                "conclusion": verdict.conclusion,
+                "comparisons": [vars(each) | {"sentence": each.sentence} for each in verdict.comparisons],
+            }
+            for verdict in verdicts(results)
+        ],
         "report": str(outcome.report) if results.records else None,
-        "runs": str(outcome.folder),
+        "runs": str(outcome.settings.out / "store"),
         "seconds": outcome.seconds,
     }
-    return json.dumps(whole, indent=2, allow_nan=False)
+    return json.dumps(_finite(whole), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """Give None for numbers that JSON does not have, as the value of a diverged task."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,103 +1,205 @@
-"""What the pages of all reports share: one HTML file that needs no network, how it was run, and its writing."""
+"""The page: one HTML file that needs no network and no script."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from layerwise.lab.plan import Outcome
-from layerwise.lab.report.drawing import svg
-from layerwise.lab.store import write_whole
-from layerwise.lab.verdict import confidence_note
+import layerwise
+from layerwise.lab.experiment import Outcome
+from layerwise.lab.judgement import note
+from layerwise.lab.report import charts, layers, maps, sweeps
+from layerwise.lab.report.drawing import Drawing, slugs
+from layerwise.lab.report.headline import headline
+from layerwise.lab.report.layouts import sheet
+from layerwise.lab.report.looks import COLOURS, Look, looks
+from layerwise.lab.report.origins import caveats, origins, rule_words
+from layerwise.lab.report.sheets import FAR
+from layerwise.lab.report.verdicts import verdicts
+from layerwise.lab.report.words import capital, item_of, place_words
+
+SMALL = 290
+"""Widest drawing that stands four in a row, in pixels."""
+
+SMOKE = "This is the smoke scale: it shows that the machinery works and says nothing about the paper."
 
 
-def origins(outcome: Outcome, about: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Say how, on what and with what the runs were made; runs of several machines are all named.
+@dataclass(frozen=True)
+class Row:
+    """A row of charts.
 
-    Args:
-        outcome: of a demo.
-        about: what this demo has to say of its network and schedule.
-
-    Returns:
-        Names and words.
+    Attributes:
+        heading: above it.
+        lead: what it shows.
+        legend: of its charts.
+        drawings: title and drawing of each.
     """
-    records = list(outcome.results.records.values())
-    versions = Counter(
-        ", ".join(f"{name} {number}" for name, number in sorted(record["versions"].items())) for record in records
-    )
-    machines = Counter("{processor}, {cores} cores, {system}".format(**record["hardware"]) for record in records)
-    seconds = sum(record["seconds"] for record in records)
-    now = f"{outcome.seconds:.0f} s in {outcome.jobs} process{'es' if outcome.jobs > 1 else ''}"
-    if outcome.found == len(records):
-        now = "no run was needed this time"
-    return [
-        ("Data", outcome.title),
-        *about,
-        ("Seeds", ", ".join(str(seed) for seed in outcome.results.seeds)),
-        ("Runs", f"{len(records)} of {outcome.planned} finished; {outcome.found} of them were found finished"),
-        ("Versions", "; ".join(versions)),
-        ("Hardware", "; ".join(machines)),
-        ("Time", f"{now}; all runs together {seconds:.0f} s, each on one thread"),
-    ]
+
+    heading: str
+    lead: str
+    legend: list[Look]
+    drawings: list[tuple[str, Drawing]]
 
 
-def fill(template: str, outcome: Outcome, command: str, **context: Any) -> str:
-    """Make a page.
+@dataclass(frozen=True)
+class Page:
+    """A page and its figures.
+
+    Attributes:
+        html: the page, with every string escaped.
+        figures: all drawings in it.
+    """
+
+    html: str
+    figures: list[Drawing]
+
+
+def build(outcome: Outcome, command: str) -> Page:
+    """Make the page of an outcome.
 
     Args:
-        template: file beside this one, which extends ``layout.html.j2``.
-        outcome: of a demo, with at least one finished run.
-        command: the command line that made it.
-        context: ``summary``, ``about``, ``caveats`` and what else the template asks for.
+        outcome: of any plan.
+        command: the command line that made it, or "".
 
     Returns:
-        HTML, with every string escaped.
+        The page and its figures.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    results = outcome.results
+    plan, results = outcome.plan, outcome.results
+    shown, found, table = looks(plan), verdicts(results), sheet(results)
+    reach = {
+        subject.name: charts.reach_of(c for v in found if v.subject == subject.name for _, c in v.rows)
+        for subject in plan.subjects
+    }
+    names = slugs(f"{v.subject} {v.item}" for v in found)
+    cards = [
+        (v, charts.differences(v, shown[v.item], reach[v.subject], f"differences-{names[f'{v.subject} {v.item}']}"))
+        for v in found
+    ]
+    entries = [one for _, lines in table.sections for line in lines for one in line.entries]
+    rows = chart_rows(outcome, shown)
+    panes, (chosen, left_out) = layers.panes(results), layers.chosen_maps(results)
+    grouped = any(arm.group for arm in plan.arms)
+    words = {arm.name: arm.words for arm in plan.arms}
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return environment.get_template(template).render(
-        complete=len(results.records) == outcome.planned,
-        finished=len(results.records),
-        planned=outcome.planned,
-        interrupted=outcome.interrupted,
-        failures=outcome.failures,
-        note=confidence_note(results.family, len(results.seeds)),
-        command=command,
-        origins=origins(outcome, context.pop("about")),
+    html = environment.get_template("page.html.j2").render(
+        plan=plan,
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        **context,
+        headline=headline(outcome),
+        notices=notices(outcome),
+        cards=cards,
+        several=len({v.item for v in found}) > 1,
+        place=place_words(plan),
+        note=note(max(1, results.family), len(plan.seeds)),
+        table=table,
+        offs=any(one.off is not None for one in entries),
+        bold=any(one.best for one in entries),
+        far=FAR,
+        looks=shown,
+        chart_rows=rows,
+        panes=panes,
+        quantities=[pane.key for pane in panes],
+        viridis=", ".join(maps.VIRIDIS),
+        choices=chosen,
+        left_out=left_out,
+        z_limit=maps.Z_LIMIT,
+        small=SMALL,
+        middle=grouped,
+        factor_tables=layers.factor_tables(results),
+        command=command,
+        origins=origins(outcome),
+        arms=[
+            {
+                "item": item_of(arm),
+                "words": arm.words,
+                "rule": rule_words(arm),
+                "against": ", ".join(words.get(name, name) for name in arm.against) or "–",
+            }
+            for arm in plan.arms
+        ],
+        caveats=caveats(outcome, grouped=grouped, mapped=len(layers.ruled(results))),
+        colours=COLOURS,
+        version=layerwise.__version__,
     )
+    return Page(html, list(_figures(cards, rows, panes, chosen)))
 
 
-def write(outcome: Outcome, html: str) -> Path:
-    """Write a page to its file.
+def _figures(cards: Any, rows: list[Row], panes: list[layers.Pane], chosen: Any) -> Iterator[Drawing]:
+    yield from (drawing for _, drawing in cards)
+    yield from (drawing for row in rows for _, drawing in row.drawings)
+    yield from (drawing for pane in panes for row in pane.rows for _, drawing in row.drawings)
+    yield from (drawing for _, drawing in chosen)
+
+
+def notices(outcome: Outcome) -> list[str]:
+    """Say what the reader must know before anything else: an incomplete plan, failures, the smoke scale."""
+    found = []
+    if not outcome.complete:
+        begin = "Interrupted: " if outcome.interrupted else ""
+        failed = "".join(f" {failure.doing} failed: {failure.reason}." for failure in outcome.failures)
+        count = len(outcome.results.records)
+        found.append(
+            f"{begin}{count} of {outcome.planned} runs are finished. Everything below is made from these.{failed}"
+        )
+    if outcome.plan.scale == "smoke":
+        found.append(SMOKE)
+    return found
+
+
+def chart_rows(outcome: Outcome, shown: dict[str, Look]) -> list[Row]:
+    """Draw the rows of charts that the plan's layout asks for.
 
     Args:
-        outcome: of a demo.
-        html: of its report.
+        outcome: of any plan.
+        shown: how arms and groups are drawn.
 
     Returns:
-        The file.
+        Rows with at least one drawing.
     """
-    write_whole(outcome.report, html.encode())
-    return outcome.report
-
-
-def prepare() -> None:
-    """Import what a report needs and start its renderer, so that an interrupted demo does not wait for them.
-
-    Meant for a thread beside the runs. A module that is missing is reported where it is needed.
-    """
-    with suppress(ImportError):
-        import jinja2  # noqa: F401
-        import scipy.special  # noqa: F401
-
-        svg({"data": {"values": [{}]}, "mark": "point"}, "", "nothing")
+    plan, results = outcome.plan, outcome.results
+    quantity = plan.quantity
+    title = f"{quantity.words}, {quantity.unit}".rstrip(", ")
+    bands = "Lines: mean over seeds; bands: ± one standard deviation. One scale for all panels."
+    more = " Of a group of arms, that in the middle of its values." if any(arm.group for arm in plan.arms) else ""
+    made: list[tuple[str, str, dict[str, Drawing]]] = []
+    if plan.layout in ("thresholds", "best"):
+        lead = (
+            "Mean over seeds at the end of the runs; upright strokes: ± one standard deviation. An arm without a "
+            "threshold is a level line, the plain one with its standard deviation as a band."
+        )
+        made.append((f"{capital(quantity.words)} by threshold", lead, sweeps.thresholds(results, shown)))
+        lead = "Mean over phases and seeds. With none chosen a run is plain training."
+        made.append(("How many layers were chosen", lead, sweeps.counts(results, shown)))
+    if quantity.name != "seconds":
+        falling = not quantity.higher_is_better
+        made.append(
+            ("Learning curves", bands + more, charts.curves(results, shown, quantity.name, title, falling=falling))
+        )
+    span = f"The mean over the batches of each of up to {charts.SPANS} spans of updates."
+    if plan.step_unit == "epoch":
+        span = "The mean over the batches of an epoch."
+    made.append(
+        (
+            "Training loss",
+            f"{span} {bands}{more}",
+            charts.curves(results, shown, "training_loss", "training loss", falling=True),
+        )
+    )
+    subjects = {subject.name: subject.words for subject in plan.subjects}
+    rows = []
+    for heading, lead, drawings in made:
+        if drawings:
+            used = {look.key: look for drawing in drawings.values() for look in drawing.legend}
+            legend = [look for look in shown.values() if look.key in used]
+            rows.append(Row(heading, lead, legend, [(subjects[name], one) for name, one in drawings.items()]))
+    return rows

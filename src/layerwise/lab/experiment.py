@@ -1,0 +1,248 @@
+"""Carrying out a plan: what is finished is found, the rest is done side by side, and every run is kept as it ends."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from layerwise.lab.errors import UsageError
+from layerwise.lab.plan import Plan, PlannedRun
+from layerwise.lab.pool import Failure, Interrupt, run_jobs
+from layerwise.lab.results import Results
+from layerwise.lab.runs import Record, Runs
+from layerwise.lab.store import usable_cores
+from layerwise.lab.work import Advance, Chain, Finished, Skipped, complete, do_chain
+
+LARGEST_JOBS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a plan is carried out.
+
+    Attributes:
+        out: folder of the runs and the reports.
+        data_dir: folder of the data, or None.
+        jobs: processes side by side; None for one a usable core, or for fewer where there are fewer chains of runs.
+        threads: of each process; None shares the cores out.
+        device: where networks are trained.
+        engine: ``"local"`` or ``"ray"``.
+        address: of the Ray cluster; None starts one here.
+    """
+
+    out: Path = Path("runs")
+    data_dir: Path | None = None
+    jobs: int | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    engine: str = "local"
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.jobs is not None and not 1 <= self.jobs <= LARGEST_JOBS:
+            raise UsageError(
+                f"jobs={self.jobs!r}: must be from 1 to {LARGEST_JOBS}; leave --jobs out to use every core"
+            )
+        if self.threads is not None and not 1 <= self.threads <= LARGEST_JOBS:
+            raise UsageError(f"threads={self.threads!r}: must be from 1 to {LARGEST_JOBS}, or None for every core")
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"out={str(self.out)!r} is a file: give a folder, or a name that does not exist yet")
+        if self.engine not in ("local", "ray"):
+            raise UsageError(f"engine={self.engine!r}: use 'local' or 'ray'")
+
+
+class Display:
+    """Where an experiment says what happens; this one says nothing."""
+
+    def begin(self, outcome: Outcome, workers: int) -> None:
+        """The plan is made and the finished runs are found."""
+
+    def advance(self, worker: int, run: str, done: int, total: int | None) -> None:
+        """A worker has done so many updates of a run."""
+
+    def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
+        """A run is finished with this result, in words."""
+
+    def end(self) -> None:
+        """No run is worked on any more."""
+
+
+@dataclass
+class Outcome:
+    """What came of an experiment.
+
+    Attributes:
+        plan: what was to be done.
+        settings: how.
+        results: the finished runs.
+        found: runs that were finished before.
+        set_aside: broken files that were renamed.
+        failures: runs that failed.
+        skipped: runs that another process works on.
+        interrupted: the person stopped it.
+        seconds: wall clock time.
+        jobs: number of processes.
+    """
+
+    plan: Plan
+    settings: Settings
+    results: Results
+    found: int = 0
+    set_aside: list[Path] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    interrupted: bool = False
+    seconds: float = 0.0
+    jobs: int = 1
+
+    @property
+    def planned(self) -> int:
+        """Number of runs of the whole plan."""
+        return len(self.plan.runs)
+
+    @property
+    def complete(self) -> bool:
+        """Every run is finished."""
+        return len(self.results.records) == self.planned
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the report, the tables and the figures."""
+        return self.settings.out / self.plan.name
+
+    @property
+    def report(self) -> Path:
+        """File of the report."""
+        return self.folder / "report.html"
+
+    @property
+    def exit_code(self) -> int:
+        """0, 1 if a run failed, 130 if interrupted."""
+        return 130 if self.interrupted else 1 if self.failures else 0
+
+    def result_words(self, record: Record) -> str:
+        """Say what came of a run."""
+        quantity = self.plan.quantity
+        if record.diverged:
+            return "diverged"
+        if quantity.name == "seconds":
+            return f"{record.summary['seconds']:.0f} s"
+        value = record.summary["finals"].get(quantity.name)
+        return "no result" if value is None else f"{value:.4g} {quantity.unit} {quantity.words}".replace("  ", " ")
+
+
+def load_finished(plan: Plan, runs: Runs) -> Results:
+    """Read the runs of a plan that are finished.
+
+    Args:
+        plan: the experiment.
+        runs: all runs.
+
+    Returns:
+        The results so far; a control whose method's run is not finished is not looked for.
+    """
+    results = Results(plan)
+    for chain in plan.chains():
+        method = None
+        for planned in chain:
+            configuration = complete(planned, method)
+            record = runs.find(configuration) if configuration is not None else None
+            if record is not None:
+                results.records[planned.key] = record
+            if planned.arm.control is None:
+                method = record
+    return results
+
+
+def chains_left(plan: Plan, results: Results, settings: Settings, workers: int) -> list[Chain]:
+    """Give the chains with a run that is not finished; a finished method stays at the head of its controls."""
+    threads = settings.threads or max(1, usable_cores() // max(1, workers))
+    return [
+        Chain(runs=chain, out=settings.out, data_dir=settings.data_dir, threads=threads, device=settings.device)
+        for chain in plan.chains()
+        if any(run.key not in results.records for run in chain)
+    ]
+
+
+def carry_out(
+    plan: Plan, settings: Settings, display: Display | None = None, *, engine: Engine | None = None
+) -> Outcome:
+    """Do the runs of a plan that are not finished yet.
+
+    Args:
+        plan: the experiment.
+        settings: how.
+        display: told what happens.
+        engine: what does the chains, as ``pool.run_jobs`` does jobs; None for the one that the settings name.
+
+    Returns:
+        The outcome; tables and report are not written by this function.
+
+    Raises:
+        UsageError: a value that cannot be used, or the folder cannot be written.
+    """
+    display = display or Display()
+    clock = time.perf_counter()
+    runs = Runs(settings.out)
+    _check_writable(settings.out)
+    outcome = Outcome(plan, settings, load_finished(plan, runs), set_aside=runs.set_aside)
+    outcome.found = len(outcome.results.records)
+    left = len(chains_left(plan, outcome.results, settings, 1))
+    outcome.jobs = max(1, min(settings.jobs or usable_cores(), left))
+    chains = chains_left(plan, outcome.results, settings, outcome.jobs)
+    planned: dict[tuple[str, str, int], PlannedRun] = {run.key: run for run in plan.runs}
+
+    def on_message(worker: int, message: object) -> None:
+        if isinstance(message, Advance):
+            display.advance(worker, message.run, message.done, message.total)
+        elif isinstance(message, Skipped):
+            outcome.skipped.append(f"{planned[message.key].label}: {message.reason}")
+        elif isinstance(message, Finished):
+            record = runs.find(message.configuration)
+            if record is not None:
+                outcome.results.records[message.key] = record
+                display.finished(worker, planned[message.key].label, outcome.result_words(record), record.diverged)
+
+    with Interrupt() as interrupt:
+        display.begin(outcome, outcome.jobs)
+        try:
+            outcome.failures = (engine or _engine(settings))(
+                chains, outcome.jobs, on_message=on_message, stop=lambda: interrupt.requested
+            )
+        finally:
+            display.end()
+        outcome.interrupted = interrupt.requested
+    outcome.seconds = time.perf_counter() - clock
+    return outcome
+
+
+Engine = Callable[..., list[Failure]]
+
+
+def _engine(settings: Settings) -> Engine:
+    """Give what does chains side by side: processes of this machine, or a Ray cluster."""
+    if settings.engine == "local":
+        return _local
+    from layerwise.lab import cluster
+
+    return lambda chains, jobs, **told: cluster.run_chains(chains, jobs, address=settings.address, **told)
+
+
+def _local(chains: Sequence[Chain], jobs: int, **told: Any) -> list[Failure]:
+    return run_jobs(do_chain, chains, jobs, **told)
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a folder that cannot be written, before anything is trained."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".probe.{os.getpid()}.tmp"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"out={str(out)!r} cannot be written ({reason}): give another folder with --out") from error

@@ -1,0 +1,60 @@
+"""What a run measures of each layer, now and then, without changing the training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from layerwise.layers import Layer, make_layers, named_parameters_of
+
+
+class LayerMeasures:
+    """Norms of the layers of a network around one update.
+
+    For each layer ‖g‖, ‖w‖ and ‖w_after - w_before‖ / ‖w_before‖, over all its parameters, in float64 from norms of
+    the tensors. Costs a copy of the parameters and three passes over them at the steps that are measured.
+
+    Args:
+        optimizer: whose parameters are measured.
+        model: that they belong to.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        self.layers: list[Layer] = make_layers(named_parameters_of(optimizer, model), "module")
+        self._parameters = [p for layer in self.layers for p in layer.parameters]
+        self._before: list[torch.Tensor] = []
+        self._gradients: dict[str, float] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the layers."""
+        return [layer.name for layer in self.layers]
+
+    def before(self) -> None:
+        """Take the gradients' norms, and copies of the weights; call it after the backward pass."""
+        with torch.no_grad():
+            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
+            self._gradients = self._joined(gradients)
+            self._before = [p.detach().clone() for p in self._parameters]
+
+    def after(self) -> dict[str, dict[str, float]]:
+        """Give gradient_norm, weight_norm and update_ratio of each layer; call it after the update."""
+        with torch.no_grad():
+            weights = self._joined(self._before)
+            torch._foreach_sub_(self._before, self._parameters)
+            updates = self._joined(self._before)
+        self._before = []
+        ratios = {name: updates[name] / weights[name] if weights[name] > 0 else 0.0 for name in weights}
+        return {"gradient_norm": self._gradients, "weight_norm": weights, "update_ratio": ratios}
+
+    def _joined(self, tensors: Sequence[torch.Tensor]) -> dict[str, float]:
+        """Give the norm over the tensors of each layer."""
+        norms = torch.stack(torch._foreach_norm(list(tensors))).double().tolist()
+        joined, place = {}, 0
+        for layer in self.layers:
+            part = norms[place : place + len(layer.parameters)]
+            joined[layer.name] = sum(norm * norm for norm in part) ** 0.5
+            place += len(part)
+        return joined

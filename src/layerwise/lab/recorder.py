@@ -1,0 +1,112 @@
+"""The numbers of a run, in memory while it runs, as a table when it is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import polars
+
+SCHEMA_COLUMNS = ("step", "epoch", "quantity", "layer", "value")
+"""Columns of ``metrics.parquet``. The step is the number of updates done; the layer of the whole network is null."""
+
+
+class Recorder:
+    """Series of numbers: quantity and layer -> steps and values.
+
+    Example:
+        >>> recorder = Recorder()
+        >>> recorder.add("test_error", 200, 1, 8.5)
+        >>> recorder.last("test_error")
+        (200, 8.5)
+    """
+
+    def __init__(self) -> None:
+        self._series: dict[tuple[str, str | None], tuple[list[int], list[int], list[float]]] = {}
+
+    def add(self, quantity: str, step: int, epoch: int, value: float, layer: str | None = None) -> None:
+        """Append one number; a layer of None is the whole network, and "" the layer of the root module."""
+        steps, epochs, values = self._series.setdefault((quantity, layer), ([], [], []))
+        steps.append(step)
+        epochs.append(epoch)
+        values.append(value)
+
+    def add_layers(self, quantity: str, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Append one number a layer."""
+        for layer, value in values.items():
+            self.add(quantity, step, epoch, value, layer)
+
+    def last(self, quantity: str) -> tuple[int, float] | None:
+        """Give step and value of the last number of a quantity of the whole network."""
+        series = self._series.get((quantity, None))
+        return (series[0][-1], series[2][-1]) if series else None
+
+    def whole_quantities(self) -> list[str]:
+        """Give the names of the quantities of the whole network, in the order in which they came."""
+        return [quantity for quantity, layer in self._series if layer is None]
+
+    def layer_means(self, quantity: str) -> dict[str, float]:
+        """Give the mean of a quantity over the steps, for each layer; values that are not finite are left out."""
+        means = {}
+        for (name, layer), (_, _, values) in self._series.items():
+            finite = [value for value in values if math.isfinite(value)]
+            if name == quantity and layer is not None and finite:
+                means[layer] = math.fsum(finite) / len(finite)
+        return means
+
+    def spread(self, quantity: str) -> float | None:
+        """Give the largest value over the smallest among the layers of a step, averaged over steps."""
+        series = self._series.items()
+        rows = [values for (name, layer), (_, _, values) in series if name == quantity and layer is not None]
+        ratios = [
+            max(column) / min(column)
+            for column in zip(*rows, strict=True)
+            if min(column) > 0 and math.isfinite(max(column))
+        ]
+        return math.fsum(ratios) / len(ratios) if ratios else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give everything as tensors, which ``torch.load(weights_only=True)`` reads."""
+        return {
+            "keys": [list(key) for key in self._series],
+            "steps": [torch.tensor(series[0], dtype=torch.int64) for series in self._series.values()],
+            "epochs": [torch.tensor(series[1], dtype=torch.int64) for series in self._series.values()],
+            "values": [torch.tensor(series[2], dtype=torch.float64) for series in self._series.values()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        rows = zip(state["keys"], state["steps"], state["epochs"], state["values"], strict=True)
+        self._series = {
+            (quantity, layer): (steps.tolist(), epochs.tolist(), values.tolist())
+            for (quantity, layer), steps, epochs, values in rows
+        }
+
+    def frame(self) -> polars.DataFrame:
+        """Gather everything in one long table with the columns ``SCHEMA_COLUMNS``."""
+        import polars
+
+        frames = [
+            polars.DataFrame(
+                {"step": steps, "epoch": epochs, "value": values},
+                schema={"step": polars.Int64, "epoch": polars.Int32, "value": polars.Float64},
+            ).with_columns(
+                polars.lit(quantity).alias("quantity"),
+                polars.lit(layer, dtype=polars.String).alias("layer"),
+            )
+            for (quantity, layer), (steps, epochs, values) in self._series.items()
+        ]
+        empty = polars.DataFrame(
+            schema={
+                "step": polars.Int64,
+                "epoch": polars.Int32,
+                "quantity": polars.String,
+                "layer": polars.String,
+                "value": polars.Float64,
+            }
+        )
+        return polars.concat([empty, *(frame.select(SCHEMA_COLUMNS) for frame in frames)])

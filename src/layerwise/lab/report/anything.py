@@ -1,0 +1,289 @@
+"""A report of any finished runs: what they are is read from their configurations."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerwise.lab.arms import Arm, Control
+from layerwise.lab.experiment import Outcome, Settings
+from layerwise.lab.plan import QUANTITIES, Plan, PlannedRun, Quantity, Subject
+from layerwise.lab.report.families import grouped
+from layerwise.lab.report.found import Found, find
+from layerwise.lab.results import Key, Results
+from layerwise.lab.runs import Record
+
+CORE = ("model", "width", "data", "train_count", "test_count", "iterations", "epochs", "task", "function")
+"""Constants that make another subject; the others are of the arm where the subject has the same name."""
+
+HIGHER = ("accuracy", "auc", "f1", "recall", "precision", "score", "bleu")
+"""Words in the name of a quantity of which more is better."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A run and where it belongs.
+
+    Attributes:
+        record: of the run.
+        subject: key of the subject.
+        rule: key of the rule, the same for all seeds of an arm.
+        control: what it repeats, or None.
+        rest: constants that are not the subject's.
+    """
+
+    record: Record
+    subject: str
+    rule: str
+    control: Control | None
+    rest: Mapping[str, Any]
+
+
+def gather(folders: Sequence[Path], out: Path) -> Outcome:
+    """Make an outcome of the finished runs below folders.
+
+    Subjects are told apart by network, data, length, and the name that the experiment gave them; arms by their rule,
+    by what a control repeats, and by the other constants. Methods are compared with the plain arm of the same
+    constants, if there is one, else with every plain arm; and with their controls.
+
+    Args:
+        folders: what ``--out`` named, folders of experiments, or folders of single runs, in any mix.
+        out: where the report is to be written; its folder is called ``report``.
+
+    Returns:
+        The outcome, all of whose runs are finished.
+
+    Raises:
+        UsageError: a folder is not there, or none holds a finished run.
+    """
+    found = find(folders)
+    tuning = [record for record in found.records if record.configuration.trial.get("measure") == "validation"]
+    records = [record for record in found.records if record not in tuning] or tuning
+    placed = [_placed(record) for record in records]
+    subjects = _subjects(placed)
+    varying = _varying(placed)
+    arms, names = _arms(placed, subjects, varying)
+    arms = grouped(arms)
+    taken: dict[Key, Placed] = {}
+    replaced = 0
+    for each, arm in zip(placed, names, strict=True):
+        key = (subjects[each.subject].name, arm, each.record.configuration.seed)
+        replaced += key in taken
+        if key not in taken or _started(taken[key].record) < _started(each.record):
+            taken[key] = each
+    quantity, guessed = _quantity([each.record for each in taken.values()])
+    by_name = {arm.name: arm for arm in arms}
+    notes = _notes(found, quantity, left_out=len(found.records) - len(records), replaced=replaced, guessed=guessed)
+    data = sorted({str(each.record.configuration.trial.get("data")) for each in placed} - {"None"})
+    plan = Plan(
+        name="report",
+        title=f"{len(taken)} finished runs: " + ", ".join(subject.words for subject in subjects.values()),
+        source="finished runs in " + ", ".join(folder.name or folder.resolve().name for folder in folders),
+        layout="thresholds" if any(arm.group for arm in arms) else "curves",
+        quantity=quantity,
+        columns=(),
+        step_unit="epoch" if all(each.record.configuration.trial.get("epochs") for each in placed) else "iteration",
+        subjects=tuple(subjects.values()),
+        arms=tuple(arms),
+        seeds=tuple(sorted({seed for _, _, seed in taken})),
+        runs=tuple(
+            PlannedRun(subject=subject, arm=by_name[arm], seed=seed, configuration=each.record.configuration)
+            for (subject, arm, seed), each in taken.items()
+        ),
+        notes=tuple(notes),
+        data_title=", ".join(data),
+    )
+    results = Results(plan, {key: each.record for key, each in taken.items()})
+    return Outcome(plan, Settings(out=out), results, found=len(taken))
+
+
+def _started(record: Record) -> str:
+    return str(record.about.get("started", ""))
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _label(record: Record, name: str) -> str:
+    """Give the name that the experiment gave to a run's subject or arm, or ""."""
+    labels = record.about.get("labels")
+    return str(labels.get(name, "")) if isinstance(labels, Mapping) else ""
+
+
+def _placed(record: Record) -> Placed:
+    """Find out where a run belongs."""
+    configuration = record.configuration
+    core = {name: configuration.trial.get(name) for name in CORE}
+    rest = {name: value for name, value in configuration.trial.items() if name not in CORE}
+    control = _control(record)
+    # The factors of a control are another in every seed: what it repeats is the same.
+    rule: Any = control or [configuration.rule, configuration.apply, configuration.decay]
+    return Placed(record, _key([_label(record, "subject"), core]), _key(rule), control, rest)
+
+
+def _control(record: Record) -> Control | None:
+    """Say what a run repeats of another one."""
+    rule = record.configuration.rule
+    if record.configuration.source is None or rule is None:
+        return None
+    if rule.get("name") == "Replay":
+        return "shuffled layers"
+    return "mean factor" if set(rule.get("factors", ())) == {"*"} else "frozen factors"
+
+
+def _subjects(placed: Sequence[Placed]) -> dict[str, Subject]:
+    """Name the subjects: key -> subject; words hold what tells those of one name apart."""
+    cores = {each.subject: json.loads(each.subject) for each in placed}
+    labels = Counter(label for label, _ in cores.values())
+    made: dict[str, Subject] = {}
+    for key, (label, core) in cores.items():
+        others = [other for name, other in cores.values() if name == label]
+        told = [name for name in CORE if len({_key(other[name]) for other in others}) > 1 and core[name] is not None]
+        network = core.get("model") or core.get("function") or "network"
+        words = label or (f"{network} on {core['data']}" if core.get("data") else str(network))
+        if labels[label] > 1:
+            # A file's checksum tells two versions of a task apart; its first letters do.
+            words += "".join(f", {name} {str(core[name])[:8]}" for name in told)
+        names = {subject.name for subject in made.values()}
+        name, count = words, 2
+        while name in names:
+            name, count = f"{words} ({count})", count + 1
+        made[key] = Subject(name=name, words=name)
+    return made
+
+
+def _varying(placed: Sequence[Placed]) -> dict[str, list[str]]:
+    """Give the constants that differ within each subject."""
+    found = {}
+    for subject in dict.fromkeys(each.subject for each in placed):
+        rests = [each.rest for each in placed if each.subject == subject]
+        names = sorted({name for rest in rests for name in rest})
+        found[subject] = [name for name in names if len({_key(rest.get(name)) for rest in rests}) > 1]
+    return found
+
+
+def _arms(
+    placed: Sequence[Placed], subjects: Mapping[str, Subject], varying: Mapping[str, list[str]]
+) -> tuple[list[Arm], list[str]]:
+    """Make the arms; give them, plain ones first and controls last, and the name of each run's arm."""
+    by_identity = {each.record.folder.name.rpartition("-")[2]: each for each in placed}
+    by_identity |= {each.record.configuration.identity: each for each in placed}
+    keys = [_arm_key(each, varying, by_identity) for each in placed]
+    members: dict[str, list[Placed]] = {}
+    for key, each in zip(keys, placed, strict=True):
+        members.setdefault(key, []).append(each)
+    order = sorted(members, key=lambda key: (members[key][0].control is not None, members[key][0].rule != _PLAIN))
+    names: dict[str, str] = {}
+    for key in order:
+        names[key] = _free(_arm_words(members[key], varying), names.values())
+    made = []
+    for key in order:
+        first = members[key][0]
+        source = by_identity.get(first.record.configuration.source or "")
+        of = names[_arm_key(source, varying, by_identity)] if first.control and source is not None else None
+        made.append(
+            Arm(
+                name=names[key],
+                words=names[key],
+                rule=None if of else first.record.configuration.rule,
+                apply=first.record.configuration.apply,
+                control=first.control if of else None,
+                of=of,
+                subjects=tuple(dict.fromkeys(subjects[each.subject].name for each in members[key])),
+                against=tuple(_against(key, members, names, by_identity, varying)),
+            )
+        )
+    return made, [names[key] for key in keys]
+
+
+_PLAIN = _key([None, "auto", "auto"])
+
+
+def _told(each: Placed, varying: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Give the constants of a run that differ within its subject."""
+    return {name: each.rest.get(name) for name in varying[each.subject]}
+
+
+def _arm_key(each: Placed, varying: Mapping[str, list[str]], by_identity: Mapping[str, Placed]) -> str:
+    source = by_identity.get(each.record.configuration.source or "")
+    return _key([each.rule, _told(each, varying), source.rule if source is not None else None])
+
+
+def _arm_words(members: Sequence[Placed], varying: Mapping[str, list[str]]) -> str:
+    """Name an arm as its experiment did, with the constants that tell it from others."""
+    first = members[0]
+    labels = Counter(label for each in members if (label := _label(each.record, "arm")))
+    rule = first.record.configuration.rule
+    words = labels.most_common(1)[0][0] if labels else first.control or (str(rule["name"]) if rule else "plain")
+    told = _told(first, varying)
+    return words + "".join(f", {name} {_plain(value)}" for name, value in told.items() if value is not None)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _free(words: str, taken: Any) -> str:
+    """Give a name that is not taken."""
+    name, count = words, 2
+    while name in taken:
+        name, count = f"{words} ({count})", count + 1
+    return name
+
+
+def _against(
+    key: str,
+    members: Mapping[str, list[Placed]],
+    names: Mapping[str, str],
+    by_identity: Mapping[str, Placed],
+    varying: Mapping[str, list[str]],
+) -> list[str]:
+    """Name the arms that a method is compared with: plain ones and its controls; nothing for those themselves."""
+    first = members[key][0]
+    if first.control is not None or first.rule == _PLAIN:
+        return []
+    plain = [other for other, runs in members.items() if runs[0].rule == _PLAIN]
+    same = [other for other in plain if _told(members[other][0], varying) == _told(first, varying)]
+    controls = []
+    for other, runs in members.items():
+        source = by_identity.get(runs[0].record.configuration.source or "")
+        if runs[0].control is not None and source is not None and _arm_key(source, varying, by_identity) == key:
+            controls.append(other)
+    return [names[other] for other in (*(same or plain), *controls)]
+
+
+def _quantity(records: Sequence[Record]) -> tuple[Quantity, bool]:
+    """Choose what is compared: what the most runs have; say whether its better side is a guess."""
+    counts = Counter(
+        name for record in records for name, value in record.summary["finals"].items() if value is not None
+    )
+    for name in ("test_error", "accuracy"):
+        if name in QUANTITIES and counts[name] and counts[name] == max(counts.values()):
+            return QUANTITIES[name], False
+    own = {name: count for name, count in counts.items() if name not in ("training_loss", "test_loss")} or counts
+    name = max(own, key=lambda name: own[name], default="training_loss")
+    higher = any(word in name.lower() for word in HIGHER)
+    words = name.replace("_", " ")
+    known = higher or any(word in name.lower() for word in ("error", "loss", "perplexity"))
+    return Quantity(name=name, words=words, unit="", difference_unit="", higher_is_better=higher), not known
+
+
+def _notes(found: Found, quantity: Quantity, *, left_out: int, replaced: int, guessed: bool) -> list[str]:
+    """Say what was done with the runs that were found."""
+    notes = ["Subjects, arms and comparisons are read from the configurations of the runs, not from a plan."]
+    if found.twice:
+        notes.append(f"{found.twice} copies of runs are counted once.")
+    if replaced:
+        notes.append(f"{replaced} runs were there in several versions of layerwise or torch: the latest is taken.")
+    if found.unfinished or found.damaged:
+        notes.append(f"Left out: {found.unfinished} runs that are not finished, {found.damaged} that are damaged.")
+    if left_out:
+        notes.append(f"Left out: {left_out} runs that only chose values on validation data.")
+    if guessed:
+        notes.append(f"Nothing says which way of {quantity.words} is better; less is taken to be.")
+    return notes

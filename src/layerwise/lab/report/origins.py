@@ -1,0 +1,189 @@
+"""How, on what and with what the runs of a page were made, and what the page does not show."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from layerwise.lab.arms import Arm
+from layerwise.lab.experiment import Outcome
+from layerwise.lab.judgement import MINIMUM_PAIRS
+from layerwise.lab.networks import NETWORKS
+from layerwise.lab.plan import Plan
+from layerwise.lab.report.words import listed
+
+PAPER_SEEDS = 10
+"""Runs of each cell of Singh et al. 2015 and Basodi et al. 2023; fewer show only larger differences."""
+
+
+def origins(outcome: Outcome) -> list[tuple[str, str]]:
+    """Say how, on what and with what the runs were made; runs of several machines are all named.
+
+    Args:
+        outcome: of a plan.
+
+    Returns:
+        Names and words.
+    """
+    plan, records = outcome.plan, list(outcome.results.records.values())
+    rows = [("Data", plan.data_title)] if plan.data_title else []
+    rows += [("Networks", _networks(outcome)), ("Seeds", _spans(plan.seeds))]
+    rows.append(("Runs", f"{len(records)} of {outcome.planned} finished; {outcome.found} of them were found finished"))
+    if not records:
+        return rows
+    versions = Counter(
+        ", ".join(f"{name} {number}" for name, number in sorted(record.about.get("versions", {}).items()))
+        + f", Python {record.about.get('python', '?')}"
+        for record in records
+    )
+    machines = Counter(_machine(record.about.get("hardware", {})) for record in records)
+    threads = sorted({int(record.summary.get("threads", 1)) for record in records})
+    seconds = sum(record.summary["seconds"] for record in records)
+    tests = sum(record.summary["test_seconds"] for record in records)
+    now = f"{duration(outcome.seconds)} by the clock in {outcome.jobs} process{'es' if outcome.jobs > 1 else ''}"
+    if outcome.found == len(records):
+        now = "no run was needed this time"
+    memory = max(record.summary.get("peak_memory", 0) for record in records) / 2**20
+    resumed = sum(record.summary.get("sessions", 1) > 1 for record in records)
+    rows += [
+        ("Versions", _counted(versions)),
+        ("Hardware", _counted(machines)),
+        ("Threads", f"{listed([str(count) for count in threads])} a run"),
+        ("Time", f"{now}; all runs together {duration(seconds)}, {duration(tests)} of that for tests"),
+        ("Memory", f"{memory:,.0f} MB at most in a process"),
+    ]
+    if resumed:
+        rows.append(("Resumed", f"{resumed} runs were interrupted and gone on with from a checkpoint, to the bit"))
+    return rows
+
+
+def _networks(outcome: Outcome) -> str:
+    """Name the networks with their parameters."""
+    found = {}
+    for record in outcome.results.records.values():
+        trial = record.configuration.trial
+        name = str(trial.get("model") or trial.get("function") or "a network")
+        name = NETWORKS[name][0] if name in NETWORKS else name
+        found[f"{name}, {record.summary['parameters']:,} parameters in {len(record.summary['layers'])} layers"] = None
+    return "; ".join(found) or "–"
+
+
+def _machine(hardware: Mapping[str, Any]) -> str:
+    return "{}, {} cores, {}".format(*(hardware.get(name, "?") for name in ("processor", "cores", "system")))
+
+
+def _counted(found: Counter[str]) -> str:
+    """List what was found, with the number of runs where there are several kinds."""
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{words} ({count} runs)" for words, count in found.items())
+
+
+def _spans(seeds: Iterable[int]) -> str:
+    """Write seeds, consecutive ones as a span."""
+    seeds = list(seeds)
+    if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds))
+
+
+def duration(seconds: float) -> str:
+    """Write a time in s, min or h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def rule_words(arm: Arm) -> str:
+    """Write the rule of an arm as names and values."""
+    if arm.control is not None:
+        return f"control: {arm.control} of {arm.of}"
+    if arm.rule is None:
+        return "none" + _changes(arm)
+    words = _called(arm.rule)
+    place = "" if arm.apply == "auto" else f", acting on the {arm.apply}"
+    return words + place + _changes(arm)
+
+
+def _changes(arm: Arm) -> str:
+    return "".join(f", {name} {json.dumps(value)}" for name, value in arm.constants.items())
+
+
+def _called(value: Any) -> str:
+    """Write a specification as a call."""
+    if isinstance(value, Mapping) and "name" in value:
+        inner = ", ".join(f"{name}={_called(each)}" for name, each in value.items() if name != "name")
+        return f"{value['name']}({inner})"
+    return str(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def caveats(outcome: Outcome, *, grouped: bool, mapped: int) -> list[str]:
+    """Say what the page does not show: the plan's notes, and what follows from the runs.
+
+    Args:
+        outcome: of a plan.
+        grouped: figures show one arm of each group.
+        mapped: number of subjects that have maps of layers.
+
+    Returns:
+        Sentences.
+    """
+    plan, results = outcome.plan, outcome.results
+    found = list(plan.notes)
+    if not outcome.complete:
+        found.append(
+            f"{len(results.records)} of {outcome.planned} runs are finished: means are of these, and "
+            "not every pair is there."
+        )
+    diverged = sum(record.diverged for record in results.records.values())
+    if diverged:
+        found.append(
+            f"{diverged} runs diverged (a loss that is not finite). They have no number: means are of the others, the "
+            "count stands beside them, and an arm that diverged more often than another is never called better."
+        )
+    if len(plan.seeds) < MINIMUM_PAIRS:
+        found.append(f"Fewer than {MINIMUM_PAIRS} seeds: no difference is called, whatever the means are.")
+    elif len(plan.seeds) < PAPER_SEEDS:
+        found.append(f"{len(plan.seeds)} seeds; the papers had about {PAPER_SEEDS}: small differences need more.")
+    found += [f"Skipped: {words}." for words in outcome.skipped]
+    found += _of_layout(plan)
+    empty, made = _empty_choices(outcome)
+    if empty:
+        found.append(
+            f"In {empty} of {made} choices no layer passed the threshold; a run without any is plain "
+            "training, and a gain of it would be no evidence on the method."
+        )
+    if grouped:
+        found.append("Curves and maps show one arm of each group, that in the middle of its values.")
+    if mapped < len(plan.subjects) and results.records:
+        found.append(f"Maps of layers are drawn for {mapped} of {len(plan.subjects)} subjects.")
+    return found
+
+
+def _of_layout(plan: Plan) -> list[str]:
+    """Say what a layout of the paper's brings with it."""
+    if plan.layout in ("thresholds", "best") and any(arm.group for arm in plan.arms):
+        return [
+            "The best threshold of a group is picked by the test images themselves, and the best of several means "
+            "is too good by chance alone: what is judged is every threshold by itself, with a "
+            "correction for their number."
+        ]
+    if plan.quantity.name == "seconds":
+        return [
+            "Times are of one machine, with other runs beside each; only their ratio within a seed is comparable, "
+            "and single runs vary by several per cent."
+        ]
+    return []
+
+
+def _empty_choices(outcome: Outcome) -> tuple[int, int]:
+    """Count the choices of measured layers in which none was chosen, and all such choices."""
+    chosen = [
+        any(row[2] for row in choice["layers"].values())
+        for record in outcome.results.records.values()
+        for choice in record.summary.get("selections", ())
+        if any(row[1] is not None for row in choice["layers"].values())
+    ]
+    return chosen.count(False), len(chosen)

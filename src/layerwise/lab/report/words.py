@@ -1,0 +1,72 @@
+"""Names, numbers and places of a plan in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from layerwise.lab.arms import Arm
+from layerwise.lab.plan import Plan, Quantity
+
+
+def listed(words: Sequence[str]) -> str:
+    """Join names to "a", "a and b" or "a, b and c"."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def capital(sentence: str) -> str:
+    """Begin a sentence with a capital letter."""
+    return sentence[:1].upper() + sentence[1:]
+
+
+def item_of(arm: Arm) -> str:
+    """Give what tables and figures show an arm as: its group, or itself."""
+    return arm.group or arm.name
+
+
+def item_words(plan: Plan) -> dict[str, str]:
+    """Name every item of a plan in words, in the order of its arms."""
+    return {item_of(arm): arm.group or arm.words for arm in plan.arms}
+
+
+def plain_arm(plan: Plan, subject: str) -> Arm | None:
+    """Give the arm of a subject that trains without a method, the first one if there are several."""
+    return next((arm for arm in plan.arms_of(subject) if arm.rule is None and arm.control is None), None)
+
+
+def value_words(value: float | None) -> str:
+    """Write an arm's place in its group, such as a threshold."""
+    return "" if value is None else f"{value:g}"
+
+
+def number(value: float, quantity: Quantity, sd: float = math.nan) -> str:
+    """Write a value of a quantity: two decimals of a percentage, else as many as its spread leaves sense in.
+
+    Args:
+        value: of the quantity, or its standard deviation.
+        quantity: which one.
+        sd: of the value over seeds; nan where it is not known.
+
+    Returns:
+        The number, without its unit.
+    """
+    if not math.isfinite(value):
+        return str(value)
+    if quantity.unit == "%":
+        return f"{value:.2f}"
+    if math.isfinite(sd) and sd > 0:
+        return f"{value:.{min(6, max(0, 1 - math.floor(math.log10(sd))))}f}"
+    return f"{value:.4g}"
+
+
+def last_step(plan: Plan) -> int | None:
+    """Give the column by which the plan is judged; None for the end of the runs."""
+    return plan.columns[-1] if plan.columns else None
+
+
+def place_words(plan: Plan) -> str:
+    """Say where the numbers that are judged were taken."""
+    step = last_step(plan)
+    if plan.quantity.name == "seconds":
+        return "over the whole run, without the tests"
+    return "at the end of the runs" if step is None else f"after {plan.step_unit} {step:,}"

@@ -1,0 +1,255 @@
+"""Folders of runs, which survive being killed at any moment.
+
+A run's folder holds ``run.json`` (configuration, versions, hardware; written once), ``status.json`` (how far it is),
+``checkpoint.pt`` and the one before it while it runs, and ``metrics.parquet`` and ``record.json`` when it is finished.
+Every file is written beside its place and moved there when it is whole. ``record.json`` comes last and names the
+checksum of ``metrics.parquet``: a run with both is finished, any other is gone on with from its last checkpoint.
+
+A lock of the operating system, which ends with the process that holds it, keeps a second process out of the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerwise.lab.configuration import Configuration
+from layerwise.lab.recorder import Recorder
+from layerwise.lab.store import hardware, versions, write_whole
+
+if TYPE_CHECKING:
+    import polars
+
+MAGIC = b"layerwise checkpoint 1\n"
+DIGEST_LENGTH = 32
+
+
+class BusyError(RuntimeError):
+    """Another process works on the run."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run.
+
+    Attributes:
+        folder: of the run.
+        configuration: what it was.
+        summary: what ``record.json`` holds: ``finals`` (quantity -> last value), ``diverged_at`` (number of updates
+            before the first loss that was not finite, or None), ``iterations``, ``epochs``, ``parameters``, ``seconds``
+            and ``test_seconds`` (over all sessions), ``sessions``, ``factor`` (mean, spread and means by layer),
+            ``weights`` (SHA-256 of the final weights), ``selections``, ``threads``, ``peak_memory`` (bytes).
+        about: what ``run.json`` holds: versions, hardware, times.
+    """
+
+    folder: Path
+    configuration: Configuration
+    summary: dict[str, Any]
+    about: dict[str, Any]
+
+    @property
+    def diverged(self) -> bool:
+        """The loss was not finite at some update."""
+        return self.summary["diverged_at"] is not None
+
+    def metrics(self) -> polars.DataFrame:
+        """Read every number of the run: step, epoch, quantity, layer, value."""
+        import polars
+
+        return polars.read_parquet(self.folder / "metrics.parquet")
+
+    def series(self, quantity: str) -> list[tuple[int, float]]:
+        """Give the pairs of step and value of a quantity of the whole network."""
+        import polars
+
+        rows = self.metrics().filter((polars.col("quantity") == quantity) & polars.col("layer").is_null())
+        return list(zip(rows["step"].to_list(), rows["value"].to_list(), strict=True))
+
+
+@dataclass
+class RunFolder:
+    """One run's folder.
+
+    Attributes:
+        path: the folder.
+        configuration: of the run.
+        set_aside: broken files that were renamed.
+    """
+
+    path: Path
+    configuration: Configuration
+    set_aside: list[Path] = field(default_factory=list)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep every other process out of the folder.
+
+        Raises:
+            BusyError: one is in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("a") as stream:
+            if not _locked(stream):
+                raise BusyError(f"{self.path}: another process works on this run")
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+            yield
+
+    def begin(self, labels: dict[str, str], threads: int) -> dict[str, Any]:
+        """Write ``run.json``, unless it is there already, and give what it holds."""
+        about = self._read("run.json")
+        if about is None:
+            about = {
+                "configuration": self.configuration.as_json(),
+                "labels": labels,
+                "versions": versions(),
+                "python": platform.python_version(),
+                "hardware": hardware(),
+                "threads": threads,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+            self._write("run.json", about)
+        return about
+
+    def say(self, state: str, iteration: int, total: int | None, **more: Any) -> None:
+        """Write ``status.json``: what the run is doing, for people and for ``layerwise list``."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._write("status.json", {"state": state, "iteration": iteration, "of": total, "at": now, **more})
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write the state of the training; the checkpoint before is kept until the next one."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getbuffer()
+        path = self.path / "checkpoint.pt"
+        if path.exists():
+            os.replace(path, self.path / "checkpoint-before.pt")
+        write_whole(path, MAGIC + hashlib.sha256(content).digest() + content)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """Read the newest whole checkpoint; one that is damaged is set aside and the one before it is taken."""
+        for name in ("checkpoint.pt", "checkpoint-before.pt"):
+            path = self.path / name
+            try:
+                packed = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            content = packed[len(MAGIC) + DIGEST_LENGTH :]
+            digest = packed[len(MAGIC) : len(MAGIC) + DIGEST_LENGTH]
+            if packed.startswith(MAGIC) and hashlib.sha256(content).digest() == digest:
+                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            self._put_aside(path)
+        return None
+
+    def finish(self, recorder: Recorder, summary: dict[str, Any]) -> None:
+        """Write the metrics and the record; the run is then finished and its checkpoints are removed."""
+        buffer = io.BytesIO()
+        recorder.frame().write_parquet(buffer, compression="zstd")
+        content = buffer.getvalue()
+        write_whole(self.path / "metrics.parquet", content)
+        self._write("record.json", {**summary, "metrics_sha256": hashlib.sha256(content).hexdigest()})
+        state = "finished" if summary["diverged_at"] is None else "diverged"
+        self.say(state, summary["iterations"], summary["iterations"])
+        for path in self.path.glob("checkpoint*.pt"):
+            path.unlink(missing_ok=True)
+
+    def record(self) -> Record | None:
+        """Read the finished run; None if it is not finished, or damaged (then it is set aside)."""
+        about, summary = self._read("run.json"), self._read("record.json")
+        if about is None or summary is None or about.get("configuration") != self.configuration.as_json():
+            return None
+        path = self.path / "metrics.parquet"
+        try:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        except FileNotFoundError:
+            digest = None
+        if digest != summary.get("metrics_sha256"):
+            for broken in (path, self.path / "record.json"):
+                self._put_aside(broken)
+            return None
+        return Record(self.path, self.configuration, summary, about)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        write_whole(self.path / name, json.dumps(content, indent=1, allow_nan=False).encode())
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            self._put_aside(path)
+            return None
+        return content
+
+    def _put_aside(self, path: Path) -> None:
+        with suppress(FileNotFoundError):
+            path.replace(path.with_name(path.name + ".broken"))
+            self.set_aside.append(path)
+
+
+def _locked(stream: Any) -> bool:
+    """Take the lock of a file, or say that another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        try:
+            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class Runs:
+    """All runs below a folder, by configuration, whatever experiment asked for them first.
+
+    Args:
+        out: the folder that ``--out`` names; runs are in its subfolder ``store``.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / "store"
+        self.set_aside: list[Path] = []
+
+    def folder(self, configuration: Configuration) -> RunFolder:
+        """Give the folder of a run; it need not exist."""
+        return RunFolder(self.path / configuration.name, configuration, self.set_aside)
+
+    def find(self, configuration: Configuration) -> Record | None:
+        """Give a finished run, or None."""
+        return self.folder(configuration).record()
+
+    def all(self) -> Iterator[Record]:
+        """Give every finished run of this version, in the order of their names."""
+        for path in sorted(self.path.glob("*/run.json")):
+            try:
+                plain = json.loads(path.read_bytes())["configuration"]
+                configuration = Configuration(**plain)
+            except (ValueError, KeyError, TypeError):
+                continue
+            if configuration.name != path.parent.name:
+                continue
+            record = RunFolder(path.parent, configuration, self.set_aside).record()
+            if record is not None:
+                yield record

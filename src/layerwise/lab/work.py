@@ -1,0 +1,273 @@
+"""What a worker does: the runs of a chain one after another, each from its last checkpoint to its record."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from layerwise import rules
+from layerwise.lab import arms, trial
+from layerwise.lab.configuration import Configuration
+from layerwise.lab.engine import CHECKPOINT_SECONDS, Training
+from layerwise.lab.plan import PlannedRun
+from layerwise.lab.processes import Processes
+from layerwise.lab.runs import BusyError, Record, RunFolder, Runs
+from layerwise.lab.trial import StoppedError, Trial
+
+FACTORS = "factors.jsonl"
+"""Recorded factors, in the folder of a run that repeats them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """Runs that one worker does in order: controls come after the method's run that they need.
+
+    Attributes:
+        runs: in order; those that are finished are only read.
+        out: the folder of ``--out``.
+        data_dir: folder of the data, or None.
+        threads: of a process.
+        device: where networks are trained.
+        checkpoint_seconds: between two checkpoints.
+    """
+
+    runs: tuple[PlannedRun, ...]
+    out: Path
+    data_dir: Path | None = None
+    threads: int = 1
+    device: str = "cpu"
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.runs[0].label
+
+
+@dataclass(frozen=True)
+class Advance:
+    """A run has done so many of its updates; the whole number is None where it is not known beforehand."""
+
+    run: str
+    done: int
+    total: int | None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run is finished: its key, and its configuration, by which its record is found."""
+
+    key: tuple[str, str, int]
+    configuration: Configuration
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A run was not done, and why: another process works on it."""
+
+    key: tuple[str, str, int]
+    reason: str
+
+
+def complete(planned: PlannedRun, method: Record | None) -> Configuration | None:
+    """Give the configuration of a run; of a control only if its method's run is finished, else None."""
+    if planned.arm.control is None:
+        return planned.configuration
+    if method is None:
+        return None
+    return arms.configuration_of_control(planned.configuration, planned.arm.control, method)
+
+
+def do_chain(chain: Chain, link: Any, do: Callable[..., Record] | None = None) -> None:
+    """Do the runs of a chain; send ``Advance`` now and then, ``Finished`` or ``Skipped`` for each.
+
+    Args:
+        chain: what to do.
+        link: where messages go and a stop comes from, as ``pool.Link``.
+        do: what does one run; None for ``do_run``.
+    """
+    torch.set_num_threads(chain.threads)
+    # That no layer was chosen is in the record and on the page; a warning would break the bars.
+    logging.getLogger("layerwise").setLevel(logging.ERROR)
+    runs, method = Runs(chain.out), None
+    for planned in chain.runs:
+        link.doing(planned.label)
+        configuration = complete(planned, method)
+        if configuration is None:
+            link.send(Skipped(planned.key, "the run whose factors it repeats is not finished"))
+            continue
+        record = runs.find(configuration)
+        if record is None:
+            try:
+                record = (do or do_run)(planned, configuration, chain, link, method=method)
+            except BusyError as error:
+                link.send(Skipped(planned.key, str(error)))
+                continue
+            except StoppedError:
+                return
+            link.send(Finished(planned.key, configuration))
+        if planned.arm.control is None:
+            method = record
+
+
+def do_run(
+    planned: PlannedRun,
+    configuration: Configuration,
+    chain: Chain,
+    link: Any,
+    *,
+    method: Record | None = None,
+    processes: Processes | None = None,
+) -> Record:
+    """Do one run from its last checkpoint, or from the beginning.
+
+    Args:
+        planned: the run.
+        configuration: its whole configuration.
+        chain: that it belongs to.
+        link: where messages go and a stop comes from.
+        method: the finished run that a control repeats.
+        processes: of a run that several share.
+
+    Returns:
+        Its record.
+
+    Raises:
+        BusyError: another process works on it.
+        StoppedError: it was told to stop; a checkpoint holds what is done.
+    """
+    folder = Runs(chain.out).folder(configuration)
+    processes = processes or Processes()
+    with ExitStack() as held:
+        begun = processes.from_first(lambda: _begin(planned, configuration, chain, folder, held))
+        if isinstance(begun, Record):
+            return begun
+        if begun != torch.get_num_threads():
+            torch.set_num_threads(begun)  # another number would round otherwise: not the same run
+        held.callback(torch.set_num_threads, chain.threads)
+        rule = _shared_rule(configuration, folder, method, processes, held)
+        training = Training(
+            processes.together(lambda: make_trial(planned, configuration, chain)),
+            rule,
+            configuration,
+            folder=folder if processes.first else None,
+            processes=processes,
+            checkpoint_seconds=chain.checkpoint_seconds,
+        )
+        return _train(training, planned, folder, link, {"threads": begun}, processes)
+
+
+def _begin(
+    planned: PlannedRun, configuration: Configuration, chain: Chain, folder: RunFolder, held: ExitStack
+) -> Record | int:
+    """Take a run's folder; give its record if it is finished, else the number of threads that it began with."""
+    held.enter_context(folder.lock())
+    finished = folder.record()
+    if finished is not None:
+        return finished
+    return folder.begin({"subject": planned.subject, "arm": planned.arm.name}, chain.threads)["threads"]
+
+
+def _shared_rule(
+    configuration: Configuration, folder: RunFolder, method: Record | None, processes: Processes, held: ExitStack
+) -> Any:
+    """Make the rule in every process; recorded factors are sent to those that may not see the run's folder."""
+    if processes.count == 1:
+        return make_rule(configuration, folder, method)
+
+    def written() -> bytes | None:
+        make_rule(configuration, folder, method)
+        path = folder.path / FACTORS
+        return path.read_bytes() if path.exists() else None
+
+    factors = processes.from_first(written)
+    private = RunFolder(Path(held.enter_context(TemporaryDirectory(prefix="layerwise-"))), configuration)
+    if factors is not None:
+        (private.path / FACTORS).write_bytes(factors)
+    return make_rule(configuration, private, None)
+
+
+def _train(
+    training: Training,
+    planned: PlannedRun,
+    folder: RunFolder,
+    link: Any,
+    about: dict[str, Any],
+    processes: Processes,
+) -> Record:
+    """Train a run to its record; in the processes beside the first one nothing is written or sent."""
+    if not processes.first:
+        training.run(link.stopped)
+        return processes.from_first(lambda: _expected(folder))
+    total = training.trial.total
+    folder.say("running", training.position.iteration, total)
+    try:
+        summary = training.run(link.stopped, lambda done: link.send(Advance(planned.label, done, total)))
+    except StoppedError:
+        raise
+    except BaseException as error:
+        with suppress(OSError):  # a full disk may be the very reason
+            folder.say("failed", training.position.iteration, total, reason=f"{type(error).__name__}: {error}")
+        raise
+
+    def finish() -> Record:
+        folder.finish(training.recorder, {**summary, **about, "peak_memory": peak_memory()})
+        return _expected(folder)
+
+    return processes.from_first(finish)
+
+
+def make_trial(planned: PlannedRun, configuration: Configuration, chain: Chain) -> Trial:
+    """Make what a run trains: a recipe's trial, or a person's own."""
+    if planned.task is not None:
+        return planned.task.trial(configuration, chain.device)
+    return trial.build(configuration, chain.data_dir, chain.device)
+
+
+def make_rule(configuration: Configuration, folder: RunFolder, method: Record | None) -> Any:
+    """Make the rule of a run; recorded factors are written into its folder first."""
+    specification = configuration.rule
+    if specification is None or specification["name"] != "Replay":
+        return arms.make_rule(specification, configuration.seed)
+    path = folder.path / FACTORS
+    if method is not None:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        rules.save_factors(path, arms.recorded_factors(method, specification["layers"]))
+    return arms.make_rule(specification, configuration.seed, replay=path)
+
+
+def _expected(folder: RunFolder) -> Record:
+    record = folder.record()
+    if record is None:
+        raise RuntimeError(f"{folder.path}: the record just written cannot be read; is the disk full or failing?")
+    return record
+
+
+def peak_memory() -> int:
+    """Give the largest memory of this process so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Alone:
+    """The link of a run that is done in this process."""
+
+    def __init__(
+        self, stop: Callable[[], bool] = lambda: False, message: Callable[[Any], None] = lambda message: None
+    ) -> None:
+        self.stopped, self.send = stop, message
+
+    def doing(self, name: str) -> None:
+        """Nobody needs to be told."""

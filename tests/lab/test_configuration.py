@@ -1,0 +1,83 @@
+import dataclasses
+
+import pytest
+
+from layerwise.lab import configuration
+from layerwise.lab.configuration import Configuration, Constants
+from layerwise.lab.errors import UsageError
+
+VALUES = {
+    "data": "digits5k",
+    "inputs": "scaled",
+    "order": "shuffled",
+    "batch_size": 64,
+    "model": "lenet",
+    "solver": "sgd",
+    "rate": 0.1,
+    "epochs": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"iterations": 5}, "give exactly one"),
+        ({"epochs": None}, "give exactly one"),
+        ({"batch_size": 0}, "batch_size=0: must be a whole number from 1"),
+        ({"batch_size": True}, "batch_size=True"),
+        ({"order": "random"}, "order='random': use one of sequential, shuffled"),
+        ({"order": "sequential"}, "has no epochs"),
+        ({"policy_unit": "day"}, "policy_unit='day'"),
+        ({"rate": -1.0}, "rate=-1.0: must be a finite number"),
+        ({"rate": float("nan")}, "rate=nan"),
+        ({"rat": 1.0}, "unknown constant 'rat': use one of"),
+        ({"weight_decay": "big"}, "weight_decay='big'"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named(change, words):
+    with pytest.raises(UsageError, match=words):
+        Constants.of({**VALUES, **change})
+
+
+def test_a_missing_constant_is_named():
+    with pytest.raises(UsageError, match="'data'"):
+        Constants.of({name: value for name, value in VALUES.items() if name != "data"})
+
+
+def test_every_value_changes_the_identity_and_equal_ones_share_it():
+    constants = Constants.of(VALUES)
+    first = Configuration.make(constants, rule=None, apply="auto", seed=0)
+    assert first == Configuration.make(Constants.of(VALUES), rule=None, apply="auto", seed=0)
+    others = [Configuration.make(constants, rule=None, apply="auto", seed=1)]
+    others.append(Configuration.make(constants, rule={"name": "LARS"}, apply="auto", seed=0))
+    others.append(Configuration.make(constants, rule=None, apply="lr", seed=0))
+    for name, value in (("rate", 0.2), ("batch_size", 32), ("train_count", 10), ("gamma", 0.5), ("epochs", 3)):
+        others.append(Configuration.make(Constants.of({**VALUES, name: value}), rule=None, apply="auto", seed=0))
+    assert len({other.identity for other in (first, *others)}) == len(others) + 1
+
+
+def test_a_constant_at_its_default_is_not_part_of_the_identity():
+    plain = Configuration.make(Constants.of(VALUES), seed=0)
+    written = Configuration.make(Constants.of({**VALUES, "momentum": 0.0, "test_batch_size": 100}), seed=0)
+    assert plain.identity == written.identity
+    assert plain.constants == Constants.of(VALUES)
+
+
+def test_other_versions_are_other_runs(monkeypatch):
+    made = Configuration.make(Constants.of(VALUES), seed=0)
+    before = made.identity
+    monkeypatch.setattr(configuration, "versions", lambda: {"layerwise": "99", "torch": "9"})
+    assert made.identity != before
+
+
+def test_a_configuration_survives_json():
+    made = Configuration.make(Constants.of({**VALUES, "steps": (1, 2), "policy": "multistep"}), seed=3)
+    again = Configuration(**made.as_json())
+    assert again == made
+    assert again.constants.steps == (1, 2)
+    assert dataclasses.asdict(again) == made.as_json()
+
+
+def test_the_name_is_made_for_people():
+    made = Configuration.make(Constants.of(VALUES), rule={"name": "LARS"}, seed=7)
+    assert made.name == f"lenet-digits5k-LARS-seed7-{made.identity}"

@@ -1,0 +1,210 @@
+"""Experiments in worker processes: side by side, interrupted, killed, two at once."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+from lab_helpers import tiny_plan
+
+from layerwise.lab import experiment
+from layerwise.lab.errors import UsageError
+from layerwise.lab.experiment import Display, Settings, carry_out, load_finished
+from layerwise.lab.runs import Runs
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from lab_helpers import tiny_plan
+from layerwise.lab import work
+from layerwise.lab.experiment import Settings, carry_out
+plan = tiny_plan(seeds=1, iterations={iterations}, test_every={iterations})
+if __name__ == "__main__":
+    import functools
+    from layerwise.lab import experiment
+    experiment.Chain = functools.partial(experiment.Chain, checkpoint_seconds=0.02)
+    outcome = carry_out(plan, Settings(out=Path(sys.argv[1]), jobs=2))
+    print(len(outcome.results.records), outcome.interrupted, outcome.failures, outcome.skipped)
+    sys.exit(outcome.exit_code)
+"""
+
+
+def script_of(tmp_path, iterations):
+    path = tmp_path / "experiment.py"
+    path.write_text(textwrap.dedent(SCRIPT).format(tests=os.path.dirname(__file__), iterations=iterations))
+    return path
+
+
+def start(script, out):
+    return subprocess.Popen(
+        [sys.executable, str(script), str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def weights(plan, out):
+    records = load_finished(plan, Runs(out)).records
+    return {key: record.summary["weights"] for key, record in records.items()}
+
+
+class Told(Display):
+    def __init__(self):
+        self.lines = []
+
+    def finished(self, worker, run, result, diverged):
+        self.lines.append(run)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    out = tmp_path_factory.mktemp("lab") / "runs"
+    plan, told = tiny_plan(seeds=2), Told()
+    return carry_out(plan, Settings(out=out, jobs=2), told), told
+
+
+@pytest.mark.dist
+def test_all_runs_are_done_once_and_a_second_call_repeats_nothing(first):
+    outcome, told = first
+    assert (outcome.exit_code, outcome.found, outcome.planned, outcome.complete) == (0, 0, 30, True)
+    assert sorted(told.lines) == sorted(run.label for run in outcome.plan.runs)
+    before = {path: path.stat().st_mtime_ns for path in outcome.settings.out.rglob("*.parquet")}
+    assert len(before) == 30
+    again, told = carry_out(outcome.plan, outcome.settings), Told()
+    assert (again.found, again.failures) == (30, [])
+    assert {path: path.stat().st_mtime_ns for path in outcome.settings.out.rglob("*.parquet")} == before
+
+
+@pytest.mark.dist
+def test_runs_side_by_side_are_those_of_one_process_to_the_bit(first, carried_out, tmp_path):
+    outcome, _ = first
+    plan = tiny_plan(seeds=1)
+    alone = carried_out(plan)
+    ours = weights(plan, outcome.settings.out)
+    assert ours == {key: record.summary["weights"] for key, record in alone.results.records.items()}
+    assert len(set(ours.values())) == 15
+
+
+@pytest.mark.dist
+def test_a_damaged_run_is_named_and_repeated_to_the_same_numbers(first):
+    outcome, _ = first
+    record = outcome.results.records["sgd", "layer-adaptive", 0]
+    path = record.folder / "metrics.parquet"
+    path.write_bytes(path.read_bytes()[:100])
+    again = carry_out(outcome.plan, outcome.settings)
+    # Its controls are finished: they are found again as soon as the run that they repeat is.
+    assert again.found == 26
+    assert again.complete
+    assert path in again.set_aside
+    assert again.results.records["sgd", "layer-adaptive", 0].summary["weights"] == record.summary["weights"]
+
+
+@pytest.mark.dist
+@posix
+def test_an_interrupt_keeps_finished_runs_and_checkpoints_the_others(tmp_path):
+    script, out = script_of(tmp_path, 400), tmp_path / "runs"
+    process = start(script, out)
+    try:
+        while process.poll() is None and len(list(out.rglob("checkpoint.pt"))) < 2:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        words, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert errors == ""
+    assert "True [] []" in words
+    states = [json.loads(path.read_text()) for path in out.rglob("status.json")]
+    assert {state["state"] for state in states} <= {"finished", "stopped"}
+    stopped = [state for state in states if state["state"] == "stopped"]
+    assert stopped
+    assert all(state["iteration"] > 0 for state in stopped)
+
+
+@pytest.mark.dist
+@posix
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, carried_out):
+    plan = tiny_plan(seeds=1, iterations=30, test_every=30)
+    expected = carried_out(plan, tmp_path / "whole")
+    script, out = script_of(tmp_path, 30), tmp_path / "killed"
+    chance = random.Random(0)
+    kills = 0
+    for _ in range(6):
+        process = start(script, out)
+        try:
+            process.communicate(timeout=chance.uniform(3.0, 6.0))
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+    done = carry_out(plan, Settings(out=out, jobs=2))
+    assert done.complete
+    assert kills > 0
+    assert weights(plan, out) == {key: record.summary["weights"] for key, record in expected.results.records.items()}
+    for key, record in done.results.records.items():
+        assert record.metrics().equals(expected.results.records[key].metrics())
+
+
+@pytest.mark.dist
+@posix
+def test_two_at_once_never_do_the_same_run(tmp_path):
+    script, out = script_of(tmp_path, 20), tmp_path / "runs"
+    both = [start(script, out) for _ in range(2)]
+    said = [process.communicate(timeout=240) for process in both]
+    assert all("Traceback" not in errors for _, errors in said), said
+    plan = tiny_plan(seeds=1, iterations=20, test_every=20)
+    ended = carry_out(plan, Settings(out=out, jobs=2))
+    assert ended.complete
+    sessions = [record.summary["sessions"] for record in ended.results.records.values()]
+    assert set(sessions) == {1}
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path, one_thread):
+    from dataclasses import replace
+
+    plan = tiny_plan()
+    broken = [
+        replace(run, configuration=replace(run.configuration, rule={"name": "LARS", "eta": 1}))
+        if run.key == ("nag", "layer-adaptive", 0)
+        else run
+        for run in plan.runs
+        if run.subject in ("nag",) and run.arm.name in ("plain", "layer-adaptive")
+    ]
+    outcome = carry_out(replace(plan, runs=tuple(broken)), Settings(out=tmp_path / "runs", jobs=1))
+    assert outcome.exit_code == 1
+    (failure,) = outcome.failures
+    assert failure.doing == "nag layer-adaptive seed 0"
+    assert "rule LARS" in failure.reason
+    assert set(outcome.results.records) == {("nag", "plain", 0)}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"jobs": 0}, "jobs=0: must be from 1"),
+        ({"engine": "slurm"}, "engine='slurm': use 'local' or 'ray'"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(values, words):
+    with pytest.raises(UsageError, match=words):
+        Settings(**values)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        Settings(out=tmp_path / "file")
+    monkeypatch.setattr(experiment.os, "getpid", lambda: "x/y")
+    with pytest.raises(UsageError, match="cannot be written"):
+        carry_out(tiny_plan(), Settings(out=tmp_path / "runs"))

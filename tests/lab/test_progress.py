@@ -1,0 +1,64 @@
+import io
+from pathlib import Path
+
+import pytest
+from lab_helpers import tiny_plan
+from rich.console import Console
+
+from layerwise.lab import progress
+from layerwise.lab.experiment import Outcome, Settings
+from layerwise.lab.progress import BarDisplay, LineDisplay, duration
+from layerwise.lab.results import Results
+
+
+@pytest.fixture
+def outcome():
+    plan = tiny_plan()
+    return Outcome(plan, Settings(out=Path("runs")), Results(plan), found=3, set_aside=[Path("store/a/record.json")])
+
+
+@pytest.mark.parametrize("kind", [LineDisplay, BarDisplay])
+def test_what_is_done_and_what_is_left_are_told(outcome, monkeypatch, kind):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    target = Console(file=io.StringIO(), width=80, force_terminal=kind is BarDisplay, record=True)
+    display = kind(target)
+    display.begin(outcome, 2)
+    display.advance(0, "sgd plain seed 0", 0, 10)
+    display.advance(1, "nag plain seed 0", 0, None)
+    assert display.left == ""
+    clock[0] = 60.0
+    display.advance(0, "sgd plain seed 0", 5, 10)
+    assert display.left == "23 min left"  # half a run a minute, 11.5 runs
+    display.finished(0, "sgd plain seed 0", "1.2 % test error", False)
+    assert display.left == "11 min left"
+    display.finished(1, "nag plain seed 0", "diverged", True)
+    display.end()
+    said = " ".join(target.export_text().split())
+    assert "3 of 15 runs were finished already" in said
+    assert "12 runs in 2 processes; Ctrl-C keeps what is done" in said
+    assert "a/record.json was damaged: set aside" in said
+    assert "diverged" in said
+    if kind is LineDisplay:
+        assert "4/15 runs, 11 min left; sgd plain seed 0: 1.2 % test error" in said
+
+
+def test_work_of_an_earlier_session_does_not_make_the_rest_look_short(outcome, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    display = LineDisplay(Console(file=io.StringIO()))
+    display.begin(outcome, 1)
+    display.advance(0, "run", 90, 100)
+    clock[0] = 10.0
+    display.advance(0, "run", 95, 100)
+    # 0.05 runs took 10 s; 11.05 runs are left.
+    assert display.left == "37 min left"
+
+
+def test_durations_are_rough():
+    assert [duration(value) for value in (0.4, 89, 90, 5399, 5400)] == ["0 s", "89 s", "2 min", "90 min", "1.5 h"]
+
+
+def test_nothing_is_shown_where_nothing_is_asked_for():
+    assert type(progress.display(Console(), silent=True)).__name__ == "Display"
+    assert isinstance(progress.display(Console(file=io.StringIO()), silent=False), LineDisplay)

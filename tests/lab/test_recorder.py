@@ -1,0 +1,52 @@
+import io
+
+import polars
+import pytest
+import torch
+
+from layerwise.lab.recorder import SCHEMA_COLUMNS, Recorder
+
+
+@pytest.fixture
+def filled():
+    recorder = Recorder()
+    for step in (1, 2, 3):
+        recorder.add("training_loss", step, 1, 1.0 / step)
+        recorder.add_layers("factor", step, 1, {"a": 2.0 * step, "b": 1.0 * step})
+    recorder.add("test_error", 3, 1, 12.5)
+    return recorder
+
+
+def test_the_table_holds_every_number_with_its_place(filled):
+    frame = filled.frame()
+    assert tuple(frame.columns) == SCHEMA_COLUMNS
+    assert frame.height == 3 + 6 + 1
+    row = frame.filter((polars.col("layer") == "a") & (polars.col("step") == 2)).row(0)
+    assert row == (2, 1, "factor", "a", 4.0)
+    assert frame.filter(polars.col("quantity") == "test_error")["layer"].to_list() == [None]
+
+
+def test_an_empty_recorder_has_an_empty_table():
+    assert Recorder().frame().height == 0
+    assert tuple(Recorder().frame().columns) == SCHEMA_COLUMNS
+
+
+def test_means_and_spread_of_layers(filled):
+    assert filled.layer_means("factor") == {"a": 4.0, "b": 2.0}
+    assert filled.spread("factor") == 2.0
+    assert filled.spread("rate") is None
+    filled.add_layers("factor", 4, 1, {"a": float("nan"), "b": float("inf")})
+    assert filled.layer_means("factor") == {"a": 4.0, "b": 2.0}
+    assert filled.spread("factor") == 2.0
+
+
+def test_the_state_is_loaded_without_running_anything(filled):
+    buffer = io.BytesIO()
+    torch.save(filled.state_dict(), buffer)
+    buffer.seek(0)
+    again = Recorder()
+    again.load_state_dict(torch.load(buffer, weights_only=True))
+    assert again.frame().equals(filled.frame())
+    again.add("test_error", 4, 2, 1.0)
+    assert again.last("test_error") == (4, 1.0)
+    assert filled.last("test_error") == (3, 12.5)
