@@ -1,0 +1,164 @@
+"""What ``layerwise doctor`` says of a person's own task."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+import layerwise
+from layerwise.lab.compare import plan, setting_words
+from layerwise.lab.configuration import Configuration
+from layerwise.lab.engine import Training
+from layerwise.lab.errors import UsageError
+from layerwise.lab.guests import Stream
+from layerwise.lab.looking import Look
+from layerwise.lab.methods import DEFAULT_ARMS, make_arms
+from layerwise.lab.store import usable_cores
+from layerwise.lab.tasks import TaskFile
+from layerwise.rules import LayerAdaptive
+
+UPDATES = 2
+SEEDS = 5
+
+
+@dataclass
+class Timed:
+    """Batches that remember when each was asked for."""
+
+    batches: Any
+    asked: list[float] = field(default_factory=list)
+
+    def __call__(self, epoch: int, skip: int) -> Iterator[Any]:
+        """Give the batches."""
+        for batch in self.batches(epoch, skip):
+            yield batch
+            self.asked.append(time.perf_counter())
+
+
+def examine(task_file: TaskFile, device: str = "cpu") -> list[str]:
+    """Try a task, do two updates, and say what a comparison would do and what is wrong.
+
+    Args:
+        task_file: the task.
+        device: where the network is put.
+
+    Returns:
+        The lines to print; a problem each begins with "problem".
+
+    Raises:
+        UsageError: the task cannot be used at all.
+    """
+    look = task_file.look(device)
+    problems = _problems_of_plan(task_file, look)
+    jobs = max(1, min(usable_cores(), SEEDS * sum(arm.control is None for arm in make_arms())))
+    with Stream(0):
+        seconds, found = _updates(look, max(1, usable_cores() // jobs))
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        layerwise.diagnose(look.trial.optimizer, look.trial.model)
+    return [
+        *_described(task_file, look),
+        *_times(look, seconds, jobs),
+        *(f"problem     {problem}" for problem in [*problems, *found]),
+        "",
+        *text.getvalue().rstrip().splitlines(),
+    ]
+
+
+def _described(task_file: TaskFile, look: Look) -> list[str]:
+    """Say what the task is."""
+    trial = look.trial
+    parameters = list(trial.model.parameters())
+    types = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+    length, total = trial.epoch_length, trial.total
+    scheduler = "no scheduler"
+    if trial.scheduler is not None:
+        scheduler = f"{type(trial.scheduler).__name__} stepped each {trial.schedule_unit}"
+    passes = f"{trial.iterations} iterations" if trial.epochs is None else f"{trial.epochs} epochs"
+    rows = {
+        "task": f"{task_file.label}, {setting_words({**task_file.defaults, **task_file.values}) or 'no parameters'}",
+        "model": f"{type(trial.model).__name__}, {sum(p.numel() for p in parameters):,} numbers, {', '.join(types)}",
+        "optimizer": f"{type(trial.optimizer).__name__}, {scheduler}",
+        "batches": f"{'an unknown number' if length is None else length} an epoch",
+        "run": f"{passes}, {'an unknown number of' if total is None else total} updates",
+        "metric": f"{look.metric} is {look.value:.4g} untrained, {'higher' if look.higher_is_better else 'lower'} is "
+        f"better; {look.tests} times a run, {look.metric_seconds:.2g} s each",
+        "validation": "there, so that --tune works" if look.has_validation else "none, which --tune needs",
+    }
+    return [f"{name:<12}{words}" for name, words in rows.items()]
+
+
+def _times(look: Look, seconds: float, jobs: int) -> list[str]:
+    """Say what a comparison would take."""
+    arms, total = make_arms(), look.trial.total
+    runs = SEEDS * len(arms)
+    words = f"{', '.join(DEFAULT_ARMS)} at {SEEDS} seeds: {runs} runs, {jobs} side by side"
+    if total is None:
+        words += "; how long is not known, as batches do not tell their number"
+    else:
+        words += f", about {_duration(runs * (total * seconds + look.tests * look.metric_seconds) / jobs)}"
+    return [f"{'update':<12}{1000 * seconds:.3g} ms, with the layer-adaptive rule", f"{'comparison':<12}{words}"]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _problems_of_plan(task_file: TaskFile, look: Look) -> list[str]:
+    """Say why a comparison could not be laid out."""
+    try:
+        plan(task_file, seeds=SEEDS, look=look)
+    except UsageError as error:
+        return [str(error)]
+    return []
+
+
+def _updates(look: Look, threads: int) -> tuple[float, list[str]]:
+    """Do two updates as the lab does them: seconds of the second one, and what went wrong."""
+    timed = Timed(look.trial.batches)
+    trial = replace(look.trial, batches=timed, iterations=UPDATES, epochs=None, test_every=None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        training = Training(trial, LayerAdaptive(), Configuration(trial={}, rule={"name": "LayerAdaptive"}))
+        training.run()
+        seconds = time.perf_counter() - (timed.asked or [time.perf_counter()])[-1]
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        return float("nan"), [f"two updates with the layer-adaptive rule: {error}"]
+    finally:
+        torch.set_num_threads(before)
+    problems = []
+    if training.diverged_at is not None:
+        problems.append(f"the loss is not finite after {training.diverged_at} updates: is the rate too large?")
+    named = [(name, p) for name, p in trial.model.named_parameters() if p.requires_grad]
+    without = [name for name, p in named if p.grad is None]
+    if without:
+        shown = ", ".join(without[:5]) + (", …" if len(without) > 5 else "")
+        problems.append(f"the loss gives no gradient to {shown}")
+    problems += _unsaved(training)
+    if training.adapter is not None:
+        training.adapter.detach()
+    return seconds, problems
+
+
+def _unsaved(training: Training) -> list[str]:
+    """Say why a checkpoint could not be read again."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(training.state_dict(), buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:  # whatever a person's scheduler or optimizer keeps
+        reason = str(error).strip().partition("\n")[0]
+        return [f"a checkpoint cannot be read again, so a stopped run begins anew: {type(error).__name__}: {reason}"]
+    return []

@@ -1,0 +1,200 @@
+"""Calling a person's own code: with random numbers of its own, and with errors that point into its file."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import random
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+
+from layerwise.lab.errors import UsageError
+from layerwise.lab.trial import StoppedError
+
+
+def seed_of(*words: object) -> int:
+    """Give a seed from 0 to 2³² - 1, the range of NumPy's, that follows from words and numbers."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, words)).encode()).digest()[:4], "big")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of torch, Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
+def _states() -> list[Any]:
+    """Give the states of the global generators."""
+    states: list[Any] = [torch.get_rng_state(), random.getstate(), numpy.random.get_state()]
+    return [*states, torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else states
+
+
+def _restore(states: list[Any]) -> None:
+    """Put the global generators into states that ``_states`` gave."""
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    numpy.random.set_state(states[2])
+    if len(states) > 3:
+        torch.cuda.set_rng_state_all(states[3])
+
+
+class Stream:
+    """Random numbers apart from all others: what is drawn inside goes on where the last time ended.
+
+    Batches that draw from a stream of their epoch are the same whatever the training draws between them, so every arm
+    sees the same batches, and a run that goes on in the middle of an epoch sees those that it would have seen.
+
+    Args:
+        seed: of the stream, from 0 to 2³² - 1.
+
+    Example:
+        >>> stream = Stream(1)
+        >>> with stream:
+        ...     first = torch.rand(2)
+        >>> torch.manual_seed(1) is not None and bool((first == torch.rand(2)).all())
+        True
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._inner: list[Any] | None = None
+        self._outer: list[Any] = []
+
+    def __enter__(self) -> Stream:
+        self._outer = _states()
+        if self._inner is None:
+            seed_everything(self._seed)
+        else:
+            _restore(self._inner)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._inner = _states()
+        _restore(self._outer)
+
+
+@dataclass(frozen=True)
+class Guest:
+    """Whose code it is.
+
+    Attributes:
+        label: what messages call the file and its function.
+        filename: under which its code was compiled.
+    """
+
+    label: str
+    filename: str = field(repr=False)
+
+    def refuse(self, problem: str) -> UsageError:
+        """Make the error that names the task and what is wrong with it."""
+        return UsageError(f"{self.label}: {problem}")
+
+    @contextmanager
+    def at_work(self, doing: str) -> Iterator[None]:
+        """Turn what the person's code raises into an error with the lines of their file alone.
+
+        Args:
+            doing: what was called, for the message.
+
+        Raises:
+            UsageError: the code inside raised something; the first line says all, the lines of the file follow.
+        """
+        try:
+            yield
+        except (UsageError, StoppedError):
+            raise
+        except (Exception, SystemExit) as error:
+            raise self.refuse(f"{doing} raised {self.described(error)}") from error
+
+    def described(self, error: BaseException) -> str:
+        """Describe an exception in one line, and by the lines of the person's file that led to it."""
+        words = str(error).strip().partition("\n")[0]
+        text = f"{type(error).__name__}: {words}" if words else type(error).__name__
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.filename]
+        if not frames:
+            return text
+        return f"{text} (line {frames[-1].lineno})\n" + "".join(traceback.format_list(frames)).rstrip()
+
+    def takes(self, name: str, function: Any, *arguments: str) -> None:
+        """Refuse what cannot be called with so many arguments.
+
+        Args:
+            name: of what was returned.
+            function: the value.
+            *arguments: what it is called with, in words.
+
+        Raises:
+            UsageError: it is no function, a class that was not called, or takes other arguments.
+        """
+        wanted = f"return a function of {' and '.join(arguments)}"
+        if not callable(function):
+            raise self.refuse(f"{name}={function!r:.80} is no function: {wanted}")
+        if isinstance(function, type) and name not in ("optimizer", "scheduler"):
+            raise self.refuse(f"{name} is the class {function.__name__}: {wanted}")
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # some functions written in C do not tell
+            return
+        try:
+            signature.bind(*arguments)
+        except TypeError:
+            shown = getattr(function, "__name__", type(function).__name__)
+            raise self.refuse(f"{name} is {shown}{signature}: {wanted}") from None
+
+
+def reseeded(batches: Any, seed: int, epoch: int) -> Any:
+    """Let the order of a loader follow from seed and epoch alone, as torch's distributed samplers do.
+
+    A generator that was given to a loader goes on from epoch to epoch, so a run that goes on from a checkpoint would
+    see other batches; it is seeded anew for each epoch.
+
+    Args:
+        batches: a loader, or anything else, which is left alone.
+        seed: of the run.
+        epoch: from 1.
+
+    Returns:
+        ``batches``.
+    """
+    if isinstance(batches, torch.utils.data.DataLoader):
+        samplers = [batches.sampler, batches.batch_sampler, getattr(batches.batch_sampler, "sampler", None)]
+        for holder in (batches, *samplers):
+            generator = getattr(holder, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed_of(seed, "generator", epoch))
+            if callable(getattr(holder, "set_epoch", None)):
+                holder.set_epoch(epoch)  # type: ignore[union-attr]
+    return batches
+
+
+def moved(batch: Any, device: str) -> Any:
+    """Put the tensors of a batch on a device: a tensor, what has a ``to``, or lists, tuples and dicts of them."""
+    if isinstance(batch, torch.Tensor) or (hasattr(batch, "to") and callable(batch.to)):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return type(batch)({name: moved(value, device) for name, value in batch.items()})
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(moved(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two batches are equal; what cannot be compared counts as equal."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and bool(((one == other) | (one != one)).all())
+    if isinstance(one, numpy.ndarray) and isinstance(other, numpy.ndarray):
+        return bool(numpy.array_equal(one, other, equal_nan=one.dtype.kind == "f"))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other if isinstance(one, (str, int, float, bytes)) else True
