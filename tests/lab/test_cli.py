@@ -174,8 +174,9 @@ def test_a_recipe_is_run_its_report_written_and_nothing_repeated(capsys, folder)
 
     assert cli.main(["list"]) == 0
     words = words_of(capsys)
-    assert "6 runs, 6 finished" in words
-    assert "not here: layerwise data mnist" in words
+    assert "6 of 6 runs" in words
+    assert "mnist (not here)" in words
+    assert "Get it with layerwise data mnist" in words
     assert cli.main(["list", "--json"]) == 0
     (demo, tiny) = json.loads(capsys.readouterr().out)
     assert (demo["name"], tiny["name"]) == ("demo-lenet", "tiny")

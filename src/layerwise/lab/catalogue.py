@@ -67,15 +67,27 @@ def show(out: Path, folder: Path | None, *, as_json: bool, program: str) -> str:
         return json.dumps(listed, indent=2) + "\n"
     buffer = io.StringIO()
     target = Console(file=buffer, width=_width(), highlight=False)
+    missing: list[str] = []
     for entry in listed:
-        target.print(f"[bold]{entry['name']}[/bold]  {entry['title']}", soft_wrap=False)
+        target.print(f"[bold]{entry['name']}[/bold]  {entry['title']}")
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        table.add_column(min_width=9)
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column(max_width=42)
+        table.add_column(no_wrap=True)
+        table.add_column()
         for scale, about in entry["scales"].items():
-            done = f", {about['finished']} finished" if about["finished"] else ""
-            missing = "" if about["present"] else f" (not here: {program} data {about['datasets'][0]})"
-            table.add_row(f"  {scale}", f"{about['runs']} runs{done}", about["time"], f"{about['data']}{missing}")
+            done = f"{about['finished']} of " if about["finished"] else ""
+            absent = [name for name in about["datasets"] if not data.present(name, folder)]
+            missing += [name for name in absent if name not in missing]
+            needed = ", ".join(f"{name} (not here)" if name in absent else name for name in about["datasets"])
+            table.add_row(f"  {scale}", f"{done}{about['runs']} runs", about["time"], about["memory"], needed)
         target.print(table)
-    target.print(f"\nNext:   {program} run {listed[0]['name']} --scale smoke", markup=False, soft_wrap=True)
+    target.print()
+    for name in missing:
+        target.print(f"Not here: {name}. Get it with  {program} data {name}", markup=False, soft_wrap=True)
+    first = next((entry["name"] for entry in listed if entry["name"].startswith("singh")), listed[0]["name"])
+    target.print(f"Next:   {program} run {first} --scale smoke", markup=False, soft_wrap=True)
     return buffer.getvalue()
 
 

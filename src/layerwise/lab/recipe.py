@@ -10,6 +10,7 @@ be tables: kind -> what its subjects have.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -266,7 +267,8 @@ def _plain(content: Mapping[str, Any], name: str) -> str:
 
 def names() -> list[str]:
     """Name the recipes, in order; those that only others extend begin with an underscore and are left out."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml") if not path.name.startswith("_"))
+    found = [path.stem for path in FOLDER.glob("*.toml") if not path.name.startswith("_")]
+    return sorted(found, key=lambda name: [part.zfill(4) for part in re.split(r"(\d+)$", name)])
 
 
 def load(name: str) -> Recipe:
