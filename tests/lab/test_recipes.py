@@ -171,7 +171,7 @@ def test_every_rule_optimizer_and_policy_can_be_made(name, scale):
         assert constants.inputs in inputs.INPUTS or (constants.inputs == "crops" and constants.data == FOLDER)
 
 
-def test_the_networks_of_the_small_scales_are_built_and_read_their_inputs():
+def test_the_networks_of_the_small_scales_are_built_and_read_their_inputs(one_thread):
     seen = set()
     for name, scale in EVERY:
         for run in plan_of(name, scale).runs:
@@ -398,9 +398,9 @@ def part(plan: Plan, subject: str, names: tuple[str, ...]) -> Plan:
 @pytest.mark.parametrize(
     ("name", "subject", "names"),
     [
-        ("singh2015-figure1", "sgd", ("plain", "layer-adaptive", "shuffled", "layer-adaptive-50k")),
-        ("singh2015-figure2", "alexnet", ("plain", "layer-adaptive", "mean-factor")),
-        ("basodi2023-figure4", "narrow-vgg19", ("plain", "random", "shuffled-G_prime-1.5", "G_prime-case2-0.7")),
+        ("singh2015-figure1", "sgd", ("layer-adaptive", "shuffled", "layer-adaptive-50k")),
+        ("singh2015-figure2", "alexnet", ("layer-adaptive", "mean-factor")),
+        ("basodi2023-figure4", "narrow-vgg19", ("random", "shuffled-G_prime-1.5", "G_prime-case2-0.7")),
     ],
 )
 def test_a_part_of_a_smoke_scale_is_carried_out(name, subject, names, carried_out: Callable[..., Outcome]):
