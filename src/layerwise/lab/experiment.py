@@ -201,7 +201,7 @@ def carry_out(
             display.advance(worker, message.run, message.done, message.total)
         elif isinstance(message, Skipped):
             outcome.skipped.append(f"{planned[message.key].label}: {message.reason}")
-        elif isinstance(message, Finished):
+        elif isinstance(message, Finished) and message.key not in outcome.results.records:
             record = runs.find(message.configuration)
             if record is not None:
                 outcome.results.records[message.key] = record

@@ -113,7 +113,8 @@ def do_chain(chain: Chain, link: Any, do: Callable[..., Record] | None = None) -
                 continue
             except StoppedError:
                 return
-            link.send(Finished(planned.key, configuration))
+        # Also of a run that was found: which one it is was not known before its method's run was finished.
+        link.send(Finished(planned.key, configuration))
         if planned.arm.control is None:
             method = record
 
