@@ -48,8 +48,9 @@ class Record:
         configuration: what it was.
         summary: what ``record.json`` holds: ``finals`` (quantity -> last value), ``diverged_at`` (number of updates
             before the first loss that was not finite, or None), ``iterations``, ``epochs``, ``parameters``, ``seconds``
-            and ``test_seconds`` (over all sessions), ``sessions``, ``factor`` (mean, spread and means by layer),
-            ``weights`` (SHA-256 of the final weights), ``selections``, ``threads``, ``peak_memory`` (bytes).
+            and ``test_seconds`` (over all sessions), ``sessions``, ``processes`` (how many shared it, each once),
+            ``factor`` (mean, spread and means by layer), ``weights`` (SHA-256 of the final weights), ``selections``,
+            ``threads``, ``peak_memory`` (bytes).
         about: what ``run.json`` holds: versions, hardware, times.
     """
 
