@@ -27,7 +27,7 @@ help: ## list the targets
 demo: .venv/lab ## train LeNet on real digits, with and without per-layer rates, and write runs/report.html
 	$(BIN)/layerwise demo
 
-demo-amplification: .venv/lab ## train a narrow ResNet with and without amplified gradients, and write runs/report-amplification.html
+demo-amplification: .venv/lab ## train a narrow ResNet with and without amplified gradients, and write runs/report.html
 	$(BIN)/layerwise demo amplification
 
 test: .venv/dev ## run the tests
@@ -38,8 +38,9 @@ lint: .venv/dev ## check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-bench: .venv/lab ## measure what attaching costs
+bench: .venv/lab ## measure what attaching and the lab cost
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.lab
 
 clean: ## remove what was installed and built; runs/ stays
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
