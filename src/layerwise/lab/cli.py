@@ -133,9 +133,10 @@ def _compare(asked: options.Compare, arguments: Sequence[str]) -> int:
 
     tune = assignments(asked.tune, "tune")
     seeds = 5 if asked.seeds is None else asked.seeds
+    arms = tuple(name for word in asked.arms for name in word.split(",") if name)
 
     def do(settings: Settings, display: Any) -> Outcome:
-        return compare.run(asked.task, arms=asked.arms, seeds=seeds, tune=tune, settings=settings, display=display)
+        return compare.run(asked.task, arms=arms, seeds=seeds, tune=tune, settings=settings, display=display)
 
     def following(outcome: Outcome) -> str:
         return "" if seeds >= 10 else shlex.join([program(), *without(arguments, "--seeds"), "--seeds", "10"])

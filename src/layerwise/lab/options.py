@@ -112,7 +112,7 @@ class Compare(Work):
     """FILE:FUNCTION."""
 
     arms: tuple[str, ...] = ()
-    """Arms by name; if left out: plain, layer-adaptive and its controls."""
+    """Arms by name, separated by spaces or commas; if left out: plain, layer-adaptive and its controls."""
 
     tune: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """PARAMETER=VALUE,VALUE,... of the function; every arm gets the same budget, on other seeds and a validation
