@@ -34,7 +34,7 @@ def finish(
     """Write a run that ends at a value, as the engine writes it; at other steps it is further off."""
     configuration = configuration or planned.configuration
     folder = Runs(out).folder(configuration)
-    folder.begin({"subject": planned.subject, "arm": planned.arm.name}, 1)
+    folder.begin({"subject": planned.subject, "arm": planned.arm.name})
     recorder = Recorder()
     for place, step in enumerate(steps):
         if diverged_at is not None and step > diverged_at:

@@ -106,8 +106,11 @@ def test_factors_that_were_not_recorded_at_every_update_cannot_be_repeated(carri
     chain = plan.chains()[1]
     runs = [run for run in chain if run.arm.name in ("layer-adaptive", "shuffled")]
     assert [run.arm.name for run in runs] == ["layer-adaptive", "shuffled"]
+    outcome = carried_out(replace(plan, runs=tuple(runs)))
+    assert len(outcome.results.records) == 1
+    (record,) = outcome.results.records.values()
     with pytest.raises(UsageError, match="factors_every = 1"):
-        carried_out(replace(plan, runs=tuple(runs)))
+        recorded_factors(record, displaced(record.summary["layers"], 0))
 
 
 def test_the_mean_factor_is_a_global_rate_to_the_bit(carried_out):

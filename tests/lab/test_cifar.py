@@ -58,11 +58,18 @@ def binary_file(pixels, classes, coarse=None):
     return content
 
 
+def checksum(batches):
+    """Compute the SHA-256 of pixels, then of classes, from the definition."""
+    content = b"".join(pixels.tobytes() for pixels, _ in batches) + bytes(n for _, classes in batches for n in classes)
+    return hashlib.sha256(content).hexdigest()
+
+
 @pytest.fixture
 def publish(monkeypatch):
     """Return a function that writes a small data set in a published form, and gives what must be read from it.
 
-    Sizes and the MD5 of the archive are those of the small files; everything else is as published.
+    Sizes and checksums are those of the small files before they are altered, but for the MD5 of the archive, which is
+    that of the altered one; everything else is as published.
     """
 
     def write(folder, name, version, packed=False, alter=None):
@@ -88,6 +95,12 @@ def publish(monkeypatch):
                 files[file] = python_file(pixels, classes, form.label_key, coarse)
             else:
                 files[file] = binary_file(pixels, classes, coarse)
+        if name in cifar.CONTENTS:
+            checksums = {"training": checksum(expected[:-1]), "test": checksum(expected[-1:])}
+            monkeypatch.setitem(cifar.CONTENTS, name, checksums)
+        if form.file_md5s:
+            md5s = {file: hashlib.md5(content, usedforsecurity=False).hexdigest() for file, content in files.items()}
+            form = forms[VERSIONS[version]] = dataclasses.replace(form, file_md5s=md5s)
         if alter:
             alter(files)
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,10 +137,19 @@ def assert_read(loaded, expected):
     assert loaded.test_labels.tolist() == test[1]
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "archive"])
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", SMALL)
-def test_every_published_form_is_read_in_file_order(tmp_path, publish, name, version, packed):
+@pytest.mark.parametrize(
+    ("name", "version", "packed"),
+    [
+        ("cifar10", "python", False),
+        ("cifar10", "python", True),
+        ("cifar10", "binary", False),
+        ("cifar10", "binary", True),
+        ("cifar100", "python", False),
+        ("cifar100", "python", True),
+        ("cifar100", "binary", True),
+    ],
+)
+def test_every_form_that_can_be_checked_is_read_in_file_order(tmp_path, publish, name, version, packed):
     expected = publish(tmp_path, name, version, packed)
     before = everything_below(tmp_path)
     assert_read(cifar.load(name, tmp_path), expected)
@@ -135,13 +157,93 @@ def test_every_published_form_is_read_in_file_order(tmp_path, publish, name, ver
 
 
 def test_a_colour_is_a_plane_and_a_plane_is_row_by_row(tmp_path, publish):
+    publish(tmp_path, "cifar10", "binary")
+    content = (tmp_path / "cifar-10-batches-bin" / "test_batch.bin").read_bytes()
+    images = cifar.load("cifar10", tmp_path).test_images
+    for number, colour, row, column in ((0, 2, 5, 9), (0, 0, 31, 0), (3, 1, 7, 30)):
+        place = number * 3073 + 1 + colour * 1024 + row * 32 + column
+        assert images[number, colour, row, column] == content[place]
+
+
+def test_the_published_files_are_known_by_their_checksums():
+    assert cifar.CONTENTS == {
+        "cifar10": {
+            "training": "1e91790dbaf241617ca1f29a9aba08eb9a62df84cc90676b47edd05ad2ab3c94",
+            "test": "9a4c74f5c8b6f2c4e13d3a1dfb43a5a8cda8a9da515e99fd620d2013a1a6287a",
+        }
+    }
+    assert {form.folder: form.file_md5s for forms in cifar.FORMS.values() for form in forms if form.file_md5s} == {
+        "cifar-100-python": {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"}
+    }
+
+
+def changed(content, place):
+    """Change the lowest bit of one byte: a class, or a pixel, stays one."""
+    altered = bytearray(content)
+    altered[place] ^= 1
+    return bytes(altered)
+
+
+@pytest.mark.parametrize("place", [0, 1, -1], ids=["a class", "the first pixel", "the last pixel"])
+@pytest.mark.parametrize(("file", "part"), [("data_batch_3.bin", "training"), ("test_batch.bin", "test")])
+def test_one_wrong_bit_of_unpacked_cifar_10_is_refused(tmp_path, publish, file, part, place):
     def alter(files):
-        content = bytearray(files["test_batch.bin"])
-        content[1 + 2 * 1024 + 5 * 32 + 9] = 201  # blue, row 5, column 9 of the first image
-        files["test_batch.bin"] = bytes(content)
+        files[file] = changed(files[file], place)
 
     publish(tmp_path, "cifar10", "binary", alter=alter)
-    assert cifar.load("cifar10", tmp_path).test_images[0, 2, 5, 9] == 201
+    expected = cifar.CONTENTS["cifar10"][part]
+    words = f"the {part} images are not those of CIFAR-10: SHA-256 .* expected {expected}; fetch cifar-10-binary"
+    with pytest.raises(UsageError, match=words) as caught:
+        cifar.load("cifar10", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_random_bytes_of_the_right_size_are_not_cifar_10(tmp_path, publish):
+    def alter(files):
+        source = np.random.default_rng(8)
+        for file, content in files.items():
+            pixels = source.integers(0, 256, (len(content) // 3073, 3072), dtype=np.uint8)
+            files[file] = binary_file(pixels, source.integers(0, 10, len(pixels)).tolist())
+
+    publish(tmp_path, "cifar10", "binary", alter=alter)
+    with pytest.raises(UsageError, match="the training images are not those of CIFAR-10"):
+        cifar.load("cifar10", tmp_path)
+
+
+def test_files_in_another_order_are_not_cifar_10(tmp_path, publish):
+    def alter(files):
+        files["data_batch_1"], files["data_batch_2"] = files["data_batch_2"], files["data_batch_1"]
+
+    publish(tmp_path, "cifar10", "python", alter=alter)
+    with pytest.raises(UsageError, match="the training images are not those of CIFAR-10"):
+        cifar.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("file", ["train", "test"])
+def test_one_wrong_bit_of_unpacked_cifar_100_is_refused_before_it_is_unpickled(tmp_path, publish, file, monkeypatch):
+    def alter(files):
+        files[file] = changed(files[file], -2000)
+
+    publish(tmp_path, "cifar100", "python", alter=alter)
+    read = []
+    monkeypatch.setattr(cifar, "read_batch", lambda *given: read.append(given[2]) or cifar_pickle.read_batch(*given))
+    md5 = cifar.FORMS["cifar100"][0].file_md5s[file]
+    with pytest.raises(UsageError, match=f"{file}: damaged: MD5 is .*, expected {md5}; fetch cifar-100-python"):
+        cifar.load("cifar100", tmp_path)
+    assert not [source for source in read if source.endswith(file)]
+
+
+def test_unpacked_binary_cifar_100_is_refused_and_its_archive_beside_it_is_taken(tmp_path, publish):
+    publish(tmp_path, "cifar100", "binary")
+    place = tmp_path / "cifar-100-binary"
+    assert cifar.find("cifar100", tmp_path) == place
+    words = r"cannot be checked.*give the archive itself \(MD5 03b5dce01913d631647c71ecec9e9cb8\).*cifar-100-python"
+    with pytest.raises(UsageError, match=words):
+        cifar.load("cifar100", tmp_path)
+    (tmp_path / "below").mkdir()
+    expected = publish(tmp_path / "below", "cifar100", "binary", packed=True)
+    (tmp_path / "below" / "cifar-100-binary.tar.gz").rename(tmp_path / "cifar-100-binary.tar.gz")
+    assert_read(cifar.load("cifar100", tmp_path), expected)
 
 
 @pytest.mark.parametrize("place", ["cifar10", "", "cifar-10-batches-py"])
@@ -168,7 +270,7 @@ def test_the_unpacked_python_version_comes_first(tmp_path):
 
 
 def test_the_data_are_read_once_and_by_the_common_function(tmp_path, publish):
-    expected = publish(tmp_path, "cifar100", "binary")
+    expected = publish(tmp_path, "cifar100", "binary", packed=True)
     loaded = data.load("cifar100", tmp_path)
     assert_read(loaded, expected)
     assert data.load("cifar100", tmp_path) is loaded

@@ -113,7 +113,7 @@ def test_the_version_is_printed(capsys):
         (["run", "tiny", "--scale", "smoke", "--data-dir", "/nowhere/at/all"], "is not a folder: give an existing one"),
         (["run", "tiny", "--scale", "smoke", "--out", __file__], "is a file: give a folder"),
         (["run", "tin", "--scale", "smoke"], "recipe 'tin' is not known: layerwise list names them. Did you mean"),
-        (["run", "tiny"], "scale='reduced': recipe tiny has smoke, full"),
+        (["run", "tiny", "--scale", "reduced"], "scale='reduced': recipe tiny has smoke, full"),
         (["run", "tiny", "--scale", "full"], "layerwise data mnist fetches it or says where to put it"),
         (["sweep", "tiny", "--scale", "smoke"], "--vary is missing"),
         (["sweep", "tiny", "--scale", "smoke", "--vary", "rate"], "write NAME=VALUE"),
@@ -165,7 +165,7 @@ def test_a_recipe_is_run_its_report_written_and_nothing_repeated(capsys, folder)
     assert "6 of 6 runs were finished already" in words
     assert "no difference shown" in words.lower() or "Too few" in words
     assert "report.html" in words
-    assert "Next: layerwise run tiny --scale reduced" in words
+    assert "Next: layerwise run tiny --scale full" in words
 
     assert cli.main([*arguments, "--quiet"]) == 0
     words = words_of(capsys)

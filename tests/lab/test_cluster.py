@@ -19,6 +19,7 @@ from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiment import Settings, carry_out
 from layerwise.lab.plan import PlannedRun
+from layerwise.lab.pool import Failure
 from layerwise.lab.runs import Runs
 from layerwise.lab.trial import Trial
 from layerwise.lab.work import Advance, Chain, Finished, Skipped
@@ -63,8 +64,8 @@ class Guest:
         )
 
 
-def guest_chain(out, what, **more):
-    configuration = Configuration(trial={"model": what})
+def guest_chain(out, what, threads=1, **more):
+    configuration = Configuration(trial={"model": what}, threads=threads)
     run = PlannedRun(subject="s", arm=Arm(name=what, words=what), seed=0, configuration=configuration, task=Guest(what))
     return Chain(runs=(run,), out=out, **more)
 
@@ -76,7 +77,7 @@ def ray():
         places = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))  # so that workers find this file
         imported = pytest.importorskip("ray")
-        one = Chain(runs=(), out=Path(), threads=1)
+        one = guest_chain(Path(), "wait")
         with cluster._connected(imported, 2, one, None):
             yield imported
         assert not imported.is_initialized()
@@ -105,7 +106,7 @@ def test_the_records_are_those_of_local_workers_to_the_bit(tmp_path, ray, carrie
     plan = tiny_plan()
     local = carried_out(plan, out=tmp_path / "local")
     assert local.complete
-    settings = Settings(out=tmp_path / "ray", engine="ray", jobs=2, threads=1)
+    settings = Settings(out=tmp_path / "ray", engine="ray", jobs=2)
     outcome = carry_out(plan, settings)
     assert outcome.failures == outcome.skipped == []
     assert outcome.complete
@@ -135,7 +136,7 @@ def test_without_a_shared_folder_runs_travel_both_ways(tmp_path, ray, carried_ou
     assert cluster.run_chains(chains_of(plan, out), 2, address=None, on_message=keep) == []
     assert digests(out) == digests(tmp_path / "local")
     finished = [message.key[1] for _, message in messages if isinstance(message, Finished)]
-    assert sorted(finished) == ["mean-factor", "plain", "shuffled"]
+    assert sorted(finished) == ["frozen", "layer-adaptive", "mean-factor", "plain", "shuffled"]
     assert not list(out.glob("store/*/checkpoint*")) + list(out.glob("store/*/.*.tmp"))
     assert json.loads((stale / "status.json").read_text())["state"] == "finished"
     # A run that another process here works on is left to it.
@@ -154,6 +155,7 @@ def test_what_fails_fails_alone(tmp_path, ray, keep, messages):
     chains = [guest_chain(tmp_path, what) for what in ("raise", "exit", "work")]
     chains.append(Chain(runs=missing, out=tmp_path, data_dir=tmp_path / "nowhere"))
     failures = cluster.run_chains(chains, 2, address=None, on_message=keep)
+    failures += [message for _, message in messages if isinstance(message, Failure)]
     named = {failure.job: failure for failure in failures}
     assert set(named) == {"s raise seed 0", "s exit seed 0", "sgd plain seed 0"}
     raised, died, lacking = named["s raise seed 0"], named["s exit seed 0"], named["sgd plain seed 0"]

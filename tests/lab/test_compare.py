@@ -239,8 +239,7 @@ def test_the_example_through_workers_is_the_example_in_this_process(tmp_path, ca
     assert not outcome.failures, outcome.failures[0].details
     assert outcome.complete
     for key, record in outcome.results.records.items():
-        if record.summary["threads"] == 1:
-            assert record.summary["weights"] == here.results.records[key].summary["weights"]
+        assert record.summary["weights"] == here.results.records[key].summary["weights"]
         assert record.summary["finals"]["test_error"] < 30.0
     again = compare.run(f"{EXAMPLE}:task", **asked, settings=Settings(out=tmp_path / "workers", jobs=1))
     assert (again.found, again.complete) == (4, True)

@@ -31,6 +31,7 @@ VALUES = {
         ({"rate": -1.0}, "rate=-1.0: must be a finite number"),
         ({"rate": float("nan")}, "rate=nan"),
         ({"rat": 1.0}, "unknown constant 'rat': use one of"),
+        ({"data_digest": 5}, "data_digest=5: must be the digest of an image folder, or None"),
         ({"weight_decay": "big"}, "weight_decay='big'"),
     ],
 )

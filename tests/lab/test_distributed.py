@@ -24,6 +24,7 @@ from layerwise.lab.configuration import Configuration, Constants
 from layerwise.lab.engine import Training
 from layerwise.lab.errors import UsageError
 from layerwise.lab.plan import PlannedRun
+from layerwise.lab.pool import Failure
 from layerwise.lab.runs import RunFolder, Runs
 from layerwise.lab.trial import StoppedError, build
 
@@ -311,10 +312,10 @@ def guest_run(name, ranks):
 
 def leading(processes, chains):
     """Lead in the first process and follow in the other; give messages, failures and an error."""
-    messages, failures, error = [], [], None
+    messages, error = [], None
     try:
         if processes.first:
-            failures = distributed.lead(
+            distributed.lead(
                 processes, chains, 1, on_message=lambda worker, message: messages.append(message), stop=lambda: False
             )
             processes.from_first(lambda: None)
@@ -322,7 +323,8 @@ def leading(processes, chains):
             distributed.follow(processes)
     except Exception as raised:
         error = type(raised).__name__
-    return [message for message in messages if not isinstance(message, work.Advance)], failures, error
+    failures = [message for message in messages if isinstance(message, Failure)]
+    return [message for message in messages if not isinstance(message, work.Advance | Failure)], failures, error
 
 
 def failures_of_all(processes, folder):
@@ -427,7 +429,7 @@ if __name__ == "__main__":
     plan = tiny_plan(batch_size=int(sys.argv[2]), iterations=int(sys.argv[3]))
     if len(sys.argv) > 4:
         plan = replace(plan, runs=plan.runs[:1])
-    outcome = distributed.run_shared(plan, Settings(out=Path(sys.argv[1]), threads=1))
+    outcome = distributed.run_shared(plan, Settings(out=Path(sys.argv[1])))
     if outcome is not None:
         print("found", outcome.found, "of", outcome.planned, outcome.complete, outcome.failures, outcome.skipped)
 """
@@ -454,11 +456,8 @@ def test_a_plan_with_controls_under_torchrun(tmp_path, carried_out):
     runs = Runs(tmp_path / "shared")
     assert len(list(runs.path.iterdir())) == len(plan.runs)
     for record in runs.all():
-        (expected,) = (
-            other
-            for other in alone.values()
-            if other.about["labels"] == record.about["labels"] and record.configuration.seed == other.configuration.seed
-        )
+        labels = record.about["labels"]
+        expected = alone[labels["subject"], labels["arm"], record.configuration.seed]
         assert record.summary["processes"] == [2]
         # AdaGrad's first updates are signs of gradients, which rounding turns over where they are small.
         tolerance = 0.05 if record.about["labels"]["subject"] == "adagrad" else 1e-4

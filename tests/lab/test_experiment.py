@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 from lab_helpers import tiny_plan
@@ -134,23 +135,25 @@ def test_an_interrupt_keeps_finished_runs_and_checkpoints_the_others(tmp_path):
 @pytest.mark.dist
 @posix
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, carried_out):
-    plan = tiny_plan(seeds=1, iterations=30, test_every=30)
+    plan = tiny_plan(seeds=1, iterations=60, test_every=60)
     expected = carried_out(plan, tmp_path / "whole")
-    script, out = script_of(tmp_path, 30), tmp_path / "killed"
+    script, out = script_of(tmp_path, 60), tmp_path / "killed"
     chance = random.Random(0)
     kills = 0
-    for _ in range(6):
+    for _ in range(4):
+        before = set(out.rglob("checkpoint.pt"))
         process = start(script, out)
-        try:
-            process.communicate(timeout=chance.uniform(3.0, 6.0))
-            break
-        except subprocess.TimeoutExpired:
+        while process.poll() is None and set(out.rglob("checkpoint.pt")) <= before:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0.0, 0.3))  # in training, in writing, or between two runs
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
             kills += 1
+        process.communicate()
     done = carry_out(plan, Settings(out=out, jobs=2))
     assert done.complete
     assert kills > 0
+    assert max(record.summary["sessions"] for record in done.results.records.values()) > 1  # checkpoints were used
     assert weights(plan, out) == {key: record.summary["weights"] for key, record in expected.results.records.items()}
     for key, record in done.results.records.items():
         assert record.metrics().equals(expected.results.records[key].metrics())
@@ -171,8 +174,6 @@ def test_two_at_once_never_do_the_same_run(tmp_path):
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path, one_thread):
-    from dataclasses import replace
-
     plan = tiny_plan()
     broken = [
         replace(run, configuration=replace(run.configuration, rule={"name": "LARS", "eta": 1}))
@@ -187,6 +188,58 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path, one_thread)
     assert failure.doing == "nag layer-adaptive seed 0"
     assert "rule LARS" in failure.reason
     assert set(outcome.results.records) == {("nag", "plain", 0)}
+
+
+@pytest.mark.dist
+def test_the_number_of_processes_changes_no_bit(first, tmp_path):
+    plan = tiny_plan(seeds=1)
+    one = carry_out(plan, Settings(out=tmp_path / "runs", jobs=1))
+    expected = weights(plan, first[0].settings.out)
+    assert {key: record.summary["weights"] for key, record in one.results.records.items()} == expected
+    assert {record.summary["threads"] for record in one.results.records.values()} == {1}
+
+
+@pytest.mark.dist
+def test_other_threads_are_other_runs(tmp_path):
+    plan = tiny_plan(seeds=1)
+    plan = replace(plan, runs=tuple(run for run in plan.runs if run.key == ("sgd", "plain", 0)))
+    both = [carry_out(plan, Settings(out=tmp_path, threads=threads)) for threads in (1, 2)]
+    assert [outcome.found for outcome in both] == [0, 0]
+    assert [outcome.results.records["sgd", "plain", 0].summary["threads"] for outcome in both] == [1, 2]
+
+
+@pytest.mark.dist
+def test_a_failing_control_leaves_the_others_of_its_chain(tmp_path):
+    plan = tiny_plan(seeds=1)
+    runs = [
+        replace(run, arm=replace(run.arm, control="shuffled layers")) if run.arm.name == "mean-factor" else run
+        for run in plan.runs
+        if run.subject == "sgd"
+    ]
+    slow = [replace(run, configuration=slower(run.configuration)) for run in runs]
+    outcome = carry_out(replace(plan, runs=tuple(slow)), Settings(out=tmp_path, jobs=1))
+    assert {failure.doing for failure in outcome.failures} == {
+        "sgd mean-factor seed 0",
+        "sgd shuffled seed 0",
+    }
+    assert {arm for _, arm, _ in outcome.results.records} == {"plain", "layer-adaptive", "frozen"}
+    assert (outcome.exit_code, outcome.skipped) == (1, [])
+
+
+def slower(configuration):
+    """Record the factors of every other update only, which a control with shuffled layers cannot repeat."""
+    return replace(configuration, trial={**configuration.trial, "factors_every": 2})
+
+
+@pytest.mark.dist
+def test_runs_of_one_configuration_are_one_run(tmp_path):
+    plan = tiny_plan(seeds=1)
+    (plain,) = [run for run in plan.runs if run.key == ("sgd", "plain", 0)]
+    again = replace(plain, subject="nag")
+    outcome = carry_out(replace(plan, runs=(plain, again)), Settings(out=tmp_path, jobs=2))
+    assert outcome.complete
+    assert (outcome.exit_code, outcome.skipped) == (0, [])
+    assert len(list((tmp_path / "store").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
+import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -96,7 +98,7 @@ def test_resizing_interpolates_between_the_nearest_four_pixels(height, width):
 def test_a_folder_is_listed_by_class_and_name(opened):
     opened = opened()
     assert (opened.name, opened.classes, opened.class_names) == ("photos", 3, ("a", "b", "c"))
-    assert opened.title == "photos: 6 photographs of 3 classes to train, 4 to test"
+    assert opened.title == "an image folder: 3 classes, 6 photographs to train, 4 to test"
     assert (opened.train_count, opened.test_count) == (6, 4)
     assert opened.train_labels.tolist() == [0, 0, 1, 1, 1, 2]
     assert opened.test_labels.tolist() == [0, 1, 2, 2]
@@ -253,6 +255,47 @@ def test_another_side_another_file_and_another_size_have_a_mean_of_their_own(ope
     photograph(98, 40, 40).save(root / "train" / "a" / "y.JPEG")
     opened().mean_image()
     assert len(list(cache.iterdir())) == 4
+
+
+def test_a_digest_is_that_of_classes_names_and_sizes_in_both_parts(root, tmp_path, opened):
+    lines = {}
+    for part, order in (("train", ORDER), ("val", TEST_ORDER)):
+        lines[part] = "".join(f"{file}\0{(root / part / file).stat().st_size}\n" for file in order)
+    text = "image folder 1\nto train\n" + lines["train"] + "to test\n" + lines["val"]
+    expected = hashlib.sha256(text.encode()).hexdigest()
+    assert opened().digest == expected
+    assert opened(side=15, crop=12, memory_bytes=0).digest == expected
+    shutil.copytree(root, tmp_path / "a copy")
+    assert ImageFolder(tmp_path / "a copy").digest == expected
+
+
+def _longer(root):
+    with (root / "val" / "b" / "5.JPEG").open("ab") as stream:
+        stream.write(b"x")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _longer,
+        lambda root: (root / "train" / "a" / "x.JPEG").rename(root / "train" / "a" / "y.JPEG"),
+        lambda root: (root / "train" / "a" / "x.JPEG").rename(root / "train" / "b" / "x.JPEG"),
+        lambda root: (root / "train" / "a" / "x.JPEG").unlink(),
+        lambda root: (root / "train" / "a" / "x.JPEG").rename(root / "val" / "a" / "x.JPEG"),
+        lambda root: [(root / part / "c").rename(root / part / "d") for part in ("train", "val")],
+    ],
+    ids=["another size", "another name", "another class", "one less", "another part", "another class's name"],
+)
+def test_another_folder_has_another_digest(root, opened, change):
+    before = opened().digest
+    change(root)
+    assert opened().digest != before
+
+
+def test_what_is_no_image_changes_no_digest(root, opened):
+    before = opened().digest
+    (root / "train" / "a" / "list.csv").write_bytes(b"1")
+    assert opened().digest == before
 
 
 @pytest.mark.parametrize(

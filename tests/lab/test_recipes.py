@@ -222,7 +222,7 @@ def test_figures_and_tables_of_one_data_set_share_their_runs(data, scale):
     figures = set[str]().union(*(identities(f"basodi2023-figure{n}", scale) for n in BASODI_FIGURES[data]))
     times, best = (f"basodi2023-table{n}" for n in ((1, 3) if data == "cifar10" else (2, 4)))
     assert identities(best, scale) == figures
-    assert identities(times, scale, seeds=1) < figures
+    assert not identities(times, scale, seeds=1) & figures  # times are taken one run after another
     assert identities("basodi2023-figure11", scale) >= figures
 
 
@@ -350,8 +350,18 @@ def test_the_original_without_weight_decay_differs_in_that_alone():
 def test_a_method_is_compared_with_the_plain_arm_and_with_the_controls_at_its_own_threshold():
     pairs = {(arm.name, other.name) for _, arm, other in plan_of("basodi2023-figure4").pairs()}
     assert {("G_prime-case1-1.5", other) for other in ("plain", "random", "all", "shuffled-G_prime-1.5")} <= pairs
-    assert ("G_prime-case1-1.6", "plain") in pairs
-    assert ("G_prime-case1-1.6", "shuffled-G_prime-1.5") not in pairs
+    assert {arm for arm, _ in pairs if arm.startswith("G")} == {"G_prime-case1-1.5", "G_prime-case2-1.5"}
+
+
+@pytest.mark.parametrize("name", ["basodi2023-table3", "basodi2023-table4", "basodi2023-figure11"])
+def test_the_comparisons_are_few_enough_to_show_what_the_paper_claims(name):
+    """Holm over m comparisons of n seeds needs a mean of t(n - 1; 1 - 0.025 / m) / sqrt(n) of its sd, at most."""
+    from scipy.special import stdtrit
+
+    plan = plan_of(name)
+    count = len(list(plan.pairs()))
+    needed = float(stdtrit(len(plan.seeds) - 1, 1 - 0.025 / count)) / len(plan.seeds) ** 0.5
+    assert needed * 0.35 < 2.0  # points, at a generous sd of the paired differences; the gains are 1.2 to 5.1
 
 
 def test_kinds_of_subjects_choose_values_and_a_sweep_keeps_them():

@@ -1,15 +1,20 @@
+import hashlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 
+from layerwise.lab import runs as runs_module
 from layerwise.lab.configuration import Configuration, Constants
 from layerwise.lab.recorder import Recorder
-from layerwise.lab.runs import BusyError, RunFolder, Runs
+from layerwise.lab.runs import MAGIC, BusyError, RunFolder, Runs
 
 VALUES = {
     "data": "digits5k",
@@ -35,7 +40,7 @@ def finished(tmp_path, configuration):
     recorder = Recorder()
     recorder.add("test_error", 3, 1, 1.0)
     with folder.lock():
-        folder.begin({"arm": "plain"}, 1)
+        folder.begin({"arm": "plain"})
         folder.save_checkpoint({"number": torch.tensor(1)})
         folder.finish(recorder, dict(SUMMARY))
     return folder
@@ -68,7 +73,7 @@ def test_a_broken_file_is_named_and_kept_aside_and_the_run_is_not_taken_for_fini
         path.unlink()
     else:
         middle = len(content) // 2
-        flipped = content[:middle] + bytes([content[middle] ^ 0x80]) + content[middle + 1 :]
+        flipped = content[:middle] + bytes([content[middle] ^ 0x01]) + content[middle + 1 :]
         path.write_bytes({"empty": b"", "cut": content[:middle], "turned bit": flipped}[how])
     runs = Runs(tmp_path)
     if runs.find(configuration) is not None:
@@ -99,10 +104,87 @@ def test_a_checkpoint_runs_nothing(tmp_path, configuration):
         def __reduce__(self):
             return os.system, ("touch hostile",)
 
-    folder.save_checkpoint({"state": Hostile()})
+    with pytest.raises(TypeError, match=r"state\['state'\] is of type Hostile, which a checkpoint cannot hold safely"):
+        folder.save_checkpoint({"state": Hostile()})
+    # One that somebody else has written, with a right checksum.
+    buffer = io.BytesIO()
+    torch.save({"state": Hostile()}, buffer)
+    content = buffer.getvalue()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    (folder.path / "checkpoint.pt").write_bytes(MAGIC + hashlib.sha256(content).digest() + content)
     with pytest.raises(Exception, match=r"weights_only|Weights only"):
         folder.load_checkpoint()
     assert not (tmp_path / "hostile").exists()
+
+
+def test_numbers_of_numpy_in_a_state_are_saved_as_python_has_them(tmp_path, configuration):
+    folder = Runs(tmp_path).folder(configuration)
+    state = {"groups": [{"lr": np.float64(0.1), "betas": (np.float32(0.5), 1)}], "step": np.int64(3), "done": np.True_}
+    folder.save_checkpoint(state)
+    assert folder.load_checkpoint() == {"groups": [{"lr": 0.1, "betas": (0.5, 1)}], "step": 3, "done": True}
+
+
+def test_any_bit_of_a_record_counts(tmp_path, configuration, finished):
+    path = finished.path / "record.json"
+    path.write_text(path.read_text().replace('"test_error": 1.0', '"test_error": 2.0'))
+    assert Runs(tmp_path).find(configuration) is None
+    assert path.with_name("record.json.broken").exists()
+
+
+def test_a_damaged_run_file_does_not_stop_the_run_from_being_done_again(tmp_path, configuration, finished):
+    path = finished.path / "run.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    folder = Runs(tmp_path).folder(configuration)
+    assert folder.record() is None
+    with folder.lock():
+        folder.begin({})
+        folder.finish(Recorder(), dict(SUMMARY))
+    assert folder.record() is not None
+
+
+def test_a_reader_moves_nothing_while_the_run_is_at_work(tmp_path, configuration, finished):
+    path = finished.path / "metrics.parquet"
+    path.write_bytes(b"half")
+    script = """
+    import sys, time
+    from pathlib import Path
+    from layerwise.lab.runs import RunFolder
+    with RunFolder(Path(sys.argv[1]), None).lock():
+        print("locked", flush=True)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(finished.path)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        runs = Runs(tmp_path)
+        assert runs.find(configuration) is None
+        assert runs.set_aside == []
+        assert path.exists()
+    finally:
+        other.kill()
+        other.communicate()
+    assert Runs(tmp_path).find(configuration) is None
+    assert not path.exists()
+
+
+def test_what_a_kill_after_the_record_left_is_tidied(tmp_path, configuration, finished):
+    (finished.path / "checkpoint.pt").write_bytes(b"left")
+    (finished.path / "status.json").unlink()
+    with finished.lock():
+        finished.tidy(finished.record().summary)
+    assert not (finished.path / "checkpoint.pt").exists()
+    assert json.loads((finished.path / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_run_that_goes_on_on_another_machine_names_both(tmp_path, configuration, monkeypatch):
+    folder = Runs(tmp_path).folder(configuration)
+    first = runs_module.hardware()
+    with folder.lock():
+        folder.begin({})
+        monkeypatch.setattr(runs_module, "hardware", lambda: {**first, "cores": 64})
+        assert folder.begin({})["later"] == [{**first, "cores": 64}]
+        assert folder.begin({})["hardware"] == first
 
 
 def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path, configuration):
@@ -126,6 +208,35 @@ def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path, configurati
         other.communicate()
     with folder.lock():
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_forked_from_the_one_that_was_killed_holds_no_lock(tmp_path, configuration):
+    folder = Runs(tmp_path).folder(configuration)
+    script = """
+    import os, sys, time
+    from pathlib import Path
+    from layerwise.lab.runs import RunFolder
+    with RunFolder(Path(sys.argv[1]), None).lock():
+        child = os.fork()
+        if child:
+            print(child, flush=True)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(folder.path)]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    child = int(owner.stdout.readline())
+    try:
+        with pytest.raises(BusyError), folder.lock():
+            pass
+        owner.kill()
+        owner.wait()
+        os.kill(child, 0)
+        with folder.lock():
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        owner.stdout.close()
 
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path, configuration):

@@ -32,10 +32,15 @@ CLASSES = {
 }
 
 
+def constants_of(solver):
+    momentum = 0.0 if solver in ("caffe-adagrad", "adamw") else 0.9
+    return Constants.of({**VALUES, "solver": solver, "momentum": momentum})
+
+
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
 def test_the_rate_follows_the_policy_and_the_rest_is_as_given(solver):
     model = LeNet(0)
-    optimizer, scheduler = solvers.build(Constants.of({**VALUES, "solver": solver}), model)
+    optimizer, scheduler = solvers.build(constants_of(solver), model)
     assert type(optimizer) is CLASSES[solver]
     for iteration in range(4):
         for group in optimizer.param_groups:
@@ -50,7 +55,7 @@ def test_the_rate_follows_the_policy_and_the_rest_is_as_given(solver):
 @pytest.mark.parametrize("solver", ["caffe-sgd", "caffe-adagrad"])
 def test_caffes_solvers_know_the_rate_and_decay_of_each_blob(solver):
     model = networks.build("cifar10-full", 0, classes=10, channels=3)
-    optimizer, _ = solvers.build(Constants.of({**VALUES, "solver": solver}), model)
+    optimizer, _ = solvers.build(constants_of(solver), model)
     found = {
         name: (group["lr_mult"], group["decay_mult"])
         for group in optimizer.param_groups
@@ -68,8 +73,16 @@ def test_delta_is_taken_where_it_is_given():
     assert made.param_groups[0]["delta"] == 1e-3
 
 
-@pytest.mark.parametrize(("change", "words"), [({"solver": "adam"}, "solver='adam'"), ({"policy": "exp"}, "exp")])
-def test_unknown_solvers_and_policies_are_told(change, words):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"solver": "adam"}, "solver='adam'"),
+        ({"policy": "exp"}, "exp"),
+        ({"solver": "caffe-adagrad"}, "momentum=0.9 with AdaGrad: must be 0"),
+        ({"solver": "adamw"}, "momentum=0.9 with AdamW: must be 0"),
+    ],
+)
+def test_what_a_solver_does_not_take_is_told(change, words):
     with pytest.raises(UsageError, match=words):
         solvers.build(Constants.of({**VALUES, **change}), LeNet(0))
 
@@ -89,3 +102,8 @@ def test_every_network_is_built_of_its_name_and_seed(name):
 def test_an_unknown_network_is_told():
     with pytest.raises(UsageError, match="model='lenet5': use one of lenet"):
         networks.build("lenet5", 0, classes=10, channels=1)
+
+
+def test_a_width_where_there_is_only_one_is_told():
+    with pytest.raises(UsageError, match="width=2 of model='lenet': it has one width"):
+        networks.build("lenet", 0, classes=10, channels=1, width=2)

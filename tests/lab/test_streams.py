@@ -53,6 +53,15 @@ def test_the_sequential_order_is_caffes():
     assert stream(dataset, "scaled", "sequential").epoch_length is None
 
 
+@pytest.mark.parametrize("kind", ["augmented", "mean-image"])
+def test_a_sequential_stream_can_begin_at_any_batch_too(kind):
+    made = stream(photographs(), kind, "sequential")
+    first = [batch for _, batch in zip(range(6), made.batches(1))]  # noqa: B905
+    later = [batch for _, batch in zip(range(3), made.batches(1, 3))]  # noqa: B905
+    for (ours, _), (theirs, _) in zip(later, first[3:], strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_tests_are_all_images_in_order():
     dataset = photographs()
     batches = list(stream(dataset, "mean-image").tests())

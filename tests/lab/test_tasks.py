@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 import re
@@ -219,6 +220,89 @@ def test_only_the_file_itself_is_executed_and_it_knows_its_place(write, tmp_path
     assert "beside" not in str(caught.value)
 
 
+BUILT = """
+import sys
+assert {place!r} in sys.path[:1], sys.path
+from layerwise.lab import tasks
+try:
+    tasks.load("own.py:task").build(0)
+except tasks.UsageError as error:
+    print(error)
+else:
+    print("found")
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "inside", "package"),
+    [
+        ("python -m layerwise", False, False),
+        ("python -m layerwise", True, True),
+        ("python -c", False, True),
+        ("PYTHONPATH", True, False),
+    ],
+)
+def test_modules_beside_the_file_are_not_found_however_python_is_started(tmp_path, start, inside, package):
+    helper = tmp_path / "helper" / "__init__.py" if package else tmp_path / "helper.py"
+    helper.parent.mkdir(exist_ok=True)
+    helper.write_text("VALUE = 1\n", encoding="utf-8")
+    statement = "    import helper\n" if inside else "import helper\n"
+    body = f"def task(seed, lr=0.1):\n{statement}    return parts()\n" if inside else statement + returning("parts()")
+    (tmp_path / "own.py").write_text(HEAD + body, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [sys.executable, "-m", "layerwise", "doctor", "own.py:task"]
+    if start == "python -c":
+        words = [sys.executable, "-c", BUILT.format(place="")]
+    elif start == "PYTHONPATH":
+        environment["PYTHONPATH"] = str(tmp_path)
+        words = [sys.executable, str(write_script(tmp_path))]
+    ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == (2 if start == "python -m layerwise" else 0), ended.stderr
+    said = ended.stdout + ended.stderr
+    assert "ModuleNotFoundError: No module named 'helper'" in said
+    assert f"{'helper' if package else 'helper.py'} lies beside it, but only own.py is read and fingerprinted" in said
+
+
+def write_script(tmp_path: Path) -> Path:
+    """Write a program that is not beside the file and builds its task."""
+    script = tmp_path / "elsewhere" / "program.py"
+    script.parent.mkdir()
+    script.write_text(BUILT.format(place=str(script.parent)), encoding="utf-8")
+    return script
+
+
+def test_modules_in_the_working_directory_are_not_found_either(write, tmp_path, monkeypatch):
+    work_place = tmp_path / "work"
+    work_place.mkdir()
+    (work_place / "helper_at_work.py").write_text("VALUE = 1\n", encoding="utf-8")
+    monkeypatch.chdir(work_place)
+    monkeypatch.syspath_prepend("")
+    with pytest.raises(UsageError, match=r"(?s)No module named 'helper_at_work'.*lies in the working directory, but"):
+        write("import helper_at_work\n" + returning("parts()"))
+    assert sys.path[0] == ""
+
+
+def test_what_an_installed_package_added_to_the_path_is_found_though_it_is_the_files_folder(
+    write, tmp_path, monkeypatch
+):
+    (tmp_path / "helper_installed.py").write_text("VALUE = 1\n", encoding="utf-8")
+    before = sys.path[:]
+    # As site does for the .pth file of an editable installation; the first as python -m does.
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *before, str(tmp_path)])
+    task_file = write("from helper_installed import VALUE\n" + returning("parts()"))
+    assert task_file.look().value >= 0
+    assert sys.path == [str(tmp_path), *before, str(tmp_path)]
+
+
+def test_what_the_file_adds_to_the_path_stays(write, tmp_path, monkeypatch):
+    before = sys.path[:]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *before])
+    write("import sys\nsys.path.append('last')\nsys.path.insert(0, 'first')\n" + returning("parts()"))
+    assert sys.path == ["first", str(tmp_path), *before, "last"]
+    write("import sys\nsys.path.reverse()\n" + returning("parts()"))
+    assert sorted(sys.path) == sorted(["first", str(tmp_path), *before, "last"])
+
+
 def test_the_lab_imports_the_protocol_when_it_is_asked_for():
     code = "import sys, layerwise.lab; assert 'layerwise.lab.tasks' not in sys.modules; layerwise.lab.Task"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -314,7 +398,7 @@ def do(task_file: tasks.TaskFile, out: Path, stops: list[int] | None = None, **a
     planned = PlannedRun(
         subject="task", arm=Arm(name="arm", words="arm"), seed=0, configuration=configuration, task=task_file
     )
-    chain = work.Chain(runs=(planned,), out=out, threads=1)
+    chain = work.Chain(runs=(planned,), out=out)
     for count in stops or ():
         left = iter(range(count))
         with pytest.raises(StoppedError):

@@ -26,6 +26,12 @@ from layerwise.lab.runs import Record
 Control = Literal["mean factor", "shuffled layers", "frozen factors"]
 CONTROLS: tuple[Control, ...] = ("mean factor", "shuffled layers", "frozen factors")
 
+Role = Literal["method", "plain", "control"]
+ROLES: tuple[Role, ...] = ("method", "plain", "control")
+
+CONTROL_SELECTIONS = ("AllLayers", "RandomLayers", "ShuffledLayers")
+"""Choices of layers that measure nothing, or not where: what a choice that measures must be better than."""
+
 PHASES = {"params_1": rules.PARAMS_1, "params_2": rules.PARAMS_2}
 """Phases of Basodi et al. 2023, section 4, by name."""
 
@@ -49,6 +55,7 @@ class Arm:
         group: arms of a group stand together in tables and figures, told apart by ``value``.
         value: the arm's place in its group, as a threshold.
         against: names of the arms that it is compared with.
+        role: what it is to the others where that does not follow from its rule, or None.
     """
 
     name: str
@@ -62,12 +69,29 @@ class Arm:
     group: str = ""
     value: float | None = None
     against: tuple[str, ...] = ()
+    role: Role | None = None
 
     def __post_init__(self) -> None:
+        if self.role is not None and self.role not in ROLES:
+            raise UsageError(f"role={self.role!r} of arm {self.name!r}: use one of {', '.join(ROLES)}")
         if self.control is not None and self.control not in CONTROLS:
             raise UsageError(f"control={self.control!r} of arm {self.name!r}: use one of {', '.join(CONTROLS)}")
         if (self.control is None) != (self.of is None):
             raise UsageError(f"arm {self.name!r}: a control names the arm that it is 'of', and only a control does")
+
+    @property
+    def kind(self) -> Role:
+        """What it is to the arms that are compared with it: what they are better than, what they must be more than."""
+        if self.role is not None:
+            return self.role
+        if self.control is not None:
+            return "control"
+        if self.rule is None:
+            return "plain"
+        selection = self.rule.get("selection")
+        name = selection.get("name") if isinstance(selection, Mapping) else None
+        amplifies = self.rule.get("name") == "GradientAmplification"
+        return "control" if amplifies and name in CONTROL_SELECTIONS else "method"
 
 
 def phases(name_or_rows: str | Sequence[Sequence[Any]], epochs: int | None) -> list[list[Any]]:

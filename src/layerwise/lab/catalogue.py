@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +17,10 @@ from layerwise.lab import data, places, recipe
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiment import load_finished
 from layerwise.lab.runs import Runs
+
+if TYPE_CHECKING:
+    from layerwise.lab.data.folder import ImageFolder
+    from layerwise.lab.plan import Plan
 
 
 def entries(out: Path, folder: Path | None) -> list[dict[str, Any]]:
@@ -31,6 +36,19 @@ def entries(out: Path, folder: Path | None) -> list[dict[str, Any]]:
     """
     found = []
     runs = Runs(out)
+
+    @cache
+    def opened() -> ImageFolder | None:
+        return _opened(folder)
+
+    def finished(plan: Plan, datasets: Sequence[str]) -> int:
+        if data.FOLDER in datasets:
+            place = opened()
+            if place is None:
+                return 0
+            plan = places.bound_to(plan, place)
+        return len(load_finished(plan, runs).records)
+
     for name in recipe.names():
         read = recipe.load(name)
         scales = {}
@@ -39,7 +57,7 @@ def entries(out: Path, folder: Path | None) -> list[dict[str, Any]]:
             datasets = sorted({run.configuration.trial["data"] for run in plan.runs})
             scales[scale] = {
                 "runs": len(plan.runs),
-                "finished": len(load_finished(plan, runs).records) if runs.path.is_dir() else 0,
+                "finished": finished(plan, datasets) if runs.path.is_dir() else 0,
                 "datasets": datasets,
                 "present": all(data.present(dataset, folder) for dataset in datasets),
                 "data": need.data,
@@ -48,6 +66,16 @@ def entries(out: Path, folder: Path | None) -> list[dict[str, Any]]:
             }
         found.append({"name": name, "title": read.title, "source": read.content["source"], "scales": scales})
     return found
+
+
+def _opened(folder: Path | None) -> ImageFolder | None:
+    """Open the image folder and look at its files, if it is there and laid out as it must be."""
+    try:
+        opened = data.open_folder(folder)
+        _ = opened.digest
+    except UsageError:
+        return None
+    return opened
 
 
 def show(out: Path, folder: Path | None, *, as_json: bool, program: str) -> str:

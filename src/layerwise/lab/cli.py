@@ -28,6 +28,7 @@ def _settings(asked: options.Work) -> Settings:
         out=asked.out,
         data_dir=places.data_dir(asked.data_dir),
         jobs=asked.jobs,
+        threads=asked.threads,
         device=asked.device,
         engine=asked.engine,
         address=asked.address,
@@ -68,7 +69,7 @@ def _plan_runner(plan: Plan) -> Callable[[Settings, Any], Outcome]:
     def do(settings: Settings, display: Any) -> Outcome:
         for name in sorted({run.configuration.trial["data"] for run in plan.runs}):
             places.require(name, settings.data_dir)
-        return experiment.carry_out(plan, settings, display)
+        return experiment.carry_out(places.bound(plan, settings.data_dir), settings, display)
 
     return do
 
@@ -100,12 +101,15 @@ def _demo(asked: options.Demo, arguments: Sequence[str]) -> int:
 def _run(asked: options.Run, arguments: Sequence[str]) -> int:
     from layerwise.lab import recipe
 
-    plan = recipe.load(asked.recipe).plan(asked.scale, seeds=asked.seeds)
+    read = recipe.load(asked.recipe)
+    scale = asked.scale or read.default_scale
+    plan = read.plan(scale, seeds=asked.seeds)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from layerwise.lab import distributed
 
         return _carry_out(asked, partial(distributed.run_shared, plan), arguments, lambda outcome: "")
-    larger = {"smoke": "reduced", "reduced": "full"}.get(asked.scale)
+    scales = [name for name in recipe.SCALES if name in read.content["scales"]]
+    larger = next((name for name in scales[scales.index(scale) + 1 :]), None) if scale in scales else None
 
     def following(outcome: Outcome) -> str:
         if larger is None:
@@ -123,7 +127,8 @@ def _sweep(asked: options.Sweep, arguments: Sequence[str]) -> int:
     vary = assignments(asked.vary, "vary")
     if not vary:
         raise UsageError("--vary is missing: name a constant and its values, as in --vary rate=0.005,0.01")
-    plan = recipe.load(asked.recipe).plan(asked.scale, seeds=asked.seeds, vary=vary)
+    read = recipe.load(asked.recipe)
+    plan = read.plan(asked.scale or read.default_scale, seeds=asked.seeds, vary=vary)
     return _carry_out(asked, _plan_runner(plan), arguments, lambda outcome: "")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -24,6 +26,8 @@ class Constants:
 
     Attributes:
         data: name of the data set.
+        data_digest: of an image folder: what tells it from others; None for published data, whose checksums are
+            checked.
         train_count: training images, the first of the file; None for all.
         test_count: test images, likewise.
         inputs: how raw images become inputs, a key of ``inputs.INPUTS``.
@@ -48,9 +52,11 @@ class Constants:
         test_every: iterations between two tests, the first before the first update; None for each epoch's end.
         layers_every: iterations between two records of each layer's norms, and of its factor and rate.
         factors_every: iterations between two records of each layer's factor; 1 where controls repeat them.
+        timed: the running time is what is asked for, so the run is not shared with recipes that do not ask for it.
     """
 
     data: str
+    data_digest: str | None = None
     train_count: int | None = None
     test_count: int | None = None
     inputs: str
@@ -75,6 +81,7 @@ class Constants:
     test_every: int | None = None
     layers_every: int = 50
     factors_every: int = 10
+    timed: bool = False
 
     def __post_init__(self) -> None:
         if (self.iterations is None) == (self.epochs is None):
@@ -85,6 +92,10 @@ class Constants:
             _check_whole(name, getattr(self, name), optional=True)
         for name in ("batch_size", "test_batch_size", "layers_every", "factors_every"):
             _check_whole(name, getattr(self, name))
+        if self.data_digest is not None and not isinstance(self.data_digest, str):
+            raise UsageError(
+                f"data_digest={self.data_digest!r}: must be the digest of an image folder, or None; leave it out"
+            )
         if self.order not in ORDERS:
             raise UsageError(f"order={self.order!r}: use one of {', '.join(ORDERS)}")
         if self.policy_unit not in ("iteration", "epoch"):
@@ -94,9 +105,17 @@ class Constants:
                 "order='sequential' goes on without end and has no epochs: give iterations and test_every, or "
                 "order='shuffled'"
             )
-        for name in ("rate", "momentum", "weight_decay"):
+        if self.order == "sequential" and self.policy_unit == "epoch":
+            raise UsageError("policy_unit='epoch' with order='sequential', which has no epochs: use 'iteration'")
+        if self.policy == "poly" and (self.policy_unit == "epoch") != (self.epochs is not None):
+            raise UsageError(
+                f"policy_unit={self.policy_unit!r}: policy='poly' ends with the run, so count it as the run's length is"
+            )
+        for name in ("rate", "momentum", "weight_decay", "delta", "gamma", "power", "width"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and 0.0 <= value < float("inf")):
+            if value is None and name not in ("rate", "momentum", "weight_decay"):
+                continue
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0.0):
                 raise UsageError(f"{name}={value!r}: must be a finite number of at least 0")
 
     @classmethod
@@ -116,7 +135,8 @@ class Constants:
         unknown = sorted(set(values) - known)
         if unknown:
             raise UsageError(f"unknown constant {unknown[0]!r}: use one of {', '.join(sorted(known))}")
-        given = {**values, "steps": tuple(values.get("steps") or ())}
+        steps = values.get("steps") or ()
+        given = {**values, "steps": (steps,) if isinstance(steps, int) else tuple(steps)}
         try:
             return cls(**given)
         except TypeError as error:
@@ -152,6 +172,8 @@ class Configuration:
         rule: name and arguments of the rule, as ``arms.make_rule`` takes them; None trains without an adapter.
         apply: where its factors act.
         decay: whether they multiply weight decay too, where they act on the gradient.
+        threads: of each process; another number rounds otherwise, so it is part of what a run is.
+        device: kind of device that the network is trained on: ``"cpu"``, ``"cuda"``.
         source: identity of the run whose factors a control repeats, or None.
         seed: of the initial weights, of the order of the batches and of what else is drawn.
     """
@@ -160,6 +182,8 @@ class Configuration:
     rule: Mapping[str, Any] | None = None
     apply: str = "auto"
     decay: str = "auto"
+    threads: int = 1
+    device: str = "cpu"
     source: str | None = None
     seed: int = 0
 
@@ -202,4 +226,4 @@ class Configuration:
         """Name of the run and of its folder, for example ``lenet-mnist-LayerAdaptive-seed0-3f2a9c1d04be``."""
         about = [self.trial.get("model"), self.trial.get("data"), self.trial.get("function")]
         about += [self.rule["name"] if self.rule else "plain", f"seed{self.seed}", self.identity]
-        return "-".join(str(word) for word in about if word)
+        return "-".join(re.sub(r"[^A-Za-z0-9_.]", "_", str(word)) for word in about if word)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from layerwise.lab import places
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiment import Display, Outcome, Settings, carry_out
@@ -37,7 +37,6 @@ from layerwise.lab.pool import Failure, Interrupt
 from layerwise.lab.processes import Processes
 from layerwise.lab.runs import BusyError, Record
 from layerwise.lab.sharing import BATCH_NORM, batch_norm, batch_size, cut
-from layerwise.lab.store import usable_cores
 from layerwise.lab.trial import StoppedError
 from layerwise.lab.work import Alone, Chain, do_chain, do_run
 
@@ -229,10 +228,8 @@ def run_shared(plan: Plan, settings: Settings, display: Display | None = None) -
             return None
         try:
             _check_batches(plan, processes.count)
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.count))
-            threads = settings.threads or max(1, usable_cores() // here)
-            shared = replace(settings, jobs=1, threads=threads)
-            return carry_out(plan, shared, display, engine=partial(lead, processes))
+            shared = replace(settings, jobs=1)
+            return carry_out(places.bound(plan, settings.data_dir), shared, display, engine=partial(lead, processes))
         finally:
             if processes.in_step:
                 processes.from_first(lambda: None)
@@ -292,9 +289,9 @@ def lead(
         stop: asked once an update.
 
     Returns:
-        The chains that failed, in every process alike.
+        Nothing: runs that fail, in every process alike, are told of by messages.
     """
-    link, failures = _Link(stop, partial(on_message, 0)), []
+    link = _Link(stop, partial(on_message, 0))
 
     def do(planned: PlannedRun, configuration: Configuration, chain: Chain, link: Any, *, method: Any = None) -> Record:
         processes.from_first(lambda: _Order(planned, configuration, chain))
@@ -304,15 +301,8 @@ def lead(
     for chain in chains:
         if stop():
             break
-        link.current = chain.name
-        try:
-            do_chain(replace(chain, device=processes.device), link, do)
-        except Exception as error:
-            if not processes.in_step:
-                raise
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            failures.append(Failure(chain.name, link.current, reason, traceback.format_exc()))
-    return failures
+        do_chain(replace(chain, device=processes.device), link, do, survives=lambda: processes.in_step)
+    return []
 
 
 def follow(processes: DistributedProcesses, stop: Callable[[], bool] = lambda: False) -> None:

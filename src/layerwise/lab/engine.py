@@ -179,11 +179,7 @@ class Training:
             self.recorder.add_layers("factor", step, epoch, self.adapter.get_last_factors())
         if not measured:
             return
-        if self.adapter is None:
-            rate = float(self.trial.optimizer.param_groups[0]["lr"])
-            rates = dict.fromkeys(self.measures.names, rate)
-        else:
-            rates = self.adapter.get_last_lr()
+        rates = self.measures.rates() if self.adapter is None else self.adapter.get_last_lr()
         self.recorder.add_layers("rate", step, epoch, rates)
         for quantity, values in self.measures.after().items():
             self.recorder.add_layers(quantity, step, epoch, values)
@@ -355,7 +351,7 @@ class Training:
             "finals": {name: _number(last[1]) for name, last in lasts.items() if last is not None},
             "diverged_at": self.diverged_at,
             "iterations": self.position.iteration,
-            "epochs": self.position.epoch - 1,
+            "epochs": self.position.epoch - (self.position.batch != self.trial.epoch_length),
             "parameters": sum(p.numel() for p in self.trial.model.parameters()),
             "layers": self.measures.names,
             "seconds": self.seconds,

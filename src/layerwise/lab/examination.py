@@ -58,7 +58,7 @@ def examine(task_file: TaskFile, device: str = "cpu") -> list[str]:
     problems = _problems_of_plan(task_file, look)
     jobs = max(1, min(usable_cores(), SEEDS * sum(arm.control is None for arm in make_arms())))
     with Stream(0):
-        seconds, found = _updates(look, max(1, usable_cores() // jobs))
+        seconds, found = _updates(look, 1)
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         layerwise.diagnose(look.trial.optimizer, look.trial.model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ class Settings:
     Attributes:
         out: folder of the runs and the reports.
         data_dir: folder of the data, or None.
-        jobs: processes side by side; None for one a usable core, or for fewer where there are fewer chains of runs.
-        threads: of each process; None shares the cores out.
+        jobs: processes side by side; None for as many as the cores take.
+        threads: of each process; None for the plan's, which is 1. Another number rounds otherwise: other runs.
         device: where networks are trained.
         engine: ``"local"`` or ``"ray"``.
         address: of the Ray cluster; None starts one here.
@@ -48,7 +48,7 @@ class Settings:
                 f"jobs={self.jobs!r}: must be from 1 to {LARGEST_JOBS}; leave --jobs out to use every core"
             )
         if self.threads is not None and not 1 <= self.threads <= LARGEST_JOBS:
-            raise UsageError(f"threads={self.threads!r}: must be from 1 to {LARGEST_JOBS}, or None for every core")
+            raise UsageError(f"threads={self.threads!r}: must be from 1 to {LARGEST_JOBS}")
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"out={str(self.out)!r} is a file: give a folder, or a name that does not exist yet")
         if self.engine not in ("local", "ray"):
@@ -121,8 +121,8 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0, 1 if a run failed, 130 if interrupted."""
-        return 130 if self.interrupted else 1 if self.failures else 0
+        """0, 1 if a run failed or is left, 130 if interrupted."""
+        return 130 if self.interrupted else 0 if self.complete else 1
 
     def result_words(self, record: Record) -> str:
         """Say what came of a run."""
@@ -158,11 +158,29 @@ def load_finished(plan: Plan, runs: Runs) -> Results:
     return results
 
 
-def chains_left(plan: Plan, results: Results, settings: Settings, workers: int) -> list[Chain]:
+def placed(plan: Plan, settings: Settings) -> Plan:
+    """Write threads and device, which decide how numbers are rounded, into the configurations of a plan's runs."""
+    device = settings.device.partition(":")[0]
+    if settings.threads is None and device == "cpu":
+        return plan
+
+    def of(run: PlannedRun) -> PlannedRun:
+        threads = settings.threads or run.configuration.threads
+        return replace(run, configuration=replace(run.configuration, threads=threads, device=device))
+
+    return replace(plan, runs=tuple(of(run) for run in plan.runs))
+
+
+def chains_left(plan: Plan, results: Results, settings: Settings) -> list[Chain]:
     """Give the chains with a run that is not finished; a finished method stays at the head of its controls."""
-    threads = settings.threads or max(1, usable_cores() // max(1, workers))
     return [
-        Chain(runs=chain, out=settings.out, data_dir=settings.data_dir, threads=threads, device=settings.device)
+        Chain(
+            runs=chain,
+            out=settings.out,
+            data_dir=settings.data_dir,
+            device=settings.device,
+            labels=plan.labels(chain[0].subject),
+        )
         for chain in plan.chains()
         if any(run.key not in results.records for run in chain)
     ]
@@ -189,18 +207,23 @@ def carry_out(
     clock = time.perf_counter()
     runs = Runs(settings.out)
     _check_writable(settings.out)
+    plan = placed(plan, settings)
     outcome = Outcome(plan, settings, load_finished(plan, runs), set_aside=runs.set_aside)
     outcome.found = len(outcome.results.records)
-    left = len(chains_left(plan, outcome.results, settings, 1))
-    outcome.jobs = max(1, min(settings.jobs or usable_cores(), left))
-    chains = chains_left(plan, outcome.results, settings, outcome.jobs)
+    chains = chains_left(plan, outcome.results, settings)
+    side_by_side = settings.jobs or max(1, usable_cores() // (settings.threads or 1))
+    # Runs beside one another take each other's time: where that is what is asked, they go one by one.
+    outcome.jobs = 1 if plan.quantity.name == "seconds" else max(1, min(side_by_side, len(chains)))
     planned: dict[tuple[str, str, int], PlannedRun] = {run.key: run for run in plan.runs}
+    skipped: dict[tuple[str, str, int], str] = {}
 
     def on_message(worker: int, message: object) -> None:
         if isinstance(message, Advance):
             display.advance(worker, message.run, message.done, message.total)
+        elif isinstance(message, Failure):
+            outcome.failures.append(message)
         elif isinstance(message, Skipped):
-            outcome.skipped.append(f"{planned[message.key].label}: {message.reason}")
+            skipped[message.key] = message.reason
         elif isinstance(message, Finished) and message.key not in outcome.results.records:
             record = runs.find(message.configuration)
             if record is not None:
@@ -210,12 +233,19 @@ def carry_out(
     with Interrupt() as interrupt:
         display.begin(outcome, outcome.jobs)
         try:
-            outcome.failures = (engine or _engine(settings))(
+            outcome.failures += (engine or _engine(settings))(
                 chains, outcome.jobs, on_message=on_message, stop=lambda: interrupt.requested
             )
         finally:
             display.end()
         outcome.interrupted = interrupt.requested
+    # Runs of one configuration are one run: it may have been done under another name.
+    outcome.results.records |= load_finished(plan, runs).records
+    failed = {failure.doing for failure in outcome.failures}
+    for run in plan.runs:
+        if run.key in outcome.results.records or run.label in failed or outcome.interrupted:
+            continue
+        outcome.skipped.append(f"{run.label}: {skipped.get(run.key, 'the process that was to do it ended')}")
     outcome.seconds = time.perf_counter() - clock
     return outcome
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import random
+import sys
+import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -80,6 +85,44 @@ class Stream:
         _restore(self._outer)
 
 
+@lru_cache(maxsize=64)
+def _importable(places: tuple[str, ...], hidden: tuple[str, ...]) -> list[str]:
+    """Leave folders out of ``sys.path``, except those that installed packages added to it.
+
+    What ``python -m``, PYTHONPATH or a program adds stands before the standard library; what the package of an editable
+    installation adds stands after it.
+    """
+    library = sysconfig.get_path("stdlib")
+    end = places.index(library) if library in places else len(places)
+    folders = {os.path.realpath(folder) for folder in hidden}
+    # An empty place is the working directory.
+    kept = [place and (number > end or os.path.realpath(place) not in folders) for number, place in enumerate(places)]
+    return [place for place, keep in zip(places, kept, strict=True) if keep]
+
+
+@contextmanager
+def only_installed(*hidden: str) -> Iterator[None]:
+    """Let only installed modules be found, and none that merely lies in one of these folders.
+
+    A change of such a module would go unnoticed, as only the person's file is fingerprinted.
+
+    Args:
+        *hidden: the folders.
+    """
+    before = list(sys.path)
+    sys.path[:] = seen = _importable(tuple(before), hidden)
+    try:
+        yield
+    finally:
+        # What the code inside added stays, before or after what was there.
+        now, count = list(sys.path), len(seen)
+        start = next((start for start in range(len(now)) if now[start : start + count] == seen), None)
+        if start is None:
+            sys.path[:] = [place for place in before if place not in seen] + now
+        else:
+            sys.path[:] = now[:start] + before + now[start + count :]
+
+
 @dataclass(frozen=True)
 class Guest:
     """Whose code it is.
@@ -92,6 +135,14 @@ class Guest:
     label: str
     filename: str = field(repr=False)
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The file's own folder, and the working directory: where modules may lie that are not installed."""
+        try:
+            return os.path.dirname(self.filename), os.getcwd()
+        except OSError:  # the working directory was removed
+            return (os.path.dirname(self.filename),)
+
     def refuse(self, problem: str) -> UsageError:
         """Make the error that names the task and what is wrong with it."""
         return UsageError(f"{self.label}: {problem}")
@@ -100,6 +151,8 @@ class Guest:
     def at_work(self, doing: str) -> Iterator[None]:
         """Turn what the person's code raises into an error with the lines of their file alone.
 
+        Modules that merely lie in the working directory or beside the file are not found meanwhile.
+
         Args:
             doing: what was called, for the message.
 
@@ -107,11 +160,26 @@ class Guest:
             UsageError: the code inside raised something; the first line says all, the lines of the file follow.
         """
         try:
-            yield
+            with only_installed(*self.folders):
+                yield
         except (UsageError, StoppedError):
             raise
         except (Exception, SystemExit) as error:
-            raise self.refuse(f"{doing} raised {self.described(error)}") from error
+            raise self.refuse(f"{doing} raised {self.described(error)}{self._beside(error)}") from error
+
+    def _beside(self, error: BaseException) -> str:
+        """Say why a module that a person sees was not found, or ""."""
+        name = (getattr(error, "name", None) or "").partition(".")[0]
+        places = [Path(folder) / file for folder in self.folders for file in (f"{name}.py", name)]
+        beside = next((place for place in places if place.exists()), None)
+        if not name or beside is None or not isinstance(error, ModuleNotFoundError):
+            return ""
+        own = Path(self.filename)
+        where = "beside it" if beside.parent == own.parent else "in the working directory"
+        return (
+            f"\n{beside.name} lies {where}, but only {own.name} is read and fingerprinted: put the code into "
+            f"{own.name}, or install {name} as a package, whose changes are then not noticed"
+        )
 
     def described(self, error: BaseException) -> str:
         """Describe an exception in one line, and by the lines of the person's file that led to it."""

@@ -130,6 +130,11 @@ def make(name: str, dataset: Dataset) -> Inputs:
     Raises:
         UsageError: unknown name, or one that does not suit the data.
     """
+    check(name)
+    return INPUTS[name](dataset)
+
+
+def check(name: str) -> None:
+    """Refuse a form of inputs that is not known."""
     if name not in INPUTS:
         raise UsageError(f"inputs={name!r}: use one of {', '.join(INPUTS)}, or 'crops' of an image folder")
-    return INPUTS[name](dataset)

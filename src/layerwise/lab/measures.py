@@ -24,6 +24,7 @@ class LayerMeasures:
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         self.layers: list[Layer] = make_layers(named_parameters_of(optimizer, model), "module")
         self._parameters = [p for layer in self.layers for p in layer.parameters]
+        self._optimizer = optimizer
         self._before: list[torch.Tensor] = []
         self._gradients: dict[str, float] = {}
 
@@ -31,6 +32,11 @@ class LayerMeasures:
     def names(self) -> list[str]:
         """Names of the layers."""
         return [layer.name for layer in self.layers]
+
+    def rates(self) -> dict[str, float]:
+        """Give the rate of each layer: that of the group of its first parameter, its weight as a rule."""
+        group_of = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        return {layer.name: float(group_of[id(layer.parameters[0])]["lr"]) for layer in self.layers}
 
     def before(self) -> None:
         """Take the gradients' norms, and copies of the weights; call it after the backward pass."""

@@ -60,6 +60,10 @@ NETWORKS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
 """Name -> the name in tables, and what builds the network."""
 
 
+WITH_WIDTH = ("alexnet", "vgg", "resnet")
+"""How the names of networks begin that come in several widths."""
+
+
 def build(name: str, seed: int, *, classes: int, channels: int, width: float | None = None) -> nn.Module:
     """Build a network.
 
@@ -76,6 +80,21 @@ def build(name: str, seed: int, *, classes: int, channels: int, width: float | N
     Raises:
         UsageError: unknown name, or a value that the network does not take.
     """
+    check(name, width)
+    return NETWORKS[name][1](seed, classes, channels, **({} if width is None else {"width": width}))
+
+
+def check(name: str, width: float | None) -> None:
+    """Refuse a network that is not known, or a width where it has only one.
+
+    Args:
+        name: a key of ``NETWORKS``.
+        width: or None.
+
+    Raises:
+        UsageError: either.
+    """
     if name not in NETWORKS:
         raise UsageError(f"model={name!r}: use one of {', '.join(NETWORKS)}")
-    return NETWORKS[name][1](seed, classes, channels, **({} if width is None else {"width": width}))
+    if width is not None and not name.startswith(WITH_WIDTH):
+        raise UsageError(f"width={width!r} of model={name!r}: it has one width; leave width out")

@@ -39,6 +39,9 @@ class Work(Places):
     jobs: int | None = None
     """Processes side by side; the number of usable cores if left out."""
 
+    threads: int | None = None
+    """Of each process; 1 if left out. Another number rounds otherwise, so its runs are other runs."""
+
     device: str = "cpu"
     """Where networks are trained: cpu, cuda, cuda:1, mps."""
 
@@ -81,9 +84,9 @@ class Run(Work):
     recipe: tyro.conf.Positional[str]
     """Its name; layerwise list names them all."""
 
-    scale: Literal["smoke", "reduced", "full"] = "reduced"
-    """A minute without any data; what two cores finish in an hour or two; or the paper's own iterations, seeds and
-    sizes."""
+    scale: str | None = None
+    """smoke: a minute, without any data; reduced: what two cores finish in an hour or two, the default; full: the
+    paper's own iterations, seeds and sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,7 @@ class Sweep(Work):
     recipe: tyro.conf.Positional[str]
     """Its name; layerwise list names them all."""
 
-    scale: Literal["smoke", "reduced", "full"] = "reduced"
+    scale: str | None = None
     """As in layerwise run."""
 
     vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()

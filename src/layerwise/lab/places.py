@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from layerwise.lab import data
 from layerwise.lab.errors import UsageError
+
+if TYPE_CHECKING:
+    from layerwise.lab.data.folder import ImageFolder
+    from layerwise.lab.plan import Plan, PlannedRun
 
 
 def home() -> Path:
@@ -56,3 +62,47 @@ def require(name: str, folder: Path | None) -> None:
         f"this needs {data.known(name).title}, and {where}: layerwise data {name} fetches it or says where to put it; "
         "give its folder with --data-dir or LAYERWISE_DATA (--scale smoke needs no data)"
     )
+
+
+def bound(plan: Plan, folder: Path | None) -> Plan:
+    """Bind the runs on an image folder to the one that is there, so that runs on another are other runs.
+
+    Args:
+        plan: the experiment.
+        folder: of ``data_dir``.
+
+    Returns:
+        The plan with the folder's digest in the configuration of each such run and with its numbers in words; the
+        same plan if no run is on an image folder.
+
+    Raises:
+        UsageError: the folder is not there, or is not laid out like ImageNet.
+    """
+    return bound_to(plan, data.open_folder(folder)) if any(map(_on_folder, plan.runs)) else plan
+
+
+def bound_to(plan: Plan, opened: ImageFolder) -> Plan:
+    """Bind the runs on an image folder to this one; see ``bound``."""
+    runs = tuple(_bound_run(run, opened.digest) if _on_folder(run) else run for run in plan.runs)
+    mixed = not all(map(_on_folder, plan.runs))
+    counts = opened.classes, opened.train_count, opened.test_count
+    notes = plan.notes
+    if counts != data.IMAGENET_COUNTS and (plan.paper or plan.claims):
+        here, there = map(_in_words, (counts, data.IMAGENET_COUNTS))
+        note = f"These runs are on {here}. The paper's numbers are of ImageNet: {there}."
+        notes = (*(words for words in notes if words != note), note)
+    title = f"{plan.data_title}; {opened.title}" if mixed else opened.title
+    return replace(plan, runs=runs, notes=notes, data_title=title)
+
+
+def _in_words(counts: tuple[int, int, int]) -> str:
+    return f"{counts[0]:,} classes, {counts[1]:,} photographs to train and {counts[2]:,} to test"
+
+
+def _on_folder(run: PlannedRun) -> bool:
+    return run.configuration.trial.get("data") == data.FOLDER
+
+
+def _bound_run(run: PlannedRun, digest: str) -> PlannedRun:
+    trial = {**run.configuration.trial, "data_digest": digest}
+    return replace(run, configuration=replace(run.configuration, trial=trial))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from layerwise.lab.arms import Arm
@@ -53,12 +53,16 @@ class Subject:
         words: for people.
         constants: values that it changes.
         kind: tells subjects with other phases and other thresholds apart, or "".
+        varied: values of a sweep, which hold for every arm.
+        origin: name of the recipe's subject that a sweep varies, or "".
     """
 
     name: str
     words: str
     constants: Mapping[str, Any] = field(default_factory=dict)
     kind: str = ""
+    varied: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +137,7 @@ class Plan:
         notes: what differs from the paper, and what the page does not show.
         scale: ``"smoke"``, ``"reduced"``, ``"full"``, or "" for a person's own task.
         data_title: the data in words.
+        found: it was made from finished runs, so its comparisons were chosen after them.
     """
 
     name: str
@@ -152,6 +157,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     scale: str = ""
     data_title: str = ""
+    found: bool = False
 
     def arms_of(self, subject: str) -> list[Arm]:
         """Give the arms that a subject has, in order."""
@@ -173,6 +179,11 @@ class Plan:
                 for other in arm.against:
                     if other in present:
                         yield subject.name, arm, present[other]
+
+    def labels(self, subject: str) -> dict[str, Any]:
+        """Say what the runs of a subject belong to and are judged by, for what reads them without this plan."""
+        words = self.subject(subject).words
+        return {"experiment": self.name, "subject_words": words, "quantity": asdict(self.quantity)}
 
     def chains(self) -> list[tuple[PlannedRun, ...]]:
         """Group the runs into chains: a method's run and then the controls that need it; other runs stand alone.

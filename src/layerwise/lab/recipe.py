@@ -9,7 +9,6 @@ be tables: kind -> what its subjects have.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from layerwise.lab.arms import Arm, resolved
+from layerwise.lab.citations import sourced
 from layerwise.lab.configuration import Configuration, Constants
 from layerwise.lab.errors import UsageError
 from layerwise.lab.plan import (
@@ -30,6 +30,7 @@ from layerwise.lab.plan import (
     check_names,
     check_seeds,
 )
+from layerwise.lab.trial import check
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -71,6 +72,11 @@ class Recipe:
     def title(self) -> str:
         """One line."""
         return self.content["title"]
+
+    @property
+    def default_scale(self) -> str:
+        """The scale that is run where none is named."""
+        return "reduced" if "reduced" in self.content["scales"] else next(iter(self.content["scales"]))
 
     def need(self, scale: str) -> Need:
         """Say what a scale needs."""
@@ -117,13 +123,12 @@ class Recipe:
             if not arm.subjects or subject.name in arm.subjects
             for seed in given
         )
-        subjects = [_without_origin(subject) for subject in subjects]
         layout = content["layout"]
         if layout not in LAYOUTS:
             raise UsageError(f"layout={layout!r} of recipe {self.name}: use one of {', '.join(LAYOUTS)}")
         in_epochs = runs[0].configuration.constants.epochs is not None
         return Plan(
-            name=f"{self.name}-{scale}" + ("-sweep" if vary else ""),
+            name=f"{self.name}-{scale}{_suffix(vary or {})}",
             title=content["title"],
             source=content["source"],
             layout=layout,
@@ -136,21 +141,19 @@ class Recipe:
             runs=runs,
             paper=_paper(content, subjects, arms) if chosen.get("paper", scale != "smoke") else (),
             claims=tuple(content.get("claims", ())),
-            constants=_sourced(content, chosen, base),
+            constants=sourced(content, chosen, subjects, arms),
             notes=(*chosen.get("notes", ()), *content.get("notes", ())),
             scale=scale,
             data_title=chosen["needs"]["data"],
         )
 
 
-def _without_origin(subject: Subject) -> Subject:
-    """Leave out what only told a varied subject's arms."""
-    return replace(subject, constants={name: value for name, value in subject.constants.items() if name != "_of"})
-
-
-def _origin(subject: Subject) -> str:
-    """Give the name that the recipe has for a subject, which a sweep changes."""
-    return subject.constants.get("_of", subject.name)
+def _suffix(vary: Mapping[str, Sequence[Any]]) -> str:
+    """Tell the folder of a sweep from that of another one, in signs that any file system takes."""
+    if not vary:
+        return ""
+    words = "-".join(f"{name}={','.join(map(str, values))}" for name, values in vary.items())
+    return "-sweep-" + re.sub(r"[^A-Za-z0-9_.,=+-]", "_", words)[:80]
 
 
 def _paper(content: Mapping[str, Any], subjects: Sequence[Subject], arms: Sequence[Arm]) -> tuple[PaperValue, ...]:
@@ -163,8 +166,8 @@ def _paper(content: Mapping[str, Any], subjects: Sequence[Subject], arms: Sequen
 
 def _configuration(base: Mapping[str, Any], subject: Subject, arm: Arm, seed: int) -> Configuration:
     """Put together what one run is."""
-    changes = {name: value for name, value in subject.constants.items() if name != "_of"}
-    constants = Constants.of({**base, **changes, **arm.constants})
+    constants = Constants.of({**base, **subject.constants, **arm.constants, **subject.varied})
+    check(constants)
     rule = arm.rule
     if rule is not None and isinstance(rule.get("phases"), Mapping):
         rule = {**rule, "phases": _of_kind(rule["phases"], subject.kind)}
@@ -191,7 +194,8 @@ def _subjects(
                 subject,
                 name=f"{subject.name} {name}={value}",
                 words=f"{subject.words}, {name} {value}",
-                constants={"_of": subject.name, **subject.constants, name: value},
+                varied={**subject.varied, name: value},
+                origin=subject.origin or subject.name,
             )
             for subject in subjects
             for value in values
@@ -204,12 +208,19 @@ def _arms(content: Mapping[str, Any], chosen: Mapping[str, Any], subjects: Seque
     arms = [_arm(row, chosen, subjects) for row in content.get("arms", ())]
     for grid in content.get("grids", ()):
         given = chosen.get("values", {}).get(grid["group"], chosen.get("grid_values", grid["values"]))
-        allowed = [subject for subject in subjects if _origin(subject) in grid.get("subjects", [_origin(subject)])]
-        values = {_origin(subject): _of_kind(given, subject.kind) for subject in allowed}
-        row = {name: entry for name, entry in grid.items() if name != "values"}
+        allowed = [
+            subject
+            for subject in subjects
+            if "subjects" not in grid or (subject.origin or subject.name) in grid["subjects"]
+        ]
+        values = {(subject.origin or subject.name): _of_kind(given, subject.kind) for subject in allowed}
+        judged = grid.get("judged")
+        row = {name: entry for name, entry in grid.items() if name not in ("values", "judged")}
         for value in sorted({value for listed in values.values() for value in listed}):
             having = [name for name, listed in values.items() if value in listed]
             filled = _filled(row, value)
+            if judged is not None and value not in judged:
+                filled = {**filled, "against": []}
             arms.append(_arm({**filled, "value": float(value), "subjects": having}, chosen, subjects))
     wanted = chosen.get("arms")
     return [arm for arm in arms if arm is not None and (wanted is None or arm.name in wanted or arm.group in wanted)]
@@ -229,7 +240,7 @@ def _arm(row: Mapping[str, Any], chosen: Mapping[str, Any], subjects: Sequence[S
     name = row.get("name")
     row = {**row, "constants": {**row.get("constants", {}), **chosen.get("arm_constants", {}).get(name, {})}}
     wanted = chosen.get("arm_subjects", {}).get(name, row.get("subjects", ()))
-    having = tuple(subject.name for subject in subjects if not wanted or _origin(subject) in wanted)
+    having = tuple(subject.name for subject in subjects if not wanted or (subject.origin or subject.name) in wanted)
     row |= {"subjects": having if len(having) < len(subjects) else (), "against": tuple(row.get("against", ()))}
     try:
         return Arm(**row) if having else None
@@ -246,23 +257,6 @@ def _filled(entry: Any, value: Any) -> Any:
     if entry == "{value}":
         return value
     return entry.replace("{value}", f"{value:g}") if isinstance(entry, str) else entry
-
-
-def _sourced(
-    content: Mapping[str, Any], chosen: Mapping[str, Any], base: Mapping[str, Any]
-) -> dict[str, tuple[Any, str]]:
-    """Give each constant's value at this scale and where it comes from."""
-    changed = chosen.get("constants", {})
-    sources = {name: entry["source"] for name, entry in content["constants"].items()}
-    return {
-        name: (value, f"this scale; the paper's: {_plain(content, name)}" if name in changed else sources[name])
-        for name, value in base.items()
-    }
-
-
-def _plain(content: Mapping[str, Any], name: str) -> str:
-    entry = content["constants"].get(name)
-    return "all, or none set" if entry is None else json.dumps(entry["value"])
 
 
 def names() -> list[str]:

@@ -126,14 +126,6 @@ class Results:
         """Give the cells of an arm at the plan's columns, or the last one alone."""
         return [self.cell(subject, arm, step) for step in self.plan.columns or (None,)]
 
-    def curve(self, subject: str, arm: str, quantity: str) -> list[Cell]:
-        """Summarise a quantity over seeds at every step where it was recorded; diverged runs stop early."""
-        gathered: dict[int, list[float]] = {}
-        for seed in self.of(subject, arm):
-            for step, value in self.series((subject, arm, seed), quantity):
-                gathered.setdefault(step, []).append(value)
-        return [summarise(step, values) for step, values in sorted(gathered.items())]
-
     def layers(self, subject: str, arm: str, quantity: str) -> polars.DataFrame:
         """Give the mean over seeds of a layer's quantity: layer, step, value; empty if it was not recorded."""
         import polars

@@ -20,19 +20,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.recorder import Recorder
-from layerwise.lab.store import hardware, versions, write_whole
+from layerwise.lab.store import hardware, plain, versions, write_whole
 
 if TYPE_CHECKING:
     import polars
 
 MAGIC = b"layerwise checkpoint 1\n"
 DIGEST_LENGTH = 32
+
+
+_locks: set[IO[str]] = set()
+"""Lock files that this process holds. A process forked from it, as a loader's workers are, closes them: it would hold
+them on when this one is gone."""
+
+
+def _close_locks() -> None:
+    for stream in _locks:
+        stream.close()
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 class BusyError(RuntimeError):
@@ -91,6 +106,7 @@ class RunFolder:
     path: Path
     configuration: Configuration
     set_aside: list[Path] = field(default_factory=list)
+    _held: bool = field(default=False, repr=False)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -105,21 +121,33 @@ class RunFolder:
                 raise BusyError(f"{self.path}: another process works on this run")
             for leftover in self.path.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
-            yield
+            self._held = True
+            _locks.add(stream)
+            try:
+                yield
+            finally:
+                _locks.discard(stream)
+                self._held = False
 
-    def begin(self, labels: dict[str, str], threads: int) -> dict[str, Any]:
-        """Write ``run.json``, unless it is there already, and give what it holds."""
-        about = self._read("run.json")
+    def begin(self, labels: dict[str, Any]) -> dict[str, Any]:
+        """Write ``run.json``, unless it is there already, and give what it holds.
+
+        A run that goes on on another machine names that one too, under ``later``.
+        """
+        about, here = self._read("run.json"), hardware()
         if about is None:
             about = {
                 "configuration": self.configuration.as_json(),
                 "labels": labels,
                 "versions": versions(),
                 "python": platform.python_version(),
-                "hardware": hardware(),
-                "threads": threads,
+                "hardware": here,
+                "later": [],
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
+            self._write("run.json", about)
+        elif here not in (about["hardware"], *about.setdefault("later", [])):
+            about["later"].append(here)
             self._write("run.json", about)
         return about
 
@@ -131,7 +159,7 @@ class RunFolder:
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write the state of the training; the checkpoint before is kept until the next one."""
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(plain(state), buffer)
         content = buffer.getbuffer()
         path = self.path / "checkpoint.pt"
         if path.exists():
@@ -160,15 +188,22 @@ class RunFolder:
         content = buffer.getvalue()
         write_whole(self.path / "metrics.parquet", content)
         self._write("record.json", {**summary, "metrics_sha256": hashlib.sha256(content).hexdigest()})
+        self.tidy(summary)
+
+    def tidy(self, summary: dict[str, Any]) -> None:
+        """Say that the run is finished and remove its checkpoints; again, if it was killed before it could."""
+        left = list(self.path.glob("checkpoint*.pt"))
         state = "finished" if summary["diverged_at"] is None else "diverged"
-        self.say(state, summary["iterations"], summary["iterations"])
-        for path in self.path.glob("checkpoint*.pt"):
+        status = self._read("status.json") if not left else None
+        if status is None or status.get("state") != state:
+            self.say(state, summary["iterations"], summary["iterations"])
+        for path in left:
             path.unlink(missing_ok=True)
 
     def record(self) -> Record | None:
         """Read the finished run; None if it is not finished, or damaged (then it is set aside)."""
         about, summary = self._read("run.json"), self._read("record.json")
-        if about is None or summary is None or about.get("configuration") != self.configuration.as_json():
+        if about is None or summary is None:
             return None
         path = self.path / "metrics.parquet"
         try:
@@ -182,7 +217,9 @@ class RunFolder:
         return Record(self.path, self.configuration, summary, about)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        write_whole(self.path / name, json.dumps(content, indent=1, allow_nan=False).encode())
+        """Write a JSON file that names its own checksum."""
+        content = json.loads(json.dumps(content, allow_nan=False))
+        write_whole(self.path / name, json.dumps({**content, "sha256": _digest(content)}, indent=1).encode())
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
@@ -192,15 +229,25 @@ class RunFolder:
             return None
         except ValueError:
             content = None
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
             self._put_aside(path)
             return None
         return content
 
     def _put_aside(self, path: Path) -> None:
+        """Rename a broken file, unless another process is at work here: what looks broken may be half of its work."""
+        if not self._held:
+            with suppress(BusyError), self.lock():
+                self._put_aside(path)
+            return
         with suppress(FileNotFoundError):
             path.replace(path.with_name(path.name + ".broken"))
             self.set_aside.append(path)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Give the checksum of what a JSON file says, whatever its spaces and order."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _locked(stream: Any) -> bool:

@@ -52,8 +52,7 @@ def build(constants: Constants, model: nn.Module) -> tuple[torch.optim.Optimizer
     Raises:
         UsageError: unknown solver or policy, or a value out of its range.
     """
-    if constants.solver not in SOLVERS:
-        raise UsageError(f"solver={constants.solver!r}: use one of {', '.join(SOLVERS)}")
+    check(constants)
     multipliers: dict[str, tuple[float, float]] = {}
     if constants.solver.startswith("caffe-"):
         multipliers = getattr(model, "multipliers", {})
@@ -62,3 +61,21 @@ def build(constants: Constants, model: nn.Module) -> tuple[torch.optim.Optimizer
         groups = [{"params": group["params"]} for group in groups]
     optimizer = _build(constants, groups)
     return optimizer, policies.scheduler(optimizer, constants.policy, **constants.policy_arguments)
+
+
+def check(constants: Constants) -> None:
+    """Refuse a solver or policy that is not known, or values that it does not take.
+
+    Args:
+        constants: of a run.
+
+    Raises:
+        UsageError: as said.
+    """
+    if constants.solver not in SOLVERS:
+        raise UsageError(f"solver={constants.solver!r}: use one of {', '.join(SOLVERS)}")
+    if constants.solver == "caffe-adagrad" and constants.momentum:
+        raise UsageError(f"momentum={constants.momentum!r} with AdaGrad: must be 0, as Caffe's AdaGrad demands")
+    if constants.solver == "adamw" and constants.momentum:
+        raise UsageError(f"momentum={constants.momentum!r} with AdamW: must be 0; it has none of that name")
+    policies.multiplier(constants.policy, 0, **constants.policy_arguments)

@@ -41,18 +41,8 @@ def execute(path: Path, source: bytes, guest: Guest) -> ModuleType:
     module = ModuleType(f"layerwise_task_{hashlib.sha256(source).hexdigest()[:12]}")
     module.__file__ = filename
     sys.modules[module.__name__] = module  # so that what it defines can be pickled, as loaders with workers do
-    try:
-        with guest.at_work("the file"):
-            exec(code, module.__dict__)
-    except UsageError as error:
-        cause = error.__cause__
-        beside = path.parent / f"{(getattr(cause, 'name', None) or '').partition('.')[0]}.py"
-        if isinstance(cause, ModuleNotFoundError) and beside.is_file():
-            raise UsageError(
-                f"{error}\n{beside.name} lies beside it, but only {path.name} is read and fingerprinted: put the code "
-                f"into {path.name}, or install {beside.stem} as a package, whose changes are then not noticed"
-            ) from cause
-        raise
+    with guest.at_work("the file"):
+        exec(code, module.__dict__)
     return module
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,3 +60,35 @@ def write_whole(path: Path, data: bytes) -> None:
         raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def plain(value: Any, where: str = "state") -> Any:
+    """Give a value as a checkpoint may hold it: tensors, numbers, words, and lists, tuples and dicts of them.
+
+    What ``torch.load(weights_only=True)`` would refuse to read is found here, while the run can still say so. NumPy's
+    numbers, which schedulers leave in the groups of optimizers, become Python's.
+
+    Args:
+        value: what is to be saved.
+        where: its place, for the message.
+
+    Returns:
+        The value, in new containers.
+
+    Raises:
+        TypeError: something else is in it.
+    """
+    import numpy
+
+    if isinstance(value, numpy.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {plain(key, where): plain(entry, f"{where}[{key!r}]") for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set)) and type(value) in (list, tuple, set, torch.Size):
+        return type(value)(plain(entry, f"{where}[{place}]") for place, entry in enumerate(value))
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.Tensor, torch.dtype)):
+        return value
+    raise TypeError(
+        f"{where} is of type {type(value).__name__}, which a checkpoint cannot hold safely: let state_dict() give "
+        "tensors, numbers, words, and lists and dicts of them"
+    )

@@ -82,6 +82,8 @@ class MemoryStream:
         dataset, inputs = self.dataset, self.inputs
         generator = epoch_generator(self.seed, epoch)
         if self.order == "sequential":
+            for _ in range(skip):
+                inputs.skip(self.batch_size, generator)
             while True:
                 images, labels = training_batch(dataset, skip, self.batch_size)
                 yield inputs.train(images, generator), labels

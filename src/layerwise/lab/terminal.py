@@ -19,7 +19,7 @@ from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet
 from layerwise.lab.report.sheets import Entry, Row, Sheet
 from layerwise.lab.report.verdicts import verdicts
-from layerwise.lab.report.words import capital
+from layerwise.lab.report.words import FOUND, capital
 
 NARROWEST = 60
 """Columns below which a table is not squeezed any more."""
@@ -147,7 +147,9 @@ def show(outcome: Outcome, target: Console, *, quiet: bool = False, next_command
                 for _, comparison in verdict.rows:
                     say(f"  {capital(comparison.sentence)}")
         if not quiet:
-            say(note(max(1, outcome.results.family), len(plan.seeds)))
+            say(note(max(1, outcome.results.family), len(plan.seeds), planned=not plan.found))
+            if plan.found:
+                say(FOUND)
         target.print()
     _say_ends(outcome, target, quiet=quiet)
     if count:

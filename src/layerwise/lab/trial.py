@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from layerwise.lab import data, networks, solvers
+from layerwise.lab import data, inputs, networks, solvers
 from layerwise.lab.configuration import Configuration, Constants
+from layerwise.lab.errors import UsageError
 from layerwise.lab.streams import FolderStream, MemoryStream, shortened
 
 MEMORY_FORMAT = torch.channels_last
@@ -107,12 +108,46 @@ def classification(
     return evaluate
 
 
+def check(constants: Constants) -> None:
+    """Refuse constants that no run can have, before any is begun.
+
+    Args:
+        constants: of a run.
+
+    Raises:
+        UsageError: an unknown data set, network, solver, policy or form of the inputs, or values that do not go
+            together.
+    """
+    data.known(constants.data)
+    networks.check(constants.model, constants.width)
+    solvers.check(constants)
+    if constants.data != data.FOLDER:
+        inputs.check(constants.inputs)
+    elif (constants.train_count, constants.test_count, constants.inputs, constants.order) != (
+        None,
+        None,
+        "crops",
+        "shuffled",
+    ):
+        raise UsageError(
+            "an image folder is read whole, shuffled, in crops: use inputs='crops' and order='shuffled', and leave "
+            "train_count and test_count out"
+        )
+
+
 @lru_cache(maxsize=1)
-def _stream_data(constants: tuple[str, int | None, int | None], data_dir: Path | None) -> Any:
-    """Read a data set once a process, shortened."""
-    name, train_count, test_count = constants
+def _stream_data(constants: tuple[str, str | None, int | None, int | None], data_dir: Path | None) -> Any:
+    """Read a data set once a process, shortened; open the image folder that the run was planned for, and no other."""
+    name, digest, train_count, test_count = constants
     if name == data.FOLDER:
-        return data.open_folder(data_dir)
+        folder = data.open_folder(data_dir)
+        if folder.digest != digest:
+            raise UsageError(
+                f"data_digest={digest!r}, and the image folder in data-dir={str(data_dir)!r} has {folder.digest!r}: "
+                "its files are not those that this run was planned for; start the command again, which makes other "
+                "runs of other files, or give the folder that it had with --data-dir"
+            )
+        return folder
     whole = data.load(name, data_dir)
     return shortened(whole, train_count, test_count), int(whole.train_labels.max()) + 1
 
@@ -129,9 +164,10 @@ def make_stream(constants: Constants, seed: int, data_dir: Path | None) -> Memor
         The stream.
 
     Raises:
-        UsageError: data missing or damaged.
+        UsageError: data missing or damaged, or an image folder that is not the one that the run was planned for.
     """
-    source = _stream_data((constants.data, constants.train_count, constants.test_count), data_dir)
+    wanted = constants.data, constants.data_digest, constants.train_count, constants.test_count
+    source = _stream_data(wanted, data_dir)
     sizes = {"batch_size": constants.batch_size, "test_batch_size": constants.test_batch_size}
     if constants.data == data.FOLDER:
         return FolderStream(source, seed=seed, **sizes)

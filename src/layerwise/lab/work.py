@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ from layerwise.lab import arms, trial
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.engine import CHECKPOINT_SECONDS, Training
 from layerwise.lab.plan import PlannedRun
+from layerwise.lab.pool import Failure
 from layerwise.lab.processes import Processes
 from layerwise.lab.runs import BusyError, Record, RunFolder, Runs
 from layerwise.lab.trial import StoppedError, Trial
@@ -34,22 +36,27 @@ class Chain:
         runs: in order; those that are finished are only read.
         out: the folder of ``--out``.
         data_dir: folder of the data, or None.
-        threads: of a process.
         device: where networks are trained.
         checkpoint_seconds: between two checkpoints.
+        labels: what run.json says of the experiment, by which a report of any runs knows what they were judged by.
     """
 
     runs: tuple[PlannedRun, ...]
     out: Path
     data_dir: Path | None = None
-    threads: int = 1
     device: str = "cpu"
     checkpoint_seconds: float = CHECKPOINT_SECONDS
+    labels: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """What messages call it."""
         return self.runs[0].label
+
+    @property
+    def threads(self) -> int:
+        """Threads of the process that does it: part of what its runs are, as another number rounds otherwise."""
+        return self.runs[0].configuration.threads
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,12 @@ class Skipped:
     reason: str
 
 
+def failure_of(job: str, doing: str, error: Exception) -> Failure:
+    """Describe the error that ended a run."""
+    reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return Failure(job, doing, reason, "".join(traceback.format_exception(error)))
+
+
 def complete(planned: PlannedRun, method: Record | None) -> Configuration | None:
     """Give the configuration of a run; of a control only if its method's run is finished, else None."""
     if planned.arm.control is None:
@@ -86,13 +99,16 @@ def complete(planned: PlannedRun, method: Record | None) -> Configuration | None
     return arms.configuration_of_control(planned.configuration, planned.arm.control, method)
 
 
-def do_chain(chain: Chain, link: Any, do: Callable[..., Record] | None = None) -> None:
-    """Do the runs of a chain; send ``Advance`` now and then, ``Finished`` or ``Skipped`` for each.
+def do_chain(
+    chain: Chain, link: Any, do: Callable[..., Record] | None = None, survives: Callable[[], bool] = lambda: True
+) -> None:
+    """Do the runs of a chain; send ``Advance`` now and then, ``Finished``, ``Skipped`` or a ``Failure`` for each.
 
     Args:
         chain: what to do.
         link: where messages go and a stop comes from, as ``pool.Link``.
         do: what does one run; None for ``do_run``.
+        survives: asked after an error whether the next run can be tried; the error is raised if not.
     """
     torch.set_num_threads(chain.threads)
     # That no layer was chosen is in the record and on the page; a warning would break the bars.
@@ -113,6 +129,11 @@ def do_chain(chain: Chain, link: Any, do: Callable[..., Record] | None = None) -
                 continue
             except StoppedError:
                 return
+            except Exception as error:
+                if not survives():
+                    raise
+                link.send(failure_of(chain.name, planned.label, error))
+                continue
         # Also of a run that was found: which one it is was not known before its method's run was finished.
         link.send(Finished(planned.key, configuration))
         if planned.arm.control is None:
@@ -148,12 +169,9 @@ def do_run(
     folder = Runs(chain.out).folder(configuration)
     processes = processes or Processes()
     with ExitStack() as held:
-        begun = processes.from_first(lambda: _begin(planned, configuration, chain, folder, held))
-        if isinstance(begun, Record):
-            return begun
-        if begun != torch.get_num_threads():
-            torch.set_num_threads(begun)  # another number would round otherwise: not the same run
-        held.callback(torch.set_num_threads, chain.threads)
+        finished = processes.from_first(lambda: _begin(planned, chain, folder, held))
+        if finished is not None:
+            return finished
         rule = _shared_rule(configuration, folder, method, processes, held)
         training = Training(
             processes.together(lambda: make_trial(planned, configuration, chain)),
@@ -163,18 +181,18 @@ def do_run(
             processes=processes,
             checkpoint_seconds=chain.checkpoint_seconds,
         )
-        return _train(training, planned, folder, link, {"threads": begun}, processes)
+        return _train(training, planned, folder, link, {"threads": configuration.threads}, processes)
 
 
-def _begin(
-    planned: PlannedRun, configuration: Configuration, chain: Chain, folder: RunFolder, held: ExitStack
-) -> Record | int:
-    """Take a run's folder; give its record if it is finished, else the number of threads that it began with."""
+def _begin(planned: PlannedRun, chain: Chain, folder: RunFolder, held: ExitStack) -> Record | None:
+    """Take a run's folder; give its record if it is finished, else None."""
     held.enter_context(folder.lock())
     finished = folder.record()
     if finished is not None:
+        folder.tidy(finished.summary)
         return finished
-    return folder.begin({"subject": planned.subject, "arm": planned.arm.name}, chain.threads)["threads"]
+    folder.begin({**chain.labels, "subject": planned.subject, "arm": planned.arm.name, "arm_words": planned.arm.words})
+    return None
 
 
 def _shared_rule(
@@ -208,6 +226,7 @@ def _train(
     if not processes.first:
         training.run(link.stopped)
         return processes.from_first(lambda: _expected(folder))
+    begin_memory()
     total = training.trial.total
     folder.say("running", training.position.iteration, total)
     try:
@@ -252,8 +271,18 @@ def _expected(folder: RunFolder) -> Record:
     return record
 
 
+def begin_memory() -> None:
+    """Begin to look for the largest memory of this process anew, where the system allows it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory() -> int:
-    """Give the largest memory of this process so far, in bytes; 0 where the system does not tell."""
+    """Give the largest memory of this process since ``begin_memory``, in bytes; since its start, or 0, elsewhere."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     try:
         import resource
     except ImportError:  # Windows

@@ -21,6 +21,9 @@ PIXEL_SCALE = 0.00390625
 FOLDER = "imagenet"
 """Name of what is not held in memory: ImageNet, or any image folder in its layout."""
 
+IMAGENET_COUNTS = (1_000, 1_281_167, 50_000)
+"""Classes, training and validation images of ImageNet itself (ILSVRC 2012), which the papers trained on."""
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -5,6 +5,10 @@ comes out of it, or the files of that folder. There are two versions. In the bin
 one byte for the class (CIFAR-100: two, the coarse class before the fine one), then the red, the green and the blue
 plane of 32 x 32 bytes. In the python one a file is a pickled dictionary, which ``cifar_pickle.py`` reads without
 running anything it asks for. Archives are read in memory; nothing is unpacked to the disk.
+
+What is read is what was published: an archive by its MD5; CIFAR-10, in whatever form, by the SHA-256 of its pixels and
+classes; the unpacked files of CIFAR-100's python version by their MD5s. Unpacked files of its binary version have no
+known checksum and are refused.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import hashlib
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,6 +45,7 @@ class Form:
         test_files: the same of the test images.
         label_bytes: bytes before the pixels of a record, the class in the last of them; 0 in the python version.
         label_key: key of the classes in the python version.
+        file_md5s: file -> its MD5, where only that tells unpacked files from others.
     """
 
     archive: str
@@ -50,6 +55,7 @@ class Form:
     test_files: dict[str, int]
     label_bytes: int = 0
     label_key: bytes = b""
+    file_md5s: dict[str, str] = field(default_factory=dict)
 
     @property
     def files(self) -> dict[str, int]:
@@ -92,6 +98,7 @@ FORMS = {
             {"train": 50_000},
             {"test": 10_000},
             label_key=b"fine_labels",
+            file_md5s={"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
         ),
         Form(
             "cifar-100-binary.tar.gz",
@@ -103,7 +110,17 @@ FORMS = {
         ),
     ),
 }
-"""Data set -> its forms, the one looked for first before the other. MD5 as published by Krizhevsky."""
+"""Data set -> its forms, the one looked for first before the other. MD5 of the archives as published by Krizhevsky, of
+the files as in torchvision/datasets/cifar.py."""
+
+CONTENTS = {
+    "cifar10": {
+        "training": "1e91790dbaf241617ca1f29a9aba08eb9a62df84cc90676b47edd05ad2ab3c94",
+        "test": "9a4c74f5c8b6f2c4e13d3a1dfb43a5a8cda8a9da515e99fd620d2013a1a6287a",
+    },
+}
+"""Data set -> SHA-256 of the pixels of its images, then of their classes, a byte each, in file order: the same in every
+form. Computed from the python version, whose files had the MD5s of torchvision/datasets/cifar.py."""
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
 """Data set -> number of classes; of CIFAR-100 the fine ones."""
@@ -116,8 +133,14 @@ def _remedy(form: Form) -> str:
     return f"fetch {form.archive} (MD5 {form.md5}) again from www.cs.toronto.edu/~kriz/cifar.html"
 
 
+def _checkable(name: str, form: Form) -> bool:
+    """Tell whether unpacked files of a form can be told from other files of their sizes."""
+    return name in CONTENTS or bool(form.file_md5s)
+
+
 def _search(name: str, folder: Path) -> tuple[Form, Path] | None:
     """Look for a form of a data set: the archive, or the folder with at least one of the files."""
+    uncheckable = None
     if name not in FORMS:
         raise UsageError(f"name={name!r}: use one of {', '.join(map(repr, FORMS))}")
     if not folder.is_dir():
@@ -130,10 +153,13 @@ def _search(name: str, folder: Path) -> tuple[Form, Path] | None:
         for form in FORMS[name]:
             for candidate in (place / form.folder, place):
                 if any((candidate / file).is_file() for file in form.files):
-                    return form, candidate
+                    if _checkable(name, form):
+                        return form, candidate
+                    # An archive may lie beside it, which can be checked; else this is what is refused.
+                    uncheckable = uncheckable or (form, candidate)
             if (place / form.archive).is_file():
                 return form, place / form.archive
-    return None
+    return uncheckable
 
 
 def find(name: str, folder: Path) -> Path | None:
@@ -145,7 +171,7 @@ def find(name: str, folder: Path) -> Path | None:
 
     Returns:
         The folder with at least one of the published files, or the archive, or None. What is unpacked comes
-        before the archive, and the python version before the binary one.
+        before the archive unless it cannot be checked, and the python version before the binary one.
 
     Raises:
         UsageError: unknown name, or the folder does not exist.
@@ -165,6 +191,28 @@ def _check_size(form: Form, name: str, source: str, size: int) -> None:
         )
 
 
+def _check_md5(form: Form, name: str, source: str, content: bytes) -> None:
+    """Refuse an unpacked file that is not the published one, where its MD5 is known."""
+    expected = form.file_md5s.get(name)
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest() if expected else None
+    if found != expected:
+        raise UsageError(f"{source}: damaged: MD5 is {found}, expected {expected}; {_remedy(form)}")
+
+
+def _check_content(name: str, form: Form, place: Path, part: str, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Refuse pixels and classes that were not published, where their checksum is known."""
+    expected = CONTENTS.get(name, {}).get(part)
+    if expected is None:
+        return
+    digest = hashlib.sha256(images.numpy().data)
+    digest.update(labels.numpy().astype(np.uint8).data)
+    if digest.hexdigest() != expected:
+        raise UsageError(
+            f"{place}: the {part} images are not those of {TITLES[name]}: SHA-256 of pixels and classes is "
+            f"{digest.hexdigest()}, expected {expected}; {_remedy(form)}"
+        )
+
+
 def _from_folder(form: Form, folder: Path) -> Iterator[tuple[str, str, bytes]]:
     """Read the files of a folder, one at a time: name, where it is, content."""
     for name in form.files:
@@ -172,6 +220,7 @@ def _from_folder(form: Form, folder: Path) -> Iterator[tuple[str, str, bytes]]:
         try:
             _check_size(form, name, str(path), path.stat().st_size)
             content = path.read_bytes()
+            _check_md5(form, name, str(path), content)
         except OSError as error:
             reason = error.strerror or str(error)
             raise UsageError(
@@ -242,6 +291,11 @@ def load(name: str, folder: Path) -> Dataset:
         expected = ", ".join(f"{form.archive} or {form.folder}/" for form in FORMS[name])
         raise UsageError(f"data-dir={str(folder)!r} holds no {TITLES[name]} file: expected {expected}")
     form, place = found
+    if place.is_dir() and not _checkable(name, form):
+        raise UsageError(
+            f"{place}: unpacked files of {form.archive} cannot be checked, as their checksums are not known: give the "
+            f"archive itself (MD5 {form.md5}), in this folder or the one above, or {FORMS[name][0].archive}"
+        )
     counts = list(form.files.values())
     images = torch.empty((sum(counts), CHANNELS, SIDE, SIDE), dtype=torch.uint8)
     labels = torch.empty(sum(counts), dtype=torch.int64)
@@ -256,6 +310,8 @@ def load(name: str, folder: Path) -> Dataset:
     if missing:
         raise UsageError(f"{place}: without {', '.join(sorted(missing))} in {form.folder}/; {_remedy(form)}")
     train_count = sum(form.train_files.values())
+    _check_content(name, form, place, "training", images[:train_count], labels[:train_count])
+    _check_content(name, form, place, "test", images[train_count:], labels[train_count:])
     return Dataset(
         name=name,
         title=f"{TITLES[name]}: {train_count:,} photographs to train, {len(labels) - train_count:,} to test",

@@ -7,10 +7,12 @@ from 0. ``photographs.py`` says how an image is read.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -136,9 +138,22 @@ class ImageFolder:
         self.train_count, self.test_count = len(self.train_labels), len(self.test_labels)
         self.name = root.resolve().name
         self.title = (
-            f"{self.name}: {self.train_count:,} photographs of {self.classes:,} classes to train, "
+            f"an image folder: {self.classes:,} classes, {self.train_count:,} photographs to train, "
             f"{self.test_count:,} to test"
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells the folder from others: a checksum of the names, classes and sizes of all images of both parts.
+
+        Their content is not read, which would take as long as some epochs.
+        """
+        digest = hashlib.sha256(b"image folder 1\n")
+        for name, part in ((b"to train\n", self._train), (b"to test\n", self._test)):
+            digest.update(name)
+            for line in part.listing():
+                digest.update(line)
+        return digest.hexdigest()
 
     def _draw(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw where each image is cropped, shape (2, count), and which ones are mirrored."""

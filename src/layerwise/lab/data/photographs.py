@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -178,11 +179,23 @@ class Part:
             UsageError: a file is gone.
         """
         digest = hashlib.sha256(f"mean image 1, side {self.side}\n".encode())
+        for line in self.listing():
+            digest.update(line)
+        return digest.hexdigest()
+
+    def listing(self) -> Iterator[bytes]:
+        """List the files in order, for a checksum.
+
+        Yields:
+            Class, name and size of each.
+
+        Raises:
+            UsageError: a file is gone.
+        """
         for file in self.files:
             path = self.folder / file
             try:
                 size = path.stat().st_size
             except OSError as error:
                 raise UsageError(f"{path}: {error.strerror or error}; replace it, or open the folder again") from error
-            digest.update(f"{file}\0{size}\n".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+            yield f"{file}\0{size}\n".encode("utf-8", "surrogateescape")

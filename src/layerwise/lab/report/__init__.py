@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def write(outcome: Outcome, command: str) -> Path:
     """Write the report of an outcome.
 
-    Into the outcome's folder: ``report.html``, ``table.md``, ``runs.json``, ``tables/*.parquet``, ``figures/*.svg`` and
-    ``figures/*.png``. A copy of the page goes to ``report.html`` in the folder of ``--out``.
+    Into the outcome's folder: ``report.html``, ``table.md``, ``plan.json``, ``runs.json``, ``tables/*.parquet``,
+    ``figures/*.svg`` and ``figures/*.png``. A copy of the page goes to ``report.html`` in the folder of ``--out``.
 
     Args:
         outcome: of any plan.

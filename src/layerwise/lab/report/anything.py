@@ -5,23 +5,37 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from layerwise.lab.arms import Arm, Control
 from layerwise.lab.experiment import Outcome, Settings
-from layerwise.lab.plan import QUANTITIES, Plan, PlannedRun, Quantity, Subject
+from layerwise.lab.plan import Plan, PlannedRun, Subject
 from layerwise.lab.report.families import grouped
-from layerwise.lab.report.found import Found, find
+from layerwise.lab.report.found import RUNS, Found, find
+from layerwise.lab.report.judged import judged
+from layerwise.lab.report.saved import PLAN, rebuilt
+from layerwise.lab.report.words import FOUND
 from layerwise.lab.results import Key, Results
 from layerwise.lab.runs import Record
 
-CORE = ("model", "width", "data", "train_count", "test_count", "iterations", "epochs", "task", "function")
-"""Constants that make another subject; the others are of the arm where the subject has the same name."""
+NAME = "report"
+"""Of the folder of the pages."""
 
-HIGHER = ("accuracy", "auc", "f1", "recall", "precision", "score", "bleu")
-"""Words in the name of a quantity of which more is better."""
+CORE = (
+    "model",
+    "width",
+    "data",
+    "data_digest",
+    "train_count",
+    "test_count",
+    "iterations",
+    "epochs",
+    "task",
+    "function",
+)
+"""Constants that make another subject; the others are of the arm where the subject has the same name."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +60,11 @@ class Placed:
 def gather(folders: Sequence[Path], out: Path) -> Outcome:
     """Make an outcome of the finished runs below folders.
 
-    Subjects are told apart by network, data, length, and the name that the experiment gave them; arms by their rule,
-    by what a control repeats, and by the other constants. Methods are compared with the plain arm of the same
-    constants, if there is one, else with every plain arm; and with their controls.
+    Of the folder of one experiment, its own plan is read again. Of anything else a plan is made from the runs: subjects
+    are told apart by network, data, length, and the name that the experiment gave them; arms by their rule, by what a
+    control repeats, and by the other constants. Methods are compared with the plain arm of the same constants, if there
+    is one, else with every plain arm; and with their controls. Every comparison is counted in the family, and the page
+    says that they were chosen after the runs.
 
     Args:
         folders: what ``--out`` named, folders of experiments, or folders of single runs, in any mix.
@@ -60,10 +76,18 @@ def gather(folders: Sequence[Path], out: Path) -> Outcome:
     Raises:
         UsageError: a folder is not there, or none holds a finished run.
     """
+    if len(folders) == 1:
+        results = rebuilt(folders[0])
+        if results is not None:
+            # The folder of the pages is called report, whatever the experiment is called: its own stays as it was.
+            results.plan = replace(results.plan, name=NAME)
+            return Outcome(results.plan, Settings(out=out), results, found=len(results.records))
     found = find(folders)
     tuning = [record for record in found.records if record.configuration.trial.get("measure") == "validation"]
     records = [record for record in found.records if record not in tuning] or tuning
-    placed = [_placed(record) for record in records]
+    left_out = len(found.records) - len(records)
+    chosen = judged(records)
+    placed = [_placed(record) for record in chosen.records]
     subjects = _subjects(placed)
     varying = _varying(placed)
     arms, names = _arms(placed, subjects, varying)
@@ -75,16 +99,17 @@ def gather(folders: Sequence[Path], out: Path) -> Outcome:
         replaced += key in taken
         if key not in taken or _started(taken[key].record) < _started(each.record):
             taken[key] = each
-    quantity, guessed = _quantity([each.record for each in taken.values()])
     by_name = {arm.name: arm for arm in arms}
-    notes = _notes(found, quantity, left_out=len(found.records) - len(records), replaced=replaced, guessed=guessed)
+    notes = [*_notes(found, left_out=left_out, replaced=replaced), *chosen.notes]
+    if len(folders) == 1 and (folders[0] / RUNS).exists():
+        notes.append(f"The folder of the experiment has no {PLAN} that can be read: its plan is not known.")
     data = sorted({str(each.record.configuration.trial.get("data")) for each in placed} - {"None"})
     plan = Plan(
-        name="report",
+        name=NAME,
         title=f"{len(taken)} finished runs: " + ", ".join(subject.words for subject in subjects.values()),
         source="finished runs in " + ", ".join(folder.name or folder.resolve().name for folder in folders),
         layout="thresholds" if any(arm.group for arm in arms) else "curves",
-        quantity=quantity,
+        quantity=chosen.quantity,
         columns=(),
         step_unit="epoch" if all(each.record.configuration.trial.get("epochs") for each in placed) else "iteration",
         subjects=tuple(subjects.values()),
@@ -96,6 +121,7 @@ def gather(folders: Sequence[Path], out: Path) -> Outcome:
         ),
         notes=tuple(notes),
         data_title=", ".join(data),
+        found=True,
     )
     results = Results(plan, {key: each.record for key, each in taken.items()})
     return Outcome(plan, Settings(out=out), results, found=len(taken))
@@ -153,7 +179,12 @@ def _subjects(placed: Sequence[Placed]) -> dict[str, Subject]:
         name, count = words, 2
         while name in names:
             name, count = f"{words} ({count})", count + 1
-        made[key] = Subject(name=name, words=name)
+        said = Counter(
+            words for each in placed if each.subject == key and (words := _label(each.record, "subject_words"))
+        )
+        # What tells subjects of one name apart follows the name in the words too.
+        shown = said.most_common(1)[0][0] + name.removeprefix(label) if said and name.startswith(label) else name
+        made[key] = Subject(name=name, words=shown)
     return made
 
 
@@ -179,8 +210,10 @@ def _arms(
         members.setdefault(key, []).append(each)
     order = sorted(members, key=lambda key: (members[key][0].control is not None, members[key][0].rule != _PLAIN))
     names: dict[str, str] = {}
+    titles: dict[str, str] = {}
     for key in order:
-        names[key] = _free(_arm_words(members[key], varying), names.values())
+        names[key] = _free(_arm_words(members[key], varying, "arm"), names.values())
+        titles[key] = _free(_arm_words(members[key], varying, "arm_words"), titles.values())
     made = []
     for key in order:
         first = members[key][0]
@@ -189,7 +222,7 @@ def _arms(
         made.append(
             Arm(
                 name=names[key],
-                words=names[key],
+                words=titles[key],
                 rule=None if of else first.record.configuration.rule,
                 apply=first.record.configuration.apply,
                 control=first.control if of else None,
@@ -214,10 +247,10 @@ def _arm_key(each: Placed, varying: Mapping[str, list[str]], by_identity: Mappin
     return _key([each.rule, _told(each, varying), source.rule if source is not None else None])
 
 
-def _arm_words(members: Sequence[Placed], varying: Mapping[str, list[str]]) -> str:
-    """Name an arm as its experiment did, with the constants that tell it from others."""
+def _arm_words(members: Sequence[Placed], varying: Mapping[str, list[str]], which: str) -> str:
+    """Name an arm as its experiment did, in short or in words, with the constants that tell it from others."""
     first = members[0]
-    labels = Counter(label for each in members if (label := _label(each.record, "arm")))
+    labels = Counter(label for each in members if (label := _label(each.record, which) or _label(each.record, "arm")))
     rule = first.record.configuration.rule
     words = labels.most_common(1)[0][0] if labels else first.control or (str(rule["name"]) if rule else "plain")
     told = _told(first, varying)
@@ -257,25 +290,9 @@ def _against(
     return [names[other] for other in (*(same or plain), *controls)]
 
 
-def _quantity(records: Sequence[Record]) -> tuple[Quantity, bool]:
-    """Choose what is compared: what the most runs have; say whether its better side is a guess."""
-    counts = Counter(
-        name for record in records for name, value in record.summary["finals"].items() if value is not None
-    )
-    for name in ("test_error", "accuracy"):
-        if name in QUANTITIES and counts[name] and counts[name] == max(counts.values()):
-            return QUANTITIES[name], False
-    own = {name: count for name, count in counts.items() if name not in ("training_loss", "test_loss")} or counts
-    name = max(own, key=lambda name: own[name], default="training_loss")
-    higher = any(word in name.lower() for word in HIGHER)
-    words = name.replace("_", " ")
-    known = higher or any(word in name.lower() for word in ("error", "loss", "perplexity"))
-    return Quantity(name=name, words=words, unit="", difference_unit="", higher_is_better=higher), not known
-
-
-def _notes(found: Found, quantity: Quantity, *, left_out: int, replaced: int, guessed: bool) -> list[str]:
+def _notes(found: Found, *, left_out: int, replaced: int) -> list[str]:
     """Say what was done with the runs that were found."""
-    notes = ["Subjects, arms and comparisons are read from the configurations of the runs, not from a plan."]
+    notes = [f"{FOUND} Subjects, arms and comparisons are read from the configurations of the runs."]
     if found.twice:
         notes.append(f"{found.twice} copies of runs are counted once.")
     if replaced:
@@ -284,6 +301,4 @@ def _notes(found: Found, quantity: Quantity, *, left_out: int, replaced: int, gu
         notes.append(f"Left out: {found.unfinished} runs that are not finished, {found.damaged} that are damaged.")
     if left_out:
         notes.append(f"Left out: {left_out} runs that only chose values on validation data.")
-    if guessed:
-        notes.append(f"Nothing says which way of {quantity.words} is better; less is taken to be.")
     return notes

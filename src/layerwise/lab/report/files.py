@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING
 
 from layerwise.lab.experiment import Outcome
 from layerwise.lab.judgement import note
+from layerwise.lab.report.found import RUNS
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet
 from layerwise.lab.report.page import Page, build
+from layerwise.lab.report.saved import PLAN, as_json
 from layerwise.lab.report.sheets import Entry
 from layerwise.lab.report.verdicts import verdicts
-from layerwise.lab.report.words import capital, place_words
+from layerwise.lab.report.words import FOUND, capital, place_words
 from layerwise.lab.store import write_whole
 
 if TYPE_CHECKING:
     import polars
-
-RUNS = "runs.json"
-"""File that names the runs of an experiment, by which ``layerwise report`` finds them."""
 
 MEANT = str.maketrans({sign: f"\\{sign}" for sign in "\\`*_[]|#"} | {sign: f"&#{ord(sign)};" for sign in "<>&"})
 """Signs of Markdown and HTML -> how they are written to mean themselves."""
@@ -43,6 +42,7 @@ def write_all(outcome: Outcome, command: str) -> Path:
     if outcome.results.records:
         _tables(outcome)
     write_whole(folder / "table.md", _bytes(markdown(outcome)))
+    write_whole(folder / PLAN, as_json(outcome.plan).encode())
     write_whole(folder / RUNS, json.dumps(_run_list(outcome), indent=1).encode())
     _figures(folder / "figures", page)
     write_whole(outcome.report, _bytes(page.html))
@@ -141,6 +141,8 @@ def _markdown(outcome: Outcome) -> Iterator[str]:
     scale = f", {plan.scale} scale" if plan.scale else ""
     yield f"# {escaped(plan.title)}"
     yield f"\n{escaped(plan.source)}{scale}. {len(results.records)} of {outcome.planned} runs finished.\n"
+    if plan.found:
+        yield f"{escaped(FOUND)}\n"
     yield f"**{escaped(headline(outcome))}**\n"
     yield f"{escaped(capital(table.lead))}.\n"
     for title, rows in table.sections:
@@ -159,7 +161,7 @@ def _markdown(outcome: Outcome) -> Iterator[str]:
         yield f"- {escaped(verdict.subject_words)}, {escaped(verdict.words)}: {escaped(verdict.conclusion)}"
         for _, comparison in verdict.rows:
             yield f"  - {escaped(capital(comparison.sentence))}"
-    yield f"\n{escaped(note(max(1, results.family), len(plan.seeds)))}"
+    yield f"\n{escaped(note(max(1, results.family), len(plan.seeds), planned=not plan.found))}"
 
 
 def cell_markdown(one: Entry) -> str:

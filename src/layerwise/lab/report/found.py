@@ -11,8 +11,10 @@ from typing import Any
 
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
-from layerwise.lab.report.files import RUNS
 from layerwise.lab.runs import Record
+
+RUNS = "runs.json"
+"""File that names the runs of an experiment, by which ``layerwise report`` finds them."""
 
 NEEDED = ("finals", "diverged_at", "iterations", "layers", "seconds", "test_seconds", "factor", "parameters")
 """What the record of a finished run holds at least."""
@@ -85,7 +87,7 @@ def _add(found: Found, known: set[str], place: Path) -> None:
         found.unfinished += 1
         return
     try:
-        record = _read(place)
+        record = read(place)
     except (OSError, ValueError, KeyError, TypeError):
         found.damaged += 1
         return
@@ -97,8 +99,14 @@ def _add(found: Found, known: set[str], place: Path) -> None:
     found.records.append(record)
 
 
-def _read(place: Path) -> Record:
+def read(place: Path) -> Record:
     """Read one finished run.
+
+    Args:
+        place: its folder.
+
+    Returns:
+        The run.
 
     Raises:
         OSError: a file cannot be read.

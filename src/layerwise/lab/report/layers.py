@@ -202,3 +202,8 @@ def factor_tables(results: Results) -> list[dict[str, Any]]:
             }
             tables.setdefault(tuple(layers), []).append(column)
     return [{"layers": list(layers), "columns": columns} for layers, columns in tables.items()]
+
+
+def factor_words(value: float) -> str:
+    """Write a factor with two decimals, and one so small that they would hide it with three digits."""
+    return f"{value:.2f}" if abs(value) >= 0.1 or not value else f"{value:.3g}"

@@ -22,7 +22,7 @@ from layerwise.lab.report.sheets import (
     paper_words,
     steps,
 )
-from layerwise.lab.report.words import capital, item_of, item_words, number, plain_arm, value_words
+from layerwise.lab.report.words import capital, item_of, item_words, listed, number, plain_arm, value_words
 from layerwise.lab.results import Results
 
 LARGEST_CHOICES = 20_000
@@ -108,7 +108,7 @@ def _best(results: Results) -> Sheet:
     """Subjects by arms and groups: of a group the best mean, and the paper's way, the best single run of each seed."""
     plan, used, sections = results.plan, [], []
     columns = item_words(plan)
-    rows = []
+    rows, beside = [], dict[tuple[int, int], None]()
     for subject in plan.subjects:
         groups = groups_of(plan, subject.name)
         most = max((len(arms) for arms in groups.values()), default=1)
@@ -125,7 +125,9 @@ def _best(results: Results) -> Sheet:
                 values = list(results.values(subject.name, item).values())
                 if plain is not None and item == plain.name and most > 1 and values:
                     best = number(best_of(values, most, plan.quantity), plan.quantity)
-                    one = replace(one, lines=((f"best of {min(most, len(values))} runs", best), *one.lines))
+                    count = min(most, len(values))
+                    one = replace(one, lines=((f"best of {count} run{'s' * (count > 1)}", best), *one.lines))
+                    beside.setdefault((count, most), None)
                 entries.append(one)
             else:
                 entries.append(Entry())
@@ -135,11 +137,19 @@ def _best(results: Results) -> Sheet:
     lead = lead_of(
         plan,
         ", at the end of the runs. Of a group: the mean at the threshold whose mean is best, which is chosen by "
-        "the test images. “Best of so many runs” is the paper's way: the best single run over all thresholds of a "
-        "seed, mean over seeds. It favours what has more runs, and so the plain arm is shown with the best of as "
-        "many of its seeds",
+        "the test images. “Best of so many values” is the paper's way: the best single run over all thresholds of a "
+        f"seed, mean over seeds{_beside(list(beside), plan.quantity)}",
     )
     return Sheet(capital(plan.quantity.words), lead, "", tuple(columns.values()), tuple(sections), notes_of(plan, used))
+
+
+def _beside(counts: Sequence[tuple[int, int]], quantity: Quantity) -> str:
+    """Say what stands beside the best of so many values: the best of how many plain runs, and that it is no measure."""
+    if not counts:
+        return ""
+    pairs = [f"best of {runs} plain run{'s' * (runs > 1)} beside best of {values} values" for runs, values in counts]
+    way = "higher" if quantity.higher_is_better else "lower"
+    return f". Shown is the {listed(pairs)}: the more values, the {way} their best by chance alone"
 
 
 def _best_entry(results: Results, subject: str, arms: Sequence[Arm], paper: PaperValue | None) -> Entry:
@@ -157,7 +167,7 @@ def _best_entry(results: Results, subject: str, arms: Sequence[Arm], paper: Pape
     whole = [pick(values) for values in by_seed.values() if len(values) == len(arms)]
     lines = [("at", value_words(arm.value))]
     if whole:
-        lines.append((f"best of {len(arms)} runs", number(statistics.fmean(whole), quantity)))
+        lines.append((f"best of {len(arms)} values", number(statistics.fmean(whole), quantity)))
     one = entry(cell, quantity, paper)
     return replace(one, lines=(*lines, *one.lines))
 
@@ -188,8 +198,9 @@ def _times(results: Results) -> Sheet:
             entries.append(Entry(f"{_percent(statistics.fmean(more))}" if more else "–", sd, lines))
         rows.append(Row(subject.words, tuple(entries), "", missing(results, subject.name, plan.arms_of(subject.name))))
     lead = (
-        "running time without the tests, mean ± standard deviation: of the plain arm in seconds (the paper's "
-        "in its own unit), of the others in % more than the plain run of the same seed"
+        "running time without the tests, mean ± standard deviation: of the plain arm in seconds, and so the paper's, "
+        "whatever unit it prints; of the others in % more than the plain run of the same seed, and of the paper in % "
+        "more than its plain mean"
     )
     return Sheet(
         capital(plan.quantity.words), lead, "", tuple(columns.values()), (("", tuple(rows)),), notes_of(plan, used)

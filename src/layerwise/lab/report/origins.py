@@ -12,10 +12,10 @@ from layerwise.lab.experiment import Outcome
 from layerwise.lab.judgement import MINIMUM_PAIRS
 from layerwise.lab.networks import NETWORKS
 from layerwise.lab.plan import Plan
-from layerwise.lab.report.words import listed
+from layerwise.lab.report.words import listed, value_words
 
-PAPER_SEEDS = 10
-"""Runs of each cell of Singh et al. 2015 and Basodi et al. 2023; fewer show only larger differences."""
+FEW_SEEDS = 10
+"""With fewer the page says that small differences need more."""
 
 
 def origins(outcome: Outcome) -> list[tuple[str, str]]:
@@ -144,9 +144,9 @@ def caveats(outcome: Outcome, *, grouped: bool, mapped: int) -> list[str]:
             "count stands beside them, and an arm that diverged more often than another is never called better."
         )
     if len(plan.seeds) < MINIMUM_PAIRS:
-        found.append(f"Fewer than {MINIMUM_PAIRS} seeds: no difference is called, whatever the means are.")
-    elif len(plan.seeds) < PAPER_SEEDS:
-        found.append(f"{len(plan.seeds)} seeds; the papers had about {PAPER_SEEDS}: small differences need more.")
+        found.append(f"Fewer than {MINIMUM_PAIRS} seeds: no difference can be shown, whatever the means are.")
+    elif len(plan.seeds) < FEW_SEEDS:
+        found.append(f"{len(plan.seeds)} seeds: small differences need more.")
     found += [f"Skipped: {words}." for words in outcome.skipped]
     found += _of_layout(plan)
     empty, made = _empty_choices(outcome)
@@ -167,8 +167,8 @@ def _of_layout(plan: Plan) -> list[str]:
     if plan.layout in ("thresholds", "best") and any(arm.group for arm in plan.arms):
         return [
             "The best threshold of a group is picked by the test images themselves, and the best of several means "
-            "is too good by chance alone: what is judged is every threshold by itself, with a "
-            "correction for their number."
+            f"is too good by chance alone: what is judged is {_judged(plan)} by itself, with a "
+            "correction for the number of all comparisons."
         ]
     if plan.quantity.name == "seconds":
         return [
@@ -176,6 +176,17 @@ def _of_layout(plan: Plan) -> list[str]:
             "and single runs vary by several per cent."
         ]
     return []
+
+
+def _judged(plan: Plan) -> str:
+    """Name the values of groups that the plan compares with other arms."""
+    grouped = [arm for arm in plan.arms if arm.group]
+    values = sorted({arm.value for arm in grouped if arm.against and arm.value is not None})
+    if all(arm.against for arm in grouped) or not values:
+        return "every threshold"
+    return (
+        f"{'each of the thresholds' if len(values) > 1 else 'the threshold'} {listed(list(map(value_words, values)))}"
+    )
 
 
 def _empty_choices(outcome: Outcome) -> tuple[int, int]:

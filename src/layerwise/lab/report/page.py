@@ -19,7 +19,7 @@ from layerwise.lab.report.looks import COLOURS, Look, looks
 from layerwise.lab.report.origins import caveats, origins, rule_words
 from layerwise.lab.report.sheets import FAR
 from layerwise.lab.report.verdicts import verdicts
-from layerwise.lab.report.words import capital, item_of, place_words
+from layerwise.lab.report.words import FOUND, capital, item_of, place_words
 
 SMALL = 290
 """Widest drawing that stands four in a row, in pixels."""
@@ -100,7 +100,7 @@ def build(outcome: Outcome, command: str) -> Page:
         cards=cards,
         several=len({v.item for v in found}) > 1,
         place=place_words(plan),
-        note=note(max(1, results.family), len(plan.seeds)),
+        note=note(max(1, results.family), len(plan.seeds), planned=not plan.found),
         table=table,
         offs=any(one.off is not None for one in entries),
         bold=any(one.best for one in entries),
@@ -116,6 +116,7 @@ def build(outcome: Outcome, command: str) -> Page:
         small=SMALL,
         middle=grouped,
         factor_tables=layers.factor_tables(results),
+        factor=layers.factor_words,
         command=command,
         origins=origins(outcome),
         arms=[
@@ -143,7 +144,7 @@ def _figures(cards: Any, rows: list[Row], panes: list[layers.Pane], chosen: Any)
 
 def notices(outcome: Outcome) -> list[str]:
     """Say what the reader must know before anything else: an incomplete plan, failures, the smoke scale."""
-    found = []
+    found = [FOUND] if outcome.plan.found else []
     if not outcome.complete:
         begin = "Interrupted: " if outcome.interrupted else ""
         failed = "".join(f" {failure.doing} failed: {failure.reason}." for failure in outcome.failures)

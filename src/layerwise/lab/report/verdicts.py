@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from layerwise.lab.arms import Arm
-from layerwise.lab.judgement import MINIMUM_PAIRS, Comparison, conclusion
-from layerwise.lab.report.words import item_of, last_step, listed, plain_arm, value_words
+from layerwise.lab.judgement import MINIMUM_PAIRS, NONE, Comparison, conclusion
+from layerwise.lab.report.words import item_of, last_step, listed, value_words
 from layerwise.lab.results import Results
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The comparisons of one arm at the last column, by what the other arm is to it.
+
+    Attributes:
+        first: with the plain arm that it names first; with its first rival, or control, where it names none.
+        controls: with what asks what a gain is made of.
+        rivals: with what is neither, as another method or a plain arm of another length.
+    """
+
+    first: Comparison
+    controls: tuple[Comparison, ...] = ()
+    rivals: tuple[tuple[Arm, Comparison], ...] = ()
+
+    @property
+    def all(self) -> tuple[Comparison, ...]:
+        """Every one, the first one first."""
+        return (self.first, *self.controls, *(each for _, each in self.rivals))
 
 
 @dataclass(frozen=True)
@@ -63,7 +83,7 @@ def verdicts(results: Results) -> list[Verdict]:
     """
     plan, found = results.plan, []
     for subject in plan.subjects:
-        arms = [arm for arm in plan.arms_of(subject.name) if any(True for _ in _against(results, subject.name, arm))]
+        arms = [arm for arm in plan.arms_of(subject.name) if _compared(results, subject.name, arm) is not None]
         for item in dict.fromkeys(item_of(arm) for arm in arms):
             members = [arm for arm in arms if item_of(arm) == item]
             judge = _judged_group if members[0].group else _judged_arm
@@ -71,18 +91,25 @@ def verdicts(results: Results) -> list[Verdict]:
     return found
 
 
-def _against(results: Results, subject: str, arm: Arm) -> dict[str, Comparison]:
-    """Give the comparisons of an arm at the last column: name of the other arm -> comparison, the plain one first."""
-    plan, step = results.plan, last_step(results.plan)
-    plain = plain_arm(plan, subject)
-    found = {
-        other.name: results.comparisons()[subject, arm.name, other.name, step]
-        for name, one, other in plan.pairs()
+def _compared(results: Results, subject: str, arm: Arm) -> Compared | None:
+    """Sort the comparisons of an arm at the last column; None where it has none."""
+    step, comparisons = last_step(results.plan), results.comparisons()
+    found = [
+        (other, comparisons[subject, arm.name, other.name, step])
+        for name, one, other in results.plan.pairs()
         if name == subject and one.name == arm.name
-    }
-    if plain is not None and plain.name in found:
-        return {plain.name: found[plain.name], **found}
-    return found
+    ]
+    if not found:
+        return None
+    # The arm's own plain arm: the first one that it names, which need not be the subject's first.
+    order = {"plain": 0, "method": 1, "control": 2}
+    first = min(range(len(found)), key=lambda place: order[found[place][0].kind])
+    rest = [pair for place, pair in enumerate(found) if place != first]
+    return Compared(
+        first=found[first][1],
+        controls=tuple(each for other, each in rest if other.kind == "control"),
+        rivals=tuple((other, each) for other, each in rest if other.kind != "control"),
+    )
 
 
 def _all_of(results: Results, subject: str, members: Sequence[Arm]) -> tuple[Comparison, ...]:
@@ -95,37 +122,60 @@ def _all_of(results: Results, subject: str, members: Sequence[Arm]) -> tuple[Com
 
 
 def _judged_arm(results: Results, subject: str, members: Sequence[Arm]) -> Verdict:
-    """Judge one arm against the plain one and its controls."""
+    """Judge one arm against the plain one, its controls and its rivals."""
     (arm,) = members
-    first, *controls = _against(results, subject, arm).values()
-    beats = (arm.words,) if first.better else ()
+    found = _compared(results, subject, arm)
+    assert found is not None
+    beats = (arm.words,) if found.first.better else ()
+    beyond = beats if all(each.better for each in found.controls) else ()
+    words = [conclusion(found.first, found.controls), *(_rival_words(each) for _, each in found.rivals)]
     return Verdict(
         subject=subject,
         subject_words=results.plan.subject(subject).words,
         words=arm.words,
         item=arm.name,
-        conclusion=conclusion(first, controls),
-        rows=tuple((f"against {each.against}", each) for each in (first, *controls)),
+        conclusion=" ".join(words),
+        rows=tuple((f"against {each.against}", each) for each in found.all),
         comparisons=_all_of(results, subject, members),
         beats_plain=beats,
-        beats_all=(beats if all(each.better for each in controls) else ()) if controls else None,
-        does_worse=(arm.words,) if first.worse else (),
+        beats_all=beyond if found.controls else None,
+        does_worse=(arm.words,) if found.first.worse else (),
     )
+
+
+def _rival_words(each: Comparison) -> str:
+    """Say what the comparison with another method, or another plain arm, shows."""
+    if len(each.seeds) < MINIMUM_PAIRS:
+        words = f"Against {each.against} there are too few pairs to tell."
+    elif each.outcome == NONE:
+        words = f"Against {each.against} no difference is shown."
+    else:
+        words = f"Against {each.against} it has a {each.outcome}."
+    if each.diverged or each.diverged_against:
+        words += (
+            f" Of {each.runs} seeds it diverged in {len(each.diverged)}, {each.against} in "
+            f"{len(each.diverged_against)}."
+        )
+    return words
 
 
 def _judged_group(results: Results, subject: str, members: Sequence[Arm]) -> Verdict:
     """Judge the arms of a group, each against the same other arm."""
-    rows = [(value_words(arm.value) or arm.words, _against(results, subject, arm)) for arm in members]
-    firsts = [(label, next(iter(found.values()))) for label, found in rows]
+    rows = [
+        (value_words(arm.value) or arm.words, found)
+        for arm in members
+        if (found := _compared(results, subject, arm)) is not None
+    ]
+    firsts = [(label, found.first) for label, found in rows]
     better = tuple(label for label, each in firsts if each.better)
-    controlled = [(label, found) for label, found in rows if len(found) > 1]
-    beyond = tuple(label for label, found in controlled if all(each.better for each in found.values()))
+    controlled = [(label, found) for label, found in rows if found.controls]
+    beyond = tuple(label for label, found in controlled if all(each.better for each in (found.first, *found.controls)))
     return Verdict(
         subject=subject,
         subject_words=results.plan.subject(subject).words,
         words=members[0].group,
         item=members[0].group,
-        conclusion=_group_conclusion(firsts, beyond if controlled else None),
+        conclusion=" ".join([_group_conclusion(firsts, beyond if controlled else None), *_group_rivals(rows)]),
         rows=tuple(firsts),
         comparisons=_all_of(results, subject, members),
         beats_plain=better,
@@ -133,6 +183,30 @@ def _judged_group(results: Results, subject: str, members: Sequence[Arm]) -> Ver
         does_worse=tuple(label for label, each in firsts if each.worse),
         grouped=True,
     )
+
+
+def _group_rivals(rows: Sequence[tuple[str, Compared]]) -> Iterator[str]:
+    """Say what the comparisons of a group's arms with each rival show, the arms of another group taken together."""
+    rivals: dict[str, list[tuple[str, Comparison]]] = {}
+    for label, found in rows:
+        for other, each in found.rivals:
+            name = f"“{other.group}” at the same value" if other.group else other.words
+            rivals.setdefault(name, []).append((label, each))
+    for name, found in rivals.items():
+        told = [(label, each) for label, each in found if len(each.seeds) >= MINIMUM_PAIRS]
+        if not told:
+            yield f"Against {name} there are too few pairs to tell."
+            continue
+        shown: dict[str, list[str]] = {}
+        for label, each in told:
+            if each.outcome != NONE:
+                shown.setdefault(each.outcome, []).append(label)
+        where = f"Of {len(told)} values" if len(told) > 1 else f"At {told[0][0]}"
+        parts = [f"it has a {outcome} at {listed(labels)}" for outcome, labels in shown.items()]
+        if len(told) == 1:
+            parts = [f"it has a {outcome}" for outcome in shown]
+        ends = listed(parts) if parts else "no difference is shown" + " at any" * (len(told) > 1)
+        yield f"{where}, compared with {name}, {ends}."
 
 
 def _group_conclusion(firsts: Sequence[tuple[str, Comparison]], beyond: Sequence[str] | None) -> str:
@@ -143,15 +217,27 @@ def _group_conclusion(firsts: Sequence[tuple[str, Comparison]], beyond: Sequence
     better = [label for label, comparison in firsts if comparison.better]
     worse = [label for label, comparison in firsts if comparison.worse]
     count = len(firsts)
-    if not better and not worse:
+    if count == 1:
+        words = f"At {firsts[0][0]}, the one value that is judged, it "
+        words += (
+            f"beats {each.against}."
+            if better
+            else f"does worse than {each.against}."
+            if worse
+            else (f"is not shown to differ from {each.against} in its {each.quantity}.")
+        )
+    elif not better and not worse:
         words = f"None of {count} values is shown to differ from {each.against} in its {each.quantity}."
     else:
         parts = [f"it beats {each.against} at {listed(better)}"] if better else []
         parts += [f"it does worse at {listed(worse)}"] if worse else []
         words = f"Of {count} values, {listed(parts)}."
     if better and beyond is not None:
-        words += (
-            f" It beats the controls too at {listed(beyond)}." if beyond else " At none is that more than its controls."
-        )
+        if count == 1:
+            words += " It beats the controls too." if beyond else " That is not shown to be more than its controls."
+        elif beyond:
+            words += f" It beats the controls too at {listed(beyond)}."
+        else:
+            words += " At none is that shown to be more than its controls."
     diverged = sum(len(comparison.diverged) for _, comparison in firsts)
     return f"{words} {diverged} of its runs diverged." if diverged else words

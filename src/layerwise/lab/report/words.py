@@ -8,6 +8,12 @@ from collections.abc import Sequence
 from layerwise.lab.arms import Arm
 from layerwise.lab.plan import Plan, Quantity
 
+FOUND = (
+    "Made from runs found, not from a plan: the comparisons were chosen after the runs, so the verdicts weigh less "
+    "than those of an experiment that was planned."
+)
+"""What a page of any finished runs says."""
+
 
 def listed(words: Sequence[str]) -> str:
     """Join names to "a", "a and b" or "a, b and c"."""
@@ -31,7 +37,7 @@ def item_words(plan: Plan) -> dict[str, str]:
 
 def plain_arm(plan: Plan, subject: str) -> Arm | None:
     """Give the arm of a subject that trains without a method, the first one if there are several."""
-    return next((arm for arm in plan.arms_of(subject) if arm.rule is None and arm.control is None), None)
+    return next((arm for arm in plan.arms_of(subject) if arm.kind == "plain"), None)
 
 
 def value_words(value: float | None) -> str:

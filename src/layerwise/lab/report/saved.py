@@ -1,0 +1,142 @@
+"""The plan of an experiment, kept beside its page, so that the page can be made again from the runs alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from layerwise.lab.arms import Arm
+from layerwise.lab.configuration import Configuration
+from layerwise.lab.plan import LAYOUTS, PaperValue, Plan, PlannedRun, Quantity, Subject
+from layerwise.lab.report.found import RUNS, read
+from layerwise.lab.results import Key, Results
+from layerwise.lab.runs import Record
+
+PLAN = "plan.json"
+"""File with the plan of an experiment, from which and the list of runs its page can be made again."""
+
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+"""What reading a file that holds something else may raise; UsageError is a ValueError."""
+
+
+def as_json(plan: Plan) -> str:
+    """Write everything of a plan but a person's tasks.
+
+    Args:
+        plan: the experiment.
+
+    Returns:
+        JSON. A configuration stands once for all seeds, which differ in nothing else.
+    """
+    kept: dict[str, int] = {}
+    runs = []
+    for run in plan.runs:
+        text = json.dumps(replace(run.configuration, seed=0).as_json(), sort_keys=True)
+        runs.append([run.subject, run.arm.name, run.seed, kept.setdefault(text, len(kept))])
+    plain = {field.name: getattr(plan, field.name) for field in fields(Plan)}
+    plain["quantity"] = asdict(plan.quantity)
+    for name in ("subjects", "arms", "paper"):
+        plain[name] = [asdict(each) for each in plain[name]]
+    plain["configurations"] = [json.loads(text) for text in kept]
+    plain["runs"] = runs
+    return json.dumps(plain, default=str)
+
+
+def plan_of(content: Mapping[str, Any]) -> Plan:
+    """Read what ``as_json`` has written.
+
+    Args:
+        content: of the file.
+
+    Returns:
+        The plan.
+
+    Raises:
+        KeyError: something is missing.
+        TypeError: something is of another kind.
+        ValueError: a value out of its range.
+    """
+    subjects = tuple(Subject(**row) for row in content["subjects"])
+    arms = {
+        row["name"]: Arm(**{**row, "subjects": tuple(row["subjects"]), "against": tuple(row["against"])})
+        for row in content["arms"]
+    }
+    names = {subject.name for subject in subjects}
+    configurations = [Configuration(**row) for row in content["configurations"]]
+    runs = []
+    for subject, arm, seed, place in content["runs"]:
+        if subject not in names or not isinstance(seed, int):
+            raise ValueError(f"subject={subject!r}, seed={seed!r}: the plan has no such run")
+        configuration = replace(configurations[place], seed=seed)
+        runs.append(PlannedRun(subject=subject, arm=arms[arm], seed=seed, configuration=configuration))
+    if content["layout"] not in LAYOUTS:
+        raise ValueError(f"layout={content['layout']!r}: the plan has no such layout")
+    made = Plan(
+        **{
+            **{name: value for name, value in content.items() if name != "configurations"},
+            "quantity": Quantity(**content["quantity"]),
+            "subjects": subjects,
+            "arms": tuple(arms.values()),
+            "runs": tuple(runs),
+            "paper": tuple(PaperValue(**row) for row in content["paper"]),
+            "constants": {name: (value, str(source)) for name, (value, source) in content["constants"].items()},
+            **{name: tuple(content[name]) for name in ("columns", "seeds", "claims", "notes")},
+        }
+    )
+    words = (made.title, made.source, made.scale, made.data_title, made.step_unit, *made.notes, *made.claims)
+    named = [text for each in (*made.subjects, *made.arms) for text in (each.name, each.words)]
+    if not all(isinstance(text, str) for text in (*words, *named)):
+        raise TypeError("the plan holds something else where words belong")
+    return made
+
+
+def rebuilt(folder: Path) -> Results | None:
+    """Read the plan of an experiment and its finished runs.
+
+    Args:
+        folder: of the experiment, or any other.
+
+    Returns:
+        The results; None where the folder has no plan and list of runs that fit together, or no run is left. What is
+        wrong with a run is no reason to judge by another plan: it is left out, and the plan's notes say so.
+    """
+    try:
+        plan = plan_of(json.loads((folder / PLAN).read_bytes()))
+        listed = [
+            ((each["subject"], each["arm"], each["seed"]), folder / each["folder"])
+            for each in json.loads((folder / RUNS).read_bytes())["runs"]
+        ]
+        planned = {run.key: run for run in plan.runs}
+        records: dict[Key, Record] = {}
+        for key, place in listed:
+            record = _record(place)
+            if record is not None and key in planned and _fits(record.configuration, planned[key]):
+                records[key] = record
+    except BROKEN:
+        return None
+    if not records:
+        return None
+    lost = len(listed) - len(records)
+    if lost:
+        words = f"{lost} runs that the experiment had finished are gone or damaged, or are of another configuration."
+        plan = replace(plan, notes=(*plan.notes, words))
+    return Results(plan, records)
+
+
+def _record(place: Path) -> Record | None:
+    try:
+        return read(place)
+    except BROKEN:
+        return None
+
+
+def _fits(configuration: Configuration, planned: PlannedRun) -> bool:
+    """Tell whether a run is the one that was planned; what a control repeats was not known then."""
+    expected = planned.configuration
+    if planned.arm.control is not None:
+        same = configuration.source is not None
+        return same and (configuration.trial, configuration.seed) == (expected.trial, expected.seed)
+    return configuration == expected

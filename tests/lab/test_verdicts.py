@@ -1,0 +1,137 @@
+"""What is judged of arms: their own plain arm, their controls, and their rivals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from made_up import finish_plan, noise, outcome_of, sweep_plan, sweep_value
+
+from layerwise.lab import recipe
+from layerwise.lab.arms import Arm
+from layerwise.lab.errors import UsageError
+from layerwise.lab.methods import make_arms
+from layerwise.lab.report.layers import factor_words
+from layerwise.lab.report.layouts import sheet
+from layerwise.lab.report.page import build
+from layerwise.lab.report.verdicts import verdicts
+
+
+def kept(plan, subject: str, arms):
+    """Keep some arms of one subject."""
+    runs = tuple(run for run in plan.runs if run.subject == subject and run.arm.name in arms)
+    chosen = tuple(arm for arm in plan.arms if arm.name in arms)
+    return replace(plan, subjects=(plan.subject(subject),), arms=chosen, runs=runs)
+
+
+def amplified(selection: str) -> Arm:
+    return Arm(name="a", words="a", rule={"name": "GradientAmplification", "selection": {"name": selection}})
+
+
+def test_what_an_arm_is_to_others_follows_from_its_rule_or_its_role():
+    kinds = {arm.name: arm.kind for arm in make_arms(["amplification-G", "amplification-all", "lars", "shuffled:lars"])}
+    assert kinds == {
+        "plain": "plain",
+        "amplification-G": "method",
+        "mean-factor:amplification-G": "control",
+        "amplification-all": "control",
+        "mean-factor:amplification-all": "control",
+        "lars": "method",
+        "mean-factor:lars": "control",
+        "shuffled:lars": "control",
+    }
+    assert {name: amplified(name).kind for name in ("AllLayers", "RandomLayers", "ShuffledLayers")} == {
+        "AllLayers": "control",
+        "RandomLayers": "control",
+        "ShuffledLayers": "control",
+    }
+    assert amplified("Directionality").kind == "method"
+    assert recipe.load("singh2015-figure2").plan("full").arm("plain-lower-rate").kind == "control"
+    with pytest.raises(UsageError, match="role='rival' of arm 'a': use one of method, plain, control"):
+        Arm(name="a", words="a", role="rival")  # type: ignore[arg-type]
+
+
+def test_a_method_of_another_length_is_judged_by_its_own_plain_arm(tmp_path):
+    arms = ("plain", "plain-50k", "layer-adaptive-50k")
+    plan = kept(recipe.load("singh2015-figure1").plan("reduced", seeds=5), "sgd", arms)
+    means = {"plain": 82.0, "plain-50k": 80.0, "layer-adaptive-50k": 82.0}
+    signs = {"layer-adaptive-50k": -1}
+
+    def value(run):
+        return means[run.arm.name] + signs.get(run.arm.name, 1) * noise(run.seed)
+
+    finish_plan(plan, tmp_path, value, quantity=plan.quantity.name)
+    (verdict,) = verdicts(outcome_of(plan, tmp_path, tmp_path).results)
+    assert [each.against for _, each in verdict.rows] == ["plain, step at 50,000", "plain"]
+    assert verdict.beats_plain == ("layer-adaptive, step at 50,000",)
+    assert verdict.beats_all is None
+    assert verdict.conclusion == (
+        "It beats plain, step at 50,000; no control was run to tell what the gain is due to. "
+        "Against plain no difference is shown."
+    )
+
+
+def test_a_group_has_its_rivals_in_a_sentence_of_their_own(tmp_path):
+    plan = sweep_plan("best")
+    plan = kept(plan, "one", {arm.name for arm in plan.arms})
+    arms = []
+    for arm in plan.arms:
+        against = ("plain", f"G-{arm.value:g}") if arm.group == "G′ case 1" else arm.against
+        arms.append(replace(arm, against=against))
+    plan = replace(plan, arms=tuple(arms))
+
+    def value(run):
+        return sweep_value(run) + (20 * noise(run.seed) if run.arm.group == "G′ case 1" else 0.0)
+
+    finish_plan(plan, tmp_path, value, quantity="accuracy")
+    found = {verdict.item: verdict for verdict in verdicts(outcome_of(plan, tmp_path, tmp_path).results)}
+    verdict = found["G′ case 1"]
+    assert verdict.beats_all is None
+    assert verdict.conclusion == (
+        "None of 3 values is shown to differ from plain in its accuracy. Of 3 values, compared with “G case 1” at the "
+        "same value, it has a lower accuracy at 1.5 and it has a higher accuracy at 2.5."
+    )
+    assert "control" not in verdict.conclusion
+    assert found["G case 1"].beats_all == ("1.5",)
+
+
+def test_choosing_again_is_a_rival_of_choosing_once():
+    plan = recipe.load("basodi2023-figure2").plan("full")
+    others = [other for _, arm, other in plan.pairs() if arm.group == "every 2 epochs"]
+    assert {other.kind for other in others} == {"plain", "method"}
+
+
+def test_one_judged_value_of_a_group_is_named(tmp_path):
+    plan = sweep_plan("best")
+    plan = kept(plan, "one", {arm.name for arm in plan.arms})
+    arms = [replace(arm, against=arm.against if arm.value in (None, 1.5) else ()) for arm in plan.arms]
+    plan = replace(plan, arms=tuple(arms))
+    finish_plan(plan, tmp_path, sweep_value, quantity="accuracy")
+    outcome = outcome_of(plan, tmp_path, tmp_path)
+    found = {verdict.item: verdict.conclusion for verdict in verdicts(outcome.results)}
+    assert found["G case 1"] == "At 1.5, the one value that is judged, it beats plain. It beats the controls too."
+    assert "what is judged is the threshold 1.5 by itself" in build(outcome, "").html
+
+
+def test_the_best_of_fewer_plain_runs_is_said_to_be_of_fewer(tmp_path):
+    plan = sweep_plan("best", seeds=2)
+    finish_plan(plan, tmp_path, sweep_value, quantity="accuracy")
+    made = sheet(outcome_of(plan, tmp_path, tmp_path).results)
+    assert made.lead.endswith(
+        "Shown is the best of 2 plain runs beside best of 3 values: the more values, the higher their best by chance "
+        "alone"
+    )
+    assert "best of 2 runs" in dict(made.sections[0][1][0].entries[0].lines)
+    times = replace(plan, layout="times", quantity=sweep_plan("times", "seconds").quantity)
+    lead = sheet(outcome_of(times, tmp_path, tmp_path).results).lead
+    assert "of the plain arm in seconds, and so the paper's" in lead
+
+
+def test_factors_have_two_decimals_and_small_ones_are_not_hidden():
+    assert [factor_words(value) for value in (3.0, 2.47, 12.345, 0.0, 0.00123)] == [
+        "3.00",
+        "2.47",
+        "12.35",
+        "0.00",
+        "0.00123",
+    ]
