@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.intervals import bootstrap_interval, holm, paired_p_value
+from layerwise.lab.wording import counted, decimals_of, probability, signed
 
 ALPHA = 0.05
 """Chance, over all comparisons together, of calling a difference where there is none."""
@@ -149,11 +150,11 @@ class Comparison:
         if self.mean is None:
             return "no numbers to compare" if self.runs else "no pair of finished runs"
         numbers = [value for value in (self.mean, self.low, self.high) if value is not None]
-        decimals = _decimals(numbers)
+        decimals = decimals_of(numbers)
         words = f"{signed(self.mean, decimals)} {self.unit}".rstrip()
         if self.low is not None and self.high is not None and self.adjusted_p is not None:
             words += f", 95 % interval {signed(self.low, decimals)} to {signed(self.high, decimals)}"
-            words += f", adjusted p {_probability(self.adjusted_p)}"
+            words += f", adjusted p {probability(self.adjusted_p, ALPHA)}"
         return f"{words}, n = {len(self.seeds)}"
 
     @property
@@ -166,16 +167,11 @@ class Comparison:
             words = f"{self.arm} has a {self.outcome} than {self.against} ({self.statistics})."
         if self.diverged or self.diverged_against:
             words += (
-                f" {self.arm} diverged in {len(self.diverged)} of {_count(self.runs, 'seed')} "
+                f" {self.arm} diverged in {len(self.diverged)} of {counted(self.runs, 'seed')} "
                 f"(against {len(self.diverged_against)})"
             )
             words += "; the numbers are of the pairs in which neither did." if self.seeds else "."
         return words
-
-
-def signed(value: float, decimals: int = 2) -> str:
-    """Write a difference with its sign."""
-    return f"{value:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def judge(
@@ -280,117 +276,3 @@ def _decide(measured: Comparison, adjusted_p: float, family: int) -> Comparison:
     if more_often < 0 and called.worse:
         return replace(measured, reason=f"{measured.against} diverged more often")
     return called
-
-
-def conclusion(plain: Comparison, control: Comparison | Sequence[Comparison]) -> str:
-    """Say what the comparisons of one arm with the plain arm and with the controls mean together.
-
-    Args:
-        plain: the method against the plain arm.
-        control: the method against one control or several, such as the same mean factor as a global rate, or the same
-            factors on shuffled layers. May be empty.
-
-    Returns:
-        One to three sentences about the method as "it"; never more than the comparisons show.
-
-    Raises:
-        UsageError: the comparisons are not all of the same arm, step and quantity.
-    """
-    controls = (control,) if isinstance(control, Comparison) else tuple(control)
-    for each in controls:
-        for name in ("subject", "arm", "step", "quantity", "higher_is_better"):
-            if getattr(each, name) != getattr(plain, name):
-                raise UsageError(
-                    f"control.{name}={getattr(each, name)!r}: must be {getattr(plain, name)!r}, as in the comparison "
-                    "with the plain arm; give comparisons of one arm"
-                )
-    return " ".join([_meaning(plain, controls), *_divergences((plain, *controls))])
-
-
-def _meaning(plain: Comparison, controls: tuple[Comparison, ...]) -> str:
-    """Say what the outcomes mean together, without the diverged runs."""
-    compared = (plain, *controls)
-    if max(len(each.differences) for each in compared) < MINIMUM_PAIRS:
-        enough = max(each.runs for each in compared) >= MINIMUM_PAIRS
-        pairs = "pairs are without a diverged run" if enough else "pairs are finished"
-        return f"Too few runs to tell: fewer than {MINIMUM_PAIRS} {pairs}."
-    beaten = _listed([each.against for each in compared if each.better])
-    above = _listed([each.against for each in compared if each.worse])
-    unshown = _listed([each.against for each in compared if each.outcome == NONE])
-    if not beaten and not above:
-        return f"These runs do not show that the method changes the {plain.quantity}."
-    if plain.better and not above:
-        if not controls:
-            return f"It beats {beaten}; no control was run to tell what the gain is due to."
-        if not unshown:
-            others = _listed([each.against for each in controls])
-            return f"It beats {beaten}: the gain is more than that of {others}."
-        return f"It beats {beaten} but not {unshown}: the gain is not shown to be more than that of {unshown}."
-    words = f"It beats {beaten}, but" if beaten else "It"
-    if above:
-        words += f" does worse than {above}"
-    if unshown:
-        words += f"{', and' if above else ''} is not shown to beat {unshown}"
-    return f"{words}."
-
-
-def _divergences(compared: tuple[Comparison, ...]) -> list[str]:
-    """Count the diverged runs, one sentence for all comparisons over equally many seeds."""
-    counts: dict[tuple[int, int], list[str]] = {}
-    if any(each.diverged or each.diverged_against for each in compared):
-        for each in compared:
-            others = counts.setdefault((len(each.diverged), each.runs), [])
-            others.append(f"{each.against} in {len(each.diverged_against)}")
-    return [
-        f"It diverged in {times} of {_count(runs, 'seed')}, {_listed(others)}."
-        for (times, runs), others in counts.items()
-        if runs
-    ]
-
-
-def note(family: int, seeds: int, *, planned: bool = True) -> str:
-    """Say how the intervals were made.
-
-    Args:
-        family: number of comparisons planned together.
-        seeds: number of pairs planned for each.
-        planned: they were; or else were found finished.
-
-    Returns:
-        Two sentences; three for so few seeds that the intervals are too narrow.
-    """
-    correction = f" after Holm's correction over {family} comparisons" if family > 1 else ""
-    # The table in layerwise.lab.intervals: 0.92 at n = 5 where the interval and the p-value together reach 0.95.
-    narrow = " With fewer than 7 pairs the intervals are too narrow (about 92 % at 5); the p-value makes up for it."
-    return (
-        "Intervals: 95 % bootstrap (expanded percentile) of the mean difference, paired by seed "
-        f"({_count(seeds, 'seed')} {'planned' if planned else 'found'}), each by itself. A difference is called where "
-        f"there are at least {MINIMUM_PAIRS} pairs, the interval leaves out 0 and Student's paired t has p < {ALPHA}"
-        f"{correction}."
-    ) + (narrow if seeds < 7 else "")
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Join names to "a", "a and b" or "a, b and c"."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _count(number: int, noun: str) -> str:
-    """Write a number of things."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _decimals(numbers: Sequence[float]) -> int:
-    """Choose decimals, 2 to 6, that show two digits of the largest number and one of the smallest that is not 0."""
-    sizes = [abs(number) for number in numbers if number]
-    if not sizes:
-        return 2
-    return min(6, max(2, 1 - math.floor(math.log10(max(sizes))), -math.floor(math.log10(min(sizes)))))
-
-
-def _probability(p: float) -> str:
-    """Write a p-value after its sign of comparison, on the right side of ``ALPHA``."""
-    if p < 0.001:
-        return "< 0.001"
-    decimals = next((count for count in range(3, 16) if (round(p, count) < ALPHA) == (p < ALPHA)), 17)
-    return f"= {p:.{decimals}f}"

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from layerwise.lab.conclusions import note
 from layerwise.lab.experiment import Outcome
-from layerwise.lab.judgement import note
 from layerwise.lab.report.found import RUNS
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet

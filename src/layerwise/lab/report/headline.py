@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from layerwise.lab.experiment import Outcome
 from layerwise.lab.judgement import MINIMUM_PAIRS
 from layerwise.lab.report.verdicts import Verdict, verdicts
-from layerwise.lab.report.words import capital, listed, place_words
+from layerwise.lab.report.words import capital, place_words
+from layerwise.lab.wording import listed
 
 NAMED = 4
 """So many names are listed in a sentence; more are counted."""

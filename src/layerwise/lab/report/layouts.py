@@ -22,8 +22,9 @@ from layerwise.lab.report.sheets import (
     paper_words,
     steps,
 )
-from layerwise.lab.report.words import capital, item_of, item_words, listed, number, plain_arm, value_words
+from layerwise.lab.report.words import capital, item_of, item_words, number, plain_arm, value_words
 from layerwise.lab.results import Results
+from layerwise.lab.wording import listed
 
 LARGEST_CHOICES = 20_000
 """So many choices of runs are enumerated for the best of several; beyond, the bound for all runs is taken."""

@@ -12,7 +12,8 @@ from layerwise.lab.experiment import Outcome
 from layerwise.lab.judgement import MINIMUM_PAIRS
 from layerwise.lab.networks import NETWORKS
 from layerwise.lab.plan import Plan
-from layerwise.lab.report.words import listed, value_words
+from layerwise.lab.report.words import value_words
+from layerwise.lab.wording import listed
 
 FEW_SEEDS = 10
 """With fewer the page says that small differences need more."""

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from layerwise.lab.arms import Arm
-from layerwise.lab.judgement import MINIMUM_PAIRS, NONE, Comparison, conclusion
-from layerwise.lab.report.words import item_of, last_step, listed, value_words
+from layerwise.lab.conclusions import conclusion
+from layerwise.lab.judgement import MINIMUM_PAIRS, NONE, Comparison
+from layerwise.lab.report.words import item_of, last_step, value_words
 from layerwise.lab.results import Results
+from layerwise.lab.wording import listed
 
 
 @dataclass(frozen=True)

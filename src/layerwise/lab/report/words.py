@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from layerwise.lab.arms import Arm
 from layerwise.lab.plan import Plan, Quantity
@@ -13,11 +12,6 @@ FOUND = (
     "than those of an experiment that was planned."
 )
 """What a page of any finished runs says."""
-
-
-def listed(words: Sequence[str]) -> str:
-    """Join names to "a", "a and b" or "a, b and c"."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def capital(sentence: str) -> str:
