@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 import time
@@ -20,6 +19,7 @@ from layerwise.lab.processes import Processes
 from layerwise.lab.randomness import random_state, set_random_state
 from layerwise.lab.recorder import Recorder
 from layerwise.lab.runs import RunFolder
+from layerwise.lab.summary import digest_of, selection_of, summary_of
 from layerwise.lab.trial import StoppedError, Trial
 
 LOSSES_EVERY = 10
@@ -114,7 +114,7 @@ class Training:
             raise
         self._read_losses()
         self._tick()
-        return self._summary()
+        return summary_of(self, self._weights())
 
     def _train(self, progress: Callable[[int], None]) -> None:
         trial, position = self.trial, self.position
@@ -212,21 +212,13 @@ class Training:
         if trial.scheduler is not None and trial.schedule_unit == "epoch":
             trial.scheduler.step()
         if self.adapter is not None:
-            before = self._selection()
+            before = selection_of(self.adapter)
             self.adapter.end_epoch()
-            self._record_selection(before)
+            self._record_selection(before, selection_of(self.adapter))
         position.epoch, position.batch = position.epoch + 1, 0
 
-    def _selection(self) -> dict[str, list[Any]] | None:
-        """Give what a rule that chooses layers has chosen: layer -> value, z, chosen; None for other rules."""
-        if not isinstance(self.adapter.rule, layerwise.rules.GradientAmplification):  # type: ignore[union-attr]
-            return None
-        rows = self.adapter.get_last_selection()  # type: ignore[union-attr]
-        return {name: [_number(row.value), _number(row.z), bool(row.selected)] for name, row in rows.items()}
-
-    def _record_selection(self, before: dict[str, list[Any]] | None) -> None:
+    def _record_selection(self, before: dict[str, list[Any]] | None, after: dict[str, list[Any]] | None) -> None:
         """Keep a choice that the end of the epoch has changed."""
-        after = self._selection() if before is not None else None
         if after is not None and after != before:
             self.selections.append({"epoch": self.position.epoch, "layers": after})
 
@@ -330,7 +322,7 @@ class Training:
 
     def _weights(self) -> str:
         """Give the digest of the weights, which all processes must share."""
-        digest = _digest(self.trial.model.state_dict().values())
+        digest = digest_of(self.trial.model.state_dict().values())
         digests = self.processes.gather(digest)
         if len(set(digests)) > 1:
             raise RuntimeError(
@@ -338,51 +330,6 @@ class Training:
                 "of one kind, and a loss that calls the network itself; delete the run's folder and start again"
             )
         return digest
-
-    def _summary(self) -> dict[str, Any]:
-        """Make the record of the finished run."""
-        factors = self.recorder.layer_means("factor")
-        # What a rule leaves out, as LARS does biases, has factor 1 and no part in its mean.
-        table = [] if self.adapter is None else self.adapter.layer_table()
-        excluded = [layer.name for layer in table if not layer.included]
-        adapted = [value for name, value in factors.items() if name not in excluded]
-        lasts = {quantity: self.recorder.last(quantity) for quantity in self.recorder.whole_quantities()}
-        return {
-            "finals": {name: _number(last[1]) for name, last in lasts.items() if last is not None},
-            "diverged_at": self.diverged_at,
-            "iterations": self.position.iteration,
-            "epochs": self.position.epoch - (self.position.batch != self.trial.epoch_length),
-            "parameters": sum(p.numel() for p in self.trial.model.parameters()),
-            "layers": self.measures.names,
-            "seconds": self.seconds,
-            "test_seconds": self.test_seconds,
-            "sessions": self.sessions,
-            "processes": self.counts,
-            "factor": {
-                "mean": math.fsum(adapted) / len(adapted) if adapted else 1.0,
-                "spread": self.recorder.spread("factor") or 1.0,
-                "layers": factors,
-                "names": [layer.name for layer in table],
-                "excluded": excluded,
-            },
-            "place": None if self.adapter is None else self.adapter.apply,
-            "decay": None if self.adapter is None else self.adapter.decay,
-            "selections": self.selections,
-            "weights": self._weights(),
-        }
-
-
-def _number(value: float) -> float | None:
-    """Write what was not measured as None, as JSON has no NaN."""
-    return value if math.isfinite(value) else None
-
-
-def _digest(tensors: Any) -> str:
-    """Give the SHA-256 of tensors' bytes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def skipping(batches: Callable[[int], Any]) -> Callable[[int, int], Any]:

@@ -49,8 +49,8 @@ def scaled(dataset: Dataset) -> Inputs:
 def mean_image(dataset: Dataset) -> Inputs:
     """Give bytes minus the mean of all training images, pixel by pixel. Caffe cifar10_full_train_test.prototxt."""
     # Sums of bytes in int64 are exact; in float32 the mean of 50,000 images would not be.
-    total = sum(chunk.to(torch.int64).sum(0) for chunk in dataset.train_images.split(5000))
-    mean = (total.double() / len(dataset.train_images)).float()  # type: ignore[union-attr]
+    total = torch.stack([chunk.to(torch.int64).sum(0) for chunk in dataset.train_images.split(5000)]).sum(0)
+    mean = (total.double() / len(dataset.train_images)).float()
 
     def test(images: torch.Tensor) -> torch.Tensor:
         return images.float().sub_(mean)
