@@ -4,6 +4,7 @@ import builtins
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -218,6 +219,27 @@ def test_data_that_cannot_be_fetched_say_where_to_put_them(capsys, monkeypatch, 
     else:
         assert str(folder / "data" / name) in captured.out + captured.err
     assert code == (1 if name in ("mnist", "cifar10") else 0)
+
+
+def test_data_and_doctor_have_json_too(capsys, folder, monkeypatch):
+    assert cli.main(["data", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in listed["datasets"]] == [known.name for known in data.names()]
+    assert listed["datasets"][0]["present"]
+    from layerwise.lab.data import fetch
+
+    def no_network(*_, **__):
+        raise UsageError("no server gave train-images-idx3-ubyte.gz")
+
+    monkeypatch.setattr(fetch, "fetch", no_network)
+    assert cli.main(["data", "mnist", "--json", "--data-dir", str(folder / "data")]) == 1
+    captured = capsys.readouterr()
+    told = json.loads(captured.out)
+    assert (told["name"], told["present"], captured.err) == ("mnist", False, "")
+    assert "no server gave" in told["words"]
+    example = Path(__file__).parents[2] / "examples" / "my_task.py"
+    assert cli.main(["doctor", f"{example}:task", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lines"]
 
 
 def test_data_alone_lists_all(capsys):

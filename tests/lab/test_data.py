@@ -82,7 +82,7 @@ def test_pixels_are_divided_by_256():
 
 
 def test_the_full_mnist_is_read(mnist_folder):
-    assert data.choose(mnist_folder) == "mnist"
+    assert mnist.find(mnist_folder) is not None
     loaded = data.load("mnist", mnist_folder)
     assert loaded.train_images.shape == (60_000, 1, 28, 28)
     assert loaded.test_images.shape == (10_000, 1, 28, 28)
@@ -92,9 +92,10 @@ def test_the_full_mnist_is_read(mnist_folder):
     assert torch.bincount(loaded.test_labels).sum() == 10_000
 
 
-def test_a_folder_without_mnist_means_the_digits(tmp_path):
-    assert data.choose(tmp_path) == "digits5k"
-    assert data.choose(None) == "digits5k"
+def test_a_folder_without_mnist_is_told_from_one_with_it(tmp_path):
+    assert mnist.find(tmp_path) is None
+    assert not data.present("mnist", tmp_path)
+    assert not data.present("mnist", None)
 
 
 @pytest.mark.parametrize("place", ["", "mnist"], ids=["files in the folder itself", "files in mnist/"])
@@ -102,7 +103,7 @@ def test_a_damaged_file_is_named_with_what_was_expected_and_the_remedy(tmp_path,
     folder = tmp_path / place
     folder.mkdir(exist_ok=True)
     (folder / "train-images-idx3-ubyte.gz").write_bytes(b"not this")
-    assert data.choose(tmp_path) == "mnist"
+    assert mnist.find(tmp_path) is not None
     with pytest.raises(UsageError) as caught:
         data.load("mnist", tmp_path)
     words = str(caught.value)
@@ -121,7 +122,7 @@ def test_a_missing_file_is_named(tmp_path, monkeypatch):
 
 def test_a_data_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"data-dir='.*nowhere' is not a folder"):
-        data.choose(tmp_path / "nowhere")
+        mnist.find(tmp_path / "nowhere")
 
 
 def test_an_unknown_data_set_is_named():

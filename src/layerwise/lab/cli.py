@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shlex
 import shutil
@@ -67,9 +68,7 @@ def _plan_runner(plan: Plan) -> Callable[[Settings, Any], Outcome]:
     from layerwise.lab import experiment, places
 
     def do(settings: Settings, display: Any) -> Outcome:
-        for name in sorted({run.configuration.trial["data"] for run in plan.runs}):
-            places.require(name, settings.data_dir)
-        return experiment.carry_out(places.bound(plan, settings.data_dir), settings, display)
+        return experiment.carry_out(places.ready(plan, settings.data_dir), settings, display)
 
     return do
 
@@ -152,7 +151,11 @@ def _compare(asked: options.Compare, arguments: Sequence[str]) -> int:
 def _doctor(asked: options.Doctor, arguments: Sequence[str]) -> int:
     from layerwise.lab import compare
 
-    sys.stdout.write("\n".join(compare.doctor(asked.task)) + "\n")
+    lines = compare.doctor(asked.task)
+    if asked.json:
+        sys.stdout.write(json.dumps({"task": asked.task, "lines": lines}, indent=2) + "\n")
+        return 0
+    sys.stdout.write("\n".join(lines) + "\n")
     if not asked.quiet:
         sys.stdout.write(f"\nNext:   {shlex.join([program(), 'compare', asked.task])}\n")
     return 0
@@ -184,7 +187,7 @@ def _data(asked: options.Data, arguments: Sequence[str]) -> int:
 
     # The folder that is named may not exist yet: it is made for what is fetched.
     folder = asked.data_dir or places.data_dir(None)
-    return catalogue.show_data(asked.name, folder, quiet=asked.quiet or asked.json, program=program())
+    return catalogue.show_data(asked.name, folder, quiet=asked.quiet, as_json=asked.json, program=program())
 
 
 def program() -> str:

@@ -26,8 +26,9 @@ from typing import Any
 from layerwise.lab.cluster_task import Board, Delivery, Files, Parcel, do_parcel, files_of, write_files
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
+from layerwise.lab.locks import BusyError
 from layerwise.lab.pool import POLL_SECONDS, STOP_SECONDS, Failure
-from layerwise.lab.runs import BusyError, Runs
+from layerwise.lab.runs import Runs
 from layerwise.lab.store import versions, write_whole
 from layerwise.lab.work import Chain, Finished, Skipped, complete
 

@@ -32,10 +32,11 @@ from layerwise.lab import places
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiment import Display, Outcome, Settings, carry_out
+from layerwise.lab.locks import BusyError
 from layerwise.lab.plan import Plan, PlannedRun
 from layerwise.lab.pool import Failure, Interrupt
 from layerwise.lab.processes import Processes
-from layerwise.lab.runs import BusyError, Record
+from layerwise.lab.runs import Record
 from layerwise.lab.sharing import BATCH_NORM, batch_norm, batch_size, cut
 from layerwise.lab.trial import StoppedError
 from layerwise.lab.work import Alone, Chain, do_chain, do_run
@@ -229,7 +230,7 @@ def run_shared(plan: Plan, settings: Settings, display: Display | None = None) -
         try:
             _check_batches(plan, processes.count)
             shared = replace(settings, jobs=1)
-            return carry_out(places.bound(plan, settings.data_dir), shared, display, engine=partial(lead, processes))
+            return carry_out(places.ready(plan, settings.data_dir), shared, display, engine=partial(lead, processes))
         finally:
             if processes.in_step:
                 processes.from_first(lambda: None)

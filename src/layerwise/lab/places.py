@@ -64,6 +64,24 @@ def require(name: str, folder: Path | None) -> None:
     )
 
 
+def ready(plan: Plan, folder: Path | None) -> Plan:
+    """Refuse to begin without the data of a plan, and bind what is on an image folder to that folder.
+
+    Args:
+        plan: the experiment; runs of a person's own task bring their data.
+        folder: of ``data_dir``.
+
+    Returns:
+        The plan, bound.
+
+    Raises:
+        UsageError: as ``require`` and ``bound``.
+    """
+    for name in sorted({run.configuration.trial["data"] for run in plan.runs if run.task is None}):
+        require(name, folder)
+    return bound(plan, folder)
+
+
 def bound(plan: Plan, folder: Path | None) -> Plan:
     """Bind the runs on an image folder to the one that is there, so that runs on another are other runs.
 

@@ -16,15 +16,16 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from layerwise.lab.configuration import Configuration
+from layerwise.lab.locks import BusyError, alone_in
 from layerwise.lab.recorder import Recorder
 from layerwise.lab.store import hardware, plain, versions, write_whole
 
@@ -33,25 +34,6 @@ if TYPE_CHECKING:
 
 MAGIC = b"layerwise checkpoint 1\n"
 DIGEST_LENGTH = 32
-
-
-_locks: set[IO[str]] = set()
-"""Lock files that this process holds. A process forked from it, as a loader's workers are, closes them: it would hold
-them on when this one is gone."""
-
-
-def _close_locks() -> None:
-    for stream in _locks:
-        stream.close()
-    _locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_locks)
-
-
-class BusyError(RuntimeError):
-    """Another process works on the run."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +98,13 @@ class RunFolder:
             BusyError: one is in it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("a") as stream:
-            if not _locked(stream):
-                raise BusyError(f"{self.path}: another process works on this run")
+        with alone_in(self.path):
             for leftover in self.path.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
             self._held = True
-            _locks.add(stream)
             try:
                 yield
             finally:
-                _locks.discard(stream)
                 self._held = False
 
     def begin(self, labels: dict[str, Any]) -> dict[str, Any]:
@@ -205,6 +183,10 @@ class RunFolder:
         about, summary = self._read("run.json"), self._read("record.json")
         if about is None or summary is None:
             return None
+        found = configuration_of(about)
+        if found is None or found.identity != self.configuration.identity:  # somebody has copied files here
+            self._put_aside(self.path / "run.json")
+            return None
         path = self.path / "metrics.parquet"
         try:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -245,28 +227,17 @@ class RunFolder:
             self.set_aside.append(path)
 
 
+def configuration_of(about: Mapping[str, Any]) -> Configuration | None:
+    """Give the configuration that a ``run.json`` holds, or None if it is of another form than this version's."""
+    try:
+        return Configuration(**about["configuration"])
+    except (KeyError, TypeError):
+        return None
+
+
 def _digest(content: dict[str, Any]) -> str:
     """Give the checksum of what a JSON file says, whatever its spaces and order."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _locked(stream: Any) -> bool:
-    """Take the lock of a file, or say that another process has it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        try:
-            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 class Runs:
@@ -292,11 +263,11 @@ class Runs:
         """Give every finished run of this version, in the order of their names."""
         for path in sorted(self.path.glob("*/run.json")):
             try:
-                plain = json.loads(path.read_bytes())["configuration"]
-                configuration = Configuration(**plain)
-            except (ValueError, KeyError, TypeError):
+                about = json.loads(path.read_bytes())
+            except ValueError:
                 continue
-            if configuration.name != path.parent.name:
+            configuration = configuration_of(about) if isinstance(about, dict) else None
+            if configuration is None or configuration.name != path.parent.name:
                 continue
             record = RunFolder(path.parent, configuration, self.set_aside).record()
             if record is not None:

@@ -18,10 +18,11 @@ from layerwise import rules
 from layerwise.lab import arms, trial
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.engine import CHECKPOINT_SECONDS, Training
+from layerwise.lab.locks import BusyError
 from layerwise.lab.plan import PlannedRun
 from layerwise.lab.pool import Failure
 from layerwise.lab.processes import Processes
-from layerwise.lab.runs import BusyError, Record, RunFolder, Runs
+from layerwise.lab.runs import Record, RunFolder, Runs
 from layerwise.lab.trial import StoppedError, Trial
 
 FACTORS = "factors.jsonl"

@@ -80,23 +80,6 @@ def training_batch(dataset: Dataset, iteration: int, size: int = BATCH_SIZE) -> 
     return dataset.train_images[index], dataset.train_labels[index]
 
 
-def choose(data_dir: Path | None) -> str:
-    """Say which data set a demo uses: full MNIST where its files are, else the digits of the package.
-
-    Args:
-        data_dir: folder that may hold MNIST, or None.
-
-    Returns:
-        ``"mnist"`` or ``"digits5k"``.
-
-    Raises:
-        UsageError: the folder does not exist.
-    """
-    from layerwise.lab.data import mnist
-
-    return "mnist" if data_dir is not None and mnist.find(data_dir) is not None else "digits5k"
-
-
 @dataclass(frozen=True)
 class Known:
     """A data set that the lab can read.
