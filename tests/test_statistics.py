@@ -319,3 +319,27 @@ def test_a_norm_that_is_left_out_may_be_broken():
     assert statistics.numbers(groups) == expected
     computed = statistics.compute(groups)
     assert {name: getattr(computed, name).tolist() for name in expected} == expected
+
+
+def test_squares_of_tensors_make_the_norms_of_layers(make_model, backward):
+    model = make_model()
+    backward(model)
+    model[2].bias.grad = None
+    layers = make_layers(dict(model.named_parameters()), "module")
+    statistics = LayerStatistics(layers, ("gradient_norm", "weight_norm"))
+    found = statistics.compute([{"params": list(model.parameters())}])
+    gradients = statistics.squares([p.grad for p in statistics.members])
+    weights = statistics.squares(statistics.members)
+    torch.testing.assert_close(
+        statistics.norms([gradients, weights]),
+        torch.stack([found.gradient_norm, found.weight_norm]),
+        rtol=1e-14,
+        atol=0,
+    )
+
+
+def test_squares_of_nothing_are_zero(make_model):
+    model = make_model()
+    statistics = LayerStatistics(make_layers(dict(model.named_parameters()), "module"), ())
+    squares = statistics.squares([None] * len(statistics.members))
+    assert statistics.norms([squares]).tolist() == [[0.0] * 3]

@@ -2,9 +2,10 @@
 
 from . import rules
 from .adapter import LayerwiseLR
+from .checkpoints import load_checkpoint
 from .diagnose import diagnose
 from .groups import param_groups
 
 __version__ = "0.1.0"
 
-__all__ = ["LayerwiseLR", "diagnose", "param_groups", "rules"]
+__all__ = ["LayerwiseLR", "diagnose", "load_checkpoint", "param_groups", "rules"]

@@ -6,33 +6,29 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .apply import make_place
+from .apply import Place, make_place
 from .arguments import check_choice, chosen
 from .factors import Factors
 from .hooks import OptimizerHooks
-from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_layers, named_parameters_of
-from .optimizers import PLACES, PlaceName, automatic_place, check_place, no_effect, refuse, unwrap
-from .partition import Partition, Split
+from .layers import Exclusion, Layer, LayerSpecification
+from .optimizers import PLACES, PlaceName, acting_optimizer, automatic_place, no_effect, refuse, unwrap
+from .partition import Split
+from .resolution import Request, Resolution, resolve
 from .rules.base import State
 from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds, check_rule, default, derived_state, get_selection, initial_state, load_state
-from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
 from .rules.selection import Selection
 from .state import carried_over, check_saved, copied
-from .statistics import AS_NUMBERS, NOTHING, LayerStatistics, check_needs
-from .tensors import same_objects
+from .statistics import NOTHING, check_needs
 
 logger = logging.getLogger("layerwise")
 Decay = Literal["auto", "scaled", "plain"]
-MOST_NUMBERS = 256
-"""Layers up to which plain numbers cost less than tensor operations; on the CPU, for elementwise rules."""
 
 
 class LayerwiseLR:
@@ -45,7 +41,9 @@ class LayerwiseLR:
     pickle of the optimizer: attach again there, and carry the state over with `state_dict()`.
 
     Args:
-        optimizer: A `torch.optim.Optimizer`, or a wrapper of Accelerate or Fabric around one.
+        optimizer: A `torch.optim.Optimizer`, or a wrapper of Accelerate or Fabric around one. Its parameters may be
+            sharded (FSDP, tensor parallel): the layers' statistics are those of the whole layers, with one collective a
+            step for each distinct mesh.
         rule: How large the factors are; one of `layerwise.rules`, or an object like them.
         model: Names the layers. None takes the names of an optimizer built from `model.named_parameters()`.
         layers: `"module"` (the module that directly owns the parameters: weight and bias together), `"parameter"`, a
@@ -86,7 +84,8 @@ class LayerwiseLR:
         exclude: Exclusion | Literal["auto"] = "auto",
         bounds: tuple[float, float] | None = None,
     ) -> None:
-        inner = unwrap(optimizer)
+        holder = unwrap(optimizer)
+        inner = acting_optimizer(holder)
         refuse(inner)
         check_rule(rule)
         check_needs(getattr(rule, "needs", ("gradient_norm",)))
@@ -95,23 +94,25 @@ class LayerwiseLR:
         self._rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
         self._asks = getattr(self._rule, "asks", None)
         self.enabled = True
-        self._optimizer = weakref.ref(inner)
-        self._model = model
-        self._specification: LayerSpecification = chosen(layers, default(rule, "layers"), "module")
-        self._exclude: Exclusion = chosen(exclude, default(rule, "exclude"), None)
-        self._apply, self._decay_argument = apply, decay
-        self._decay: str = chosen(decay, default(rule, "decay"), "scaled")
-        self._preferred: str = chosen("auto", default(rule, "place"), "lr")
+        self._holder = weakref.ref(holder)
+        self._request = Request(
+            rule=self._rule,
+            model=model,
+            layers=chosen(layers, default(rule, "layers"), "module"),
+            exclude=chosen(exclude, default(rule, "exclude"), None),
+            apply=apply,
+            preferred=chosen("auto", default(rule, "place"), "lr"),
+            decay=chosen(decay, default(rule, "decay"), "scaled"),
+            decay_given=decay != "auto",
+        )
         self._state: State = {}
-        self._layers: list[Layer] = []
         self._epoch = 1
-        self._attached = False
         self._place_name = None
-        self._last_raw: tuple[Tensor, int] | None = None
-        self._last_rates: list[Any] | None = None
-        self._factors: Factors | None = None
-        self._resolve(inner)
+        self._take(resolve(inner, holder, self._request))
+        self._optimizer = weakref.ref(inner)
         OptimizerHooks.add(inner, self)
+        # ZeRO makes its inner optimizer anew when a group is added.
+        self._follows = None if inner is holder else holder.register_step_pre_hook(self._follow)
         self._attached = True
         for message in self._remarks(inner):
             logger.warning(message)
@@ -126,7 +127,7 @@ class LayerwiseLR:
     @property
     def layers(self) -> list[str]:
         """The layers' names, in the model's order; `""` is the root module."""
-        return [layer.name for layer in self._layers]
+        return self._found.names
 
     @property
     def apply(self) -> PlaceName:
@@ -136,7 +137,7 @@ class LayerwiseLR:
     @property
     def decay(self) -> str:
         """Whether coupled weight decay is `"scaled"` with the gradient or `"plain"`."""
-        return self._decay
+        return self._request.decay
 
     @property
     def epoch(self) -> int:
@@ -145,11 +146,11 @@ class LayerwiseLR:
 
     def layer_table(self) -> list[Layer]:
         """The layers themselves, with their parameters."""
-        return list(self._layers)
+        return list(self._found.layers)
 
     def get_last_factors(self) -> dict[str, float]:
         """Return the factor of each layer at the last step; 1 before the first. Waits for the device."""
-        numbers = [1.0] * len(self._layers) if self._factors is None else self._factors.read()
+        numbers = [1.0] * len(self._found.layers) if self._factors is None else self._factors.read()
         return dict(zip(self.layers, numbers, strict=True))
 
     def get_last_lr(self) -> dict[str, float]:
@@ -158,7 +159,7 @@ class LayerwiseLR:
         The base rate is that of the parameter group of the layer's first parameter, its weight as a rule.
         """
         by_group = self._last_rates if self._last_rates is not None else _rates(self._required().param_groups)
-        rates = [by_group[group] for group in self._first_group]
+        rates = [by_group[group] for group in self._found.first_group]
         return {
             name: float("nan") if rate is None else float(rate) * factor
             for (name, factor), rate in zip(self.get_last_factors().items(), rates, strict=True)
@@ -234,22 +235,24 @@ class LayerwiseLR:
         if self._attached and optimizer is not None:
             OptimizerHooks.remove(optimizer, self)
             # A new place keeps nothing of a step that failed.
-            self._place = make_place(self.apply, self._decay, automatic=self._apply == "auto")
+            self._place = self._made_place(self.apply)
+        if self._follows is not None:
+            self._follows.remove()
         self._attached = False
 
     def __repr__(self) -> str:
-        optimizer = self._optimizer()
-        attached = type(optimizer).__name__ if self._attached and optimizer is not None else "detached"
-        excluded = len(self._layers) - sum(self._included)
-        parts = [f"{self._rule!r} on {attached}", f"{len(self._layers)} layers", f"apply={self._place_name!r}"]
+        holder = self._holder()
+        attached = type(holder).__name__ if self._attached and holder is not None else "detached"
+        excluded = self._found.included.count(False)
+        parts = [f"{self._rule!r} on {attached}", f"{len(self.layers)} layers", f"apply={self._place_name!r}"]
         if self._place_name == "gradient":
-            parts.append(f"decay={self._decay!r}")
+            parts.append(f"decay={self.decay!r}")
         if get_selection(self._rule, self._state) is not None:
             parts.append(f"epoch {self._epoch}")
         if excluded:
             parts.append(f"{excluded} excluded")
-        if self._outside:
-            parts.append(f"{self._outside} parameters in no layer")
+        if self._found.outside:
+            parts.append(f"{self._found.outside} parameters in no layer")
         return f"LayerwiseLR({', '.join(parts)})"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -262,16 +265,17 @@ class LayerwiseLR:
 
     def measure(self, optimizer: Any) -> None:
         """Compute this step's factors from the gradients as they arrived."""
-        groups = optimizer.param_groups
-        if not same_objects(self._parameters, _parameters(groups)) or self._statistics.moved_away():
-            self._resolve(optimizer)  # parameters added, replaced by fully_shard, or moved to another device
-        elif self._apply == "auto":
+        holder = self._required()
+        groups = holder.param_groups
+        if not self._found.holds(groups):
+            self._take(resolve(optimizer, holder, self._request))
+        elif self._request.apply == "auto":
             # Again at each step: schedulers and checkpoints can bring momentum.
-            self._place_at(automatic_place(optimizer, self._preferred, self._decay))
-        grad_scale = getattr(optimizer, "grad_scale", None)
-        if self._in_numbers is not None:
-            numbers = self._in_numbers.numbers(self._statistics.numbers(groups, grad_scale))
-            self._factors = Factors(numbers, self._included, self._mask)
+            self._place_at(automatic_place(optimizer, self._request.preferred, self.decay))
+        found, grad_scale = self._found, getattr(optimizer, "grad_scale", None)
+        if found.in_numbers is not None:
+            numbers = found.in_numbers.numbers(found.statistics.numbers(groups, grad_scale))
+            self._factors = Factors(numbers, found.included, found.mask)
             self._last_rates = _rates(groups)
             return
         if self._asks is not None and not self._asks(self._state):
@@ -279,15 +283,15 @@ class LayerwiseLR:
         else:
             found_inf = getattr(optimizer, "found_inf", None)
             with torch.no_grad():
-                result = self._rule.factors(self._statistics.compute(groups, grad_scale, found_inf), self._state)
+                result = self._rule.factors(found.statistics.compute(groups, grad_scale, found_inf), self._state)
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError(f"{self._rule!r}.factors returned {type(result).__name__}; it must return (factors, state)")
         raw, self._state = result
-        if not isinstance(raw, Tensor) or raw.shape != (len(self._layers),):
+        if not isinstance(raw, Tensor) or raw.shape != (len(found.layers),):
             shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
-            raise ValueError(f"{self._rule!r} returned factors of shape {shape}; there are {len(self._layers)} layers")
+            raise ValueError(f"{self._rule!r} returned factors of shape {shape}; there are {len(found.layers)} layers")
         if self._last_raw is None or self._last_raw[0] is not raw or self._last_raw[1] != raw._version:
-            self._factors = Factors(raw, self._included, self._mask)
+            self._factors = Factors(raw, found.included, found.mask)
             self._last_raw = (raw, raw._version)
         self._last_rates = _rates(groups)
 
@@ -298,7 +302,7 @@ class LayerwiseLR:
 
     def act(self, view: Any) -> list[Split]:
         """Let this step's factors act on the view."""
-        return self._place.act(view, self._partition, cast(Factors, self._factors))
+        return self._place.act(view, self._found.partition, cast(Factors, self._factors))
 
     def finish(self) -> None:
         """Act after the step."""
@@ -306,52 +310,37 @@ class LayerwiseLR:
 
     # --- How it is put together ---------------------------------------------------------------------------------------
 
-    def _resolve(self, optimizer: Optimizer) -> None:
-        """Find the layers, and everything that follows from them; change nothing if that fails."""
-        refuse(optimizer)
-        named = named_parameters_of(optimizer, self._model)
-        layers = make_layers(named, self._specification, self._model)
-        included = included_layers(layers, self._exclude)
-        layers = [replace(layer, included=inside) for layer, inside in zip(layers, included, strict=True)]
-        automatic = automatic_place(optimizer, self._preferred, self._decay)
-        place_name = automatic if self._apply == "auto" else cast(PlaceName, self._apply)
-        check_place(optimizer, place_name, self._decay, decay_given=self._decay_argument != "auto")
-        needs = getattr(self._rule, "needs", ("gradient_norm",))
-        elementwise = cast(ElementwiseRule, self._rule) if is_elementwise(self._rule) else None
-        if elementwise is not None:
-            check_elementwise(elementwise)
-        if "learning_rate" in needs and any(group.get("lr") is None for group in optimizer.param_groups):
-            raise ValueError(f"{self._rule!r} needs the rate, and {type(optimizer).__name__} has no 'lr' in its groups")
-        statistics = LayerStatistics(layers, needs)
-        names = [layer.name for layer in layers]
-        state = carried_over(initial_state(self._rule, layers, statistics.device), self._state, names, self.layers)
-        state = derived_state(self._rule, state)
-
-        self._parameters = _parameters(optimizer.param_groups)
-        self._partition = Partition(statistics.layer_of)
-        self._layers, self._statistics, self._state = layers, statistics, state
-        few = statistics.device.type == "cpu" and len(layers) <= MOST_NUMBERS
-        self._in_numbers = elementwise if few and set(needs) <= AS_NUMBERS else None
-        self._included = included
-        self._mask = None if all(included) else torch.tensor(included, device=statistics.device)
-        self._place_at(place_name)
-        self._outside = len(self._parameters) - len(statistics.layer_of)
-        self._last_raw, self._last_rates, self._factors = None, None, None
-        group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        self._first_group = [group_of[id(layer.parameters[0])] for layer in layers]
+    def _take(self, found: Resolution) -> None:
+        """Go on with these layers, and with what is still true of the rule's state."""
+        before = self._found.names if self._state else []
+        fresh = initial_state(self._rule, found.layers, found.statistics.device)
+        state = derived_state(self._rule, carried_over(fresh, self._state, found.names, before))
+        self._found, self._state = found, state
+        self._place_at(found.place)
+        self._last_raw: tuple[Tensor, int] | None = None
+        self._last_rates: list[Any] | None = None
+        self._factors: Factors | None = None
 
     def _place_at(self, name: PlaceName) -> None:
         if name != self._place_name:
             self._place_name: PlaceName | None = name
-            self._place = make_place(name, self._decay, automatic=self._apply == "auto")
+            self._place = self._made_place(name)
+
+    def _made_place(self, name: PlaceName) -> Place:
+        return make_place(name, self.decay, automatic=self._request.apply == "auto")
+
+    def _follow(self, holder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inner, hooked = acting_optimizer(holder), self._optimizer()
+        if inner is not hooked:
+            OptimizerHooks.add(inner, self)
+            self._optimizer = weakref.ref(inner)
 
     def _remarks(self, optimizer: Optimizer) -> list[str]:
         """Return what a person should know about this attachment."""
         remarks = [no_effect(optimizer, self.apply)]
-        if self._outside:
-            remarks.append(
-                f"{self._outside} of the optimizer's {len(self._parameters)} parameters are in no layer: factor 1"
-            )
+        if self._found.outside:
+            among = len(self._found.parameters)
+            remarks.append(f"{self._found.outside} of the optimizer's {among} parameters are in no layer: factor 1")
         if OptimizerHooks.others(optimizer, self):
             remarks.append(
                 f"{type(optimizer).__name__} has another LayerwiseLR attached already: their factors multiply, and "
@@ -360,17 +349,13 @@ class LayerwiseLR:
         return [remark for remark in remarks if remark]
 
     def _required(self) -> Optimizer:
-        optimizer = self._optimizer()
-        if optimizer is None:
+        holder = self._holder()
+        if holder is None:
             raise RuntimeError("the optimizer of this LayerwiseLR no longer exists; attach to the one in use")
-        return optimizer
+        return holder
 
 
 def _rates(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Return each group's rate; a tensor is copied, since schedulers write into it."""
     rates = [group.get("lr") for group in groups]
     return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
-
-
-def _parameters(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-    return [p for group in groups for p in group["params"]]

@@ -7,7 +7,7 @@ parameter groups; the optimizer's own are never touched.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch import Tensor
 from .factors import Factors
 from .optimizers import PlaceName, damps_history, decay_is_coupled, has_decay, takes_tensor_rate
 from .partition import OUTSIDE, Partition, Split, factor_of
-from .tensors import moved
+from .sharding import settled_gradient
+from .tensors import local, moved
 
 
 class Place(Protocol):
@@ -45,6 +46,7 @@ def strided_gradients(view: Any) -> list[Tensor] | None:
 
 def scale_in_place(gradients: Sequence[Any], factors: Sequence[float]) -> None:
     """Multiply gradients by numbers; sparse ones one by one, since the grouped kernel takes dense ones only."""
+    gradients = list(map(local, gradients))
     dense = [(g, f) for g, f in zip(gradients, factors, strict=True) if g.layout is torch.strided]
     if dense:
         torch._foreach_mul_([g for g, _ in dense], [f for _, f in dense])
@@ -159,7 +161,9 @@ class Gradient:
         if scaled:
             scale = getattr(view, "grad_scale", None)
             if scale is not None:  # the fused kernel would unscale the decay with the gradient
-                gradients = [p.grad for group in view.param_groups for p in group["params"] if p.grad is not None]
+                gradients = [
+                    local(p.grad) for group in view.param_groups for p in group["params"] if p.grad is not None
+                ]
                 torch._foreach_mul_(gradients, scale.reciprocal())
                 view.grad_scale = None
             groups: list[dict[str, Any]] = []
@@ -168,14 +172,15 @@ class Gradient:
                 if inside and group.get("weight_decay") and decay_is_coupled(view, group) is not False:
                     sign = -1 if group.get("maximize") else 1  # with maximize, step() takes -g before it adds λw
                     alpha = sign * group["weight_decay"]
-                    torch._foreach_add_([p.grad for p in inside], inside, alpha=alpha)
+                    gradients: list[Any] = list(map(settled_gradient, inside))
+                    torch._foreach_add_(gradients, list(map(local, inside)), alpha=alpha)
                     splits.append(Split(group, [{**group, "weight_decay": 0.0}], [{"weight_decay": 0.0}]))
                     groups += splits[-1].parts
                 else:
                     groups.append(group)
             view.param_groups = groups
         if members:
-            gradients: list[Any] = [p.grad for p, _ in members]
+            gradients = [local(cast(Tensor, p.grad)) for p, _ in members]
             torch._foreach_mul_(gradients, [factors.each(p)[layer] for p, layer in members])
         return splits
 
@@ -217,9 +222,10 @@ class Update:
             members = [(p, layer) for p, layer in members if numbers[layer] != 1]
         kinds = {(p.device, p.dtype) for p, _ in members}
         weights = {(at, kind): moved(factors.tensor.to(kind), at).unbind() for at, kind in kinds}
+        parameters = [local(p) for p, _ in members]
         self._kept = (
-            [p for p, _ in members],
-            [p.clone() for p, _ in members],
+            parameters,
+            [p.clone() for p in parameters],
             [weights[p.device, p.dtype][layer] for p, layer in members],
         )
         return []

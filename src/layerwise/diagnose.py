@@ -75,7 +75,7 @@ def _describe(
     width = min(max((len(layer.name) for layer in layers), default=5), 40)
     lines = [
         f"{type(rule).__name__} on {name}: {_count(len(layers), 'layer')}, {_count(len(tensors), 'parameter tensor')}, "
-        f"{sum(p.numel() for p in tensors):,} numbers",
+        f"{sum(p.numel() for layer in layers for p in layer.whole()):,} numbers",
         "",
         f"{'layer':<{max(width, 9)}} {'tensors':>8} {'numbers':>11} {'lr':>11} {'decay':>11}",
     ]
@@ -84,7 +84,7 @@ def _describe(
         frozen = "" if any(p.requires_grad for p in layer.parameters) else "  frozen"
         lines.append(
             f"{(layer.name or '(root)')[:40]:<{max(width, 9)}} {len(groups):>8} "
-            f"{sum(p.numel() for p in layer.parameters):>11,} {_values(groups, 'lr'):>11} "
+            f"{sum(p.numel() for p in layer.whole()):>11,} {_values(groups, 'lr'):>11} "
             f"{_values(groups, 'weight_decay'):>11}{frozen}"
         )
     if len(layers) > most:

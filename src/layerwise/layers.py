@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from .sharding import Piece, stand_in
+
 LayerName = Callable[[str, Tensor], "str | None"]
 """A function of a parameter's name and the parameter that names its layer, or None for no layer."""
 
@@ -37,6 +39,7 @@ class Layer:
         parameter_names: Their names, without the prefixes of wrappers.
         module: The module that owns them, when there is one such module and the model is known.
         included: Whether the layer is not excluded; the factor of an excluded one is 1.
+        pieces: What this process holds of each parameter, where some are shared among processes; else empty.
     """
 
     name: str
@@ -44,6 +47,11 @@ class Layer:
     parameter_names: tuple[str, ...] = ()
     module: nn.Module | None = field(default=None, repr=False)
     included: bool = True
+    pieces: tuple[Piece | None, ...] = field(default=(), repr=False)
+
+    def whole(self) -> list[Tensor]:
+        """Return for each parameter a tensor of its whole shape; the parameter itself, unless FSDP1 has cut it."""
+        return list(map(stand_in, self.parameters, self.pieces)) if self.pieces else list(self.parameters)
 
 
 def clean_name(name: str) -> str:
@@ -131,7 +139,10 @@ def named_parameters_of(optimizer: Any, model: nn.Module | None) -> dict[str, Te
 
 
 def make_layers(
-    named_parameters: Mapping[str, Tensor], specification: LayerSpecification, model: nn.Module | None = None
+    named_parameters: Mapping[str, Tensor],
+    specification: LayerSpecification,
+    model: nn.Module | None = None,
+    pieces: Mapping[int, Piece] | None = None,
 ) -> list[Layer]:
     """Group named parameters into layers.
 
@@ -141,6 +152,7 @@ def make_layers(
             (each one is a layer; a parameter goes to the first that matches its name or its module's), or a callable
             `(name, parameter) -> layer name or None`.
         model: Gives the layers their module, for rules that look at it.
+        pieces: What this process holds of parameters that are shared among processes, by their ids.
 
     Returns:
         The layers in the order of their first parameter. Parameters without a layer are in none.
@@ -155,9 +167,10 @@ def make_layers(
         ['0', '2']
     """
     name_of = _layer_name_function(named_parameters, specification)
+    pieces = pieces or {}
     members: dict[str, list[tuple[str, Tensor]]] = {}
     for name, parameter in named_parameters.items():
-        layer = name_of(name, parameter)
+        layer = name_of(name, stand_in(parameter, pieces.get(id(parameter))))
         if layer is None:
             continue
         if not isinstance(layer, str):
@@ -172,7 +185,9 @@ def make_layers(
     for layer, entries in members.items():
         owners = {owner_name(name) for name, _ in entries}
         module = modules.get(owners.pop()) if len(owners) == 1 else None
-        layers.append(Layer(layer, tuple(p for _, p in entries), tuple(n for n, _ in entries), module))
+        parameters = tuple(p for _, p in entries)
+        held = tuple(pieces.get(id(p)) for p in parameters) if pieces else ()
+        layers.append(Layer(layer, parameters, tuple(n for n, _ in entries), module, pieces=held))
     return layers
 
 
@@ -194,7 +209,7 @@ def included_layers(layers: Sequence[Layer], exclude: Exclusion) -> list[bool]:
         allowed = "'auto', None, a list of patterns or a callable (name, parameter) -> bool"
         raise TypeError(f"exclude={exclude!r} must be {allowed}")
     if callable(exclude):
-        return [not all(map(exclude, layer.parameter_names, layer.parameters)) for layer in layers]
+        return [not all(map(exclude, layer.parameter_names, layer.whole())) for layer in layers]
     check_patterns(exclude, [layer.name for layer in layers], "exclude")
     return [not any(matches(pattern, layer.name) for pattern in exclude) for layer in layers]
 

@@ -44,11 +44,28 @@ def unwrap(optimizer: Any) -> optim.Optimizer:
     return inner
 
 
+def acting_optimizer(optimizer: optim.Optimizer) -> optim.Optimizer:
+    """Return the optimizer whose step changes this process's parameters: ZeRO's inner one, else the same.
+
+    Raises:
+        ValueError: ZeRO steps during the backward pass.
+    """
+    if not any(parent.__name__ == "ZeroRedundancyOptimizer" for parent in type(optimizer).__mro__):
+        return optimizer
+    zero: Any = optimizer
+    if zero._overlap_with_ddp:
+        raise ValueError(
+            "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps inside DDP's backward pass, a bucket at a time and "
+            "without an optimizer's hooks; build it with overlap_with_ddp=False"
+        )
+    return zero.optim
+
+
 def refuse(optimizer: optim.Optimizer) -> None:
     """Raise for optimizers to which no per-layer factor can be attached.
 
     Raises:
-        ValueError: LBFGS; sharded parameters; an optimizer that steps another one's groups.
+        ValueError: LBFGS; an optimizer that steps another one's groups.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, inner in vars(optimizer).items():
@@ -62,13 +79,6 @@ def refuse(optimizer: optim.Optimizer) -> None:
             "LBFGS evaluates its closure several times a step and takes one step for all parameters together, so there "
             "is no rate of a layer to scale; use a first-order optimizer"
         )
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if hasattr(p, "device_mesh"):
-                raise ValueError(
-                    "this optimizer holds sharded parameters (DTensor), whose local norms are not the layers' norms; "
-                    "sharded training is not supported yet"
-                )
 
 
 def decay_is_coupled(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> bool | None:

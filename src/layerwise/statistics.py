@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .gains import gain_shares
 from .layers import Layer
 from .norms import JointNorms, tensor_norms
-from .tensors import moved, same_objects
+from .sharding import settled_gradient, sharing_of
+from .tensors import local, moved, same_objects
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Gradients:
     """The mini-batch gradients themselves, as they arrived.
 
     Args:
-        tensors: Of each parameter of each layer, in order; None where there is none.
+        tensors: Of each parameter of each layer, in order; None where there is none. Of a parameter that is shared
+            among processes, this process's piece.
         scale: The factor by which a gradient scaler left them multiplied, if it did.
         skipped: Above zero when the gradient scaler lets the optimizer skip this step, if it has one.
     """
@@ -76,7 +79,8 @@ NEEDS = tuple(Statistics.__annotations__)
 NOTHING = Statistics()
 """What a rule is told that asks for nothing at this step."""
 WEIGHT_NORMS = frozenset({"weight_norm", "matrix_norm", "decay_norm"})
-AS_NUMBERS = WEIGHT_NORMS | {"gradient_norm", "learning_rate"}
+NORMS = WEIGHT_NORMS | {"gradient_norm"}
+AS_NUMBERS = NORMS | {"learning_rate"}
 """What `LayerStatistics.numbers` can return."""
 Groups = Sequence[Mapping[str, Any]]
 _requires_grad = attrgetter("requires_grad")
@@ -84,6 +88,8 @@ _requires_grad = attrgetter("requires_grad")
 
 class LayerStatistics:
     """Computes `Statistics` for fixed layers.
+
+    Where parameters are shared among processes, each computes its share and one collective a step joins them.
 
     Args:
         layers: The layers.
@@ -101,7 +107,11 @@ class LayerStatistics:
         self.members = [p for layer in layers for p in layer.parameters]
         self.layer_of = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters}
         self.device, self.dtype = common_device(layers)
+        self.pieces = [piece for layer in layers for piece in layer.pieces or [None] * len(layer.parameters)]
+        self.sharing = sharing_of(self.pieces)
         self._zeros = torch.zeros(self.count, dtype=self.dtype, device=self.device)
+        self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._scales: dict[str, tuple[list[float], Tensor]] = {}
         self._joint: dict[str, tuple[list[Tensor], list[int] | None, list[float] | None, JointNorms]] = {}
         self._rates: tuple[list[float], Tensor] | None = None
 
@@ -121,31 +131,98 @@ class LayerStatistics:
         Returns:
             The statistics in `needs`.
         """
-        needs, values = self.needs, {}
+        needs = self.needs
+        # BackMatching's gains are no norms; so few rules ask for them that they go the way of the shared ones.
+        alone = self.sharing is None and "normalisation_gain" not in needs
+        values: dict[str, Any] = self._norms(groups) if alone else self._sums(groups)
         if "gradients" in needs:
-            values["gradients"] = Gradients([p.grad for p in self.members], grad_scale, found_inf)
-        if "gradient_norm" in needs or "counts" in needs:
-            parts = self._gradient_parts()
-            norms = self._zeros.clone() if parts is None else parts[1].of(parts[0])
-            if grad_scale is not None:
-                norms = norms / moved(grad_scale, self.device).to(self.dtype)
-            if "gradient_norm" in needs:
-                values["gradient_norm"] = norms
-            if "counts" in needs:
-                total = norms.sum()  # not finite if any of them is not
-                values["counts"] = (total > 0) & (total < torch.inf)
-        if needs & WEIGHT_NORMS:
-            norms, order = tensor_norms(self.members, self.device)
-            for name in needs & WEIGHT_NORMS:
-                values[name] = self._weights_joint(name, order, groups).of(norms)
-        if "normalisation_gain" in needs:
-            values["normalisation_gain"] = self._normalisation_gains()
+            gradients = [p.grad if self.sharing is None else settled_gradient(p) for p in self.members]
+            values["gradients"] = Gradients(gradients, grad_scale, found_inf)
+        if "gradient_norm" in values and grad_scale is not None:
+            values["gradient_norm"] = values["gradient_norm"] / moved(grad_scale, self.device).to(self.dtype)
+        if "counts" in needs:
+            total = values["gradient_norm"].sum()  # not finite if any of them is not
+            values["counts"] = (total > 0) & (total < torch.inf)
+            if "gradient_norm" not in needs:
+                del values["gradient_norm"]
         if "learning_rate" in needs:
             values["learning_rate"] = self._learning_rates(groups)
         return Statistics(**values)
 
+    def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return this process's share of the squared norms of tensors that belong to the parameters, for `norms`.
+
+        Args:
+            tensors: One for each of `members`, such as its gradient; None where there is none.
+        """
+        present = [i for i, tensor in enumerate(tensors) if tensor is not None]
+        result = torch.zeros(len(self.members), dtype=self.dtype, device=self.device)
+        if not present:
+            return result
+        norms, order = tensor_norms([local(t) for t in tensors if t is not None], self.device)
+        positions = present if order is None else [present[i] for i in order]
+        squares = norms.to(self.dtype).square()
+        return result.index_copy_(0, self._index(positions), squares)
+
+    def norms(self, squares: Sequence[Tensor]) -> Tensor:
+        """Return the norms of layers, shape `[len(squares), n_layers]`, with one collective for all of them.
+
+        Args:
+            squares: What `squares` returned.
+        """
+        return self._layer_sums(squares).sqrt_()
+
+    def _layer_sums(self, rows: Sequence[Tensor]) -> Tensor:
+        shares = torch.stack(list(rows))
+        if self.sharing is not None:
+            shares = self.sharing.sum(shares)
+        layers = self._index([self.layer_of[id(p)] for p in self.members])
+        return self._zeros.repeat(len(rows), 1).index_add_(1, layers, shares)
+
+    def _index(self, positions: Sequence[int]) -> Tensor:
+        """Return positions on the device; copied there once, because that waits for it."""
+        key = tuple(positions)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(key, dtype=torch.long, device=self.device)
+        return self._indices[key]
+
+    def _norms(self, groups: Groups) -> dict[str, Tensor]:
+        """Return the norms in `needs` when this process holds all of every parameter."""
+        needs, values = self.needs, {}
+        if "gradient_norm" in needs or "counts" in needs:
+            parts = self._gradient_parts()
+            values["gradient_norm"] = self._zeros.clone() if parts is None else parts[1].of(parts[0])
+        if needs & WEIGHT_NORMS:
+            norms, order = tensor_norms(self.members, self.device)
+            for name in needs & WEIGHT_NORMS:
+                values[name] = self._weights_joint(name, order, groups).of(norms)
+        return values
+
+    def _sums(self, groups: Groups) -> dict[str, Tensor]:
+        """Return the norms and gains in `needs`, out of sums over processes: one collective for all of them."""
+        needs = self.needs
+        rows: dict[str, Tensor] = {}
+        has_gain: Tensor | None = None
+        if "gradient_norm" in needs or "counts" in needs:
+            rows["gradient_norm"] = self.squares(list(map(settled_gradient, self.members)))
+        if needs & WEIGHT_NORMS:
+            weights = self.squares(self.members)
+            for name in sorted(needs & WEIGHT_NORMS):
+                scales = self._weight_scales(name, groups)
+                rows[name] = weights if scales is None else weights * self._scale_tensor(name, scales).square()
+        if "normalisation_gain" in needs:
+            rows["normalisation_gain"], has_gain = gain_shares(self.layers, self._zeros)
+        if not rows:
+            return {}
+        values = dict(zip(rows, self._layer_sums(list(rows.values())), strict=True))
+        for name in values.keys() & NORMS:
+            values[name] = values[name].sqrt()
+        if has_gain is not None:
+            values["normalisation_gain"] = torch.where(has_gain, values["normalisation_gain"], 1.0)
+        return values
+
     def numbers(self, groups: Groups, grad_scale: Tensor | None = None) -> dict[str, list[float]]:
-        """Return the statistics in `needs` as plain numbers, one a layer; only those in `AS_NUMBERS`.
+        """Return the statistics in `needs` as plain numbers, one a layer; only those in `AS_NUMBERS`, and unshared.
 
         On the CPU, where reading a value waits for nothing, a few operations on Python's numbers cost less than the
         small tensor operations of `compute`.
@@ -184,13 +261,23 @@ class LayerStatistics:
         return norms, self._joint_norms("gradient_norm", owners, order, None)
 
     def _weights_joint(self, name: str, order: list[int] | None, groups: Groups) -> JointNorms:
-        scales: list[float] | None = None
+        return self._joint_norms(name, self.members, order, self._weight_scales(name, groups))
+
+    def _weight_scales(self, name: str, groups: Groups) -> list[float] | None:
+        """Return by what each parameter is multiplied in a norm over the weights; None for 1."""
         if name == "matrix_norm":
-            scales = [float(p.ndim > 1) for p in self.members]
-        elif name == "decay_norm":
+            return [float(p.ndim > 1) for layer in self.layers for p in layer.whole()]
+        if name == "decay_norm":
             decay_of = {id(p): group.get("weight_decay", 0) for group in groups for p in group["params"]}
-            scales = [_number(decay_of[id(p)]) for p in self.members]
-        return self._joint_norms(name, self.members, order, scales)
+            return [_number(decay_of[id(p)]) for p in self.members]
+        return None
+
+    def _scale_tensor(self, name: str, scales: list[float]) -> Tensor:
+        known = self._scales.get(name)
+        if known is None or known[0] != scales:
+            known = (scales, torch.tensor(scales, dtype=self.dtype, device=self.device))
+            self._scales[name] = known
+        return known[1]
 
     def _joint_norms(
         self, name: str, owners: list[Tensor], order: list[int] | None, scales: list[float] | None
@@ -206,23 +293,6 @@ class LayerStatistics:
             )
             known = self._joint[name] = (owners, order, scales, joint)
         return known[3]
-
-    def _normalisation_gains(self) -> Tensor:
-        one = torch.ones((), dtype=self.dtype, device=self.device)
-        gains: list[Tensor] = []
-        for layer in self.layers:
-            module: Any = layer.module
-            weight: Any = getattr(module, "weight", None)
-            variance: Any = getattr(module, "running_var", None)
-            # A normalisation has an eps; under layers="parameter" its gain is that of the layer with the weight.
-            if not hasattr(module, "eps") or all(weight is not p for p in layer.parameters):
-                gains.append(one)
-                continue
-            square = moved(weight.detach(), self.device).to(self.dtype).square()
-            if variance is not None:
-                square = square / (moved(variance, self.device).to(self.dtype) + module.eps)
-            gains.append(square.mean())
-        return torch.stack(gains)
 
     def _rates_of(self, groups: Groups) -> list[list[Any]]:
         """Return the rates of each layer's parameters."""

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .buffers import Buffers, number_count
 from .layers import Layer
+from .sharding import sharing_of
 from .statistics import Gradients
-from .tensors import as_dense_real, moved
+from .tensors import as_dense_real, local, moved
 
 Sums = dict[str, Any]
 """Empty, or `signed`, `absolute`, `received`: tensors by parameter, for a checkpoint to hold; and `iterations`."""
@@ -28,11 +30,17 @@ class DirectionalitySums:
     Steps with a gradient that is not finite, steps that a gradient scaler skips and steps whose gradients are all zero
     do not count.
 
+    Where parameters are shared among processes, so are their buffers; a step and the end of an epoch take one
+    collective each.
+
     Args:
         layers: The layers.
         each_weight: Whether Σ_j |g_ij| is kept for each weight (G′) or summed at once (G).
         sample: Number of weights of each layer that stand for it; None for all.
         measured: Which layers are summed; None for all. The others still tell whether a step counts.
+
+    Raises:
+        ValueError: A sample is asked for of parameters that are shared among processes.
     """
 
     def __init__(
@@ -45,7 +53,7 @@ class DirectionalitySums:
     ) -> None:
         self.each_weight = each_weight
         self.sample = sample
-        self._layers = [layer.parameters for layer in layers]
+        self._sizes = [len(layer.parameters) for layer in layers]
         self._parameters = [p for layer in layers for p in layer.parameters]
         names = [
             name
@@ -54,9 +62,21 @@ class DirectionalitySums:
         ]
         # A state's own entries that begin with an underscore are not saved; a parameter's name may begin with one.
         self._keys = [f"/{name}" for name in names]
-        self._taken = [taken for layer in self._layers for taken in _shares(layer, sample)]
+        pieces = [piece for layer in layers for piece in layer.pieces or [None] * len(layer.parameters)]
+        self._sharing = sharing_of(pieces)
+        if sample is not None and self._sharing is not None:
+            raise ValueError(
+                f"sample={sample!r}: the parameters are sharded, and which weights stand for a layer depends on the "
+                "number of processes; leave sample out, the sums are sharded too"
+            )
+        self._taken = [taken for layer in layers for taken in _shares(layer.whole(), sample)]
+        self._counts = [
+            number_count(whole) if taken is None else taken[0]
+            for whole, taken in zip((p for layer in layers for p in layer.whole()), self._taken, strict=True)
+        ]
+        self._buffers = Buffers(self._parameters, pieces, [None if t is None else t[0] for t in self._taken])
         inside = [True] * len(layers) if measured is None else measured
-        self._measured = [flag for layer, flag in zip(self._layers, inside, strict=True) for _ in layer]
+        self._measured = [flag for size, flag in zip(self._sizes, inside, strict=True) for _ in range(size)]
 
     @torch.no_grad()
     def add(self, sums: Sums, gradients: Gradients) -> Sums:
@@ -66,14 +86,15 @@ class DirectionalitySums:
             sums: Those so far; empty before the first step.
             gradients: This step's.
         """
-        every = [(i, _real(g)) for i, g in enumerate(gradients.tensors) if g is not None]
-        if not every:
+        every = [(i, _real(g)) for i, g in enumerate(self._held(gradients)) if g is not None]
+        if not every and self._sharing is None:
             return sums
-        device = every[0][1].device
-        totals: list[Tensor] = []
-        if self.sample is None and not self.each_weight and all(self._measured):
-            totals = _absolute_sums([g for _, g in every])
-            size = torch.stack([moved(t, device) for t in totals]).sum()
+        device = every[0][1].device if every else local(self._parameters[0]).device
+        totals: list[Tensor] | None = None
+        if self._sharing is not None or (self.sample is None and not self.each_weight and all(self._measured)):
+            totals = self._joined([i for i, _ in every], _absolute_sums([g for _, g in every]), device)
+            size = torch.stack([moved(t, device) for t in totals]).sum() if totals else torch.zeros((), device=device)
+            totals = [total for total, (i, _) in zip(totals, every, strict=True) if self._measured[i]]
         else:
             size = _size([g for _, g in every], device)
         present = [(i, self._some(i, g)) for i, g in every if self._measured[i]]
@@ -91,18 +112,16 @@ class DirectionalitySums:
         sums["iterations"] = moved(sums["iterations"], device) + (1 if counts is None else counts)
         for i, gradient in present:
             self._open(sums, i, gradient)
-            key = self._keys[i]
-            if counts is None:
-                sums["received"][key] = True
-            else:
-                sums["received"][key] = sums["received"][key] | moved(counts, gradient.device)
+            key, held = self._keys[i], bool(gradient.numel())  # who holds nothing of a parameter does not know
+            arrived = held if counts is None else held & moved(counts, gradient.device)
+            sums["received"][key] = sums["received"][key] | arrived
         values = [gradient for _, gradient in present]
         self._accumulate(sums["signed"], present, values, scale, counts)
         if self.each_weight:
             for item in present:  # one at a time: together they would take the room of all parameters once more
                 self._accumulate(sums["absolute"], [item], [item[1].abs()], scale, counts)
         else:
-            totals = totals or _absolute_sums(values)
+            totals = _absolute_sums(values) if totals is None else totals
             self._accumulate(sums["absolute"], present, totals, scale, counts)
         return sums
 
@@ -112,24 +131,54 @@ class DirectionalitySums:
         Args:
             sums: Those of the epoch; may be empty.
         """
+        found = [self._fraction(sums, i) for i in range(len(self._keys))]
+        if self._sharing is not None:
+            device = local(self._parameters[0]).device
+            shares = torch.tensor([[above, flag] for above, _, flag in found], dtype=torch.float64, device=device)
+            joint = self._sharing.sum(shares.T.contiguous()).T.tolist()
+            found = [(above, below, flag > 0) for (above, flag), (_, below, _) in zip(joint, found, strict=True)]
         ratios: list[float] = []
         received: list[bool] = []
         position = 0
-        for layer in self._layers:
-            numbers = range(position, position + len(layer))
-            position += len(layer)
-            keys = [self._keys[i] for i in numbers if sums and self._keys[i] in sums["signed"]]
-            received.append(any(bool(sums["received"][key]) for key in keys))
-            signed = [sums["signed"][key].double().abs() for key in keys]
-            absolute = [sums["absolute"][key].double() for key in keys]
-            if self.each_weight:
-                count = sum(self._count(i) for i in numbers)
-                terms = sum(float(torch.where(a > 0, s / a, 0.0).sum()) for s, a in zip(signed, absolute, strict=True))
-                ratios.append(min(terms / count, 1.0) if count else 0.0)
-            else:
-                total = sum(map(float, absolute))
-                ratios.append(min(sum(float(s.sum()) for s in signed) / total, 1.0) if total > 0 else 0.0)
+        for size in self._sizes:
+            parts = found[position : position + size]
+            position += size
+            below = sum(part[1] for part in parts)
+            ratios.append(min(sum(part[0] for part in parts) / below, 1.0) if below > 0 else 0.0)
+            received.append(any(part[2] for part in parts))
         return ratios, received
+
+    def _fraction(self, sums: Sums, i: int) -> tuple[float, float, bool]:
+        """Return what a parameter adds above and below the fraction bar, and whether it received a gradient.
+
+        The first and the last are those of the piece that this process holds, the second of the whole parameter.
+        """
+        key = self._keys[i]
+        below = float(self._counts[i]) if self.each_weight else 0.0
+        if not sums or key not in sums["signed"]:
+            return 0.0, below, False
+        signed, absolute = local(sums["signed"][key]).double().abs(), local(sums["absolute"][key]).double()
+        received = bool(sums["received"][key])
+        if not self.each_weight:
+            return float(signed.sum()), float(absolute), received
+        return float(torch.where(absolute > 0, signed / absolute, 0.0).sum()), below, received
+
+    def _held(self, gradients: Gradients) -> Sequence[Tensor | None]:
+        """Return the gradients, with an empty one for a parameter of which this process holds nothing."""
+        if self._sharing is None:
+            return gradients.tensors
+        pieces = [local(p.detach()) for p in self._parameters]
+        return [p if g is None and not p.numel() else g for g, p in zip(gradients.tensors, pieces, strict=True)]
+
+    def _joined(self, numbers: Sequence[int], totals: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """Return totals of parameters, summed over the processes that share them."""
+        if self._sharing is None:
+            return list(totals)
+        shares = torch.zeros(1, len(self._keys), dtype=torch.float64, device=device)
+        for i, total in zip(numbers, totals, strict=True):
+            shares[0, i] = total
+        joint = self._sharing.sum(shares)[0]
+        return [joint[i] for i in numbers]
 
     def _accumulate(
         self,
@@ -140,7 +189,7 @@ class DirectionalitySums:
         counts: Tensor | None,
     ) -> None:
         """Add `scale` times the values, or nothing where `counts` is false; the values need not be finite then."""
-        into = [buffers[self._keys[i]] for i, _ in present]
+        into = [local(buffers[self._keys[i]]) for i, _ in present]
         if counts is None:
             torch._foreach_add_(into, list(values), alpha=scale)
             return
@@ -149,13 +198,8 @@ class DirectionalitySums:
             counted = torch.where(moved(counts, buffer.device), value.to(buffer.dtype) * factor, 0)
             buffer.add_(counted.to(buffer.dtype))
 
-    def _count(self, i: int) -> int:
-        """Return how many numbers stand for a parameter."""
-        taken = self._taken[i]
-        return _numbers(self._parameters[i]) if taken is None else taken[0]
-
     def loaded(self, sums: Any) -> Sums:
-        """Return a copy of saved sums.
+        """Return a copy of saved sums, shared among processes as the parameters are now.
 
         Raises:
             ValueError: They are not of this form, or of other parameters.
@@ -178,34 +222,23 @@ class DirectionalitySums:
                     copy[part][key] = buffer
                     continue
                 whole = part == "signed" or (part == "absolute" and self.each_weight)
-                wanted = self._shape(self._keys.index(key)) if whole else ()
-                if not isinstance(buffer, Tensor) or buffer.shape != wanted:
-                    found = tuple(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
-                    raise ValueError(f"the saved sums of {key!r} have shape {found}, here {tuple(wanted)}; same rule?")
-                copy[part][key] = buffer.detach().clone()
+                copy[part][key] = self._buffers.loaded(self._keys.index(key), buffer, key, scalar=not whole)
         return copy
-
-    def _shape(self, i: int) -> tuple[int, ...]:
-        parameter, taken = self._parameters[i], self._taken[i]
-        if taken is not None:
-            return (taken[0],)
-        return (*parameter.shape, 2) if parameter.is_complex() else tuple(parameter.shape)
 
     def _open(self, sums: Sums, i: int, gradient: Tensor) -> None:
         """Make a parameter's buffers, or bring those of a file, or of a model that was moved, to its device."""
         key = self._keys[i]
         known = sums["signed"].get(key)
-        if known is not None and known.shape == gradient.shape:
+        if known is not None and local(known).shape == gradient.shape:
             if known.device != gradient.device:
                 for part in PARTS:
                     buffer = sums[part][key]
                     sums[part][key] = moved(buffer, gradient.device) if isinstance(buffer, Tensor) else buffer
             return
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        sums["signed"][key] = torch.zeros_like(gradient, dtype=wide)
+        sums["signed"][key] = self._buffers.zeros(i, gradient)
         sums["received"][key] = False
         sums["absolute"][key] = (
-            torch.zeros_like(gradient, dtype=wide)
+            self._buffers.zeros(i, gradient)
             if self.each_weight
             else torch.zeros((), dtype=torch.float64, device=gradient.device)
         )
@@ -249,22 +282,17 @@ def _size(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     return moved(torch.stack(list(norms)).float().sum(), device)
 
 
-def _numbers(parameter: Tensor) -> int:
-    """Return how many real numbers a parameter holds."""
-    return parameter.numel() * (2 if parameter.is_complex() else 1)
-
-
 def _shares(layer: Sequence[Tensor], sample: int | None) -> list[tuple[int, int] | None]:
     """Return for each parameter how many of its weights are taken, and by what step; None for all.
 
     Weight k · step mod n, for a step near n/φ (φ the golden ratio) without a common divisor: no weight twice, none of
     the channels or positions in a kernel left out.
     """
-    total = sum(map(_numbers, layer))
+    total = sum(map(number_count, layer))
     if sample is None or total <= sample:
         return [None] * len(layer)
     shares: list[tuple[int, int] | None] = []
-    for numbers in map(_numbers, layer):
+    for numbers in map(number_count, layer):
         step = max(1, round(numbers * (math.sqrt(5) - 1) / 2))
         while math.gcd(step, numbers) > 1:
             step += 1

@@ -25,3 +25,9 @@ def as_dense_real(tensor: Tensor) -> Tensor:
     if tensor.layout is not torch.strided:
         tensor = tensor.coalesce().values()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the piece of a tensor that this process holds: itself, unless it is sharded (a DTensor)."""
+    to_local: Any = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

@@ -86,5 +86,5 @@ def summed_inputs(layer: Layer) -> float | None:
     if isinstance(module, nn.modules.conv._ConvNd):
         # A transposed kernel stands at every position of its input, so its stride divides nothing.
         return float(module.in_channels * (1 if module.transposed else math.prod(module.stride)))
-    matrices = [p for p in layer.parameters if p.ndim > 1]
+    matrices = [p for p in layer.whole() if p.ndim > 1]
     return float(matrices[0].shape[1]) if matrices else None

@@ -1,0 +1,137 @@
+"""Everything that follows from an optimizer, its model and the arguments of an attachment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_layers, named_parameters_of
+from .optimizers import PlaceName, automatic_place, check_place, refuse
+from .partition import Partition
+from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
+from .sharding import find_pieces
+from .statistics import AS_NUMBERS, LayerStatistics
+from .tensors import same_objects
+
+MOST_NUMBERS = 256
+"""Layers up to which plain numbers cost less than tensor operations; on the CPU, for elementwise rules."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for; the arguments of `LayerwiseLR` with `"auto"` replaced where the rule decides.
+
+    Args:
+        rule: The rule.
+        model: The model, or None.
+        layers: How parameters make up layers.
+        exclude: Which layers stay at factor 1.
+        apply: Where the factor acts, or `"auto"`.
+        preferred: The place that the rule's method takes.
+        decay: `"scaled"` or `"plain"`.
+        decay_given: Whether the person chose it.
+    """
+
+    rule: Any
+    model: nn.Module | None
+    layers: LayerSpecification
+    exclude: Exclusion
+    apply: PlaceName | Literal["auto"]
+    preferred: str
+    decay: str
+    decay_given: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Resolution:
+    """What was found.
+
+    Args:
+        parameters: The optimizer's parameters, group by group.
+        layers: The layers.
+        statistics: Measures them.
+        partition: Which parameters of which group belong to which layer.
+        place: Where the factors act.
+        in_numbers: The rule, where plain numbers are to be used instead of tensors.
+        included: Which layers are not excluded.
+        mask: The same as a tensor; None if all are included.
+        first_group: The group of each layer's first parameter.
+    """
+
+    parameters: list[Tensor]
+    layers: list[Layer]
+    statistics: LayerStatistics
+    partition: Partition
+    place: PlaceName
+    in_numbers: ElementwiseRule | None
+    included: list[bool]
+    mask: Tensor | None
+    first_group: list[int]
+
+    @property
+    def names(self) -> list[str]:
+        """The layers' names."""
+        return [layer.name for layer in self.layers]
+
+    @property
+    def outside(self) -> int:
+        """How many parameters belong to no layer."""
+        return len(self.parameters) - len(self.statistics.layer_of)
+
+    def holds(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Tell whether this is still true: no parameter was added, replaced by fully_shard, or moved to a device."""
+        return same_objects(self.parameters, parameters_of(groups)) and not self.statistics.moved_away()
+
+
+def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolution:
+    """Find the layers, and everything that follows from them.
+
+    Args:
+        optimizer: The optimizer whose step the factors act on.
+        holder: The one whose groups hold all parameters, where each process steps only some (ZeRO); else the same.
+        request: What was asked for.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range, or the combination would give wrong numbers.
+    """
+    rule, groups = request.rule, holder.param_groups
+    refuse(optimizer)
+    named = named_parameters_of(holder, request.model)
+    parameters = parameters_of(groups)
+    layers = make_layers(named, request.layers, request.model, find_pieces(parameters, request.model))
+    included = included_layers(layers, request.exclude)
+    layers = [replace(layer, included=inside) for layer, inside in zip(layers, included, strict=True)]
+    automatic = automatic_place(optimizer, request.preferred, request.decay)
+    place = automatic if request.apply == "auto" else cast(PlaceName, request.apply)
+    check_place(optimizer, place, request.decay, decay_given=request.decay_given)
+    needs = getattr(rule, "needs", ("gradient_norm",))
+    elementwise = cast(ElementwiseRule, rule) if is_elementwise(rule) else None
+    if elementwise is not None:
+        check_elementwise(elementwise)
+    if "learning_rate" in needs and any(group.get("lr") is None for group in groups):
+        raise ValueError(f"{rule!r} needs the rate, and {type(optimizer).__name__} has no 'lr' in its groups")
+    statistics = LayerStatistics(layers, needs)
+    few = statistics.device.type == "cpu" and len(layers) <= MOST_NUMBERS and statistics.sharing is None
+    group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+    return Resolution(
+        parameters=parameters,
+        layers=layers,
+        statistics=statistics,
+        partition=Partition(statistics.layer_of),
+        place=place,
+        in_numbers=elementwise if few and set(needs) <= AS_NUMBERS else None,
+        included=included,
+        mask=None if all(included) else torch.tensor(included, device=statistics.device),
+        first_group=[group_of[id(layer.parameters[0])] for layer in layers],
+    )
+
+
+def parameters_of(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """Return the parameters of all groups."""
+    return [p for group in groups for p in group["params"]]

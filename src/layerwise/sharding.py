@@ -1,0 +1,184 @@
+"""Which piece of each parameter this process holds, and one collective that puts the layers' sums together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tensors import local, moved
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """The piece of a parameter that this process holds.
+
+    Args:
+        shape: Shape of the whole parameter.
+        copies: How many of the processes hold this same piece.
+        groups: The process groups to sum over, one after another: one, but for a mesh of several dimensions that is
+            only a part of all processes.
+        device_type: Where these groups communicate.
+        span: Of a parameter that is cut in its flattened form (FSDP1), the first number of the piece and the one after
+            its last.
+    """
+
+    shape: torch.Size
+    copies: int
+    groups: tuple[Any, ...] = field(repr=False)
+    device_type: str
+    span: tuple[int, int] | None = None
+
+    def of(self, whole: Tensor, like: Tensor) -> Tensor:
+        """Return the piece of another whole tensor of this shape, in the form of the parameter `like`."""
+        if self.span is not None:
+            return whole.flatten()[slice(*self.span)]
+        from torch.distributed.tensor import DTensor, Replicate
+
+        parameter: Any = like
+        mesh = parameter.device_mesh
+        same = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return same.redistribute(mesh, parameter.placements)
+
+
+def find_pieces(parameters: Iterable[Tensor], model: nn.Module | None) -> dict[int, Piece]:
+    """Return the piece of each parameter that is shared among processes, by the parameter's id.
+
+    Args:
+        parameters: Parameters, of which DTensors (FSDP2, tensor parallel) know how they are shared.
+        model: Knows it of the parameters of FSDP1.
+
+    Raises:
+        ValueError: A parameter is shared in a way in which its norm is not defined, or cannot be known.
+    """
+    parameters = list(parameters)
+    pieces = {id(p): _piece_of_dtensor(p) for p in parameters if hasattr(p, "device_mesh")}
+    flattened = [p for p in parameters if getattr(p, "_fsdp_flattened", False)]
+    if not flattened:
+        return pieces
+    if any(getattr(p, "_is_flat_param", False) for p in flattened):
+        raise ValueError(
+            "FullyShardedDataParallel has merged the layers' parameters into flat ones, so there are no layers left: "
+            "wrap the model with use_orig_params=True, or use fully_shard"
+        )
+    if model is None:
+        raise ValueError(
+            "these parameters are pieces of FullyShardedDataParallel's, which only the model knows: pass the wrapped "
+            "model as the third argument"
+        )
+    known = dict(_pieces_of_fsdp(model))
+    if missing := [p for p in flattened if id(p) not in known]:
+        raise ValueError(
+            f"{len(missing)} of the optimizer's parameters are pieces of FullyShardedDataParallel's that are not in "
+            "this model: pass the wrapped model itself"
+        )
+    return {**pieces, **{id(p): piece for p in flattened if (piece := known[id(p)]) is not None}}
+
+
+def _piece_of_dtensor(parameter: Any) -> Piece:
+    mesh, copies = parameter.device_mesh, 1
+    for size, placement in zip(mesh.shape, parameter.placements, strict=True):
+        if placement.is_partial():
+            raise ValueError(f"a parameter with placements {parameter.placements} is a sum over processes; reduce it")
+        copies *= size if placement.is_replicate() else 1
+    return Piece(parameter.shape, copies, _groups_of(mesh), mesh.device_type)
+
+
+def _groups_of(mesh: Any) -> tuple[Any, ...]:
+    """Return groups over which to sum in turn; none is made, since all processes would have to take part in that."""
+    if mesh.ndim > 1 and mesh.size() == torch.distributed.get_world_size():
+        return (torch.distributed.group.WORLD,)
+    return tuple(mesh.get_all_groups())
+
+
+def _pieces_of_fsdp(model: nn.Module) -> Iterable[tuple[int, Piece | None]]:
+    """Yield the piece of each parameter of FSDP1; None where each process holds all of it."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for module in FullyShardedDataParallel.fsdp_modules(model):
+        handle: Any = getattr(module, "_handle", None)
+        if handle is None or handle.flat_param._params is None:  # the latter without use_orig_params
+            continue
+        flat = handle.flat_param
+        for p, shape, where in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
+            if not handle.uses_sharded_strategy:
+                yield id(p), None
+                continue
+            span = (where.intra_param_start_idx, where.intra_param_end_idx + 1) if where.in_shard else (0, 0)
+            yield id(p), Piece(shape, 1, (handle.process_group,), handle.device.type, span)
+
+
+class Sharing:
+    """Sums over processes of numbers of which each process knows its share.
+
+    Args:
+        pieces: For each number the piece of a parameter that it belongs to; None for what every process knows whole.
+    """
+
+    def __init__(self, pieces: Sequence[Piece | None]) -> None:
+        self.pieces = list(pieces)
+        self._positions: dict[tuple[tuple[Any, ...], str], list[int]] = {}
+        for i, piece in enumerate(self.pieces):
+            if piece is not None:
+                self._positions.setdefault((piece.groups, piece.device_type), []).append(i)
+        self._ready: tuple[torch.device, Tensor, list[tuple[Any, torch.device, Tensor | None]]] | None = None
+
+    def sum(self, shares: Tensor) -> Tensor:
+        """Return the sums over all processes; one collective for each distinct set of processes.
+
+        Every process has to call this, also with zeros only.
+
+        Args:
+            shares: What this process contributes, shape `[k, n_pieces]`; changed in place.
+        """
+        if self._ready is None or self._ready[0] != shares.device:
+            self._ready = self._prepared(shares)
+        _, weights, collectives = self._ready
+        shares *= weights
+        for groups, device, positions in collectives:
+            part = moved(shares if positions is None else shares.index_select(1, positions), device)
+            for group in groups:
+                torch.distributed.all_reduce(part, group=group)
+            part = moved(part, shares.device)
+            shares = part if positions is None else shares.index_copy_(1, positions, part)
+        return shares
+
+    def _prepared(self, shares: Tensor) -> tuple[torch.device, Tensor, list[tuple[Any, torch.device, Tensor | None]]]:
+        """Copy to the device once what every step needs there."""
+        device = shares.device
+        copies = [1.0 if piece is None else 1 / piece.copies for piece in self.pieces]
+        collectives: list[tuple[Any, torch.device, Tensor | None]] = []
+        for (groups, device_type), positions in self._positions.items():
+            every = len(positions) == len(self.pieces)
+            index = None if every else torch.tensor(positions, dtype=torch.long, device=device)
+            collectives.append((groups, device if device.type == device_type else torch.device(device_type), index))
+        return device, torch.tensor(copies, dtype=shares.dtype, device=device), collectives
+
+
+def stand_in(parameter: Tensor, piece: Piece | None) -> Tensor:
+    """Return a tensor of the whole parameter's shape, for a question about it: the parameter, if it still has it."""
+    if piece is None or piece.span is None:
+        return parameter
+    return torch.empty(piece.shape, dtype=parameter.dtype, device="meta")
+
+
+def sharing_of(pieces: Sequence[Piece | None]) -> Sharing | None:
+    """Return how numbers of these pieces add up over processes; None if no parameter is shared."""
+    return Sharing(pieces) if any(piece is not None for piece in pieces) else None
+
+
+def settled_gradient(parameter: Any) -> Tensor | None:
+    """Return this process's piece of a parameter's gradient.
+
+    Under sequence parallelism some gradients arrive as sums that are still to be formed. They are formed here, and left
+    so: the optimizer would do it again.
+    """
+    gradient = parameter.grad
+    if gradient is None or not hasattr(gradient, "placements"):
+        return gradient
+    if gradient.placements != parameter.placements:
+        gradient = parameter.grad = gradient.redistribute(parameter.device_mesh, parameter.placements)
+    return local(gradient)

@@ -1,0 +1,65 @@
+"""What cannot work in sharded training is refused before anything changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+import layerwise
+from layerwise.rules import Directionality, GradientAmplification, LayerAdaptive, Phase
+
+from .cases import momentum, network
+from .processes import run
+from .training import fsdp1
+
+
+def refuse(rank: int) -> None:
+    """Try what is refused, in each process."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    flat = FullyShardedDataParallel(network(), device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="use_orig_params=True"):
+        layerwise.LayerwiseLR(momentum(flat.parameters()), LayerAdaptive(), flat)
+
+    model = fsdp1(network())
+    with pytest.raises(ValueError, match="pass the wrapped model as the third argument"):
+        layerwise.LayerwiseLR(momentum(model.named_parameters()), LayerAdaptive())
+
+    sampled = GradientAmplification(Directionality(sample=2), [Phase(2, True)])
+    sharded = network()
+    fully_shard(sharded)
+    optimizer = momentum(sharded.parameters())
+    with pytest.raises(ValueError, match="leave sample out"):
+        layerwise.LayerwiseLR(optimizer, sampled, sharded)
+    assert not optimizer._optimizer_step_pre_hooks
+
+    zero = ZeroRedundancyOptimizer(network().parameters(), torch.optim.SGD, overlap_with_ddp=True, lr=0.1)
+    with pytest.raises(ValueError, match="overlap_with_ddp=False"):
+        layerwise.LayerwiseLR(zero, LayerAdaptive())
+
+
+def follow(rank: int) -> tuple[int, int]:
+    """Add a group to ZeRO's optimizer after attaching: its inner optimizer is then another one."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = network()
+    zero = ZeroRedundancyOptimizer(model.embed.parameters(), torch.optim.SGD, lr=0.1)
+    adapter = layerwise.LayerwiseLR(zero, LayerAdaptive(), model)
+    zero.add_param_group({"params": list(model.head.parameters())})
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    zero.step()
+    factors = adapter.get_last_factors()
+    adapter.detach()
+    return len(factors), len(zero._optimizer_step_pre_hooks) + len(zero.optim._optimizer_step_pre_hooks)
+
+
+@pytest.mark.dist
+def test_what_cannot_work_is_refused():
+    run(2, refuse)
+
+
+@pytest.mark.dist
+def test_zero_is_followed_when_it_makes_its_inner_optimizer_anew():
+    assert run(2, follow) == [(2, 0), (2, 0)]
