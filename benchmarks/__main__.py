@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import layerwise
 from layerwise.rules import LARS, Constant, LayerAdaptive
 
-from . import amplification
+from . import amplification, monitor
 from .networks import lenet_iteration, resnet50_parameters
 
 
@@ -152,6 +152,7 @@ def main() -> int:
         rows[f"operations, {count} layers"] = {"operations": total, "reads": reads, "target": 12}
         print(f"{f'{count} layers':<41}{total:>11}{reads:>7}{'12':>11}")
     rows |= amplification.show(arguments.rounds)
+    rows |= monitor.show(arguments.rounds)
     if arguments.json:
         arguments.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
     return 0

@@ -68,7 +68,7 @@ CASES = {
         "model",
         None,
         ValueError,
-        ["no names", "third argument", "named_parameters()"],
+        ["no names", "pass model=", "named_parameters()"],
     ),
     "a stranger's model": (
         "model",

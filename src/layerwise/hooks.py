@@ -1,4 +1,4 @@
-"""The one pair of hooks on an optimizer: the closure, the view that `step` runs on, and what `step` wrote there."""
+"""The one pair of hooks on an optimizer: the view that `step` runs on, and what `step` wrote there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .closures import closure_of, evaluate_closure, with_closure
 from .partition import Split
 
 _hooks_of: weakref.WeakKeyDictionary[Optimizer, OptimizerHooks] = weakref.WeakKeyDictionary()
@@ -38,6 +39,22 @@ class Member(Protocol):
         ...
 
 
+class Observer(Protocol):
+    """Something attached to an optimizer that watches its steps and changes nothing."""
+
+    def begin(self, optimizer: Any) -> bool:
+        """Take note that a step begins; return whether to be shown it."""
+        ...
+
+    def look(self, optimizer: Any, measured: Sequence[Any]) -> None:
+        """Look at the gradients as they arrived; `measured` are the members whose factors are about to act."""
+        ...
+
+    def end(self, optimizer: Any) -> None:
+        """Take note that the step has been taken; not called if it raised."""
+        ...
+
+
 class OptimizerHooks:
     """Runs `step` on a shallow copy of the optimizer, its *view*, on which the members act.
 
@@ -45,7 +62,8 @@ class OptimizerHooks:
     changed: an exception, a scheduler, another hook or `state_dict()` in the middle of a step meets it as it always is.
 
     All members measure before any of them acts, so that two adapters both see the gradients as they arrived and their
-    factors multiply.
+    factors multiply. Observers look between the two, and again after the step. For them alone the arguments of `step`
+    stay as they are, but for a closure that they look behind: it is called when and as often as `step` calls it.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -57,7 +75,12 @@ class OptimizerHooks:
         self._levels: list[list[Split]] = []
         # None of torch's own optimizers writes into its groups (a test holds them to it); looking for it costs.
         self._torch_own = getattr(torch.optim, type(optimizer).__name__, None) is type(optimizer)
+        # A step() that calls super().step() runs the hooks once more; the view is how the inner step is told apart.
+        own_steps = [kind for kind in type(optimizer).__mro__ if "step" in vars(kind) and kind is not Optimizer]
+        self._nests = len(own_steps) > 1
+        self._begun: list[Observer] = []
         self.members: list[Member] = []
+        self.observers: list[Observer] = []
         # Traced into a compiled step the hooks would be silently wrong: the graph reads the groups of the optimizer.
         outside_graph = cast(Callable[[Any], Any], torch.compiler.disable)
         self._handles = (
@@ -68,23 +91,45 @@ class OptimizerHooks:
     @classmethod
     def add(cls, optimizer: Optimizer, member: Member) -> None:
         """Attach a member, and the hooks with the first one."""
+        cls._on(optimizer).members.append(member)
+
+    @classmethod
+    def watch(cls, optimizer: Optimizer, observer: Observer) -> None:
+        """Attach an observer, and the hooks with the first one."""
+        cls._on(optimizer).observers.append(observer)
+
+    @classmethod
+    def _on(cls, optimizer: Optimizer) -> OptimizerHooks:
         if optimizer not in _hooks_of:
             _hooks_of[optimizer] = cls(optimizer)
-        _hooks_of[optimizer].members.append(member)
+        return _hooks_of[optimizer]
+
+    @classmethod
+    def members_of(cls, optimizer: Optimizer) -> list[Member]:
+        """Return the members attached to the optimizer."""
+        hooks = _hooks_of.get(optimizer)
+        return [] if hooks is None else list(hooks.members)
+
+    @classmethod
+    def observers_of(cls, optimizer: Optimizer) -> list[Observer]:
+        """Return the observers attached to the optimizer."""
+        hooks = _hooks_of.get(optimizer)
+        return [] if hooks is None else list(hooks.observers)
 
     @classmethod
     def others(cls, optimizer: Optimizer, member: Member) -> list[Member]:
-        """Return what else is attached to the optimizer."""
-        hooks = _hooks_of.get(optimizer)
-        return [] if hooks is None else [other for other in hooks.members if other is not member]
+        """Return the other members attached to the optimizer."""
+        return [other for other in cls.members_of(optimizer) if other is not member]
 
     @classmethod
-    def remove(cls, optimizer: Optimizer, member: Member) -> None:
-        """Detach a member, and the hooks with the last one."""
+    def remove(cls, optimizer: Optimizer, attached: Member | Observer) -> None:
+        """Detach a member or an observer, and the hooks with the last one."""
         hooks = _hooks_of[optimizer]
-        hooks.members.remove(member)
-        hooks._active = [other for other in hooks._active if other is not member]
-        if not hooks.members:
+        hooks.members = [member for member in hooks.members if member is not attached]
+        hooks.observers = [observer for observer in hooks.observers if observer is not attached]
+        hooks._active = [member for member in hooks._active if member is not attached]
+        hooks._begun = [observer for observer in hooks._begun if observer is not attached]
+        if not hooks.members and not hooks.observers:
             for handle in hooks._handles:
                 handle.remove()
             del _hooks_of[optimizer]
@@ -95,16 +140,22 @@ class OptimizerHooks:
             return None
         if self._given:  # an exception in the last step() left no post-hook to clear up
             self._clear()
+        self._begun = list(self.observers)
+        looking = [observer for observer in self._begun if observer.begin(optimizer)]
         active = [member for member in self.members if member.enabled]
-        if not active:
+        if active:
+            if kwargs or len(args) > 1:
+                args, kwargs = evaluate_closure(args, kwargs)
+                active = [member for member in self.members if member.enabled]  # a closure may pause or detach
+            for member in active:
+                member.measure(optimizer)
+            self._look(looking, active)
+            active = [member for member in active if member.acts]
+        elif looking:
+            args, kwargs = self._look_behind_closure(looking, args, kwargs)
+        elif not self._begun:
             return None
-        if kwargs or len(args) > 1:
-            args, kwargs = evaluate_closure(args, kwargs)
-            active = [member for member in self.members if member.enabled]  # a closure may pause or detach
-        for member in active:
-            member.measure(optimizer)
-        active = [member for member in active if member.acts]
-        if not active:
+        if not active and not self._nests:
             return args, kwargs
         view = self._view
         self._given = given = dict(optimizer.__dict__)
@@ -118,10 +169,42 @@ class OptimizerHooks:
         self._active = active
         return (view, *args[1:]), kwargs
 
+    def _look(self, looking: Sequence[Observer], measured: Sequence[Member]) -> None:
+        for observer in looking:
+            if observer in self._begun:  # a closure may detach
+                observer.look(self._optimizer(), measured)
+
+    def _look_behind_closure(
+        self, looking: list[Observer], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Let observers look as soon as the gradients are there: now, or when `step` has called its closure once."""
+        closure = closure_of(args, kwargs)
+        if closure is None:
+            self._look(looking, ())
+            return args, kwargs
+        waiting = list(looking)
+        look = cast(Callable[..., None], torch.compiler.disable(self._look))
+
+        def looked_behind() -> Any:
+            loss = closure()
+            look(waiting, ())
+            waiting.clear()
+            return loss
+
+        return with_closure(args, kwargs, looked_behind)
+
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        view = self._view
-        if args[0] is not view or optimizer is not self._optimizer():
+        if optimizer is not self._optimizer():
             return
+        if args[0] is self._view:
+            self._finish(optimizer)
+        begun, self._begun = self._begun, []
+        for observer in begun:
+            observer.end(optimizer)
+
+    def _finish(self, optimizer: Optimizer) -> None:
+        """Let the members act after the step, and hand the optimizer what `step` wrote into the view."""
+        view = self._view
         for member in reversed(self._active):
             member.finish()
         try:
@@ -140,44 +223,6 @@ class OptimizerHooks:
     def _clear(self) -> None:
         self._view.__dict__.clear()
         self._given, self._active, self._levels = {}, [], []
-
-
-def evaluate_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Evaluate the closure of `step`, if there is one, and put its result in its place.
-
-    Hooks run before the closure, which computes the gradients; without this a rule would see those of the step before.
-
-    Args:
-        args: Positional arguments of `step`, the optimizer first.
-        kwargs: Its named arguments.
-
-    Returns:
-        The arguments with a closure that returns the loss.
-    """
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if not callable(closure):
-        return args, kwargs
-    with torch.enable_grad():
-        loss = closure()
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": _once(loss)}
-    return (*args[:1], _once(loss), *args[2:]), kwargs
-
-
-def _once(loss: Any) -> Callable[[], Any]:
-    calls = 0
-
-    def closure() -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 1:
-            raise RuntimeError(
-                "this optimizer evaluates its closure more than once a step, so the factors of its second evaluation "
-                "are not known; detach the LayerwiseLR adapter, or use a first-order optimizer"
-            )
-        return loss
-
-    return closure
 
 
 def write_back(splits: Sequence[Split], optimizer: str) -> None:

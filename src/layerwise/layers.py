@@ -122,7 +122,7 @@ def named_parameters_of(optimizer: Any, model: nn.Module | None) -> dict[str, Te
         for group in optimizer.param_groups:
             if len(group.get("param_names", ())) != len(group["params"]):
                 raise ValueError(
-                    "model=None, and the optimizer's parameters have no names: pass the model as the third argument, "
+                    "model=None, and the optimizer's parameters have no names: pass model=, "
                     "or build the optimizer from model.named_parameters()"
                 )
             named.extend(zip(group["param_names"], group["params"], strict=True))

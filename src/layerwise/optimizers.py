@@ -67,18 +67,32 @@ def refuse(optimizer: optim.Optimizer) -> None:
     Raises:
         ValueError: LBFGS; an optimizer that steps another one's groups.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, inner in vars(optimizer).items():
-        if isinstance(inner, optim.Optimizer) and any(id(p) in held for g in inner.param_groups for p in g["params"]):
-            raise ValueError(
-                f"{type(optimizer).__name__} wraps another optimizer, whose own groups take the step, so no factor "
-                f"would act: attach to optimizer.{name}"
-            )
+    refuse_outer(optimizer)
     if isinstance(optimizer, optim.LBFGS):
         raise ValueError(
             "LBFGS evaluates its closure several times a step and takes one step for all parameters together, so there "
             "is no rate of a layer to scale; use a first-order optimizer"
         )
+
+
+def refuse_outer(optimizer: optim.Optimizer) -> None:
+    """Raise for an optimizer around another one, whose hooks and groups are not those of the step.
+
+    Raises:
+        ValueError: It is one; the message names the inner one.
+    """
+    if acting_optimizer(optimizer) is not optimizer:
+        raise ValueError(
+            "ZeroRedundancyOptimizer steps a share of the parameters in each process and then hands the rest around, so "
+            "no process sees a whole step; watch one without it"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, inner in vars(optimizer).items():
+        if isinstance(inner, optim.Optimizer) and any(id(p) in held for g in inner.param_groups for p in g["params"]):
+            raise ValueError(
+                f"{type(optimizer).__name__} wraps another optimizer, whose own groups take the step, so nothing "
+                f"attached here would act or see it: attach to optimizer.{name}"
+            )
 
 
 def decay_is_coupled(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> bool | None:

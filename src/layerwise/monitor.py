@@ -1,0 +1,336 @@
+"""Watch the layers of a network learn, without changing anything."""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .adapter import LayerwiseLR
+from .arguments import chosen
+from .factors import Factors
+from .hooks import OptimizerHooks
+from .layers import Layer, LayerSpecification, make_layers, named_parameters_of
+from .optimizers import refuse_outer, unwrap
+from .sharding import find_pieces, settled_gradient
+from .sinks.delivery import Sink, check_sinks, close, deliver, sink_name
+from .sinks.record import Record, ratio
+from .statistics import LayerStatistics
+from .tensors import local, same_objects
+from .transfer import fetched
+
+logger = logging.getLogger("layerwise")
+
+
+class Monitor:
+    """Records norms, factors and rates of the layers every N steps, and changes nothing of the training, to the bit.
+
+    For each layer l of every N-th step: ‖g_l‖ as it arrived, ‖w_l‖ before the step, ‖Δw_l‖ with Δw_l = w_l after − w_l
+    before, the factor f_l of the adapters on the optimizer, the rate lr · f_l, and ‖Δw_l‖ / ‖w_l‖; see
+    `layerwise.sinks.Record`.
+
+    A step that is not recorded costs a counter. One that is costs readings of gradients, weights and updates, a copy of
+    the parameters while the optimizer steps, and one transfer of all numbers from the device, which waits for it. No
+    random number is drawn.
+
+    Steps are counted from 1, and those whose number is a multiple of `every` are recorded. Steps that raise are not
+    counted, nor those that a gradient scaler skips, nor the one of rate and gradient 0 by which distributed checkpoints
+    begin an optimizer's state.
+
+    It works with and without a `LayerwiseLR`, attached before it or after it, and with closures: it looks when the
+    optimizer has evaluated its closure for the first time in a step.
+
+    Args:
+        optimizer: A `torch.optim.Optimizer`, or a wrapper of Accelerate or Fabric around one.
+        model: Names the layers. None takes the names of an optimizer built from `model.named_parameters()`; neither is
+            needed where the layers are an adapter's.
+        every: The number of steps from one record to the next; at least 1.
+        sinks: Where records go: callables that take a `Record`, such as those of `layerwise.sinks`. One that raises is
+            dropped with one message in the log, and training goes on. In training by several processes each makes a
+            monitor, and only one gives it sinks.
+        layers: As in `LayerwiseLR`. `"auto"`: those of the adapter if just one is attached to the optimizer, else
+            `"module"`. Parameters without a layer are not measured.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range, or the layers have no names.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> monitor = Monitor(optimizer, model, every=1)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> record = monitor.get_last_record()
+        >>> record.step, record.layers, record.lr
+        (1, ('0', '2'), [0.1, 0.1])
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        model: nn.Module | None = None,
+        every: int = 50,
+        sinks: Sequence[Sink] = (),
+        *,
+        layers: LayerSpecification | Literal["auto"] = "auto",
+    ) -> None:
+        inner = unwrap(optimizer)
+        refuse_outer(inner)
+        if not isinstance(every, int) or isinstance(every, bool):
+            raise TypeError(f"every={every!r} must be a whole number of steps, at least 1")
+        if every < 1:
+            raise ValueError(f"every={every!r} must be at least 1; without a monitor nothing is recorded")
+        check_sinks(sinks)
+        self._every, self._sinks = every, list(sinks)
+        self._model, self._specification = model, layers
+        self._parameters: list[Tensor] = []
+        self._layers: list[Layer] = []
+        self._steps = 0
+        self._skipped: Tensor | int = 0
+        self._fresh = False
+        self._seen: Seen | None = None
+        self._last: Record | None = None
+        self._resolve(inner)
+        self._optimizer = weakref.ref(inner)
+        if any(isinstance(other, Monitor) for other in OptimizerHooks.observers_of(inner)):
+            logger.warning(
+                "%s has another Monitor attached already: both record; detach() the first if it was to be replaced",
+                type(inner).__name__,
+            )
+        OptimizerHooks.watch(inner, self)
+        self._attached = True
+        self._close_sinks = weakref.finalize(self, close, self._sinks)  # runs when the program ends, too
+
+    # --- What a person asks -------------------------------------------------------------------------------------------
+
+    @property
+    def every(self) -> int:
+        """The number of steps from one record to the next."""
+        return self._every
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers' names, in the model's order; `""` is the root module."""
+        return [layer.name for layer in self._layers]
+
+    @property
+    def sinks(self) -> list[Sink]:
+        """Where records go; sinks that raised are no longer there."""
+        return list(self._sinks)
+
+    @property
+    def steps(self) -> int:
+        """How many steps have been counted. Waits for the device where a gradient scaler may have skipped some."""
+        return self._steps - int(self._skipped)
+
+    def get_last_record(self) -> Record | None:
+        """Return the last record; None before the first."""
+        return self._last
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of steps, so that a run that is resumed counts on."""
+        return {"version": 1, "steps": self.steps}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Count on from a saved number of steps.
+
+        Args:
+            state_dict: What `state_dict()` returned.
+
+        Raises:
+            TypeError: It is no mapping.
+            ValueError: It is something else; nothing is changed then.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be what state_dict() returned, not {type(state_dict).__name__}")
+        steps = state_dict.get("steps")
+        if state_dict.get("version") != 1 or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"state_dict={dict(state_dict)!r} is no state of a Monitor: it needs version 1 and steps")
+        self._steps, self._skipped = steps, 0
+
+    def detach(self) -> None:
+        """Take the hooks off and close the sinks. A second call does nothing."""
+        optimizer = self._optimizer()
+        if self._attached and optimizer is not None:
+            OptimizerHooks.remove(optimizer, self)
+        self._attached, self._seen = False, None
+        self._close_sinks()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        optimizer = self._optimizer()
+        attached = type(optimizer).__name__ if self._attached and optimizer is not None else "detached"
+        parts = [attached, f"every {self._every} steps", f"{len(self._layers)} layers", *map(sink_name, self._sinks)]
+        return f"Monitor({', '.join(parts)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a Monitor belongs to one optimizer and cannot be copied or pickled (nor are an optimizer's hooks): make a "
+            "new one for the copy, and carry the number of steps over with state_dict() and load_state_dict()"
+        )
+
+    # --- What the optimizer's hooks call ------------------------------------------------------------------------------
+
+    def begin(self, optimizer: Any) -> bool:
+        """Tell whether this step is to be recorded, as far as is known without asking the device."""
+        self._seen = None  # of a step that raised
+        self._fresh = not optimizer.state
+        return (self._steps + 1) % self._every == 0
+
+    @torch.no_grad()
+    def look(self, optimizer: Any, measured: Sequence[Any]) -> None:
+        """Measure gradients and weights, and keep a copy of the weights."""
+        self._resolve(optimizer)
+        statistics, groups = self._statistics, optimizer.param_groups
+        members = statistics.members
+        self._seen = Seen(
+            statistics=statistics,
+            squares=[statistics.squares(gradients_of(members)), statistics.squares(members)],
+            weights=[local(p).clone() for p in members],
+            factors=[adapter._factors for adapter in measured],
+            layer_of=[layer_numbers(adapter.layer_table()) for adapter in measured],
+            rates=[rate_of(group) for group in groups],
+            group_of={id(p): number for number, group in enumerate(groups) for p in group["params"]},
+            scale=getattr(optimizer, "grad_scale", None),
+        )
+
+    @torch.no_grad()
+    def end(self, optimizer: Any) -> None:
+        """Count the step; if it is one to be recorded, measure the updates and hand the record out."""
+        seen, self._seen = self._seen, None
+        if self._fresh and self._begins_state(optimizer):
+            return
+        self._steps += 1
+        found_inf = getattr(optimizer, "found_inf", None)
+        overflow = None if found_inf is None else found_inf > 0
+        if overflow is not None:  # a fused optimizer is called, and skips the step itself
+            self._skipped = overflow + self._skipped
+        if seen is None:
+            return
+        norms = seen.statistics.norms([*seen.squares, seen.update_squares()])
+        values = [norms, overflow, self._skipped, seen.scale, *seen.rates, *map(values_of, seen.factors)]
+        numbers, (overflowed,), (skipped,), (scale,), *others = fetched(values, norms)
+        self._steps, self._skipped = self._steps - int(skipped), 0
+        if not overflowed and self._steps % self._every == 0:
+            rates, factors = others[: len(seen.rates)], others[len(seen.rates) :]
+            self._last = self._record(numbers, scale or 1.0, [rate for (rate,) in rates], factors, seen)
+            deliver(self._sinks, self._last)
+
+    # --- How a record is put together ---------------------------------------------------------------------------------
+
+    def _resolve(self, optimizer: Optimizer) -> None:
+        """Find the layers, if they are not those that were found before."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        adapters = [member for member in OptimizerHooks.members_of(optimizer) if isinstance(member, LayerwiseLR)]
+        of_adapter = len(adapters) == 1 and isinstance(self._specification, str) and self._specification == "auto"
+        layers = adapters[0].layer_table() if of_adapter else self._layers
+        known = same_objects(layers, self._layers) and same_objects(parameters, self._parameters)
+        if known and not self._statistics.moved_away():
+            return
+        if not of_adapter:
+            specification = chosen(self._specification, None, "module")
+            pieces = find_pieces(parameters, self._model)
+            layers = make_layers(named_parameters_of(optimizer, self._model), specification, self._model, pieces)
+        self._parameters, self._layers = parameters, layers
+        self._statistics = LayerStatistics(layers, ())
+
+    def _begins_state(self, optimizer: Any) -> bool:
+        """Tell whether this step, the optimizer's first, was one of rate and gradient 0."""
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        if any(rate.device.type != "cpu" or rate != 0 if isinstance(rate, Tensor) else rate for rate in rates):
+            return False
+        self._resolve(optimizer)
+        norms = self._statistics.norms([self._statistics.squares(gradients_of(self._statistics.members))])
+        return not any(fetched([norms], norms)[0])
+
+    def _record(
+        self,
+        norms: Sequence[float],
+        scale: float,
+        rates: Sequence[float],
+        factors: Sequence[Sequence[float]],
+        seen: Seen,
+    ) -> Record:
+        layers = seen.statistics.layers
+        first = [id(layer.parameters[0]) for layer in layers]
+        count = len(first)
+        scaled, weights, updates = (list(norms[i : i + count]) for i in range(0, 3 * count, count))
+        products = [1.0] * count
+        for numbers, layer_of in zip(factors, seen.layer_of, strict=True):
+            products = [f * numbers[layer_of[p]] if p in layer_of else f for f, p in zip(products, first, strict=True)]
+        base = [rates[seen.group_of[p]] if p in seen.group_of else math.nan for p in first]
+        return Record(
+            step=self._steps,
+            layers=tuple(layer.name for layer in layers),
+            gradient_norm=[norm / scale for norm in scaled],
+            weight_norm=weights,
+            update_norm=updates,
+            factor=products,
+            lr=[rate * factor for rate, factor in zip(base, products, strict=True)],
+            update_ratio=list(map(ratio, updates, weights)),
+        )
+
+
+@dataclass
+class Seen:
+    """What a step that is recorded began with.
+
+    Args:
+        statistics: Of the layers.
+        squares: Of gradients and weights, as `LayerStatistics.squares` returns them.
+        weights: Copies of the parameters.
+        factors: Of each adapter.
+        layer_of: For each adapter, id of parameter to layer number.
+        rates: Of each parameter group.
+        group_of: id of parameter to group number.
+        scale: By how much a gradient scaler left the gradients multiplied, if it did.
+    """
+
+    statistics: LayerStatistics
+    squares: list[Tensor]
+    weights: list[Tensor]
+    factors: list[Factors]
+    layer_of: list[dict[int, int]]
+    rates: list[Tensor | list[float]]
+    group_of: dict[int, int]
+    scale: Tensor | None
+
+    def update_squares(self) -> Tensor:
+        """Turn the copies of the weights into what the step has taken off them, and return its squares."""
+        torch._foreach_sub_(self.weights, [local(p) for p in self.statistics.members])
+        return self.statistics.squares(self.weights)
+
+
+def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return this process's pieces of the gradients, cut off from any graph; None where there is none."""
+    gradients = map(settled_gradient, parameters)
+    return [None if gradient is None else gradient.detach() for gradient in gradients]
+
+
+def layer_numbers(layers: Sequence[Layer]) -> dict[int, int]:
+    """Return id of parameter to number of layer."""
+    return {id(p): number for number, layer in enumerate(layers) for p in layer.parameters}
+
+
+def rate_of(group: Mapping[str, Any]) -> Tensor | list[float]:
+    """Return a group's rate; NaN if it has none."""
+    rate = group.get("lr")
+    return rate if isinstance(rate, Tensor) else [math.nan if rate is None else float(rate)]
+
+
+def values_of(factors: Factors) -> Tensor | list[float]:
+    """Return factors as they are known without asking the device."""
+    return factors.tensor if factors.numbers is None else factors.numbers

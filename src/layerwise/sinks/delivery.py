@@ -1,0 +1,61 @@
+"""Handing records to sinks: one that fails is dropped, and training goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .record import Record
+
+logger = logging.getLogger("layerwise")
+Sink = Callable[[Record], Any]
+
+
+def check_sinks(sinks: object) -> None:
+    """Raise unless this is a sequence of callables.
+
+    Raises:
+        TypeError: It is no sequence, or one of them is no callable, or a class.
+    """
+    if not isinstance(sinks, Sequence) or isinstance(sinks, str):
+        raise TypeError(f"sinks={sinks!r} must be a list of callables that take a record; for one sink write [sink]")
+    for sink in sinks:
+        if isinstance(sink, type):
+            raise TypeError(f"sinks holds {sink.__name__}, which is a class; call it: {sink.__name__}(...)")
+        if not callable(sink):
+            raise TypeError(
+                f"sinks holds {sink!r} ({type(sink).__name__}); each must be a callable that takes a record, such as "
+                "layerwise.sinks.JSONL(path)"
+            )
+
+
+def sink_name(sink: Any) -> str:
+    """Return what messages call a sink."""
+    return getattr(sink, "__qualname__", None) or repr(sink)
+
+
+def deliver(sinks: list[Sink], record: Record) -> None:
+    """Hand a record to each sink; take those that raise out of the list, and log that once.
+
+    Args:
+        sinks: The sinks, changed in place.
+        record: The record.
+    """
+    for sink in list(sinks):
+        try:
+            sink(record)
+        except Exception:
+            sinks[:] = [other for other in sinks if other is not sink]
+            logger.exception(
+                "sink %s raised at step %d and gets no more records; training goes on", sink_name(sink), record.step
+            )
+
+
+def close(sinks: Sequence[Sink]) -> None:
+    """Close the sinks that can be closed; what one raises is logged."""
+    for sink in sinks:
+        try:
+            getattr(sink, "close", lambda: None)()
+        except Exception:
+            logger.exception("sink %s raised when it was closed", sink_name(sink))

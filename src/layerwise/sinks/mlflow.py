@@ -1,0 +1,100 @@
+"""Records as metrics of MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from .optional import optional
+from .record import Record
+
+MOST = 1000
+"""Metrics that MLflow takes in one call."""
+
+
+class MLflow:
+    """Logs a record as metrics of an MLflow run, all in one call (one for each thousand of them).
+
+    MLflow allows letters, digits, `_`, `-`, `.` and blanks in a layer's name; any other character becomes `_`. A call
+    to a server is waited for. Needs the package mlflow or mlflow-skinny.
+
+    Args:
+        run: A run or the id of one, which stays open. None takes the active run, or if there is none makes one, which
+            ends with the sink.
+        tracking_uri: A server, a folder or a database; None takes MLflow's own setting. Recent versions take a folder
+            only if the environment says `MLFLOW_ALLOW_FILE_STORE=true`.
+        experiment: The name of a new run's experiment, which is made if needed.
+
+    Raises:
+        ImportError: MLflow is not installed.
+        TypeError: `run` is no run.
+
+    Example:
+        >>> sink = MLflow(tracking_uri="sqlite:///mlflow.db", experiment="digits")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        run: Any = None,
+        *,
+        tracking_uri: str | os.PathLike[str] | None = None,
+        experiment: str = "layerwise",
+    ) -> None:
+        if run is not None and not isinstance(run, str):
+            run = getattr(getattr(run, "info", None), "run_id", run)
+            if not isinstance(run, str):
+                raise TypeError(f"run={run!r} must be a run of MLflow, the id of one, or None")
+        with same_random_numbers():
+            mlflow = optional("mlflow", "MLflow", "mlflow-skinny")
+            place = None if tracking_uri is None else os.fspath(tracking_uri)
+            self._client = optional("mlflow.tracking", "MLflow", "mlflow-skinny").MlflowClient(place)
+            self._metric = optional("mlflow.entities", "MLflow", "mlflow-skinny").Metric
+            if run is None and tracking_uri is None and mlflow.active_run() is not None:
+                run = mlflow.active_run().info.run_id
+            self._own = run is None
+            self.run_id: str = self._new_run(experiment) if run is None else run
+
+    def __call__(self, record: Record) -> None:
+        """Log a record."""
+        now = int(1000 * time.time())
+        metrics = [self._metric(name, value, now, record.step) for name, value in record.scalars(legal_name)]
+        for first in range(0, len(metrics), MOST):
+            self._client.log_batch(self.run_id, metrics=metrics[first : first + MOST])
+
+    def close(self) -> None:
+        """End the run if it was made here."""
+        if self._own:
+            self._client.set_terminated(self.run_id)
+
+    def _new_run(self, name: str) -> str:
+        experiment = self._client.get_experiment_by_name(name)
+        number = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
+        return self._client.create_run(number).info.run_id
+
+    def __repr__(self) -> str:
+        return f"MLflow({self.run_id!r})"
+
+
+def legal_name(layer: str) -> str:
+    """Return a layer's name with `_` for each character that MLflow does not allow, or takes for a folder.
+
+    Example:
+        >>> legal_name("blocks.*/attention")
+        'blocks.__attention'
+    """
+    return re.sub(r"[^\w.\- ]", "_", layer)
+
+
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Leave Python's random numbers as they were: MLflow draws its names from them."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)

@@ -1,0 +1,81 @@
+"""Records as a folder of Parquet files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .optional import optional
+from .record import QUANTITIES, Record
+
+
+class Parquet:
+    """Writes a folder of Parquet files, a row a layer and step: `step`, `layer`, and one column a quantity.
+
+    Records are gathered, and every `records_per_file` of them become one file `part-000001.parquet`, written beside
+    under a name that begins with a dot and then renamed. So each file is whole, may be read while training goes on,
+    and never changes again; a run that is killed loses at most the records of the file that was not begun. A folder
+    that holds files already gets further ones, as a resumed run needs it; a step that was repeated is there twice, the
+    later file's last. Needs the package polars.
+
+    Args:
+        path: The folder; made if needed. Read `FOLDER/*.parquet`.
+        records_per_file: How many records make a file; at least 1.
+
+    Raises:
+        ImportError: polars is not installed.
+        OSError: The folder cannot be made.
+        TypeError: `records_per_file` is no whole number.
+        ValueError: `records_per_file` is less than 1.
+
+    Example:
+        >>> import polars, tempfile
+        >>> sink = Parquet(tempfile.mkdtemp())
+        >>> sink(Record(50, ("conv",), [0.5], [2.0], [0.01], [1.5], [0.15], [0.005]))
+        >>> sink.close()
+        >>> polars.read_parquet(f"{sink.path}/*.parquet").row(0)
+        (50, 'conv', 0.5, 2.0, 0.01, 1.5, 0.15, 0.005)
+    """
+
+    def __init__(self, path: str | os.PathLike[str], records_per_file: int = 20) -> None:
+        if not isinstance(records_per_file, int) or isinstance(records_per_file, bool):
+            raise TypeError(f"records_per_file={records_per_file!r} must be a whole number of at least 1")
+        if records_per_file < 1:
+            raise ValueError(f"records_per_file={records_per_file!r} must be at least 1")
+        self._polars = optional("polars", "Parquet", "polars")
+        self.path, self.records_per_file = Path(path), records_per_file
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._gathered: list[Record] = []
+
+    def __call__(self, record: Record) -> None:
+        """Take a record, and write a file when there are enough."""
+        self._gathered.append(record)
+        if len(self._gathered) >= self.records_per_file:
+            self.close()
+
+    def close(self) -> None:
+        """Write the records that are not in a file yet; later ones begin another file."""
+        if not self._gathered:
+            return
+        polars, records = self._polars, self._gathered
+        columns = {
+            "step": [record.step for record in records for _ in record.layers],
+            "layer": [layer for record in records for layer in record.layers],
+            **{quantity: [x for record in records for x in getattr(record, quantity)] for quantity in QUANTITIES},
+        }
+        schema = {"step": polars.Int64, "layer": polars.String, **dict.fromkeys(QUANTITIES, polars.Float64)}
+        numbers = [int(path.stem[5:]) for path in self.path.glob("part-*.parquet") if path.stem[5:].isdecimal()]
+        whole = self.path / f"part-{max(numbers, default=0) + 1:06}.parquet"
+        temporary = whole.with_name(f".{whole.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as stream:
+                polars.DataFrame(columns, schema=schema).write_parquet(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, whole)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._gathered = []
+
+    def __repr__(self) -> str:
+        return f"Parquet({str(self.path)!r})"

@@ -1,0 +1,52 @@
+"""Records as charts of Weights & Biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .optional import optional
+from .record import Record
+
+STEP = "layerwise/step"
+"""The horizontal axis of the charts."""
+
+
+class WandB:
+    """Logs a record as one row of a Weights & Biases run, over an axis of its own, `layerwise/step`.
+
+    Each record is one `run.log(…)`, which counts W&B's own step on. What you log beside it should therefore not give
+    `step=`, or W&B drops what it takes for the past. Needs the package wandb.
+
+    Args:
+        run: A run, which stays open. None makes one, which ends with the sink.
+        settings: Arguments of `wandb.init`, such as `project="digits", mode="offline"`.
+
+    Raises:
+        ImportError: wandb is not installed.
+        TypeError: `run` is no run, or there are both a run and settings.
+
+    Example:
+        >>> sink = WandB(project="digits", mode="offline")  # doctest: +SKIP
+    """
+
+    def __init__(self, run: Any = None, **settings: Any) -> None:
+        if run is not None and settings:
+            raise TypeError(f"run={run!r} is there already, so {sorted(settings)} would have no effect; leave one out")
+        if run is not None and not (hasattr(run, "log") and hasattr(run, "define_metric")):
+            raise TypeError(f"run={run!r} must be a run of Weights & Biases, or None for a new one")
+        self._own = run is None
+        self._run: Any = optional("wandb", "WandB", "wandb").init(**settings) if self._own else run
+        self._run.define_metric(STEP, hidden=True)
+        self._run.define_metric("layerwise/*", step_metric=STEP)
+
+    def __call__(self, record: Record) -> None:
+        """Log a record."""
+        self._run.log({STEP: record.step, **dict(record.scalars())})
+
+    def close(self) -> None:
+        """End the run if it was made here."""
+        if self._own:
+            self._run.finish()
+
+    def __repr__(self) -> str:
+        return f"WandB({getattr(self._run, 'name', None) or getattr(self._run, 'id', None)!r})"
