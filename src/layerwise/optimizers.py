@@ -83,7 +83,7 @@ def refuse_outer(optimizer: optim.Optimizer) -> None:
     """
     if acting_optimizer(optimizer) is not optimizer:
         raise ValueError(
-            "ZeroRedundancyOptimizer steps a share of the parameters in each process and then hands the rest around, so "
+            "ZeroRedundancyOptimizer steps a share of the parameters in each process and then hands them around, so "
             "no process sees a whole step; watch one without it"
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -1,0 +1,180 @@
+"""What the callbacks have in common: adapters on the optimizers that a trainer makes, its epochs, logs and state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..adapter import LayerwiseLR
+from ..rules.combine import check_rule
+from ..rules.selection import check_whole
+
+logger = logging.getLogger("layerwise")
+
+
+class Attachments:
+    """The adapters of one training, one for each optimizer, in the optimizers' order.
+
+    A trainer makes its optimizers late and loads checkpoints before or after that, so a state that is loaded while
+    nothing is attached waits for the next `attach`.
+
+    Args:
+        rule: How large the factors are.
+        log_every: Steps from one log to the next; None for none.
+        **arguments: As for `LayerwiseLR`: `layers`, `apply`, `decay`, `exclude`, `bounds`.
+
+    Raises:
+        TypeError: `rule` is no rule.
+        ValueError: `log_every` is out of its range.
+    """
+
+    def __init__(self, rule: Any, log_every: int | None, **arguments: Any) -> None:
+        self.rule = check_rule(rule)
+        if log_every is not None:
+            check_whole("log_every", log_every, 1)
+        self.adapters: list[LayerwiseLR] = []
+        self._arguments = arguments
+        self._log_every = log_every
+        self._attached = False
+        self._first_epoch = 0
+        self._step = 0
+        self._waiting: Mapping[str, Any] = {}
+
+    def attach(self, optimizers: Sequence[Any], model: nn.Module, *, epoch: int, step: int) -> bool:
+        """Attach to each optimizer, and take over the state that waits, or that of the adapters before.
+
+        Args:
+            optimizers: The trainer's, wrapped or not.
+            model: Names the layers.
+            epoch: How many epochs the trainer has ended.
+            step: How many steps it has taken.
+
+        Returns:
+            Whether there was a state to take over.
+
+        Raises:
+            TypeError: An argument of the adapters has the wrong type.
+            ValueError: There is no optimizer, an argument is out of its range, or the state is of other layers or
+                optimizers. Nothing is attached then.
+        """
+        if not optimizers:
+            raise ValueError(f"there is no optimizer to attach {self.rule!r} to: take the callback out of the trainer")
+        state = self.state_dict()
+        self.detach()
+        adapters: list[LayerwiseLR] = []
+        try:
+            for optimizer in optimizers:
+                adapters.append(LayerwiseLR(optimizer, self.rule, model, **self._arguments))
+            if state:
+                _load(adapters, state)
+        except BaseException:
+            for adapter in adapters:
+                adapter.detach()
+            raise
+        self.adapters, self._attached, self._waiting = adapters, True, {}
+        self._first_epoch, self._step = state.get("first_epoch", epoch), step
+        self.end_epochs(epoch)
+        return bool(state)
+
+    def detach(self) -> None:
+        """Take the hooks off; the adapters can still be read and saved."""
+        for adapter in self.adapters:
+            adapter.detach()
+        self._attached = False
+
+    def forget(self) -> None:
+        """Detach, and drop all state."""
+        self.detach()
+        self.adapters, self._waiting = [], {}
+
+    def end_epochs(self, epoch: int) -> None:
+        """Bring the rules to where the trainer has ended so many epochs; may wait for the device.
+
+        Trainers call their hooks once too often or not at all where a checkpoint falls on an epoch's end, so what
+        counts is the number.
+        """
+        while self.adapters and self.ended_epochs < epoch:
+            for adapter in self.adapters:
+                adapter.end_epoch()
+
+    @property
+    def ended_epochs(self) -> int:
+        """How many epochs have ended, in the trainer's count."""
+        return self._first_epoch + self.adapters[0].epoch - 1
+
+    @property
+    def keep_state(self) -> bool:
+        """Whether the rule remembers anything from step to step or epoch to epoch."""
+        return any(_holds_something(adapter.state_dict()["state"]) for adapter in self.adapters)
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether a multiple of `log_every` has been reached since the last call.
+
+        Args:
+            step: How many steps the trainer has taken.
+        """
+        before, self._step = self._step, step
+        return self._log_every is not None and step // self._log_every > before // self._log_every
+
+    def read(self) -> dict[str, float]:
+        """Return the last step's rates and factors, as `layerwise/lr/LAYER` and `layerwise/factor/LAYER`.
+
+        The root module's layer is called `(root)`. A layer of which two optimizers have a part appears under its name
+        and under its name with `-1`. Waits for the device.
+        """
+        values: dict[str, float] = {}
+        for adapter in self.adapters:
+            factors = adapter.get_last_factors()
+            for layer, rate in adapter.get_last_lr().items():
+                name, count = layer or "(root)", 0
+                while f"layerwise/lr/{name}" in values:
+                    count += 1
+                    name = f"{layer or '(root)'}-{count}"
+                values[f"layerwise/lr/{name}"] = rate
+                values[f"layerwise/factor/{name}"] = factors[layer]
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the adapters' states, or the one that waits; empty if there is neither."""
+        if self._waiting or not self.adapters:
+            return dict(self._waiting)
+        return {"first_epoch": self._first_epoch, "adapters": [adapter.state_dict() for adapter in self.adapters]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state, at once if attached, else at the next `attach`.
+
+        Args:
+            state_dict: What `state_dict()` returned.
+
+        Raises:
+            ValueError: Attached, and it is of other layers or optimizers.
+        """
+        if not self._attached:
+            self._waiting = state_dict
+            return
+        _load(self.adapters, state_dict)
+        self._first_epoch = state_dict["first_epoch"]
+
+    def warn_of_new_beginning(self, step: int) -> None:
+        """Log that training goes on without what the rule remembers, if it remembers anything."""
+        if self.keep_state:
+            logger.warning(
+                "training goes on from step %d, and the checkpoint holds no state of %r: its epochs begin at 1",
+                step,
+                self.rule,
+            )
+
+
+def _load(adapters: Sequence[LayerwiseLR], state: Mapping[str, Any]) -> None:
+    saved = state["adapters"]
+    if len(saved) != len(adapters):
+        raise ValueError(f"the state was saved of {len(saved)} optimizers, this training has {len(adapters)}")
+    for adapter, one in zip(adapters, saved, strict=True):
+        adapter.load_state_dict(one)
+
+
+def _holds_something(state: Any) -> bool:
+    return any(map(_holds_something, state.values())) if isinstance(state, dict) else True

@@ -1,0 +1,139 @@
+"""A callback for Lightning's Trainer; Fabric needs none."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..adapter import Decay, LayerwiseLR
+from ..layers import Exclusion, LayerSpecification
+from ..optimizers import PlaceName
+from .attachments import Attachments
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+def _callback_class() -> Any:
+    """Return Lightning's class, from whichever of its two packages is there, one that is imported already first."""
+    packages = ("lightning.pytorch", "pytorch_lightning")
+    for package in sorted(packages, key=lambda name: name not in sys.modules):
+        try:
+            return importlib.import_module(package).Callback
+        except ModuleNotFoundError as error:
+            if error.name != package.partition(".")[0]:
+                raise
+    raise ModuleNotFoundError(
+        'layerwise.integrations.lightning needs Lightning, which is not installed: pip install "layerwise[lightning]"',
+        name="lightning",
+    )
+
+
+if not TYPE_CHECKING:
+    Callback = _callback_class()
+
+
+class LayerwiseCallback(Callback):
+    """Attaches a rule to every optimizer of a Lightning Trainer.
+
+    It attaches when training begins, ends the rule's epochs with the Trainer's, logs, keeps the rule's state in the
+    Trainer's checkpoints, and detaches when `fit` is over, also by an exception. Automatic and manual optimization,
+    accumulation, clipping, mixed precision and schedulers work as without it. The gradients are those that the
+    optimizer gets: accumulated, unscaled, clipped.
+
+    Every `log_every` steps the Trainer's loggers get `layerwise/lr/LAYER` and `layerwise/factor/LAYER`, for which the
+    numbers are read from the device.
+
+    All optimizers get the same rule and arguments. For different ones, attach a `LayerwiseLR` to each in
+    `configure_optimizers`, and save its state in `on_save_checkpoint`. Give one callback to a Trainer; several rules
+    are a `layerwise.rules.chain`.
+
+    Args:
+        rule: How large the factors are; one of `layerwise.rules`, or an object like them.
+        layers: As for `layerwise.LayerwiseLR`, and so the following.
+        apply: Where the factor acts.
+        decay: Whether it multiplies coupled weight decay too.
+        exclude: Layers left at factor 1.
+        bounds: A clamp of the factors.
+        log_every: Optimizer steps from one log to the next; None for none.
+
+    Raises:
+        TypeError: `rule` is no rule. Other arguments are checked when training begins.
+        ValueError: `log_every` is out of its range.
+
+    Example:
+        >>> from layerwise.rules import LayerAdaptive
+        >>> callback = LayerwiseCallback(LayerAdaptive(), bounds=(0.5, 5), log_every=10)
+        >>> callback.adapters  # one for each optimizer, once training has begun
+        []
+    """
+
+    def __init__(
+        self,
+        rule: Any,
+        *,
+        layers: LayerSpecification | Literal["auto"] = "auto",
+        apply: PlaceName | Literal["auto"] = "auto",
+        decay: Decay = "auto",
+        exclude: Exclusion | Literal["auto"] = "auto",
+        bounds: tuple[float, float] | None = None,
+        log_every: int | None = 50,
+    ) -> None:
+        super().__init__()
+        self._attachments = Attachments(
+            rule, log_every, layers=layers, apply=apply, decay=decay, exclude=exclude, bounds=bounds
+        )
+        self._trainer: weakref.ref[Trainer] | None = None
+
+    @property
+    def adapters(self) -> list[LayerwiseLR]:
+        """The adapters, one for each optimizer of the Trainer; they can be read after training too."""
+        return list(self._attachments.adapters)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the training of another Trainer; one that fits again goes on."""
+        if stage == "fit":
+            if self._trainer is not None and self._trainer() is not trainer:
+                self._attachments.forget()
+            self._trainer = weakref.ref(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach; the optimizers are set up by now, and checkpoints loaded."""
+        epoch, step = trainer.current_epoch, trainer.global_step
+        if not self._attachments.attach(trainer.optimizers, pl_module, epoch=epoch, step=step) and step > 0:
+            self._attachments.warn_of_new_beginning(step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, every `log_every` steps."""
+        if self._attachments.is_due(trainer.global_step) and trainer.loggers and trainer.is_global_zero:
+            values = self._attachments.read()
+            # The step that LightningModule.log writes, so that the curves share an axis.
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the rules' epoch, unless `max_steps` has cut it short: a resumed training goes on in it."""
+        if trainer.is_last_batch:
+            self._attachments.end_epochs(trainer.current_epoch + 1)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Detach."""
+        self._attachments.detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Detach; `teardown` is not called then."""
+        self._attachments.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the adapters' states, which Lightning saves."""
+        return self._attachments.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over the adapters' states, at once or when training begins."""
+        self._attachments.load_state_dict(state_dict)

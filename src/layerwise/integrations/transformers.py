@@ -1,0 +1,179 @@
+"""A callback for the Trainer of Hugging Face Transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ..adapter import Decay, LayerwiseLR
+from ..layers import Exclusion, LayerSpecification
+from ..optimizers import PlaceName
+from .attachments import Attachments
+
+try:
+    from transformers import TrainerCallback
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ModuleNotFoundError(
+        "layerwise.integrations.transformers needs Transformers, which is not installed: "
+        'pip install "layerwise[transformers]"',
+        name="transformers",
+    ) from None
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+STATE_FILE = "layerwise.pt"
+"""Where the rule's state is kept in the folder of a checkpoint."""
+
+
+class LayerwiseCallback(TrainerCallback):
+    """Attaches a rule to the optimizer of a Hugging Face Trainer.
+
+    It attaches when training begins, ends the rule's epochs with the Trainer's, adds to its logs, keeps the rule's
+    state as `layerwise.pt` in the folder of each checkpoint, and detaches when training has ended. The gradients are
+    those that the optimizer gets: accumulated and clipped.
+
+    Resuming: the Trainer does not tell its callbacks which folder it resumes from. It is looked for where
+    `TrainingArguments.resume_from_checkpoint` says, else in `output_dir`. To resume from elsewhere set that argument
+    too; a rule that remembers something raises an error otherwise.
+
+    Every `log_every` steps `layerwise/lr/LAYER` and `layerwise/factor/LAYER` join the Trainer's next log and its
+    `state.log_history`, for which the numbers are read from the device. Callbacks that stand before this one, such as
+    the one that writes for TensorBoard, have had the log by then: put this one in front with
+    `trainer.callback_handler.callbacks.insert(0, callback)` for them to get it too.
+
+    Args:
+        rule: How large the factors are; one of `layerwise.rules`, or an object like them.
+        layers: As for `layerwise.LayerwiseLR`, and so the following.
+        apply: Where the factor acts.
+        decay: Whether it multiplies coupled weight decay too.
+        exclude: Layers left at factor 1.
+        bounds: A clamp of the factors.
+        log_every: Optimizer steps from one log to the next; None for none. Not more often than the Trainer logs.
+
+    Raises:
+        TypeError: `rule` is no rule. Other arguments are checked when training begins.
+        ValueError: `log_every` is out of its range.
+
+    Example:
+        >>> from layerwise.rules import LayerAdaptive
+        >>> callback = LayerwiseCallback(LayerAdaptive(), exclude=["*.embeddings.*"], log_every=None)
+        >>> callback.adapter is None  # until training begins
+        True
+    """
+
+    def __init__(
+        self,
+        rule: Any,
+        *,
+        layers: LayerSpecification | Literal["auto"] = "auto",
+        apply: PlaceName | Literal["auto"] = "auto",
+        decay: Decay = "auto",
+        exclude: Exclusion | Literal["auto"] = "auto",
+        bounds: tuple[float, float] | None = None,
+        log_every: int | None = 50,
+    ) -> None:
+        self._attachments = Attachments(
+            rule, log_every, layers=layers, apply=apply, decay=decay, exclude=exclude, bounds=bounds
+        )
+        self._epoch = 0
+
+    @property
+    def adapter(self) -> LayerwiseLR | None:
+        """The adapter, which can be read after training too; None before."""
+        return next(iter(self._attachments.adapters), None)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach; the optimizer is there by now, and its checkpoint loaded."""
+        attachments, step, epoch = self._attachments, state.global_step, int(state.epoch or 0)
+        attachments.forget()  # a Trainer that trains again begins anew
+        attachments.attach([kwargs["optimizer"]], kwargs["model"], epoch=epoch, step=step)
+        if step > 0:
+            try:
+                self._load(args, state)
+            except BaseException:
+                attachments.forget()
+                raise
+        self._epoch = epoch
+        attachments.end_epochs(epoch)  # a checkpoint of an epoch's last step was saved before its end
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the rule's epoch, unless `max_steps` has cut it short: a resumed training goes on in it."""
+        if control.should_training_stop and not float(state.epoch or 0).is_integer():
+            return
+        self._epoch += 1
+        self._attachments.end_epochs(self._epoch)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the rule's state beside the optimizer's."""
+        folder = _folder(args, state)
+        if not args.should_save or args.save_only_model or not folder.is_dir():
+            return
+        unfinished = folder / f"{STATE_FILE}.tmp"
+        torch.save(self._attachments.state_dict(), unfinished)
+        os.replace(unfinished, folder / STATE_FILE)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add rates and factors to the log of a training step, every `log_every` steps."""
+        if logs is None or "loss" not in logs or not self._attachments.is_due(state.global_step):
+            return
+        if state.is_world_process_zero:
+            values = self._attachments.read()
+            logs.update(values)
+            state.log_history[-1].update(values)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Detach."""
+        self._attachments.detach()
+
+    def _load(self, args: TrainingArguments, state: TrainerState) -> None:
+        folder = _resumed_folder(args, state)
+        if folder is not None and (folder / STATE_FILE).is_file():
+            self._attachments.load_state_dict(torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True))
+        elif folder is not None:
+            self._attachments.warn_of_new_beginning(state.global_step)
+        elif self._attachments.keep_state:
+            raise ValueError(
+                f"training goes on from step {state.global_step}, and not from a checkpoint in output_dir="
+                f"{args.output_dir!r}, so the state of {self._attachments.rule!r} is not found: give the folder that "
+                "train() resumes from as TrainingArguments(resume_from_checkpoint=…) too"
+            )
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _resumed_folder(args: TrainingArguments, state: TrainerState) -> Path | None:
+    """Return the folder of the checkpoint that the Trainer has resumed from: the one whose log is the Trainer's."""
+    folders = [_folder(args, state)]
+    if isinstance(args.resume_from_checkpoint, str):
+        folders.insert(0, Path(args.resume_from_checkpoint))
+    log = json.dumps(state.log_history)
+    for folder in folders:
+        file = folder / "trainer_state.json"
+        if file.is_file():
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            if saved["global_step"] == state.global_step and json.dumps(saved["log_history"]) == log:
+                return folder
+    return None

@@ -1,0 +1,87 @@
+"""The code of docs/frameworks.md runs, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import by_hand
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "frameworks.md"
+TEXT = DOCUMENT.read_text(encoding="utf-8")
+BLOCKS = dict(re.findall(r"## ([^\n]+)\n\n```python\n(.*?)```", TEXT, re.S))
+NEEDS = {
+    "Lightning Trainer": ["lightning"],
+    "Fabric": ["lightning"],
+    "Accelerate": ["accelerate"],
+    "Hugging Face Trainer": ["transformers", "accelerate"],
+}
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = by_hand.network()
+
+    def forward(self, inputs, labels):
+        return {"loss": by_hand.loss_of(self.net, (inputs, labels))}
+
+
+def module_of_lightning():
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = by_hand.network()
+
+        def training_step(self, batch, index):
+            return by_hand.loss_of(self.net, batch)
+
+        def configure_optimizers(self):
+            return by_hand.momentum(self.parameters())
+
+    return Module()
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval")
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
+@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
+@pytest.mark.parametrize("name", NEEDS)
+def test_its_code_runs(name, tmp_path, monkeypatch, capsys):
+    for package in NEEDS[name]:
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    monkeypatch.chdir(tmp_path)
+    model = Model() if name == "Hugging Face Trainer" else by_hand.network()
+    inputs, labels = by_hand.examples().tensors
+    namespace = {
+        "model": model,
+        "optimizer": by_hand.momentum(model.parameters()),
+        "loader": DataLoader(by_hand.examples(), by_hand.BATCH),
+        "dataset": [{"inputs": one, "labels": label} for one, label in zip(inputs, labels, strict=True)],
+        "path": str(tmp_path / "folder"),
+    }
+    if name == "Lightning Trainer":
+        namespace["module"] = module_of_lightning()
+    with torch.random.fork_rng():
+        exec(BLOCKS[name], namespace)
+    if "print(" in BLOCKS[name]:
+        assert "'net.first': " in capsys.readouterr().out
+    else:
+        assert namespace["adapter"].layers == ["first", "second", "head"]
+
+
+def test_every_section_of_a_framework_has_code():
+    assert list(BLOCKS) == list(NEEDS)
+
+
+def test_its_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)]+)\)", TEXT)
+    assert len(links) >= 5
+    assert all((DOCUMENT.parent / link).exists() for link in links)
