@@ -91,6 +91,24 @@ def test_a_long_list_is_cut_and_says_how_to_see_the_rest(told):
     assert "more (most=" not in told(optimizer, model, most=50)
 
 
+def test_frozen_layers_do_not_push_the_others_out_of_a_cut_list(told):
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(50)))
+    model[:48].requires_grad_(False)
+    text = told(torch.optim.SGD(model.parameters()), model, most=3)
+    listed = [line.split()[0] for line in text.splitlines()[3:6]]
+    assert listed == ["48", "49", "0"]
+    assert "… and 47 more" in text
+
+
+def test_long_names_are_whole_since_their_ends_tell_layers_apart(told):
+    model = nn.Module()
+    model.deep = nn.ModuleDict({"part" * 20: nn.ModuleDict({"first": nn.Linear(1, 1), "last": nn.Linear(1, 1)})})
+    text = told(torch.optim.SGD(model.parameters()), model)
+    rows = text.splitlines()[2:5]
+    assert [line.split()[0] for line in rows[1:]] == [f"deep.{'part' * 20}.{end}" for end in ("first", "last")]
+    assert len({len(line) for line in rows}) == 1
+
+
 def test_the_root_layer_has_a_name_that_can_be_read(told):
     model = nn.Linear(2, 1)
     assert line_of(told(torch.optim.SGD(model.parameters()), model), "(root)").split()[1:3] == ["2", "3"]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Adafactor, Optimizer
 
 from .adapter import LayerwiseLR
-from .layers import named_parameters_of
+from .layers import Layer, named_parameters_of
 from .optimizers import SCALE_INVARIANT, decay_is_coupled, no_effect, takes_tensor_rate, unwrap
 from .rules import LayerAdaptive
 from .rules.combine import default, get_selection
@@ -25,7 +25,7 @@ def diagnose(
         optimizer: The optimizer.
         model: Its model, as for `LayerwiseLR`.
         rule: The rule that would be attached; `LayerAdaptive()` if None.
-        most: How many layers are listed.
+        most: How many layers are listed; where that is too few for all, frozen ones come last.
         **arguments: As for `LayerwiseLR`: `layers`, `apply`, `decay`, `exclude`, `bounds`.
 
     Returns:
@@ -72,20 +72,20 @@ def _describe(
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     layers = adapter.layer_table()
     tensors = [p for layer in layers for p in layer.parameters]
-    width = min(max((len(layer.name) for layer in layers), default=5), 40)
+    listed = layers if len(layers) <= most else sorted(layers, key=_frozen)[:most]
+    width = max(9, *(len(layer.name) for layer in listed))
     lines = [
         f"{type(rule).__name__} on {name}: {_count(len(layers), 'layer')}, {_count(len(tensors), 'parameter tensor')}, "
         f"{sum(p.numel() for layer in layers for p in layer.whole()):,} numbers",
         "",
-        f"{'layer':<{max(width, 9)}} {'tensors':>8} {'numbers':>11} {'lr':>11} {'decay':>11}",
+        f"{'layer':<{width}} {'tensors':>8} {'numbers':>11} {'lr':>11} {'decay':>11}",
     ]
-    for layer in layers[:most]:
+    for layer in listed:
         groups = [group_of[id(p)] for p in layer.parameters]
-        frozen = "" if any(p.requires_grad for p in layer.parameters) else "  frozen"
         lines.append(
-            f"{(layer.name or '(root)')[:40]:<{max(width, 9)}} {len(groups):>8} "
+            f"{layer.name or '(root)':<{width}} {len(groups):>8} "
             f"{sum(p.numel() for p in layer.whole()):>11,} {_values(groups, 'lr'):>11} "
-            f"{_values(groups, 'weight_decay'):>11}{frozen}"
+            f"{_values(groups, 'weight_decay'):>11}{'  frozen' if _frozen(layer) else ''}"
         )
     if len(layers) > most:
         lines.append(f"… and {len(layers) - most} more (most={len(layers)} lists all)")
@@ -166,6 +166,10 @@ def _notes(adapter: LayerwiseLR, optimizer: Optimizer) -> list[str]:
     ):
         notes.append("decoupled weight decay is multiplied by the rate, so the factor scales it too")
     return notes
+
+
+def _frozen(layer: Layer) -> bool:
+    return not any(p.requires_grad for p in layer.parameters)
 
 
 def _values(groups: list[dict[str, Any]], key: str) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from layerwise.lab.errors import UsageError
+from layerwise.lab.models import check_sizes
 
 MODULE_COUNTS = {18: 41, 34: 73, 50: 107, 101: 209}
 """Depth -> modules that own parameters: convolutions, as many batch normalisations, 1 fully connected layer."""
@@ -145,9 +146,7 @@ class ResNet(nn.Module):
     def __init__(self, depth: int, seed: int, classes: int = 10, width: int = 64, *, channels: int = 3) -> None:
         if depth not in BLOCKS:
             raise UsageError(f"depth={depth!r}: use one of {', '.join(map(str, BLOCKS))}")
-        for name, value in (("classes", classes), ("width", width), ("channels", channels)):
-            if value < 1:
-                raise UsageError(f"{name}={value!r}: use a whole number from 1")
+        check_sizes(classes=classes, width=width, channels=channels)
         super().__init__()
         block, (first, second, third, fourth) = BLOCKS[depth]
         outputs = width * block.expansion

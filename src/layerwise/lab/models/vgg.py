@@ -12,7 +12,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from layerwise.lab.errors import UsageError
+from layerwise.lab.models import check_sizes
 
 MODULE_COUNT = 33
 """Modules that own parameters: 16 convolutions, 16 batch normalisations, 1 fully connected layer."""
@@ -42,9 +42,7 @@ class VGG19(nn.Module):
     """
 
     def __init__(self, seed: int, classes: int = 10, width: int = 64, *, channels: int = 3) -> None:
-        for name, value in (("classes", classes), ("width", width), ("channels", channels)):
-            if value < 1:
-                raise UsageError(f"{name}={value!r}: use a whole number from 1")
+        check_sizes(classes=classes, width=width, channels=channels)
         super().__init__()
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)

@@ -1,0 +1,102 @@
+"""English text that ships with Python, so that nothing is downloaded: the language reference that ``help()`` shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from layerwise.lab.errors import UsageError
+
+SYMBOLS = 128
+"""Of ASCII; other characters are left out."""
+
+TEST_SHARE = 10
+"""The last of so many equal parts is for tests."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as numbers, one a character.
+
+    Attributes:
+        train: int64, shape (n,), each below 128.
+        test: int64, shape (m,), what follows it.
+    """
+
+    train: torch.Tensor
+    test: torch.Tensor
+
+
+@lru_cache(maxsize=1)
+def load() -> Text:
+    """Read the text: the topics of ``pydoc_data``, in the order of their names; some 450,000 characters.
+
+    It is the same wherever the version of Python is; another version has other words in places.
+
+    Returns:
+        Nine tenths to train, one to test.
+
+    Raises:
+        UsageError: this Python was installed without ``pydoc_data``.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UsageError(
+            "this Python has no module 'pydoc_data', which holds the text: use one with its whole standard library"
+        ) from error
+    return of("\n".join(topics[name] for name in sorted(topics)))
+
+
+def of(words: str) -> Text:
+    """Make numbers of a text.
+
+    Args:
+        words: the text; characters that are not ASCII are left out.
+
+    Returns:
+        Nine tenths to train, one to test.
+
+    Example:
+        >>> of("ten letters").test
+        tensor([115])
+    """
+    symbols = torch.frombuffer(bytearray(words.encode("ascii", "ignore")), dtype=torch.uint8).long()
+    split = len(symbols) - len(symbols) // TEST_SHARE
+    return Text(symbols[:split], symbols[split:])
+
+
+def windows(text: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Cut windows out of a text at random places.
+
+    Args:
+        text: shape (n,).
+        count: of windows.
+        length: of each.
+        generator: source of the random numbers.
+
+    Returns:
+        Shape (count, length).
+    """
+    starts = torch.randint(len(text) - length + 1, (count, 1), generator=generator)
+    return text[starts + torch.arange(length)]
+
+
+def entropy(text: torch.Tensor) -> float:
+    """Give the unigram entropy, -Σ p ln p in nats a symbol: no model that ignores the context has a smaller loss.
+
+    Args:
+        text: int64, shape (n,).
+
+    Returns:
+        The entropy of the text's own frequencies.
+
+    Example:
+        >>> round(entropy(torch.tensor([0, 1, 0, 1])), 4)
+        0.6931
+    """
+    counts = text.bincount().double()
+    shares = counts[counts > 0] / len(text)
+    return -float((shares * shares.log()).sum())
