@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo demo-amplification test lint bench clean
+.PHONY: help demo demo-amplification test lint bench optimizers-page clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,6 +41,9 @@ lint: .venv/dev ## check style and types
 bench: .venv/lab ## measure what attaching and the lab cost
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.lab
+
+optimizers-page: .venv/dev ## try the optimizers of other packages and write docs/optimizers.md
+	$(BIN)/python tests/optimizers_page.py
 
 clean: ## remove what was installed and built; runs/ stays
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -191,9 +191,12 @@ def test_the_decay_of_an_unknown_optimizer_must_be_told(make_model):
     optimizer = Unknown(model.parameters())
     with pytest.raises(ValueError, match=r"weight decay of Unknown.*decay='scaled'.*decay='plain'"):
         layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, apply="gradient")
-    with pytest.raises(ValueError, match=r"Unknown has no 'lr' in its parameter groups; use 'gradient' or 'update'"):
-        layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    with pytest.raises(ValueError, match=r"Unknown: it has no 'lr' in its parameter groups; use apply='update'"):
+        layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, apply="lr")
     assert not any(forms_of_hooks(optimizer).values())
+    automatic = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    assert automatic.apply == "update"
+    automatic.detach()
     assert layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, apply="gradient", decay="plain").layers
 
 

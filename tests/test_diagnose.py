@@ -45,7 +45,7 @@ def test_the_layers_are_listed_with_their_size_rate_and_decay(make_model, told):
         (torch.optim.SGD, {"momentum": 0.9}, "gradient", "inside the momentum"),
         (torch.optim.SGD, {}, "lr", "for SGD as it is set, the same as multiplying the gradient"),
         (torch.optim.Adam, {}, "lr", "Adam divides out what multiplies the gradient"),
-        (torch.optim.Rprop, {}, "update", "Rprop reads its rate too late"),
+        (torch.optim.Rprop, {}, "update", "Rprop reads its rate only when it creates its step sizes"),
     ],
     ids=["momentum", "plain descent", "Adam", "Rprop"],
 )

@@ -11,7 +11,7 @@ import torch
 from torch import nn, optim
 
 import layerwise
-from layerwise.rules import LARC, Constant, LayerAdaptive
+from layerwise.rules import LARC, Constant, LayerAdaptive, Rule
 
 
 class Plain(optim.Optimizer):
@@ -26,6 +26,39 @@ class Plain(optim.Optimizer):
             group["count"] += 1
             for p in group["params"]:
                 p -= group["lr"] * p.grad
+
+
+class Inherited(Plain):
+    """An optimizer whose step lets the class above take it."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+
+
+class MovesFirst(Plain):
+    """Gradient descent that moves the weights before it evaluates its closure."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.mul_(0.9)
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        super().step()
+
+
+class Counted(Rule):
+    """Factors of 1, or of a half from the third on, and a count of how often they were asked for."""
+
+    needs = ()
+
+    def init(self, layers: Any, device: Any) -> dict[str, Any]:
+        return {"count": 0, "_layers": len(layers)}
+
+    def factors(self, statistics: Any, state: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        factor = 1.0 if state["count"] < 2 else 0.5
+        return torch.full((state["_layers"],), factor), {**state, "count": state["count"] + 1}
 
 
 class Wrapper(optim.Optimizer):
@@ -74,6 +107,34 @@ def test_under_update_a_count_in_a_tensor_is_right() -> None:
     for _ in range(3):
         optimizer.step()
     assert optimizer.param_groups[0]["count"].item() == 3
+
+
+@pytest.mark.parametrize("place", ["lr", "update", "gradient"])
+def test_a_step_that_calls_that_of_the_class_above_is_measured_once(place: Any) -> None:
+    Plain(network().parameters(), 0)  # torch adds the hooks to the step of a class with its first object
+    model, bare = network(), network()
+    optimizer, plain = Inherited(model.parameters(), 0), Plain(bare.parameters(), 0)
+    adapter = layerwise.LayerwiseLR(optimizer, Counted(), model, apply=place)
+    for step in range(4):
+        backward(model, step)
+        backward(bare, step)
+        optimizer.step()
+        assert adapter.state_dict()["state"] == {"count": step + 1}
+        plain.param_groups[0]["lr"] = 0.1 * (1.0 if step < 2 else 0.5)
+        plain.step()
+        for p, q in zip(model.parameters(), bare.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-15)
+    assert optimizer.param_groups[0]["count"] == 4
+
+
+@pytest.mark.parametrize("rule", [Constant({"*": 1.0}), LayerAdaptive()], ids=lambda rule: type(rule).__name__)
+def test_an_optimizer_that_moves_the_weights_before_its_closure_is_told_of(rule: Any) -> None:
+    model = network()
+    optimizer = MovesFirst(model.parameters(), 0)
+    layerwise.LayerwiseLR(optimizer, rule, model)
+    optimizer.step()  # without a closure nothing is wrong
+    with pytest.raises(RuntimeError, match="moves the weights before it evaluates its closure"):
+        optimizer.step(lambda: backward(model, 1))
 
 
 def test_an_optimizer_around_another_is_refused_and_the_inner_one_is_named() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def evaluate_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -25,7 +26,8 @@ def evaluate_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tup
         return args, kwargs
     with torch.enable_grad():
         loss = closure()
-    return with_closure(args, kwargs, _once(loss))
+    parameters = [p for optimizer in args[:1] for group in optimizer.param_groups for p in group["params"]]
+    return with_closure(args, kwargs, _once(loss, parameters))
 
 
 def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
@@ -43,8 +45,9 @@ def with_closure(
     return (*args[:1], closure, *args[2:]), kwargs
 
 
-def _once(loss: Any) -> Callable[[], Any]:
+def _once(loss: Any, parameters: Sequence[Tensor]) -> Callable[[], Any]:
     calls = 0
+    versions = [p._version for p in parameters]
 
     def closure() -> Any:
         nonlocal calls
@@ -53,6 +56,11 @@ def _once(loss: Any) -> Callable[[], Any]:
             raise RuntimeError(
                 "this optimizer evaluates its closure more than once a step, so the factors of its second evaluation "
                 "are not known; detach the LayerwiseLR adapter, or use a first-order optimizer"
+            )
+        if [p._version for p in parameters] != versions:
+            raise RuntimeError(
+                "this optimizer moves the weights before it evaluates its closure, so the factors would be those of "
+                "other gradients; detach the LayerwiseLR adapter, or call step() without a closure"
             )
         return loss
 

@@ -8,8 +8,9 @@ from torch import nn
 from torch.optim import Adafactor, Optimizer
 
 from .adapter import LayerwiseLR
+from .known_optimizers import reason_against
 from .layers import Layer, named_parameters_of
-from .optimizers import SCALE_INVARIANT, decay_is_coupled, no_effect, takes_tensor_rate, unwrap
+from .optimizers import SCALE_INVARIANT, decay_is_coupled, no_effect, takes_tensor_rate, unwrap, why_not_rate
 from .rules import LayerAdaptive
 from .rules.combine import default, get_selection
 
@@ -114,7 +115,7 @@ def _why(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> str:
     if not automatic:
         return "it was asked for"
     if adapter.apply == "update":
-        return f"{name} reads its rate too late for another place"
+        return f"{name} {why_not_rate(optimizer) or reason_against(optimizer, 'groups')}"
     if adapter.apply == "gradient":
         return "the rule's method multiplies the gradient, inside the momentum"
     if default(adapter.rule, "place") != "gradient":

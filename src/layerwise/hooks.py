@@ -135,7 +135,6 @@ class OptimizerHooks:
             del _hooks_of[optimizer]
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # A step() that calls super().step() runs the hooks once more, on the view.
         if optimizer is not self._optimizer():
             return None
         if self._given:  # an exception in the last step() left no post-hook to clear up

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn, optim
 
+from .known_optimizers import divides_by_gradients, reason_against
+
 PlaceName = Literal["gradient", "lr", "update"]
 PLACES: tuple[PlaceName, ...] = ("gradient", "lr", "update")
 COUPLED = (
@@ -37,9 +39,11 @@ def unwrap(optimizer: Any) -> optim.Optimizer:
     while isinstance(getattr(inner, "optimizer", None), optim.Optimizer) and seen < 10:
         inner, seen = inner.optimizer, seen + 1
     if not isinstance(inner, optim.Optimizer):
+        attributes = getattr(inner, "__dict__", {}).items()
+        held = next((f"the one that it holds, .{k}" for k, v in attributes if isinstance(v, optim.Optimizer)), None)
         raise TypeError(
             f"optimizer={shorten(repr(optimizer), 60)} ({type(optimizer).__name__}) is no torch.optim.Optimizer; pass "
-            "the optimizer that your loop calls step() on"
+            f"{held or 'the optimizer that your loop calls step() on'}"
         )
     return inner
 
@@ -65,8 +69,12 @@ def refuse(optimizer: optim.Optimizer) -> None:
     """Raise for optimizers to which no per-layer factor can be attached.
 
     Raises:
-        ValueError: LBFGS; an optimizer that steps another one's groups.
+        ValueError: LBFGS; an optimizer that steps another one's groups; one known to take its step in a way that
+            no factor can follow.
     """
+    reason = reason_against(optimizer, "anywhere")
+    if reason is not None:
+        raise ValueError(f"{type(optimizer).__name__} {reason}")
     refuse_outer(optimizer)
     if isinstance(optimizer, optim.LBFGS):
         raise ValueError(
@@ -147,11 +155,15 @@ def automatic_place(optimizer: Any, preferred: str, decay: str) -> PlaceName:
         decay: `"scaled"` or `"plain"`.
 
     Returns:
-        `"update"` for optimizers that read their rate too late (ASGD, Rprop); `"gradient"` for SGD when the method asks
-        for it and the rate would not give the same numbers; else `"lr"`, which is exact for every other optimizer and
-        never the silent no-op that `"gradient"` is under Adam.
+        `"update"` for optimizers whose rate cannot carry a factor (`why_not_rate`), such as ASGD and Rprop, or whose
+        groups must stay whole; `"gradient"` for SGD when the method asks for it and the rate would not give the same
+        numbers; else `"lr"`, which is exact for every other optimizer and never the silent no-op that `"gradient"` is
+        under Adam.
     """
-    if isinstance(optimizer, LATE_RATE):
+    if why_not_rate(optimizer) is not None or (
+        # Whole groups are safe for any layers; where both would fail, the error names the way out through the rate.
+        reason_against(optimizer, "groups") is not None and reason_against(optimizer, "update") is None
+    ):
         return "update"
     if preferred == "gradient" and isinstance(optimizer, optim.SGD):
         if any(map(_momentum, optimizer.param_groups)):
@@ -159,6 +171,18 @@ def automatic_place(optimizer: Any, preferred: str, decay: str) -> PlaceName:
         if decay == "plain" and has_decay(optimizer):
             return "gradient"
     return "lr"
+
+
+def why_not_rate(optimizer: Any) -> str | None:
+    """Return why a step's rate cannot carry a factor, as a phrase that follows the optimizer's name; None if it can."""
+    if isinstance(optimizer, LATE_RATE):
+        return {
+            optim.ASGD: "computes its step size one step ahead, so a factor would arrive one step late",
+            optim.Rprop: "reads its rate only when it creates its step sizes, so later factors would be lost",
+        }[next(c for c in LATE_RATE if isinstance(optimizer, c))]
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        return "has no 'lr' in its parameter groups"
+    return reason_against(optimizer, "lr")
 
 
 def check_place(optimizer: optim.Optimizer, place: str, decay: str, *, decay_given: bool) -> None:
@@ -175,19 +199,20 @@ def check_place(optimizer: optim.Optimizer, place: str, decay: str, *, decay_giv
     """
     name = type(optimizer).__name__
     if place == "lr":
-        if isinstance(optimizer, LATE_RATE):
-            reason = {
-                optim.ASGD: "computes its step size one step ahead, so a factor would arrive one step late",
-                optim.Rprop: "reads its rate only when it creates its step sizes, so later factors would be lost",
-            }[next(c for c in LATE_RATE if isinstance(optimizer, c))]
-            raise ValueError(f"apply='lr' does not work with {name}: it {reason}; use apply='update'")
-        if any(group.get("lr") is None for group in optimizer.param_groups):
-            raise ValueError(f"apply='lr': {name} has no 'lr' in its parameter groups; use 'gradient' or 'update'")
+        reason = why_not_rate(optimizer)
+        if reason is not None:
+            remedy = "'update'" if reason_against(optimizer, "update") is None else "'gradient'"
+            raise ValueError(f"apply='lr' does not work with {name}: it {reason}; use apply={remedy}")
     elif any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(
             f"apply={place!r} changes tensors in place, which cuts the graph of {name}(differentiable=True); use "
             "apply='lr' (the factors themselves count as constants)"
         )
+    if place == "update":
+        reason = reason_against(optimizer, "update")
+        if reason is not None:
+            remedy = "'lr'" if why_not_rate(optimizer) is None else "'gradient'"
+            raise ValueError(f"apply='update' does not work with {name}: it {reason}; use apply={remedy}")
     if place == "gradient" and decay == "scaled" and not decay_given:
         unknown = [
             g for g in optimizer.param_groups if g.get("weight_decay") and decay_is_coupled(optimizer, g) is None
@@ -199,12 +224,38 @@ def check_place(optimizer: optim.Optimizer, place: str, decay: str, *, decay_giv
             )
 
 
+def check_groups(optimizer: Any, place: str, decay: str, layer_of: Mapping[int, int]) -> None:
+    """Raise where parameter groups would be divided by layer that must stay whole.
+
+    Args:
+        optimizer: The optimizer.
+        place: `"gradient"`, `"lr"` or `"update"`.
+        decay: `"scaled"` or `"plain"`.
+        layer_of: The `id` of each parameter that belongs to a layer, to the layer's number.
+
+    Raises:
+        ValueError: A group holds several layers, and the optimizer is known to need it whole.
+    """
+    reason = reason_against(optimizer, "groups")
+    if reason is None or not (place == "lr" or (place == "gradient" and decay == "scaled" and has_decay(optimizer))):
+        return
+    for group in optimizer.param_groups:
+        if len({layer_of.get(id(p)) for p in group["params"]}) > 1:
+            name = type(optimizer).__name__
+            other = ", or use apply='update'" if reason_against(optimizer, "update") is None else ""
+            raise ValueError(
+                f"apply={place!r} divides the parameter groups by layer, and {name} {reason}; build it with a group "
+                f"for each layer, {name}(layerwise.param_groups(model), …)"
+                + (", or pass decay='plain'" if place == "gradient" else other)
+            )
+
+
 def no_effect(optimizer: optim.Optimizer, place: str) -> str | None:
     """Return a sentence when a factor at this place changes next to nothing, else None."""
-    if place != "gradient" or not isinstance(optimizer, SCALE_INVARIANT):
+    if place != "gradient" or not (isinstance(optimizer, SCALE_INVARIANT) or divides_by_gradients(optimizer)):
         return None
     after = " after its first five steps" if isinstance(optimizer, optim.RAdam) else ""
-    remedy = "update" if isinstance(optimizer, LATE_RATE) else "lr"
+    remedy = automatic_place(optimizer, "lr", "plain")
     return (
         f"{type(optimizer).__name__} divides by the size of the gradients it has seen, so multiplying the gradient "
         f"changes next to nothing{after}; apply={remedy!r} scales its step"

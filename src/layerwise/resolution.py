@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_layers, named_parameters_of
-from .optimizers import PlaceName, automatic_place, check_place, refuse
+from .optimizers import PlaceName, automatic_place, check_groups, check_place, refuse
 from .partition import Partition
 from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
 from .sharding import find_pieces
@@ -117,6 +117,7 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
     if "learning_rate" in needs and any(group.get("lr") is None for group in groups):
         raise ValueError(f"{rule!r} needs the rate, and {type(optimizer).__name__} has no 'lr' in its groups")
     statistics = LayerStatistics(layers, needs)
+    check_groups(optimizer, place, request.decay, statistics.layer_of)
     few = statistics.device.type == "cpu" and len(layers) <= MOST_NUMBERS and statistics.sharing is None
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     return Resolution(
