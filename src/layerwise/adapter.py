@@ -24,8 +24,8 @@ from .rules.base import State
 from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds, check_rule, default, derived_state, get_selection, initial_state, load_state
 from .rules.selection import Selection
-from .state import carried_over, check_saved, copied
-from .statistics import NOTHING, check_needs
+from .state import carried_over, check_saved, copied, described
+from .statistics import NOTHING, LayerStatistics, check_needs
 
 logger = logging.getLogger("layerwise")
 Decay = Literal["auto", "scaled", "plain"]
@@ -107,6 +107,7 @@ class LayerwiseLR:
         )
         self._state: State = {}
         self._epoch = 1
+        self._idle = False
         self._place_name = None
         self._take(resolve(inner, holder, self._request))
         self._optimizer = weakref.ref(inner)
@@ -190,6 +191,7 @@ class LayerwiseLR:
         return {
             "version": 1,
             "rule": type(self._rule).__name__,
+            "arguments": described(self._rule),
             "layers": self.layers,
             "epoch": self._epoch,
             "state": copied(self._state),
@@ -198,7 +200,7 @@ class LayerwiseLR:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the state of another adapter with the same rule and layers.
 
-        The rule's arguments are not compared: attach with those of the saved run.
+        A rule with other arguments goes on with its own, and the log tells of both.
 
         Args:
             state_dict: What `state_dict()` returned.
@@ -207,7 +209,7 @@ class LayerwiseLR:
             TypeError: It is no mapping.
             ValueError: It is of another version, or of other layers; nothing is changed then.
         """
-        check_saved(state_dict, type(self._rule).__name__, self.layers)
+        check_saved(state_dict, self._rule, self.layers)
         self._state = load_state(self._rule, state_dict["state"], self._state)
         self._epoch = state_dict["epoch"]
         self._last_raw = None
@@ -272,6 +274,9 @@ class LayerwiseLR:
         elif self._request.apply == "auto":
             # Again at each step: schedulers and checkpoints can bring momentum.
             self._place_at(automatic_place(optimizer, self._request.preferred, self.decay))
+        self._idle = self._only_initialises(optimizer)
+        if self._idle:
+            return
         found, grad_scale = self._found, getattr(optimizer, "grad_scale", None)
         if found.in_numbers is not None:
             numbers = found.in_numbers.numbers(found.statistics.numbers(groups, grad_scale))
@@ -298,7 +303,7 @@ class LayerwiseLR:
     @property
     def acts(self) -> bool:
         """Whether any factor of this step is not 1, as far as is known without asking the device."""
-        return self._factors is None or not self._factors.neutral
+        return not self._idle and (self._factors is None or not self._factors.neutral)
 
     def act(self, view: Any) -> list[Split]:
         """Let this step's factors act on the view."""
@@ -307,6 +312,16 @@ class LayerwiseLR:
     def finish(self) -> None:
         """Act after the step."""
         self._place.finish()
+
+    def _only_initialises(self, optimizer: Any) -> bool:
+        """Tell whether this step is none but makes the optimizer's state: rates and gradients are zero.
+
+        `torch.distributed.checkpoint` takes such a step of an optimizer without state before it reads or writes it.
+        """
+        if optimizer.state or any(map(_moves, optimizer.param_groups)):
+            return False
+        # All processes that share the parameters come here together, and see the gradients of all.
+        return not LayerStatistics(self._found.layers, ("counts",)).compute(optimizer.param_groups).counts
 
     # --- How it is put together ---------------------------------------------------------------------------------------
 
@@ -359,3 +374,9 @@ def _rates(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Return each group's rate; a tensor is copied, since schedulers write into it."""
     rates = [group.get("lr") for group in groups]
     return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
+
+def _moves(group: Mapping[str, Any]) -> bool:
+    """Tell whether a group's rate is not zero, as far as is known without asking a device."""
+    rate = group.get("lr")
+    return rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or bool(rate != 0)

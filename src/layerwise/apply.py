@@ -7,6 +7,7 @@ parameter groups; the optimizer's own are never touched.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any, Protocol, cast
 
 import torch
@@ -17,6 +18,8 @@ from .optimizers import PlaceName, damps_history, decay_is_coupled, has_decay, t
 from .partition import OUTSIDE, Partition, Split, factor_of
 from .sharding import settled_gradient
 from .tensors import local, moved
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Place(Protocol):
@@ -45,13 +48,17 @@ def strided_gradients(view: Any) -> list[Tensor] | None:
 
 
 def scale_in_place(gradients: Sequence[Any], factors: Sequence[float]) -> None:
-    """Multiply gradients by numbers; sparse ones one by one, since the grouped kernel takes dense ones only."""
+    """Multiply gradients by numbers.
+
+    The grouped kernel takes dense gradients only, and on the CPU it rounds the factor to the gradient's type, which for
+    half precision loses digits and can make zero or infinity of it: sparse and half ones are multiplied one by one.
+    """
     gradients = list(map(local, gradients))
-    dense = [(g, f) for g, f in zip(gradients, factors, strict=True) if g.layout is torch.strided]
-    if dense:
-        torch._foreach_mul_([g for g, _ in dense], [f for _, f in dense])
-    for gradient, factor in zip(gradients, factors, strict=True):
-        if gradient.layout is not torch.strided:
+    grouped = [g.layout is torch.strided and not (g.is_cpu and g.dtype in HALF) for g in gradients]
+    if any(grouped):
+        torch._foreach_mul_(list(compress(gradients, grouped)), list(compress(factors, grouped)))
+    for gradient, factor, done in zip(gradients, factors, grouped, strict=True):
+        if not done:
             gradient.mul_(factor)
 
 
@@ -211,7 +218,7 @@ class Update:
     """`w ← w_old + f_l (w_new − w_old)` after the step; keeps a copy of the parameters from before it, during it."""
 
     def __init__(self) -> None:
-        self._kept: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
+        self._kept: tuple[list[Tensor], list[Tensor], list[Any]] | None = None
 
     @torch.no_grad()
     def act(self, view: Any, partition: Partition, factors: Factors) -> list[Split]:
@@ -220,14 +227,13 @@ class Update:
         numbers = factors.numbers
         if numbers is not None:
             members = [(p, layer) for p, layer in members if numbers[layer] != 1]
-        kinds = {(p.device, p.dtype) for p, _ in members}
-        weights = {(at, kind): moved(factors.tensor.to(kind), at).unbind() for at, kind in kinds}
+            weights: list[Any] = [numbers[layer] for _, layer in members]
+        else:  # the kernel wants tensors of the parameters' type, to which half precision rounds the factor
+            kinds = {(p.device, p.dtype) for p, _ in members}
+            each = {(at, kind): moved(factors.tensor.to(kind), at).unbind() for at, kind in kinds}
+            weights = [each[p.device, p.dtype][layer] for p, layer in members]
         parameters = [local(p) for p, _ in members]
-        self._kept = (
-            parameters,
-            [p.clone() for p in parameters],
-            [weights[p.device, p.dtype][layer] for p, layer in members],
-        )
+        self._kept = (parameters, [p.clone() for p in parameters], weights)
         return []
 
     @torch.no_grad()

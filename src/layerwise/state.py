@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from .rules.base import State
 from .tensors import moved
+
+logger = logging.getLogger("layerwise")
 
 
 def carried_over(fresh: State, old: State, names: Sequence[str], old_names: Sequence[str]) -> State:
@@ -66,12 +69,14 @@ def derived(name: str) -> bool:
     return name.startswith("_")
 
 
-def check_saved(saved: Any, rule: str, layers: Sequence[str]) -> None:
-    """Raise unless this is the saved state of an adapter with this rule and these layers.
+def check_saved(saved: Any, rule: Any, layers: Sequence[str]) -> None:
+    """Raise unless this is the saved state of an adapter with this kind of rule and these layers.
+
+    A rule with other arguments is told of in the log: a run that goes on with another threshold does so on purpose.
 
     Args:
         saved: What `state_dict()` returned.
-        rule: Name of the rule's class.
+        rule: The rule that is to go on.
         layers: Names of the layers.
 
     Raises:
@@ -90,12 +95,21 @@ def check_saved(saved: Any, rule: str, layers: Sequence[str]) -> None:
             f"the state was saved of the layers {list(saved['layers'])}, this adapter has {list(layers)}; attach with "
             "the same model and the same layers="
         )
-    if saved["rule"] != rule:
+    name, arguments = type(rule).__name__, described(rule)
+    if saved["rule"] != name:
         raise ValueError(
-            f"the state was saved of the rule {saved['rule']}, this adapter has {rule}; attach the same rule"
+            f"the state was saved of the rule {saved['rule']}, this adapter has {name}; attach the same rule"
         )
     if not isinstance(saved["epoch"], int) or saved["epoch"] < 1:
         raise ValueError(f"epoch={saved['epoch']!r} of the state must be a whole number of at least 1")
+    if saved.get("arguments") and arguments and saved["arguments"] != arguments:
+        logger.warning("the state was saved of %s; it goes on with %s", saved["arguments"], arguments)
+
+
+def described(rule: Any) -> str:
+    """Return a rule with its arguments in words, to compare; nothing for one whose words tell its place in memory."""
+    words = repr(rule)
+    return "" if " at 0x" in words else words
 
 
 def loaded(saved: Any, current: Any, where: str) -> Any:

@@ -143,6 +143,8 @@ class LayerStatistics:
         if "counts" in needs:
             total = values["gradient_norm"].sum()  # not finite if any of them is not
             values["counts"] = (total > 0) & (total < torch.inf)
+            if found_inf is not None:  # clipping by value makes numbers of infinities
+                values["counts"] &= moved(found_inf, self.device) == 0
             if "gradient_norm" not in needs:
                 del values["gradient_norm"]
         if "learning_rate" in needs:

@@ -39,6 +39,7 @@ class ChoosingRule(Rule):
             "epoch": 1,
             "draw": 0,
             "sums": {},
+            "summing": False,
             "value": unknown,
             "z": unknown.clone(),
             "selected": torch.zeros(len(layers), dtype=torch.bool, device="cpu"),
@@ -55,9 +56,11 @@ class ChoosingRule(Rule):
         factor = torch.tensor(self._factor(state["epoch"]), dtype=torch.float64, device="cpu")
         factors = torch.where(state["selected"].cpu(), factor, 1.0)
         measuring = self._measuring(state["epoch"])
+        sums = state["sums"] if measuring else {}
         return {
             **state,
-            "sums": state["sums"] if measuring else {},
+            "sums": sums,
+            "summing": bool(sums),
             "_factors": factors,
             "_measuring": measuring,
         }
@@ -69,7 +72,8 @@ class ChoosingRule(Rule):
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return this epoch's factors; add the gradients to the sums when it is one of measuring."""
         if state["_measuring"]:
-            state = {**state, "sums": state["_sums"].add(state["sums"], statistics.gradients)}
+            sums = state["_sums"].add(state["sums"], statistics.gradients)
+            state = {**state, "sums": sums, "summing": bool(sums)}
         return state["_factors"], state
 
     def end_epoch(self, state: State) -> State:
@@ -97,7 +101,12 @@ class ChoosingRule(Rule):
         """Return the state with what was saved; the sums of an epoch of measuring may be there or not."""
         if not isinstance(saved, dict) or not isinstance(saved.get("sums"), dict):
             raise ValueError("state['sums'] is missing in the file; was it saved of the same rule?")
-        rest = loaded({**saved, "sums": {}}, {**state, "sums": {}}, "state")
+        rest = loaded({"summing": False, **saved, "sums": {}}, {**state, "sums": {}}, "state")
+        if rest["summing"] and not saved["sums"]:
+            raise ValueError(
+                "the sums of an epoch of analysis that was saved half done are missing: load() of a checkpoint "
+                "in torch.distributed reads only what is there already; call layerwise.load_checkpoint(adapter, folder)"
+            )
         check_whole("epoch of the saved state", rest["epoch"], 1)
         check_whole("draw of the saved state", rest["draw"], 0)
         return self.derived({**rest, "sums": state["_sums"].loaded(saved["sums"])})
