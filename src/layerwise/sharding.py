@@ -66,8 +66,8 @@ def find_pieces(parameters: Iterable[Tensor], model: nn.Module | None) -> dict[i
         )
     if model is None:
         raise ValueError(
-            "these parameters are pieces of FullyShardedDataParallel's, which only the model knows: pass the wrapped "
-            "model as the third argument"
+            "these parameters are pieces of FullyShardedDataParallel's, which only the model knows: pass model=, the "
+            "wrapped model"
         )
     known = dict(_pieces_of_fsdp(model))
     if missing := [p for p in flattened if id(p) not in known]:

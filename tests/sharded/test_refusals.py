@@ -23,7 +23,7 @@ def refuse(rank: int) -> None:
         layerwise.LayerwiseLR(momentum(flat.parameters()), LayerAdaptive(), flat)
 
     model = fsdp1(network())
-    with pytest.raises(ValueError, match="pass the wrapped model as the third argument"):
+    with pytest.raises(ValueError, match="pass model=, the wrapped model"):
         layerwise.LayerwiseLR(momentum(model.named_parameters()), LayerAdaptive())
 
     sampled = GradientAmplification(Directionality(sample=2), [Phase(2, True)])
