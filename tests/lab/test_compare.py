@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from layerwise.lab import compare, methods, tasks, tuning, work
+from layerwise.lab import compare, examination, methods, progress, report, tasks, tuning, work
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiment import Settings
+from layerwise.lab.experiment import Display, Settings
 from layerwise.lab.judgement import MINIMUM_PAIRS
 from layerwise.lab.plan import LARGEST_SEEDS
+from layerwise.lab.report import anything, maps
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_task.py"
 
@@ -168,6 +170,18 @@ def test_an_optimizer_that_a_rule_cannot_act_on_is_told_of_before_anything_is_tr
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("arm", ["amplification-G", "amplification-G-prime"])
+def test_a_choice_that_can_choose_no_layer_is_refused(bowl, arm):
+    path = Path(bowl.rpartition(":")[0])
+    path.write_text(QUADRATIC.replace('"epochs": 2', '"epochs": 3'), encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        compare.plan(tasks.load(bowl), arms=[arm], seeds=1)
+    words = str(caught.value)
+    assert f"arm '{arm}' would be plain training: threshold=1 chooses nothing: z of 2 layers is at most 1.00" in words
+    assert "a model of more layers; leave the arm out" in words
+    assert compare.plan(tasks.load(bowl), arms=["amplification-all", "amplification-random"], seeds=1).runs
+
+
 def test_a_control_at_other_values_repeats_the_method_at_its_values(bowl):
     values = {"plain": {"lr": 1.0}, "layer-adaptive": {"lr": 0.5}, "mean-factor": {"lr": 0.5}, "shuffled": {"lr": 0.25}}
     plan = compare.plan(tasks.load(bowl), seeds=2, tuned={**values, "frozen": {"lr": 0.25}})
@@ -217,6 +231,13 @@ def test_every_control_can_repeat_every_kind_of_method(method, carried_out):
         weights = [value for name, value in layers.items() if name.endswith("weight")]
         assert factors[method]["mean"] == pytest.approx(sum(weights) / 3, rel=1e-12)
         assert all(factors["shuffled"]["layers"][name] == 1.0 for name in factors[method]["excluded"])
+    for arm in (method, "frozen", "shuffled"):  # the maps have the layers that the rule has, whatever the network's are
+        drawn = maps.grid(outcome.results, "task", arm, "factor")
+        assert set(drawn.layers) == set(factors[arm]["layers"])
+        for name, line in drawn.values.items():
+            assert sum(line) / len(line) == pytest.approx(factors[arm]["layers"][name], rel=1e-9)
+        assert set(maps.grid(outcome.results, "task", arm, "gradient_norm").layers) == {"0", "2", "5"}
+    assert report.write(outcome, "").stat().st_size > 0
     place = records["shuffled"].configuration.rule["layers"]
     assert {name: factors["shuffled"]["layers"][name] for name in place} == pytest.approx(
         {name: layers[source] for name, source in place.items()}, rel=1e-12
@@ -298,18 +319,43 @@ def test_loaders_may_have_workers_of_their_own(tmp_path):
 GRID = (0.25, 0.5, 1.0, 2.5)
 
 
+class Told(Display):
+    """Keeps what a person is told between tuning and comparison."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+
+    def say(self, words: str) -> None:
+        self.words.append(words)
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """Tune the bowl through workers and compare: three seeds, one worker."""
     folder = tmp_path_factory.mktemp("bowl")
     (folder / "bowl.py").write_text(QUADRATIC, encoding="utf-8")
     name, settings = f"{folder / 'bowl.py'}:task", Settings(out=folder / "runs", jobs=1)
-    outcome = compare.run(name, seeds=3, tune={"lr": GRID}, settings=settings)
+    told = Told()
+    outcome = compare.run(name, seeds=3, tune={"lr": GRID}, settings=settings, display=told)
     assert not outcome.failures, outcome.failures[0].details
     # All runs of the tuning are found again, so that this trains nothing.
     again = tuning.tune(tasks.load(name), {"lr": GRID}, settings=settings)
     assert again.outcome.found == again.outcome.planned
+    assert told.words == again.choices
     return outcome, again
+
+
+def test_a_report_of_tuned_runs_compares_what_the_experiment_did(bowl, carried_out):
+    rates = {"plain": 0.5, "layer-adaptive": 0.25, "mean-factor": 0.5, "shuffled": 0.25, "frozen": 0.75}
+    chosen = {arm: {"lr": rate} for arm, rate in rates.items()}
+    outcome = carried_out(compare.plan(tasks.load(bowl), seeds=2, tuned=chosen))
+    alone = [arm for arm in outcome.plan.arms if arm.words.endswith(compare.FACTORS_ALONE)]
+    assert [arm.against for arm in alone] == [(), ()]
+    found = anything.gather([outcome.settings.out], out=outcome.settings.out)
+    by_folder = {record.folder: arm for (_, arm, _), record in found.results.records.items()}
+    names = {arm: by_folder[record.folder] for (_, arm, _), record in outcome.results.records.items()}
+    for arm in outcome.plan.arms:
+        assert set(found.plan.arm(names[arm.name]).against) == {names[other] for other in arm.against}, arm.name
 
 
 def test_each_arm_gets_the_value_that_is_best_by_hand(tuned):
@@ -352,6 +398,8 @@ def test_the_notes_say_what_was_tried_and_chosen(tuned):
     assert "lr of 0.25, 0.5, 1, 2.5" in text
     assert "4 settings on the same 2 seeds (10000, 10001), 8 runs an arm" in text
     assert "Chosen: plain: lr=1; layer-adaptive: lr=" in text
+    assert tuning_.choices[0].startswith("Chosen: plain: lr=1; layer-adaptive: lr=")
+    assert all(words.startswith("Warning: ") for words in tuning_.choices[1:])
     at_edge = {arm for arm, setting in tuning_.chosen.items() if setting["lr"] in (0.25, 2.5)}
     assert text.count("at the edge of its values") == len(at_edge)
     assert "Warning: plain" not in text
@@ -384,9 +432,10 @@ def test_only_a_value_beyond_which_there_could_be_better_ones_is_at_the_edge(tun
         ({"lr": []}, ["tune lr=[]", "list of values"]),
         ({"lr": "0.1"}, ["tune lr='0.1'", "list of values"]),
         ({"lr": [0.1, math.nan]}, ["lr=nan", "finite"]),
+        ({"lr": ["abc", 0.1]}, ["lr='abc'", "must be a number, as its default 0.25 is"]),
         ({"lr": [0.001 * k for k in range(1, 50)], "kind": [str(k) for k in range(50)]}, ["2450 settings", "1000"]),
     ],
-    ids=["unknown", "no value", "a word", "NaN", "too many"],
+    ids=["unknown", "no value", "a word", "NaN", "a word among numbers", "too many"],
 )
 def test_grids_that_cannot_be_tuned_are_refused_before_anything_is_trained(bowl, tmp_path, grid, words):
     with pytest.raises(UsageError) as caught:
@@ -406,17 +455,18 @@ def test_tuning_needs_a_validation(bowl, tmp_path):
 
 
 def test_the_doctor_says_what_a_comparison_would_do(capsys):
-    lines = compare.doctor(f"{EXAMPLE}:task")
-    text = "\n".join(lines)
+    found = compare.doctor(f"{EXAMPLE}:task")
+    text = "\n".join(found.lines)
     assert capsys.readouterr().out == ""
     for words in (
         "lr=0.05, weight_decay=0.0005", "5,994 numbers, float32", "SGD, no scheduler", "55 an epoch",
         "3 epochs, 165 updates", "test_error is", "lower is better; 3 times a run", "there, so that --tune works",
-        "5 seeds: 25 runs", "LayerAdaptive on SGD: 3 layers, 6 parameter tensors", "problems  none found",
+        "5 seeds: 25 runs", "LayerAdaptive on SGD: 3 layers, 6 parameter tensors", "problems    none found",
     ):  # fmt: skip
         assert words in text
     assert f"{MINIMUM_PAIRS} seeds" in text
-    assert not [line for line in lines if line.startswith("problem ")]
+    assert found.problems == []
+    assert "LayerwiseLR(" not in text  # what a program would do next; a comparison does it itself
 
 
 def test_the_doctor_finds_what_is_wrong(tmp_path):
@@ -447,7 +497,7 @@ def test_the_doctor_finds_what_is_wrong(tmp_path):
         """),
         encoding="utf-8",
     )
-    text = "\n".join(compare.doctor(f"{path}:task"))
+    text = "\n".join(compare.doctor(f"{path}:task").lines)
     assert "an unknown number an epoch" in text
     assert "how long is not known" in text
     assert "none, which --tune needs" in text
@@ -459,8 +509,20 @@ def test_the_doctor_finds_what_is_wrong(tmp_path):
 def test_the_doctor_tells_of_an_optimizer_that_cannot_be_compared(bowl):
     path = Path(bowl.rpartition(":")[0])
     path.write_text(QUADRATIC.replace("torch.optim.SGD", "torch.optim.LBFGS"), encoding="utf-8")
-    text = "\n".join(compare.doctor(bowl))
-    assert "problem     bowl.py:task: arm 'layer-adaptive' cannot be attached" in text
+    found = compare.doctor(bowl)
+    (problem,) = found.problems  # though the plan, the updates and the diagnosis find it
+    assert problem.startswith("bowl.py:task: arm 'layer-adaptive' cannot be attached: LBFGS evaluates its closure")
+    assert "nan" not in "\n".join(found.lines)
+
+
+def test_the_doctor_counts_what_a_comparison_takes_beside_its_updates(bowl):
+    look = tasks.load(bowl).look()
+    (_, comparison) = examination._times(look, 2.0, 2)
+    # 25 runs of 4 updates and 2 tests, two side by side, and what is there before and after them.
+    seconds = 25 * (4 * 2.0 + 2 * look.metric_seconds + examination.RUN_SECONDS) / 2 + examination.BESIDE_SECONDS
+    assert f"about {progress.duration(seconds)} on free cores" in comparison
+    (_, comparison) = examination._times(look, 0.0, 2)
+    assert int(re.search(r"about (\d+) s", comparison)[1]) >= 10
 
 
 def test_a_chain_with_a_task_can_be_sent_to_a_worker(bowl, tmp_path):

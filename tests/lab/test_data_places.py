@@ -150,7 +150,7 @@ def test_the_list_counts_the_runs_on_the_folder_that_is_there(one, tmp_path, mon
     Runs(tmp_path / "runs").path.mkdir(parents=True)
 
     def finished(folder):
-        (entry,) = catalogue.entries(tmp_path / "runs", folder)
+        (entry,) = catalogue.entries(recipe.names(), tmp_path / "runs", folder)
         return {scale: about["finished"] for scale, about in entry["scales"].items()}
 
     assert finished(one) == {"smoke": 3, "reduced": 3, "full": 3}

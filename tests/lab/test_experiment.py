@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from lab_helpers import tiny_plan
 
 from layerwise.lab import experiment
@@ -26,13 +27,16 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from lab_helpers import tiny_plan
 from layerwise.lab import work
-from layerwise.lab.experiment import Settings, carry_out
+from layerwise.lab.experiment import Display, Settings, carry_out
+class Told(Display):
+    def stopping(self):
+        print("stopping")
 plan = tiny_plan(seeds=1, iterations={iterations}, test_every={iterations})
 if __name__ == "__main__":
     import functools
     from layerwise.lab import experiment
     experiment.Chain = functools.partial(experiment.Chain, checkpoint_seconds=0.02)
-    outcome = carry_out(plan, Settings(out=Path(sys.argv[1]), jobs=2))
+    outcome = carry_out(plan, Settings(out=Path(sys.argv[1]), jobs=2), Told())
     print(len(outcome.results.records), outcome.interrupted, outcome.failures, outcome.skipped)
     sys.exit(outcome.exit_code)
 """
@@ -112,19 +116,22 @@ def test_a_damaged_run_is_named_and_repeated_to_the_same_numbers(first):
 
 @pytest.mark.dist
 @posix
-def test_an_interrupt_keeps_finished_runs_and_checkpoints_the_others(tmp_path):
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_keeps_finished_runs_and_checkpoints_the_others(tmp_path, number):
     script, out = script_of(tmp_path, 400), tmp_path / "runs"
     process = start(script, out)
     try:
         while process.poll() is None and len(list(out.rglob("checkpoint.pt"))) < 2:
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGINT)
+        # The keyboard's goes to the whole group, that of kill or of a shutdown's manager to the command.
+        (os.killpg if number == "SIGINT" else os.kill)(process.pid, getattr(signal, number))
         words, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130, errors
     assert errors == ""
     assert "True [] []" in words
+    assert words.count("stopping") == 1
     states = [json.loads(path.read_text()) for path in out.rglob("status.json")]
     assert {state["state"] for state in states} <= {"finished", "stopped"}
     stopped = [state for state in states if state["state"] == "stopped"]
@@ -247,11 +254,26 @@ def test_runs_of_one_configuration_are_one_run(tmp_path):
     [
         ({"jobs": 0}, "jobs=0: must be from 1"),
         ({"engine": "slurm"}, "engine='slurm': use 'local' or 'ray'"),
+        ({"device": "gpu"}, "device='gpu' is none of PyTorch's: use cpu, cuda"),
+        ({"device": "gpu", "engine": "ray"}, "device='gpu' is none of PyTorch's"),
+        ({"device": "meta"}, "finds none on this machine: use cpu"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(values, words):
     with pytest.raises(UsageError, match=words):
         Settings(**values)
+
+
+def test_a_device_must_be_there_unless_a_cluster_trains(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"device='cuda': PyTorch .* finds none on this machine"):
+        Settings(device="cuda")
+    assert Settings(device="cuda:3", engine="ray").device == "cuda:3"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert Settings(device="cuda:1").device == "cuda:1"
+    with pytest.raises(UsageError, match="device='cuda:2': this machine has 2, counted from 0: use cuda:1"):
+        Settings(device="cuda:2")
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_path, monkeypatch):

@@ -83,6 +83,7 @@ def test_an_interval_that_ends_at_0_but_for_rounding_holds_it():
     # The upper end is (4 x 0.1 - 0.4) / 5, which binary fractions miss.
     found = judged([0.1, -0.4, -0.41, -0.42, -0.43])
     assert found.high == 0.0
+    assert " to 0, adjusted p" in found.sentence  # not +0.00, as of an end that is only rounded to it
     assert found.reason == "the interval holds 0"
 
 

@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 
@@ -77,3 +78,12 @@ def test_the_first_interrupt_is_a_flag_its_echo_is_nothing_and_a_later_one_is_ra
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_a_signal_of_a_shutdown_may_be_a_flag_too():
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupt(signal.SIGTERM) as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.requested
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -30,8 +30,9 @@ def test_what_is_done_and_what_is_left_are_told(outcome, monkeypatch, kind):
     clock[0] = 60.0
     display.advance(0, "sgd plain seed 0", 5, 10)
     assert display.left == "23 min left"  # half a run a minute, 11.5 runs
+    clock[0] = 70.0
     display.finished(0, "sgd plain seed 0", "1.2 % test error", False)
-    assert display.left == "11 min left"
+    assert display.left == "13 min left"
     display.finished(1, "nag plain seed 0", "diverged", True)
     display.end()
     said = " ".join(target.export_text().split())
@@ -40,7 +41,8 @@ def test_what_is_done_and_what_is_left_are_told(outcome, monkeypatch, kind):
     assert "a/record.json was damaged: set aside" in said
     assert "diverged" in said
     if kind is LineDisplay:
-        assert "4/15 runs, 11 min left; sgd plain seed 0: 1.2 % test error" in said
+        assert "3/15 runs, 23 min left; sgd plain seed 0: 5 of 10 updates" in said
+        assert "4/15 runs, 13 min left; sgd plain seed 0: 1.2 % test error" in said
 
 
 def test_work_of_an_earlier_session_does_not_make_the_rest_look_short(outcome, monkeypatch):
@@ -53,6 +55,30 @@ def test_work_of_an_earlier_session_does_not_make_the_rest_look_short(outcome, m
     display.advance(0, "run", 95, 100)
     # 0.05 runs took 10 s; 11.05 runs are left.
     assert display.left == "37 min left"
+
+
+def test_a_long_run_has_a_line_now_and_then_where_there_are_no_bars(outcome, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    target = Console(file=io.StringIO(), width=100, record=True)
+    display = LineDisplay(target)
+    display.begin(outcome, 1)
+    target.export_text()
+    for second in range(0, 150, 10):
+        clock[0] = second
+        display.advance(0, "sgd plain seed 0", second, 1000)
+    said = [line.partition("; ")[2] for line in target.export_text().splitlines()]
+    assert said == ["sgd plain seed 0: 60 of 1,000 updates", "sgd plain seed 0: 120 of 1,000 updates"]
+
+
+@pytest.mark.parametrize("kind", [LineDisplay, BarDisplay])
+def test_a_stop_says_what_the_wait_is_for(outcome, kind):
+    target = Console(file=io.StringIO(), width=100, record=True)
+    display = kind(target)
+    display.begin(outcome, 1)
+    display.stopping()
+    display.end()
+    assert "Stopping: the runs at work write their checkpoints" in target.export_text()
 
 
 def test_durations_are_rough():

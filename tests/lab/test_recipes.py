@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -420,3 +421,11 @@ def test_a_part_of_a_smoke_scale_is_carried_out(name, subject, names, carried_ou
     assert {cell.count for arm in names for cell in outcome.results.cells(subject, arm) if cell is not None} == {1}
     chosen = [record.summary["selections"] for record in outcome.results.records.values()]
     assert any(chosen) == name.startswith("basodi2023")
+
+
+def test_times_are_those_that_the_reproductions_were_measured_to_take():
+    text = (Path(__file__).parents[2] / "docs" / "reproductions" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"layerwise run (\S+) --scale (\S+) .*\| ([\d.]+ hours of a busy core) \|", text)
+    assert len(rows) >= 3
+    for name, scale, measured in rows:
+        assert measured in recipe.load(name).need(scale).time, name

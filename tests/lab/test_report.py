@@ -279,6 +279,20 @@ def test_the_table_holds_means_and_the_distance_to_the_paper(table):
     assert rows[1].entries[-1].best or rows[2].entries[-1].best
 
 
+def test_one_seed_has_no_spread_and_of_equal_means_none_is_best(table_runs, tmp_path):
+    outcome = outcome_of(table_plan(seeds=1), table_runs, tmp_path)
+    assert sheet(outcome.results).lead.startswith("test error in %, of one seed, after")
+    (_, rows), *_ = sheet(outcome.results).sections
+    assert [row.entries[-1].best for row in rows].count(True) == 1
+    for key, record in list(outcome.results.records.items()):
+        plain = outcome.results.records[key[0], "plain", 0]
+        outcome.results.records[key] = replace(record, folder=plain.folder)
+    outcome = replace(outcome, results=type(outcome.results)(outcome.plan, outcome.results.records))
+    (_, rows), *_ = sheet(outcome.results).sections
+    assert len({row.entries[-1].main for row in rows}) == 1
+    assert not any(one.best for row in rows for one in row.entries)
+
+
 def test_values_of_the_paper_without_a_cell_are_listed(table):
     few = replace(table.plan, columns=(1800,))
     table.results.plan = few

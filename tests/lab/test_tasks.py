@@ -17,7 +17,7 @@ import numpy
 import pytest
 import torch
 
-from layerwise.lab import Task, looking, tasks, work
+from layerwise.lab import Task, compare, looking, tasks, work
 from layerwise.lab.arms import Arm
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
@@ -125,6 +125,8 @@ def test_values_take_the_type_of_the_default(write):
     given = {"lr": 1, "width": 8, "kind": 5, "flag": "False", "another": 3}
     assert task_file.with_values(given).values == {"lr": 1.0, "width": 8, "kind": "5", "flag": False, "another": 3}
     assert task_file.with_values({"flag": "true", "kind": "a"}).values == {}
+    # A count may be tried at a fraction, and nothing stands for itself whatever the default is.
+    assert task_file.with_values({"width": 0.5, "lr": None}).values == {"width": 0.5, "lr": None}
 
 
 @pytest.mark.parametrize(
@@ -134,11 +136,24 @@ def test_values_take_the_type_of_the_default(write):
         ({"seed": 3}, ["seed=3", "no parameter"]),
         ({"lr": [1.0]}, ["lr=[1.0]", "number, a word"]),
         ({"lr": float("inf")}, ["lr=inf", "finite"]),
+        ({"lr": "abc"}, ["lr='abc'", "must be a number, as its default 0.1 is"]),
+        ({"lr": True}, ["lr=True", "must be a number"]),
+        ({"width": "wide"}, ["width='wide'", "must be a number, as its default 4 is"]),
+        ({"flag": 1}, ["flag=1", "must be True or False, as its default False is"]),
     ],
-    ids=["unknown", "the seed", "a list", "infinity"],
+    ids=[
+        "unknown",
+        "the seed",
+        "a list",
+        "infinity",
+        "a word",
+        "a truth",
+        "a word for a count",
+        "a number for a truth",
+    ],
 )
 def test_values_that_cannot_be_used_are_refused(write, values, words):
-    task_file = write("def task(seed, lr=0.1, width=4):\n    return parts()\n")
+    task_file = write("def task(seed, lr=0.1, width=4, flag=False):\n    return parts()\n")
     with pytest.raises(UsageError) as caught:
         task_file.with_values(values)
     assert all(word in str(caught.value) for word in words), str(caught.value)
@@ -148,6 +163,21 @@ def test_a_dict_and_a_task_are_the_same(write):
     for expression in ("parts(epochs=2)", "Task(**parts(epochs=2))"):
         trial = write(returning(expression)).trial(configuration_of(write(returning(expression))))
         assert (trial.epochs, trial.iterations, trial.test_every, trial.total) == (2, None, None, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("Task(**parts(epoch=3))", ["Task has no 'epoch': its names are model, batches", "Did you mean epochs?"]),
+        ("parts(epoch=3)", ["a dict with 'epoch': use the names model, batches", "Did you mean epochs?"]),
+        ("Task(model=parts()['model'])", ["Task needs batches, loss, metric too: give model, batches, loss, metric"]),
+    ],
+    ids=["an unknown name", "an unknown name in a dict", "missing names"],
+)
+def test_names_that_a_task_does_not_have_are_told_with_those_that_it_has(write, call, words):
+    with pytest.raises(UsageError) as caught:
+        write(returning(call)).build(0)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 def test_defaults_of_what_is_not_returned(write):
@@ -645,12 +675,15 @@ def test_a_run_of_another_file_is_refused(write):
         write(returning("parts(epochs=2)")).trial(configuration)
 
 
-def test_the_task_of_the_documentation_works(tmp_path):
+def test_the_task_of_the_documentation_works_and_learns(tmp_path, carried_out):
     text = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
     path = tmp_path / "documented.py"
     path.write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], encoding="utf-8")
     look = tasks.load(f"{path}:task").look(validation=True)
-    assert (look.metric, look.trial.total) == ("test_error", 40)
+    assert (look.metric, look.trial.total) == ("test_error", 160)
+    outcome = carried_out(compare.plan(tasks.load(f"{path}:task"), seeds=1))
+    errors = {arm: outcome.results.values("task", arm)[0] for arm in ("plain", "layer-adaptive")}
+    assert max(errors.values()) < 30, errors  # guessing is wrong in 50 %
     named = re.findall(r"^\| `(\w+)`(?: or `(\w+)`)?", text, re.MULTILINE)
     assert [name for pair in named for name in pair if name] == [field.name for field in fields(Task)]
 

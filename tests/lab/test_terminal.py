@@ -22,6 +22,7 @@ from rich.console import Console
 
 from layerwise.lab import terminal
 from layerwise.lab.pool import Failure
+from layerwise.lab.results import Results
 
 HOSTILE = "[bold]x[/bold]\x1b[31m\x07[/nothing]"
 
@@ -119,11 +120,57 @@ def test_failures_missing_and_diverged_runs_are_named(table):
     assert "Traceback" not in printed(table, quiet=True)
 
 
+def test_a_failure_is_named_once_and_a_source_that_the_title_names_is_not_repeated(table):
+    table.failures = [Failure("nag plain seed 1", "nag plain seed 1", "disk full")]
+    table.plan = table.results.plan = replace(table.plan, title="own.py:task: LARS", source="own.py:task")
+    lines = printed(table).splitlines()
+    assert "FAILED nag plain seed 1: disk full" in lines
+    assert "own.py:task: LARS" in lines
+
+
+def test_names_of_arms_are_whole(table):
+    name = "layer-adaptive at lr=0.1, weight_decay=0, for its factors alone"
+    arms = tuple(replace(arm, words=name) if arm.name == "plain" else arm for arm in table.plan.arms)
+    table.plan = table.results.plan = replace(table.plan, arms=arms)
+    text = printed(table)
+    lines = text.splitlines()
+    first = next(place for place, line in enumerate(lines) if line.startswith("  layer-adaptive at lr=0.1,"))
+    assert " ".join(line[:32].strip() for line in lines[first : first + 3]).startswith(name)
+    assert "…" not in text
+
+
+def test_too_few_pairs_are_told_once(table):
+    for subject, arm, seed in list(table.results.records):
+        if seed > 1 and subject != "sgd":
+            del table.results.records[subject, arm, seed]
+    text = " ".join(printed(table).split())
+    assert "SGD, layer-adaptive: It beats plain" in text
+    assert text.lower().count("too few runs to tell") == 1
+    words = "fewer than 5 pairs being finished: NAG, layer-adaptive and AdaGrad, layer-adaptive."
+    assert words in text
+    few = {key: record for key, record in table.results.records.items() if key[2] < 2}
+    table.results = Results(table.plan, few)
+    text = " ".join(printed(table).split())
+    assert "too few runs are finished to tell" in text
+    assert "being finished" not in text
+    record = table.results.records["nag", "layer-adaptive", 0]
+    few["nag", "layer-adaptive", 0] = replace(record, summary={**record.summary, "diverged_at": 7})
+    table.results = Results(table.plan, few)
+    assert "It diverged in 1 of 2 seeds" in " ".join(printed(table).split())
+
+
+def test_what_took_no_run_is_not_said_to_have_taken_no_time(table):
+    assert "report.html  (no run was needed; " in printed(table)
+    table.found, table.seconds = 3, 12.4
+    assert "report.html  (12 s; " in printed(table)
+    assert "report.html  (12 s)" in printed(table, quiet=True)
+
+
 def test_nothing_finished_prints_no_table(table):
     table.results.records.clear()
     table.interrupted = True
     text = printed(table)
-    assert "Interrupted: 0 of 45 runs are finished; nothing is kept." in text
+    assert "Interrupted: 0 of 45 runs are finished; the same command goes on." in text
     assert "Report:" not in text
 
 

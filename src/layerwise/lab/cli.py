@@ -8,17 +8,21 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from layerwise.lab.errors import UsageError, missing_extra
+from layerwise.lab.errors import UsageError, missing_extra, nearest
 
 if TYPE_CHECKING:
     from layerwise.lab import options
     from layerwise.lab.experiment import Outcome, Settings
     from layerwise.lab.plan import Plan
+
+
+DEMOS = ("lenet", "amplification")
 
 
 def _settings(asked: options.Work) -> Settings:
@@ -76,6 +80,8 @@ def _plan_runner(plan: Plan) -> Callable[[Settings, Any], Outcome]:
 def _demo(asked: options.Demo, arguments: Sequence[str]) -> int:
     from layerwise.lab import data, recipe
 
+    if asked.which not in DEMOS:
+        raise UsageError(f"demo {asked.which!r} is not known: use {' or '.join(DEMOS)}.{nearest(asked.which, DEMOS)}")
     seeds, settings = asked.seeds, _settings(asked)
     if asked.which == "lenet":
         if asked.weight_decay is not None:
@@ -98,7 +104,7 @@ def _demo(asked: options.Demo, arguments: Sequence[str]) -> int:
 
 
 def _run(asked: options.Run, arguments: Sequence[str]) -> int:
-    from layerwise.lab import recipe
+    from layerwise.lab import data, recipe
 
     read = recipe.load(asked.recipe)
     scale = asked.scale or read.default_scale
@@ -113,8 +119,13 @@ def _run(asked: options.Run, arguments: Sequence[str]) -> int:
     def following(outcome: Outcome) -> str:
         if larger is None:
             return ""
-        words = [program(), "run", asked.recipe, "--scale", larger]
-        return shlex.join([*words, *(["--data-dir", str(asked.data_dir)] if asked.data_dir else [])])
+        command = shlex.join([program(), "run", asked.recipe, "--scale", larger])
+        folder = outcome.settings.data_dir
+        missing = [name for name in sorted(read.datasets(larger)) if not data.present(name, folder)]
+        if missing:
+            how = " and ".join(f"{program()} data {name}" for name in missing)
+            return f"{command} --data-dir FOLDER   (it holds {' and '.join(missing)}; see {how})"
+        return f"{command} --data-dir {shlex.quote(str(asked.data_dir))}" if asked.data_dir else command
 
     return _carry_out(asked, _plan_runner(plan), arguments, following)
 
@@ -128,7 +139,14 @@ def _sweep(asked: options.Sweep, arguments: Sequence[str]) -> int:
         raise UsageError("--vary is missing: name a constant and its values, as in --vary rate=0.005,0.01")
     read = recipe.load(asked.recipe)
     plan = read.plan(asked.scale or read.default_scale, seeds=asked.seeds, vary=vary)
-    return _carry_out(asked, _plan_runner(plan), arguments, lambda outcome: "")
+    return _carry_out(asked, _plan_runner(plan), arguments, partial(_more_seeds, arguments))
+
+
+def _more_seeds(arguments: Sequence[str], outcome: Outcome) -> str:
+    """Give the same command with ten seeds, where it had fewer."""
+    if len(outcome.plan.seeds) >= 10:
+        return ""
+    return shlex.join([program(), *without(arguments, "--seeds"), "--seeds", "10"])
 
 
 def _compare(asked: options.Compare, arguments: Sequence[str]) -> int:
@@ -142,23 +160,26 @@ def _compare(asked: options.Compare, arguments: Sequence[str]) -> int:
     def do(settings: Settings, display: Any) -> Outcome:
         return compare.run(asked.task, arms=arms, seeds=seeds, tune=tune, settings=settings, display=display)
 
-    def following(outcome: Outcome) -> str:
-        return "" if seeds >= 10 else shlex.join([program(), *without(arguments, "--seeds"), "--seeds", "10"])
-
-    return _carry_out(asked, do, arguments, following)
+    return _carry_out(asked, do, arguments, partial(_more_seeds, arguments))
 
 
 def _doctor(asked: options.Doctor, arguments: Sequence[str]) -> int:
     from layerwise.lab import compare
 
-    lines = compare.doctor(asked.task)
+    found = compare.doctor(asked.task)
+    code = 1 if found.problems else 0
     if asked.json:
-        sys.stdout.write(json.dumps({"task": asked.task, "lines": lines}, indent=2) + "\n")
-        return 0
-    sys.stdout.write("\n".join(lines) + "\n")
+        told = {"task": asked.task, "problems": found.problems, "lines": found.lines}
+        sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        return code
+    width = shutil.get_terminal_size().columns
+    for line in found.lines:
+        folded = textwrap.wrap(line, width, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False)
+        sys.stdout.write("\n".join(folded) + "\n")
     if not asked.quiet:
-        sys.stdout.write(f"\nNext:   {shlex.join([program(), 'compare', asked.task])}\n")
-    return 0
+        command = arguments if code else ["compare", asked.task]
+        sys.stdout.write(f"\nNext:   {shlex.join([program(), *command])}{'   (when that is mended)' * code}\n")
+    return code
 
 
 def _report(asked: options.Report, arguments: Sequence[str]) -> int:
@@ -170,15 +191,19 @@ def _report(asked: options.Report, arguments: Sequence[str]) -> int:
     if asked.json:
         sys.stdout.write(terminal.as_json(outcome) + "\n")
     else:
-        terminal.show(outcome, terminal.console(), quiet=asked.quiet, next_command="")
+        terminal.show(outcome, terminal.console(), quiet=asked.quiet, next_command=f"{program()} list")
     return 0
 
 
 def _list(asked: options.List, arguments: Sequence[str]) -> int:
-    from layerwise.lab import catalogue, places
+    from layerwise.lab import catalogue, places, recipe
 
     folder = places.data_dir(asked.data_dir)
-    sys.stdout.write(catalogue.show(asked.out, folder, as_json=asked.json, program=program()))
+    chosen = [recipe.load(asked.recipe).name] if asked.recipe else recipe.names()
+    if asked.quiet and not asked.json:
+        sys.stdout.write("".join(f"{name}\n" for name in chosen))
+    else:
+        sys.stdout.write(catalogue.show(chosen, asked.out, folder, as_json=asked.json, program=program()))
     return 0
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import layerwise
 from layerwise import rules
@@ -16,7 +18,32 @@ from layerwise.lab.experiment import Display, Outcome, Settings, carry_out
 from layerwise.lab.looking import Look
 from layerwise.lab.methods import METHODS, make_arms, phases
 from layerwise.lab.plan import Plan, PlannedRun, Quantity, Subject, check_names, check_seeds
-from layerwise.lab.tasks import TaskFile, Value
+from layerwise.lab.tasks import TaskFile
+from layerwise.lab.values import Value
+
+if TYPE_CHECKING:
+    from layerwise.lab.examination import Examination
+
+
+FACTORS_ALONE = "for its factors alone"
+"""How the words of an arm end that is compared with nothing: a method at the values of a control that repeats it."""
+
+
+@contextmanager
+def _heard() -> Iterator[list[str]]:
+    """Take what the library warns of meanwhile."""
+    words: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: words.append(record.getMessage())
+    logger = logging.getLogger("layerwise")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    try:
+        yield words
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 class Layout:
@@ -74,10 +101,16 @@ class Layout:
                 rule, places = rules.Constant({"*": 1.0}), {"apply": "lr"}
             if rule is not None:
                 try:
-                    layerwise.LayerwiseLR(trial.optimizer, rule, trial.model, **places).detach()
+                    with _heard() as warned:
+                        layerwise.LayerwiseLR(trial.optimizer, rule, trial.model, **places).detach()
                 except (TypeError, ValueError) as error:
                     problem = f"arm {planned.arm.name!r} cannot be attached: {error}"
                     raise self.task_file.guest.refuse(problem) from error
+                if warned:  # a choice that can choose nothing: the arm would be the plain one
+                    raise self.task_file.guest.refuse(
+                        f"arm {planned.arm.name!r} would be plain training: {warned[0]}; it takes a model of more "
+                        "layers; leave the arm out, or try amplification-random or amplification-all"
+                    )
 
     @property
     def quantity(self) -> Quantity:
@@ -167,7 +200,6 @@ def plan(
         runs=runs,
         constants=layout.constants(),
         notes=tuple(notes),
-        data_title=f"the data of {layout.task_file.label}",
     )
 
 
@@ -180,7 +212,7 @@ def _at_own_values(arms: Sequence[Arm], tuned: Mapping[str, Mapping[str, Value]]
             key = (arm.of, setting_words(values))
             if key not in methods:
                 method = next(one for one in arms if one.name == arm.of)
-                words = f"{method.words} at {key[1]}, for its factors alone"
+                words = f"{method.words} at {key[1]}, {FACTORS_ALONE}"
                 methods[key] = f"{arm.of} {key[1]}"
                 yield replace(method, name=methods[key], words=words, constants=values, against=())
             arm = replace(arm, of=methods[key])
@@ -234,17 +266,20 @@ def run(
     if not tuned.complete:
         return tuned.outcome
     chosen = plan(task_file, arms=arms, seeds=seeds, tuned=tuned.chosen, notes=tuned.notes, look=look)
+    if display is not None:
+        for words in tuned.choices:
+            display.say(words)
     return carry_out(chosen, settings, display)
 
 
-def doctor(file_and_function: str) -> list[str]:
+def doctor(file_and_function: str) -> Examination:
     """Look at a task, do two updates, and say what a comparison would do and what is wrong.
 
     Args:
         file_and_function: ``"file.py:function"``.
 
     Returns:
-        The lines to print.
+        What was found.
 
     Raises:
         UsageError: the task cannot be used at all.

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 LAB_MODULES = ("PIL", "jinja2", "mlxtend", "numpy", "platformdirs", "polars", "rich", "scipy", "tyro", "vl_convert")
 """Top-level modules of the extra ``lab`` in pyproject.toml."""
 
 
 class UsageError(ValueError):
     """A value that the person can correct: its text is one line and names value, allowed range and remedy."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Guess what a mistyped word was meant to be.
+
+    Args:
+        word: as it was given.
+        known: the words that there are.
+
+    Returns:
+        " Did you mean ...?", or "" where none is near.
+
+    Example:
+        >>> nearest("lasr", ["lars", "larc", "plain"])
+        ' Did you mean lars?'
+    """
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,12 +20,22 @@ from layerwise.lab.errors import UsageError
 from layerwise.lab.guests import Stream
 from layerwise.lab.looking import Look
 from layerwise.lab.methods import DEFAULT_ARMS, make_arms
+from layerwise.lab.progress import duration
 from layerwise.lab.store import usable_cores
 from layerwise.lab.tasks import TaskFile
 from layerwise.rules import LayerAdaptive
 
 UPDATES = 2
 SEEDS = 5
+
+TRIED = "two updates with the layer-adaptive rule: "
+"""How a problem begins that came up in them."""
+
+BESIDE_SECONDS = 10.0
+"""To start the command, to start a worker, and to write the report: 3, 3 and 4 s of a free core."""
+
+RUN_SECONDS = 0.15
+"""Of a run beside its updates and tests: the task is built, and its files are written."""
 
 
 @dataclass
@@ -41,7 +52,26 @@ class Timed:
             self.asked.append(time.perf_counter())
 
 
-def examine(task_file: TaskFile, device: str = "cpu") -> list[str]:
+@dataclass(frozen=True)
+class Examination:
+    """What was found of a task.
+
+    Attributes:
+        described: what it is, what a comparison would do, and where a factor would act, in lines.
+        problems: what is wrong, a sentence each.
+    """
+
+    described: list[str]
+    problems: list[str]
+
+    @property
+    def lines(self) -> list[str]:
+        """Everything, as it is printed; a problem each begins with "problem"."""
+        told = [f"{'problem':<12}{problem}" for problem in self.problems]
+        return [*self.described, "", *(told or [f"{'problems':<12}none found"])]
+
+
+def examine(task_file: TaskFile, device: str = "cpu") -> Examination:
     """Try a task, do two updates, and say what a comparison would do and what is wrong.
 
     Args:
@@ -49,7 +79,7 @@ def examine(task_file: TaskFile, device: str = "cpu") -> list[str]:
         device: where the network is put.
 
     Returns:
-        The lines to print; a problem each begins with "problem".
+        What was found.
 
     Raises:
         UsageError: the task cannot be used at all.
@@ -62,13 +92,27 @@ def examine(task_file: TaskFile, device: str = "cpu") -> list[str]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         layerwise.diagnose(look.trial.optimizer, look.trial.model)
-    return [
-        *_described(task_file, look),
-        *_times(look, seconds, jobs),
-        *(f"problem     {problem}" for problem in [*problems, *found]),
-        "",
-        *text.getvalue().rstrip().splitlines(),
-    ]
+    diagnosis, more = _sorted(text.getvalue())
+    told: list[str] = []
+    for problem in (*problems, *found, *more):
+        # What cannot be attached is found three times: by the plan, by the updates and by the diagnosis.
+        if not any(problem.removeprefix(TRIED) in other for other in told):
+            told.append(problem)
+    return Examination([*_described(task_file, look), *_times(look, seconds, jobs), "", *diagnosis], told)
+
+
+def _sorted(diagnosis: str) -> tuple[list[str], list[str]]:
+    """Take the problems out of a diagnosis, and what to do next, which is another thing here."""
+    kept, problems = [], []
+    for line in diagnosis.rstrip().splitlines():
+        name, _, rest = line.partition(" ")
+        if name == "problem":
+            problems.append(rest.strip())
+        elif name not in ("problems", "next"):
+            kept.append(line)
+    while kept and not kept[-1]:
+        kept.pop()
+    return kept, problems
 
 
 def _described(task_file: TaskFile, look: Look) -> list[str]:
@@ -99,17 +143,17 @@ def _times(look: Look, seconds: float, jobs: int) -> list[str]:
     arms, total = make_arms(), look.trial.total
     runs = SEEDS * len(arms)
     words = f"{', '.join(DEFAULT_ARMS)} at {SEEDS} seeds: {runs} runs, {jobs} side by side"
+    if not math.isfinite(seconds):
+        return [f"{'update':<12}not done", f"{'comparison':<12}{words}"]
     if total is None:
         words += "; how long is not known, as batches do not tell their number"
     else:
-        words += f", about {_duration(runs * (total * seconds + look.tests * look.metric_seconds) / jobs)}"
+        training = runs * (total * seconds + look.tests * look.metric_seconds + RUN_SECONDS) / jobs
+        words += (
+            f", about {duration(BESIDE_SECONDS + training)} on free cores ({BESIDE_SECONDS:.0f} s of it to start and "
+            "to write the report), longer where they have other work"
+        )
     return [f"{'update':<12}{1000 * seconds:.3g} ms, with the layer-adaptive rule", f"{'comparison':<12}{words}"]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _problems_of_plan(task_file: TaskFile, look: Look) -> list[str]:
@@ -134,7 +178,7 @@ def _updates(look: Look, threads: int) -> tuple[float, list[str]]:
     except (TypeError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
-        return float("nan"), [f"two updates with the layer-adaptive rule: {error}"]
+        return math.nan, [f"{TRIED}{error}"]
     finally:
         torch.set_num_threads(before)
     problems = []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from layerwise.lab.devices import check_device
 from layerwise.lab.errors import UsageError
 from layerwise.lab.plan import Plan, PlannedRun
 from layerwise.lab.pool import Failure, Interrupt, run_jobs
@@ -53,6 +55,7 @@ class Settings:
             raise UsageError(f"out={str(self.out)!r} is a file: give a folder, or a name that does not exist yet")
         if self.engine not in ("local", "ray"):
             raise UsageError(f"engine={self.engine!r}: use 'local' or 'ray'")
+        check_device(self.device, here=self.engine == "local")
 
 
 class Display:
@@ -66,6 +69,12 @@ class Display:
 
     def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
         """A run is finished with this result, in words."""
+
+    def stopping(self) -> None:
+        """The person has interrupted it; runs at work write their checkpoints."""
+
+    def say(self, words: str) -> None:
+        """Something came up that the person is to know."""
 
     def end(self) -> None:
         """No run is worked on any more."""
@@ -230,12 +239,17 @@ def carry_out(
                 outcome.results.records[message.key] = record
                 display.finished(worker, planned[message.key].label, outcome.result_words(record), record.diverged)
 
-    with Interrupt() as interrupt:
+    def stop() -> bool:
+        if interrupt.requested and not outcome.interrupted:
+            outcome.interrupted = True
+            display.stopping()
+        return interrupt.requested
+
+    # Processes that share runs are ended by SIGTERM when one of them has died: there is nobody to wait for then.
+    with Interrupt(*([signal.SIGTERM] if engine is None else [])) as interrupt:
         display.begin(outcome, outcome.jobs)
         try:
-            outcome.failures += (engine or _engine(settings))(
-                chains, outcome.jobs, on_message=on_message, stop=lambda: interrupt.requested
-            )
+            outcome.failures += (engine or _engine(settings))(chains, outcome.jobs, on_message=on_message, stop=stop)
         finally:
             display.end()
         outcome.interrupted = interrupt.requested

@@ -153,7 +153,9 @@ class Comparison:
         decimals = decimals_of(numbers)
         words = f"{signed(self.mean, decimals)} {self.unit}".rstrip()
         if self.low is not None and self.high is not None and self.adjusted_p is not None:
-            words += f", 95 % interval {signed(self.low, decimals)} to {signed(self.high, decimals)}"
+            # An end that is 0 to the last bit, and not by rounding, is written as such.
+            low, high = (signed(end, decimals) if end else "0" for end in (self.low, self.high))
+            words += f", 95 % interval {low} to {high}"
             words += f", adjusted p {probability(self.adjusted_p, ALPHA)}"
         return f"{words}, n = {len(self.seeds)}"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerwise.lab.arms import Arm, Control
-from layerwise.lab.errors import UsageError
+from layerwise.lab.errors import UsageError, nearest
 
 PLAIN = "plain"
 DEFAULT_ARMS = (PLAIN, "layer-adaptive", "mean-factor", "shuffled", "frozen")
@@ -97,9 +97,11 @@ def make_arms(names: Sequence[str] = ()) -> list[Arm]:
         elif control in CONTROLS and method in METHODS:
             asked.setdefault(method, []).append(control)
         elif name != PLAIN and name not in CONTROLS:
+            own = [f"{word}:{one}" for word in CONTROLS for one in METHODS] if ":" in name else []
             raise UsageError(
                 f"arm {name!r} is not known: use {PLAIN}, {', '.join(METHODS)}, and the controls "
-                f"{', '.join(CONTROLS)}, of one method as shuffled:lars"
+                f"{', '.join(CONTROLS)}, of one method as shuffled:lars."
+                f"{nearest(name, own or [PLAIN, *METHODS, *CONTROLS])}"
             )
     if not asked:
         raise UsageError(f"arms={' '.join(names)!r} hold no method to compare: add one of {', '.join(METHODS)}")

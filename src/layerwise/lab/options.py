@@ -9,7 +9,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from layerwise.lab.errors import UsageError, nearest
+
 DESCRIPTION = "Per-layer learning rates for PyTorch: compare methods with paired seeds, controls and intervals."
+
+
+def _left_out(words: str) -> Any:
+    """Let the help say what holds where an option is left out, instead of None."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {words})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +26,8 @@ class Places:
     out: Path = Path("runs")
     """Folder of the runs and the reports."""
 
-    data_dir: Path | None = None
-    """Folder of the data sets (else LAYERWISE_DATA, else where layerwise data puts them)."""
+    data_dir: Annotated[Path | None, _left_out("LAYERWISE_DATA, or where layerwise data puts them")] = None
+    """Folder of the data sets."""
 
     json: bool = False
     """Print one JSON object and nothing else."""
@@ -33,14 +40,14 @@ class Places:
 class Work(Places):
     """How runs are done."""
 
-    seeds: int | None = None
+    seeds: Annotated[int | None, _left_out("5, or the recipe's")] = None
     """Number of seeds; fewer than 5 never show a difference."""
 
-    jobs: int | None = None
-    """Processes side by side; the number of usable cores if left out."""
+    jobs: Annotated[int | None, _left_out("as many as cores")] = None
+    """Processes side by side."""
 
-    threads: int | None = None
-    """Of each process; 1 if left out. Another number rounds otherwise, so its runs are other runs."""
+    threads: Annotated[int | None, _left_out("1")] = None
+    """Of each process. Another number rounds otherwise, so its runs are other runs."""
 
     device: str = "cpu"
     """Where networks are trained: cpu, cuda, cuda:1, mps."""
@@ -48,8 +55,8 @@ class Work(Places):
     engine: Literal["local", "ray"] = "local"
     """Processes of this machine, or tasks of a Ray cluster."""
 
-    address: str | None = None
-    """Of the Ray cluster; one is started on this machine if left out."""
+    address: Annotated[str | None, _left_out("one is started here")] = None
+    """Of the Ray cluster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +73,11 @@ class Demo(Work):
     Finished runs are never repeated.
     """
 
-    which: tyro.conf.Positional[Literal["lenet", "amplification"]] = "lenet"
-    """Which demo."""
+    which: tyro.conf.Positional[str] = "lenet"
+    """Which demo: lenet or amplification."""
 
-    weight_decay: float | None = None
-    """Of the amplification demo: 5e-4 if left out; 0 is the other one to look at."""
+    weight_decay: Annotated[float | None, _left_out("5e-4")] = None
+    """Of the amplification demo; 0 is the other one to look at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +91,8 @@ class Run(Work):
     recipe: tyro.conf.Positional[str]
     """Its name; layerwise list names them all."""
 
-    scale: str | None = None
-    """smoke: a minute, without any data; reduced: what two cores finish in an hour or two, the default; full: the
-    paper's own iterations, seeds and sizes."""
+    scale: Annotated[str | None, _left_out("reduced")] = None
+    """smoke: a minute, no data; reduced: an hour or two on two free cores; full: the paper's own sizes and seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +102,19 @@ class Sweep(Work):
     recipe: tyro.conf.Positional[str]
     """Its name; layerwise list names them all."""
 
-    scale: str | None = None
+    scale: Annotated[str | None, _left_out("reduced")] = None
     """As in layerwise run."""
 
-    vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """CONSTANT=VALUE,VALUE,... as in rate=0.005,0.01; once for each constant."""
+    vary: Annotated[
+        tuple[str, ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(
+            help="CONSTANT=VALUE,VALUE,... as in rate=0.005,0.01; once for each constant. Constants: rate, momentum, "
+            "weight_decay, delta, batch_size, test_batch_size, model, width, solver, policy, policy_unit, gamma, "
+            "power, stepsize, steps, iterations, epochs, data, data_digest, train_count, test_count, inputs, order, "
+            "test_every, layers_every, factors_every, timed."
+        ),
+    ] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +132,7 @@ class Compare(Work):
     """Arms by name, separated by spaces or commas; if left out: plain, layer-adaptive and its controls."""
 
     tune: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """PARAMETER=VALUE,VALUE,... of the function; every arm gets the same budget, on other seeds and a validation
-    split."""
+    """PARAMETER=VALUE,... of the function; every arm gets the same budget, on other seeds and a validation split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +155,22 @@ class Report(Places):
 class List(Places):
     """Name the recipes, with what they need and how many of their runs are finished."""
 
+    recipe: tyro.conf.Positional[str] = ""
+    """The only one to be shown; all if left out."""
+
+    quiet: bool = False
+    """Print the names alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Places):
     """Fetch a data set, or say exactly where to put its files; without a name, say which there are."""
 
     name: tyro.conf.Positional[str] = ""
-    """mnist, fashion-mnist, cifar10, cifar100 or folder."""
+    """mnist, fashion-mnist, cifar10, cifar100, imagenet (or any image folder in its layout), or digits5k."""
+
+    quiet: bool = False
+    """Show no progress; without a name, print the names alone."""
 
 
 Command = Demo | Run | Sweep | Compare | Doctor | Report | List | Data
@@ -173,7 +195,13 @@ def parse(arguments: Sequence[str]) -> Command:
 
     Returns:
         What is asked for.
+
+    Raises:
+        UsageError: there is no command of this name.
     """
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        hint = nearest(arguments[0], COMMANDS)
+        raise UsageError(f"command {arguments[0]!r} is not known: use one of {', '.join(COMMANDS)}.{hint}")
     return tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="layerwise",
@@ -196,8 +224,6 @@ def assignments(words: Sequence[str], option: str) -> dict[str, list[Any]]:
     Raises:
         UsageError: a word of another form, or a name that is given twice.
     """
-    from layerwise.lab.errors import UsageError
-
     found: dict[str, list[Any]] = {}
     for word in words:
         name, sign, values = word.partition("=")

@@ -86,11 +86,17 @@ class Link:
 
 
 class Interrupt:
-    """Turns the first interrupt from the keyboard into a flag; a later one raises ``KeyboardInterrupt``."""
+    """Turns the first interrupt from the keyboard into a flag; a later one raises ``KeyboardInterrupt``.
 
-    def __init__(self) -> None:
+    Args:
+        *more: other signals that mean the same, such as SIGTERM, by which a machine is shut down.
+    """
+
+    def __init__(self, *more: int) -> None:
         self.requested = False
         self._since = 0.0
+        self._signals = (signal.SIGINT, *more)
+        self._previous: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: object) -> None:
         # One press can arrive twice, at the process and at its group.
@@ -100,14 +106,13 @@ class Interrupt:
             self.requested, self._since = True, time.monotonic()
 
     def __enter__(self) -> Interrupt:
-        self._previous = None
         if threading.current_thread() is threading.main_thread():  # signals belong to the main thread
-            self._previous = signal.signal(signal.SIGINT, self._handle)
+            self._previous = {number: signal.signal(number, self._handle) for number in self._signals}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -12,6 +12,9 @@ from layerwise.lab.experiment import Display, Outcome
 PLAIN_LINE_SECONDS = 10.0
 """Seconds between two progress lines where the output is not a terminal."""
 
+LONG_RUN_SECONDS = 60.0
+"""Seconds after which a run at work has a line of its own there, so that long runs do not look hung."""
+
 
 def opening(outcome: Outcome, workers: int) -> list[str]:
     """Say what is about to be done.
@@ -24,7 +27,8 @@ def opening(outcome: Outcome, workers: int) -> list[str]:
         Lines of text.
     """
     left = outcome.planned - outcome.found
-    lines = [f"{outcome.plan.title}. {outcome.plan.data_title}.".replace("..", ".")]
+    told = [words for words in (outcome.plan.title, outcome.plan.data_title) if words]
+    lines = [f"{'. '.join(told)}.".replace("..", ".")]
     lines += [
         f"{path.parent.name}/{path.name} was damaged: set aside as {path.name}.broken." for path in outcome.set_aside
     ]
@@ -75,6 +79,14 @@ class _Counted(Display):
         self.parts[run] = 1.0
         self.count += 1
 
+    def stopping(self) -> None:
+        """Say what the wait is for."""
+        self.say("Stopping: the runs at work write their checkpoints; Ctrl-C again gives up at once.")
+
+    def say(self, words: str) -> None:
+        """Print a line."""
+        self.target.print(words, markup=False)
+
     @property
     def left(self) -> str:
         """How long the rest takes, going by the time so far."""
@@ -93,14 +105,24 @@ class LineDisplay(_Counted):
         super().begin(outcome, workers)
         self._last = time.monotonic()
 
+    def advance(self, worker: int, run: str, done: int, total: int | None) -> None:
+        """Say how far a run is, where nothing else was said for long."""
+        super().advance(worker, run, done, total)
+        self._say(LONG_RUN_SECONDS, f"{run}: {done:,}{f' of {total:,}' if total else ''} updates")
+
     def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
         """Say how far it is, unless that was said a moment ago."""
         super().finished(worker, run, result, diverged)
+        now = self.count == self.total or diverged
+        self._say(0.0 if now else PLAIN_LINE_SECONDS, f"{run}: {result}")
+
+    def _say(self, after: float, words: str) -> None:
+        """Print a line, if the last one is so many seconds ago."""
         now = time.monotonic()
-        if now - self._last >= PLAIN_LINE_SECONDS or self.count == self.total or diverged:
+        if now - self._last >= after:
             self._last = now
             left = f"{self.left}; " if self.left and self.count < self.total else ""
-            self.target.print(f"{self.count}/{self.total} runs, {left}{run}: {result}", markup=False)
+            self.say(f"{self.count}/{self.total} runs, {left}{words}")
 
 
 class BarDisplay(_Counted):

@@ -19,7 +19,7 @@ from typing import Any, cast
 from layerwise.lab.arms import Arm, resolved
 from layerwise.lab.citations import sourced
 from layerwise.lab.configuration import Configuration, Constants
-from layerwise.lab.errors import UsageError
+from layerwise.lab.errors import UsageError, nearest
 from layerwise.lab.plan import (
     LAYOUTS,
     QUANTITIES,
@@ -129,7 +129,7 @@ class Recipe:
         in_epochs = runs[0].configuration.constants.epochs is not None
         return Plan(
             name=f"{self.name}-{scale}{_suffix(vary or {})}",
-            title=content["title"],
+            title=f"Smoke test of: {content['title']}" if scale == "smoke" else content["title"],
             source=content["source"],
             layout=layout,
             quantity=QUANTITIES[content["quantity"]],
@@ -188,7 +188,7 @@ def _subjects(
     known = {field.name for field in fields(Constants)}
     for name, values in vary.items():
         if name not in known:
-            raise UsageError(f"unknown constant {name!r}: use one of {', '.join(sorted(known))}")
+            raise UsageError(f"unknown constant {name!r}: use one of {', '.join(sorted(known))}.{nearest(name, known)}")
         subjects = [
             replace(
                 subject,
@@ -278,11 +278,7 @@ def load(name: str) -> Recipe:
         UsageError: there is none of this name.
     """
     if name not in names():
-        import difflib
-
-        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.3)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UsageError(f"recipe {name!r} is not known: layerwise list names them.{hint}")
+        raise UsageError(f"recipe {name!r} is not known: layerwise list names them.{nearest(name, names())}")
     return Recipe(name, _content(name))
 
 

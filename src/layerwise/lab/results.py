@@ -146,9 +146,10 @@ class Results:
         )
 
     def layer_names(self, subject: str, arm: str) -> list[str]:
-        """Give the names of the layers, in the network's order."""
+        """Give the names of the layers in the network's order, and then those that the rule alone has, as LARS does."""
         for record in self.of(subject, arm).values():
-            return list(record.summary["layers"])
+            factor = record.summary["factor"]
+            return list(dict.fromkeys([*record.summary["layers"], *(factor.get("names") or factor.get("layers", ()))]))
         return []
 
     def mean_factor(self, subject: str, arm: str) -> float | None:

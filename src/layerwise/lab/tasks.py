@@ -7,8 +7,8 @@ installed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -19,14 +19,14 @@ from torch import nn
 
 from layerwise.lab import hosting, looking, sources
 from layerwise.lab.configuration import Configuration
-from layerwise.lab.errors import UsageError
+from layerwise.lab.errors import UsageError, nearest
 from layerwise.lab.guests import Guest, Stream, seed_everything
 from layerwise.lab.looking import Look
 from layerwise.lab.trial import Trial
+from layerwise.lab.values import Value, equal, is_plain, kind_of, like
 
 REQUIRED = ("model", "batches", "loss", "metric")
 DEFAULT_EPOCHS = 5
-Value = int | float | str | bool | None
 
 
 @dataclass(kw_only=True)
@@ -73,6 +73,26 @@ class Task:
         return self.epochs if self.epochs is not None or self.iterations is not None else DEFAULT_EPOCHS
 
 
+def _checked(make: Callable[..., None]) -> Callable[..., None]:
+    """Let a task that is made with other names than its fields say which they are."""
+
+    @functools.wraps(make)
+    def checked(self: Task, **given: Any) -> None:
+        known = [entry.name for entry in fields(Task)]
+        for name in given:
+            if name not in known:
+                raise TypeError(f"Task has no {name!r}: its names are {', '.join(known)}.{nearest(name, known)}")
+        missing = [name for name in REQUIRED if name not in given]
+        if missing:
+            raise TypeError(f"Task needs {', '.join(missing)} too: give {', '.join(REQUIRED)}")
+        make(self, **given)
+
+    return checked
+
+
+Task.__init__ = _checked(Task.__init__)
+
+
 def _task_of(returned: Any, guest: Guest) -> Task:
     """Read what the function returned."""
     wanted = f"return a layerwise.lab.Task or a dict with {', '.join(REQUIRED)}"
@@ -85,7 +105,8 @@ def _task_of(returned: Any, guest: Guest) -> Task:
     known = [entry.name for entry in fields(Task)]
     unknown = [name for name in returned if name not in known]
     if unknown:
-        raise guest.refuse(f"returned a dict with {unknown[0]!r}: use the names {', '.join(known)}")
+        hint = nearest(unknown[0], known)
+        raise guest.refuse(f"returned a dict with {unknown[0]!r}: use the names {', '.join(known)}.{hint}")
     missing = [name for name in REQUIRED if name not in returned]
     if missing:
         raise guest.refuse(f"returned a dict without {', '.join(map(repr, missing))}: {wanted}")
@@ -145,13 +166,17 @@ class TaskFile:
             if name not in self.parameters and (not self.open or name == "seed"):
                 raise self.guest.refuse(
                     f"{name}={value!r} is no parameter of the function: its own are "
-                    f"{', '.join(self.parameters) or 'none'}; add one with def {self.function}(seed, {name}=...)"
+                    f"{', '.join(self.parameters) or 'none'}; add one with def {self.function}(seed, {name}=...)."
+                    f"{nearest(name, self.parameters)}"
                 )
-            merged[name] = _like(value, self.defaults.get(name))
-            if not _is_plain(merged[name]):
+            merged[name] = like(value, self.defaults.get(name))
+            if not is_plain(merged[name]):
                 raise self.guest.refuse(f"{name}={value!r}: must be a finite number, a word, True, False or None")
+            kind = kind_of(self.defaults.get(name))
+            if kind and merged[name] is not None and kind_of(merged[name]) != kind:
+                raise self.guest.refuse(f"{name}={value!r}: must be {kind}, as its default {self.defaults[name]!r} is")
         # A value that is the default is the same run as without it.
-        kept = {name: v for name, v in merged.items() if not (name in self.defaults and _equal(v, self.defaults[name]))}
+        kept = {name: v for name, v in merged.items() if not (name in self.defaults and equal(v, self.defaults[name]))}
         return replace(self, values=kept)
 
     def settled(self, name: str) -> Value:
@@ -242,28 +267,6 @@ class TaskFile:
         return function
 
 
-def _is_plain(value: Any) -> bool:
-    """Tell whether JSON holds a value as it is."""
-    return isinstance(value, (str, bool, int)) or value is None or (isinstance(value, float) and math.isfinite(value))
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Tell whether two values are the same: 1, 1.0 and True are three."""
-    return type(one) is type(other) and one == other
-
-
-def _like(value: Any, default: Any) -> Any:
-    """Give a value the type of the parameter's default, as far as that changes nothing."""
-    words = {"true": True, "false": False}
-    if isinstance(default, bool) and isinstance(value, str):
-        return words.get(value.lower(), value)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(default, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    return value
-
-
 def load(file_and_function: str, values: Mapping[str, Value] | None = None) -> TaskFile:
     """Read a task, and see that its function is there.
 
@@ -291,5 +294,5 @@ def load(file_and_function: str, values: Mapping[str, Value] | None = None) -> T
     task_file = TaskFile(path.resolve(), function, source)
     with Stream(0):
         own, taking_any = sources.parameters(task_file.found(), task_file.guest, function)
-    defaults = {name: value for name, value in own.items() if _is_plain(value)}
+    defaults = {name: value for name, value in own.items() if is_plain(value)}
     return replace(task_file, parameters=tuple(own), defaults=defaults, open=taking_any).with_values(values or {})

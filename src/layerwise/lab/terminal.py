@@ -10,22 +10,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from layerwise.lab.conclusions import note
 from layerwise.lab.experiment import Outcome
+from layerwise.lab.judgement import MINIMUM_PAIRS
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet
 from layerwise.lab.report.sheets import Entry, Row, Sheet
-from layerwise.lab.report.verdicts import verdicts
-from layerwise.lab.report.words import FOUND, capital
+from layerwise.lab.report.verdicts import Verdict, verdicts
+from layerwise.lab.report.words import FOUND, SMOKE, capital
+from layerwise.lab.wording import listed
 
 NARROWEST = 60
 """Columns below which a table is not squeezed any more."""
 
 LONGEST_NAME = 30
-"""Letters of an arm's name in a table; longer ones are cut."""
+"""Letters of an arm's name in a line of a table; longer ones take several lines."""
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -96,15 +99,15 @@ def _table(whole: Sheet, title: str, rows: Sequence[Row], places: Sequence[int],
     made = Table(box=None, padding=(0, 1, 0, 0), title_justify="left", title_style="bold")
     if title:
         made.title = Text(clean(title))
-    made.add_column(Text(clean(whole.corner)), no_wrap=True, max_width=LONGEST_NAME + 2, overflow="ellipsis")
+    made.add_column(Text(clean(whole.corner)), max_width=LONGEST_NAME + 2, overflow="fold")
     for place in places:
         made.add_column(Text(clean(whole.columns[place])), justify="right", no_wrap=True)
     for row in rows:
         shown = [row.entries[place] for place in places]
         cells = [_cell(one, inside=inside)[0] for one in shown]
-        made.add_row(Text("  " + clean(row.words)), *map(Text, cells))
+        made.add_row(Padding(Text(clean(row.words)), (0, 0, 0, 2)), *map(Text, cells))
         if row.remark:
-            made.add_row(Text(f"    ({row.remark})"))
+            made.add_row(Padding(Text(f"({row.remark})"), (0, 0, 0, 4)))
         if not inside:
             below = dict.fromkeys(name for one in shown for name, _ in one.lines)
             for name in sorted(below, key=lambda name: name == "paper"):  # the paper's last, else as they come
@@ -131,7 +134,9 @@ def show(outcome: Outcome, target: Console, *, quiet: bool = False, next_command
         whole = sheet(outcome.results)
         if not quiet:
             target.print()
-            say(f"{plan.title} ({plan.source})", style="bold")
+            say(plan.title if plan.source in plan.title else f"{plan.title} ({plan.source})", style="bold")
+            if plan.scale == "smoke":
+                say(SMOKE)
             say(f"{capital(whole.lead)}.")
             for table in tables(whole, target.width):
                 target.print()
@@ -140,12 +145,16 @@ def show(outcome: Outcome, target: Console, *, quiet: bool = False, next_command
                 say(words)
             target.print()
         say(headline(outcome))
-        for verdict in verdicts(outcome.results):
+        told, untold = told_apart(verdicts(outcome.results))
+        for verdict in told:
             begin = Text(clean(f"{verdict.subject_words}, {verdict.words}"), style="bold")
             target.print(begin.append(clean(f": {verdict.conclusion}"), style="not bold"))
             if not quiet and not verdict.grouped:
                 for _, comparison in verdict.rows:
                     say(f"  {capital(comparison.sentence)}")
+        if told and untold:
+            names = listed([f"{verdict.subject_words}, {verdict.words}" for verdict in untold])
+            say(f"Too few runs to tell, fewer than {MINIMUM_PAIRS} pairs being finished: {names}.")
         if not quiet:
             say(note(max(1, outcome.results.family), len(plan.seeds), planned=not plan.found))
             if plan.found:
@@ -153,15 +162,29 @@ def show(outcome: Outcome, target: Console, *, quiet: bool = False, next_command
         target.print()
     _say_ends(outcome, target, quiet=quiet)
     if count:
-        target.print(Text(clean(f"Report: {outcome.report}  ({outcome.seconds:.0f} s)")), soft_wrap=True)
+        took = "no run was needed" if outcome.found == count else f"{outcome.seconds:.0f} s"
+        if not quiet:
+            took += f"; {outcome.settings.out / 'report.html'} is a copy until the next report"
+        target.print(Text(clean(f"Report: {outcome.report}  ({took})")), soft_wrap=True)
     if next_command and not quiet:
         target.print(Text(clean(f"Next:   {next_command}")), soft_wrap=True)
+
+
+def told_apart(found: Sequence[Verdict]) -> tuple[list[Verdict], list[Verdict]]:
+    """Tell verdicts with something to say from those of too few pairs, which all say the same."""
+    told = [
+        verdict
+        for verdict in found
+        if verdict.pairs >= MINIMUM_PAIRS or any(each.diverged or each.diverged_against for _, each in verdict.rows)
+    ]
+    return told, [verdict for verdict in found if verdict not in told]
 
 
 def _say_ends(outcome: Outcome, target: Console, *, quiet: bool) -> None:
     """Say which runs failed, were skipped, or are not finished."""
     for failure in outcome.failures:
-        target.print(Text(clean(f"FAILED {failure.doing} ({failure.job}): {failure.reason}")))
+        job = f" ({failure.job})" if failure.job != failure.doing else ""
+        target.print(Text(clean(f"FAILED {failure.doing}{job}: {failure.reason}")))
         if failure.details and not quiet:
             target.print(Text(clean(failure.details)))
     for words in outcome.skipped:
@@ -169,8 +192,8 @@ def _say_ends(outcome: Outcome, target: Console, *, quiet: bool) -> None:
     count = len(outcome.results.records)
     if not outcome.complete:
         how = "Interrupted" if outcome.interrupted else "Incomplete"
-        rest = "the table is of these; the same command goes on with the rest." if count else "nothing is kept."
-        target.print(Text(f"{how}: {count} of {outcome.planned} runs are finished; {rest}"))
+        rest = "the table is of these; the same command goes on with the rest" if count else "the same command goes on"
+        target.print(Text(f"{how}: {count} of {outcome.planned} runs are finished; {rest}."))
 
 
 def as_json(outcome: Outcome) -> str:

@@ -13,7 +13,8 @@ from layerwise.lab.experiment import Display, Outcome, Settings, carry_out
 from layerwise.lab.looking import Look
 from layerwise.lab.methods import make_arms
 from layerwise.lab.plan import LARGEST_SEEDS, Plan, Quantity, Subject, check_names
-from layerwise.lab.tasks import TaskFile, Value
+from layerwise.lab.tasks import TaskFile
+from layerwise.lab.values import Value
 
 FIRST_SEED = 10_000
 """Above every seed of a comparison, which are below ``plan.LARGEST_SEEDS``: what was tuned on is never judged on."""
@@ -79,17 +80,23 @@ class Tuning:
 
     @property
     def notes(self) -> list[str]:
-        """Say what was tried, on what, what was chosen, and which choices are at the edge of the grid."""
+        """Say what was tried, on what, and what was chosen."""
         grid = "; ".join(f"{name} of {', '.join(map(value_words, values))}" for name, values in self.grid.items())
         seeds = self.plan.seeds
         budget = len(self.settings) * len(seeds)
-        chosen = self.chosen
-        words = {arm.name: arm.words for arm in self.plan.arms}
-        notes = [
+        return [
             f"Tuned: {grid}. Every arm, the plain one and the controls too, had the same {len(self.settings)} settings "
             f"on the same {len(seeds)} seeds ({', '.join(map(str, seeds))}), {budget} runs an arm, judged by the mean "
             "of validation alone; no seed of the tuning is among those of the comparison.",
-            f"Chosen: {'; '.join(f'{words[name]}: {setting_words(setting)}' for name, setting in chosen.items())}.",
+            *self.choices,
+        ]
+
+    @property
+    def choices(self) -> list[str]:
+        """Say what was chosen, and which choices are at the edge of the grid."""
+        chosen, words = self.chosen, {arm.name: arm.words for arm in self.plan.arms}
+        notes = [
+            f"Chosen: {'; '.join(f'{words[name]}: {setting_words(setting)}' for name, setting in chosen.items())}."
         ]
         for name, setting in chosen.items():
             if not any(map(math.isfinite, self.scores(name))):
@@ -201,7 +208,6 @@ def tune(
         runs=runs,
         constants=layout.constants(),
         notes=("Runs of a tuning: they choose values, and nothing is concluded from them.",),
-        data_title=f"the validation data of {task_file.label}",
     )
     grid = {name: tuple(dict.fromkeys(values)) for name, values in grid.items()}
     return Tuning(carry_out(plan, settings, display), grid, combinations, look.higher_is_better)

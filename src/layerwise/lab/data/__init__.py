@@ -124,11 +124,11 @@ def known(name: str) -> Known:
     Raises:
         UsageError: unknown name.
     """
-    from layerwise.lab.errors import UsageError
+    from layerwise.lab.errors import UsageError, nearest
 
     entries = {entry.name: entry for entry in names()}
     if name not in entries:
-        raise UsageError(f"name={name!r}: use one of {', '.join(map(repr, entries))}")
+        raise UsageError(f"name={name!r}: use one of {', '.join(map(repr, entries))}.{nearest(name, entries)}")
     return entries[name]
 
 

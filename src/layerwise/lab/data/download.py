@@ -15,7 +15,7 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,17 @@ class RemoteFile:
 
 
 class MirrorsError(UsageError):
-    """No server gave the file; the text names each with its reason."""
+    """No server gave the file; the text names each with its reason.
+
+    Args:
+        remote: the file.
+        reasons: address -> why it did not.
+    """
+
+    def __init__(self, remote: RemoteFile, reasons: Mapping[str, str]) -> None:
+        failures = ", ".join(f"{url} ({reason})" for url, reason in reasons.items())
+        super().__init__(f"{remote.name} was not given by {failures}; expected MD5 {remote.md5}")
+        self.summary = f"no server gave {remote.name} ({'; '.join(dict.fromkeys(reasons.values()))})"
 
 
 class _NotGivenError(Exception):
@@ -206,14 +216,14 @@ def fetch_file(
         UsageError: it cannot be written.
     """
     target, part = folder / remote.name, folder / f"{remote.name}.part"
-    failures = []
+    reasons = {}
     try:
         for url in remote.urls:
             reason = _try(remote, url, part, progress, opener or urllib.request.urlopen)
             if reason is None:
                 os.replace(part, target)
                 return target
-            failures.append(f"{url} ({reason})")
+            reasons[url] = reason
     except OSError as error:
         raise UsageError(f"{target}: {error.strerror or error}: give a folder that can be written") from error
-    raise MirrorsError(f"{remote.name} was not given by {', '.join(failures)}; expected MD5 {remote.md5}")
+    raise MirrorsError(remote, reasons)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from layerwise.lab.arms import Arm, Control
+from layerwise.lab.arms import Arm
 from layerwise.lab.experiment import Outcome, Settings
 from layerwise.lab.plan import Plan, PlannedRun, Subject
 from layerwise.lab.report.families import grouped
 from layerwise.lab.report.found import RUNS, Found, find
 from layerwise.lab.report.judged import judged
+from layerwise.lab.report.placed import CORE, PLAIN, Placed, arm_key, key_of, label_of, place, rivals_of, told_of
 from layerwise.lab.report.saved import PLAN, rebuilt
 from layerwise.lab.report.words import FOUND
 from layerwise.lab.results import Key, Results
@@ -22,39 +23,6 @@ from layerwise.lab.runs import Record
 
 NAME = "report"
 """Of the folder of the pages."""
-
-CORE = (
-    "model",
-    "width",
-    "data",
-    "data_digest",
-    "train_count",
-    "test_count",
-    "iterations",
-    "epochs",
-    "task",
-    "function",
-)
-"""Constants that make another subject; the others are of the arm where the subject has the same name."""
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A run and where it belongs.
-
-    Attributes:
-        record: of the run.
-        subject: key of the subject.
-        rule: key of the rule, the same for all seeds of an arm.
-        control: what it repeats, or None.
-        rest: constants that are not the subject's.
-    """
-
-    record: Record
-    subject: str
-    rule: str
-    control: Control | None
-    rest: Mapping[str, Any]
 
 
 def gather(folders: Sequence[Path], out: Path) -> Outcome:
@@ -87,7 +55,7 @@ def gather(folders: Sequence[Path], out: Path) -> Outcome:
     records = [record for record in found.records if record not in tuning] or tuning
     left_out = len(found.records) - len(records)
     chosen = judged(records)
-    placed = [_placed(record) for record in chosen.records]
+    placed = [place(record) for record in chosen.records]
     subjects = _subjects(placed)
     varying = _varying(placed)
     arms, names = _arms(placed, subjects, varying)
@@ -131,37 +99,6 @@ def _started(record: Record) -> str:
     return str(record.about.get("started", ""))
 
 
-def _key(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
-
-
-def _label(record: Record, name: str) -> str:
-    """Give the name that the experiment gave to a run's subject or arm, or ""."""
-    labels = record.about.get("labels")
-    return str(labels.get(name, "")) if isinstance(labels, Mapping) else ""
-
-
-def _placed(record: Record) -> Placed:
-    """Find out where a run belongs."""
-    configuration = record.configuration
-    core = {name: configuration.trial.get(name) for name in CORE}
-    rest = {name: value for name, value in configuration.trial.items() if name not in CORE}
-    control = _control(record)
-    # The factors of a control are another in every seed: what it repeats is the same.
-    rule: Any = control or [configuration.rule, configuration.apply, configuration.decay]
-    return Placed(record, _key([_label(record, "subject"), core]), _key(rule), control, rest)
-
-
-def _control(record: Record) -> Control | None:
-    """Say what a run repeats of another one."""
-    rule = record.configuration.rule
-    if record.configuration.source is None or rule is None:
-        return None
-    if rule.get("name") == "Replay":
-        return "shuffled layers"
-    return "mean factor" if set(rule.get("factors", ())) == {"*"} else "frozen factors"
-
-
 def _subjects(placed: Sequence[Placed]) -> dict[str, Subject]:
     """Name the subjects: key -> subject; words hold what tells those of one name apart."""
     cores = {each.subject: json.loads(each.subject) for each in placed}
@@ -169,7 +106,7 @@ def _subjects(placed: Sequence[Placed]) -> dict[str, Subject]:
     made: dict[str, Subject] = {}
     for key, (label, core) in cores.items():
         others = [other for name, other in cores.values() if name == label]
-        told = [name for name in CORE if len({_key(other[name]) for other in others}) > 1 and core[name] is not None]
+        told = [name for name in CORE if len({key_of(other[name]) for other in others}) > 1 and core[name] is not None]
         network = core.get("model") or core.get("function") or "network"
         words = label or (f"{network} on {core['data']}" if core.get("data") else str(network))
         if labels[label] > 1:
@@ -180,7 +117,7 @@ def _subjects(placed: Sequence[Placed]) -> dict[str, Subject]:
         while name in names:
             name, count = f"{words} ({count})", count + 1
         said = Counter(
-            words for each in placed if each.subject == key and (words := _label(each.record, "subject_words"))
+            words for each in placed if each.subject == key and (words := label_of(each.record, "subject_words"))
         )
         # What tells subjects of one name apart follows the name in the words too.
         shown = said.most_common(1)[0][0] + name.removeprefix(label) if said and name.startswith(label) else name
@@ -194,7 +131,7 @@ def _varying(placed: Sequence[Placed]) -> dict[str, list[str]]:
     for subject in dict.fromkeys(each.subject for each in placed):
         rests = [each.rest for each in placed if each.subject == subject]
         names = sorted({name for rest in rests for name in rest})
-        found[subject] = [name for name in names if len({_key(rest.get(name)) for rest in rests}) > 1]
+        found[subject] = [name for name in names if len({key_of(rest.get(name)) for rest in rests}) > 1]
     return found
 
 
@@ -204,11 +141,11 @@ def _arms(
     """Make the arms; give them, plain ones first and controls last, and the name of each run's arm."""
     by_identity = {each.record.folder.name.rpartition("-")[2]: each for each in placed}
     by_identity |= {each.record.configuration.identity: each for each in placed}
-    keys = [_arm_key(each, varying, by_identity) for each in placed]
+    keys = [arm_key(each, varying, by_identity) for each in placed]
     members: dict[str, list[Placed]] = {}
     for key, each in zip(keys, placed, strict=True):
         members.setdefault(key, []).append(each)
-    order = sorted(members, key=lambda key: (members[key][0].control is not None, members[key][0].rule != _PLAIN))
+    order = sorted(members, key=lambda key: (members[key][0].control is not None, members[key][0].rule != PLAIN))
     names: dict[str, str] = {}
     titles: dict[str, str] = {}
     for key in order:
@@ -218,7 +155,7 @@ def _arms(
     for key in order:
         first = members[key][0]
         source = by_identity.get(first.record.configuration.source or "")
-        of = names[_arm_key(source, varying, by_identity)] if first.control and source is not None else None
+        of = names[arm_key(source, varying, by_identity)] if first.control and source is not None else None
         made.append(
             Arm(
                 name=names[key],
@@ -228,32 +165,21 @@ def _arms(
                 control=first.control if of else None,
                 of=of,
                 subjects=tuple(dict.fromkeys(subjects[each.subject].name for each in members[key])),
-                against=tuple(_against(key, members, names, by_identity, varying)),
+                against=tuple(rivals_of(key, members, names, by_identity, varying)),
             )
         )
     return made, [names[key] for key in keys]
 
 
-_PLAIN = _key([None, "auto", "auto"])
-
-
-def _told(each: Placed, varying: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Give the constants of a run that differ within its subject."""
-    return {name: each.rest.get(name) for name in varying[each.subject]}
-
-
-def _arm_key(each: Placed, varying: Mapping[str, list[str]], by_identity: Mapping[str, Placed]) -> str:
-    source = by_identity.get(each.record.configuration.source or "")
-    return _key([each.rule, _told(each, varying), source.rule if source is not None else None])
-
-
 def _arm_words(members: Sequence[Placed], varying: Mapping[str, list[str]], which: str) -> str:
     """Name an arm as its experiment did, in short or in words, with the constants that tell it from others."""
     first = members[0]
-    labels = Counter(label for each in members if (label := _label(each.record, which) or _label(each.record, "arm")))
+    labels = Counter(
+        label for each in members if (label := label_of(each.record, which) or label_of(each.record, "arm"))
+    )
     rule = first.record.configuration.rule
     words = labels.most_common(1)[0][0] if labels else first.control or (str(rule["name"]) if rule else "plain")
-    told = _told(first, varying)
+    told = told_of(first, varying)
     return words + "".join(f", {name} {_plain(value)}" for name, value in told.items() if value is not None)
 
 
@@ -267,27 +193,6 @@ def _free(words: str, taken: Any) -> str:
     while name in taken:
         name, count = f"{words} ({count})", count + 1
     return name
-
-
-def _against(
-    key: str,
-    members: Mapping[str, list[Placed]],
-    names: Mapping[str, str],
-    by_identity: Mapping[str, Placed],
-    varying: Mapping[str, list[str]],
-) -> list[str]:
-    """Name the arms that a method is compared with: plain ones and its controls; nothing for those themselves."""
-    first = members[key][0]
-    if first.control is not None or first.rule == _PLAIN:
-        return []
-    plain = [other for other, runs in members.items() if runs[0].rule == _PLAIN]
-    same = [other for other in plain if _told(members[other][0], varying) == _told(first, varying)]
-    controls = []
-    for other, runs in members.items():
-        source = by_identity.get(runs[0].record.configuration.source or "")
-        if runs[0].control is not None and source is not None and _arm_key(source, varying, by_identity) == key:
-            controls.append(other)
-    return [names[other] for other in (*(same or plain), *controls)]
 
 
 def _notes(found: Found, *, left_out: int, replaced: int) -> list[str]:

@@ -27,7 +27,7 @@ def headline(outcome: Outcome) -> str:
     if not outcome.results.records:
         return "No run is finished yet."
     if not found:
-        return f"{plan.title}: nothing was planned to be compared."
+        return "Nothing was planned to be compared."
     place = capital(place_words(plan))
     if max(verdict.pairs for verdict in found) < MINIMUM_PAIRS:
         return f"{place}, too few runs are finished to tell whether the {plan.quantity.words} differs."

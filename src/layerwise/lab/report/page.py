@@ -19,12 +19,10 @@ from layerwise.lab.report.looks import COLOURS, Look, looks
 from layerwise.lab.report.origins import caveats, origins, rule_words
 from layerwise.lab.report.sheets import FAR
 from layerwise.lab.report.verdicts import verdicts
-from layerwise.lab.report.words import FOUND, capital, item_of, place_words
+from layerwise.lab.report.words import FOUND, SMOKE, capital, item_of, place_words
 
 SMALL = 290
 """Widest drawing that stands four in a row, in pixels."""
-
-SMOKE = "This is the smoke scale: it shows that the machinery works and says nothing about the paper."
 
 
 @dataclass(frozen=True)

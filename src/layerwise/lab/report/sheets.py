@@ -125,7 +125,8 @@ def missing(results: Results, subject: str, arms: Sequence[Arm]) -> str:
 def lead_of(plan: Plan, what: str) -> str:
     """Say what the numbers of a table are."""
     unit = f" in {plan.quantity.unit}" if plan.quantity.unit else ""
-    return f"{plan.quantity.words}{unit}, mean ± standard deviation over seeds{what}"
+    several = "mean ± standard deviation over seeds" if len(plan.seeds) > 1 else "of one seed"
+    return f"{plan.quantity.words}{unit}, {several}{what}"
 
 
 def notes_of(plan: Plan, used: Sequence[PaperValue]) -> tuple[str, ...]:
@@ -179,7 +180,8 @@ def steps(results: Results) -> Sheet:
 def best_marked(entries: Sequence[Entry], cells: Sequence[Cell | None], quantity: Quantity) -> tuple[Entry, ...]:
     """Mark the best mean of a line."""
     means = [cell.mean for cell in cells if cell and cell.count]
-    best = (max if quantity.higher_is_better else min)(means) if len(means) > 1 else None
+    # Where all are equal none is better than another.
+    best = (max if quantity.higher_is_better else min)(means) if len(set(means)) > 1 else None
     return tuple(
         replace(each, best=bool(cell and cell.count and cell.mean == best))
         for each, cell in zip(entries, cells, strict=True)

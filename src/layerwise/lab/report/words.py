@@ -13,6 +13,9 @@ FOUND = (
 )
 """What a page of any finished runs says."""
 
+SMOKE = "This is the smoke scale: it shows that the machinery works and says nothing about the paper."
+"""What the page and the terminal say of runs at that scale."""
+
 
 def capital(sentence: str) -> str:
     """Begin a sentence with a capital letter."""

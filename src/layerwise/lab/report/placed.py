@@ -1,0 +1,132 @@
+"""Where a run that was found belongs: its subject, its arm, and what that arm is compared with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from layerwise.lab.arms import Control
+from layerwise.lab.compare import FACTORS_ALONE
+from layerwise.lab.runs import Record
+
+CORE = (
+    "model",
+    "width",
+    "data",
+    "data_digest",
+    "train_count",
+    "test_count",
+    "iterations",
+    "epochs",
+    "task",
+    "function",
+)
+"""Constants that make another subject; the others are of the arm where the subject has the same name."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A run and where it belongs.
+
+    Attributes:
+        record: of the run.
+        subject: key of the subject.
+        rule: key of the rule, the same for all seeds of an arm.
+        control: what it repeats, or None.
+        rest: constants that are not the subject's.
+    """
+
+    record: Record
+    subject: str
+    rule: str
+    control: Control | None
+    rest: Mapping[str, Any]
+
+
+def key_of(value: Any) -> str:
+    """Write a value so that equal ones are equal words."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def label_of(record: Record, name: str) -> str:
+    """Give the name that the experiment gave to a run's subject or arm, or ""."""
+    labels = record.about.get("labels")
+    return str(labels.get(name, "")) if isinstance(labels, Mapping) else ""
+
+
+def place(record: Record) -> Placed:
+    """Find out where a run belongs."""
+    configuration = record.configuration
+    core = {name: configuration.trial.get(name) for name in CORE}
+    rest = {name: value for name, value in configuration.trial.items() if name not in CORE}
+    control = _control(record)
+    # The factors of a control are another in every seed: what it repeats is the same.
+    rule: Any = control or [configuration.rule, configuration.apply, configuration.decay]
+    return Placed(record, key_of([label_of(record, "subject"), core]), key_of(rule), control, rest)
+
+
+def _control(record: Record) -> Control | None:
+    """Say what a run repeats of another one."""
+    rule = record.configuration.rule
+    if record.configuration.source is None or rule is None:
+        return None
+    if rule.get("name") == "Replay":
+        return "shuffled layers"
+    return "mean factor" if set(rule.get("factors", ())) == {"*"} else "frozen factors"
+
+
+PLAIN = key_of([None, "auto", "auto"])
+"""Key of the rule of plain training."""
+
+
+def told_of(each: Placed, varying: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Give the constants of a run that differ within its subject."""
+    return {name: each.rest.get(name) for name in varying[each.subject]}
+
+
+def arm_key(each: Placed, varying: Mapping[str, list[str]], by_identity: Mapping[str, Placed]) -> str:
+    """Give what the runs of an arm have in common: rule, constants that differ within the subject, what is repeated."""
+    source = by_identity.get(each.record.configuration.source or "")
+    return key_of([each.rule, told_of(each, varying), source.rule if source is not None else None])
+
+
+def _factors_alone(members: Sequence[Placed]) -> bool:
+    """Tell whether an arm was made for the factors that a tuned control repeats: it is compared with nothing."""
+    return any(label_of(each.record, "arm_words").endswith(FACTORS_ALONE) for each in members)
+
+
+def rivals_of(
+    key: str,
+    members: Mapping[str, list[Placed]],
+    names: Mapping[str, str],
+    by_identity: Mapping[str, Placed],
+    varying: Mapping[str, list[str]],
+) -> list[str]:
+    """Name the arms that a method is compared with: plain ones and its controls; nothing for those themselves."""
+    first = members[key][0]
+    if first.control is not None or first.rule == PLAIN or _factors_alone(members[key]):
+        return []
+    plain = [other for other, runs in members.items() if runs[0].rule == PLAIN]
+    same = [other for other in plain if told_of(members[other][0], varying) == told_of(first, varying)]
+    controls = []
+    for other, runs in members.items():
+        source = by_identity.get(runs[0].record.configuration.source or "")
+        if runs[0].control is None or source is None:
+            continue
+        repeated = arm_key(source, varying, by_identity)
+        # A tuned control repeats its method at values of its own, and yet is a control of the method at the method's.
+        tuned = (
+            source.rule == first.rule
+            and _factors_alone(members[repeated])
+            and _experiments(runs) & _experiments(members[key])
+        )
+        if repeated == key or tuned:
+            controls.append(other)
+    return [names[other] for other in (*(same or plain), *controls)]
+
+
+def _experiments(members: Sequence[Placed]) -> set[str]:
+    """Name the experiments that an arm's runs were first made for."""
+    return {label_of(each.record, "experiment") for each in members}
