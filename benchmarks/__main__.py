@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,28 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import layerwise
 from layerwise.rules import LARS, Constant, LayerAdaptive
 
-from . import amplification, monitor
+from . import amplification, backward, monitor
 from .networks import lenet_iteration, resnet50_parameters
-
-
-def ratio(bare: Callable[[], Any], attached: Callable[[], Any], rounds: int) -> dict[str, float]:
-    """Time two things in turn; milliseconds and their ratio."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for action in (bare, attached) * 3:
-        action()
-    for round_ in range(rounds):
-        for which in (0, 1) if round_ % 2 else (1, 0):  # neither always runs in the other's warm cache
-            start = time.perf_counter()
-            (bare, attached)[which]()
-            times[which].append(1000 * (time.perf_counter() - start))
-    ratios = sorted(b / a for a, b in zip(*times, strict=True))
-    return {
-        "bare_ms": statistics.median(times[0]),
-        "attached_ms": statistics.median(times[1]),
-        "ratio": statistics.median(times[1]) / statistics.median(times[0]),
-        "ratio_low": ratios[len(ratios) // 4],
-        "ratio_high": ratios[-len(ratios) // 4],
-    }
+from .timing import ratio
 
 
 def step_cost(make: Callable[[Any], optim.Optimizer], rule: Any, rounds: int, **arguments: Any) -> dict[str, float]:
@@ -153,6 +132,7 @@ def main() -> int:
         print(f"{f'{count} layers':<41}{total:>11}{reads:>7}{'12':>11}")
     rows |= amplification.show(arguments.rounds)
     rows |= monitor.show(arguments.rounds)
+    rows |= backward.show(arguments.rounds)
     if arguments.json:
         arguments.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
     return 0

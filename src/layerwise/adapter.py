@@ -16,6 +16,7 @@ from .apply import Place, make_place
 from .arguments import check_choice, chosen
 from .factors import Factors
 from .hooks import OptimizerHooks
+from .idle import makes_state_only
 from .layers import Exclusion, Layer, LayerSpecification
 from .optimizers import PLACES, PlaceName, acting_optimizer, automatic_place, no_effect, refuse, unwrap
 from .partition import Split
@@ -25,7 +26,7 @@ from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds, check_rule, default, derived_state, get_selection, initial_state, load_state
 from .rules.selection import Selection
 from .state import carried_over, check_saved, copied, described
-from .statistics import NOTHING, LayerStatistics, check_needs
+from .statistics import NOTHING, check_needs
 
 logger = logging.getLogger("layerwise")
 Decay = Literal["auto", "scaled", "plain"]
@@ -274,7 +275,7 @@ class LayerwiseLR:
         elif self._request.apply == "auto":
             # Again at each step: schedulers and checkpoints can bring momentum.
             self._place_at(automatic_place(optimizer, self._request.preferred, self.decay))
-        self._idle = self._only_initialises(optimizer)
+        self._idle = not optimizer.state and makes_state_only(optimizer.param_groups)
         if self._idle:
             return
         found, grad_scale = self._found, getattr(optimizer, "grad_scale", None)
@@ -312,16 +313,6 @@ class LayerwiseLR:
     def finish(self) -> None:
         """Act after the step."""
         self._place.finish()
-
-    def _only_initialises(self, optimizer: Any) -> bool:
-        """Tell whether this step is none but makes the optimizer's state: rates and gradients are zero.
-
-        `torch.distributed.checkpoint` takes such a step of an optimizer without state before it reads or writes it.
-        """
-        if optimizer.state or any(map(_moves, optimizer.param_groups)):
-            return False
-        # All processes that share the parameters come here together, and see the gradients of all.
-        return not LayerStatistics(self._found.layers, ("counts",)).compute(optimizer.param_groups).counts
 
     # --- How it is put together ---------------------------------------------------------------------------------------
 
@@ -374,9 +365,3 @@ def _rates(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Return each group's rate; a tensor is copied, since schedulers write into it."""
     rates = [group.get("lr") for group in groups]
     return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
-
-
-def _moves(group: Mapping[str, Any]) -> bool:
-    """Tell whether a group's rate is not zero, as far as is known without asking a device."""
-    rate = group.get("lr")
-    return rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or bool(rate != 0)

@@ -31,13 +31,15 @@ class Buffers:
         Those of a DTensor are one too, so that a distributed checkpoint can share them out anew.
         """
         dtype = torch.promote_types(gradient.dtype, torch.float32)
-        zeros, parameter = torch.zeros_like(gradient, dtype=dtype), cast(Any, self._parameters[i])
+        parameter = cast(Any, self._parameters[i])
         if not hasattr(parameter, "device_mesh"):
-            return zeros
+            return torch.zeros_like(gradient, dtype=dtype)
+        if not parameter.is_complex():
+            return torch.zeros_like(parameter.detach(), dtype=dtype)
         from torch.distributed.tensor import DTensor
 
-        shape = self.shape(i)
-        stride = torch.empty(shape, device="meta").stride() if parameter.is_complex() else parameter.stride()
+        shape, zeros = self.shape(i), torch.zeros_like(gradient, dtype=dtype)
+        stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
             zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
         )

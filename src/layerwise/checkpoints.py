@@ -26,7 +26,8 @@ def load_checkpoint(adapter: LayerwiseLR, checkpoint: Any, key: str = "adapter")
         key: Under which name the adapter was saved: `save({"adapter": adapter}, …)`.
 
     Raises:
-        ValueError: The checkpoint holds nothing of this name, or the state of other layers or another rule.
+        ValueError: The checkpoint holds nothing of this name, the state of other layers or another rule,
+            or sums of parameters that FSDP1 has cut up.
 
     Example:
         >>> import tempfile, warnings
@@ -51,6 +52,13 @@ def load_checkpoint(adapter: LayerwiseLR, checkpoint: Any, key: str = "adapter")
     if not paths:
         held = sorted({str(path[0]) for path in (metadata.planner_data or {}).values()})
         raise ValueError(f"the checkpoint holds no key={key!r}; it holds {', '.join(held) or 'nothing'}")
+    cut = any(piece is not None and piece.span is not None for layer in adapter.layer_table() for piece in layer.pieces)
+    if cut and any("sums" in path for path in paths.values()):
+        raise ValueError(
+            "the checkpoint holds the sums of half an epoch, and FullyShardedDataParallel has cut the parameters into "
+            "pieces that a distributed checkpoint cannot tell apart: save adapter.state_dict() in each process by "
+            "itself, save at the end of an epoch, or use fully_shard"
+        )
     parameters = {
         f"/{name}": parameter
         for layer in adapter.layer_table()

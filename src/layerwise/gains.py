@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .layers import Layer
 from .tensors import local, moved
+
+
+def check_alike(layers: Sequence[Layer], needs: Collection[str]) -> None:
+    """Raise if processes would find other gains each, from running variances of their own batches.
+
+    Raises:
+        ValueError: A rule asks for gains, several processes train, and a batch normalisation is not synchronised.
+    """
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if "normalisation_gain" not in needs or not several or torch.distributed.get_world_size() == 1:
+        return
+    for layer in layers:
+        module: Any = layer.module
+        batch = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+        if batch and module.running_var is not None and not any(layer.pieces):
+            raise ValueError(
+                f"layer {layer.name!r} keeps a running variance of its own in each process, so the processes would "
+                "find other factors each and drift apart; use torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)"
+            )
 
 
 def gain_shares(layers: Sequence[Layer], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,6 +64,8 @@ def _gain_share(layer: Layer, i: int, dtype: torch.dtype) -> Tensor:
     variance: Tensor | None = getattr(module, "running_var", None)
     gains = local(weight.detach()).to(dtype).square()
     if variance is not None:
-        variance = moved(variance, weight.device) if piece is None else local(piece.of(variance, weight))
+        variance = (
+            moved(variance, weight.device) if piece is None else moved(local(piece.of(variance, weight)), gains.device)
+        )
         gains = gains / (variance.to(dtype) + module.eps)
     return gains.sum() / (weight.numel() if piece is None else piece.shape.numel())

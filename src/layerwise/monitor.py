@@ -17,6 +17,7 @@ from .adapter import LayerwiseLR
 from .arguments import chosen
 from .factors import Factors
 from .hooks import OptimizerHooks
+from .idle import makes_state_only
 from .layers import Layer, LayerSpecification, make_layers, named_parameters_of
 from .optimizers import refuse_outer, unwrap
 from .sharding import find_pieces, settled_gradient
@@ -211,7 +212,7 @@ class Monitor:
     def end(self, optimizer: Any) -> None:
         """Count the step; if it is one to be recorded, measure the updates and hand the record out."""
         seen, self._seen = self._seen, None
-        if self._fresh and self._begins_state(optimizer):
+        if self._fresh and makes_state_only(optimizer.param_groups):
             return
         self._steps += 1
         found_inf = getattr(optimizer, "found_inf", None)
@@ -246,15 +247,6 @@ class Monitor:
             layers = make_layers(named_parameters_of(optimizer, self._model), specification, self._model, pieces)
         self._parameters, self._layers = parameters, layers
         self._statistics = LayerStatistics(layers, ())
-
-    def _begins_state(self, optimizer: Any) -> bool:
-        """Tell whether this step, the optimizer's first, was one of rate and gradient 0."""
-        rates = [group.get("lr") for group in optimizer.param_groups]
-        if any(rate.device.type != "cpu" or rate != 0 if isinstance(rate, Tensor) else rate for rate in rates):
-            return False
-        self._resolve(optimizer)
-        norms = self._statistics.norms([self._statistics.squares(gradients_of(self._statistics.members))])
-        return not any(fetched([norms], norms)[0])
 
     def _record(
         self,

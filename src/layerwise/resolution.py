@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .gains import check_alike
 from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_layers, named_parameters_of
 from .optimizers import PlaceName, automatic_place, check_groups, check_place, refuse
 from .partition import Partition
@@ -61,6 +62,7 @@ class Resolution:
         included: Which layers are not excluded.
         mask: The same as a tensor; None if all are included.
         first_group: The group of each layer's first parameter.
+        flattened: How many of the parameters FSDP1 has cut up.
     """
 
     parameters: list[Tensor]
@@ -72,6 +74,7 @@ class Resolution:
     included: list[bool]
     mask: Tensor | None
     first_group: list[int]
+    flattened: int
 
     @property
     def names(self) -> list[str]:
@@ -85,7 +88,12 @@ class Resolution:
 
     def holds(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Tell whether this is still true: no parameter was added, replaced by fully_shard, or moved to a device."""
-        return same_objects(self.parameters, parameters_of(groups)) and not self.statistics.moved_away()
+        parameters = parameters_of(groups)
+        if not same_objects(self.parameters, parameters) or self.statistics.moved_away():
+            return False
+        # FSDP1 keeps the parameters and cuts what they hold.
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return not several or count_flattened(parameters) == self.flattened
 
 
 def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolution:
@@ -116,6 +124,7 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
         check_elementwise(elementwise)
     if "learning_rate" in needs and any(group.get("lr") is None for group in groups):
         raise ValueError(f"{rule!r} needs the rate, and {type(optimizer).__name__} has no 'lr' in its groups")
+    check_alike(layers, needs)
     statistics = LayerStatistics(layers, needs)
     check_groups(optimizer, place, request.decay, statistics.layer_of)
     few = statistics.device.type == "cpu" and len(layers) <= MOST_NUMBERS and statistics.sharing is None
@@ -130,7 +139,13 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
         included=included,
         mask=None if all(included) else torch.tensor(included, device=statistics.device),
         first_group=[group_of[id(layer.parameters[0])] for layer in layers],
+        flattened=count_flattened(parameters),
     )
+
+
+def count_flattened(parameters: Sequence[Tensor]) -> int:
+    """Return how many parameters are pieces that FSDP1 has made."""
+    return sum(getattr(p, "_fsdp_flattened", False) for p in parameters)
 
 
 def parameters_of(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:

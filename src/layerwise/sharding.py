@@ -103,6 +103,10 @@ def _pieces_of_fsdp(model: nn.Module) -> Iterable[tuple[int, Piece | None]]:
         if handle is None or handle.flat_param._params is None:  # the latter without use_orig_params
             continue
         flat = handle.flat_param
+        if any(extension is not None for extension in flat._param_extensions):
+            raise ValueError(
+                "FullyShardedDataParallel over tensor parallel parameters hides how these are shared; use fully_shard"
+            )
         for p, shape, where in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
             if not handle.uses_sharded_strategy:
                 yield id(p), None
@@ -162,7 +166,7 @@ def stand_in(parameter: Tensor, piece: Piece | None) -> Tensor:
     """Return a tensor of the whole parameter's shape, for a question about it: the parameter, if it still has it."""
     if piece is None or piece.span is None:
         return parameter
-    return torch.empty(piece.shape, dtype=parameter.dtype, device="meta")
+    return torch.empty(piece.shape, dtype=parameter.dtype, device="meta", requires_grad=parameter.requires_grad)
 
 
 def sharing_of(pieces: Sequence[Piece | None]) -> Sharing | None:

@@ -211,7 +211,10 @@ class LayerStatistics:
             weights = self.squares(self.members)
             for name in sorted(needs & WEIGHT_NORMS):
                 scales = self._weight_scales(name, groups)
-                rows[name] = weights if scales is None else weights * self._scale_tensor(name, scales).square()
+                rows[name] = weights
+                if scales is not None:  # what is left out may hold what is not finite
+                    squares = self._scale_tensor(name, scales).square()
+                    rows[name] = torch.where(squares > 0, weights * squares, 0)
         if "normalisation_gain" in needs:
             rows["normalisation_gain"], has_gain = gain_shares(self.layers, self._zeros)
         if not rows:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .buffers import Buffers, number_count
 from .layers import Layer
-from .sharding import sharing_of
+from .sharding import Sharing, sharing_of
 from .statistics import Gradients
 from .tensors import as_dense_real, local, moved
 
@@ -91,10 +91,14 @@ class DirectionalitySums:
             return sums
         device = every[0][1].device if every else local(self._parameters[0]).device
         totals: list[Tensor] | None = None
-        if self._sharing is not None or (self.sample is None and not self.each_weight and all(self._measured)):
-            totals = self._joined([i for i, _ in every], _absolute_sums([g for _, g in every]), device)
-            size = torch.stack([moved(t, device) for t in totals]).sum() if totals else torch.zeros((), device=device)
-            totals = [total for total, (i, _) in zip(totals, every, strict=True) if self._measured[i]]
+        received: Tensor | None = None
+        if self._sharing is not None:
+            joint, received = self._joined(every, device)
+            size = joint.sum()
+            totals = [joint[i] for i, _ in every if self._measured[i]]
+        elif self.sample is None and not self.each_weight and all(self._measured):
+            totals = _absolute_sums([g for _, g in every])
+            size = torch.stack([moved(t, device) for t in totals]).sum()
         else:
             size = _size([g for _, g in every], device)
         present = [(i, self._some(i, g)) for i, g in every if self._measured[i]]
@@ -112,8 +116,12 @@ class DirectionalitySums:
         sums["iterations"] = moved(sums["iterations"], device) + (1 if counts is None else counts)
         for i, gradient in present:
             self._open(sums, i, gradient)
-            key, held = self._keys[i], bool(gradient.numel())  # who holds nothing of a parameter does not know
-            arrived = held if counts is None else held & moved(counts, gradient.device)
+            key = self._keys[i]
+            arrived: Any = True if received is None else received[i] > 0
+            if counts is not None:
+                arrived = moved(counts, gradient.device) & arrived
+            elif received is not None:
+                arrived = bool(arrived)
             sums["received"][key] = sums["received"][key] | arrived
         values = [gradient for _, gradient in present]
         self._accumulate(sums["signed"], present, values, scale, counts)
@@ -170,15 +178,14 @@ class DirectionalitySums:
         pieces = [local(p.detach()) for p in self._parameters]
         return [p if g is None and not p.numel() else g for g, p in zip(gradients.tensors, pieces, strict=True)]
 
-    def _joined(self, numbers: Sequence[int], totals: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-        """Return totals of parameters, summed over the processes that share them."""
-        if self._sharing is None:
-            return list(totals)
-        shares = torch.zeros(1, len(self._keys), dtype=torch.float64, device=device)
-        for i, total in zip(numbers, totals, strict=True):
+    def _joined(self, every: Sequence[tuple[int, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return Σ|g| of each parameter over all processes, and how many hold a part of its gradient."""
+        shares = torch.zeros(2, len(self._keys), dtype=torch.float64, device=device)
+        for (i, gradient), total in zip(every, _absolute_sums([g for _, g in every]), strict=True):
             shares[0, i] = total
-        joint = self._sharing.sum(shares)[0]
-        return [joint[i] for i in numbers]
+            shares[1, i] = float(gradient.numel() > 0)
+        joint, received = cast(Sharing, self._sharing).sum(shares)
+        return joint, received
 
     def _accumulate(
         self,
@@ -206,6 +213,8 @@ class DirectionalitySums:
         """
         if sums == {}:
             return {}
+        if isinstance(sums, dict):  # a distributed checkpoint leaves out what is empty
+            sums = {**{part: {} for part in PARTS}, **sums}
         form = isinstance(sums, dict) and sorted(sums) == sorted([*PARTS, "iterations"])
         if not form or not all(isinstance(sums[part], dict) for part in PARTS):
             raise ValueError(f"the saved sums must hold {', '.join(PARTS)} by parameter, and iterations")

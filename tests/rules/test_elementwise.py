@@ -162,3 +162,9 @@ def test_the_default_device_does_not_matter() -> None:
         with torch.device("meta"):
             optimizer.step()
         assert adapter.get_last_factors() == pytest.approx({"0": 1.0, "1": 1 / 6, "2": 1 / 6})
+
+
+def test_a_layer_whose_norm_is_zero_changes_no_bit_of_another_layers_factor() -> None:
+    norms = [0.1 * (i + 1) for i in range(200)]
+    alone = LayerAdaptive().numbers({"gradient_norm": norms})
+    assert LayerAdaptive().numbers({"gradient_norm": [*norms, 0.0]})[:-1] == alone

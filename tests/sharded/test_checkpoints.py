@@ -13,7 +13,7 @@ import layerwise
 
 from .cases import CASES, STEPS, attach, loss_of, network, selection_of
 from .processes import run
-from .training import fsdp2, whole_weights
+from .training import WAYS, fsdp2, part_of, whole_weights
 
 NAMES = ["amplification by G", "amplification by G'", "freezing by G"]
 
@@ -49,6 +49,39 @@ def go_on(rank: int, name: str, folder: str, steps: int) -> Any:
     layerwise.load_checkpoint(adapter, folder)
     train(rank, model, optimizer, adapter, range(steps, STEPS))
     return whole_weights(model), selection_of(adapter), adapter.epoch
+
+
+def go_on_to_the_end_of_the_epoch(rank: int, way: str, name: str, folder: str) -> Any:
+    """Load what was saved just before the end of the first epoch, and end it."""
+    model = WAYS[way](network())
+    adapter = attach(CASES[name], model, CASES[name].optimizer(model.parameters()))
+    layerwise.load_checkpoint(adapter, folder)
+    adapter.end_epoch()
+    return selection_of(adapter)
+
+
+def save_before_the_end_of_the_epoch(rank: int, way: str, name: str, folder: str) -> Any:
+    """Train an epoch of analysis, save, and end it."""
+    model = WAYS[way](network())
+    optimizer = CASES[name].optimizer(model.parameters())
+    adapter = attach(CASES[name], model, optimizer)
+    part, parts = part_of(way, rank)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step, part, parts).backward()
+        optimizer.step()
+    checkpoints.save({"adapter": adapter}, checkpoint_id=folder)
+    adapter.end_epoch()
+    return selection_of(adapter)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.parametrize("way", ["FSDP2", "FSDP2 and tensor parallel"])
+def test_sums_with_empty_pieces_are_whole_when_they_are_loaded(name, way, tmp_path):
+    saved = run(4, save_before_the_end_of_the_epoch, way, name, str(tmp_path))
+    for selection in run(4, go_on_to_the_end_of_the_epoch, way, name, str(tmp_path)):
+        assert selection == saved[0]
 
 
 def train(rank: int, model: Any, optimizer: Any, adapter: Any, steps: range) -> None:

@@ -7,9 +7,9 @@ import torch
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import layerwise
-from layerwise.rules import Directionality, GradientAmplification, LayerAdaptive, Phase
+from layerwise.rules import BackMatching, Directionality, GradientAmplification, LayerAdaptive, Phase
 
-from .cases import momentum, network
+from .cases import loss_of, momentum, network
 from .processes import run
 from .training import fsdp1
 
@@ -25,6 +25,19 @@ def refuse(rank: int) -> None:
     model = fsdp1(network())
     with pytest.raises(ValueError, match="pass model=, the wrapped model"):
         layerwise.LayerwiseLR(momentum(model.named_parameters()), LayerAdaptive())
+
+    bare = network()
+    optimizer = momentum(bare.parameters())
+    adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), bare)
+    wrapped = fsdp1(bare)
+    loss_of(wrapped, 0).backward()
+    with pytest.raises(ValueError, match="pass the wrapped model itself"):
+        optimizer.step()
+    adapter.detach()
+
+    normalised = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match="convert_sync_batchnorm"):
+        layerwise.LayerwiseLR(momentum(normalised.parameters()), BackMatching(), normalised)
 
     sampled = GradientAmplification(Directionality(sample=2), [Phase(2, True)])
     sharded = network()
@@ -53,6 +66,28 @@ def follow(rank: int) -> tuple[int, int]:
     factors = adapter.get_last_factors()
     adapter.detach()
     return len(factors), len(zero._optimizer_step_pre_hooks) + len(zero.optim._optimizer_step_pre_hooks)
+
+
+def rate_zero(rank: int) -> int:
+    """Train at rate 0 where one process holds nothing that is trained."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 2), torch.nn.Linear(2, 30)).double()
+    model[1].requires_grad_(False)
+    model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    monitor = layerwise.Monitor(optimizer, model, every=1)
+    for rate in (0.01, 0.0, 0.0):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        model(torch.ones(3, 6, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+    assert adapter.get_last_factors()["0"] > 1
+    return monitor.steps
+
+
+@pytest.mark.dist
+def test_a_process_that_holds_nothing_that_is_trained_steps_with_the_others_at_rate_zero():
+    assert run(2, rate_zero, timeout=100) == [3, 3]
 
 
 @pytest.mark.dist

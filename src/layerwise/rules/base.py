@@ -34,6 +34,8 @@ class Rule(ABC):
     * `default_place`: `"gradient"` when the method multiplies the gradient (inside momentum), `"lr"` when the rate.
     * `default_decay`: whether the method's factor multiplies coupled weight decay too: `"scaled"` or `"plain"`.
     * `default_exclude`: layers that the method leaves out: None, patterns or a callable `(name, parameter) -> bool`.
+    * `own_layer`: whether a layer's factor needs the statistics of no other layer, and the state stays as it is but at
+      the ends of epochs. Then it can be computed before the other layers' gradients exist, by `step_in_backward`.
 
     Example:
         >>> class InverseNorm(Rule):
@@ -50,6 +52,7 @@ class Rule(ABC):
     default_place: ClassVar[Literal["gradient", "lr"] | None] = None
     default_decay: ClassVar[Literal["scaled", "plain"] | None] = None
     default_exclude: ClassVar[Exclusion] = None
+    own_layer: bool = False
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return the state before the first step.

@@ -14,6 +14,7 @@ from ..state import loaded
 from ..statistics import Statistics
 from ..tensors import moved
 from .base import Rule, State, finite_or_one
+from .elementwise import is_elementwise
 from .selection import Selection
 
 
@@ -36,6 +37,13 @@ def check_rule(rule: Any) -> Any:
             "layerwise.rules or an object with it"
         )
     return rule
+
+
+def own_layer(rule: Any) -> bool:
+    """Tell whether a layer's factor needs the statistics of no other layer; elementwise rules need not say so."""
+    if is_elementwise(rule):
+        return not {"counts", "gradients"} & set(rule.needs)
+    return bool(getattr(rule, "own_layer", False))
 
 
 def initial_state(rule: Any, layers: Sequence[Layer], device: torch.device) -> State:
@@ -67,6 +75,7 @@ class _Combined(Rule):
         for name in ("layers", "place", "decay", "exclude"):
             preferences = (default(rule, name) for rule in rules)
             setattr(self, f"default_{name}", next((p for p in preferences if p is not None), None))
+        self.own_layer = all(map(own_layer, rules))
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return the rules' states, by position."""

@@ -46,6 +46,7 @@ class Constant(Rule):
     factors_by_pattern: Mapping[str, float]
     needs = ()
     default_place = "lr"
+    own_layer = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.factors_by_pattern, Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,11 @@ class ElementwiseRule(Rule):
         return [self._of_one_layer(row) for row in zip(*columns, strict=True)]
 
     def _of_one_layer(self, row: Sequence[float]) -> float:
-        """Return φ of one layer as a tensor has it."""
+        """Return φ of one layer, as a tensor has it where that of Python's numbers does not exist."""
+        with contextlib.suppress(ArithmeticError):
+            number = self.factor(*row)
+            if type(number) in (float, int):
+                return number
         value = self.factor(*(torch.tensor([x], dtype=torch.float64, device="cpu") for x in row))
         return float(value)
 

@@ -100,6 +100,7 @@ class GradientAmplification(ChoosingRule):
         if not right or not self.phases:
             raise TypeError(f"phases={self.phases!r} must be Phase(until, amplify, factor), at least one; try PARAMS_1")
         object.__setattr__(self, "phases", tuple(self.phases))
+        object.__setattr__(self, "own_layer", self.selection.measure is None)
         ends = [phase.until for phase in self.phases]
         if any(later <= earlier for earlier, later in pairwise(ends)):
             raise ValueError(f"phases end at epochs {ends}; each must end after the one before it")

@@ -86,6 +86,7 @@ class LayerDecay(Rule):
     depth: Callable[[str], int] | None = None
     needs = ()
     default_place = "lr"
+    own_layer = True
 
     def __post_init__(self) -> None:
         if not (is_number(self.decay) and 0 < self.decay <= 1):

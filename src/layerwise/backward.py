@@ -1,0 +1,296 @@
+"""Step in backward: each layer is updated as soon as its gradients exist, and these are freed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .backward_checks import (
+    ACCUMULATED,
+    ATTACHED_TOO,
+    CREATE_GRAPH,
+    ScalerRefusal,
+    check_loss,
+    check_optimizer,
+    check_own_layer,
+    check_wrappers,
+)
+from .closures import evaluate_closure
+from .hooks import OptimizerHooks
+from .layer_steps import LayerSteps
+from .memory import LARGE, return_freed_memory
+from .optimizers import unwrap
+from .partition import OUTSIDE
+from .rules.combine import check_rule
+from .statistics import check_needs
+
+logger = logging.getLogger("layerwise")
+
+
+def step_in_backward(optimizer: Any, model: nn.Module | None, rule: Any = None) -> StepInBackward:
+    """Update each layer inside `backward()`, as soon as its gradients exist, and free them.
+
+    The gradients of the whole network then never exist together, which saves about their size in memory. The weights
+    are those of the optimizer alone, or with `LayerwiseLR(optimizer, rule, model)`, to the bit. The loop stays as it
+    is: `optimizer.step()` finds nothing left to do, and tells schedulers, and this, that the iteration is over. The
+    optimizer's parameter groups, state and checkpoints are as ever.
+
+    There is one backward for each `optimizer.step()`. What cannot be done so is refused: accumulating gradients,
+    gradient scalers, `create_graph`. **Clipping after backward finds no gradients, and nothing can tell of it.** A
+    backward that fails half-way has updated the layers it had reached.
+
+    Args:
+        optimizer: `torch.optim`'s SGD, Adagrad, Adam or AdamW, or a wrapper of Accelerate or Fabric around one.
+        model: Names the layers. None takes the names of an optimizer built from `model.named_parameters()`.
+        rule: A rule for which each layer needs nothing but itself; its layers and the place where it acts are those
+            that `LayerwiseLR` takes. None steps with the optimizer's own rates.
+
+    Returns:
+        The handle, which need not be kept.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The optimizer or the rule cannot step layer by layer, another adapter is attached, a wrapper
+            reduces the gradients over processes, or a parameter holds a gradient already.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> handle = step_in_backward(optimizer, model)
+        >>> before = model[2].bias.detach().clone()
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> model[2].bias.grad is None, model[2].bias - before
+        (True, tensor([-0.1000], grad_fn=<SubBackward0>))
+        >>> optimizer.step()
+    """
+    return StepInBackward(optimizer, model, rule)
+
+
+class StepInBackward:
+    """What `step_in_backward` returns: what it did last, and how to pause or end it."""
+
+    def __init__(self, optimizer: Any, model: nn.Module | None, rule: Any) -> None:
+        inner = unwrap(optimizer)
+        check_optimizer(inner)
+        parameters = _parameters(inner)
+        hooks = [hook for p in parameters for hook in (p._post_accumulate_grad_hooks or {}).values()]
+        if any(isinstance(hook, _Arrival) and hook.handle() is not None for hook in hooks):
+            raise ValueError("these parameters step in backward already: call detach() on the first handle before")
+        if OptimizerHooks.others(inner, cast(Any, self)):
+            raise ValueError(ATTACHED_TOO)
+        if rule is not None:
+            check_rule(rule)
+            check_needs(getattr(rule, "needs", ("gradient_norm",)))
+            check_own_layer(rule)
+        check_wrappers(parameters)
+        self._steps = LayerSteps(inner, model, rule)
+        self.enabled = True
+        self._optimizer = weakref.ref(inner)
+        self._attached = True
+        self._task = -1
+        self._begun = self._finished = self._proven = False
+        # The gradients of a model on several accelerators arrive in several threads.
+        self._lock = threading.RLock()
+        self._on_parameters: dict[int, RemovableHandle] = {}
+        self._watch(parameters)
+        # The optimizer owns this object, and the parameters know it weakly: it lives as long as the optimizer.
+        outside_graph = cast(Callable[[Any], Any], torch.compiler.disable)
+        self._on_optimizer = (
+            inner.register_step_pre_hook(outside_graph(self._before_step)),
+            inner.register_step_post_hook(outside_graph(self._after_step)),
+        )
+        self._scaling = {name: value for name, value in vars(inner).items() if name == _SCALING}
+        vars(inner)[_SCALING] = ScalerRefusal()
+        outside = sum(unit.number == OUTSIDE for unit in self._steps.units)
+        if outside and rule is not None:
+            logger.warning(f"{outside} of the optimizer's {len(parameters)} parameters are in no layer: factor 1")
+
+    # --- What a person asks -------------------------------------------------------------------------------------------
+
+    @property
+    def rule(self) -> Any:
+        """The rule, or None."""
+        return self._steps.rule
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers' names, in the model's order; `""` is the root module."""
+        return self._steps.names()
+
+    def get_last_factors(self) -> dict[str, float]:
+        """Return the factor of each layer in the last backward; 1 before the first. Waits for the device."""
+        return dict(zip(self.layers, self._steps.last_factors(), strict=True))
+
+    def get_last_lr(self) -> dict[str, float]:
+        """Return the rate of each layer in the last backward, `lr · f_l`. Waits for the device.
+
+        The base rate is that of the parameter group of the layer's first parameter, its weight as a rule.
+        """
+        return dict(zip(self.layers, self._steps.last_rates(), strict=True))
+
+    def end_epoch(self) -> None:
+        """Tell a rule that counts epochs that one has ended; the first is epoch 1.
+
+        The epoch is not in any checkpoint: after resuming, call this once for each epoch that was done.
+        """
+        self._steps.end_epoch()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[StepInBackward]:
+        """Let backward keep the gradients, and the optimizer step alone, inside a `with` block.
+
+        Gradients that it leaves are added to by the next backward, or used by the next `optimizer.step()`, with the
+        rule. So gradients accumulate over all but the last backward inside the block, or are clipped after it.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> with step_in_backward(optimizer, model).paused():
+            ...     model(torch.ones(1, 2)).sum().backward()
+            >>> model.bias.grad
+            tensor([1.])
+        """
+        before, self.enabled = self.enabled, False
+        try:
+            yield self
+        finally:
+            self.enabled = before
+
+    def detach(self) -> None:
+        """Take the hooks off; the optimizer is then as it was, to the bit. A second call does nothing."""
+        self._watch([])
+        for hook in self._on_optimizer:
+            hook.remove()
+        optimizer = self._optimizer()
+        if self._attached and optimizer is not None:
+            del vars(optimizer)[_SCALING]
+            vars(optimizer).update(self._scaling)
+        self._attached = False
+
+    def __repr__(self) -> str:
+        optimizer = self._optimizer()
+        name = type(optimizer).__name__ if self._attached and optimizer is not None else "detached"
+        steps = self._steps
+        parts = [name if self.rule is None else f"{self.rule!r} on {name}", f"{len(steps.layers)} layers"]
+        if self.rule is not None:
+            parts += [f"apply={steps.place!r}"] + [f"decay={steps.decay!r}"] * (steps.place == "gradient")
+        excluded = sum(not layer.included for layer in steps.layers)
+        outside = sum(unit.number == OUTSIDE for unit in steps.units)
+        parts += [f"{excluded} excluded"] * bool(excluded) + [f"{outside} parameters in no layer"] * bool(outside)
+        return f"StepInBackward({', '.join(parts + ['paused'] * (not self.enabled))})"
+
+    # --- What the hooks call ------------------------------------------------------------------------------------------
+
+    def arrived(self, parameter: Tensor) -> None:
+        """Step the parameter's layer if this was the last of its gradients."""
+        optimizer = self._optimizer()
+        if not self.enabled or optimizer is None:
+            return
+        with self._lock:
+            task = torch._C._current_graph_task_id()
+            if task != self._task:
+                try:
+                    self._begin(optimizer, task)
+                except Exception:
+                    parameter.grad = None  # nothing is left for optimizer.step() of a backward that is refused
+                    raise
+            unit = self._steps.unit_of[id(parameter)]
+            unit.arrived += 1
+            if unit.arrived == unit.expected:
+                self._steps.step(optimizer, unit)
+                # In the first backward states come to lie between freed gradients, whose gaps fit no other one.
+                if not self._proven and unit.size >= LARGE:
+                    return_freed_memory()
+
+    def _begin(self, optimizer: Optimizer, task: int) -> None:
+        """Begin a backward, unless it must be refused."""
+        if self._begun and self._finished:
+            raise RuntimeError(ACCUMULATED)
+        if torch.is_grad_enabled():
+            raise RuntimeError(CREATE_GRAPH)
+        if OptimizerHooks.others(optimizer, cast(Any, self)):
+            raise RuntimeError(ATTACHED_TOO)
+        if not self._proven:
+            check_wrappers(_parameters(optimizer))
+            check_loss()
+        if self._begun:
+            logger.warning("the last backward failed half-way; the layers that it had reached have been updated")
+        if self._steps.prepare(optimizer):
+            self._watch(_parameters(optimizer))
+        self._task, self._begun, self._finished = task, True, False
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        """End a backward: step the layers of which some parameters got no gradient."""
+        optimizer = self._optimizer()
+        if optimizer is None or not self._attached:
+            return
+        with self._lock:
+            self._step_rest(optimizer)
+            self._finished = True
+
+    @torch.no_grad()
+    def _step_rest(self, optimizer: Optimizer) -> None:
+        for unit in self._steps.units:
+            if unit.waits:
+                self._steps.step(optimizer, unit)
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Step with gradients that did not come from a backward, such as those that a person has put there."""
+        args, kwargs = evaluate_closure(args, kwargs)
+        if self.enabled and any(p.grad is not None for p in _parameters(optimizer)):
+            if self._steps.prepare(optimizer):
+                self._watch(_parameters(optimizer))
+            self._step_rest(optimizer)
+        return args, kwargs
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._proven = self._proven or self._begun
+        self._begun = False
+
+    def _watch(self, parameters: list[Tensor]) -> None:
+        """Register the hook on these parameters, and on no others."""
+        wanted = {id(p): p for p in parameters if p.is_floating_point() or p.is_complex()}
+        for number in self._on_parameters.keys() - wanted.keys():
+            self._on_parameters.pop(number).remove()
+        for number in wanted.keys() - self._on_parameters.keys():
+            self._on_parameters[number] = _registered(wanted[number], _Arrival(self))
+
+
+class _Arrival:
+    """The hook on the parameters."""
+
+    def __init__(self, handle: StepInBackward) -> None:
+        self.handle = weakref.ref(handle)
+
+    def __call__(self, parameter: Tensor) -> None:
+        handle = self.handle()
+        if handle is not None:
+            handle.arrived(parameter)
+
+
+def _registered(parameter: Tensor, hook: _Arrival) -> RemovableHandle:
+    """Register the hook; on a frozen parameter too, for the day it is trained."""
+    if parameter.requires_grad:
+        return parameter.register_post_accumulate_grad_hook(hook)
+    parameter.requires_grad_(True)
+    try:
+        return parameter.register_post_accumulate_grad_hook(hook)
+    finally:
+        parameter.requires_grad_(False)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+_SCALING = "_step_supports_amp_scaling"

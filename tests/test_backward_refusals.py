@@ -1,0 +1,374 @@
+"""What stepping in backward refuses, before it has done any harm."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn, optim
+from torch.utils.checkpoint import checkpoint
+
+import layerwise
+from layerwise.rules import (
+    BackMatching,
+    Constant,
+    Directionality,
+    ElementwiseRule,
+    GradientAmplification,
+    LayerAdaptive,
+    LayerFreezing,
+    Replay,
+    Rule,
+    ShuffledLayers,
+    bounds,
+    chain,
+    save_factors,
+)
+from layerwise.rules.combine import own_layer
+from rules.samples import layers_of, one_group
+from rules.samples import network as random_network
+from rules.test_every_rule import RULES
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return model(torch.ones(2, 4, dtype=torch.float64)).square().sum()
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_untouched(optimizer: optim.Optimizer, before: list[Tensor]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.testing.assert_close([p.detach() for p in parameters], before, rtol=0, atol=0)
+    assert not optimizer.state
+    assert all(p.grad is None for p in parameters)
+
+
+class OwnStep(optim.SGD):
+    """An SGD whose step is its own."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+
+
+class OwnDefaults(optim.SGD):
+    """An SGD with another default, whose step is torch's."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.5)
+
+
+@pytest.mark.parametrize(
+    "make", [optim.RMSprop, optim.Rprop, optim.LBFGS, OwnStep, optim.Adafactor], ids=lambda c: c.__name__
+)
+def test_optimizers_whose_step_is_another_one(make: Any) -> None:
+    model = network()
+    with pytest.raises(ValueError, match=rf"optimizer={make.__name__}: .* SGD, Adagrad, Adam and AdamW"):
+        layerwise.step_in_backward(make(model.parameters()), model)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_a_subclass_with_torchs_step_is_taken() -> None:
+    model = network()
+    optimizer = OwnDefaults(model.parameters())
+    layerwise.step_in_backward(optimizer, model)
+    loss_of(model).backward()
+    assert model[0].weight.grad is None
+
+
+@pytest.mark.parametrize("option", ["capturable", "differentiable"])
+def test_forms_of_the_step_that_keep_gradients(option: str) -> None:
+    model = network()
+    with pytest.raises(ValueError, match=rf"Adam\({option}=True\).* use {option}=False"):
+        layerwise.step_in_backward(optim.Adam(model.parameters(), **{option: True}), model)
+
+
+def test_gradients_that_are_there_already() -> None:
+    model = network()
+    loss_of(model).backward()
+    model[0].bias.grad = None
+    with pytest.raises(ValueError, match=r"3 of 4 parameters hold a gradient already.*zero_grad\(\) first"):
+        layerwise.step_in_backward(optim.SGD(model.parameters()), model)
+
+
+def test_arguments_of_the_wrong_type() -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters())
+    with pytest.raises(TypeError, match=r"no torch\.optim\.Optimizer"):
+        layerwise.step_in_backward(model, optimizer)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model must be a torch"):
+        layerwise.step_in_backward(optimizer, LayerAdaptive())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"LayerAdaptive is a class; call it"):
+        layerwise.step_in_backward(optimizer, model, LayerAdaptive)
+    with pytest.raises(ValueError, match="have no names"):
+        layerwise.step_in_backward(optimizer, None)
+    with pytest.raises(ValueError, match="matches none"):
+        layerwise.step_in_backward(optimizer, model, Constant({"head": 2.0}))
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def replay(folder: Path) -> Replay:
+    save_factors(folder / "factors.jsonl", [{"0": 2.0, "2": 3.0}])
+    return Replay(folder / "factors.jsonl")
+
+
+class Mean(Rule):
+    """A rule that needs the other layers, and does not say that it does not."""
+
+    def factors(self, statistics: Any, state: Any) -> Any:
+        return statistics.gradient_norm / statistics.gradient_norm.mean(), state
+
+
+class Mixed(ElementwiseRule):
+    """An elementwise rule whose factors are no longer its φ."""
+
+    def factor(self, gradient_norm: Any) -> Any:
+        return gradient_norm
+
+    def factors(self, statistics: Any, state: Any) -> Any:
+        return statistics.gradient_norm.flip(0), state
+
+
+class Counting(ElementwiseRule):
+    """One that asks whether the step counts, which all the layers decide."""
+
+    needs = ("gradient_norm", "counts")
+
+    def factor(self, gradient_norm: Any, counts: Any) -> Any:
+        return gradient_norm
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda folder: BackMatching(), "does not say own_layer = True"),
+        (lambda folder: Mean(), "does not say own_layer = True"),
+        (lambda folder: Mixed(), "does not say own_layer = True"),
+        (lambda folder: chain(LayerAdaptive(), BackMatching()), "does not say own_layer = True"),
+        (lambda folder: bounds(Mean(), 0.0, 2.0), "does not say own_layer = True"),
+        (replay, "counts the steps whose gradients are finite in every layer"),
+        (lambda folder: Counting(), "counts the steps whose gradients are finite in every layer"),
+        (lambda folder: LayerFreezing(0.5), "compares the gradients of all layers"),
+        (lambda folder: GradientAmplification(Directionality()), "compares the gradients of all layers"),
+        (
+            lambda folder: GradientAmplification(ShuffledLayers(Directionality())),
+            "compares the gradients of all layers",
+        ),
+    ],
+)
+def test_rules_that_need_other_layers(tmp_path: Path, make: Any, reason: str) -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters())
+    with pytest.raises(ValueError, match=rf"cannot step in backward: it {reason}.* use LayerwiseLR"):
+        layerwise.step_in_backward(optimizer, model, make(tmp_path))
+    loss_of(model).backward()
+    assert model[0].weight.grad is not None
+
+
+NEEDING_OTHERS = ("BackMatching", "Replay", "LayerFreezing", "chain", "bounds")
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_a_rule_says_of_its_needs_is_true(tmp_path: Path, name: str) -> None:
+    """Other gradients and weights in one layer change no other layer's factor, if the rule says so."""
+    rule = RULES[name](tmp_path)
+    assert own_layer(rule) == (name not in NEEDING_OTHERS)
+    if name in NEEDING_OTHERS:
+        return
+    model = random_network(0)
+    layers = layers_of(model)
+    statistics = layerwise.statistics.LayerStatistics(layers, rule.needs)
+    state = rule.init(layers, torch.device("cpu"))
+    groups = one_group(model, weight_decay=0.01)
+    before = rule.factors(statistics.compute(groups), state)[0].clone()
+    for number, layer in enumerate(layers):
+        for p in layer.parameters:
+            p.data *= 3
+            p.grad *= 0.1
+        after = rule.factors(statistics.compute(groups), state)[0].clone()
+        others = torch.arange(len(layers)) != number
+        assert torch.equal(after[others], before[others])
+        before = after
+
+
+def test_a_second_backward_before_the_step_changes_nothing() -> None:
+    model, expected = network(), network()
+    optimizers = [optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in (model, expected)]
+    layerwise.step_in_backward(optimizers[0], model)
+    loss_of(model).backward()
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"second backward\(\) before optimizer\.step\(\).*handle\.paused\(\)"):
+        loss_of(model).backward()
+    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+    optimizers[0].step()
+    loss_of(model).backward()  # and training goes on
+    for _ in range(2):
+        optimizers[1].zero_grad()
+        loss_of(expected).backward()
+        optimizers[1].step()
+    torch.testing.assert_close(weights(model), weights(expected), rtol=0, atol=0)
+
+
+def test_reentrant_checkpoints_which_run_a_backward_for_each_block() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    optimizer = optim.SGD(model.parameters())
+    layerwise.step_in_backward(optimizer, model)
+    hidden = torch.ones(2, 4, requires_grad=True)
+    for layer in model:
+        hidden = checkpoint(layer, hidden, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        hidden.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_a_graph_through_the_gradients() -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters(), momentum=0.9)
+    layerwise.step_in_backward(optimizer, model)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        loss_of(model).backward(create_graph=True)
+    assert_untouched(optimizer, before)
+
+
+@pytest.mark.parametrize("form", [{}, {"fused": True}], ids=str)
+def test_a_gradient_scaler_is_seen_before_the_first_weight_moves(form: dict[str, bool]) -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters(), momentum=0.9, **form)
+    layerwise.step_in_backward(optimizer, model)
+    scaler = torch.amp.GradScaler("cpu")
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"a GradScaler is in use.* No weight has changed"):
+        scaler.scale(loss_of(model)).backward()
+    assert_untouched(optimizer, before)
+    with pytest.raises(RuntimeError, match=r"a GradScaler.*bfloat16"):
+        scaler.step(optimizer)
+
+
+def test_a_gradient_scaler_among_several_losses_is_seen_too() -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters(), momentum=0.9)
+    layerwise.step_in_backward(optimizer, model)
+    scaler = torch.amp.GradScaler("cpu")
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="a GradScaler is in use"):
+        torch.autograd.backward([loss_of(model), *scaler.scale([loss_of(model)])])
+    assert_untouched(optimizer, before)
+
+
+@pytest.mark.parametrize("form", [{}, {"fused": True}], ids=str)
+def test_a_gradient_scaler_that_is_not_seen_in_the_loss_is_refused_at_its_step(form: dict[str, bool]) -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters(), **form)
+    layerwise.step_in_backward(optimizer, model)
+    scaler = torch.amp.GradScaler("cpu")
+    (scaler.scale(loss_of(model)) + 0.0).backward()
+    with pytest.raises(RuntimeError, match=r"a GradScaler.* the weights have moved"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("scaler", ["unused", "not_enabled", "of_another_loss"])
+def test_a_gradient_scaler_that_has_not_scaled_this_loss_is_let_be(scaler: str) -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters())
+    layerwise.step_in_backward(optimizer, model)
+    one = torch.amp.GradScaler("cpu", enabled=scaler != "not_enabled")
+    if scaler == "of_another_loss":
+        one.scale(torch.ones(1))
+        (loss_of(model) * loss_of(model)).backward()
+    elif scaler == "unused":
+        (2.0 * loss_of(model)).backward()
+    else:
+        one.scale(2.0 * loss_of(model)).backward()
+        one.step(optimizer)
+        one.update()
+    assert model[0].weight.grad is None
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_an_adapter_on_the_same_optimizer_which_would_find_no_gradient(later: bool) -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters())
+    before = weights(model)
+    if later:
+        layerwise.step_in_backward(optimizer, model)
+        layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+        with pytest.raises(RuntimeError, match="a LayerwiseLR or a monitor is attached"):
+            loss_of(model).backward()
+    else:
+        layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+        with pytest.raises(ValueError, match="a LayerwiseLR or a monitor is attached"):
+            layerwise.step_in_backward(optimizer, model)
+    assert_untouched(optimizer, before)
+
+
+def test_a_second_time_on_the_same_parameters() -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters())
+    first = layerwise.step_in_backward(optimizer, model)
+    for second in (optimizer, optim.AdamW(model[2].parameters())):
+        with pytest.raises(ValueError, match=r"step in backward already: call detach\(\)"):
+            layerwise.step_in_backward(second, model)
+    first.detach()
+    layerwise.step_in_backward(optimizer, model)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    distributed.init_process_group(
+        "gloo", store=distributed.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=20)
+    )
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("order", ["wrapper", "module", "wrapped_later"])
+def test_data_parallel_wrappers_which_average_after_the_hooks(order: str) -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters())
+    before = weights(model)
+    message = re.escape("belong to a DistributedDataParallel")
+    if order == "wrapped_later":
+        layerwise.step_in_backward(optimizer, model)
+        wrapper = nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(ValueError, match=message):
+            loss_of(wrapper).backward()
+    else:
+        wrapper = nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(ValueError, match=message):
+            layerwise.step_in_backward(optimizer, wrapper if order == "wrapper" else model)
+    assert_untouched(optimizer, before)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_other_networks_may_be_data_parallel() -> None:
+    model, other = network(), nn.parallel.DistributedDataParallel(network())
+    optimizer = optim.SGD(model.parameters())
+    layerwise.step_in_backward(optimizer, model)
+    loss_of(model).backward()
+    assert model[0].weight.grad is None
+    assert len(list(other.parameters())) == 4
+
+
+@pytest.mark.usefixtures("process_group")
+def test_sharded_parameters() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = network()
+    fully_shard(model, mesh=distributed.init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"sharded parameters \(DTensor\)"):
+        layerwise.step_in_backward(optim.SGD(model.parameters()), model)
