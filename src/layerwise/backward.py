@@ -246,7 +246,7 @@ class StepInBackward:
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step with gradients that did not come from a backward, such as those that a person has put there."""
-        args, kwargs = evaluate_closure(args, kwargs)
+        args, kwargs = evaluate_closure(args, kwargs, weights_may_move=True)
         if self.enabled and any(p.grad is not None for p in _parameters(optimizer)):
             if self._steps.prepare(optimizer):
                 self._watch(_parameters(optimizer))

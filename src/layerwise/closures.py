@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def evaluate_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def evaluate_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], *, weights_may_move: bool = False
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Evaluate the closure of `step`, if there is one, and put its result in its place.
 
     Hooks run before the closure, which computes the gradients; without this a rule would see those of the step before.
@@ -17,6 +19,7 @@ def evaluate_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tup
     Args:
         args: Positional arguments of `step`, the optimizer first.
         kwargs: Its named arguments.
+        weights_may_move: Whether weights may have changed when `step` evaluates its closure; if not, that raises then.
 
     Returns:
         The arguments with a closure that returns the loss.
@@ -26,7 +29,8 @@ def evaluate_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tup
         return args, kwargs
     with torch.enable_grad():
         loss = closure()
-    parameters = [p for optimizer in args[:1] for group in optimizer.param_groups for p in group["params"]]
+    watched = () if weights_may_move else args[:1]
+    parameters = [p for optimizer in watched for group in optimizer.param_groups for p in group["params"]]
     return with_closure(args, kwargs, _once(loss, parameters))
 
 
