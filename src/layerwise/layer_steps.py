@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -13,15 +13,14 @@ from torch.optim import Optimizer
 from .apply import make_place
 from .arguments import chosen
 from .factors import Factors
-from .layers import Layer, included_layers, make_layers, named_parameters_of
+from .layers import Layer
 from .optimizers import automatic_place, damps_history
 from .partition import OUTSIDE, Partition
-from .resolution import MOST_NUMBERS
+from .resolution import Request, resolve
 from .rules.base import State, finite_or_one
 from .rules.combine import default, derived_state, initial_state
-from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
 from .state import carried_over, copied
-from .statistics import AS_NUMBERS, NOTHING, LayerStatistics, Statistics, common_device
+from .statistics import AS_NUMBERS, NOTHING, LayerStatistics, Statistics
 from .tensors import same_objects
 
 BY_LAYER = AS_NUMBERS | {"normalisation_gain"}
@@ -73,11 +72,20 @@ class LayerSteps:
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module | None, rule: Any) -> None:
-        self.rule, self._model = rule, model
+        self.rule = rule
         needs = getattr(rule, "needs", ("gradient_norm",)) if rule is not None else ()
         self._needs = [name for name in needs if name in BY_LAYER]
-        self._preferred: str = chosen("auto", default(rule, "place"), "lr")
         self.decay: str = chosen("auto", default(rule, "decay"), "scaled")
+        self._request = Request(
+            rule=rule,
+            model=model,
+            layers=chosen("auto", default(rule, "layers"), "module"),
+            exclude=chosen("auto", default(rule, "exclude"), None),
+            apply="auto",
+            preferred=chosen("auto", default(rule, "place"), "lr"),
+            decay=self.decay,
+            decay_given=False,
+        )
         self.layers: list[Layer] = []
         self._state: State = {}
         self._raw: tuple[Tensor, int] | None = None
@@ -85,8 +93,6 @@ class LayerSteps:
         self._last: dict[int, Factors] = {}
         self._rates = [copied(group["lr"]) for group in optimizer.param_groups]
         self._choice: tuple[str, bool] | None = None
-        if is_elementwise(rule):
-            check_elementwise(cast(ElementwiseRule, rule))
         # Without the wrappers around it, whose hooks are for the step of the whole.
         self._step = inspect.unwrap(type(optimizer).step)
         self._resolve(optimizer)
@@ -182,14 +188,10 @@ class LayerSteps:
 
     def _resolve(self, optimizer: Optimizer) -> None:
         """Find the layers, and everything that follows from them; change nothing if that fails."""
-        named = named_parameters_of(optimizer, self._model)
-        layers = make_layers(named, chosen("auto", default(self.rule, "layers"), "module"), self._model)
-        included = included_layers(layers, chosen("auto", default(self.rule, "exclude"), None))
-        layers = [replace(layer, included=inside) for layer, inside in zip(layers, included, strict=True)]
-        device, _ = common_device(layers)
-        names = [layer.name for layer in layers]
+        found = resolve(optimizer, optimizer, self._request)
+        layers, device = found.layers, found.statistics.device
         if self.rule is not None:
-            state = carried_over(initial_state(self.rule, layers, device), self._state, names, self.names())
+            state = carried_over(initial_state(self.rule, layers, device), self._state, found.names, self.names())
             self._state = derived_state(self.rule, state)
 
         groups = [group["params"] for group in optimizer.param_groups]
@@ -204,14 +206,12 @@ class LayerSteps:
         self.unit_of = {id(p): unit for unit in self.units for p in unit.parameters}
         self.layers, self._device = layers, device
         self._grouped = [list(parameters) for parameters in groups]
-        self._first_group = [group_of[id(layer.parameters[0])] for layer in layers]
-        few = device.type == "cpu" and len(layers) <= MOST_NUMBERS and set(self._needs) <= AS_NUMBERS
-        self._in_numbers = cast(ElementwiseRule, self.rule) if few and is_elementwise(self.rule) else None
+        self._first_group, self._in_numbers = found.first_group, found.in_numbers
         self._raw = self._known = None
 
     def _choose_place(self, optimizer: Optimizer) -> None:
         """Choose where a factor acts as for the whole, again at each backward, since schedulers can bring momentum."""
-        chosen_now = (automatic_place(optimizer, self._preferred, self.decay), damps_history(optimizer))
+        chosen_now = (automatic_place(optimizer, self._request.preferred, self.decay), damps_history(optimizer))
         if chosen_now != self._choice:
             self._choice = chosen_now
             self.place: str = chosen_now[0]
