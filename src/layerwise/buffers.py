@@ -61,12 +61,14 @@ class Buffers:
             scalar: Whether it is one number instead of a buffer like the parameter.
 
         Raises:
-            ValueError: It is no tensor, or has another shape.
+            ValueError: It is no tensor, has another shape, or is the shard of another process.
         """
         wanted = torch.Size() if scalar else self.shape(i)
         if not isinstance(buffer, Tensor) or buffer.shape != wanted:
             found = tuple(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
             raise ValueError(f"the saved sums of {name!r} have shape {found}, here {tuple(wanted)}; same rule?")
+        if hasattr(buffer, "device_mesh"):
+            check_own_shard(buffer, name)  # whatever is computed of it has forgotten whose it was
         saved, parameter, piece = cast(Any, buffer.detach()), cast(Any, self._parameters[i]), self._pieces[i]
         shared = hasattr(parameter, "device_mesh") and not scalar
         if hasattr(saved, "device_mesh"):
@@ -74,6 +76,21 @@ class Buffers:
                 return saved.clone()
             saved = saved.full_tensor()
         return piece.of(saved.to(parameter.device), parameter) if shared and piece is not None else saved.clone()
+
+
+def check_own_shard(saved: Any, name: str) -> None:
+    """Raise unless a DTensor from a file is the shard that this process would hold.
+
+    Raises:
+        ValueError: It was written by another process, whose shard it still is.
+    """
+    there = torch.distributed.is_initialized() and (saved.device_mesh.mesh == torch.distributed.get_rank()).nonzero()
+    coordinate = saved.device_mesh.get_coordinate()
+    if there is False or coordinate is None or there.tolist() != [list(coordinate)]:
+        raise ValueError(
+            f"the saved sums of {name!r} are the shard of another process, as torch.save writes it: save with "
+            "torch.distributed.checkpoint and load with layerwise.load_checkpoint, or let each process save its own"
+        )
 
 
 def number_count(tensor: Tensor) -> int:

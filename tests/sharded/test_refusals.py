@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import layerwise
 from layerwise.rules import BackMatching, Directionality, GradientAmplification, LayerAdaptive, Phase
 
-from .cases import loss_of, momentum, network
+from .cases import CASES, attach, loss_of, momentum, network
 from .processes import run
 from .training import fsdp1
 
@@ -88,6 +88,32 @@ def rate_zero(rank: int) -> int:
 @pytest.mark.dist
 def test_a_process_that_holds_nothing_that_is_trained_steps_with_the_others_at_rate_zero():
     assert run(2, rate_zero, timeout=100) == [3, 3]
+
+
+def load_of_another(rank: int, path: str) -> None:
+    """Let the first process save its state, and all load it."""
+    model = network()
+    fully_shard(model)
+    optimizer = momentum(model.parameters())
+    adapter = attach(CASES["amplification by G"], model, optimizer)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    if rank == 0:
+        torch.save(adapter.state_dict(), path)
+    torch.distributed.barrier()
+    saved = torch.load(path, weights_only=True)
+    if rank == 0:
+        adapter.load_state_dict(saved)
+        return
+    before = adapter.state_dict()["state"]["sums"]["signed"]["/up.weight"].to_local()
+    with pytest.raises(ValueError, match="the shard of another process"):
+        adapter.load_state_dict(saved)
+    assert torch.equal(adapter.state_dict()["state"]["sums"]["signed"]["/up.weight"].to_local(), before)
+
+
+@pytest.mark.dist
+def test_the_shards_of_another_process_are_not_taken_for_ones_own(tmp_path):
+    run(2, load_of_another, str(tmp_path / "state.pt"))
 
 
 @pytest.mark.dist
