@@ -106,10 +106,10 @@ def test_names_of_logs_tell_the_parts_of_a_layer_and_the_root_apart():
     for optimizer in optimizers:
         optimizer.step()
     assert attachments.read() == {
-        "layerwise/lr/(root)": pytest.approx(0.3),
-        "layerwise/factor/(root)": 3.0,
-        "layerwise/lr/(root)-1": pytest.approx(0.6),
-        "layerwise/factor/(root)-1": 3.0,
+        "layerwise/lr/root": pytest.approx(0.3),
+        "layerwise/factor/root": 3.0,
+        "layerwise/lr/root_2": pytest.approx(0.6),
+        "layerwise/factor/root_2": 3.0,
     }
 
 

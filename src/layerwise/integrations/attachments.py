@@ -11,6 +11,7 @@ from torch import nn
 from ..adapter import LayerwiseLR
 from ..rules.combine import check_rule
 from ..rules.selection import check_whole
+from ..sinks.record import ROOT, distinct
 
 logger = logging.getLogger("layerwise")
 
@@ -122,19 +123,15 @@ class Attachments:
     def read(self) -> dict[str, float]:
         """Return the last step's rates and factors, as `layerwise/lr/LAYER` and `layerwise/factor/LAYER`.
 
-        The root module's layer is called `(root)`. A layer of which two optimizers have a part appears under its name
-        and under its name with `-1`. Waits for the device.
+        The names are those of a `Monitor`: the root module's layer is called `root`, and a layer of which two
+        optimizers have a part appears under its name and under its name with `_2`. Waits for the device.
         """
+        parts = [(adapter.get_last_lr(), adapter.get_last_factors()) for adapter in self.adapters]
+        names = distinct(layer or ROOT for rates, _ in parts for layer in rates)
+        numbers = ((rate, factors[layer]) for rates, factors in parts for layer, rate in rates.items())
         values: dict[str, float] = {}
-        for adapter in self.adapters:
-            factors = adapter.get_last_factors()
-            for layer, rate in adapter.get_last_lr().items():
-                name, count = layer or "(root)", 0
-                while f"layerwise/lr/{name}" in values:
-                    count += 1
-                    name = f"{layer or '(root)'}-{count}"
-                values[f"layerwise/lr/{name}"] = rate
-                values[f"layerwise/factor/{name}"] = factors[layer]
+        for name, (rate, factor) in zip(names, numbers, strict=True):
+            values[f"layerwise/lr/{name}"], values[f"layerwise/factor/{name}"] = rate, factor
         return values
 
     def state_dict(self) -> dict[str, Any]:
