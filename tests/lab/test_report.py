@@ -634,3 +634,15 @@ def test_the_list_of_runs_is_relative(table):
 
 def test_the_renderer_can_be_started_beforehand():
     report.prepare()
+
+
+def test_thresholds_of_networks_far_apart_are_each_drawn_on_a_scale_of_their_own(tmp_path):
+    plan = sweep_plan("best")
+    more = {"layers": SWEEP_LAYERS, "selections": sweep_selections, "quantity": "accuracy"}
+    finish_plan(plan, tmp_path, lambda run: sweep_value(run) - (60 if run.subject == "two" else 0), **more)
+    results = outcome_of(plan, tmp_path, tmp_path).results
+    found = sweeps.thresholds(results, looks(plan))
+    for name, low, high in (("one", 84, 94), ("two", 24, 34)):
+        ticks = [float(text) for text in re.findall(r"<text[^>]*>(\d+)</text>", found[name].body)]
+        assert len(ticks) >= 3
+        assert low < min(ticks) < max(ticks) < high

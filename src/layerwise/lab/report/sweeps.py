@@ -20,7 +20,7 @@ def thresholds(results: Results, shown: dict[str, Look]) -> dict[str, Drawing]:
         shown: how arms and groups are drawn.
 
     Returns:
-        Subject -> drawing, all on one scale.
+        Subject -> drawing, each on a scale of its own: networks differ by more than thresholds do.
     """
     plan, quantity = results.plan, results.plan.quantity
     cells = {
@@ -33,23 +33,24 @@ def thresholds(results: Results, shown: dict[str, Look]) -> dict[str, Drawing]:
     if not cells or not values:
         return {}
     title = f"{quantity.words}, {quantity.unit}".rstrip(", ")
-    y = value_axis(list(cells.values()), title, falling=False)
     names = slugs(subject.name for subject in plan.subjects)
     found = {}
     for subject in plan.subjects:
-        rows, flat = [], []
+        own = [cell for (name, _), cell in cells.items() if name == subject.name]
+        if not own:
+            continue
+        y, rows, flat = value_axis(own, title, falling=False), [], []
         for arm in plan.arms_of(subject.name):
             cell = cells.get((subject.name, arm.name))
             if cell is not None:
                 (row,) = band(shown[item_of(arm)], [cell], y["scale"])
                 (rows if arm.group and arm.value is not None else flat).append({**row, "x": arm.value})
-        if rows or flat:
-            used = [look for look in shown.values() if look.key in {row["item"] for row in rows + flat}]
-            plain = plain_arm(plan, subject.name)
-            key = shown[item_of(plain)].key if plain is not None else ""
-            body = {"width": WIDTH, "height": HEIGHT, "layer": _threshold_layers(used, rows, flat, values, y, key)}
-            label = f"{title} over the threshold, {subject.words}; plain: mean ± sd as a band"
-            found[subject.name] = vega(f"thresholds-{names[subject.name]}", label, body, used)
+        used = [look for look in shown.values() if look.key in {row["item"] for row in rows + flat}]
+        plain = plain_arm(plan, subject.name)
+        key = shown[item_of(plain)].key if plain is not None else ""
+        body = {"width": WIDTH, "height": HEIGHT, "layer": _threshold_layers(used, rows, flat, values, y, key)}
+        label = f"{title} over the threshold, {subject.words}; plain: mean ± sd as a band"
+        found[subject.name] = vega(f"thresholds-{names[subject.name]}", label, body, used)
     return found
 
 
