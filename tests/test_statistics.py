@@ -84,6 +84,47 @@ def test_half_precision_neither_overflows_nor_rounds(dtype):
     assert norms.tolist() == pytest.approx(expected, rel=1e-6)
 
 
+LARGE_TENSORS = {
+    "one dimension": lambda: torch.randn(2**18),
+    "a matrix": lambda: torch.randn(512, 1024),
+    "channels last": lambda: torch.randn(512, 128, 3, 3).to(memory_format=torch.channels_last),
+    "a prime number of columns": lambda: torch.randn(640, 1009),
+    "a prime number of numbers": lambda: torch.randn(104_729),
+    "transposed": lambda: torch.randn(300, 400).T,
+    "every second column": lambda: torch.randn(300, 800)[:, ::2],
+    "float16": lambda: torch.full((300, 512), 3e4, dtype=torch.float16),
+    "bfloat16": lambda: torch.randn(300, 512).bfloat16(),
+    "float64": lambda: torch.randn(300, 512, dtype=torch.float64),
+    "complex": lambda: torch.randn(300, 512, dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_TENSORS)
+def test_a_large_tensor_among_small_ones_has_its_norm(name):
+    torch.manual_seed(0)
+    large = LARGE_TENSORS[name]()
+    small = torch.randn(5, dtype=large.dtype)
+    norms, order = tensor_norms([small, large, small], torch.device("cpu"))
+    tolerance = 1e-14 if large.dtype is torch.float64 else 3e-6
+    in_one_go = "prime number of numbers" in name or name in ("transposed", "every second column")
+    assert order is None
+    assert norms.tolist() == pytest.approx(
+        [
+            layer_norm([t.numpy() if t.dtype is not torch.bfloat16 else t.float().numpy()])
+            for t in (small, large, small)
+        ],
+        rel=1e-4 if in_one_go else tolerance,
+    )
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_one_broken_number_in_a_large_tensor_is_seen(broken):
+    large = torch.zeros(2**18)
+    large[77_777] = broken
+    norms, _ = tensor_norms([large], torch.device("cpu"))
+    assert not norms.isfinite().any()
+
+
 def test_repeated_entries_of_a_sparse_gradient_are_summed_first():
     p = nn.Parameter(torch.zeros(4, 2, dtype=torch.float64))
     values = torch.randn(3, 2, dtype=torch.float64)
