@@ -178,8 +178,6 @@ ATTACHED = {
     ("SGD with decay", "lr"): (1, 2, 2),
     ("AdamW", "lr"): (1, 2, 2),
     ("AdamW for each", "lr"): (1, 2, 2),
-    # Pieces of the step around the calls of the kernel, in which nothing is computed.
-    ("AdamW fused", "lr"): (2, 4, 4),
 }
 CASES = [
     *((name, place) for name in ("SGD with decay", "AdamW") for place in ("gradient", "lr", "update")),

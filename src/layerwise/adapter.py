@@ -306,9 +306,9 @@ class LayerwiseLR:
         """Whether any factor of this step is not 1, as far as is known without asking the device."""
         return not self._idle and (self._factors is None or not self._factors.neutral)
 
-    def act(self, view: Any) -> list[Split]:
+    def act(self, view: Any, *, private: bool) -> list[Split]:
         """Let this step's factors act on the view."""
-        return self._place.act(view, self._found.partition, cast(Factors, self._factors))
+        return self._place.act(view, self._found.partition, cast(Factors, self._factors), private=private)
 
     def finish(self) -> None:
         """Act after the step."""

@@ -6,7 +6,7 @@ parameter groups; the optimizer's own are never touched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import compress
 from typing import Any, Protocol, cast
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .factors import Factors
+from .fused import DealtRate, can_be_dealt
 from .optimizers import PlaceName, damps_history, decay_is_coupled, has_decay, takes_tensor_rate
 from .partition import OUTSIDE, Partition, Split, factor_of
 from .sharding import settled_gradient
@@ -25,8 +26,15 @@ HALF = (torch.float16, torch.bfloat16)
 class Place(Protocol):
     """Where a factor acts."""
 
-    def act(self, view: Any, partition: Partition, factors: Factors) -> list[Split]:
-        """Act before the step; return how the view's groups were split."""
+    def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
+        """Act before the step; return how the view's groups were split.
+
+        Args:
+            view: The view.
+            partition: Which parameters belong to which layer.
+            factors: This step's factors.
+            private: Whether nobody but PyTorch's own `step` sees the view's groups.
+        """
         ...
 
     def finish(self) -> None:
@@ -62,21 +70,55 @@ def scale_in_place(gradients: Sequence[Any], factors: Sequence[float]) -> None:
             gradient.mul_(factor)
 
 
+Overrides = Callable[[Mapping[str, Any], float], dict[str, Any]]
+"""(group, factor) to the options that differ under this factor."""
+
+
+def divide(
+    view: Any, partition: Partition, numbers: Sequence[float], overrides: Overrides, *, private: bool
+) -> list[Split]:
+    """Let parameters of different factors be stepped with different options; return how the view's groups were split.
+
+    Either in groups of their own, or in calls of their own of a fused kernel, which costs less.
+    """
+    of_layer = factor_of(numbers)
+    if not private:
+        return partition.split(view, of_layer, overrides)
+    if not can_be_dealt(view):
+        return partition.split(view, of_layer, lambda group, f: {**foreseen_form(group), **overrides(group, f)})
+
+    def dealt(group: dict[str, Any]) -> dict[str, Any]:
+        def deal(parameters: Sequence[Tensor]) -> Iterator[tuple[list[int], dict[str, Any]]]:
+            for factor, positions in partition.positions(parameters, of_layer).items():
+                yield positions, overrides(group, factor)
+
+        return {**group, "lr": DealtRate.of(group["lr"], deal)}
+
+    view.param_groups = [dealt(group) for group in view.param_groups]
+    return []
+
+
+def foreseen_form(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what torch's own optimizers would find out anew for each part of a group: on the CPU none is for each."""
+    open_question = group.get("foreach", False) is None and not group.get("fused") and group["params"]
+    return {"foreach": False} if open_question and group["params"][0].is_cpu else {}
+
+
 class LearningRate:
     """`lr_l = lr · f_l`, for this step.
 
     Where the optimizer takes a tensor as rate, the rates stay on the device; else they are read there, once a step.
     """
 
-    def act(self, view: Any, partition: Partition, factors: Factors) -> list[Split]:
-        """Split the view's groups by rate."""
+    def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
+        """Divide the view's groups by rate."""
         on_device = (
             factors.numbers is None
             and all(takes_tensor_rate(view, group) for group in view.param_groups)
             and len({p.device for group in view.param_groups for p in group["params"]}) == 1
         )
         if not on_device:
-            return partition.split(view, factor_of(factors.read()), self._scaled)
+            return divide(view, partition, factors.read(), self._scaled, private=private)
         rates: dict[int, tuple[Tensor, ...]] = {}
 
         @torch.no_grad()
@@ -122,7 +164,7 @@ class Gradient:
         self.decay, self.in_place = decay, in_place
         self._started: tuple[Any, Any, list[Tensor]] | None = None
 
-    def act(self, view: Any, partition: Partition, factors: Factors) -> list[Split]:
+    def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
         """Scale the gradients, or what the optimizer multiplies them by."""
         self._started = None  # of a step that failed
         if not self.in_place and factors.numbers is not None and damps_history(view):
@@ -130,11 +172,12 @@ class Gradient:
             possible = self.decay == "scaled" or not has_decay(view) or min(factors.numbers) >= SMALLEST_DIVISOR
             present = strided_gradients(view) if possible else None
             if present is not None:
-                return self._through_dampening(view, partition, present, factors.numbers)
-        return self._in_gradients(view, partition, factors)
+                self._begin_history(view, present)
+                return divide(view, partition, factors.numbers, self._dampening, private=private)
+        return self._in_gradients(view, partition, factors, private=private)
 
     @torch.no_grad()
-    def _in_gradients(self, view: Any, partition: Partition, factors: Factors) -> list[Split]:
+    def _in_gradients(self, view: Any, partition: Partition, factors: Factors, *, private: bool) -> list[Split]:
         scaled = self.decay == "scaled" and any(
             group.get("weight_decay") and decay_is_coupled(view, group) is not False for group in view.param_groups
         )
@@ -145,7 +188,7 @@ class Gradient:
         scale_in_place([gradient for gradient, _ in changed], [factor for _, factor in changed])
         if not scaled:
             return []
-        return partition.split(view, factor_of(factors.numbers), lambda group, f: self._decay(view, group, f))
+        return divide(view, partition, factors.numbers, lambda g, f: self._decay(view, g, f), private=private)
 
     def finish(self) -> None:
         """Hand the momentum that the step has begun to the optimizer."""
@@ -191,10 +234,8 @@ class Gradient:
             torch._foreach_mul_(gradients, [factors.each(p)[layer] for p, layer in members])
         return splits
 
-    def _through_dampening(
-        self, view: Any, partition: Partition, present: Sequence[Tensor], numbers: Sequence[float]
-    ) -> list[Split]:
-        """Set `1 − dampening` to f."""
+    def _begin_history(self, view: Any, present: Sequence[Tensor]) -> None:
+        """Let the momentum begin from zero, in a copy of the state."""
         state = view.state
         # Parameters in no layer too: while the view has a state of its own, what step() begins there is begun for all.
         fresh = [p for p in present if state.get(p, {}).get("momentum_buffer") is None]
@@ -204,9 +245,9 @@ class Gradient:
                 zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
                 view.state[p] = {**state.get(p, {}), "momentum_buffer": zeros}
             self._started = (view, state, fresh)
-        return partition.split(view, factor_of(numbers), self._dampening)
 
     def _dampening(self, group: Mapping[str, Any], factor: float) -> dict[str, Any]:
+        """Return the options under which `1 − dampening` is f."""
         if factor == 1:
             return {}
         if self.decay == "scaled" or not group["weight_decay"]:
@@ -221,7 +262,7 @@ class Update:
         self._kept: tuple[list[Tensor], list[Tensor], list[Any]] | None = None
 
     @torch.no_grad()
-    def act(self, view: Any, partition: Partition, factors: Factors) -> list[Split]:
+    def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
         """Copy the parameters whose update will be scaled."""
         members = partition.members(view)
         numbers = factors.numbers

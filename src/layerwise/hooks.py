@@ -30,8 +30,13 @@ class Member(Protocol):
         """Whether this step's factors change anything."""
         ...
 
-    def act(self, view: Any) -> list[Split]:
-        """Let the factors act on the view; return how its groups were split."""
+    def act(self, view: Any, *, private: bool) -> list[Split]:
+        """Let the factors act on the view; return how its groups were split.
+
+        Args:
+            view: The view.
+            private: Whether nobody but PyTorch's own `step` sees the view's groups.
+        """
         ...
 
     def finish(self) -> None:
@@ -159,8 +164,9 @@ class OptimizerHooks:
         view = self._view
         self._given = given = dict(optimizer.__dict__)
         view.__dict__.update(given)
-        levels = [member.act(view) for member in active]
-        if not self._torch_own or len(optimizer._optimizer_step_pre_hooks) > 1:  # other hooks are handed the view
+        private = self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1  # other hooks are handed the view
+        levels = [member.act(view, private=private and len(active) == 1) for member in active]
+        if not private:
             for level in levels:
                 for split in level:
                     split.remember()

@@ -57,6 +57,7 @@ class Partition:
     def __init__(self, layer_of: Mapping[int, int]) -> None:
         self.layer_of = layer_of
         self._cached: dict[int, tuple[list[Tensor], list[Tensor], list[tuple[int, list[Tensor]]]]] = {}
+        self._dealt: tuple[list[Tensor], list[tuple[int, list[int]]]] = ([], [])
 
     def of(self, number: int, parameters: list[Tensor]) -> list[tuple[int, list[Tensor]]]:
         """Return each layer of a group with its parameters there; `OUTSIDE` for those in no layer.
@@ -78,6 +79,24 @@ class Partition:
         layer_of = self.layer_of
         every = [p for group in view.param_groups for p in group["params"]]
         return [(p, layer_of[id(p)]) for p in every if p.grad is not None and id(p) in layer_of]
+
+    def positions(self, parameters: Sequence[Tensor], key: Callable[[int], float]) -> dict[float, list[int]]:
+        """Return for each distinct key the positions of its parameters.
+
+        Args:
+            parameters: The parameters.
+            key: As for `split`.
+        """
+        if not same_objects(self._dealt[0], parameters):
+            of_layer: dict[int, list[int]] = {}
+            for position, p in enumerate(parameters):
+                of_layer.setdefault(self.layer_of.get(id(p), OUTSIDE), []).append(position)
+            self._dealt = (list(parameters), list(of_layer.items()))
+        found: dict[float, list[int]] = {}
+        for layer, positions in self._dealt[1]:
+            bucket = key(layer)
+            found[bucket] = found[bucket] + positions if bucket in found else positions
+        return found
 
     def split(
         self, view: Any, key: Callable[[int], Any], overrides: Callable[[Mapping[str, Any], Any], dict[str, Any]]

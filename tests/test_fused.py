@@ -1,0 +1,216 @@
+"""Fused kernels dealt out by factor give the bits of a parameter group for each layer."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, optim
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import layerwise
+from layerwise import apply, fused
+from layerwise.rules import Constant, LayerAdaptive
+
+CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "SGD": (optim.SGD, {"lr": 0.05}, "lr"),
+    "SGD, rate an integer": (optim.SGD, {"lr": 1}, "lr"),
+    "SGD with decay, gradient": (optim.SGD, {"lr": 0.05, "weight_decay": 0.1}, "gradient"),
+    "SGD with momentum and decay, auto": (optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}, "auto"),
+    "SGD with momentum and decay, lr": (optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}, "lr"),
+    "SGD with Nesterov, maximize": (
+        optim.SGD,
+        {"lr": 0.05, "momentum": 0.9, "nesterov": True, "maximize": True, "weight_decay": 0.1},
+        "auto",
+    ),
+    "Adam with decay": (optim.Adam, {"lr": 0.05, "weight_decay": 0.1}, "lr"),
+    "AdamW": (optim.AdamW, {"lr": 0.05}, "lr"),
+    "AdamW with amsgrad, maximize": (optim.AdamW, {"lr": 0.05, "amsgrad": True, "maximize": True}, "lr"),
+    "Adagrad": (optim.Adagrad, {"lr": 0.05, "lr_decay": 0.1, "weight_decay": 0.1}, "lr"),
+}
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of fused kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.fused += "_fused_" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    first, second, third, fourth = nn.Linear(3, 4), nn.Linear(4, 4).double(), nn.Linear(4, 2), nn.Linear(2, 2)
+    fourth.bias.requires_grad_(False)
+    return nn.Sequential(first, second, third, fourth, nn.Linear(5, 5))  # the last one never has a gradient
+
+
+def made(name: str) -> tuple[nn.Module, optim.Optimizer, layerwise.LayerwiseLR]:
+    """Two parameter groups, two types, a frozen parameter, one in no layer, one layer without a gradient."""
+    kind, options, place = CASES[name]
+    model = network()
+    outside = nn.Parameter(torch.ones(3))
+    parameters = list(model.parameters())
+    groups = [{"params": parameters[:3]}, {"params": [*parameters[3:], outside], "lr": 0.5 * options["lr"]}]
+    optimizer = kind(groups, **options, fused=True)
+    adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, apply=place)
+    return model, optimizer, adapter
+
+
+def train(optimizer: optim.Optimizer, steps: int = 4, scaled: bool = False) -> None:
+    generator = torch.Generator().manual_seed(1)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in range(steps):
+        for p in parameters:
+            if p.requires_grad and p.numel() != 25 and p.numel() != 5:
+                p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        if scaled:  # as a gradient scaler leaves it on a fused optimizer; the third step overflows
+            optimizer.grad_scale = torch.tensor(8.0)
+            optimizer.found_inf = torch.tensor(float(step == 2))
+            for p in parameters:
+                if p.grad is not None:
+                    p.grad.mul_(8.0 if step != 2 else float("inf"))
+        optimizer.step()
+
+
+def everything(optimizer: optim.Optimizer) -> list[torch.Tensor]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [x for p in parameters for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)]
+    return [*(p.detach() for p in parameters), *states]
+
+
+@pytest.mark.filterwarnings("ignore:.*in no layer")
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_dealt_out_or_in_groups_gives_the_same_bits(name, scaled, monkeypatch):
+    _, dealt, adapter = made(name)
+    train(dealt, scaled=scaled)
+    monkeypatch.setattr(apply, "can_be_dealt", lambda optimizer: False)
+    _, grouped, reference = made(name)
+    train(grouped, scaled=scaled)
+    assert adapter.get_last_factors() == reference.get_last_factors()
+    assert len(set(adapter.get_last_factors().values())) > 3
+    for actual, expected in zip(everything(dealt), everything(grouped), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["SGD with momentum and decay, auto", "AdamW", "Adagrad"])
+def test_the_kernel_is_called_once_for_each_factor_and_kind_of_tensor(name):
+    _, optimizer, adapter = made(name)
+    train(optimizer)
+    with Calls() as calls:
+        optimizer.step()
+    # Group 1: the first layer, and the second's weight, in float64. Group 2: the second's bias, in float64; in float32
+    # the third, the fourth and the parameter in no layer.
+    assert calls.fused == 2 + 4
+    adapter.detach()
+    with Calls() as calls:
+        optimizer.step()
+    assert calls.fused == 2 + 2
+
+
+def test_layers_with_equal_factors_share_a_call():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
+    optimizer = optim.AdamW(model.parameters(), fused=True)
+    layerwise.LayerwiseLR(optimizer, Constant({"0": 3.0, "2": 2.0, "4": 3.0}), model)
+    train(optimizer)
+    with Calls() as calls:
+        optimizer.step()
+    assert calls.fused == 3
+
+
+def test_the_optimizer_itself_never_holds_such_a_rate():
+    _, optimizer, _ = made("AdamW")
+    train(optimizer)
+    assert [type(group["lr"]) for group in optimizer.param_groups] == [float, float]
+    copy.deepcopy(optimizer)
+
+
+def rates_seen(optimizer: optim.Optimizer) -> list[type]:
+    seen: list[type] = []
+    optimizer.register_step_pre_hook(lambda _, args, __: seen.extend(type(g["lr"]) for g in args[0].param_groups))
+    train(optimizer, steps=1)
+    return seen
+
+
+def test_other_hooks_see_groups_with_plain_rates():
+    _, optimizer, _ = made("AdamW")
+    assert rates_seen(optimizer) == [float] * 6
+
+
+def test_two_adapters_multiply(monkeypatch):
+    results = []
+    for allowed in (True, False):
+        if not allowed:
+            monkeypatch.setattr(apply, "can_be_dealt", lambda optimizer: False)
+        model, optimizer, _ = made("AdamW")
+        layerwise.LayerwiseLR(optimizer, Constant({"0": 3.0}), model, apply="lr")
+        train(optimizer)
+        results.append(everything(optimizer))
+    assert all(map(torch.equal, *results))
+
+
+class OwnStep(optim.AdamW):
+    def step(self, closure=None):  # reads the rate itself
+        assert all(type(group["lr"]) is float for group in self.param_groups)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        (lambda p: optim.SGD(p, fused=True), True),
+        (lambda p: optim.Adam(p, fused=True), True),
+        (lambda p: optim.AdamW(p, fused=True), True),
+        (lambda p: optim.Adagrad(p, fused=True), True),
+        (lambda p: optim.AdamW(p), False),
+        (lambda p: optim.AdamW(p, lr=torch.tensor(0.1), fused=True), False),
+        (lambda p: OwnStep(p, fused=True), False),
+        (lambda p: optim.AdamW([{"params": p}, {"params": [nn.Parameter(torch.ones(1))], "fused": False}], fused=True),
+         False),
+    ],
+)  # fmt: skip
+def test_it_is_known_which_optimizers_hand_the_rate_on(optimizer, expected):
+    assert fused.can_be_dealt(optimizer([nn.Parameter(torch.ones(2))])) is expected
+
+
+def test_a_subclass_with_a_step_of_its_own_gets_groups():
+    model = nn.Linear(2, 2)
+    optimizer = OwnStep(model.parameters(), fused=True)
+    layerwise.LayerwiseLR(optimizer, Constant({"*": 2.0}), model)
+    train(optimizer)
+
+
+def test_a_pytorch_that_reads_the_rate_beforehand_is_not_trusted(monkeypatch):
+    """What `_fused_adam` of some other version might do: take the number out of the tensor."""
+    read = sys.modules["torch.optim.adam"]
+    original = read._fused_adam
+    monkeypatch.setattr(read, "_fused_adam", lambda *a, lr, **k: original(*a, lr=float(lr), **k))
+    fused._hands_on_the_rate.cache_clear()
+    try:
+        assert not fused.can_be_dealt(optim.AdamW([nn.Parameter(torch.ones(2))], fused=True))
+        assert fused.can_be_dealt(optim.SGD([nn.Parameter(torch.ones(2))], fused=True))
+    finally:
+        fused._hands_on_the_rate.cache_clear()
+
+
+def test_an_exception_in_the_middle_leaves_the_groups_as_they_were(monkeypatch):
+    def broken(group, factor):
+        raise KeyboardInterrupt
+
+    _, optimizer, _ = made("AdamW")
+    train(optimizer)
+    before = [dict(group) for group in optimizer.param_groups]
+    with monkeypatch.context() as patch:
+        patch.setattr(apply.LearningRate, "_scaled", staticmethod(broken))
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    assert optimizer.param_groups == before
+    train(optimizer, steps=1)
