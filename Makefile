@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo demo-amplification test lint bench optimizers-page clean
+.PHONY: help demo demo-amplification test lint bench bench-page optimizers-page clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,9 +38,15 @@ lint: .venv/dev ## check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-bench: .venv/lab ## measure what attaching and the lab cost
-	$(BIN)/python -m benchmarks
-	$(BIN)/python -m benchmarks.lab
+.venv/bench: .venv/lab
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
+	touch $@
+
+bench: .venv/bench ## measure what attaching and the lab cost (PARTS="steps peers" for some of it)
+	$(BIN)/python -m benchmarks $(PARTS)
+
+bench-page: .venv/bench ## the same, and write docs/benchmarks
+	$(BIN)/python -m benchmarks $(PARTS) --page docs/benchmarks
 
 optimizers-page: .venv/dev ## try the optimizers of other packages and write docs/optimizers.md
 	$(BIN)/python tests/optimizers_page.py

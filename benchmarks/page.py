@@ -1,0 +1,118 @@
+"""The page of what was measured: `docs/benchmarks/README.md`, made from `results.json` beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import layerwise
+
+TITLES = {
+    "steps": "One optimizer step",
+    "iterations": "A whole training iteration",
+    "peers": "Other implementations, and what the memory allows",
+    "growth": "Growth",
+    "counts": "Operations on an accelerator, counted on tensors that only claim to be there",
+    "import": "Import",
+    "amplification": "Gradient amplification",
+    "monitor": "Monitor",
+    "backward": "Step in backward",
+    "sharded": "Sharded",
+    "lab": "The lab",
+}
+HEAD = """# Benchmarks
+
+Made by `make bench-page` on {machine}.
+
+"Ratio" is the time with layerwise over the time without, measured in turn in one process: the median of {rounds}
+rounds, with its quartiles. Absolute times are this machine's. [notes.md](notes.md) tells what was tried, what it gave,
+and what stands between these numbers and the limit. Nothing has been measured on a GPU: where there is one,
+`python -m benchmarks.accelerator --page docs/benchmarks` fills that table.
+"""
+
+
+def machine(threads: int, rounds: int) -> dict[str, Any]:
+    """Return what the numbers depend on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "rounds": rounds,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "layerwise": layerwise.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def described(found: Mapping[str, Any]) -> str:
+    """Return the machine as a phrase."""
+    return (
+        f"{found['processor']}, {found['cores']} cores, {found['threads']} threads, torch {found['torch']}, "
+        f"Python {found['python']}"
+    )
+
+
+def write(folder: Path, found: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write `results.json` and the page; parts that were not measured now stay as they were.
+
+    Args:
+        folder: Where to; made if it is not there.
+        found: The machine.
+        results: The rows of each part.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "results.json"
+    before = json.loads(file.read_text()) if file.exists() else {"parts": {}}
+    parts = {**before["parts"], **results}
+    file.write_text(json.dumps({"machine": found, "parts": parts}, indent=1) + "\n")
+    text = [HEAD.format(machine=described(found), rounds=found["rounds"])]
+    text += [section(title, parts[part]) for part, title in TITLES.items() if part in parts]
+    (folder / "README.md").write_text("\n".join(text))
+
+
+def section(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a part as Markdown: a table for each set of columns that its rows have."""
+    lines = [f"## {title}\n"]
+    shape: tuple[str, ...] = ()
+    for name, row in rows.items():
+        cells = columns(row)
+        if tuple(cells) != shape:
+            shape = tuple(cells)
+            lines += ["", f"| | {' | '.join(shape)} |", f"|---|{'---:|' * len(shape)}"]
+        lines.append(f"| {name} | {' | '.join(cells.values())} |")
+    return "\n".join(lines) + "\n"
+
+
+def columns(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return a row's cells by their headings."""
+    cells: dict[str, str] = {}
+    for name, value in row.items():
+        if name in ("ratio_low", "ratio_high"):
+            continue
+        if name == "ratio" and "ratio_low" in row:
+            cells["ratio (quartiles)"] = f"{value:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
+            continue
+        heading = name.replace("_", " ")
+        if name == "target":
+            met = value is not None and "ratio" in row and row["ratio"] <= value
+            missed = value is not None and "ratio" in row and not met
+            cells[heading] = "" if value is None else f"{value:g}{', missed' if missed else ''}"
+        elif isinstance(value, float):
+            cells[heading] = f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+        else:
+            cells[heading] = "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    return cells
