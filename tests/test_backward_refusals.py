@@ -297,18 +297,22 @@ def test_a_gradient_scaler_that_has_not_scaled_this_loss_is_let_be(scaler: str) 
     assert model[0].weight.grad is None
 
 
+ATTACHMENTS = {"adapter": lambda o, m: layerwise.LayerwiseLR(o, LayerAdaptive(), m), "monitor": layerwise.Monitor}
+
+
 @pytest.mark.parametrize("later", [False, True])
-def test_an_adapter_on_the_same_optimizer_which_would_find_no_gradient(later: bool) -> None:
+@pytest.mark.parametrize("attach", ATTACHMENTS.values(), ids=ATTACHMENTS)
+def test_an_attachment_to_the_same_optimizer_which_would_find_no_gradient(attach: Any, later: bool) -> None:
     model = network()
     optimizer = optim.SGD(model.parameters())
     before = weights(model)
     if later:
         layerwise.step_in_backward(optimizer, model)
-        layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+        attach(optimizer, model)
         with pytest.raises(RuntimeError, match="a LayerwiseLR or a monitor is attached"):
             loss_of(model).backward()
     else:
-        layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+        attach(optimizer, model)
         with pytest.raises(ValueError, match="a LayerwiseLR or a monitor is attached"):
             layerwise.step_in_backward(optimizer, model)
     assert_untouched(optimizer, before)

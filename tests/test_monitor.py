@@ -502,6 +502,65 @@ def test_the_optimizer_is_freed_with_its_monitor_and_the_sinks_are_closed(make_m
     assert closed == [2]
 
 
+@pytest.mark.parametrize("attach", [Monitor, lambda o, m: layerwise.LayerwiseLR(o, LayerAdaptive(), m)], ids=["M", "A"])
+def test_a_model_that_holds_its_optimizer_is_freed_with_it(attach, make_model, train):
+    model = make_model()
+    model.optimizer = optim.SGD(model.parameters(), lr=0.01)
+    attach(model.optimizer, model)
+    train(model, model.optimizer, 2)
+    gone = weakref.ref(model.optimizer)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_sink_that_holds_the_monitor_does_not_keep_it(make_model, train):
+    class Trainer:
+        def __init__(self):
+            self.model = make_model()
+            self.optimizer = optim.SGD(self.model.parameters(), lr=0.01)
+            self.monitor = Monitor(self.optimizer, self.model, every=1, sinks=[self.note])
+            self.steps = []
+
+        def note(self, record):
+            self.steps.append(record.step)
+
+    trainer = Trainer()
+    train(trainer.model, trainer.optimizer, 2)
+    assert trainer.steps == [1, 2]
+    gone = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert gone() is None
+
+
+def test_detaching_from_an_optimizer_whose_hooks_are_gone_is_no_error(make_model, train):
+    model = make_model()
+    optimizer = optim.SGD(model.parameters(), lr=0.01)
+    watching = Monitor(optimizer, model, every=1)
+    optimizer._optimizer_step_pre_hooks.clear()
+    optimizer._optimizer_step_post_hooks.clear()
+    gc.collect()
+    watching.detach()
+    again = Monitor(optimizer, model, every=1)
+    train(model, optimizer, 1)
+    assert (watching.steps, again.steps) == (0, 1)
+
+
+def test_ever_other_layers_without_a_gradient_do_not_fill_the_memory(make_model):
+    model = nn.ModuleList(nn.Linear(1, 1) for _ in range(10))
+    optimizer = optim.SGD(model.parameters(), lr=0.01)
+    watching = Monitor(optimizer, model, every=1)
+    for step in range(300):
+        for number, layer in enumerate(model):
+            for p in layer.parameters():
+                p.grad = torch.ones_like(p) if step >> number & 1 else None
+        optimizer.step()
+        norms = [math.sqrt(2) * (step >> number & 1) for number in range(10)]
+        assert watching.get_last_record().gradient_norm == pytest.approx(norms)
+    assert len(watching._statistics._indices) <= 64
+
+
 def test_a_second_monitor_is_told_of_in_the_log_and_both_record(make_model, train, caplog):
     model = make_model()
     optimizer = optim.SGD(model.parameters(), lr=0.01)

@@ -292,6 +292,8 @@ def test_the_number_of_steps_leaves_out_those_that_were_skipped_also_between_rec
     scaled_steps(model, optimizer, {1, 3}, unscale=False)
     assert watching.steps == 8
     assert watching.state_dict() == {"version": 1, "steps": 8}
+    watching.load_state_dict({"version": 1, "steps": 5})
+    assert watching.steps == 5
 
 
 # --- Checkpoints and first steps --------------------------------------------------------------------------------------

@@ -148,6 +148,22 @@ def test_jsonl_takes_back_what_it_could_not_write_whole(tmp_path: Path) -> None:
     assert sink.path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("kind", [JSONL, Parquet])
+def test_files_stay_where_they_were_when_the_program_changes_its_folder(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("polars")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    sink = kind("layers")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    sink(made_up(1))
+    getattr(sink, "close", lambda: None)()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert sink.path == tmp_path / "layers"
+    assert (sink.path if kind is JSONL else sink.path / "part-000001.parquet").stat().st_size > 0
+
+
 # --- Parquet ----------------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +233,23 @@ sink(Record(2, ("a", "b"), *[[1.0, 2.0]] * 6))
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2, "the check was in the middle of the second file"
     assert polars.read_parquet(tmp_path / "*.parquet")["step"].to_list() == [1, 1]
+
+
+def test_parquet_leaves_nothing_of_a_file_that_it_could_not_write_and_keeps_the_records(tmp_path: Path) -> None:
+    polars = pytest.importorskip("polars")
+    resource = pytest.importorskip("resource", reason="limits the size of files, as Unix does")
+    sink = Parquet(tmp_path)
+    sink(made_up(2))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        with pytest.raises(Exception, match="File too large"):
+            sink.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+    sink.close()
+    assert set(polars.read_parquet(tmp_path / "*.parquet")["step"]) == {2}
 
 
 @pytest.mark.parametrize(("number", "error"), [(0, ValueError), (2.0, TypeError), (True, TypeError)])
@@ -340,6 +373,23 @@ def test_wandb_takes_a_run_leaves_it_open_and_keeps_an_axis_of_its_own(tmp_path:
     assert [row["loss"] for row in rows if "loss" in row] == [50.0, 100.0, 0.0]
 
 
+def test_wandb_ends_its_run_before_what_else_is_done_when_the_program_ends(tmp_path: Path) -> None:
+    """W&B's own end leaves nothing behind that could end a run; a monitor's comes after it."""
+    pytest.importorskip("wandb")
+    code = f"""
+import atexit, wandb
+from layerwise.sinks import Record, WandB
+atexit.register(lambda: print("ended" if wandb.run is None else "not ended"))
+sink = WandB(mode="offline", project="x", dir={str(tmp_path)!r}, settings=wandb.Settings(console="off", silent=True))
+atexit.register(lambda: print("there" if wandb.run is not None else "not there"))
+sink(Record(7, ("a",), *[[1.0]] * 6))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(layerwise.__file__).parents[1])}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert ended.stdout.split("\n") == ["there", "ended", ""]
+    assert [row["layerwise/step"] for row in offline_rows(tmp_path) if "layerwise/step" in row] == [7]
+
+
 def test_wandb_refuses_what_is_no_run() -> None:
     with pytest.raises(TypeError, match=r"run='abc' must be a run"):
         WandB("abc")
@@ -392,6 +442,23 @@ def test_mlflow_logs_to_a_run_that_is_there_and_leaves_it_open(given: str, store
     finally:
         mlflow.set_tracking_uri(before)
     assert_same_series(history(store, sink.run_id), expected_series([made_up(50)], FOR_MLFLOW))
+
+
+def test_mlflow_makes_a_run_where_it_is_told_to_also_beside_one_that_is_active_elsewhere(
+    store: Any, tmp_path: Path
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(str(tmp_path / "elsewhere"))
+    try:
+        with mlflow.start_run() as active:
+            sink = MLflow(tracking_uri=store.tracking_uri)
+            sink(made_up(50))
+            sink.close()
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert sink.run_id != active.info.run_id
+    assert store.get_run(sink.run_id).info.status == "FINISHED"
 
 
 def test_mlflow_takes_one_call_a_record_and_one_for_each_thousand_metrics(store: Any, monkeypatch: Any) -> None:
@@ -474,8 +541,8 @@ def test_a_sink_that_raises_is_dropped_with_one_message_and_training_goes_on(
     bare, model = make_model(), make_model()
     train(bare, optim.SGD(bare.parameters(), lr=0.02), 6)
     optimizer = optim.SGD(model.parameters(), lr=0.02)
-    broken, memory = Broken(), Memory()
-    watching = Monitor(optimizer, model, every=1, sinks=[broken, memory])
+    broken, first, memory = Broken(), Memory(), Memory()
+    watching = Monitor(optimizer, model, every=1, sinks=[first, broken, memory])
     with caplog.at_level(logging.ERROR, "layerwise"):
         train(model, optimizer, 6)
     assert [record.getMessage() for record in caplog.records] == [
@@ -484,8 +551,34 @@ def test_a_sink_that_raises_is_dropped_with_one_message_and_training_goes_on(
     assert "the server is gone" in caplog.text
     assert broken.calls == 2
     assert [record.step for record in memory.records] == [1, 2, 3, 4, 5, 6]
-    assert watching.sinks == [memory]
+    assert first.records == memory.records
+    assert watching.sinks == [first, memory]
     assert_same_bits(weights(model), weights(bare))
+
+
+def test_a_sink_that_was_dropped_is_closed_with_the_others_and_writes_what_it_can(
+    make_model, train, tmp_path: Path
+) -> None:
+    polars = pytest.importorskip("polars")
+
+    class Disturbed(Parquet):
+        full = False
+
+        def close(self) -> None:
+            if self.full:
+                raise OSError("disk full")
+            super().close()
+
+    model, sink = make_model(), Disturbed(tmp_path, records_per_file=2)
+    optimizer = optim.SGD(model.parameters(), lr=0.02)
+    watching = Monitor(optimizer, model, every=1, sinks=[sink])
+    train(model, optimizer, 3)
+    sink.full = True
+    train(model, optimizer, 3)
+    assert watching.sinks == []
+    sink.full = False
+    watching.detach()
+    assert sorted(set(polars.read_parquet(tmp_path / "*.parquet")["step"])) == [1, 2, 3, 4]
 
 
 def test_a_sink_that_cannot_be_closed_does_not_keep_the_others_open(make_model, caplog) -> None:

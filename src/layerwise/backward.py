@@ -59,7 +59,7 @@ def step_in_backward(optimizer: Any, model: nn.Module | None, rule: Any = None) 
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: The optimizer or the rule cannot step layer by layer, another adapter is attached, a wrapper
+        ValueError: The optimizer or the rule cannot step layer by layer, an adapter or a monitor is attached, a wrapper
             reduces the gradients over processes, or a parameter holds a gradient already.
 
     Example:
@@ -85,7 +85,7 @@ class StepInBackward:
         hooks = [hook for p in parameters for hook in (p._post_accumulate_grad_hooks or {}).values()]
         if any(isinstance(hook, _Arrival) and hook.handle() is not None for hook in hooks):
             raise ValueError("these parameters step in backward already: call detach() on the first handle before")
-        if OptimizerHooks.others(inner, cast(Any, self)):
+        if OptimizerHooks.has_any(inner):
             raise ValueError(ATTACHED_TOO)
         if rule is not None:
             check_rule(rule)
@@ -217,7 +217,7 @@ class StepInBackward:
             raise RuntimeError(ACCUMULATED)
         if torch.is_grad_enabled():
             raise RuntimeError(CREATE_GRAPH)
-        if OptimizerHooks.others(optimizer, cast(Any, self)):
+        if OptimizerHooks.has_any(optimizer):
             raise RuntimeError(ATTACHED_TOO)
         if not self._proven:
             check_wrappers(_parameters(optimizer))

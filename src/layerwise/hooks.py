@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from .closures import closure_of, evaluate_closure, with_closure
 from .partition import Split
 
-_hooks_of: weakref.WeakKeyDictionary[Optimizer, OptimizerHooks] = weakref.WeakKeyDictionary()
+# Held weakly, since the optimizer's own hooks keep it: else a model that holds its optimizer would never be freed.
+_hooks_of: weakref.WeakKeyDictionary[Optimizer, weakref.ref[OptimizerHooks]] = weakref.WeakKeyDictionary()
 
 
 class Member(Protocol):
@@ -105,21 +106,34 @@ class OptimizerHooks:
 
     @classmethod
     def _on(cls, optimizer: Optimizer) -> OptimizerHooks:
-        if optimizer not in _hooks_of:
-            _hooks_of[optimizer] = cls(optimizer)
-        return _hooks_of[optimizer]
+        hooks = cls._of(optimizer)
+        if hooks is None:
+            hooks = cls(optimizer)
+            _hooks_of[optimizer] = weakref.ref(hooks)
+        return hooks
+
+    @classmethod
+    def _of(cls, optimizer: Optimizer) -> OptimizerHooks | None:
+        found = _hooks_of.get(optimizer)
+        return None if found is None else found()
 
     @classmethod
     def members_of(cls, optimizer: Optimizer) -> list[Member]:
         """Return the members attached to the optimizer."""
-        hooks = _hooks_of.get(optimizer)
+        hooks = cls._of(optimizer)
         return [] if hooks is None else list(hooks.members)
 
     @classmethod
     def observers_of(cls, optimizer: Optimizer) -> list[Observer]:
         """Return the observers attached to the optimizer."""
-        hooks = _hooks_of.get(optimizer)
+        hooks = cls._of(optimizer)
         return [] if hooks is None else list(hooks.observers)
+
+    @classmethod
+    def has_any(cls, optimizer: Optimizer) -> bool:
+        """Tell whether a member or an observer is attached to the optimizer."""
+        hooks = cls._of(optimizer)
+        return hooks is not None and bool(hooks.members or hooks.observers)
 
     @classmethod
     def others(cls, optimizer: Optimizer, member: Member) -> list[Member]:
@@ -129,7 +143,9 @@ class OptimizerHooks:
     @classmethod
     def remove(cls, optimizer: Optimizer, attached: Member | Observer) -> None:
         """Detach a member or an observer, and the hooks with the last one."""
-        hooks = _hooks_of[optimizer]
+        hooks = cls._of(optimizer)
+        if hooks is None:  # another program has thrown the optimizer's hooks away
+            return
         hooks.members = [member for member in hooks.members if member is not attached]
         hooks.observers = [observer for observer in hooks.observers if observer is not attached]
         hooks._active = [member for member in hooks._active if member is not attached]

@@ -108,7 +108,10 @@ class Monitor:
             )
         OptimizerHooks.watch(inner, self)
         self._attached = True
-        self._close_sinks = weakref.finalize(self, close, self._sinks)  # runs when the program ends, too
+        # Runs when the program ends, too, and so keeps these alive: others may well hold the monitor. Those that were
+        # dropped are among them: they may have a run to end, or records to write.
+        closing = [sink for sink in sinks if hasattr(sink, "close")]
+        self._close_sinks = weakref.finalize(self, close, closing)
 
     # --- What a person asks -------------------------------------------------------------------------------------------
 

@@ -82,6 +82,8 @@ WEIGHT_NORMS = frozenset({"weight_norm", "matrix_norm", "decay_norm"})
 NORMS = WEIGHT_NORMS | {"gradient_norm"}
 AS_NUMBERS = NORMS | {"learning_rate"}
 """What `LayerStatistics.numbers` can return."""
+MOST_INDICES = 64
+"""Patterns of missing gradients that are kept; a mixture of experts has another one at almost every step."""
 Groups = Sequence[Mapping[str, Any]]
 _requires_grad = attrgetter("requires_grad")
 
@@ -185,6 +187,8 @@ class LayerStatistics:
         """Return positions on the device; copied there once, because that waits for it."""
         key = tuple(positions)
         if key not in self._indices:
+            if len(self._indices) >= MOST_INDICES:
+                self._indices.clear()
             self._indices[key] = torch.tensor(key, dtype=torch.long, device=self.device)
         return self._indices[key]
 

@@ -46,6 +46,8 @@ def test_a_state_is_taken_over(moment, assert_same_bits):
     assert others.adapters[0].epoch == 2
     (one,), (other,) = others.state_dict()["adapters"], state["adapters"]
     assert_same_bits(one["state"], other["state"])
+    others.end_epochs(2)
+    assert others.state_dict()["adapters"][0]["epoch"] == 3, "no longer the state that was taken over"
 
 
 def test_a_state_that_waits_is_the_state():

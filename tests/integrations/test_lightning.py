@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 import layerwise
-from layerwise.rules import Constant, LayerAdaptive
+from layerwise.rules import AllLayers, Constant, GradientAmplification, LayerAdaptive, Phase
 
 lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
 
@@ -58,6 +58,11 @@ class Module(lightning.LightningModule):
 class Validated(Module):
     def validation_step(self, batch, index):
         by_hand.loss_of(self.net, batch)
+
+
+class Looked(Validated):
+    def test_step(self, batch, index):
+        self.validation_step(batch, index)
 
 
 class ResumableLoader(DataLoader):
@@ -364,6 +369,25 @@ def test_a_state_of_another_rule_is_refused_before_training(tmp_path):
     checkpoint = next(tmp_path.glob("*step=12.ckpt"))
     with pytest.raises(ValueError, match="saved of the rule LayerAdaptive, this adapter has Constant"):
         run(tmp_path, Constant({"*": 2.0}), validation=False, checkpoint=checkpoint, max_epochs=4)
+
+
+@pytest.mark.parametrize("look", ["validate", "test"])
+def test_the_state_of_a_checkpoint_that_is_only_looked_at_is_not_taken_over(look, tmp_path, weights, assert_same_bits):
+    run(tmp_path, by_hand.RULES["GradientAmplification"], validation=True, saved={}, max_epochs=2)
+    (checkpoint,) = tmp_path.glob("*step=12.ckpt")
+    rule, module = GradientAmplification(AllLayers(), [Phase(1, False), Phase(3, True)]), Looked()
+    callback, data = LayerwiseCallback(rule), DataLoader(by_hand.examples(), by_hand.BATCH)
+    trainer = make_trainer(tmp_path, callback)
+    getattr(trainer, look)(module, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    assert callback.state_dict() == {}
+    model = by_hand.network()
+    model.load_state_dict(module.net.state_dict())
+    trainer.fit(module, data, data)
+    optimizer = by_hand.momentum(model.parameters())
+    by_hand.train(model, optimizer, layerwise.LayerwiseLR(optimizer, rule, model))
+    assert_same_bits(weights(module.net), weights(model))
+    getattr(trainer, look)(module, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    assert callback.state_dict()["adapters"][0]["epoch"] == 4
 
 
 # --- Beginning and end ------------------------------------------------------------------------------------------------

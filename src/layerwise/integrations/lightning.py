@@ -87,6 +87,7 @@ class LayerwiseCallback(Callback):
             rule, log_every, layers=layers, apply=apply, decay=decay, exclude=exclude, bounds=bounds
         )
         self._trainer: weakref.ref[Trainer] | None = None
+        self._stage = "fit"
 
     @property
     def adapters(self) -> list[LayerwiseLR]:
@@ -95,6 +96,7 @@ class LayerwiseCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the training of another Trainer; one that fits again goes on."""
+        self._stage = stage
         if stage == "fit":
             if self._trainer is not None and self._trainer() is not trainer:
                 self._attachments.forget()
@@ -124,16 +126,21 @@ class LayerwiseCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Detach."""
+        self._stage = "fit"
         self._attachments.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach; `teardown` is not called then."""
-        self._attachments.detach()
+        self.teardown(trainer, pl_module, self._stage)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the adapters' states, which Lightning saves."""
         return self._attachments.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over the adapters' states, at once or when training begins."""
-        self._attachments.load_state_dict(state_dict)
+        """Take over the adapters' states, at once or when training begins.
+
+        Lightning also hands them over when a checkpoint is validated or tested, which is no training to go on with.
+        """
+        if self._stage == "fit":
+            self._attachments.load_state_dict(state_dict)

@@ -43,7 +43,8 @@ class Parquet:
         if records_per_file < 1:
             raise ValueError(f"records_per_file={records_per_file!r} must be at least 1")
         self._polars = optional("polars", "Parquet", "polars")
-        self.path, self.records_per_file = Path(path), records_per_file
+        self.path = Path(path).absolute()  # the program may change its folder
+        self.records_per_file = records_per_file
         self.path.mkdir(parents=True, exist_ok=True)
         self._gathered: list[Record] = []
 

@@ -83,11 +83,11 @@ def distinct(names: Iterable[str]) -> list[str]:
         >>> distinct(["a", "b", "a", "a"])
         ['a', 'b', 'a_2', 'a_3']
     """
-    result: list[str] = []
+    result: dict[str, None] = {}
     for name in names:
         candidate, number = name, 1
         while candidate in result:
             number += 1
             candidate = f"{name}_{number}"
-        result.append(candidate)
-    return result
+        result[candidate] = None
+    return list(result)

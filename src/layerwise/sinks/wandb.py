@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import Any
 
 from .optional import optional
@@ -36,6 +37,8 @@ class WandB:
             raise TypeError(f"run={run!r} must be a run of Weights & Biases, or None for a new one")
         self._own = run is None
         self._run: Any = optional("wandb", "WandB", "wandb").init(**settings) if self._own else run
+        if self._own:
+            atexit.register(self.close)  # before W&B's own, which leaves nothing behind that could end the run
         self._run.define_metric(STEP, hidden=True)
         self._run.define_metric("layerwise/*", step_metric=STEP)
 
@@ -46,6 +49,8 @@ class WandB:
     def close(self) -> None:
         """End the run if it was made here."""
         if self._own:
+            self._own = False
+            atexit.unregister(self.close)
             self._run.finish()
 
     def __repr__(self) -> str:
