@@ -369,6 +369,22 @@ def test_momentum_that_a_scheduler_cycles(make_model, backward) -> None:
     assert_same(train)
 
 
+def test_momentum_that_a_checkpoint_brings_moves_the_factor_inside_it(make_model, backward) -> None:
+    def train(in_backward: bool) -> list[Any]:
+        model = make_model()
+        optimizer = optim.SGD(model.parameters(), lr=0.02, weight_decay=0.1)
+        handle = attached(in_backward, optimizer, model, LayerAdaptive())
+        for step in range(6):
+            if step == 3:
+                other = optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=0.1)
+                optimizer.load_state_dict(other.state_dict())
+            backward(model, step)
+            optimizer.step()
+        return everything(model, optimizer, handle)
+
+    assert_same(train)
+
+
 def test_a_run_goes_on_from_the_ordinary_checkpoint_of_either_kind(make_model, backward) -> None:
     def train(kinds: list[bool]) -> list[Any]:
         saved: dict[str, Any] = {}
@@ -390,14 +406,18 @@ def test_a_run_goes_on_from_the_ordinary_checkpoint_of_either_kind(make_model, b
     torch.testing.assert_close(train([False, True, True]), plain, rtol=0, atol=0)
 
 
-def test_the_rates_it_tells_are_those_it_used(make_model) -> None:
+@pytest.mark.parametrize("rate", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+def test_the_rates_it_tells_are_those_it_used(make_model, rate: Any) -> None:
     model = make_model()
-    optimizer = optim.SGD(model.parameters(), lr=0.5)
+    optimizer = optim.SGD(model.parameters(), lr=rate)
     handle = layerwise.step_in_backward(optimizer, model, Constant({"0": 2.0, "4": 0.0}))
     assert handle.layers == ["0", "2", "4"]
     assert handle.get_last_factors() == {"0": 1.0, "2": 1.0, "4": 1.0}
     assert handle.get_last_lr() == {"0": 0.5, "2": 0.5, "4": 0.5}
     model(torch.ones(1, 5, dtype=torch.float64)).sum().backward()
-    optimizer.param_groups[0]["lr"] = 0.1
+    if isinstance(rate, Tensor):
+        rate.fill_(0.1)  # as a scheduler does
+    else:
+        optimizer.param_groups[0]["lr"] = 0.1
     assert handle.get_last_factors() == {"0": 2.0, "2": 1.0, "4": 0.0}
     assert handle.get_last_lr() == {"0": 1.0, "2": 0.5, "4": 0.0}

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import layerwise
 from layerwise import backward as stepping
-from layerwise import memory
+from layerwise import memory, resolution
 from layerwise.rules import LARS, Constant, LayerAdaptive
 
 
@@ -334,6 +334,44 @@ def test_a_model_that_has_moved_to_another_device_is_looked_at_anew() -> None:
     handle._steps._device = torch.device("meta")
     loss_of(model, 0).backward()
     assert handle._steps._device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_parameter_that_has_left_the_optimizer_keeps_its_gradient(group: int) -> None:
+    model, plain = network(), network()
+    for net in (model, plain):
+        optimizer = optim.SGD([{"params": net[0].parameters()}, {"params": net[2].parameters()}], lr=0.1)
+        if net is model:
+            layerwise.step_in_backward(optimizer, net)
+        loss_of(net, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        del optimizer.param_groups[group]
+        for step in (1, 2):
+            loss_of(net, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    same(weights(model), weights(plain))
+    same([p.grad for p in model[2 * group].parameters()], [p.grad for p in plain[2 * group].parameters()])
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["numbers", "tensors"])
+def test_factors_under_a_scale_that_a_person_has_set_are_those_of_the_true_gradients(few: bool, monkeypatch) -> None:
+    if not few:
+        monkeypatch.setattr(resolution, "MOST_NUMBERS", 0)
+    model, plain = network(), network()
+    for net in (model, plain):
+        optimizer = momentum(net, fused=True)
+        if net is model:
+            layerwise.step_in_backward(optimizer, net, LayerAdaptive())
+            optimizer.grad_scale = torch.tensor(64.0)  # type: ignore[attr-defined]
+        else:
+            layerwise.LayerwiseLR(optimizer, LayerAdaptive(), net)
+        for step in range(3):
+            ((64 if net is model else 1) * loss_of(net, step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    same(weights(model), weights(plain))
 
 
 def test_two_optimizers_of_one_network_each_step_their_own_layers() -> None:

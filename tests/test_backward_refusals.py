@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from collections.abc import Iterator
 from datetime import timedelta
@@ -232,6 +234,82 @@ def test_reentrant_checkpoints_which_run_a_backward_for_each_block() -> None:
         hidden.sum().backward()
 
 
+class Twice(nn.Module):
+    """A weight that is used in a reentrant checkpoint and above it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+
+    def forward(self, inputs: Tensor, *, recompute: bool = True) -> Tensor:
+        def block(x: Tensor) -> Tensor:
+            return torch.tanh(self.layer(x))
+
+        hidden = checkpoint(block, inputs, use_reentrant=True) if recompute else block(inputs)
+        return self.head(self.layer(hidden))
+
+
+def test_a_reentrant_checkpoint_below_layers_that_have_stepped() -> None:
+    """Its gradients are another part of those that the weight has been stepped with."""
+    model = Twice()
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    layerwise.step_in_backward(optimizer, model)
+    inputs = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"a backward\(\) inside another one.*Use use_reentrant=False"):
+        model(inputs).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    before, gradients = weights(model), torch.autograd.grad(model(inputs, recompute=False).sum(), [*model.parameters()])
+    history = [optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+    model(inputs, recompute=False).sum().backward()  # and training goes on
+    expected = [p - 0.1 * (0.9 * v + g) for p, v, g in zip(before, history, gradients, strict=True)]
+    torch.testing.assert_close(weights(model), expected)
+
+
+def test_a_network_that_is_one_reentrant_checkpoint_steps() -> None:
+    model, expected = network(), network()
+    for net in (model, expected):
+        optimizer = optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        if net is model:
+            layerwise.step_in_backward(optimizer, net)
+        for _ in range(2):
+            inputs = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
+            output = checkpoint(net, inputs, use_reentrant=True) if net is model else net(inputs)
+            output.sum().backward()
+            assert (net[0].weight.grad is None) == (net is model)
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(weights(model), weights(expected), rtol=0, atol=0)
+
+
+# torch's compiler imports what torch itself has deprecated, and looks at gradients that are not there.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_autograd_which_does_not_tell_of_the_end() -> None:
+    from torch._dynamo import compiled_autograd
+
+    model = network()
+    optimizer = optim.SGD(model.parameters(), momentum=0.9)
+    layerwise.step_in_backward(optimizer, model)
+    before, loss = weights(model), loss_of(model)
+    with (
+        pytest.raises(RuntimeError, match=r"compiled autograd runs this backward.*no weight has changed"),
+        compiled_autograd._enable(torch.compile(backend="eager")),
+    ):
+        loss.backward()
+    torch._dynamo.reset()
+    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+    assert not optimizer.state
+
+
+def test_a_copy_of_the_handle() -> None:
+    model = network()
+    handle = layerwise.step_in_backward(optim.SGD(model.parameters()), model)
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"belongs to one optimizer .* call step_in_backward with the copy"):
+            duplicate(handle)
+
+
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_a_graph_through_the_gradients() -> None:
     model = network()
@@ -308,14 +386,19 @@ def test_an_attachment_to_the_same_optimizer_which_would_find_no_gradient(attach
     before = weights(model)
     if later:
         layerwise.step_in_backward(optimizer, model)
-        attach(optimizer, model)
+        attached = attach(optimizer, model)
         with pytest.raises(RuntimeError, match="a LayerwiseLR or a monitor is attached"):
             loss_of(model).backward()
     else:
-        attach(optimizer, model)
+        attached = attach(optimizer, model)
         with pytest.raises(ValueError, match="a LayerwiseLR or a monitor is attached"):
             layerwise.step_in_backward(optimizer, model)
     assert_untouched(optimizer, before)
+    attached.detach()
+    if not later:
+        layerwise.step_in_backward(optimizer, model)
+    loss_of(model).backward()
+    assert weights(model)[0].ne(before[0]).any()
 
 
 def test_a_second_time_on_the_same_parameters() -> None:

@@ -125,6 +125,23 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+# --- In memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [RULES["G"], RULES["G_prime"], RULES["chain"]], ids=["G", "G_prime", "chain"])
+def test_a_state_that_is_kept_in_memory_is_changed_by_none_of_those_who_saved_or_loaded_it(rule, start, go_on):
+    saving, first, second = (start(OPTIMIZERS["SGD"], rule) for _ in range(3))
+    go_on(saving, range(2))
+    state = saving.adapter.state_dict()
+    before = copy.deepcopy(state)
+    go_on(saving, range(2, 4))
+    assert_same(state, before)
+    for other in (first, second):
+        other.adapter.load_state_dict(state)
+        go_on(other, range(2, 4))
+        assert_same(state, before)
+
+
 # --- torch.save -----------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn, optim
 from torch._dynamo.utils import counters
 
 import layerwise
-from layerwise.rules import Directionality, GradientAmplification, LayerAdaptive, Phase, Replay, save_factors
+from layerwise.rules import Constant, Directionality, GradientAmplification, LayerAdaptive, Phase, Replay, save_factors
 
 pytestmark = [
     # torch's compiler imports what torch itself has deprecated, and looks at gradients that are not there.
@@ -265,6 +265,25 @@ def test_a_whole_iteration_is_right_and_breaks_no_more_often_than_without_an_ada
     assert three(counts[0]) == tuple(1 + count for count in BARE[name])  # the forward pass is one more
     assert three(counts[1]) == tuple(1 + count for count in expected_counts(name, place, adapter))
     assert_close(*models[1:])
+
+
+@pytest.mark.parametrize(
+    "rule", [None, LayerAdaptive(), Constant({"first": 2.0})], ids=lambda rule: type(rule).__name__
+)
+def test_steps_in_backward_stay_outside_the_graphs_of_a_whole_iteration(rule):
+    models = []
+    for in_backward in (True, False):
+        model, optimizer, _ = made("SGD with a tensor as rate", None)
+        if in_backward:
+            layerwise.step_in_backward(optimizer, model, rule)
+        elif rule is not None:
+            layerwise.LayerwiseLR(optimizer, rule, model)
+        scheduler = optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        graphs = Graphs() if in_backward else None
+        counts = train(model, optimizer, graphs=graphs, whole=in_backward, after=lambda step, s=scheduler: s.step())
+        assert counts == [int(in_backward)] * STEPS  # the forward pass
+        models.append(model)
+    torch.testing.assert_close(*([*model.parameters()] for model in models), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from .arrivals import Arrival, are_received, registered
 from .backward_checks import (
     ACCUMULATED,
     ATTACHED_TOO,
     CREATE_GRAPH,
+    NESTED,
     ScalerRefusal,
+    check_engine,
     check_loss,
     check_optimizer,
     check_own_layer,
@@ -82,8 +86,7 @@ class StepInBackward:
         inner = unwrap(optimizer)
         check_optimizer(inner)
         parameters = _parameters(inner)
-        hooks = [hook for p in parameters for hook in (p._post_accumulate_grad_hooks or {}).values()]
-        if any(isinstance(hook, _Arrival) and hook.handle() is not None for hook in hooks):
+        if are_received(parameters):
             raise ValueError("these parameters step in backward already: call detach() on the first handle before")
         if OptimizerHooks.has_any(inner):
             raise ValueError(ATTACHED_TOO)
@@ -98,12 +101,16 @@ class StepInBackward:
         self._attached = True
         self._task = -1
         self._begun = self._finished = self._proven = False
+        self._running: weakref.ref[Any] | None = None
         # The gradients of a model on several accelerators arrive in several threads.
         self._lock = threading.RLock()
         self._on_parameters: dict[int, RemovableHandle] = {}
-        self._watch(parameters)
-        # The optimizer owns this object, and the parameters know it weakly: it lives as long as the optimizer.
+        # Traced, as in a compiled function that calls backward, steps of layers would be silently wrong.
         outside_graph = cast(Callable[[Any], Any], torch.compiler.disable)
+        # The optimizer owns this object, and the parameters know it weakly: it lives as long as the optimizer.
+        arrival = Arrival(self)
+        self._on_arrival, self._on_end = outside_graph(arrival), outside_graph(arrival.end)
+        self._watch(parameters)
         self._on_optimizer = (
             inner.register_step_pre_hook(outside_graph(self._before_step)),
             inner.register_step_post_hook(outside_graph(self._after_step)),
@@ -176,6 +183,12 @@ class StepInBackward:
             vars(optimizer).update(self._scaling)
         self._attached = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "what step_in_backward returns belongs to one optimizer and cannot be copied or pickled (nor are hooks): "
+            "call step_in_backward with the copy"
+        )
+
     def __repr__(self) -> str:
         optimizer = self._optimizer()
         name = type(optimizer).__name__ if self._attached and optimizer is not None else "detached"
@@ -203,7 +216,9 @@ class StepInBackward:
                 except Exception:
                     parameter.grad = None  # nothing is left for optimizer.step() of a backward that is refused
                     raise
-            unit = self._steps.unit_of[id(parameter)]
+            unit = self._steps.unit_of.get(id(parameter))
+            if unit is None:
+                return  # it has left the optimizer
             unit.arrived += 1
             if unit.arrived == unit.expected:
                 self._steps.step(optimizer, unit)
@@ -213,8 +228,11 @@ class StepInBackward:
 
     def _begin(self, optimizer: Optimizer, task: int) -> None:
         """Begin a backward, unless it must be refused."""
+        check_engine()
         if self._begun and self._finished:
             raise RuntimeError(ACCUMULATED)
+        if self._running is not None and self._running() is not None:
+            raise RuntimeError(NESTED)
         if torch.is_grad_enabled():
             raise RuntimeError(CREATE_GRAPH)
         if OptimizerHooks.has_any(optimizer):
@@ -227,9 +245,11 @@ class StepInBackward:
         if self._steps.prepare(optimizer):
             self._watch(_parameters(optimizer))
         self._task, self._begun, self._finished = task, True, False
-        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        end = partial(self._on_end)  # which the engine keeps as long as this backward runs
+        self._running = weakref.ref(end)
+        torch.autograd.Variable._execution_engine.queue_callback(end)
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """End a backward: step the layers of which some parameters got no gradient."""
         optimizer = self._optimizer()
         if optimizer is None or not self._attached:
@@ -263,30 +283,7 @@ class StepInBackward:
         for number in self._on_parameters.keys() - wanted.keys():
             self._on_parameters.pop(number).remove()
         for number in wanted.keys() - self._on_parameters.keys():
-            self._on_parameters[number] = _registered(wanted[number], _Arrival(self))
-
-
-class _Arrival:
-    """The hook on the parameters."""
-
-    def __init__(self, handle: StepInBackward) -> None:
-        self.handle = weakref.ref(handle)
-
-    def __call__(self, parameter: Tensor) -> None:
-        handle = self.handle()
-        if handle is not None:
-            handle.arrived(parameter)
-
-
-def _registered(parameter: Tensor, hook: _Arrival) -> RemovableHandle:
-    """Register the hook; on a frozen parameter too, for the day it is trained."""
-    if parameter.requires_grad:
-        return parameter.register_post_accumulate_grad_hook(hook)
-    parameter.requires_grad_(True)
-    try:
-        return parameter.register_post_accumulate_grad_hook(hook)
-    finally:
-        parameter.requires_grad_(False)
+            self._on_parameters[number] = registered(wanted[number], self._on_arrival)
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -22,6 +22,15 @@ ACCUMULATED = (
     "gradients; so do for the loss of another optimizer (a GAN's), before zero_grad(). Activation checkpoints need "
     "use_reentrant=False"
 )
+NESTED = (
+    "a backward() inside another one, as activation checkpoints with use_reentrant=True run it: gradients of a weight "
+    "that both reach would arrive apart, and step_in_backward may have used one of them; the layers above have been "
+    "updated. Use use_reentrant=False, or run the whole inside `with handle.paused():`"
+)
+COMPILED = (
+    "compiled autograd runs this backward, and does not tell step_in_backward of its end; no weight has changed. Turn "
+    "it off (torch.compile of the model may stay), or use LayerwiseLR in place of step_in_backward"
+)
 CREATE_GRAPH = (
     "backward(create_graph=True) keeps a graph through the gradients, which step_in_backward frees and whose weights "
     "it changes; run it inside `with handle.paused():`, or detach()"
@@ -116,6 +125,17 @@ def check_wrappers(parameters: Iterable[Tensor]) -> None:
                 f"the parameters belong to a {type(wrapper).__name__}, which averages gradients over the processes "
                 "only after step_in_backward has used them, so the processes would drift apart; use LayerwiseLR"
             )
+
+
+def check_engine() -> None:
+    """Raise if compiled autograd runs the backward: it loses what is queued for the end.
+
+    Raises:
+        RuntimeError: It does.
+    """
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled is not None and compiled.in_compiled_autograd_region:
+        raise RuntimeError(COMPILED)
 
 
 def check_loss() -> None:

@@ -133,7 +133,7 @@ class LayerSteps:
             group.pop("param_names", None)
         acts = False
         if self.rule is not None and unit.number != OUTSIDE and self.layers[unit.number].included:
-            factors = self._last[unit.number] = self._factors(unit, view.param_groups)
+            factors = self._last[unit.number] = self._factors(unit, view)
             acts = not factors.neutral
             if acts:
                 self._place.act(view, unit.partition, factors)
@@ -161,13 +161,15 @@ class LayerSteps:
         if hasattr(self.rule, "end_epoch"):
             self._state = self.rule.end_epoch(self._state)
 
-    def _factors(self, unit: Unit, groups: Sequence[dict[str, Any]]) -> Factors:
+    def _factors(self, unit: Unit, view: Any) -> Factors:
         if not self._needs:
             return Factors([cast(list[float], self._known)[unit.number]], (True,), None)
         statistics = cast(LayerStatistics, unit.statistics)
+        # A person may have set a scale of the loss; a gradient scaler is refused.
+        groups, grad_scale = view.param_groups, getattr(view, "grad_scale", None)
         if self._in_numbers is not None:
-            return Factors(self._in_numbers.numbers(statistics.numbers(groups)), (True,), None)
-        own = statistics.compute(groups)
+            return Factors(self._in_numbers.numbers(statistics.numbers(groups, grad_scale)), (True,), None)
+        own = statistics.compute(groups, grad_scale)
         # What stands for the other layers does not matter.
         every = {name: getattr(own, name).expand(len(self.layers)) for name in self._needs}
         raw, _ = self._checked(self.rule.factors(Statistics(**every), self._state))
