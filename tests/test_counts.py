@@ -33,7 +33,10 @@ def test_a_step_on_an_accelerator_dispatches_so_many_operations_more(kind):
     assert LAYERS == 10
 
 
-@pytest.mark.parametrize(("layers", "operations"), [(4, 2), (107, 2), (256, 2), (257, 10), (1000, 10)])
+@pytest.mark.parametrize(("layers", "operations"), [(4, 9), (5, 2), (256, 2), (257, 10), (1000, 10)])
 def test_on_the_cpu_so_many_operations_lie_between_the_gradients_and_the_factors(layers, operations):
     row = counted(layers)
-    assert (row["operations"], row["reads"]) == (operations, 0)
+    assert row["operations"] == operations
+    assert row["reads"] == (8 if layers == 4 else 0), (
+        "of few tensors the norms are read one by one, which waits for nothing"
+    )

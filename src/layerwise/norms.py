@@ -13,8 +13,10 @@ from torch import Tensor
 from .tensors import as_dense_real, moved
 
 _kind = attrgetter("device", "dtype", "layout")
-LARGE = 65536
+LARGE = 2**19
 """Numbers from which a tensor on the CPU is cut into rows."""
+FEW = 8
+"""Tensors up to which reading their norms one by one takes no more operations than to stack them and go on."""
 SHORTEST_ROW, LONGEST_ROW = 256, 4096
 
 
@@ -40,11 +42,9 @@ def tensor_norms(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tenso
     """
     dense = list(tensors)
     kinds = set(map(_kind, dense))
-    for _, dtype, layout in kinds:
-        if layout is not torch.strided or dtype.is_complex:
-            dense = [as_dense_real(tensor) for tensor in tensors]
-            kinds = set(map(_kind, dense))
-            break
+    if any(layout is not torch.strided or dtype.is_complex for _, dtype, layout in kinds):
+        dense = [as_dense_real(tensor) for tensor in tensors]
+        kinds = set(map(_kind, dense))
     if len(kinds) == 1:
         return _norms_of_one_kind(dense, device), None
     parts: list[Tensor] = []
@@ -56,11 +56,36 @@ def tensor_norms(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tenso
     return torch.cat(parts), order
 
 
+def tensor_norm_numbers(tensors: Sequence[Tensor]) -> tuple[list[float], list[int] | None]:
+    """Return the same for tensors on the CPU, in plain numbers.
+
+    Args:
+        tensors: As for `tensor_norms`.
+
+    Example:
+        >>> tensor_norm_numbers([torch.tensor([3.0, 4.0]), torch.zeros(0)])
+        ([5.0, 0.0], None)
+    """
+    if len(tensors) <= FEW and len(set(map(_kind, tensors))) == 1 and not _is_special(tensors[0]):
+        return list(map(Tensor.item, _each_norm(list(tensors)))), None
+    norms, order = tensor_norms(tensors, torch.device("cpu"))
+    return norms.tolist(), order
+
+
+def _is_special(tensor: Tensor) -> bool:
+    return tensor.layout is not torch.strided or tensor.is_complex()
+
+
 def _norms_of_one_kind(tensors: list[Tensor], device: torch.device) -> Tensor:
+    return moved(torch.stack(_each_norm(tensors)), device)
+
+
+def _each_norm(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the norms of tensors of one kind."""
     wide = torch.float32 if tensors[0].dtype in (torch.float16, torch.bfloat16) else None
     if tensors[0].is_cpu:
         tensors = [_norms_of_rows(tensor, wide) if tensor.numel() >= LARGE else tensor for tensor in tensors]
-    return moved(torch.stack(torch._foreach_norm(tensors, 2, wide)), device)
+    return list(torch._foreach_norm(tensors, 2, wide))
 
 
 def _norms_of_rows(tensor: Tensor, wide: torch.dtype | None) -> Tensor:

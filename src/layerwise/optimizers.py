@@ -160,6 +160,8 @@ def automatic_place(optimizer: Any, preferred: str, decay: str) -> PlaceName:
         numbers; else `"lr"`, which is exact for every other optimizer and never the silent no-op that `"gradient"` is
         under Adam.
     """
+    if preferred == "gradient" and type(optimizer) is optim.SGD and any(map(_momentum, optimizer.param_groups)):
+        return "gradient"  # the commonest case first: this is asked at each step
     if why_not_rate(optimizer) is not None or (
         # Whole groups are safe for any layers; where both would fail, the error names the way out through the rate.
         reason_against(optimizer, "groups") is not None and reason_against(optimizer, "update") is None

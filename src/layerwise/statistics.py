@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .gains import gain_shares
 from .layers import Layer
-from .norms import JointNorms, tensor_norms
+from .norms import JointNorms, tensor_norm_numbers, tensor_norms
 from .sharding import settled_gradient, sharing_of
 from .tensors import local, moved, same_objects
 
@@ -85,6 +86,7 @@ AS_NUMBERS = NORMS | {"learning_rate"}
 MOST_INDICES = 64
 """Patterns of missing gradients that are kept; a mixture of experts has another one at almost every step."""
 Groups = Sequence[Mapping[str, Any]]
+_Norms = TypeVar("_Norms", Tensor, list[float])
 _requires_grad = attrgetter("requires_grad")
 
 
@@ -196,7 +198,7 @@ class LayerStatistics:
         """Return the norms in `needs` when this process holds all of every parameter."""
         needs, values = self.needs, {}
         if "gradient_norm" in needs or "counts" in needs:
-            parts = self._gradient_parts()
+            parts = self._gradient_parts(partial(tensor_norms, device=self.device))
             values["gradient_norm"] = self._zeros.clone() if parts is None else parts[1].of(parts[0])
         if needs & WEIGHT_NORMS:
             norms, order = tensor_norms(self.members, self.device)
@@ -242,20 +244,21 @@ class LayerStatistics:
         """
         needs, values = self.needs, {}
         if "gradient_norm" in needs:
-            parts = self._gradient_parts()
-            norms = [0.0] * self.count if parts is None else parts[1].of_numbers(parts[0].tolist())
+            parts = self._gradient_parts(tensor_norm_numbers)
+            norms = [0.0] * self.count if parts is None else parts[1].of_numbers(parts[0])
             values["gradient_norm"] = norms if grad_scale is None else [norm / float(grad_scale) for norm in norms]
         if needs & WEIGHT_NORMS:
             with torch.no_grad():
-                norms, order = tensor_norms(self.members, self.device)
-            numbers = norms.tolist()
+                numbers, order = tensor_norm_numbers(self.members)
             for name in needs & WEIGHT_NORMS:
                 values[name] = self._weights_joint(name, order, groups).of_numbers(numbers)
         if "learning_rate" in needs:
             values["learning_rate"] = [max(map(_number, rates)) for rates in self._rates_of(groups)]
         return values
 
-    def _gradient_parts(self) -> tuple[Tensor, JointNorms] | None:
+    def _gradient_parts(
+        self, norms_of: Callable[[list[Tensor]], tuple[_Norms, list[int] | None]]
+    ) -> tuple[_Norms, JointNorms] | None:
         """Return the norms of the gradients and the way to those of the layers; None if there is no gradient."""
         owners = self.members
         gradients: list[Any] = [p.grad for p in owners]
@@ -266,7 +269,7 @@ class LayerStatistics:
             return None
         if any(map(_requires_grad, gradients)):  # of backward(create_graph=True)
             gradients = [gradient.detach() for gradient in gradients]
-        norms, order = tensor_norms(gradients, self.device)
+        norms, order = norms_of(gradients)
         return norms, self._joint_norms("gradient_norm", owners, order, None)
 
     def _weights_joint(self, name: str, order: list[int] | None, groups: Groups) -> JointNorms:
