@@ -1,6 +1,6 @@
 """Per-layer rates with Accelerate: gradients amplified in the layers where they are most directed.
 
-pip install "layerwise[lab,transformers]" and python examples/accelerate_loop.py
+In the clone: pip install -e '.[lab,transformers]' and python examples/accelerate_loop.py
 """
 
 import tempfile
@@ -53,4 +53,4 @@ for name, layer in adapter.get_last_selection().items():
 with tempfile.TemporaryDirectory() as folder:
     accelerator.save_state(folder)
     accelerator.load_state(folder)
-print(f"the adapter came back from the checkpoint in epoch {adapter.epoch}")
+print(f"the adapter came back from the checkpoint and goes on with epoch {adapter.epoch}")

@@ -1,6 +1,9 @@
 """Per-layer rates in a Fabric loop: attach before or after fabric.setup. LARS on 4,000 digits, with a checkpoint.
 
-pip install "layerwise[lab,lightning]" and python examples/fabric_loop.py
+LARS's layers are single parameters, "0.weight" and "0.bias". Its factor is about 0.001 times weight norm over gradient
+norm, so lr is far larger than SGD's; biases keep the plain lr, here 5. LARC(clip=True) never exceeds lr.
+
+In the clone: pip install -e '.[lab,lightning]' and python examples/fabric_loop.py
 """
 
 import tempfile
@@ -44,4 +47,4 @@ with tempfile.TemporaryDirectory() as folder:  # Fabric saves and loads the adap
     state = {"model": model, "optimizer": optimizer, "adapter": adapter}
     fabric.save(Path(folder, "checkpoint"), state)
     fabric.load(Path(folder, "checkpoint"), state)
-print(f"the adapter came back from the checkpoint in epoch {adapter.epoch}")
+print(f"the adapter came back from the checkpoint and goes on with epoch {adapter.epoch}")

@@ -1,6 +1,6 @@
 """Per-layer rates in the Hugging Face Trainer: one callback. A small vision transformer on 4,000 digits.
 
-pip install "layerwise[lab,transformers]" and python examples/hf_trainer.py
+In the clone: pip install -e '.[lab,transformers]' and python examples/hf_trainer.py
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """Per-layer rates in a Lightning Trainer: one callback. Two epochs on 4,000 digits, then each layer's rate.
 
-pip install "layerwise[lab,lightning]" and python examples/lightning_trainer.py
+In the clone: pip install -e '.[lab,lightning]' and python examples/lightning_trainer.py
 """
 
 import csv

@@ -1,6 +1,6 @@
 """LoRA on a transformer that was trained on English and learns source code; needs PEFT.
 
-python examples/lora.py [SEEDS]
+In the clone: pip install -e '.[lab]' peft and python examples/lora.py [SEEDS]
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""An LSTM that reads digits row by row, with SGD and clipped gradients: one layer of all its depths, or one a depth.
+"""An LSTM that reads digits row by row, with SGD and clipped gradients: one layer of all its depths, or one per depth.
 
 python examples/lstm.py [SEEDS]
 """
@@ -52,7 +52,7 @@ depth, means = zip(*(train(seed, RATE, one_a_depth) for seed in seeds), strict=T
 control = [train(seed, RATE * mean)[0] for seed, mean in zip(seeds, means, strict=True)]
 
 print(f"test error in %\n\n{'arm':<32}" + "".join(f"{f'seed {seed}':>9}" for seed in seeds))
-rows = {"plain": plain, "layer-adaptive, one LSTM layer": module, "layer-adaptive, one a depth": depth}
+rows = {"plain": plain, "layer-adaptive, one LSTM layer": module, "layer-adaptive, one per depth": depth}
 for name, row in {**rows, "plain at the last's mean factor": control, "that mean factor": means}.items():
     print(f"{name:<32}" + "".join(f"{value:>9.2f}" for value in row))
 print("\nA few seeds at one untuned rate are a glimpse and no comparison. Layer-adaptive rates are larger on average,")

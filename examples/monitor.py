@@ -1,6 +1,6 @@
 """Which layers learn? A small network on 4,000 real digits, watched.
 
-python examples/monitor.py [FOLDER]
+In the clone: pip install -e '.[lab]' and python examples/monitor.py [FOLDER]
 """
 
 import sys
@@ -40,5 +40,5 @@ with layerwise.Monitor(optimizer, model, every=20, sinks=outlets) as monitor:
 
 print(monitor.get_last_record())
 table = polars.read_parquet(folder / "layers" / "*.parquet")
-print("\nupdate ratio by step, one column a layer")
+print("\nupdate ratio by step, one column per layer")
 print(table.pivot("layer", index="step", values="update_ratio", aggregate_function="last").tail(5))

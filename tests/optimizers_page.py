@@ -21,7 +21,7 @@ writes down what it finds; a test compares this page to that.
 [README](../README.md#where-the-factor-acts) has torch's own optimizers). The next three say what comes of each place,
 tried on three layers over six steps in float64, the factors changing from step to step:
 
-* **yes**: under `"lr"` equal, to the bit, to the same optimizer with one permanent parameter group a layer, whose
+* **yes**: under `"lr"` equal, bit for bit, to the same optimizer with one permanent parameter group per layer, whose
   rates are set by hand before each step; under `"update"` equal to `w_old + f (w_new − w_old)` made by hand after
   each step; under `"gradient"` equal to gradients multiplied by hand before it (with `decay="plain"`).
 * **own groups**: the same, but only if each parameter group holds one layer, as with
@@ -33,7 +33,7 @@ tried on three layers over six steps in float64, the factors changing from step 
   goes more than a twentieth of its way elsewhere. The logger `layerwise` warns of it.
 * **no**: refused before anything changes, for the reason given.
 
-Wherever a factor may act, an attached rule whose factors are all 1 leaves training as it is, to the bit, with a
+Wherever a factor may act, an attached rule whose factors are all 1 leaves training as it is, bit for bit, with a
 closure and without.
 
 {table}
@@ -42,15 +42,18 @@ closure and without.
 
 {reasons}
 
-**Remarks.** *Attach to its …*: the wrapper is refused, or is no `torch.optim.Optimizer`, and the optimizer in this
-attribute takes the adapter; *acts on its …*: the adapter finds it by itself. The gradients that a rule measures are
-those that arrive there, so after SAM's second evaluation and OrthoGrad's projection. *A statistic over all layers*:
-the optimizer clips or scales by a norm, or another number, of all parameters, so that one layer's gradients change
-the steps of the others; a factor on one layer's gradients does too. *Draws random numbers*: layers with equal factors
-share a parameter group, so that the same numbers may go to other parameters than in permanent groups. With either
-remark, equal to the bit where all factors differ, else up to rounding, or to what is drawn. *Moves at factor 0 too*,
-*factor 0 gives NaN*, *divides by zero*: as a rate of 0 does in a parameter group of its own; `"update"`, where it may
-act, holds such a layer still.
+**Remarks**
+
+* *Attach to its …*: the wrapper is refused, or is no `torch.optim.Optimizer`, and the optimizer in this attribute
+  takes the adapter; *acts on its …*: the adapter finds it by itself. The gradients that a rule measures are those
+  that arrive there, so after SAM's second evaluation and OrthoGrad's projection.
+* *A statistic over all layers*: the optimizer clips or scales by a norm, or another number, of all parameters, so
+  that one layer's gradients change the steps of the others; a factor on one layer's gradients does too.
+* *Draws random numbers*: layers with equal factors share a parameter group, so that the same numbers may go to other
+  parameters than in permanent groups.
+* With either of these two, equal bit for bit where all factors differ, else up to rounding, or to what is drawn.
+* *Moves at factor 0 too*, *factor 0 gives NaN*, *divides by zero*: as a rate of 0 does in a parameter group of its
+  own; `"update"`, where it may act, holds such a layer still.
 
 ## Muon beside another optimizer
 

@@ -304,5 +304,5 @@ def test_a_rule_with_other_arguments_goes_on_with_them_and_the_log_names_both(be
     caplog.clear()
     with caplog.at_level(logging.WARNING, "layerwise"):
         adapter.load_state_dict(saved.state_dict())
-    assert caplog.messages == [f"the state was saved of {before!r}; it goes on with {after!r}"]
+    assert caplog.messages == [f"the state was saved for {before!r}; it goes on with {after!r}"]
     assert difference in repr(adapter.rule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -83,7 +84,7 @@ def test_the_state_of_another_rule_is_refused() -> None:
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     one = layerwise.LayerwiseLR(optimizer, LARS(), model, layers="module")
     two = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
-    with pytest.raises(ValueError, match="saved of the rule LARS"):
+    with pytest.raises(ValueError, match="saved for the rule LARS"):
         two.load_state_dict(one.state_dict())
 
 
@@ -96,3 +97,51 @@ def test_names_that_coincide_without_their_wrappers_are_told_of() -> None:
 
     with pytest.raises(ValueError, match="two parameters are called 'weight'"):
         layerwise.param_groups(Net())
+
+
+class Smoothed(Rule):
+    """A running mean that `init` begins in float32, or forgets to begin, and that training widens to float64."""
+
+    def __init__(self, begins: bool) -> None:
+        self.begins = begins
+
+    def init(self, layers: Any, device: torch.device) -> dict[str, Any]:
+        return {"mean": torch.ones(len(layers), dtype=torch.float32, device=device)} if self.begins else {}
+
+    def factors(self, statistics: Any, state: dict[str, Any]) -> Any:
+        mean = 0.9 * state.get("mean", 1.0) + 0.1 * statistics.gradient_norm
+        return mean, {"mean": mean}
+
+
+def smoothed(begins: bool) -> tuple[layerwise.LayerwiseLR, Callable[[int], dict[str, float]]]:
+    """Return an adapter, and a function that takes a step and returns the factors."""
+    model = nn.Linear(3, 2)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, Smoothed(begins), model)
+
+    def step(number: int) -> dict[str, float]:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.1 + number / 3)
+        optimizer.step()
+        return adapter.get_last_factors()
+
+    return adapter, step
+
+
+def test_a_state_that_training_made_wider_goes_on_bit_for_bit() -> None:
+    adapter, step = smoothed(begins=True)
+    for number in range(3):
+        step(number)
+    resumed, step_of_resumed = smoothed(begins=True)
+    resumed.load_state_dict(adapter.state_dict())
+    assert resumed.state_dict()["state"]["mean"].dtype is torch.float64
+    for number in range(3, 6):
+        assert step_of_resumed(number) == step(number)
+
+
+def test_a_state_that_init_does_not_begin_is_refused_and_init_is_named() -> None:
+    adapter, step = smoothed(begins=False)
+    step(0)
+    resumed, _ = smoothed(begins=False)
+    with pytest.raises(ValueError, match=r"\['mean'\] in the file, \[\] here.*every entry of its state from init\("):
+        resumed.load_state_dict(adapter.state_dict())

@@ -23,7 +23,16 @@ from .partition import Split
 from .resolution import Request, Resolution, resolve
 from .rules.base import State
 from .rules.combine import bounds as bounded
-from .rules.combine import check_bounds, check_rule, default, derived_state, get_selection, initial_state, load_state
+from .rules.combine import (
+    check_bounds,
+    check_rule,
+    default,
+    derived_state,
+    get_selection,
+    initial_state,
+    load_state,
+    remarks_of,
+)
 from .rules.selection import Selection
 from .state import carried_over, check_saved, copied, described
 from .statistics import NOTHING, check_needs
@@ -108,6 +117,7 @@ class LayerwiseLR:
         )
         self._state: State = {}
         self._epoch = 1
+        self._told = False
         self._idle = False
         self._place_name = None
         self._take(resolve(inner, holder, self._request))
@@ -170,8 +180,8 @@ class LayerwiseLR:
     def get_last_selection(self) -> dict[str, Selection]:
         """Return what a rule that chooses layers found of each: its value, its ẑ, and whether it is chosen.
 
-        Value and ẑ are NaN where nothing has been measured: before the first epoch of analysis, for layers that
-        received no gradient, and for choices at random.
+        Value and ẑ are NaN where nothing has been measured: before the end of the first epoch of analysis, for layers
+        that received no gradient, and for choices at random. Before the first `end_epoch()` the log says so, once.
 
         Raises:
             ValueError: The rule chooses no layers.
@@ -179,6 +189,12 @@ class LayerwiseLR:
         selection = get_selection(self._rule, self._state)
         if selection is None:
             raise ValueError(f"{self._rule!r} chooses no layers; GradientAmplification and LayerFreezing do")
+        if self._epoch == 1 and self._last_rates is not None and not any(one.selected for one in selection):
+            if not self._told:
+                logger.warning(
+                    "nothing is chosen yet, since no epoch has ended: call end_epoch() of the adapter after each epoch"
+                )
+            self._told = True
         return dict(zip(self.layers, selection, strict=True))
 
     def end_epoch(self) -> None:
@@ -352,7 +368,7 @@ class LayerwiseLR:
                 f"{type(optimizer).__name__} has another LayerwiseLR attached already: their factors multiply, and "
                 "each tells of its own only; detach() the first if it was meant to be replaced"
             )
-        return [remark for remark in remarks if remark]
+        return [remark for remark in remarks if remark] + remarks_of(self._rule, self._found.layers)
 
     def _required(self) -> Optimizer:
         holder = self._holder()

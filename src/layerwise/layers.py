@@ -133,7 +133,8 @@ def named_parameters_of(optimizer: Any, model: nn.Module | None) -> dict[str, Te
     if not named:
         raise ValueError(
             f"model={type(model).__name__} owns none of the {len(held)} parameters of this optimizer: pass the model "
-            "that the optimizer was built from (after fully_shard, build the optimizer anew)"
+            "that the optimizer was built from (after fully_shard, build the optimizer anew, and attach before the "
+            "first forward pass, which replaces a module's parameters until the backward pass)"
         )
     return unique_names(named)
 

@@ -92,18 +92,18 @@ def check_saved(saved: Any, rule: Any, layers: Sequence[str]) -> None:
         raise ValueError(f"version={saved['version']!r} of the state is unknown; this layerwise reads version 1")
     if list(saved["layers"]) != list(layers):
         raise ValueError(
-            f"the state was saved of the layers {list(saved['layers'])}, this adapter has {list(layers)}; attach with "
+            f"the state was saved for the layers {list(saved['layers'])}, this adapter has {list(layers)}; attach with "
             "the same model and the same layers="
         )
     name, arguments = type(rule).__name__, described(rule)
     if saved["rule"] != name:
         raise ValueError(
-            f"the state was saved of the rule {saved['rule']}, this adapter has {name}; attach the same rule"
+            f"the state was saved for the rule {saved['rule']}, this adapter has {name}; attach the same rule"
         )
     if not isinstance(saved["epoch"], int) or saved["epoch"] < 1:
         raise ValueError(f"epoch={saved['epoch']!r} of the state must be a whole number of at least 1")
     if saved.get("arguments") and arguments and saved["arguments"] != arguments:
-        logger.warning("the state was saved of %s; it goes on with %s", saved["arguments"], arguments)
+        logger.warning("the state was saved for %s; it goes on with %s", saved["arguments"], arguments)
 
 
 def described(rule: Any) -> str:
@@ -113,16 +113,21 @@ def described(rule: Any) -> str:
 
 
 def loaded(saved: Any, current: Any, where: str) -> Any:
-    """Return the saved state in the form, and on the device, of the current one."""
+    """Return the saved state, on the device of the current one, if it has its form."""
     if isinstance(saved, dict) != isinstance(current, dict) or isinstance(saved, Tensor) != isinstance(current, Tensor):
         raise ValueError(f"{where} is {type(saved).__name__} in the file, {type(current).__name__} here; same rule?")
     if isinstance(current, dict):
         wanted = sorted(name for name in current if not derived(name))
         if sorted(saved) != wanted:
-            raise ValueError(f"{where} holds {sorted(saved)} in the file, {wanted} here; attach the same rule")
+            raise ValueError(
+                f"{where} holds {sorted(saved)} in the file, {wanted} here; attach the same rule (a rule of your own "
+                "returns every entry of its state from init(layers, device) already)"
+            )
         return {**current, **{name: loaded(saved[name], current[name], f"{where}[{name!r}]") for name in wanted}}
     if isinstance(current, Tensor):
         if saved.shape != current.shape:
             raise ValueError(f"{where} has shape {tuple(saved.shape)} in the file, {tuple(current.shape)} here")
-        return saved.to(current.device, current.dtype, copy=True)
+        # As saved: training may have made it wider than `init` did. Apple's devices have no float64.
+        dtype = current.dtype if current.device.type == "mps" else saved.dtype
+        return saved.to(current.device, dtype, copy=True)
     return saved

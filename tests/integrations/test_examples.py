@@ -21,9 +21,10 @@ NEEDS = {
 }
 SAYS = {
     "lightning_trainer": r"accuracy on 1,000 test digits: [6-9]\d\.\d%\n.*\n(  net\.\d(  0\.0\d+){6}\n){3}$",
-    "fabric_loop": r"(epoch \d  accuracy [5-9]\d\.\d%  .*5\.weight: 0\.00\d\d  5\.bias: 5\.0000\n){3}.* in epoch 4\n$",
+    "fabric_loop": r"(epoch \d  accuracy [5-9]\d\.\d%  .*5\.weight: 0\.00\d\d  5\.bias: 5\.0000\n){3}"
+    r".* goes on with epoch 4\n$",
     "accelerate_loop": r"amplified: none\nepoch 2 .*none\nepoch 3 .* amplified: \d.*\n"
-    r"epoch 4 (.*\n){2}(  \d .* z .*\n){5}.* in epoch 5\n$",
+    r"epoch 4 (.*\n){2}(  \d .* z .*\n){5}.* goes on with epoch 5\n$",
     "hf_trainer": r"accuracy on 1,000 test digits: [5-9]\d\.\d%\n.*\n"
     r"  0\.512  vit\.embeddings\n(.*\n)*  1\.000  classifier\n$",
 }

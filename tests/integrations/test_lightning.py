@@ -367,7 +367,7 @@ def test_a_checkpoint_without_a_state_begins_the_rule_anew_and_says_so(tmp_path,
 def test_a_state_of_another_rule_is_refused_before_training(tmp_path):
     run(tmp_path, LayerAdaptive(), validation=False, saved={}, max_epochs=4)
     checkpoint = next(tmp_path.glob("*step=12.ckpt"))
-    with pytest.raises(ValueError, match="saved of the rule LayerAdaptive, this adapter has Constant"):
+    with pytest.raises(ValueError, match="saved for the rule LayerAdaptive, this adapter has Constant"):
         run(tmp_path, Constant({"*": 2.0}), validation=False, checkpoint=checkpoint, max_epochs=4)
 
 

@@ -256,7 +256,7 @@ def test_a_checkpoint_without_a_state_begins_the_rule_anew_and_says_so(saved, ca
 
 def test_a_state_of_another_rule_is_refused_before_training(saved):
     trainer = make_trainer(saved.parent, LayerwiseCallback(Constant({"*": 2.0})))
-    with pytest.raises(ValueError, match="saved of the rule GradientAmplification, this adapter has Constant"):
+    with pytest.raises(ValueError, match="saved for the rule GradientAmplification, this adapter has Constant"):
         trainer.train(resume_from_checkpoint=True)
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
 

@@ -154,7 +154,7 @@ def test_a_missing_dependency_names_the_extra(capsys, monkeypatch):
     for name in ("tyro", "layerwise.lab.options"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert cli.main(["demo"]) == 1
-    assert 'pip install "layerwise[lab]"' in capsys.readouterr().err
+    assert "pip install -e '.[lab]'  in the clone" in capsys.readouterr().err
 
 
 @pytest.mark.dist

@@ -246,7 +246,7 @@ def test_no_chain_needs_no_ray(keep, monkeypatch):
 
 def test_a_missing_ray_is_told_with_the_remedy(tmp_path, keep, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r'not installed: run  pip install "layerwise\[ray\]"'):
+    with pytest.raises(UsageError, match=r"not installed: run  pip install -e '\.\[ray\]'"):
         cluster.run_chains([guest_chain(tmp_path, "work")], 1, address=None, on_message=keep)
     assert list(tmp_path.iterdir()) == []
 

@@ -27,7 +27,7 @@ ROWS = {
     "lstm": [
         "plain",
         "layer-adaptive, one LSTM layer",
-        "layer-adaptive, one a depth",
+        "layer-adaptive, one per depth",
         "plain at the last's mean factor",
         "that mean factor",
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import layerwise
 from layerwise import reference
 from layerwise.reference import back_matching as back_matching_of
 from layerwise.reference.back_matching import Kind
-from layerwise.rules import BackMatching
+from layerwise.rules import BackMatching, LayerAdaptive
 
 from .samples import SEEDS, TOLERANCE, assert_close, factors_of, layers_of, network, one_group
 
@@ -205,3 +206,30 @@ def test_activation_out_of_range_is_refused(activation: Any) -> None:
     message = rf"activation={re.escape(repr(activation))} must be in \(0, 1\]; 0\.5 for ReLU, 1 to leave it out"
     with pytest.raises((TypeError, ValueError), match=message):
         BackMatching(activation)
+
+
+def perceptron(*sizes: int) -> nn.Sequential:
+    layers = [part for pair in pairwise(sizes) for part in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "low", "high"), [((784, 64, 32, 10), 150, 400), ((784, *[64] * 8, 10), 5e6, 3e7)], ids=str
+)
+def test_factors_grow_with_depth_as_the_readme_says(sizes: tuple[int, ...], low: float, high: float) -> None:
+    assert low < factors(perceptron(*sizes))[0] < high
+
+
+def test_the_log_warns_of_deep_networks_without_an_upper_bound(caplog: pytest.LogCaptureFixture) -> None:
+    def warned(rule: Any, model: nn.Module, **options: Any) -> bool:
+        caplog.clear()
+        layerwise.LayerwiseLR(torch.optim.SGD(model.parameters(), lr=0.1), rule, model, **options)
+        return any("grow exponentially with depth" in message for message in caplog.messages)
+
+    deep, shallow = perceptron(4, 4, 4, 4), perceptron(4, 4, 4)
+    assert warned(BackMatching(), deep)
+    assert warned(layerwise.rules.chain(LayerAdaptive(), BackMatching()), deep)
+    assert warned(BackMatching(), deep, bounds=(0, math.inf))
+    assert not warned(BackMatching(), deep, bounds=(0.1, 10))
+    assert not warned(layerwise.rules.bounds(BackMatching(), 0.1, 10), deep)
+    assert not warned(BackMatching(), shallow)

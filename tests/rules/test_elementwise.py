@@ -121,14 +121,24 @@ class Inconsistent(ElementwiseRule):
     def factor(self, *statistics: Any) -> Any:
         if self.kind == "branch":
             return 1 / statistics[0] if statistics[0] < 1 else 1 / statistics[0] ** 2
+        if self.kind == "a function of tensors":
+            return torch.sqrt(1 / statistics[0])
         return 2.0
 
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("no order", "must be a tuple"), ("branch", "cannot take tensors"), ("constant", "not one factor each")],
+    [
+        ("no order", "must be a tuple"),
+        ("branch", "cannot take tensors"),
+        ("constant", "not one factor each"),
+        (
+            "a function of tensors",
+            r"cannot take the numbers of one layer .*sqrt.*; write it with operators \(x \*\* 0\.5",
+        ),
+    ],
 )
-def test_a_rule_that_only_works_as_numbers_is_refused_when_attached(kind: str, words: str) -> None:
+def test_a_rule_that_works_only_as_numbers_or_only_as_tensors_is_refused_when_attached(kind: str, words: str) -> None:
     model = network(2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match=words):
@@ -168,3 +178,23 @@ def test_a_layer_whose_norm_is_zero_changes_no_bit_of_another_layers_factor() ->
     norms = [0.1 * (i + 1) for i in range(200)]
     alone = LayerAdaptive().numbers({"gradient_norm": norms})
     assert LayerAdaptive().numbers({"gradient_norm": [*norms, 0.0]})[:-1] == alone
+
+
+def test_factors_are_floats_also_where_a_rule_returns_whole_numbers() -> None:
+    class Whole(ElementwiseRule):
+        def factor(self, gradient_norm: Any) -> Any:
+            return where(gradient_norm > 1, gradient_norm, 2)
+
+    for rule in (LARC(trust_coefficient=1e9), Whole()):
+        factors, _ = steps(network(3), rule, count=1)
+        assert {type(factor) for factor in factors[0].values()} == {float}
+
+
+def test_a_rule_that_cannot_divide_by_some_number_is_taken() -> None:
+    class Pole(ElementwiseRule):
+        def factor(self, gradient_norm: Any) -> Any:
+            return 1 / (gradient_norm - 2)
+
+    assert Pole().numbers({"gradient_norm": [3.0, 2.5]}) == [1.0, 2.0]
+    factors, _ = steps(network(3), Pole(), count=1)
+    assert len(factors[0]) == 3

@@ -185,6 +185,28 @@ def test_before_anything_is_measured_nothing_is_known() -> None:
         plain.get_last_selection()
 
 
+def test_who_forgets_the_ends_of_epochs_is_told_once_when_asking_for_the_choice(caplog: Any) -> None:
+    def told(selection: Any, phases: Any, ends: int = 0) -> int:
+        model = network()
+        optimizer = sgd(model)
+        adapter = layerwise.LayerwiseLR(optimizer, GradientAmplification(selection, phases), model)
+        caplog.clear()
+        adapter.get_last_selection()
+        assert not caplog.messages  # no step yet
+        backward(model, batch(1, 1))
+        optimizer.step()
+        for _ in range(ends):
+            adapter.end_epoch()
+        for _ in range(2):
+            adapter.get_last_selection()
+        return sum("no epoch has ended: call end_epoch()" in message for message in caplog.messages)
+
+    assert told(Directionality(), SHORT) == 1
+    assert told(RandomLayers(0.5), SHORT) == 1
+    assert told(RandomLayers(1.0), [Phase(2, True)]) == 0  # chosen from the start
+    assert told(Directionality(), SHORT, ends=1) == 0
+
+
 def test_the_threshold_itself_is_not_above_it() -> None:
     assert Directionality(threshold=1.0).choose([True] * 3, [1.0, math.nextafter(1.0, 2), -1.5], 0) == [
         False,

@@ -41,3 +41,18 @@ def test_layers_with_fluctuating_gradients_stand_still_until_they_are_measured_a
             np.testing.assert_allclose(scores, reference.freezing_score(steps, measure), atol=1e-12)
             frozen = {name for name, one in adapter.get_last_selection().items() if one.selected}
             assert frozen == noise[epoch]
+
+
+def test_the_log_warns_when_every_layer_is_frozen_and_only_then(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, LayerFreezing(0.5, every=1), model)
+    for noisy, warned in (("0", False), ("01", True)):
+        for _ in range(20):
+            for name, layer in model.named_children():
+                for p in layer.parameters():
+                    p.grad = torch.randn_like(p) if name in noisy else torch.ones_like(p)
+            optimizer.step()
+        caplog.clear()
+        adapter.end_epoch()
+        assert any("all 2 layers are frozen, with scores from 0." in message for message in caplog.messages) == warned

@@ -47,6 +47,13 @@ def refuse(rank: int) -> None:
         layerwise.LayerwiseLR(optimizer, sampled, sharded)
     assert not optimizer._optimizer_step_pre_hooks
 
+    forward = network()
+    fully_shard(forward)
+    optimizer = momentum(forward.parameters())
+    forward(torch.ones(2, 6, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"owns none of .*attach before the first forward pass"):
+        layerwise.LayerwiseLR(optimizer, LayerAdaptive(), forward)
+
     zero = ZeroRedundancyOptimizer(network().parameters(), torch.optim.SGD, overlap_with_ddp=True, lr=0.1)
     with pytest.raises(ValueError, match="overlap_with_ddp=False"):
         layerwise.LayerwiseLR(zero, LayerAdaptive())

@@ -213,7 +213,7 @@ def _imported() -> Any:
         if (error.name or "").partition(".")[0] != "ray":
             raise
         raise UsageError(
-            "engine='ray' needs the module 'ray', which is not installed: run  pip install \"layerwise[ray]\""
+            "engine='ray' needs the module 'ray', which is not installed: run  pip install -e '.[ray]'  in the clone"
         ) from error
     return ray
 

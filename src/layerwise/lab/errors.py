@@ -43,4 +43,4 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
     module = (error.name or "").partition(".")[0]
     if module not in LAB_MODULES:
         return None
-    return f'the lab needs the module {module!r}, which is not installed: run  pip install "layerwise[lab]"'
+    return f"the lab needs the module {module!r}, which is not installed: run  pip install -e '.[lab]'  in the clone"

@@ -26,6 +26,10 @@ class BackMatching(Rule):
     carries the activation under it, `activation`, as a further factor. A layer whose gain is zero, or that is of no
     such kind, has s = 1.
 
+    The factors grow exponentially with depth: at PyTorch's default initialisation each linear layer above multiplies
+    the factor by about 6 n_in / n_out, which for nine layers of one width is 10⁷. Bound them (`bounds=` of
+    `LayerwiseLR`); attached without an upper bound to more than two weight layers, the logger `layerwise` warns.
+
     The paper's exact factors are not public; this derivation from its abstract (least-squares matching of the backward
     signals, W'W ≈ ‖W‖²/n_in I) is ours. Layers count as a chain in the model's order: the sum over the branches of a
     residual block is not followed.
@@ -78,6 +82,17 @@ class BackMatching(Rule):
         from_top = logarithms.flip(0).cumsum(0)
         above = torch.cat([torch.zeros_like(from_top[:1]), from_top[:-1]]).flip(0)
         return above.neg().exp(), state
+
+    def remarks(self, layers: Sequence[Layer]) -> list[str]:
+        """Warn of factors without an upper bound on more than two weight layers."""
+        count = sum(summed_inputs(layer) is not None for layer in layers)
+        if count <= 2:
+            return []
+        return [
+            f"{self!r} on {count} weight layers without an upper bound: its factors are products over the layers above "
+            "and grow exponentially with depth, by about 6 n_in / n_out for each linear layer at PyTorch's default "
+            "initialisation; pass bounds=(low, high), such as (0.1, 10)"
+        ]
 
 
 def summed_inputs(layer: Layer) -> float | None:

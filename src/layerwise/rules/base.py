@@ -24,7 +24,7 @@ class Rule(ABC):
 
     A rule is pure: it keeps nothing but what it returns as state, reads no tensor's value and works on tensors of shape
     `[n_layers]` on the parameters' device. A factor that is not finite acts as 1, so that a layer with a zero or broken
-    gradient does what the optimizer alone would do.
+    gradient does what the optimizer alone would do. A negative one is not refused: that layer goes up its gradient.
 
     The class attributes say what `"auto"` means for the rule in `LayerwiseLR`; None leaves it to the others of a
     `chain`.
@@ -55,7 +55,7 @@ class Rule(ABC):
     own_layer: bool = False
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
-        """Return the state before the first step.
+        """Return the state before the first step, with every entry that it is to have: files are loaded into these.
 
         Args:
             layers: The layers, in order.

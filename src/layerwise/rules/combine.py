@@ -61,6 +61,11 @@ def derived_state(rule: Any, state: State) -> State:
     return rule.derived(state) if hasattr(rule, "derived") else state
 
 
+def remarks_of(rule: Any, layers: Sequence[Layer]) -> list[str]:
+    """Return what a person who attaches a rule to these layers should know."""
+    return rule.remarks(layers) if hasattr(rule, "remarks") else []
+
+
 def get_selection(rule: Any, state: State) -> list[Selection] | None:
     """Return the last choice of a rule that chooses layers, None for others."""
     return rule.get_selection(state) if hasattr(rule, "get_selection") else None
@@ -100,6 +105,10 @@ class _Combined(Rule):
         """Return the rules' states with what follows from the rest of each."""
         return {str(i): derived_state(rule, state[str(i)]) for i, rule in enumerate(self.rules)}
 
+    def remarks(self, layers: Sequence[Layer]) -> list[str]:
+        """Return what a person should know of each rule."""
+        return [remark for rule in self.rules for remark in remarks_of(rule, layers)]
+
     def get_selection(self, state: State) -> list[Selection] | None:
         """Return the last choice of the first rule that chooses layers."""
         found = (get_selection(rule, state[str(i)]) for i, rule in enumerate(self.rules))
@@ -127,6 +136,10 @@ class _Bounds(_Combined):
         """Return the rule's factors, clamped."""
         (factors,), state = self._each(statistics, state)
         return finite_or_one(factors).clamp(self.low, self.high), state
+
+    def remarks(self, layers: Sequence[Layer]) -> list[str]:
+        """Return nothing if there is an upper bound, which is what a rule would ask for."""
+        return super().remarks(layers) if self.high == math.inf else []
 
     def __repr__(self) -> str:
         return f"bounds({self.rules[0]!r}, {self.low:g}, {self.high:g})"

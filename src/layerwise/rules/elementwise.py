@@ -54,7 +54,7 @@ class ElementwiseRule(Rule):
         try:
             numbers = list(map(self.factor, *columns))
             if set(map(type, numbers)) <= {float, int}:
-                return numbers
+                return list(map(float, numbers))
         except ArithmeticError:  # Python's numbers cannot be divided by zero, and do not overflow
             pass
         return [self._of_one_layer(row) for row in zip(*columns, strict=True)]
@@ -64,20 +64,29 @@ class ElementwiseRule(Rule):
         with contextlib.suppress(ArithmeticError):
             number = self.factor(*row)
             if type(number) in (float, int):
-                return number
+                return float(number)
         value = self.factor(*(torch.tensor([x], dtype=torch.float64, device="cpu") for x in row))
         return float(value)
 
 
 def check_elementwise(rule: ElementwiseRule) -> None:
-    """Raise unless φ takes tensors of several layers.
+    """Raise unless φ takes tensors of several layers and numbers of one.
 
     Raises:
         TypeError: It does not, or its `needs` have no order.
     """
     if not isinstance(rule.needs, Sequence):
         raise TypeError(f"{rule!r}: needs={rule.needs!r} must be a tuple, whose order is that of factor's arguments")
-    remedy = "write it with operators and with log1p, minimum and where of layerwise.rules.elementwise"
+    remedy = (
+        "write it with operators (x ** 0.5 for a root) and with log1p, minimum and where of "
+        "layerwise.rules.elementwise, or make it a Rule, whose factors(statistics, state) gets tensors only"
+    )
+    try:
+        rule.factor(*(2.0 for _ in rule.needs))
+    except ArithmeticError:  # a tensor has infinity or NaN there
+        pass
+    except Exception as error:
+        raise TypeError(f"{rule!r}.factor cannot take the numbers of one layer ({error}); {remedy}") from error
     layers = torch.tensor([1.0, 2.0], dtype=torch.float64, device="cpu")
     try:
         result = rule.factor(*(layers.clone() for _ in rule.needs))

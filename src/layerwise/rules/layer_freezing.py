@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from .base import State, is_number
 from .measured import ChoosingRule
 from .selection import Measure, check_kinds, check_measure, check_whole
+
+logger = logging.getLogger("layerwise")
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,9 @@ class LayerFreezing(ChoosingRule):
     F_l = 1 − G_l over an epoch of measuring; f_l = 0 where F_l > threshold, else 1, until the next one
 
     G_l is that of `Directionality`, so F_l is 0 for gradients that keep their direction and about 1 − 1/√m for noise
-    over m steps. Frozen layers are measured too, and thaw when their gradients find a direction again. This rule is
-    ours: it decides by fluctuations as Xiao et al. 2019 do, whose formula is not public.
+    over m steps, where a threshold may begin: 0.87 for 63 steps an epoch, 0.95 for 400. Frozen layers are measured too,
+    and thaw when their gradients find a direction again. The logger `layerwise` warns when every layer is frozen. This
+    rule is ours: it decides by fluctuations as Xiao et al. 2019 do, whose formula is not public.
 
     Args:
         threshold: On F_l, from 0 to 1.
@@ -77,5 +81,12 @@ class LayerFreezing(ChoosingRule):
 
     def _chosen(self, state: State, live: Sequence[bool], values: Sequence[float], z: Sequence[float]) -> State:
         frozen = [inside and value > self.threshold for value, inside in zip(values, live, strict=True)]
-        largest = max((value for value in values if not math.isnan(value)), default=0.0)
+        measured = [value for value in values if not math.isnan(value)]
+        if measured and all(value > self.threshold for value in measured):
+            logger.warning(
+                "epoch %d: all %d layers are frozen, with scores from %.3f to %.3f above threshold=%g; noise alone "
+                "scores about 1 - 1/sqrt(steps an epoch), such as 0.87 for 63 steps: raise the threshold",
+                *(state["epoch"], len(measured), min(measured), max(measured), self.threshold),
+            )
+        largest = max(measured, default=0.0)
         return self._select(state, frozen, f"frozen above {self.threshold:g}, largest score {largest:.3f}")
