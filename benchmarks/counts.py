@@ -94,7 +94,7 @@ def step(kind: str, place: PlaceName | None) -> tuple[int, int]:
 def measure(rounds: int = 0) -> dict[str, Row]:
     """Print the table and return its rows."""
     rows: dict[str, Row] = {}
-    logging.getLogger("layerwise").setLevel(logging.ERROR)  # that "gradient" does little under Adam is known here
+    logging.getLogger("layerwise").setLevel(logging.ERROR)  # here it is known that "gradient" does little under Adam
     heading = f"fake CUDA, {LAYERS} layers of 2 tensors"
     print(f"\n{heading:<39}{'bare':>8}{'gradient':>10}{'lr':>8}{'reads':>7}{'update':>8}")
     for kind in KINDS:

@@ -1,12 +1,13 @@
 """The training loop against loops written by hand, and against itself when it is stopped."""
 
+import logging
 import math
 from types import SimpleNamespace
 
 import polars
 import pytest
 import torch
-from lab_helpers import hand_written_lenet
+from lab_helpers import hand_written_lenet, tiny_plan
 from torch import nn
 from torch.nn import functional
 
@@ -287,3 +288,10 @@ def test_a_rule_object_can_be_used_as_it_is():
     configuration = whole_configuration(LENET, None, "lr")
     training = Training(build(configuration), rules.LayerAdaptive(), configuration)
     assert SimpleNamespace(**training.run()).place == "lr"
+
+
+def test_runs_in_this_process_leave_the_log_as_loud_as_it_was(carried_out):
+    logger = logging.getLogger("layerwise")
+    level = logger.level
+    carried_out(tiny_plan())
+    assert logger.level == level

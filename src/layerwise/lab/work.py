@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -100,6 +100,19 @@ def complete(planned: PlannedRun, method: Record | None) -> Configuration | None
     return arms.configuration_of_control(planned.configuration, planned.arm.control, method)
 
 
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Silence the library: that no layer was chosen is in the record and on the page; a warning would break the bars."""
+    logger = logging.getLogger("layerwise")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@_errors_only()
 def do_chain(
     chain: Chain, link: Any, do: Callable[..., Record] | None = None, survives: Callable[[], bool] = lambda: True
 ) -> None:
@@ -112,8 +125,6 @@ def do_chain(
         survives: asked after an error whether the next run can be tried; the error is raised if not.
     """
     torch.set_num_threads(chain.threads)
-    # That no layer was chosen is in the record and on the page; a warning would break the bars.
-    logging.getLogger("layerwise").setLevel(logging.ERROR)
     runs, method = Runs(chain.out), None
     for planned in chain.runs:
         link.doing(planned.label)
