@@ -102,7 +102,7 @@ def complete(planned: PlannedRun, method: Record | None) -> Configuration | None
 
 @contextmanager
 def _errors_only() -> Iterator[None]:
-    """Silence the library: that no layer was chosen is in the record and on the page; a warning would break the bars."""
+    """Silence warnings: that no layer was chosen is in the record and on the page, and a line would break the bars."""
     logger = logging.getLogger("layerwise")
     level = logger.level
     logger.setLevel(logging.ERROR)
