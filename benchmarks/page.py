@@ -100,7 +100,8 @@ def section(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
 def columns(row: Mapping[str, Any]) -> dict[str, str]:
     """Return a row's cells by their headings."""
     cells: dict[str, str] = {}
-    for name, value in row.items():
+    last = {name: row[name] for name in ("target",) if name in row}
+    for name, value in {**{name: value for name, value in row.items() if name != "target"}, **last}.items():
         if name in ("ratio_low", "ratio_high"):
             continue
         if name == "ratio" and "ratio_low" in row:
@@ -108,8 +109,8 @@ def columns(row: Mapping[str, Any]) -> dict[str, str]:
             continue
         heading = name.replace("_", " ")
         if name == "target":
-            met = value is not None and "ratio" in row and row["ratio"] <= value
-            missed = value is not None and "ratio" in row and not met
+            reached = row.get("to_bound", row.get("ratio"))
+            missed = value is not None and reached is not None and reached > value
             cells[heading] = "" if value is None else f"{value:g}{', missed' if missed else ''}"
         elif isinstance(value, float):
             cells[heading] = f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
