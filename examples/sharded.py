@@ -52,5 +52,6 @@ state = {"model": weights, "optimizer": moments, "adapter": adapter, "monitor": 
 checkpoints.save(state, checkpoint_id=folder / f"epoch-{adapter.epoch - 1:03}")
 if rank == 0:
     print(f"after epoch {adapter.epoch - 1}, with {count} process{'es' if count > 1 else ''}:")
-    print(monitor.get_last_record())
+    print(monitor.get_last_record(), flush=True)
+processes.barrier()
 processes.destroy_process_group()

@@ -74,7 +74,7 @@ def test_states_of_more_optimizers_are_refused_and_nothing_stays_attached():
     state["adapters"] *= 2
     attachments.detach()
     attachments.load_state_dict(state)
-    with pytest.raises(ValueError, match="saved of 2 optimizers, this training has 1"):
+    with pytest.raises(ValueError, match="saved for 2 optimizers, this training has 1"):
         attachments.attach([optimizer], model, epoch=0, step=0)
     assert not optimizer._optimizer_step_pre_hooks
 
@@ -144,5 +144,5 @@ def test_without_the_framework_the_error_says_what_to_install(module, packages, 
     monkeypatch.setattr(sys, "meta_path", [NotInstalled(), *sys.meta_path])
     for name in (*packages, "lightning.pytorch", f"layerwise.integrations.{module}"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    with pytest.raises(ModuleNotFoundError, match=rf'not installed: pip install "layerwise\[{module}\]"'):
+    with pytest.raises(ModuleNotFoundError, match=rf"not installed: pip install -e '\.\[{module}\]'"):
         importlib.import_module(f"layerwise.integrations.{module}")

@@ -168,7 +168,7 @@ class Attachments:
 def _load(adapters: Sequence[LayerwiseLR], state: Mapping[str, Any]) -> None:
     saved = state["adapters"]
     if len(saved) != len(adapters):
-        raise ValueError(f"the state was saved of {len(saved)} optimizers, this training has {len(adapters)}")
+        raise ValueError(f"the state was saved for {len(saved)} optimizers, this training has {len(adapters)}")
     for adapter, one in zip(adapters, saved, strict=True):
         adapter.load_state_dict(one)
 

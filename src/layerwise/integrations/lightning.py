@@ -27,7 +27,8 @@ def _callback_class() -> Any:
             if error.name != package.partition(".")[0]:
                 raise
     raise ModuleNotFoundError(
-        'layerwise.integrations.lightning needs Lightning, which is not installed: pip install "layerwise[lightning]"',
+        "layerwise.integrations.lightning needs Lightning, which is not installed: "
+        "pip install -e '.[lightning]' in the clone",
         name="lightning",
     )
 

@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError(
         "layerwise.integrations.transformers needs Transformers, which is not installed: "
-        'pip install "layerwise[transformers]"',
+        "pip install -e '.[transformers]' in the clone",
         name="transformers",
     ) from None
 

@@ -100,7 +100,7 @@ class ChoosingRule(Rule):
     def load(self, saved: State, state: State) -> State:
         """Return the state with what was saved; the sums of an epoch of measuring may be there or not."""
         if not isinstance(saved, dict) or not isinstance(saved.get("sums"), dict):
-            raise ValueError("state['sums'] is missing in the file; was it saved of the same rule?")
+            raise ValueError("state['sums'] is missing in the file; was it saved for the same rule?")
         rest = loaded({"summing": False, **saved, "sums": {}}, {**state, "sums": {}}, "state")
         if rest["summing"] and not saved["sums"]:
             raise ValueError(
