@@ -309,6 +309,8 @@ def offline_records(path: Path) -> list[Any]:
             position += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
+        if position + 7 + length > len(data):
+            break  # the process that writes the file has not written the rest of this piece yet
         whole += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # the whole of a record, or its last part
