@@ -10,6 +10,7 @@ from torch import Tensor, nn, optim
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layerwise
+from layerwise import late
 from layerwise.factors import Factors
 from layerwise.rules import Constant, LayerAdaptive
 from optimizer_cases import CASES, Case, assert_same_bits, network, relative_difference, take_step, weights
@@ -54,14 +55,17 @@ def keep_on_device(patch: pytest.MonkeyPatch) -> None:
 
     def keep(self: Factors, *arguments: Any) -> None:
         original(self, *arguments)
-        self.numbers = None
+        self._numbers = None
 
     patch.setattr(Factors, "__init__", keep)
+    patch.setattr(late, "PIECE", float("inf"))  # what comes late, comes in numbers
 
 
-@pytest.fixture(params=["numbers", "device"])
+@pytest.fixture(params=["numbers", "late", "device"])
 def factors_kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test as on the CPU, and with the factors kept as tensors as on an accelerator."""
+    """Run a test as on the CPU, with each layer measured just before its update, and with tensors as elsewhere."""
+    if request.param == "late":
+        monkeypatch.setattr(late, "PIECE", 1)
     if request.param == "device":
         keep_on_device(monkeypatch)
     return request.param

@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 from .apply import Place, make_place
 from .arguments import check_choice, chosen
 from .factors import Factors
+from .fused import can_be_dealt
 from .hooks import OptimizerHooks
 from .idle import makes_state_only
+from .late import LateFactors
 from .layers import Exclusion, Layer, LayerSpecification
 from .optimizers import PLACES, PlaceName, acting_optimizer, automatic_place, no_effect, refuse, unwrap
 from .partition import Split
@@ -282,8 +284,13 @@ class LayerwiseLR:
 
     # --- What the optimizer's hooks call ------------------------------------------------------------------------------
 
-    def measure(self, optimizer: Any) -> None:
-        """Compute this step's factors from the gradients as they arrived."""
+    def measure(self, optimizer: Any, *, late: bool = False) -> None:
+        """Compute this step's factors from the gradients as they arrived.
+
+        Args:
+            optimizer: The optimizer.
+            late: Whether nothing happens between here and the update, so that factors may be computed during it.
+        """
         holder = self._required()
         groups = holder.param_groups
         if not self._found.holds(groups):
@@ -295,6 +302,11 @@ class LayerwiseLR:
         if self._idle:
             return
         found, grad_scale = self._found, getattr(optimizer, "grad_scale", None)
+        # A fused kernel that unscales writes into the gradients.
+        if late and found.pieces is not None and grad_scale is None and can_be_dealt(optimizer):
+            self._factors = LateFactors(found.pieces, groups)
+            self._last_rates = _rates(groups)
+            return
         if found.in_numbers is not None:
             numbers = found.in_numbers.numbers(found.statistics.numbers(groups, grad_scale))
             self._factors = Factors(numbers, found.included, found.mask)
@@ -329,6 +341,7 @@ class LayerwiseLR:
     def finish(self) -> None:
         """Act after the step."""
         self._place.finish()
+        cast(Factors, self._factors).complete()
 
     # --- How it is put together ---------------------------------------------------------------------------------------
 

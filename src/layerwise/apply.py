@@ -6,7 +6,7 @@ parameter groups; the optimizer's own are never touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import compress
 from typing import Any, Protocol, cast
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .factors import Factors
 from .fused import DealtRate, can_be_dealt
 from .optimizers import PlaceName, damps_history, decay_is_coupled, has_decay, takes_tensor_rate
-from .partition import OUTSIDE, Partition, Split, factor_of
+from .partition import OUTSIDE, Overrides, Partition, Split
 from .sharding import settled_gradient
 from .tensors import local, moved
 
@@ -70,32 +70,27 @@ def scale_in_place(gradients: Sequence[Any], factors: Sequence[float]) -> None:
             gradient.mul_(factor)
 
 
-Overrides = Callable[[Mapping[str, Any], float], dict[str, Any]]
-"""(group, factor) to the options that differ under this factor."""
-
-
-def divide(
-    view: Any, partition: Partition, numbers: Sequence[float], overrides: Overrides, *, private: bool
-) -> list[Split]:
+def divide(view: Any, partition: Partition, factors: Factors, overrides: Overrides, *, private: bool) -> list[Split]:
     """Let parameters of different factors be stepped with different options; return how the view's groups were split.
 
     Either in groups of their own, or in calls of their own of a fused kernel, which costs less.
     """
-    of_layer = factor_of(numbers)
     if not private:
-        return partition.split(view, of_layer, overrides)
+        return partition.split(view, factors.buckets, overrides)
     if not can_be_dealt(view):
-        return partition.split(view, of_layer, lambda group, f: {**foreseen_form(group), **overrides(group, f)})
-
-    def dealt(group: dict[str, Any]) -> dict[str, Any]:
-        def deal(parameters: Sequence[Tensor]) -> Iterator[tuple[list[int], dict[str, Any]]]:
-            for factor, positions in partition.positions(parameters, of_layer).items():
-                yield positions, overrides(group, factor)
-
-        return {**group, "lr": DealtRate.of(group["lr"], deal)}
-
-    view.param_groups = [dealt(group) for group in view.param_groups]
+        return partition.split(view, factors.buckets, lambda group, f: {**foreseen_form(group), **overrides(group, f)})
+    view.param_groups = [dealt(group, partition, factors, overrides) for group in view.param_groups]
     return []
+
+
+def dealt(group: dict[str, Any], partition: Partition, factors: Factors, overrides: Overrides) -> dict[str, Any]:
+    """Return a group of which a fused kernel's call is dealt out by factor."""
+
+    def deal(parameters: Sequence[Tensor]) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        for factor, positions in factors.buckets(partition.positions(parameters)):
+            yield positions, overrides(group, factor)
+
+    return {**group, "lr": DealtRate.of(group["lr"], deal)}
 
 
 def foreseen_form(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,12 +108,12 @@ class LearningRate:
     def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
         """Divide the view's groups by rate."""
         on_device = (
-            factors.numbers is None
+            factors.on_device
             and all(takes_tensor_rate(view, group) for group in view.param_groups)
             and len({p.device for group in view.param_groups for p in group["params"]}) == 1
         )
         if not on_device:
-            return divide(view, partition, factors.read(), self._scaled, private=private)
+            return divide(view, partition, factors, self._scaled, private=private)
         rates: dict[int, tuple[Tensor, ...]] = {}
 
         @torch.no_grad()
@@ -131,7 +126,7 @@ class LearningRate:
                 rates[id(group)] = (factors.tensor * group["lr"]).to(torch.float64 if wide else torch.float32).unbind()
             return {"lr": rates[id(group)][layer]}
 
-        return partition.split(view, lambda layer: layer, tensor_rate)
+        return partition.split(view, lambda of_layer: of_layer.items(), tensor_rate)
 
     @staticmethod
     def _scaled(group: Mapping[str, Any], factor: float) -> dict[str, Any]:
@@ -167,13 +162,13 @@ class Gradient:
     def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
         """Scale the gradients, or what the optimizer multiplies them by."""
         self._started = None  # of a step that failed
-        if not self.in_place and factors.numbers is not None and damps_history(view):
+        if not self.in_place and not factors.on_device and damps_history(view):
             # The dampening multiplies g + λw, so to leave the decay plain λ is divided by f, which must not be small.
-            possible = self.decay == "scaled" or not has_decay(view) or min(factors.numbers) >= SMALLEST_DIVISOR
+            possible = self.decay == "scaled" or not has_decay(view) or min(factors.read()) >= SMALLEST_DIVISOR
             present = strided_gradients(view) if possible else None
             if present is not None:
                 self._begin_history(view, present)
-                return divide(view, partition, factors.numbers, self._dampening, private=private)
+                return divide(view, partition, factors, self._dampening, private=private)
         return self._in_gradients(view, partition, factors, private=private)
 
     @torch.no_grad()
@@ -182,13 +177,14 @@ class Gradient:
             group.get("weight_decay") and decay_is_coupled(view, group) is not False for group in view.param_groups
         )
         members = partition.members(view)
-        if factors.numbers is None:
+        numbers = factors.numbers
+        if numbers is None:
             return self._on_device(view, members, factors, scaled)
-        changed = [(p.grad, factors.numbers[layer]) for p, layer in members if factors.numbers[layer] != 1]
+        changed = [(p.grad, numbers[layer]) for p, layer in members if numbers[layer] != 1]
         scale_in_place([gradient for gradient, _ in changed], [factor for _, factor in changed])
         if not scaled:
             return []
-        return divide(view, partition, factors.numbers, lambda g, f: self._decay(view, g, f), private=private)
+        return divide(view, partition, factors, lambda g, f: self._decay(view, g, f), private=private)
 
     def finish(self) -> None:
         """Hand the momentum that the step has begun to the optimizer."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .partition import OUTSIDE
 from .rules.base import finite_or_one
 from .tensors import moved
+
+Item = TypeVar("Item")
 
 
 class Factors:
@@ -27,17 +31,35 @@ class Factors:
         self._raw, self._included, self._mask = raw, included, mask
         self._tensor: Tensor | None = None
         self._each: dict[torch.device, tuple[Tensor, ...]] = {}
-        self.numbers: list[float] | None = None
+        self._numbers: list[float] | None = None
         if not isinstance(raw, Tensor) or raw.device.type == "cpu":
-            self.numbers = self._read()
+            self._numbers = self._read()
         # Nothing has to act then, and the optimizer steps as it is.
-        self.neutral = self.numbers is not None and self.numbers.count(1.0) == len(self.numbers)
+        self.neutral = self._numbers is not None and self._numbers.count(1.0) == len(self._numbers)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether reading the factors would wait for the device."""
+        return self._numbers is None
+
+    @property
+    def numbers(self) -> list[float] | None:
+        """The factors as plain numbers; None where reading them would wait for the device."""
+        return None if self._numbers is None else self.read()
+
+    def buckets(self, of_layer: Mapping[int, list[Item]]) -> Iterator[tuple[float, list[Item]]]:
+        """Yield each distinct factor with what belongs to its layers.
+
+        Args:
+            of_layer: Layer's number to what belongs to it; the factor of `OUTSIDE` is 1.
+        """
+        return gathered(self.read(), of_layer.items())
 
     @property
     def tensor(self) -> Tensor:
         """The factors on the parameters' device."""
         if self._tensor is None:
-            if isinstance(self._raw, Tensor) and self.numbers is None:
+            if isinstance(self._raw, Tensor) and self._numbers is None:
                 finite = finite_or_one(self._raw)
                 self._tensor = finite if self._mask is None else torch.where(self._mask, finite, 1.0)
             else:
@@ -52,12 +74,32 @@ class Factors:
 
     def read(self) -> list[float]:
         """Return the numbers; on an accelerator this waits for the device, once."""
-        if self.numbers is None:
-            self.numbers = self._read()
-        return self.numbers
+        self.complete()
+        if self._numbers is None:
+            self._numbers = self._read()
+        return self._numbers
+
+    def complete(self) -> None:
+        """Compute what has not been asked for yet."""
 
     def _read(self) -> list[float]:
         numbers: list[float] = self._raw.tolist() if isinstance(self._raw, Tensor) else list(self._raw)
         if self._mask is None and all(map(isfinite, numbers)):
             return numbers
         return [x if inside and isfinite(x) else 1.0 for x, inside in zip(numbers, self._included, strict=True)]
+
+
+def gathered(
+    numbers: Sequence[float], of_layer: Iterable[tuple[int, list[Item]]]
+) -> Iterator[tuple[float, list[Item]]]:
+    """Return each distinct factor with what belongs to its layers.
+
+    Args:
+        numbers: The factor of each layer.
+        of_layer: Numbers of layers, each with what belongs to it.
+    """
+    found: dict[float, list[Item]] = {}
+    for layer, items in of_layer:
+        factor = 1.0 if layer == OUTSIDE else numbers[layer]
+        found[factor] = found[factor] + items if factor in found else items
+    return iter(found.items())

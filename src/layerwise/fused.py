@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
+from .tensors import local
+
 NAMES = ("_fused_sgd_", "_fused_adam_", "_fused_adamw_", "_fused_adagrad_")
 KERNELS = frozenset(getattr(torch, name) for name in NAMES if hasattr(torch, name))
 Deal = Callable[[Sequence[Tensor]], Iterable[tuple[Sequence[int], Mapping[str, Any]]]]
@@ -48,11 +50,26 @@ class DealtRate(Tensor):
         dealt = options.get("lr")
         if func not in KERNELS or not isinstance(dealt, cls):
             return super().__torch_function__(func, types, args, options)
+        pieces = pieces_of(args)
         for positions, own in dealt.deal(args[0]):
             # A list that these options have no use for is empty.
-            lists = [[tensors[i] for i in positions] if tensors else [] for tensors in args]
+            lists = [[tensors[i] for i in positions] if tensors else [] for tensors in pieces]
             func(*lists, **{**options, "lr": dealt.rate, **own})
         return None
+
+
+def pieces_of(lists: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+    """Return this process's pieces of sharded tensors, where those of each parameter are shared as it is.
+
+    The kernels take number by number. A call with sharded tensors finds out anew how they are shared: 0.1 ms each time.
+    """
+    if not any(hasattr(parameter, "placements") for parameter in lists[0]):
+        return lists
+    for parameter, *others in zip(*filter(None, lists), strict=True):
+        shared = getattr(parameter, "placements", None)
+        if any(getattr(other, "placements", shared) != shared for other in others):
+            return lists
+    return [list(map(local, tensors)) for tensors in lists]
 
 
 def can_be_dealt(optimizer: Any) -> bool:

@@ -22,8 +22,13 @@ class Member(Protocol):
 
     enabled: bool
 
-    def measure(self, optimizer: Any) -> None:
-        """Compute this step's factors from the gradients."""
+    def measure(self, optimizer: Any, *, late: bool = False) -> None:
+        """Compute this step's factors from the gradients.
+
+        Args:
+            optimizer: The optimizer.
+            late: Whether nobody sees the gradients between here and the update, so that this may be done during it.
+        """
         ...
 
     @property
@@ -163,12 +168,13 @@ class OptimizerHooks:
         self._begun = list(self.observers)
         looking = [observer for observer in self._begun if observer.begin(optimizer)]
         active = [member for member in self.members if member.enabled]
+        private = self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1  # other hooks are handed the view
         if active:
             if kwargs or len(args) > 1:
                 args, kwargs = evaluate_closure(args, kwargs)
                 active = [member for member in self.members if member.enabled]  # a closure may pause or detach
             for member in active:
-                member.measure(optimizer)
+                member.measure(optimizer, late=private and len(active) == 1)
             self._look(looking, active)
             active = [member for member in active if member.acts]
         elif looking:
@@ -180,7 +186,6 @@ class OptimizerHooks:
         view = self._view
         self._given = given = dict(optimizer.__dict__)
         view.__dict__.update(given)
-        private = self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1  # other hooks are handed the view
         levels = [member.act(view, private=private and len(active) == 1) for member in active]
         if not private:
             for level in levels:

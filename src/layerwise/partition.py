@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from .tensors import same_objects
 
+Buckets = Callable[[Mapping[int, list[Tensor]]], Iterable[tuple[Any, list[Tensor]]]]
+Overrides = Callable[[Mapping[str, Any], Any], dict[str, Any]]
+"""(group, key) to the options that differ under this key."""
 OUTSIDE = -1
 """The layer number of a parameter that belongs to no layer; its factor is 1."""
 
@@ -56,23 +59,30 @@ class Partition:
 
     def __init__(self, layer_of: Mapping[int, int]) -> None:
         self.layer_of = layer_of
-        self._cached: dict[int, tuple[list[Tensor], list[Tensor], list[tuple[int, list[Tensor]]]]] = {}
-        self._dealt: tuple[list[Tensor], list[tuple[int, list[int]]]] = ([], [])
+        self._cached: dict[int, tuple[list[Tensor], dict[int, list[int]], dict[int, list[Tensor]]]] = {}
 
-    def of(self, number: int, parameters: list[Tensor]) -> list[tuple[int, list[Tensor]]]:
-        """Return each layer of a group with its parameters there; `OUTSIDE` for those in no layer.
+    def positions(self, parameters: Sequence[Tensor]) -> dict[int, list[int]]:
+        """Return the positions of each layer's parameters in a list; `OUTSIDE` for those in no layer.
 
         Args:
-            number: The group's number in the list of groups, under which the answer is kept for the next step.
-            parameters: The group's parameters.
+            parameters: The list, for which the answer is kept for the next step.
         """
-        cached = self._cached.get(number)
-        if cached is None or cached[0] is not parameters or not same_objects(cached[1], parameters):
-            layers: dict[int, list[Tensor]] = {}
-            for p in parameters:
-                layers.setdefault(self.layer_of.get(id(p), OUTSIDE), []).append(p)
-            cached = self._cached[number] = (parameters, list(parameters), list(layers.items()))
-        return cached[2]
+        return self._of(parameters)[1]
+
+    def members_of_layers(self, parameters: Sequence[Tensor]) -> dict[int, list[Tensor]]:
+        """Return each layer's parameters in a list, under the same numbers."""
+        return self._of(parameters)[2]
+
+    def _of(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], dict[int, list[int]], dict[int, list[Tensor]]]:
+        key = id(parameters[0]) if parameters else 0
+        cached = self._cached.get(key)
+        if cached is None or not same_objects(cached[0], parameters):
+            kept, positions = list(parameters), dict[int, list[int]]()
+            for position, p in enumerate(kept):
+                positions.setdefault(self.layer_of.get(id(p), OUTSIDE), []).append(position)
+            members = {layer: [kept[i] for i in found] for layer, found in positions.items()}
+            cached = self._cached[key] = (kept, positions, members)
+        return cached
 
     def members(self, view: Any) -> list[tuple[Tensor, int]]:
         """Return the parameters that have a gradient and a layer, each with its layer's number."""
@@ -80,47 +90,21 @@ class Partition:
         every = [p for group in view.param_groups for p in group["params"]]
         return [(p, layer_of[id(p)]) for p in every if p.grad is not None and id(p) in layer_of]
 
-    def positions(self, parameters: Sequence[Tensor], key: Callable[[int], float]) -> dict[float, list[int]]:
-        """Return for each distinct key the positions of its parameters.
-
-        Args:
-            parameters: The parameters.
-            key: As for `split`.
-        """
-        if not same_objects(self._dealt[0], parameters):
-            of_layer: dict[int, list[int]] = {}
-            for position, p in enumerate(parameters):
-                of_layer.setdefault(self.layer_of.get(id(p), OUTSIDE), []).append(position)
-            self._dealt = (list(parameters), list(of_layer.items()))
-        found: dict[float, list[int]] = {}
-        for layer, positions in self._dealt[1]:
-            bucket = key(layer)
-            found[bucket] = found[bucket] + positions if bucket in found else positions
-        return found
-
-    def split(
-        self, view: Any, key: Callable[[int], Any], overrides: Callable[[Mapping[str, Any], Any], dict[str, Any]]
-    ) -> list[Split]:
+    def split(self, view: Any, buckets: Buckets, overrides: Overrides) -> list[Split]:
         """Replace the view's groups by one group for each distinct key, and return how each was split.
 
         Layers with equal keys share a group, because each group costs an unfused optimizer a round of kernels.
 
         Args:
             view: The view.
-            key: Layer number (or `OUTSIDE`) to a hashable key.
+            buckets: Layer number (or `OUTSIDE`) to parameters, to pairs of a key and parameters.
             overrides: (group, key) to the values that the new group has of its own.
         """
         splits: list[Split] = []
-        for number, group in enumerate(view.param_groups):
-            buckets: dict[Any, list[Tensor]] = {}
-            for layer, parameters in self.of(number, group["params"]):
-                bucket = key(layer)
-                buckets[bucket] = buckets[bucket] + parameters if bucket in buckets else parameters
-            own = [overrides(group, bucket) for bucket in buckets]
-            parts = [
-                {**group, "params": [*parameters], **values}
-                for parameters, values in zip(buckets.values(), own, strict=True)
-            ]
+        for group in view.param_groups:
+            found = list(buckets(self.members_of_layers(group["params"])))
+            own = [overrides(group, key) for key, _ in found]
+            parts = [{**group, "params": [*parameters], **new} for (_, parameters), new in zip(found, own, strict=True)]
             if "param_names" in group:
                 # A group whose parameters were thinned out keeps all the names; torch does not look at them.
                 name_of = dict(zip(map(id, group["params"]), group["param_names"], strict=False))
@@ -129,8 +113,3 @@ class Partition:
             splits.append(Split(group, parts, own))
         view.param_groups = [part for split in splits for part in split.parts]
         return splits
-
-
-def factor_of(numbers: Sequence[float]) -> Callable[[int], float]:
-    """Return the function from a layer's number to its factor; 1 for parameters in no layer."""
-    return lambda layer: 1.0 if layer == OUTSIDE else numbers[layer]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .gains import check_alike
+from .late import Pieces, make_pieces
 from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_layers, named_parameters_of
 from .optimizers import PlaceName, automatic_place, check_groups, check_place, refuse
 from .partition import Partition
@@ -59,6 +60,7 @@ class Resolution:
         partition: Which parameters of which group belong to which layer.
         place: Where the factors act.
         in_numbers: The rule, where plain numbers are to be used instead of tensors.
+        pieces: Layers that can be measured just before they are updated; None where they cannot.
         included: Which layers are not excluded.
         mask: The same as a tensor; None if all are included.
         first_group: The group of each layer's first parameter.
@@ -71,6 +73,7 @@ class Resolution:
     partition: Partition
     place: PlaceName
     in_numbers: ElementwiseRule | None
+    pieces: Pieces | None
     included: list[bool]
     mask: Tensor | None
     first_group: list[int]
@@ -127,7 +130,8 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
     check_alike(layers, needs)
     statistics = LayerStatistics(layers, needs)
     check_groups(optimizer, place, request.decay, statistics.layer_of)
-    few = statistics.device.type == "cpu" and len(layers) <= MOST_NUMBERS and statistics.sharing is None
+    if statistics.device.type != "cpu" or statistics.sharing is not None or not set(needs) <= AS_NUMBERS:
+        elementwise = None
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     return Resolution(
         parameters=parameters,
@@ -135,7 +139,8 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
         statistics=statistics,
         partition=Partition(statistics.layer_of),
         place=place,
-        in_numbers=elementwise if few and set(needs) <= AS_NUMBERS else None,
+        in_numbers=elementwise if len(layers) <= MOST_NUMBERS else None,
+        pieces=None if elementwise is None else make_pieces(layers, elementwise),
         included=included,
         mask=None if all(included) else torch.tensor(included, device=statistics.device),
         first_group=[group_of[id(layer.parameters[0])] for layer in layers],

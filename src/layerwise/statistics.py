@@ -118,6 +118,7 @@ class LayerStatistics:
         self._scales: dict[str, tuple[list[float], Tensor]] = {}
         self._joint: dict[str, tuple[list[Tensor], list[int] | None, list[float] | None, JointNorms]] = {}
         self._rates: tuple[list[float], Tensor] | None = None
+        self._grouped: tuple[list[int], list[int]] = ([], [])
 
     def moved_away(self) -> bool:
         """Tell whether the parameters have left the device on which the statistics are kept."""
@@ -280,9 +281,17 @@ class LayerStatistics:
         if name == "matrix_norm":
             return [float(p.ndim > 1) for layer in self.layers for p in layer.whole()]
         if name == "decay_norm":
-            decay_of = {id(p): group.get("weight_decay", 0) for group in groups for p in group["params"]}
-            return [_number(decay_of[id(p)]) for p in self.members]
+            decays = [_number(group.get("weight_decay", 0)) for group in groups]
+            return [decays[number] for number in self._group_numbers(groups)]
         return None
+
+    def _group_numbers(self, groups: Groups) -> list[int]:
+        """Return the number of each member's group; found anew when the groups hold other numbers of parameters."""
+        sizes = [len(group["params"]) for group in groups]
+        if self._grouped[0] != sizes:
+            group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+            self._grouped = (sizes, [group_of[id(p)] for p in self.members])
+        return self._grouped[1]
 
     def _scale_tensor(self, name: str, scales: list[float]) -> Tensor:
         known = self._scales.get(name)

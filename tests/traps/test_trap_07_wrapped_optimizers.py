@@ -77,7 +77,7 @@ def test_a_wrapped_optimizer_takes_the_same_steps_wherever_the_adapter_is_attach
         adapter = layerwise.LayerwiseLR(wrapper, LayerAdaptive(), wrapped_model, apply=apply)
     measured = []
     measure = adapter.measure
-    adapter.measure = lambda *arguments: (measured.append(1), measure(*arguments))
+    adapter.measure = lambda *arguments, **options: (measured.append(1), measure(*arguments, **options))
     train(model, wrapper)
     assert len(measured) == 3, "the hooks must run once a step"
     assert_same_bits(weights(model), weights(expected))
