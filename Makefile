@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo demo-amplification test lint bench bench-page optimizers-page clean
+.PHONY: help demo demo-amplification test lint docs bench bench-page optimizers-page clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,6 +38,14 @@ lint: .venv/dev ## check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
+.venv/docs: .venv/pip pyproject.toml
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
+	touch $@
+
+# Not --quiet: it would keep the warnings from --strict, too.
+docs: .venv/docs ## build the documentation into site/ (to read it: python -m http.server -d site)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 .venv/bench: .venv/lab
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
 	touch $@
@@ -52,4 +60,4 @@ optimizers-page: .venv/dev ## try the optimizers of other packages and write doc
 	$(BIN)/python tests/optimizers_page.py
 
 clean: ## remove what was installed and built; runs/ stays
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis

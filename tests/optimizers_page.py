@@ -18,7 +18,7 @@ Written by `python tests/optimizers_page.py` with {versions}. It tries every opt
 writes down what it finds; a test compares this page to that.
 
 `apply="auto"` takes the place in the second column (for a rule that scales rates; the table in the
-[README](../README.md#where-the-factor-acts) has torch's own optimizers). The next three say what comes of each place,
+[page on places](places.md#what-auto-takes) has torch's own optimizers). The next three say what comes of each place,
 tried on three layers over six steps in float64, the factors changing from step to step:
 
 * **yes**: under `"lr"` equal, bit for bit, to the same optimizer with one permanent parameter group per layer, whose

@@ -15,7 +15,7 @@ import layerwise
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "frameworks.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"## ([^\n]+)\n\n```python\n(.*?)```", TEXT, re.S))
+BLOCKS = dict(re.findall(r"## ([^\n]+)\n\n<!--[^\n]*-->\n```python\n(.*?)```", TEXT, re.S))
 NEEDS = {
     "Lightning Trainer": ["lightning"],
     "Fabric": ["lightning"],
@@ -127,9 +127,3 @@ def test_the_hugging_face_trainer_steps_in_backward_with_an_optimizer_of_ones_ow
 
 def test_every_section_of_a_framework_has_code():
     assert list(BLOCKS) == list(NEEDS)
-
-
-def test_its_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)]+)\)", TEXT)
-    assert len(links) >= 5
-    assert all((DOCUMENT.parent / link.partition("#")[0]).exists() for link in links)

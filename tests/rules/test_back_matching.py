@@ -216,7 +216,7 @@ def perceptron(*sizes: int) -> nn.Sequential:
 @pytest.mark.parametrize(
     ("sizes", "low", "high"), [((784, 64, 32, 10), 150, 400), ((784, *[64] * 8, 10), 5e6, 3e7)], ids=str
 )
-def test_factors_grow_with_depth_as_the_readme_says(sizes: tuple[int, ...], low: float, high: float) -> None:
+def test_factors_grow_with_depth_as_its_page_says(sizes: tuple[int, ...], low: float, high: float) -> None:
     assert low < factors(perceptron(*sizes))[0] < high
 
 
