@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_fused import CASES, everything, made, train
 from torch import nn, optim
 
 import layerwise
@@ -16,6 +15,7 @@ from layerwise.factors import Factors
 from layerwise.rules import LARC, LARS, Constant, LayerAdaptive
 from layerwise.rules.elementwise import ElementwiseRule
 from layerwise.statistics import LayerStatistics
+from test_fused import CASES, everything, made, train
 
 RULES = [LayerAdaptive(), LARS(), LARC(clip=False), LARC()]
 MAKERS: dict[str, Callable[[Any], optim.Optimizer]] = {
