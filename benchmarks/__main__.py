@@ -17,7 +17,21 @@ from typing import Any
 
 import torch
 
-from . import amplification, backward, counts, growth, importing, iterations, lab, monitor, page, peers, sharded, steps
+from . import (
+    amplification,
+    backward,
+    counts,
+    growth,
+    importing,
+    iterations,
+    lab,
+    monitor,
+    page,
+    peers,
+    sharded,
+    steps,
+    table1,
+)
 
 PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "steps": steps.measure,
@@ -31,6 +45,7 @@ PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "backward": backward.show,
     "sharded": sharded.measure,
     "lab": lab.show,
+    "table1": table1.measure,
 }
 
 
