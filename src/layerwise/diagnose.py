@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Adafactor, Optimizer
 
 from .adapter import LayerwiseLR
+from .cost import check_seconds, measured_cost
 from .known_optimizers import reason_against
 from .layers import Layer, named_parameters_of
 from .optimizers import SCALE_INVARIANT, decay_is_coupled, no_effect, takes_tensor_rate, unwrap, why_not_rate
@@ -16,29 +17,39 @@ from .rules.combine import default, get_selection
 
 
 def diagnose(
-    optimizer: Any, model: nn.Module | None = None, rule: Any = None, *, most: int = 40, **arguments: Any
+    optimizer: Any,
+    model: nn.Module | None = None,
+    rule: Any = None,
+    *,
+    most: int = 40,
+    seconds: float | None = None,
+    **arguments: Any,
 ) -> str:
     """Print which layers exist, where a factor would act and why, what it costs, and what would not work.
 
-    Nothing stays attached, and nothing is changed or computed.
+    Nothing stays attached, and nothing is changed, to the bit: what a step costs is measured on copies of model,
+    gradients and optimizer state, with random gradients where there are none yet.
 
     Args:
         optimizer: The optimizer.
         model: Its model, as for `LayerwiseLR`.
         rule: The rule that would be attached; `LayerAdaptive()` if None.
         most: How many layers are listed; where that is too few for all, frozen ones come last.
+        seconds: How long the cost of a step is measured, at the most; 0 leaves it and the copies out. None takes a
+            second, unless the copies would take more than 1 GiB.
         **arguments: As for `LayerwiseLR`: `layers`, `apply`, `decay`, `exclude`, `bounds`.
 
     Returns:
         The text that was printed.
 
     Raises:
-        TypeError: There is no optimizer in `optimizer`, or `model` is no module.
+        TypeError: There is no optimizer in `optimizer`, `model` is no module, or `seconds` no number.
+        ValueError: `seconds` is negative or not finite.
 
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(784, 10))
-        >>> text = diagnose(torch.optim.AdamW(model.parameters()), model)
+        >>> text = diagnose(torch.optim.AdamW(model.parameters()), model)  # doctest: +ELLIPSIS
         LayerAdaptive on AdamW: 1 layer, 2 parameter tensors, 7,850 numbers
         <BLANKLINE>
         layer      tensors     numbers          lr       decay
@@ -47,10 +58,12 @@ def diagnose(
         acts on   'lr': the layer's rate in this step is f lr
         because   AdamW divides out what multiplies the gradient, and is exact in its rate
         costs     one reading of the gradients, a parameter group for each factor
+        measured  a step takes ... times as long: ... ms, bare ... ms (medians of ... pairs on copies, random gradients)
         problems  none found
         note      decoupled weight decay is multiplied by the rate, so the factor scales it too
         next      adapter = layerwise.LayerwiseLR(optimizer, rule, model)
     """
+    check_seconds(seconds)
     rule = LayerAdaptive() if rule is None else rule
     inner = unwrap(optimizer)
     if model is not None and not isinstance(model, nn.Module):
@@ -61,13 +74,23 @@ def diagnose(
         text = f"{type(rule).__name__} on {type(inner).__name__}: cannot be attached\n\nproblem   {error}"
     else:
         adapter.detach()
-        text = _describe(adapter, inner, model, rule, most, automatic=arguments.get("apply", "auto") == "auto")
+        cost = measured_cost(inner, model, rule, seconds, **arguments)
+        measured = f"not: {cost}" if isinstance(cost, str) else str(cost)
+        automatic = arguments.get("apply", "auto") == "auto"
+        text = _describe(adapter, inner, model, rule, most, measured, automatic=automatic)
     print(text)
     return text
 
 
 def _describe(
-    adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | None, rule: Any, most: int, *, automatic: bool
+    adapter: LayerwiseLR,
+    optimizer: Optimizer,
+    model: nn.Module | None,
+    rule: Any,
+    most: int,
+    measured: str,
+    *,
+    automatic: bool,
 ) -> str:
     name = type(optimizer).__name__
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -95,6 +118,7 @@ def _describe(
     problems = _problems(adapter, optimizer, model, len(outside))
     lines += ["", f"acts on   {adapter.apply!r}: {_where(adapter, optimizer)}"]
     lines += [f"because   {_why(adapter, optimizer, automatic)}", f"costs     {_cost(adapter)}"]
+    lines.append(f"measured  {measured}")
     lines += [f"problem   {problem}" for problem in problems] or ["problems  none found"]
     lines += [f"note      {note}" for note in _notes(adapter, optimizer)]
     lines.append("next      adapter = layerwise.LayerwiseLR(optimizer, rule, model)")

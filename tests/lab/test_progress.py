@@ -1,4 +1,5 @@
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,33 @@ def test_what_is_done_and_what_is_left_are_told(outcome, monkeypatch, kind):
     assert "a/record.json was damaged: set aside" in said
     assert "diverged" in said
     if kind is LineDisplay:
-        assert "3/15 runs, 23 min left; sgd plain seed 0: 5 of 10 updates" in said
-        assert "4/15 runs, 13 min left; sgd plain seed 0: 1.2 % test error" in said
+        assert "3/15 runs, 0.0833 updates/s, 23 min left; sgd plain seed 0: 5 of 10 updates" in said
+        assert "4/15 runs, 0.0714 updates/s, 13 min left; sgd plain seed 0: 1.2 % test error" in said
+
+
+def test_the_time_that_the_workers_take_to_start_is_no_measure_of_their_work(outcome, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    display = LineDisplay(Console(file=io.StringIO()))
+    display.begin(outcome, 1)
+    clock[0] = 100.0  # the worker imports
+    display.advance(0, "run", 0, 100)
+    clock[0] = 102.0
+    display.advance(0, "run", 20, 100)
+    assert display.rate == "10 updates/s"
+    assert display.left == "118 s left".replace("118 s", progress.duration(2.0 / 0.2 * 11.8))
+
+
+def test_the_bars_of_long_names_fit_80_columns(outcome):
+    target = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    display = BarDisplay(target)
+    display.begin(outcome, 1)
+    display.advance(0, "a subject of a long name, an arm of one seed 12", 1_000, 2_000)
+    display._progress.refresh()
+    display.end()
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", target.file.getvalue()).splitlines()
+    assert any("1,000 updates" in line for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 def test_work_of_an_earlier_session_does_not_make_the_rest_look_short(outcome, monkeypatch):

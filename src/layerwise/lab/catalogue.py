@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from layerwise.lab import data, places, recipe
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiment import load_finished
+from layerwise.lab.meter import Meter
 from layerwise.lab.runs import Runs
 
 if TYPE_CHECKING:
@@ -100,32 +104,70 @@ def show(names: Sequence[str], out: Path, folder: Path | None, *, as_json: bool,
     target = Console(file=buffer, width=_width(), highlight=False)
     missing: list[str] = []
     for entry in listed:
-        target.print(f"[bold]{entry['name']}[/bold]  {entry['title']}")
-        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-        table.add_column(min_width=9)
-        table.add_column(justify="right", no_wrap=True)
-        table.add_column(max_width=42)
-        table.add_column(no_wrap=True)
-        table.add_column()
-        for scale, about in entry["scales"].items():
-            done = f"{about['finished']} of " if about["finished"] else ""
+        target.print(Text(f"{entry['name']}  {entry['title']}"))
+        for about in entry["scales"].values():
             absent = [name for name in about["datasets"] if not data.present(name, folder)]
             missing += [name for name in absent if name not in missing]
-            needed = ", ".join(f"{name} (not here)" if name in absent else name for name in about["datasets"])
-            table.add_row(f"  {scale}", f"{done}{about['runs']} runs", about["time"], about["memory"], needed)
-        target.print(table)
+        target.print(_details(entry, folder) if len(listed) == 1 else _brief(entry, folder))
     target.print()
+    if len(listed) > 1:
+        target.print(f"More on one of them:  {program} list NAME", markup=False, soft_wrap=True)
     target.print("Times are of cores that do nothing else; beside other work they are several times as long.")
     for name in missing:
         target.print(f"Not here: {name}. Get it with  {program} data {name}", markup=False, soft_wrap=True)
     first = next((entry["name"] for entry in listed if entry["name"].startswith("singh")), listed[0]["name"])
     target.print(f"Next:   {program} run {first} --scale smoke", markup=False, soft_wrap=True)
-    return buffer.getvalue()
+    return "".join(f"{line.rstrip()}\n" for line in buffer.getvalue().splitlines())
+
+
+def _brief(entry: dict[str, Any], folder: Path | None) -> Table:
+    """Lay the scales of a recipe out, a line each."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for width, side in ((9, "left"), (9, "right"), (28, "left"), (5, "left"), (0, "left")):
+        table.add_column(min_width=width, justify=side)  # type: ignore[arg-type]
+    for scale, about in entry["scales"].items():
+        memory = about["memory"].partition(" a process")[0]
+        table.add_row(f"  {scale}", _runs(about), shortly(about["time"]), memory, _needed(about, folder))
+    return table
+
+
+def _details(entry: dict[str, Any], folder: Path | None) -> Table:
+    """Lay the scales of a recipe out with everything that is known of them."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for scale, about in entry["scales"].items():
+        table.add_row(f"  {scale}", "runs", _runs(about).removesuffix(" runs"))
+        for name in ("time", "memory"):
+            table.add_row("", name, about[name])
+        table.add_row("", "data", f"{about['data']}; {_needed(about, folder)}")
+    return table
+
+
+def _runs(about: dict[str, Any]) -> str:
+    """Say how many runs a scale has, and how many of them are finished."""
+    return f"{about['finished']}/{about['runs']} runs" if about["finished"] else f"{about['runs']} runs"
+
+
+def _needed(about: dict[str, Any], folder: Path | None) -> str:
+    """Name the data sets of a scale, and which of them are not here."""
+    return ", ".join(name if data.present(name, folder) else f"{name} (not here)" for name in about["datasets"])
+
+
+def shortly(time: str) -> str:
+    """Leave out of a time what it was estimated from, or what it took elsewhere.
+
+    Example:
+        >>> shortly("25 to 45 minutes on 2 free cores; it took 1.5 hours of a busy core")
+        '25 to 45 minutes on 2 cores'
+    """
+    return re.split(r"[;,(]", time)[0].strip().replace(" free cores", " cores")
 
 
 def _width() -> int:
-    """Give the width of the terminal, or what COLUMNS says."""
-    return shutil.get_terminal_size((100, 24)).columns
+    """Give the width of the terminal, or what COLUMNS says; 80 where there is neither."""
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 def show_data(name: str, folder: Path | None, *, quiet: bool, as_json: bool, program: str) -> int:
@@ -151,12 +193,13 @@ def show_data(name: str, folder: Path | None, *, quiet: bool, as_json: bool, pro
         more = f"\nLooked for in {target}\nNext:   {program} data mnist"
         _say({"folder": str(target), "datasets": sets}, "\n".join([*lines, more]), as_json)
         return 0
-    code, words = _got(data.known(name).name, target, None if quiet or as_json else _progress(Console(stderr=True)))
+    with Downloads(None if quiet or as_json else Console(stderr=True, highlight=False)) as downloads:
+        code, words = _got(data.known(name).name, target, downloads.grow)
     _say({"name": name, "folder": str(target), "present": data.present(name, target), "words": words}, words, as_json)
     return code
 
 
-def _got(name: str, target: Path, progress: Callable[..., None] | None) -> tuple[int, str]:
+def _got(name: str, target: Path, progress: Callable[..., None]) -> tuple[int, str]:
     """Fetch a data set; give the exit code, and where it is or what to do."""
     from layerwise.lab.data import fetch
     from layerwise.lab.data.download import MirrorsError
@@ -180,14 +223,27 @@ def _say(found: dict[str, Any], words: str, as_json: bool) -> None:
     sys.stdout.write((json.dumps(found, indent=2) if as_json else words) + "\n")
 
 
-def _progress(console: Console) -> Callable[..., None]:
-    """Show how a file grows, a line for each tenth."""
-    shown: dict[str, int] = {}
+class Downloads:
+    """Shows how a file grows, the next one in place of the last.
 
-    def grow(file: str, done: int, total: int) -> None:
-        tenth = 10 * done // max(total, 1)
-        if shown.get(file) != tenth:
-            shown[file] = tenth
-            console.print(f"{file}: {done / 1e6:.1f} of {total / 1e6:.1f} MB", markup=False)
+    Args:
+        target: where; None shows nothing.
+    """
 
-    return grow
+    def __init__(self, target: Console | None) -> None:
+        self._target, self._file = target, ""
+        self._shown = ExitStack()
+
+    def __enter__(self) -> Downloads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._shown.close()
+
+    def grow(self, file: str, done: int, total: int) -> None:
+        """Tell how many bytes of a file are here."""
+        if file != self._file:
+            self._shown.close()
+            self._file = file
+            self._meter = self._shown.enter_context(Meter(self._target, file, "MB", scale=1e6))
+        self._meter.show(done, total)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import shlex
 import shutil
 import sys
-import textwrap
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +21,8 @@ if TYPE_CHECKING:
 
 
 DEMOS = ("lenet", "amplification")
+KEEPING = ("demo", "run", "sweep", "compare", "data")
+"""Commands that go on where they were interrupted."""
 
 
 def _settings(asked: options.Work) -> Settings:
@@ -56,7 +56,7 @@ def _carry_out(
     if outcome is None:
         return 0
     if outcome.results.records:
-        report.write(outcome, shlex.join(["layerwise", *arguments]))
+        _write_report(outcome, arguments, silent=asked.json or asked.quiet)
     again = shlex.join([program(), *arguments])
     command = next_command(outcome) if outcome.complete else again
     if asked.json:
@@ -66,6 +66,18 @@ def _carry_out(
     else:
         terminal.show(outcome, target, quiet=asked.quiet, next_command=command)
     return outcome.exit_code
+
+
+def _write_report(outcome: Outcome, arguments: Sequence[str], *, silent: bool) -> None:
+    """Write the page, and show how far it is."""
+    from rich.console import Console
+
+    from layerwise.lab import report
+    from layerwise.lab.meter import Meter
+
+    target = None if silent else Console(stderr=True, highlight=False)
+    with Meter(target, "writing the report", "figures") as meter:
+        report.write(outcome, shlex.join(["layerwise", *arguments]), meter.show)
 
 
 def _plan_runner(plan: Plan) -> Callable[[Settings, Any], Outcome]:
@@ -164,30 +176,17 @@ def _compare(asked: options.Compare, arguments: Sequence[str]) -> int:
 
 
 def _doctor(asked: options.Doctor, arguments: Sequence[str]) -> int:
-    from layerwise.lab import compare
+    from layerwise.lab import doctor
 
-    found = compare.doctor(asked.task)
-    code = 1 if found.problems else 0
-    if asked.json:
-        told = {"task": asked.task, "problems": found.problems, "lines": found.lines}
-        sys.stdout.write(json.dumps(told, indent=2) + "\n")
-        return code
-    width = shutil.get_terminal_size().columns
-    for line in found.lines:
-        folded = textwrap.wrap(line, width, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False)
-        sys.stdout.write("\n".join(folded) + "\n")
-    if not asked.quiet:
-        command = arguments if code else ["compare", asked.task]
-        sys.stdout.write(f"\nNext:   {shlex.join([program(), *command])}{'   (when that is mended)' * code}\n")
-    return code
+    return doctor.run(asked, arguments, program())
 
 
 def _report(asked: options.Report, arguments: Sequence[str]) -> int:
-    from layerwise.lab import report, terminal
+    from layerwise.lab import terminal
     from layerwise.lab.report import anything
 
     outcome = anything.gather(asked.runs, out=asked.out)
-    report.write(outcome, shlex.join(["layerwise", *arguments]))
+    _write_report(outcome, arguments, silent=asked.json or asked.quiet)
     if asked.json:
         sys.stdout.write(terminal.as_json(outcome) + "\n")
     else:
@@ -213,6 +212,13 @@ def _data(asked: options.Data, arguments: Sequence[str]) -> int:
     # The folder that is named may not exist yet: it is made for what is fetched.
     folder = asked.data_dir or places.data_dir(None)
     return catalogue.show_data(asked.name, folder, quiet=asked.quiet, as_json=asked.json, program=program())
+
+
+def _completion(asked: options.Completion, arguments: Sequence[str]) -> int:
+    from layerwise.lab.options import completion
+
+    sys.stdout.write(completion(asked.shell))
+    return 0
 
 
 def program() -> str:
@@ -264,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "Report": _report,
             "List": _list,
             "Data": _data,
+            "Completion": _completion,
         }
         return handlers[type(asked).__name__](asked, arguments)
     except UsageError as error:
@@ -279,5 +286,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = None  # type: ignore[assignment]  # who read it has gone, as head does
         return 0
     except KeyboardInterrupt:
-        sys.stderr.write("\nlayerwise: interrupted; what is done is kept, and the same command goes on with the rest\n")
+        kept = "; what is done is kept, and the same command goes on with the rest"
+        sys.stderr.write(f"\nlayerwise: interrupted{kept if arguments[:1] and arguments[0] in KEEPING else ''}\n")
         return 130

@@ -272,11 +272,12 @@ def run(
     return carry_out(chosen, settings, display)
 
 
-def doctor(file_and_function: str) -> Examination:
-    """Look at a task, do two updates, and say what a comparison would do and what is wrong.
+def doctor(file_and_function: str, **how: Any) -> Examination:
+    """Look at a task, do a few updates, say what a comparison would do, train it for a little while, say what is wrong.
 
     Args:
         file_and_function: ``"file.py:function"``.
+        **how: as ``examination.examine`` takes it: ``device``, ``steps``, ``seconds``, ``advance``.
 
     Returns:
         What was found.
@@ -286,4 +287,4 @@ def doctor(file_and_function: str) -> Examination:
     """
     from layerwise.lab import examination
 
-    return examination.examine(tasks.load(file_and_function))
+    return examination.examine(tasks.load(file_and_function), **how)

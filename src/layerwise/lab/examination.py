@@ -6,13 +6,17 @@ import contextlib
 import io
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
 
 import layerwise
+from layerwise.lab import checkup
+from layerwise.lab.checkup import Checkup
 from layerwise.lab.compare import plan, setting_words
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.engine import Training
@@ -23,13 +27,22 @@ from layerwise.lab.methods import DEFAULT_ARMS, make_arms
 from layerwise.lab.progress import duration
 from layerwise.lab.store import usable_cores
 from layerwise.lab.tasks import TaskFile
+from layerwise.lab.trial import StoppedError
 from layerwise.rules import LayerAdaptive
 
-UPDATES = 2
+UPDATES = 8
+"""Of the dry run: the first ones take longer than the rest."""
+
+UPDATE_SECONDS = 5.0
+"""After which the dry run ends with its second update or later."""
+
 SEEDS = 5
 
-TRIED = "two updates with the layer-adaptive rule: "
+TRIED = "a few updates with the layer-adaptive rule: "
 """How a problem begins that came up in them."""
+
+NOT_FINITE = "the loss is not finite"
+"""How the problem begins that the training tells more of, if it has it too."""
 
 BESIDE_SECONDS = 10.0
 """To start the command, to start a worker, and to write the report: 3, 3 and 4 s of a free core."""
@@ -58,47 +71,81 @@ class Examination:
 
     Attributes:
         described: what it is, what a comparison would do, and where a factor would act, in lines.
-        problems: what is wrong, a sentence each.
+        faults: what the dry run found wrong, a sentence each.
+        checkup: what a short training showed; None where no update could be done.
     """
 
     described: list[str]
-    problems: list[str]
+    faults: list[str]
+    checkup: Checkup | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        """Everything that is wrong, a sentence each."""
+        findings = self.checkup.findings if self.checkup else ()
+        return [*self.faults, *(finding.sentence for finding in findings if finding.serious)]
+
+    @property
+    def conclusion(self) -> list[str]:
+        """What is wrong, and what may be, in lines: "problem" or "note" at the beginning, "remedy" below."""
+        told = [f"{'problem':<12}{problem}" for problem in self.faults]
+        for finding in self.checkup.findings if self.checkup else ():
+            told.append(f"{'problem' if finding.serious else 'note':<12}{finding.sentence}")
+            told.append(f"{'  remedy':<12}{finding.remedy}")
+        return told if self.problems else [f"{'problems':<12}none found", *told]
 
     @property
     def lines(self) -> list[str]:
-        """Everything, as it is printed; a problem each begins with "problem"."""
-        told = [f"{'problem':<12}{problem}" for problem in self.problems]
-        return [*self.described, "", *(told or [f"{'problems':<12}none found"])]
+        """Everything, as it is printed."""
+        trained = [] if self.checkup is None else ["", f"{'trained':<12}{self.checkup.words}, without a rule"]
+        return [*self.described, *trained, "", *self.conclusion]
 
 
-def examine(task_file: TaskFile, device: str = "cpu") -> Examination:
-    """Try a task, do two updates, and say what a comparison would do and what is wrong.
+def examine(
+    task_file: TaskFile,
+    device: str = "cpu",
+    *,
+    steps: int = checkup.STEPS,
+    seconds: float = checkup.SECONDS,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Examination:
+    """Try a task, do a few updates, say what a comparison would do, and train it for a little while.
 
     Args:
         task_file: the task.
         device: where the network is put.
+        steps: updates of the training.
+        seconds: after which the training ends earlier.
+        advance: told of the training's updates.
 
     Returns:
         What was found.
 
     Raises:
-        UsageError: the task cannot be used at all.
+        UsageError: the task cannot be used at all, or a length is out of its range.
     """
+    checkup.check(steps, seconds)
     look = task_file.look(device)
     problems = _problems_of_plan(task_file, look)
     jobs = max(1, min(usable_cores(), SEEDS * sum(arm.control is None for arm in make_arms())))
     with Stream(0):
-        seconds, found = _updates(look, 1)
+        an_update, found = _updates(look, 1)
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         layerwise.diagnose(look.trial.optimizer, look.trial.model)
     diagnosis, more = _sorted(text.getvalue())
+    described = [*_described(task_file, look), *_times(look, an_update, jobs), "", *diagnosis]
+    trained = None
+    if math.isfinite(an_update):
+        trained = checkup.train(task_file, steps=steps, seconds=seconds, device=device, advance=advance)
+        if any(finding.kind == "non-finite" for finding in trained.findings):
+            found = [problem for problem in found if not problem.startswith(NOT_FINITE)]
     told: list[str] = []
     for problem in (*problems, *found, *more):
         # What cannot be attached is found three times: by the plan, by the updates and by the diagnosis.
         if not any(problem.removeprefix(TRIED) in other for other in told):
             told.append(problem)
-    return Examination([*_described(task_file, look), *_times(look, seconds, jobs), "", *diagnosis], told)
+    return Examination(described, told, trained)
 
 
 def _sorted(diagnosis: str) -> tuple[list[str], list[str]]:
@@ -166,15 +213,20 @@ def _problems_of_plan(task_file: TaskFile, look: Look) -> list[str]:
 
 
 def _updates(look: Look, threads: int) -> tuple[float, list[str]]:
-    """Do two updates as the lab does them: seconds of the second one, and what went wrong."""
+    """Do a few updates as the lab does them: the median of their seconds, without the first, and what went wrong."""
     timed = Timed(look.trial.batches)
-    trial = replace(look.trial, batches=timed, iterations=UPDATES, epochs=None, test_every=None)
+    trial = replace(
+        look.trial, batches=timed, evaluate=lambda model, stop: {}, iterations=UPDATES, epochs=None, test_every=None
+    )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         training = Training(trial, LayerAdaptive(), Configuration(trial={}, rule={"name": "LayerAdaptive"}))
-        training.run()
-        seconds = time.perf_counter() - (timed.asked or [time.perf_counter()])[-1]
+        began = time.perf_counter()
+        with contextlib.suppress(StoppedError):
+            training.run(lambda: training.position.iteration > 1 and time.perf_counter() - began > UPDATE_SECONDS)
+        ends = [*timed.asked, time.perf_counter()]
+        seconds = median(later - earlier for earlier, later in pairwise(ends if len(ends) > 1 else [began, *ends]))
     except (TypeError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
@@ -183,7 +235,8 @@ def _updates(look: Look, threads: int) -> tuple[float, list[str]]:
         torch.set_num_threads(before)
     problems = []
     if training.diverged_at is not None:
-        problems.append(f"the loss is not finite after {training.diverged_at} updates: is the rate too large?")
+        words = f"{NOT_FINITE} after {training.diverged_at} updates with the layer-adaptive rule"
+        problems.append(f"{words}: is the rate too large?")
     named = [(name, p) for name, p in trial.model.named_parameters() if p.requires_grad]
     without = [name for name, p in named if p.grad is None]
     if without:

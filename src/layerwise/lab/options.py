@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,9 @@ import tyro
 
 from layerwise.lab.errors import UsageError, nearest
 
-DESCRIPTION = "Per-layer learning rates for PyTorch: compare methods with paired seeds, controls and intervals."
+DESCRIPTION = """Per-layer learning rates for PyTorch, compared honestly.
+
+Begin with: layerwise demo"""
 
 
 def _left_out(words: str) -> Any:
@@ -88,7 +92,7 @@ class Run(Work):
     processes share each run: torchrun --nproc-per-node 2 -m layerwise run NAME.
     """
 
-    recipe: tyro.conf.Positional[str]
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
     """Its name; layerwise list names them all."""
 
     scale: Annotated[str | None, _left_out("reduced")] = None
@@ -99,7 +103,7 @@ class Run(Work):
 class Sweep(Work):
     """Run a recipe over values of its constants: every combination, every arm, the same seeds."""
 
-    recipe: tyro.conf.Positional[str]
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
     """Its name; layerwise list names them all."""
 
     scale: Annotated[str | None, _left_out("reduced")] = None
@@ -125,8 +129,8 @@ class Compare(Work):
     that is loaded and run.
     """
 
-    task: tyro.conf.Positional[str]
-    """FILE:FUNCTION."""
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE:FUNCTION")]
+    """A file of Python and a function in it."""
 
     arms: tuple[str, ...] = ()
     """Arms by name, separated by spaces or commas; if left out: plain, layer-adaptive and its controls."""
@@ -137,10 +141,32 @@ class Compare(Work):
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Places):
-    """Look at a task of your own before anything long is run: what would be done, and what is wrong."""
+    """Look at a task of your own before anything long is run: what would be done, and what is wrong.
 
-    task: tyro.conf.Positional[str]
-    """FILE:FUNCTION."""
+    It tries each part once, measures what a step costs, trains for a little while with the task's own optimizer, and
+    says which layers vanish, explode, are dead, or move too fast or too slowly. The page has the same with pictures.
+    """
+
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE:FUNCTION")]
+    """A file of Python and a function in it."""
+
+    steps: int = 100
+    """Updates of the short training."""
+
+    seconds: float = 30.0
+    """After which the short training ends earlier."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """Print the completion of a shell, which then finishes commands and options at a press of Tab.
+
+    For bash: layerwise completion bash > ~/.local/share/bash-completion/completions/layerwise. docs/terminal.md says
+    the same of the others.
+    """
+
+    shell: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SHELL")]
+    """bash, zsh or fish."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +199,7 @@ class Data(Places):
     """Show no progress; without a name, print the names alone."""
 
 
-Command = Demo | Run | Sweep | Compare | Doctor | Report | List | Data
+Command = Demo | Run | Sweep | Compare | Doctor | Report | List | Data | Completion
 
 COMMANDS: dict[str, Any] = {
     "demo": Demo,
@@ -184,7 +210,10 @@ COMMANDS: dict[str, Any] = {
     "list": List,
     "data": Data,
     "doctor": Doctor,
+    "completion": Completion,
 }
+
+SHELLS = ("bash", "zsh", "fish")
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -202,6 +231,10 @@ def parse(arguments: Sequence[str]) -> Command:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         hint = nearest(arguments[0], COMMANDS)
         raise UsageError(f"command {arguments[0]!r} is not known: use one of {', '.join(COMMANDS)}.{hint}")
+    return _read(arguments)
+
+
+def _read(arguments: Sequence[str]) -> Command:
     return tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="layerwise",
@@ -209,6 +242,27 @@ def parse(arguments: Sequence[str]) -> Command:
         args=list(arguments),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def completion(shell: str) -> str:
+    """Give the completion of a shell.
+
+    Args:
+        shell: one of ``SHELLS``.
+
+    Returns:
+        What the shell reads.
+
+    Raises:
+        UsageError: another shell.
+    """
+    if shell not in SHELLS:
+        raise UsageError(f"shell={shell!r}: must be one of {', '.join(SHELLS)}.{nearest(shell, SHELLS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "completion"
+        with contextlib.suppress(SystemExit):
+            _read(["--tyro-write-completion", shell, str(path)])
+        return path.read_text(encoding="utf-8")
 
 
 def assignments(words: Sequence[str], option: str) -> dict[str, list[Any]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from layerwise.lab.experiment import Display, Outcome
 
@@ -14,6 +15,12 @@ PLAIN_LINE_SECONDS = 10.0
 
 LONG_RUN_SECONDS = 60.0
 """Seconds after which a run at work has a line of its own there, so that long runs do not look hung."""
+
+BAR = 10
+"""Width of a bar."""
+
+LONGEST_NOTE = 42
+"""Letters beside a bar: as in "120/480 runs, 1,234 updates/s, 120 min left"."""
 
 
 def opening(outcome: Outcome, workers: int) -> list[str]:
@@ -57,6 +64,7 @@ class _Counted(Display):
         self.target = target
         self.clock = time.monotonic()
         self.parts: dict[str, float] = {}
+        self.updates: dict[str, int] = {}
         self.count = self.total = self.found = 0
 
     def begin(self, outcome: Outcome, workers: int) -> None:
@@ -65,14 +73,18 @@ class _Counted(Display):
         self.count = self.found = outcome.found
         self.total = outcome.planned
         self._first: dict[str, float] = {}
+        self._updates_before: dict[str, int] = {}
         for line in opening(outcome, workers):
             self.target.print(line, markup=False)
 
     def advance(self, worker: int, run: str, done: int, total: int | None) -> None:
         """Count the part of a run; what a checkpoint had done before is no work of this time."""
         part = done / total if total else 0.0
+        if not self._first:  # the time that the workers took to start is no measure of their work
+            self.clock = time.monotonic()
         self._first.setdefault(run, part)
-        self.parts[run] = part
+        self._updates_before.setdefault(run, done)
+        self.parts[run], self.updates[run] = part, done
 
     def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
         """Count a finished run."""
@@ -86,6 +98,18 @@ class _Counted(Display):
     def say(self, words: str) -> None:
         """Print a line."""
         self.target.print(words, markup=False)
+
+    @property
+    def rate(self) -> str:
+        """How many updates a second are done, in all processes together; "" before there are any."""
+        done = sum(count - self._updates_before[run] for run, count in self.updates.items())
+        passed = time.monotonic() - self.clock
+        return f"{done / passed:,.3g} updates/s" if done and passed else ""
+
+    @property
+    def pace(self) -> str:
+        """Rate and time left."""
+        return ", ".join(filter(None, (self.rate, self.left)))
 
     @property
     def left(self) -> str:
@@ -121,8 +145,8 @@ class LineDisplay(_Counted):
         now = time.monotonic()
         if now - self._last >= after:
             self._last = now
-            left = f"{self.left}; " if self.left and self.count < self.total else ""
-            self.say(f"{self.count}/{self.total} runs, {left}{words}")
+            pace = f"{self.pace}; " if self.pace and self.count < self.total else ""
+            self.say(f"{self.count}/{self.total} runs, {pace}{words}")
 
 
 class BarDisplay(_Counted):
@@ -135,11 +159,12 @@ class BarDisplay(_Counted):
         self._progress = None
         if not left:
             return
+        widest = max(12, self.target.width - BAR - LONGEST_NOTE - 2)
+        name = Column(max_width=widest, no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
+            TextColumn("{task.description}", markup=False, table_column=name),
+            BarColumn(bar_width=BAR),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self.target,
             transient=True,
             refresh_per_second=5,
@@ -166,7 +191,7 @@ class BarDisplay(_Counted):
         part = self.parts[run]
         line = self._lines[worker % len(self._lines)]
         self._progress.update(line, description=f"  {run}", completed=part, note=note)
-        whole = f"{self.count}/{self.total} runs  {self.left}"
+        whole = ", ".join(filter(None, (f"{self.count}/{self.total} runs", self.pace)))
         self._progress.update(self._whole, completed=sum(self.parts.values()), note=whole)
 
     def end(self) -> None:

@@ -239,13 +239,13 @@ def as_json(outcome: Outcome) -> str:
         "runs": str(outcome.settings.out / "store"),
         "seconds": outcome.seconds,
     }
-    return json.dumps(_finite(whole), indent=2, allow_nan=False)
+    return json.dumps(finite(whole), indent=2, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Give None for numbers that JSON does not have, as the value of a diverged task."""
     if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: finite(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

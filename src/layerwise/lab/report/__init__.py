@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,9 @@ if TYPE_CHECKING:
     from layerwise.lab.experiment import Outcome
 
 
-def write(outcome: Outcome, command: str) -> Path:
+def write(
+    outcome: Outcome, command: str, show: Callable[[float, float | None], None] = lambda done, total: None
+) -> Path:
     """Write the report of an outcome.
 
     Into the outcome's folder: ``report.html``, ``table.md``, ``plan.json``, ``runs.json``, ``tables/*.parquet``,
@@ -19,13 +22,14 @@ def write(outcome: Outcome, command: str) -> Path:
     Args:
         outcome: of any plan.
         command: the command line that made it, or "".
+        show: told how many figures are written, and of how many; that is not known while they are drawn.
 
     Returns:
         The page.
     """
     from layerwise.lab.report.files import write_all
 
-    return write_all(outcome, command)
+    return write_all(outcome, command, show)
 
 
 def prepare() -> None:

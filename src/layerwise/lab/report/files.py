@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,23 +28,27 @@ MEANT = str.maketrans({sign: f"\\{sign}" for sign in "\\`*_[]|#"} | {sign: f"&#{
 """Signs of Markdown and HTML -> how they are written to mean themselves."""
 
 
-def write_all(outcome: Outcome, command: str) -> Path:
+def write_all(
+    outcome: Outcome, command: str, show: Callable[[float, float | None], None] = lambda done, total: None
+) -> Path:
     """Write everything.
 
     Args:
         outcome: of a plan.
         command: the command line that made it.
+        show: told how many figures are written, and of how many.
 
     Returns:
         The page. It comes last, so that a page that is there has its tables and figures.
     """
+    show(0, None)
     folder, page = outcome.folder, build(outcome, command)
     if outcome.results.records:
         _tables(outcome)
     write_whole(folder / "table.md", _bytes(markdown(outcome)))
     write_whole(folder / PLAN, as_json(outcome.plan).encode())
     write_whole(folder / RUNS, json.dumps(_run_list(outcome), indent=1).encode())
-    _figures(folder / "figures", page)
+    _figures(folder / "figures", page, show)
     write_whole(outcome.report, _bytes(page.html))
     write_whole(outcome.settings.out / "report.html", _bytes(page.html))
     return outcome.report
@@ -111,10 +115,11 @@ def _run_list(outcome: Outcome) -> dict[str, object]:
     }
 
 
-def _figures(folder: Path, page: Page) -> None:
+def _figures(folder: Path, page: Page, show: Callable[[float, float | None], None]) -> None:
     """Write each figure as SVG and PNG, and remove those of an earlier page."""
     wanted = set()
-    for drawing in page.figures:
+    for done, drawing in enumerate(page.figures):
+        show(done, len(page.figures))
         write_whole(folder / f"{drawing.name}.svg", _bytes(drawing.file))
         write_whole(folder / f"{drawing.name}.png", drawing.png)
         wanted |= {f"{drawing.name}.svg", f"{drawing.name}.png"}
