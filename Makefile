@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo demo-amplification test lint docs bench bench-page optimizers-page clean
+.PHONY: help demo demo-amplification test faults lint docs bench bench-page optimizers-page licences-page lock audit clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -20,9 +20,12 @@ help: ## list the targets
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]'
 	touch $@
 
-.venv/dev: .venv/lab
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
-	touch $@
+# First what is locked with hashes, then the rest: PyTorch, whose builds differ from place to place, and this package.
+.venv/dev: .venv/pip pyproject.toml requirements-dev.lock
+	@echo "installing into .venv (some minutes the first time)"
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]' --group dev
+	touch .venv/lab $@
 
 demo: .venv/lab ## train LeNet on real digits, with and without per-layer rates, and write runs/report.html
 	$(BIN)/layerwise demo
@@ -32,6 +35,9 @@ demo-amplification: .venv/lab ## train a narrow ResNet with and without amplifie
 
 test: .venv/dev ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+faults: .venv/dev ## the long part of the fault suite too: kills, full disks, mutated files, 100,000 steps (hours)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --faults tests/faults
 
 lint: .venv/dev ## check style and types
 	$(BIN)/ruff check
@@ -58,6 +64,21 @@ bench-page: .venv/bench ## the same, and write docs/benchmarks
 
 optimizers-page: .venv/dev ## try the optimizers of other packages and write docs/optimizers.md
 	$(BIN)/python tests/optimizers_page.py
+
+licences-page: .venv/dev ## write docs/licences.md
+	$(BIN)/python tests/licences_page.py
+
+.venv/supply: .venv/pip
+	$(PYTHON) -m venv .venv/supply-chain
+	.venv/supply-chain/bin/python -m pip install --quiet 'pip-audit==2.10.1' 'uv==0.13.9'
+	touch $@
+
+lock: .venv/supply ## write requirements-dev.lock: constraints.txt with hashes
+	.venv/supply-chain/bin/uv pip compile --quiet --no-deps --no-annotate --generate-hashes \
+		--no-emit-package torch --output-file requirements-dev.lock constraints.txt
+
+audit: .venv/supply ## ask the registry for known vulnerabilities of what constraints.txt pins
+	.venv/supply-chain/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 clean: ## remove what was installed and built; runs/ stays
 	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis

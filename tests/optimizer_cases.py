@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
+MUON = getattr(optim, "Muon", None)  # since torch 2.9
 OPTIONS: dict[type, list[dict[str, Any]]] = {
     optim.SGD: [
         {"lr": 0.1},
@@ -63,8 +64,9 @@ OPTIONS: dict[type, list[dict[str, Any]]] = {
     ],
     optim.SparseAdam: [{"lr": 0.1}, {"lr": 0.1, "maximize": True}],
     optim.Adafactor: [{"lr": 0.1}, {"lr": 0.1, "weight_decay": 0.05, "d": 2.0}, {"lr": 0.1, "maximize": True}],
-    optim.Muon: [{"lr": 0.1}, {"lr": 0.1, "weight_decay": 0.05, "nesterov": False}],
 }
+if MUON is not None:
+    OPTIONS[MUON] = [{"lr": 0.1}, {"lr": 0.1, "weight_decay": 0.05, "nesterov": False}]
 REFUSED = {optim.LBFGS: "LBFGS"}
 LATE = (optim.ASGD, optim.Rprop)
 ALL = {c for c in vars(optim).values() if isinstance(c, type) and issubclass(c, optim.Optimizer)} - {optim.Optimizer}
@@ -99,7 +101,18 @@ def forms(optimizer: type[optim.Optimizer]) -> Iterator[dict[str, Any]]:
         yield {"fused": True}
 
 
-CASES = [Case(c, options, form) for c, settings in OPTIONS.items() for options in settings for form in forms(c)]
+def known(optimizer: type[optim.Optimizer], options: dict[str, Any]) -> bool:
+    """Tell whether this version of torch has the options: `decoupled_weight_decay` is younger than others."""
+    return set(options) <= set(inspect.signature(optimizer.__init__).parameters)
+
+
+CASES = [
+    Case(c, options, form)
+    for c, settings in OPTIONS.items()
+    for options in settings
+    if known(c, options)
+    for form in forms(c)
+]
 
 
 class Embedded(nn.Module):
@@ -108,7 +121,7 @@ class Embedded(nn.Module):
     def __init__(self, optimizer: type[optim.Optimizer], dtype: torch.dtype) -> None:
         super().__init__()
         self.sparse = optimizer is optim.SparseAdam
-        bias = optimizer is not optim.Muon  # which takes matrices only
+        bias = optimizer is not MUON  # which takes matrices only
         if self.sparse:
             self.first = nn.EmbeddingBag(11, 6, sparse=True, mode="sum", dtype=dtype)
             self.second = nn.EmbeddingBag(7, 6, sparse=True, mode="sum", dtype=dtype)

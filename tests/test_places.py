@@ -13,7 +13,7 @@ import layerwise
 from layerwise import late
 from layerwise.factors import Factors
 from layerwise.rules import Constant, LayerAdaptive
-from optimizer_cases import CASES, Case, assert_same_bits, network, relative_difference, take_step, weights
+from optimizer_cases import CASES, MUON, Case, assert_same_bits, network, relative_difference, take_step, weights
 
 SGD_CASES = [case for case in CASES if case.optimizer is optim.SGD]
 names = {"ids": str}
@@ -165,7 +165,7 @@ def test_the_gradient_is_left_scaled_when_asked_for_and_alone_when_not() -> None
 
 
 # The bare step of these reads a value by itself; the fused kernels have no form for fake tensors.
-UNFIT = {optim.SparseAdam, optim.Adafactor, optim.ASGD, optim.Rprop, optim.Muon}
+UNFIT = {optim.SparseAdam, optim.Adafactor, optim.ASGD, optim.Rprop, MUON}
 FAKE = [
     (case, place)
     for case in CASES

@@ -341,6 +341,33 @@ def test_tiny_and_huge_float32_gradients_count(measure, size, sample):
     assert values == pytest.approx(measured(layers, epoch, measure, sample=sample)[2], rel=1e-5)
 
 
+@pytest.mark.parametrize("sample", [None, 3])
+@both
+def test_finite_gradients_whose_sum_float32_cannot_hold_do_not_count(measure, sample):
+    """One such step made an infinity of a sum and NaN of every ẑ, so that no layer was chosen."""
+    layers = layers_of([[(4,)], [(4,)]], torch.float32)
+    epoch = random_epoch(layers, 5, dtype=torch.float32)
+    for step in (1, 2, 3):
+        epoch[step][0][0] = 3e38
+    _, state, values = measured(layers, epoch, measure, sample=sample)
+    assert state["iterations"].item() == 2
+    alone = [epoch[0], epoch[4]]
+    assert values == measured(layers, alone, measure, sample=sample)[2]
+    if sample is None:
+        assert values == pytest.approx(expected(layers, alone, measure), rel=1e-6)
+
+
+@pytest.mark.parametrize("sample", [None, 100])
+@pytest.mark.parametrize("others", [torch.float16, torch.float32])
+@both
+def test_a_float16_layer_whose_absolute_values_add_up_to_more_than_float16_can_hold_counts(measure, sample, others):
+    layers = layers_of([[(2000,)], [(3,)]], torch.float16)
+    epoch = [[torch.full((2000,), 100.0).half(), torch.ones(3, dtype=others)] for _ in range(2)]
+    _, state, values = measured(layers, epoch, measure, sample=sample)
+    assert state["iterations"].item() == 2
+    assert values == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("sample", [None, 50])
 @both
 def test_complex_gradients_of_constant_sign_give_1_and_their_sums_can_be_loaded(measure, sample):

@@ -20,6 +20,7 @@ from .hooks import OptimizerHooks
 from .idle import makes_state_only
 from .late import LateFactors
 from .layers import Exclusion, Layer, LayerSpecification
+from .nonfinite import FiniteGradients, OnNonfinite
 from .optimizers import PLACES, PlaceName, acting_optimizer, automatic_place, no_effect, refuse, unwrap
 from .partition import Split
 from .resolution import Request, Resolution, resolve
@@ -68,6 +69,10 @@ class LayerwiseLR:
         exclude: Layers left at factor 1: None, fnmatch patterns of layer names, or a callable
             `(parameter name, parameter) -> bool`, which must hold for all of the layer's parameters.
         bounds: `(low, high)`, a clamp of the factors.
+        on_nonfinite: What a gradient with NaN or infinity in it does. `"ignore"`: the step is taken, and rules that
+            read gradients give its layer factor 1. `"raise"`: `FloatingPointError`, which names layer and step, before
+            parameters, states or this adapter's factors change; not where a gradient scaler skips such steps. It reads
+            the gradients once more and waits for the device (one more collective, if sharded) at each step.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -95,6 +100,7 @@ class LayerwiseLR:
         decay: Decay = "auto",
         exclude: Exclusion | Literal["auto"] = "auto",
         bounds: tuple[float, float] | None = None,
+        on_nonfinite: OnNonfinite = "ignore",
     ) -> None:
         holder = unwrap(optimizer)
         inner = acting_optimizer(holder)
@@ -103,6 +109,8 @@ class LayerwiseLR:
         check_needs(getattr(rule, "needs", ("gradient_norm",)))
         check_choice("apply", apply, ("auto", *PLACES))
         check_choice("decay", decay, ("auto", "scaled", "plain"))
+        check_choice("on_nonfinite", on_nonfinite, ("ignore", "raise"))
+        self._finite = FiniteGradients() if on_nonfinite == "raise" else None
         self._rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
         self._asks = getattr(self._rule, "asks", None)
         self.enabled = True
@@ -302,6 +310,8 @@ class LayerwiseLR:
         if self._idle:
             return
         found, grad_scale = self._found, getattr(optimizer, "grad_scale", None)
+        if self._finite is not None:
+            self._finite.check(found.layers, found.statistics.sharing, getattr(optimizer, "found_inf", None))
         # A fused kernel that unscales writes into the gradients.
         if late and found.pieces is not None and grad_scale is None and can_be_dealt(optimizer):
             self._factors = LateFactors(found.pieces, groups)

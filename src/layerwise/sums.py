@@ -19,6 +19,8 @@ Sums = dict[str, Any]
 """Empty, or `signed`, `absolute`, `received`: tensors by parameter, for a checkpoint to hold; and `iterations`."""
 
 PARTS = ("signed", "absolute", "received")
+LARGEST = 2.0**100
+"""Σ|g| of a step that counts is below this, so that 2²⁸ steps add up to what float32 can hold."""
 
 
 class DirectionalitySums:
@@ -27,8 +29,8 @@ class DirectionalitySums:
     G needs one buffer a parameter (Σ_j g_ij) and one number a parameter tensor (Σ_ij |g_ij|), G′ two buffers. They are
     float32, or float64 for float64 gradients, and exist from the first step that is added until they are dropped.
 
-    Steps with a gradient that is not finite, steps that a gradient scaler skips and steps whose gradients are all zero
-    do not count.
+    Steps with a gradient that is not finite or beyond any training (Σ|g| of 2¹⁰⁰ ≈ 1e30), steps that a gradient scaler
+    skips and steps whose gradients are all zero do not count.
 
     Where parameters are shared among processes, so are their buffers; a step and the end of an epoch take one
     collective each.
@@ -103,12 +105,12 @@ class DirectionalitySums:
             size = _size([g for _, g in every], device)
         present = [(i, self._some(i, g)) for i, g in every if self._measured[i]]
         if size.device.type == "cpu" and gradients.skipped is None:
-            if not 0 < size.item() < math.inf:
+            if not 0 < size.item() < LARGEST:
                 return sums
             counts = None
             scale: Any = 1.0 if gradients.scale is None else 1 / float(gradients.scale)
         else:
-            counts = (size > 0) & (size < math.inf)
+            counts = (size > 0) & (size < LARGEST)
             if gradients.skipped is not None:
                 counts &= moved(gradients.skipped, device) == 0
             scale = 1.0 if gradients.scale is None else gradients.scale.double().reciprocal()
@@ -284,11 +286,17 @@ def _absolute_sums(gradients: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _size(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return about Σ|g| over all tensors: zero where all are, not finite where one is not; no square can overflow."""
-    norms = torch._foreach_norm(list(gradients), 1)
-    if len({(norm.device, norm.dtype) for norm in norms}) > 1:
-        norms = [moved(norm, device).float() for norm in norms]
-    return moved(torch.stack(list(norms)).float().sum(), device)
+    """Return about Σ|g| over all tensors: zero where all are, not finite where one is not; no square can overflow.
+
+    Half precision is summed in float32, since float16 ends at 65,504.
+    """
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        kinds.setdefault(gradient.dtype, []).append(gradient)
+    norms: list[Tensor] = []
+    for dtype, same in kinds.items():
+        norms += torch._foreach_norm(same, 1, torch.float32 if dtype in (torch.float16, torch.bfloat16) else None)
+    return torch.stack([moved(norm, device) for norm in norms]).sum()
 
 
 def _shares(layer: Sequence[Tensor], sample: int | None) -> list[tuple[int, int] | None]:

@@ -162,6 +162,16 @@ def test_layer_of_zero_weight_has_gain_one() -> None:
     assert_close(factors(model), expected, 1e-12)
 
 
+@pytest.mark.parametrize("broken", [float("inf"), float("nan"), 1e200])
+def test_a_layer_whose_weight_is_not_finite_does_not_stop_those_below_it(broken: float) -> None:
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)]).double()
+    model[2].weight.data[0, 0] = broken
+    with np.errstate(over="ignore"):
+        expected = back_matching_of([kind_of(layer) for layer in model])
+    assert (expected > 0).all()
+    assert_close(factors(model), expected, 1e-12)
+
+
 def test_normalisation_of_zero_gain_has_gain_one() -> None:
     """As after the usual start of a residual branch, whose last normalisation has γ = 0."""
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4)).double()

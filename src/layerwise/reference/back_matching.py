@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,7 +60,8 @@ def back_matching(layers: Sequence[Kind], activation: float = 0.5) -> np.ndarray
     to all outputs and W'W ≈ (‖W‖² / n_in) I it is ‖W‖² / n_in. In a convolution of stride s the kernel stands
     at one output position for every s² input positions, so there it is ‖kernel‖² / (c_in s²); in a transposed
     one it stands at every input position: ‖kernel‖² / c_in. A normalisation is the diagonal matrix γ/σ. An
-    activation lies between each weight layer and the weight layer below it. A gain of zero counts as 1.
+    activation lies between each weight layer and the weight layer below it. A gain of zero, or one that is
+    not finite, counts as 1.
 
     Args:
         layers: The layers from the input to the output.
@@ -85,7 +87,7 @@ def back_matching(layers: Sequence[Kind], activation: float = 0.5) -> np.ndarray
             if weight_layer_below and gain != 0:
                 gain *= activation
             weight_layer_below = True
-        gains.append(1.0 if gain == 0 else gain)
+        gains.append(gain if gain != 0 and math.isfinite(gain) else 1.0)
     factors = []
     for position in range(len(layers)):
         factor = 1.0

@@ -23,8 +23,8 @@ class BackMatching(Rule):
     s_j is the factor by which layer j multiplies the squared signal that goes back through it: ‖W_j‖² / n_in for a
     linear layer, ‖W_j‖² / (c_in stride²) for a convolution, the mean over channels of γ²/σ² for a batch normalisation
     (σ² its running variance) and of γ² for a normalisation without running statistics. Each weight layer but the lowest
-    carries the activation under it, `activation`, as a further factor. A layer whose gain is zero, or that is of no
-    such kind, has s = 1.
+    carries the activation under it, `activation`, as a further factor. A layer whose gain is zero or not finite, or of
+    no such kind, has s = 1.
 
     The factors grow exponentially with depth: at PyTorch's default initialisation each linear layer above multiplies
     the factor by about 6 n_in / n_out, which for nine layers of one width is 10⁷. Bound them (`bounds=` of
@@ -77,7 +77,7 @@ class BackMatching(Rule):
         """Return the products of 1/s_j over the layers above each one."""
         norm = statistics.matrix_norm
         gain = torch.where(norm > 0, norm.square() * state["_constants"], statistics.normalisation_gain)
-        logarithms = torch.where(gain > 0, gain, 1.0).log()
+        logarithms = torch.where((gain > 0) & (gain < torch.inf), gain, 1.0).log()
         # Over the layers above: the sum from the top down, moved by one.
         from_top = logarithms.flip(0).cumsum(0)
         above = torch.cat([torch.zeros_like(from_top[:1]), from_top[:-1]]).flip(0)

@@ -1,0 +1,91 @@
+"""Raising before a step whose gradients are not all finite, for those who ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .layers import Layer
+from .sharding import Sharing, settled_gradient
+from .tensors import as_dense_real, local, moved
+
+OnNonfinite = Literal["ignore", "raise"]
+MOST_NAMED = 5
+
+
+class FiniteGradients:
+    """Counts the steps of one adapter, and raises at one with a gradient that is NaN or infinite.
+
+    max |g| of each parameter tells, which is finite for any finite gradient, where a norm may overflow. That reads the
+    gradients once more, waits for the device, and takes one collective where parameters are shared among processes, all
+    of which raise then.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> weight.grad = torch.tensor([1e38, 1e38])  # its norm is beyond float32, the gradient is not
+        >>> FiniteGradients().check([Layer("head", (weight,), ("head.weight",))], None)
+        >>> weight.grad[1] = torch.nan
+        >>> FiniteGradients().check([Layer("head", (weight,), ("head.weight",))], None)
+        Traceback (most recent call last):
+        FloatingPointError: step 1: the gradient of layer 'head' is not finite (head.weight), so no step was taken...
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    @torch.no_grad()
+    def check(self, layers: Sequence[Layer], sharing: Sharing | None, found_inf: Tensor | None = None) -> None:
+        """Raise if a gradient of these layers is not finite, else count the step.
+
+        Args:
+            layers: The layers, excluded ones among them.
+            sharing: How numbers of the layers' parameters add up over processes, if they are shared.
+            found_inf: There when a gradient scaler looks after this step, and lets the optimizer skip it where needed.
+
+        Raises:
+            FloatingPointError: A gradient is not finite; nothing has been changed.
+        """
+        if found_inf is None:
+            broken = _broken([p for layer in layers for p in layer.parameters], sharing)
+            if broken:
+                raise FloatingPointError(_message(self.steps + 1, layers, broken))
+        self.steps += 1
+
+
+def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> list[int]:
+    """Return the positions of the parameters with a gradient that is not finite. Waits for the device."""
+    held = [
+        (i, as_dense_real(local(g.detach())))
+        for i, p in enumerate(parameters)
+        if (g := settled_gradient(p)) is not None
+    ]
+    held = [(i, gradient) for i, gradient in held if gradient.numel()]
+    device = local(parameters[0]).device
+    flags = torch.zeros(1, len(parameters), device=device)
+    if held:
+        largest: Any = torch._foreach_norm([gradient for _, gradient in held], torch.inf)
+        positions = torch.tensor([i for i, _ in held], device=device)
+        finite = torch.stack([moved(one.isfinite(), device) for one in largest])
+        flags[0, positions] = (~finite).float()
+    if sharing is not None:
+        flags = sharing.sum(flags)
+    return flags[0].nonzero().flatten().tolist()
+
+
+def _message(step: int, layers: Sequence[Layer], broken: Sequence[int]) -> str:
+    owners = [(layer.name or "(root)", name) for layer in layers for name in layer.parameter_names or layer.parameters]
+    names = list(dict.fromkeys(repr(owners[i][0]) for i in broken))
+    return (
+        f"step {step}: the gradient of layer{'s' if len(names) > 1 else ''} {_some(names)} is not finite "
+        f"({_some([str(owners[i][1]) for i in broken])}), so no step was taken and nothing has changed. Causes: too "
+        "large a rate, a logarithm or a division by zero in the loss, float16 without a gradient scaler. Lower the "
+        "rate, clip, or zero the gradients and go on with the next batch; on_nonfinite='ignore' lets the optimizer step"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,18 @@
+"""The fault suite: its quick part runs with all tests, its long part with --faults."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _quiet_log() -> Iterator[None]:
+    """Thousands of attachments, each with its remarks."""
+    logger = logging.getLogger("layerwise")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(before)

@@ -1,0 +1,44 @@
+"""What is installed for development: pinned, locked with hashes, and under licences that are known."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+
+import pytest
+
+import licences_page as page
+
+
+def test_every_pinned_package_is_on_the_page_with_its_version():
+    assert {name: version for name, (version, _) in page.rows().items()} == dict(page.pins())
+
+
+def test_the_page_says_what_the_packages_that_are_installed_say():
+    compared = 0
+    for name, (version, licence) in page.rows().items():
+        try:
+            installed = metadata.version(name).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            continue
+        if installed == version:
+            assert (name, licence) == (name, page.licence_of(name))
+            compared += 1
+    if not compared:
+        pytest.skip("nothing that constraints.txt pins is installed in its version")
+
+
+def test_no_licence_asks_for_the_sources_of_a_program_that_uses_the_package():
+    unknown = {name: licence for name, (_, licence) in page.rows().items() if page.parts(licence) - page.ALLOWED}
+    assert not unknown
+
+
+def test_the_lock_holds_a_hash_for_everything_that_is_pinned_but_pytorch():
+    lock = (page.ROOT / "requirements-dev.lock").read_text()
+    entries = re.findall(r"^(\S+)==(\S+) \\\n((?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", lock, flags=re.MULTILINE)
+    locked = {canonical(name): version for name, version, _ in entries}
+    assert locked == {canonical(name): version for name, version in page.pins() if name != "torch"}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
