@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from benchmarks import memory
 from benchmarks.counts import KINDS, LAYERS, step
 from benchmarks.steps import counted
 
@@ -40,3 +41,34 @@ def test_on_the_cpu_so_many_operations_lie_between_the_gradients_and_the_factors
     assert row["reads"] == (8 if layers == 4 else 0), (
         "of few tensors the norms are read one by one, which waits for nothing"
     )
+
+
+# Tensors that a step allocates beyond the bare one: the norms of 16 parameters, and what puts them together; small,
+# however large the parameters are. LARS reads weights too, "update" copies all parameters.
+ALLOCATED = {
+    "SGD, LayerAdaptive": (17, 128),
+    "SGD, fused, LayerAdaptive": (17, 128),
+    "AdamW, fused, LayerAdaptive": (17, 128),
+    "SGD, fused, LARS": (34, 256),
+    "SGD, LayerAdaptive, update": (33, 128 + 4 * 2176),
+    "SGD, all layers amplified": (0, 0),
+}
+
+
+@pytest.mark.parametrize("case", ALLOCATED)
+def test_a_step_allocates_so_many_tensors_more(case):
+    row = memory.more(case, width=16)
+    assert (row["tensors_a_step"], row["bytes_a_step"]) == ALLOCATED[case]
+
+
+@pytest.mark.parametrize("case", [case for case, (*_, target) in memory.CASES.items() if target == 0])
+def test_nothing_stays_that_grows_with_the_parameters(case):
+    small, large = (memory.more(case, width)["kept_bytes"] for width in (16, 64))
+    assert small == large < 1000
+
+
+@pytest.mark.parametrize(("measure", "numbers"), [("G", 1), ("G′", 2)])
+def test_sums_of_gradients_take_a_number_a_parameter(measure, numbers):
+    small, large = (memory.more(f"SGD, amplification by {measure}", width)["kept_bytes"] for width in (16, 64))
+    parameters = [8 * (width * width + width) for width in (16, 64)]
+    assert large - small == 4 * numbers * (parameters[1] - parameters[0])
