@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,19 @@ from torch import multiprocessing, nn, optim
 import layerwise
 from layerwise.rules import LayerAdaptive
 
+from .growth import exponent
 from .timing import Row, heading, ratio, show
 
 TARGET = 1.10
 """Of the bare step, with two processes."""
-LAYERS, WIDTH = 24, 1024
+LAYERS, WIDTH, BATCH = 24, 1024, 64
+
+
+def iteration(model: Any, optimizer: optim.Optimizer) -> None:
+    """Take an iteration."""
+    optimizer.zero_grad()
+    model(torch.randn(BATCH, WIDTH)).sum().backward()
+    optimizer.step()
 
 
 def one_process(rank: int, world: int, port: int, rounds: int, answer: Any) -> None:
@@ -36,7 +45,7 @@ def one_process(rank: int, world: int, port: int, rounds: int, answer: Any) -> N
         "AdamW, fused": lambda p: optim.AdamW(p, lr=1e-6, fused=True),
     }
     for name, make in makers.items():
-        steps = []
+        steps, iterations = [], []
         for attach in (False, True):
             torch.manual_seed(0)
             model: Any = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
@@ -46,8 +55,9 @@ def one_process(rank: int, world: int, port: int, rounds: int, answer: Any) -> N
             optimizer = make(model.parameters())
             if attach:
                 layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
-            model(torch.randn(4, WIDTH)).sum().backward()
+            model(torch.randn(BATCH, WIDTH)).sum().backward()
             steps.append(optimizer.step)
+            iterations.append(partial(iteration, model, optimizer))
 
         def together(step: Any) -> Any:
             def run() -> None:
@@ -57,6 +67,7 @@ def one_process(rank: int, world: int, port: int, rounds: int, answer: Any) -> N
             return run
 
         rows[name] = ratio(together(steps[0]), together(steps[1]), rounds)
+        rows[f"{name}, iteration"] = ratio(together(iterations[0]), together(iterations[1]), max(3, rounds // 3))
     if rank == 0:
         answer.put(rows)
     dist.barrier()
@@ -66,6 +77,7 @@ def one_process(rank: int, world: int, port: int, rounds: int, answer: Any) -> N
 def measure(rounds: int, worlds: tuple[int, ...] = (1, 2, 4)) -> dict[str, Row]:
     """Print the table and return its rows."""
     rows: dict[str, Row] = {}
+    more: dict[str, list[float]] = {}
     heading(f"FSDP2 step, {LAYERS} x Linear({WIDTH})")
     context = multiprocessing.get_context("spawn")
     for world in worlds:
@@ -77,6 +89,11 @@ def measure(rounds: int, worlds: tuple[int, ...] = (1, 2, 4)) -> dict[str, Row]:
         for name, row in answer.get().items():
             title = f"{name}, {world} process{'es' if world > 1 else ''}"
             rows[f"sharded, {title}"] = show(title, row, TARGET if world == 2 else None)
+            more.setdefault(name, []).append(row["attached_ms"] - row["bare_ms"])
+    for name in ("SGD momentum", "AdamW, fused"):
+        fitted = exponent(list(worlds), more[name])
+        rows[f"sharded, exponent of processes, {name}"] = {"more": fitted, "target": 1.0}
+        print(f"{name}: what attaching adds grows with the processes as n^{fitted:.2f} (target 1)")
     return rows
 
 
