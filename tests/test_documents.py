@@ -78,7 +78,7 @@ def test_a_command_of_a_page_is_understood(name: str, line: str) -> None:
     pytest.importorskip("tyro", reason="the lab is not installed")
     from layerwise.lab import options, recipe
 
-    asked = options.parse(shlex.split(line, comments=True)[1:])
+    asked = options.parse(shlex.split(line.partition(" > ")[0], comments=True)[1:])
     if isinstance(asked, options.Run | options.Sweep):
         assert asked.recipe in recipe.names()
         assert asked.scale is None or asked.scale in recipe.load(asked.recipe).content["scales"]

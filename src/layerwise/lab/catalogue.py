@@ -18,14 +18,32 @@ from rich.table import Table
 from rich.text import Text
 
 from layerwise.lab import data, places, recipe
+from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiment import load_finished
 from layerwise.lab.meter import Meter
-from layerwise.lab.runs import Runs
+from layerwise.lab.runs import Record, Runs
 
 if TYPE_CHECKING:
     from layerwise.lab.data.folder import ImageFolder
     from layerwise.lab.plan import Plan
+
+
+class _Looked(Runs):
+    """Runs each of which is looked for once, though several recipes and scales share it."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(out)
+        self._found: dict[str, Record | None] = {}
+        self._there = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+
+    def find(self, configuration: Configuration) -> Record | None:
+        name = configuration.name
+        if name not in self._there:
+            return None
+        if name not in self._found:
+            self._found[name] = super().find(configuration)
+        return self._found[name]
 
 
 def entries(names: Sequence[str], out: Path, folder: Path | None) -> list[dict[str, Any]]:
@@ -41,7 +59,7 @@ def entries(names: Sequence[str], out: Path, folder: Path | None) -> list[dict[s
         they are here, time and memory.
     """
     found = []
-    runs = Runs(out)
+    runs = _Looked(out)
 
     @cache
     def opened() -> ImageFolder | None:

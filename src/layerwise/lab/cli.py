@@ -285,6 +285,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stdout = None  # type: ignore[assignment]  # who read it has gone, as head does
         return 0
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"layerwise: {place}{error.strerror or error}; runs that are finished are kept\n")
+        return 1
     except KeyboardInterrupt:
         kept = "; what is done is kept, and the same command goes on with the rest"
         sys.stderr.write(f"\nlayerwise: interrupted{kept if arguments[:1] and arguments[0] in KEEPING else ''}\n")

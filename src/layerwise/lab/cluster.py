@@ -66,6 +66,10 @@ def run_chains(
         return _Driver(ray, jobs if address is None else None, token, on_message).carry_out(chains, stop)
 
 
+DIED = "its process died"
+"""How the reason begins where a task did not end by itself."""
+
+
 @dataclass
 class _Running:
     """The driver's view of a task."""
@@ -103,7 +107,7 @@ class _Driver:
                     break
                 while waiting and len(self.running) < self._places(waiting[0]):
                     self._give(waiting.popleft())
-                self._collect(POLL_SECONDS)
+                waiting.extendleft(self._collect(POLL_SECONDS))
         finally:
             for reference in self.running:
                 ray.cancel(reference, force=True)
@@ -135,8 +139,13 @@ class _Driver:
         number = next(number for number in range(len(taken) + 1) if number not in taken)
         self.running[reference] = _Running(name, chain, number, chain.name)
 
-    def _collect(self, seconds: float) -> None:
-        """Wait a moment, pass on what tasks have said, and take leave of those that have ended."""
+    def _collect(self, seconds: float) -> list[Chain]:
+        """Wait a moment, pass on what tasks have said, and take leave of those that have ended.
+
+        Returns:
+            What is left to be done of chains whose process died in one of their runs.
+        """
+        left = []
         ended, _ = self.ray.wait(list(self.running), num_returns=1, timeout=seconds)
         if ended:
             ended, _ = self.ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
@@ -152,8 +161,13 @@ class _Driver:
         for reference in ended:
             task = self.running.pop(reference)
             failure = self._failure(reference)
-            if failure is not None:
-                self.failures.append(Failure(task.chain.name, task.doing, *failure))
+            if failure is None:
+                continue
+            self.failures.append(Failure(task.chain.name, task.doing, *failure))
+            rest = task.chain.rest(task.doing) if failure[0].startswith(DIED) else None
+            if rest is not None:
+                left.append(rest)
+        return left
 
     def _pass_on(self, task: _Running, message: object) -> None:
         """Give a message to the person who asked; a run that travelled is written first."""
@@ -168,7 +182,7 @@ class _Driver:
         except self.ray.exceptions.RayTaskError as error:  # as where layerwise is not installed
             return f"{type(error.cause).__name__}: {error.cause}".partition("\n")[0], str(error)
         except self.ray.exceptions.RayError as error:
-            return f"its process died: {type(error).__name__}: {str(error).partition(chr(10))[0]}", ""
+            return f"{DIED}: {type(error).__name__}: {str(error).partition(chr(10))[0]}", ""
 
     def _stop(self) -> None:
         """Ask the tasks to stop, and take what they still say; those that have not begun end as they begin."""

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from layerwise.lab.errors import UsageError
@@ -208,7 +208,7 @@ class Configuration:
 
     def as_json(self) -> dict[str, Any]:
         """Give it as JSON holds it."""
-        return asdict(self)
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def identity(self) -> str:

@@ -14,6 +14,7 @@ import torch
 
 import layerwise
 from layerwise.lab.configuration import Configuration
+from layerwise.lab.errors import UsageError
 from layerwise.lab.measures import LayerMeasures
 from layerwise.lab.processes import Processes
 from layerwise.lab.randomness import random_state, set_random_state
@@ -306,8 +307,16 @@ class Training:
     def _resume(self) -> None:
         # Read by one alone: it may be the only one that sees the folder, and writes the next checkpoint into it.
         state = self.processes.from_first(lambda: self.folder.load_checkpoint() if self.folder is not None else None)
-        if state is not None:
+        if state is None:
+            return
+        try:
             self.load_state_dict(state)
+        except Exception as error:
+            place = self.folder.path if self.folder is not None else "the run's folder"
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise UsageError(
+                f"{place}: the checkpoint is not of this run ({reason}); remove the folder, and the run begins anew"
+            ) from error
 
     def _save(self, status: str) -> None:
         """Write a checkpoint; the processes beside the first one only give their part."""

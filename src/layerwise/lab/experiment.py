@@ -277,7 +277,7 @@ def _engine(settings: Settings) -> Engine:
 
 
 def _local(chains: Sequence[Chain], jobs: int, **told: Any) -> list[Failure]:
-    return run_jobs(do_chain, chains, jobs, **told)
+    return run_jobs(do_chain, chains, jobs, rest=lambda chain, doing: chain.rest(doing), **told)
 
 
 def _check_writable(out: Path) -> None:

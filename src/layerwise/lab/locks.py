@@ -37,7 +37,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         BusyError: another process is in it.
     """
-    with (folder / "lock").open("a") as stream:
+    with open(folder / "lock", "a", opener=_no_link) as stream:
         if not _locked(stream):
             raise BusyError(f"{folder}: another process works on this run")
         _held.add(stream)
@@ -45,6 +45,11 @@ def alone_in(folder: Path) -> Iterator[None]:
             yield
         finally:
             _held.discard(stream)
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Open a file, unless it is a link, by which somebody could have a file made elsewhere."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _locked(stream: Any) -> bool:

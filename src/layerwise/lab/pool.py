@@ -188,6 +188,7 @@ def run_jobs(
     *,
     on_message: Callable[[int, Any], None],
     stop: Callable[[], bool] = lambda: False,
+    rest: Callable[[Any, str], NamedJob | None] = lambda job, doing: None,
 ) -> list[Failure]:
     """Do jobs side by side.
 
@@ -197,6 +198,7 @@ def run_jobs(
         count: number of processes at most.
         on_message: called in this process with the number of the worker (from 0) and what it sent.
         stop: asked about ten times a second; True stops the workers within about ``STOP_SECONDS``.
+        rest: called with a job whose process died and what it was doing; gives the job that is left to be done, if any.
 
     Returns:
         The jobs that failed. Jobs that were stopped or never begun are not failures.
@@ -219,6 +221,9 @@ def run_jobs(
                     worker.process.join(DEATH_SECONDS)
                     if worker.job is not None or not worker.ready:
                         failures.append(_death(worker))
+                    left = rest(worker.job, worker.doing) if worker.job is not None else None
+                    if left is not None:
+                        waiting.appendleft(left)
                     worker.close()
                     # One that died before its first job would die again; one that died in a job is replaced.
                     workers[number] = _Worker(work) if waiting and worker.ready else None

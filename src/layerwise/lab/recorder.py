@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from layerwise.lab.errors import UsageError
 
 if TYPE_CHECKING:
     import polars
 
 SCHEMA_COLUMNS = ("step", "epoch", "quantity", "layer", "value")
 """Columns of ``metrics.parquet``. The step is the number of updates done; the layer of the whole network is null."""
+
+LARGEST_ROWS = 100_000_000
+"""Rows of a run's table; a million updates of a network of a hundred layers have less."""
 
 
 class Recorder:
@@ -100,13 +106,44 @@ class Recorder:
             )
             for (quantity, layer), (steps, epochs, values) in self._series.items()
         ]
-        empty = polars.DataFrame(
-            schema={
-                "step": polars.Int64,
-                "epoch": polars.Int32,
-                "quantity": polars.String,
-                "layer": polars.String,
-                "value": polars.Float64,
-            }
-        )
+        empty = polars.DataFrame(schema=_schema())
         return polars.concat([empty, *(frame.select(SCHEMA_COLUMNS) for frame in frames)])
+
+
+def _schema() -> dict[str, Any]:
+    import polars
+
+    kinds = (polars.Int64, polars.Int32, polars.String, polars.String, polars.Float64)
+    return dict(zip(SCHEMA_COLUMNS, kinds, strict=True))
+
+
+def read_frame(path: Path) -> polars.DataFrame:
+    """Read a table that ``Recorder.frame`` gave.
+
+    Args:
+        path: of the Parquet file.
+
+    Returns:
+        The table.
+
+    Raises:
+        OSError: it is not there or cannot be read.
+        UsageError: it is damaged, or another table, or has more rows than a run's.
+    """
+    import polars
+
+    content = path.read_bytes()
+    try:
+        # One row more than there may be: a small file can say that it holds more than any memory.
+        frame = polars.read_parquet(content, n_rows=LARGEST_ROWS + 1, parallel="none", use_statistics=False)
+    except BaseException as error:  # a file made by hand can make polars panic, which is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{path}: cannot be read ({reason}); remove the run's folder and do it again") from error
+    if dict(frame.schema) != _schema() or frame.height > LARGEST_ROWS:
+        raise UsageError(
+            f"{path}: holds {frame.height} rows of {', '.join(frame.columns)}, not up to {LARGEST_ROWS} of "
+            f"{', '.join(SCHEMA_COLUMNS)}; remove the run's folder and do it again"
+        )
+    return frame

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
+from layerwise.lab.arms import Arm
 from layerwise.lab.judgement import Comparison, Pair, judge
 from layerwise.lab.plan import PaperValue, Plan
 from layerwise.lab.runs import Record
@@ -37,6 +40,14 @@ class Cell:
     diverged: int = 0
 
 
+def _epoch_means(pairs: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Average what was recorded in each epoch."""
+    epochs: dict[int, list[float]] = {}
+    for epoch, value in pairs:
+        epochs.setdefault(epoch, []).append(value)
+    return [(epoch, statistics.fmean(values)) for epoch, values in epochs.items()]
+
+
 def summarise(step: int, values: list[float], diverged: int = 0) -> Cell:
     """Summarise values, one a seed."""
     mean = statistics.fmean(values) if values else math.nan
@@ -57,6 +68,10 @@ class Results:
     records: dict[Key, Record] = field(default_factory=dict)
     _series: dict[tuple[Key, str], list[tuple[int, float]]] = field(default_factory=dict, repr=False)
     _metrics: dict[Key, polars.DataFrame] = field(default_factory=dict, repr=False)
+    _compared: tuple[list[Comparison] | None, dict[tuple[str, str], list[tuple[str, int | None, Comparison]]]] = field(
+        default=(None, {}), repr=False
+    )
+    _of_layers: dict[tuple[str, str], polars.DataFrame] = field(default_factory=dict, repr=False)
 
     def of(self, subject: str, arm: str) -> dict[int, Record]:
         """Give the finished runs of an arm: seed -> record."""
@@ -76,16 +91,17 @@ class Results:
     def series(self, key: Key, quantity: str) -> list[tuple[int, float]]:
         """Give the pairs of step and value of one run; steps are epochs where the plan counts epochs."""
         if (key, quantity) not in self._series:
-            import polars
-
-            rows = self.metrics(key).filter(polars.col("layer").is_null())
-            column = "epoch" if self.plan.step_unit == "epoch" else "step"
-            for (name,), part in rows.partition_by("quantity", as_dict=True).items():
-                if column == "epoch" and str(name) == "training_loss":
-                    part = part.group_by("epoch", maintain_order=True).agg(polars.col("value").mean())
-                pairs = zip(part[column].to_list(), part["value"].to_list(), strict=True)
-                self._series[(key, str(name))] = list(pairs)
-            self._series.setdefault((key, quantity), [])
+            frame = self.metrics(key)
+            # Lists and no queries: of thousands of small tables those would take most of the time.
+            whole = [layer is None for layer in frame["layer"].to_list()]
+            by_epoch = self.plan.step_unit == "epoch"
+            names = ("quantity", "epoch" if by_epoch else "step", "value")
+            kept = (compress(frame[name].to_list(), whole) for name in names)
+            found: dict[str, list[tuple[int, float]]] = {quantity: []}
+            for name, place, value in zip(*kept, strict=True):
+                found.setdefault(name, []).append((place, value))
+            for name, pairs in found.items():
+                self._series[(key, name)] = _epoch_means(pairs) if by_epoch and name == "training_loss" else pairs
         return self._series[(key, quantity)]
 
     def values(self, subject: str, arm: str, step: int | None = None) -> dict[int, float]:
@@ -130,17 +146,15 @@ class Results:
         """Give the mean over seeds of a layer's quantity: layer, step, value; empty if it was not recorded."""
         import polars
 
-        parts = [
-            self.metrics((subject, arm, seed)).filter(
-                (polars.col("quantity") == quantity) & polars.col("layer").is_not_null()
-            )
-            for seed in self.of(subject, arm)
-        ]
-        if not parts:
-            return polars.DataFrame(schema={"layer": polars.String, "step": polars.Int64, "value": polars.Float64})
-        whole = polars.concat(parts)
+        if (subject, arm) not in self._of_layers:
+            parts = [self.metrics((subject, arm, seed)) for seed in self.of(subject, arm)]
+            if not parts:
+                return polars.DataFrame(schema={"layer": polars.String, "step": polars.Int64, "value": polars.Float64})
+            self._of_layers[subject, arm] = polars.concat(parts).filter(polars.col("layer").is_not_null())
         return (
-            whole.group_by("layer", "step", maintain_order=True)
+            self._of_layers[subject, arm]
+            .filter(polars.col("quantity") == quantity)
+            .group_by("layer", "step", maintain_order=True)
             .agg(polars.col("value").mean())
             .select("layer", "step", "value")
         )
@@ -162,10 +176,30 @@ class Results:
         records = self.of(subject, arm).values()
         return statistics.fmean(record.summary["factor"]["spread"] for record in records) if records else None
 
-    @property
+    @cached_property
     def family(self) -> int:
         """Number of comparisons planned together."""
         return len(list(self.plan.pairs())) * max(1, len(self.plan.columns))
+
+    @cached_property
+    def arms(self) -> dict[str, Arm]:
+        """Arms by their names."""
+        return {arm.name: arm for arm in self.plan.arms}
+
+    @cached_property
+    def planned(self) -> Counter[tuple[str, str]]:
+        """Number of runs that the plan has of each subject and arm."""
+        return Counter((run.subject, run.arm.name) for run in self.plan.runs)
+
+    @property
+    def compared(self) -> dict[tuple[str, str], list[tuple[str, int | None, Comparison]]]:
+        """What each arm is compared with: subject and arm -> other arm, step, and what that shows."""
+        if self._compared[0] is not self._judged:
+            found: dict[tuple[str, str], list[tuple[str, int | None, Comparison]]] = {}
+            for (subject, arm, other, step), each in self.comparisons().items():
+                found.setdefault((subject, arm), []).append((other, step, each))
+            self._compared = self._judged, found
+        return self._compared[1]
 
     @cached_property
     def _judged(self) -> list[Comparison]:
@@ -212,17 +246,17 @@ class Results:
         """Gather every number in one long table: subject, arm, seed, step, epoch, quantity, layer, value, diverged."""
         import polars
 
-        parts = [
-            self.metrics((subject, arm, seed)).select(
-                polars.lit(subject).alias("subject"),
-                polars.lit(arm).alias("arm"),
-                polars.lit(seed).cast(polars.Int64).alias("seed"),
-                polars.all(),
-                polars.lit(record.diverged).alias("diverged"),
-            )
-            for (subject, arm, seed), record in sorted(self.records.items())
-        ]
-        return polars.concat(parts) if parts else polars.DataFrame()
+        keys = sorted(self.records)
+        if not keys:
+            return polars.DataFrame()
+        frames = [self.metrics(key) for key in keys]
+        rows = polars.Series("row", range(len(keys)), polars.UInt32)
+        of = rows.repeat_by(polars.Series([frame.height for frame in frames], dtype=polars.UInt32)).explode()
+        names = ("subject", "arm", "seed")
+        told = [polars.Series(name, list(column)) for name, column in zip(names, zip(*keys, strict=True), strict=True)]
+        diverged = polars.Series("diverged", [self.records[key].diverged for key in keys])
+        before = polars.DataFrame([column.gather(of) for column in told])
+        return before.hstack(polars.concat(frames).get_columns()).hstack([diverged.gather(of)])
 
     def table(self) -> polars.DataFrame:
         """Give the table of the plan's quantity beside the paper's: a row a subject, arm and column."""

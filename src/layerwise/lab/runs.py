@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerwise.lab.configuration import Configuration
+from layerwise.lab.errors import UsageError
 from layerwise.lab.locks import BusyError, alone_in
-from layerwise.lab.recorder import Recorder
-from layerwise.lab.store import hardware, plain, versions, write_whole
+from layerwise.lab.recorder import Recorder, read_frame
+from layerwise.lab.store import hardware, plain, read_signed, signed, versions, write_whole
 
 if TYPE_CHECKING:
     import polars
@@ -63,9 +65,7 @@ class Record:
 
     def metrics(self) -> polars.DataFrame:
         """Read every number of the run: step, epoch, quantity, layer, value."""
-        import polars
-
-        return polars.read_parquet(self.folder / "metrics.parquet")
+        return read_frame(self.folder / "metrics.parquet")
 
     def series(self, quantity: str) -> list[tuple[int, float]]:
         """Give the pairs of step and value of a quantity of the whole network."""
@@ -99,7 +99,7 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with alone_in(self.path):
-            for leftover in self.path.glob(".*.tmp"):
+            for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("*.part")):
                 leftover.unlink(missing_ok=True)
             self._held = True
             try:
@@ -145,7 +145,11 @@ class RunFolder:
         write_whole(path, MAGIC + hashlib.sha256(content).digest() + content)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """Read the newest whole checkpoint; one that is damaged is set aside and the one before it is taken."""
+        """Read the newest whole checkpoint; one that is damaged is set aside and the one before it is taken.
+
+        Raises:
+            UsageError: one is whole and yet no state of a training.
+        """
         for name in ("checkpoint.pt", "checkpoint-before.pt"):
             path = self.path / name
             try:
@@ -155,7 +159,7 @@ class RunFolder:
             content = packed[len(MAGIC) + DIGEST_LENGTH :]
             digest = packed[len(MAGIC) : len(MAGIC) + DIGEST_LENGTH]
             if packed.startswith(MAGIC) and hashlib.sha256(content).digest() == digest:
-                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+                return _state_of(path, content)
             self._put_aside(path)
         return None
 
@@ -200,26 +204,25 @@ class RunFolder:
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file that names its own checksum."""
-        content = json.loads(json.dumps(content, allow_nan=False))
-        write_whole(self.path / name, json.dumps({**content, "sha256": _digest(content)}, indent=1).encode())
+        write_whole(self.path / name, signed(content))
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         try:
-            content = json.loads(path.read_bytes())
+            return read_signed(path)
         except FileNotFoundError:
             return None
         except ValueError:
-            content = None
-        if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
             self._put_aside(path)
             return None
-        return content
 
     def _put_aside(self, path: Path) -> None:
-        """Rename a broken file, unless another process is at work here: what looks broken may be half of its work."""
+        """Rename a broken file, unless another process is at work here: what looks broken may be half of its work.
+
+        Where nothing can be written it stays; it is not taken for whole there either.
+        """
         if not self._held:
-            with suppress(BusyError), self.lock():
+            with suppress(BusyError, OSError), self.lock():
                 self._put_aside(path)
             return
         with suppress(FileNotFoundError):
@@ -235,9 +238,21 @@ def configuration_of(about: Mapping[str, Any]) -> Configuration | None:
         return None
 
 
-def _digest(content: dict[str, Any]) -> str:
-    """Give the checksum of what a JSON file says, whatever its spaces and order."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _state_of(path: Path, content: bytes) -> dict[str, Any]:
+    """Read the state in a checkpoint; nothing that it names is run, and it takes no more memory than it is long."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as packed:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in packed.infolist()):
+                raise ValueError("it is compressed, as no checkpoint is")
+            if sum(part.file_size for part in packed.infolist()) > len(content):
+                raise ValueError("its parts overlap")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # what is made by hand raises nearly everything
+        reason = (str(error) or type(error).__name__).partition("\n")[0]
+        raise UsageError(
+            f"{path}: no checkpoint of layerwise: torch.load(weights_only=True) refuses it, and nothing in it was run "
+            f"({reason}); remove it, and the run goes on from the one before it or begins anew"
+        ) from error
 
 
 class Runs:

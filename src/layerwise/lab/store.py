@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 import layerwise
+
+LEFTOVER_SECONDS = 3600.0
+"""Age of a half-written file that nobody writes any more."""
+
+LARGEST_JSON = 1 << 26
+"""Bytes of a JSON file of a run or a report; a larger one is not read, as it could only be meant to fill the memory."""
 
 
 def versions() -> dict[str, str]:
@@ -20,7 +30,7 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, object]:
     """Describe this machine in words for the report."""
-    processor = platform.processor() or platform.machine()
+    processor = ""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -28,7 +38,12 @@ def hardware() -> dict[str, object]:
                 break
     except OSError:
         pass
-    return {"processor": processor, "cores": usable_cores(), "system": platform.system()}
+    # Asked last: for its answer Python starts another program on some systems.
+    return {
+        "processor": processor or platform.processor() or platform.machine(),
+        "cores": usable_cores(),
+        "system": platform.system(),
+    }
 
 
 def usable_cores() -> int:
@@ -38,28 +53,99 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, flush: bool = True) -> None:
     """Write a file so that no reader ever finds half of it: a temporary file beside it, then ``os.replace``.
 
     Args:
         path: the file; its folder is made if needed.
         data: the content.
+        flush: wait until it is on the disk, so that it is there after a power failure too.
 
     Raises:
         OSError: it cannot be written, as on a full disk; the error names the file, which is as it was before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with _made_anew(temporary) as stream:
+                stream.write(data)
+                stream.flush()
+                if flush:
+                    os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _made_anew(path: Path) -> IO[bytes]:
+    """Open a file that was not there; a link that lies there is not followed."""
+    try:
+        return path.open("xb")
+    except FileExistsError:
+        path.unlink()
+        return path.open("xb")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes had begun to write into a folder, long ago: another process may be at work now.
+
+    Args:
+        folder: need not exist.
+    """
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                path.unlink()
+
+
+def signed(content: Mapping[str, Any], indent: int | None = 1) -> bytes:
+    """Write JSON that names its own checksum.
+
+    Args:
+        content: what it says.
+        indent: of its lines; None for one line.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: a number is not finite, or something is of a kind that JSON does not have.
+    """
+    content = json.loads(json.dumps(content, allow_nan=False))
+    return json.dumps({**content, "sha256": _digest(content)}, indent=indent).encode()
+
+
+def read_signed(path: Path) -> dict[str, Any]:
+    """Read what ``signed`` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its content, without the checksum.
+
+    Raises:
+        OSError: it is not there or cannot be read.
+        ValueError: it is damaged, or another file.
+    """
+    with path.open("rb") as stream:
+        text = stream.read(LARGEST_JSON + 1)
+    try:
+        content = json.loads(text) if len(text) <= LARGEST_JSON else None
+    except RecursionError:  # brackets in brackets
+        content = None
+    if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
+        raise ValueError(f"{path}: damaged: what it says does not have the checksum that it names")
+    return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Give the checksum of what a JSON file says, whatever its spaces and order."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def plain(value: Any, where: str = "state") -> Any:

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -58,6 +58,19 @@ class Chain:
     def threads(self) -> int:
         """Threads of the process that does it: part of what its runs are, as another number rounds otherwise."""
         return self.runs[0].configuration.threads
+
+    def rest(self, doing: str) -> Chain | None:
+        """Give what can still be done when the process has died in one of the runs.
+
+        Args:
+            doing: what that run is called.
+
+        Returns:
+            The chain without it; None if nothing is left, or nothing that does not need it.
+        """
+        left = tuple(run for run in self.runs if run.label != doing)
+        # Controls need the method's run, which is the first.
+        return replace(self, runs=left) if left[:1] == self.runs[:1] and 1 < len(left) < len(self.runs) else None
 
 
 @dataclass(frozen=True)

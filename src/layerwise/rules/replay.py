@@ -42,7 +42,9 @@ def save_factors(file: str | os.PathLike[str], steps: Iterable[Mapping[str, floa
             raise ValueError(f"step {number} has the layers {list(row)}, step 0 has {names}; record one adapter only")
         lines.append(json.dumps([check_factor(row[name], f"step {number}, layer {name!r}") for name in names]))
     partial = Path(f"{os.fspath(file)}.{os.getpid()}.part")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial.unlink(missing_ok=True)
+    with partial.open("x", encoding="utf-8") as stream:  # made anew: a link that lies there is not followed
+        stream.write("\n".join(lines) + "\n")
     partial.replace(file)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,7 @@ class Known:
     size: int
 
 
+@cache
 def names() -> tuple[Known, ...]:
     """List all data sets, those that are part of a package first.
 

@@ -3,7 +3,8 @@
 A pickle is a program: the general unpickler imports and calls whatever the file names. A batch of CIFAR names three
 things, all of NumPy, to describe one array. Here each of them is replaced by a stand-in that only holds the values
 of the file, from which the array is made after they have been checked; any other name is refused before it is
-imported. A hostile file may still exhaust the memory, which is why its size is checked before it comes here.
+imported. Nor can it fill the memory: its size is checked before it comes here, what it would do is counted first, and a
+text is made bytes once only.
 """
 
 from __future__ import annotations
@@ -11,12 +12,22 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from layerwise.lab.errors import UsageError
+
+FEWEST_OPERATIONS = 10_000
+"""So many operations a pickle may have, however short it is."""
+
+BYTES_AN_OPERATION = 100
+"""A longer one may have one more for so many bytes; an image alone is 3,072."""
+
+ENCODE = ("_codecs", "encode")
+"""Name in the file of what makes bytes of a text."""
 
 
 class _ElementType:
@@ -60,11 +71,14 @@ def _reconstruct(*_: object) -> _Array:
     return _Array()
 
 
-def _encode(text: str, codec: str) -> bytes:
-    """Stand in for ``_codecs.encode``, with which Python 3 writes bytes at the file's protocol."""
-    if codec != "latin1":
-        raise ValueError(f"codec={codec!r}: only 'latin1' is used for bytes")
-    return text.encode("latin1")
+def _check_operations(content: bytes) -> None:
+    """Refuse a pickle whose operations would fill the memory: a published file has about three an image."""
+    most = max(FEWEST_OPERATIONS, len(content) // BYTES_AN_OPERATION)
+    for number, (operation, argument, _) in enumerate(pickletools.genops(content)):
+        if number > most:
+            raise ValueError(f"more than {most} operations in {len(content)} bytes")
+        if isinstance(argument, int) and "PUT" in operation.name and not 0 <= argument <= most:
+            raise ValueError(f"a place of number {argument}, where there are at most {most} operations")
 
 
 _STAND_INS: dict[tuple[str, str], Callable[..., object]] = {
@@ -72,7 +86,6 @@ _STAND_INS: dict[tuple[str, str], Callable[..., object]] = {
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _ElementType,
-    ("_codecs", "encode"): _encode,
 }
 """Module and name in the file -> what it gets."""
 
@@ -85,6 +98,16 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(content), encoding="bytes")
         self._source = source
         self._remedy = remedy
+        self._room = len(content)
+
+    def _encode(self, text: str, codec: str) -> bytes:
+        """Stand in for ``_codecs.encode``, with which Python 3 writes bytes at the file's protocol."""
+        if codec != "latin1":
+            raise ValueError(f"codec={codec!r}: only 'latin1' is used for bytes")
+        self._room -= len(text)
+        if self._room < 0:
+            raise ValueError("it makes more bytes than it holds")
+        return text.encode("latin1")
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Give the stand-in of a name.
@@ -99,8 +122,10 @@ class _Unpickler(pickle.Unpickler):
         Raises:
             UsageError: there is none.
         """
+        if (module_name, global_name) == ENCODE:
+            return self._encode
         if (module_name, global_name) not in _STAND_INS:
-            allowed = ", ".join(".".join(names) for names in _STAND_INS)
+            allowed = ", ".join(".".join(names) for names in (*_STAND_INS, ENCODE))
             raise UsageError(
                 f"{self._source}: asks for {module_name}.{global_name}, which no file of CIFAR needs (allowed: "
                 f"{allowed}); it was not run; do not use this file, {self._remedy}"
@@ -125,6 +150,7 @@ def read_batch(content: bytes, label_key: bytes, source: str, remedy: str) -> tu
     """
     expected = f"expected a pickled dictionary with b'data' and {label_key!r}"
     try:
+        _check_operations(content)
         table = _Unpickler(content, source, remedy).load()
     except UsageError:
         raise

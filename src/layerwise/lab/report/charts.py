@@ -23,6 +23,12 @@ POINTS = 300
 SPANS = 60
 """A longer series, as the training loss of every update, is averaged over as many spans of updates."""
 
+MOST_LINES = 24
+"""Curves of one chart; beyond, nobody could tell them apart."""
+
+MOST_SUBJECTS = 24
+"""Charts of a row, a subject each."""
+
 MARKED = 25
 """Up to so many points are marked by shapes."""
 
@@ -161,9 +167,9 @@ def curves(results: Results, shown: dict[str, Look], quantity: str, title: str, 
     data = {
         subject.name: {
             item: curve(results, subject.name, arm, quantity)
-            for item, arm in representatives(plan, subject.name).items()
+            for item, arm in list(representatives(plan, subject.name).items())[:MOST_LINES]
         }
-        for subject in plan.subjects
+        for subject in plan.subjects[:MOST_SUBJECTS]
     }
     cells = [cell for lines in data.values() for line in lines.values() for cell in line]
     if not cells:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from layerwise.lab.report.saved import PLAN, as_json
 from layerwise.lab.report.sheets import Entry
 from layerwise.lab.report.verdicts import verdicts
 from layerwise.lab.report.words import FOUND, capital, place_words
-from layerwise.lab.store import write_whole
+from layerwise.lab.store import remove_leftovers, signed, usable_cores, write_whole
 
 if TYPE_CHECKING:
     import polars
@@ -43,10 +44,12 @@ def write_all(
     """
     show(0, None)
     folder, page = outcome.folder, build(outcome, command)
+    for place in (outcome.settings.out, folder, folder / "tables", folder / "figures"):
+        remove_leftovers(place)
     if outcome.results.records:
         _tables(outcome)
     write_whole(folder / "table.md", _bytes(markdown(outcome)))
-    write_whole(folder / PLAN, as_json(outcome.plan).encode())
+    write_whole(folder / PLAN, signed(json.loads(as_json(outcome.plan)), indent=None))
     write_whole(folder / RUNS, json.dumps(_run_list(outcome), indent=1).encode())
     _figures(folder / "figures", page, show)
     write_whole(outcome.report, _bytes(page.html))
@@ -118,11 +121,14 @@ def _run_list(outcome: Outcome) -> dict[str, object]:
 def _figures(folder: Path, page: Page, show: Callable[[float, float | None], None]) -> None:
     """Write each figure as SVG and PNG, and remove those of an earlier page."""
     wanted = set()
-    for done, drawing in enumerate(page.figures):
-        show(done, len(page.figures))
-        write_whole(folder / f"{drawing.name}.svg", _bytes(drawing.file))
-        write_whole(folder / f"{drawing.name}.png", drawing.png)
-        wanted |= {f"{drawing.name}.svg", f"{drawing.name}.png"}
+    # Rendering holds no lock of Python's.
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        images = pool.map(lambda one: one.png, page.figures)
+        for done, (drawing, png) in enumerate(zip(page.figures, images, strict=True)):
+            show(done, len(page.figures))
+            write_whole(folder / f"{drawing.name}.svg", _bytes(drawing.file), flush=False)
+            write_whole(folder / f"{drawing.name}.png", png, flush=False)
+            wanted |= {f"{drawing.name}.svg", f"{drawing.name}.png"}
     for path in folder.glob("*.*"):
         if path.suffix in (".svg", ".png") and path.name not in wanted:
             path.unlink(missing_ok=True)

@@ -4,20 +4,72 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs import Record
+from layerwise.lab.store import read_signed
 
 RUNS = "runs.json"
 """File that names the runs of an experiment, by which ``layerwise report`` finds them."""
 
-NEEDED = ("finals", "diverged_at", "iterations", "layers", "seconds", "test_seconds", "factor", "parameters")
+
+class Form(NamedTuple):
+    """Kinds that a value may be of, and those of what it holds, if that matters."""
+
+    kinds: tuple[type, ...]
+    inside: tuple[type, ...] = ()
+
+
+NOTHING = type(None)
+WORDS, WHOLE, NUMBER = Form((str,)), Form((int,)), Form((int, float))
+
+NEEDED = {
+    "finals": Form((dict,), (int, float, NOTHING)),
+    "diverged_at": Form((int, NOTHING)),
+    "iterations": WHOLE,
+    "layers": Form((list,), (str,)),
+    "seconds": NUMBER,
+    "test_seconds": NUMBER,
+    "factor": Form((dict,)),
+    "parameters": WHOLE,
+}
 """What the record of a finished run holds at least."""
+
+FACTOR = {"mean": NUMBER, "spread": NUMBER, "layers": Form((dict,), (int, float))}
+"""What it holds of the factors."""
+
+MORE = {
+    "threads": WHOLE,
+    "sessions": WHOLE,
+    "peak_memory": NUMBER,
+    "selections": Form((list,), (dict,)),
+    "place": Form((str, NOTHING)),
+    "decay": Form((str, NOTHING)),
+}
+"""What it may hold besides."""
+
+MORE_FACTOR = {"names": Form((list,), (str,)), "excluded": Form((list,), (str,))}
+
+ABOUT = {"versions": Form((dict,), (str,)), "hardware": Form((dict,)), "python": WORDS, "started": WORDS}
+"""What ``run.json`` holds of where a run was done."""
+
+CONFIGURATION = {
+    "trial": Form((dict,)),
+    "rule": Form((dict, NOTHING)),
+    "apply": WORDS,
+    "decay": WORDS,
+    "threads": WHOLE,
+    "device": WORDS,
+    "source": Form((str, NOTHING)),
+    "seed": WHOLE,
+}
+"""What tells a run from others."""
 
 
 @dataclass
@@ -54,9 +106,10 @@ def find(folders: Sequence[Path]) -> Found:
         if not given.is_dir():
             raise UsageError(f"runs={str(given)!r} is not a folder: give folders that layerwise has written to")
         for place in _run_folders(given):
-            if place.resolve() in seen:
+            real = os.path.realpath(place)
+            if real in seen:
                 continue
-            seen.add(place.resolve())
+            seen.add(real)
             _add(found, known, place)
     if not found.records:
         more = f" ({found.unfinished} are not finished, {found.damaged} are damaged)" if seen else ""
@@ -77,8 +130,13 @@ def _run_folders(given: Path) -> Iterator[Path]:
         yield from (given / each["folder"] for each in listed)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not the folder of an experiment, or of one whose list is damaged: what is below it is taken
-    for path in sorted(given.rglob("run.json")):
-        yield path.parent
+    # Folders within a run's own are not looked at: of thousands of runs that would take longer than reading them.
+    found = []
+    for place, below, files in os.walk(given):
+        if "run.json" in files:
+            found.append(place)
+            below.clear()
+    yield from map(Path, sorted(found))
 
 
 def _add(found: Found, known: set[str], place: Path) -> None:
@@ -91,7 +149,7 @@ def _add(found: Found, known: set[str], place: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         found.damaged += 1
         return
-    same = json.dumps([record.configuration.as_json(), record.about.get("versions")], sort_keys=True)
+    same = json.dumps([record.about["configuration"], record.about.get("versions")], sort_keys=True)
     if same in known:
         found.twice += 1
         return
@@ -114,10 +172,26 @@ def read(place: Path) -> Record:
         KeyError: something is missing in them.
         TypeError: they hold something else.
     """
-    about: dict[str, Any] = json.loads((place / "run.json").read_bytes())
-    summary: dict[str, Any] = json.loads((place / "record.json").read_bytes())
+    about, summary = read_signed(place / "run.json"), read_signed(place / "record.json")
     configuration = Configuration(**about["configuration"])
     digest = hashlib.sha256((place / "metrics.parquet").read_bytes()).hexdigest()
-    if digest != summary["metrics_sha256"] or not all(name in summary for name in NEEDED):
+    if digest != summary["metrics_sha256"]:
         raise ValueError(f"{place}: record.json does not belong to metrics.parquet")
+    _check(vars(configuration), CONFIGURATION, place)
+    _check(summary, NEEDED, place)
+    _check(summary["factor"], FACTOR, place)
+    for values, forms in ((about, ABOUT), (summary, MORE), (summary["factor"], MORE_FACTOR)):
+        _check(values, {name: form for name, form in forms.items() if name in values}, place)
     return Record(place, configuration, summary, about)
+
+
+def _check(values: Mapping[str, Any], forms: Mapping[str, Form], place: Path) -> None:
+    """Refuse values of another kind than those that layerwise writes, which would end the page with an error later."""
+    for name, form in forms.items():
+        value = values[name]
+        good = isinstance(value, form.kinds)
+        if good and form.inside:
+            inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+            good = all(isinstance(one, form.inside) for one in inside)
+        if not good:
+            raise ValueError(f"{place}: {name}={value!r} is not what a run has there")

@@ -12,6 +12,7 @@ from layerwise.lab.experiment import Outcome
 from layerwise.lab.judgement import MINIMUM_PAIRS
 from layerwise.lab.networks import NETWORKS
 from layerwise.lab.plan import Plan
+from layerwise.lab.report.charts import MOST_LINES, MOST_SUBJECTS, representatives
 from layerwise.lab.report.words import value_words
 from layerwise.lab.wording import listed
 
@@ -158,6 +159,9 @@ def caveats(outcome: Outcome, *, grouped: bool, mapped: int) -> list[str]:
         )
     if grouped:
         found.append("Curves and maps show one arm of each group, that in the middle of its values.")
+    lines = max((len(representatives(plan, subject.name)) for subject in plan.subjects), default=0)
+    if lines > MOST_LINES or len(plan.subjects) > MOST_SUBJECTS:
+        found.append(f"Curves are drawn of the first {MOST_LINES} arms of the first {MOST_SUBJECTS} subjects.")
     if mapped < len(plan.subjects) and results.records:
         found.append(f"Maps of layers are drawn for {mapped} of {len(plan.subjects)} subjects.")
     return found

@@ -21,6 +21,9 @@ from layerwise.lab.report.sheets import FAR
 from layerwise.lab.report.verdicts import verdicts
 from layerwise.lab.report.words import FOUND, SMOKE, capital, item_of, place_words
 
+MOST_DRAWN = 24
+"""Verdicts that have a drawing; further ones are said in words and stand in the table."""
+
 SMALL = 290
 """Widest drawing that stands four in a row, in pixels."""
 
@@ -76,7 +79,7 @@ def build(outcome: Outcome, command: str) -> Page:
     names = slugs(f"{v.subject} {v.item}" for v in found)
     cards = [
         (v, charts.differences(v, shown[v.item], reach[v.subject], f"differences-{names[f'{v.subject} {v.item}']}"))
-        for v in found
+        for v in found[:MOST_DRAWN]
     ]
     entries = [one for _, lines in table.sections for line in lines for one in line.entries]
     rows = chart_rows(outcome, shown)
@@ -96,6 +99,7 @@ def build(outcome: Outcome, command: str) -> Page:
         headline=headline(outcome),
         notices=notices(outcome),
         cards=cards,
+        undrawn=found[MOST_DRAWN:],
         several=len({v.item for v in found}) > 1,
         place=place_words(plan),
         note=note(max(1, results.family), len(plan.seeds), planned=not plan.found),

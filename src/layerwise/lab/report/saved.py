@@ -14,6 +14,7 @@ from layerwise.lab.plan import LAYOUTS, PaperValue, Plan, PlannedRun, Quantity, 
 from layerwise.lab.report.found import RUNS, read
 from layerwise.lab.results import Key, Results
 from layerwise.lab.runs import Record
+from layerwise.lab.store import read_signed
 
 PLAN = "plan.json"
 """File with the plan of an experiment, from which and the list of runs its page can be made again."""
@@ -34,7 +35,7 @@ def as_json(plan: Plan) -> str:
     kept: dict[str, int] = {}
     runs = []
     for run in plan.runs:
-        text = json.dumps(replace(run.configuration, seed=0).as_json(), sort_keys=True)
+        text = json.dumps({**run.configuration.as_json(), "seed": 0}, sort_keys=True)
         runs.append([run.subject, run.arm.name, run.seed, kept.setdefault(text, len(kept))])
     plain = {field.name: getattr(plan, field.name) for field in fields(Plan)}
     plain["quantity"] = asdict(plan.quantity)
@@ -104,7 +105,7 @@ def rebuilt(folder: Path) -> Results | None:
         wrong with a run is no reason to judge by another plan: it is left out, and the plan's notes say so.
     """
     try:
-        plan = plan_of(json.loads((folder / PLAN).read_bytes()))
+        plan = plan_of(read_signed(folder / PLAN))
         listed = [
             ((each["subject"], each["arm"], each["seed"]), folder / each["folder"])
             for each in json.loads((folder / RUNS).read_bytes())["runs"]

@@ -113,8 +113,7 @@ def paper_words(paper: PaperValue, quantity: Quantity) -> str:
 
 def missing(results: Results, subject: str, arms: Sequence[Arm]) -> str:
     """Say how many runs are missing or diverged."""
-    plan = results.plan
-    planned = sum((run.subject, run.arm.name) in {(subject, arm.name) for arm in arms} for run in plan.runs)
+    planned = sum(results.planned[subject, arm.name] for arm in arms)
     count = sum(len(results.of(subject, arm.name)) for arm in arms)
     diverged = sum(len(results.diverged(subject, arm.name)) for arm in arms)
     parts = [f"{count} of {planned} runs"] if count < planned else []

@@ -95,11 +95,10 @@ def verdicts(results: Results) -> list[Verdict]:
 
 def _compared(results: Results, subject: str, arm: Arm) -> Compared | None:
     """Sort the comparisons of an arm at the last column; None where it has none."""
-    step, comparisons = last_step(results.plan), results.comparisons()
+    step = last_step(results.plan)
+    arms = results.arms
     found = [
-        (other, comparisons[subject, arm.name, other.name, step])
-        for name, one, other in results.plan.pairs()
-        if name == subject and one.name == arm.name
+        (arms[other], each) for other, column, each in results.compared.get((subject, arm.name), ()) if column == step
     ]
     if not found:
         return None
@@ -116,11 +115,8 @@ def _compared(results: Results, subject: str, arm: Arm) -> Compared | None:
 
 def _all_of(results: Results, subject: str, members: Sequence[Arm]) -> tuple[Comparison, ...]:
     names = {arm.name for arm in members}
-    return tuple(
-        comparison
-        for (place, arm, _, _), comparison in results.comparisons().items()
-        if place == subject and arm in names
-    )
+    arms = [arm.name for arm in results.plan.arms_of(subject) if arm.name in names]
+    return tuple(each for arm in arms for _, _, each in results.compared.get((subject, arm), ()))
 
 
 def _judged_arm(results: Results, subject: str, members: Sequence[Arm]) -> Verdict:

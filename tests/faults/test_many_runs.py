@@ -1,0 +1,100 @@
+"""Thousands of runs in one folder: what a list and a report read and draw grows with the runs, and no faster."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from made_up import finish, table_plan
+
+from layerwise.lab.cli import main
+from layerwise.lab.report import charts, page
+from layerwise.lab.runs import Runs
+from layerwise.lab.store import read_signed, signed
+
+_opened: Counter[str] | None = None
+
+
+def _watch(event, arguments):
+    if _opened is not None and event == "open" and isinstance(arguments[0], str) and "/store/" in arguments[0]:
+        _opened[arguments[0]] += 1
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Count how often each file of a run is opened."""
+    if not getattr(sys, "_layerwise_watched", False):  # such a hook stays
+        sys.addaudithook(_watch)
+        sys._layerwise_watched = True
+    counts = Counter()
+    monkeypatch.setattr(sys.modules[__name__], "_opened", counts)
+    return counts
+
+
+def copied(record, out, configuration):
+    """Write a finished run again, as another configuration."""
+    folder = Runs(out).folder(configuration)
+    folder.begin(record.about["labels"])
+    for name in ("metrics.parquet", "status.json"):
+        (folder.path / name).write_bytes((record.folder / name).read_bytes())
+    (folder.path / "record.json").write_bytes(signed(read_signed(record.folder / "record.json")))
+
+
+def many(out, source, *, arms, seeds):
+    """Fill a folder with runs of a plain arm and of a method at several rates, each with several seeds."""
+    plan = table_plan(seeds=1)
+    runs = [run for run in plan.runs if run.subject == "sgd" and run.arm.name in ("plain", "layer-adaptive")]
+    records = [finish(source, run, 1.5 - 0.1 * place) for place, run in enumerate(runs)]
+    for rate in range(arms // 2):
+        for record in records:
+            for seed in range(seeds):
+                trial = {**record.configuration.trial, "rate": 0.001 * (rate + 1)}
+                copied(record, out, replace(record.configuration, trial=trial, seed=seed))
+    return len(list((out / "store").iterdir()))
+
+
+def asked(arguments):
+    """Give a command and the processor time that it takes, in seconds."""
+    begun = time.process_time()
+    assert main(arguments) == 0
+    return time.process_time() - begun
+
+
+@pytest.mark.parametrize(
+    ("arms", "seeds"),
+    [
+        (52, 1),
+        pytest.param(2, 2500, marks=pytest.mark.faults),
+        pytest.param(50, 100, marks=pytest.mark.faults),
+        pytest.param(1000, 5, marks=pytest.mark.faults),
+    ],
+)
+def test_each_file_of_a_run_is_read_once_or_twice(tmp_path, opened, capsys, arms, seeds):
+    out = tmp_path / "runs"
+    count = many(out, tmp_path / "source", arms=arms, seeds=seeds)
+    assert count == arms * seeds
+    opened.clear()
+    listed = asked(["list", "--out", str(out), "--quiet", "--json"])
+    assert len(json.loads(capsys.readouterr().out)) > 10
+    assert all(times == 1 for times in opened.values())
+    opened.clear()
+    reported = asked(["report", str(out), "--out", str(tmp_path / "page"), "--quiet"])
+    ours = {path: times for path, times in opened.items() if path.startswith(str(out))}
+    names = Counter(path.rpartition("/")[2] for path in ours)
+    assert names == {"run.json": count, "record.json": count, "metrics.parquet": count}
+    # Its checksum is taken first; its numbers are read when it is known which runs belong together.
+    assert all(times <= (2 if path.endswith("metrics.parquet") else 1) for path, times in ours.items())
+    html = (tmp_path / "page" / "report" / "report.html").read_text()
+    assert html.count("<figure") <= page.MOST_DRAWN + 2 * charts.MOST_SUBJECTS + 4 * 24
+    figures = list((tmp_path / "page" / "report" / "figures").glob("*.png"))
+    assert len(figures) <= page.MOST_DRAWN + 2 * charts.MOST_SUBJECTS + 4 * 24
+    if arms > 48:
+        assert f"{arms // 2 - page.MOST_DRAWN} more, which are not drawn, in words" in html
+        assert f"Curves are drawn of the first {charts.MOST_LINES} arms" in html
+    if count >= 5000:
+        with capsys.disabled():
+            sys.stdout.write(f"\n{arms} arms of {seeds} seeds: list {listed:.1f} s, report {reported:.1f} s\n")
