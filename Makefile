@@ -74,7 +74,7 @@ licences-page: .venv/dev ## write docs/licences.md
 	touch $@
 
 lock: .venv/supply ## write requirements-dev.lock: constraints.txt with hashes
-	.venv/supply-chain/bin/uv pip compile --quiet --no-deps --no-annotate --generate-hashes \
+	UV_CUSTOM_COMPILE_COMMAND="make lock" .venv/supply-chain/bin/uv pip compile --quiet --no-deps --no-annotate --generate-hashes \
 		--no-emit-package torch --output-file requirements-dev.lock constraints.txt
 
 audit: .venv/supply ## ask the registry for known vulnerabilities of what constraints.txt pins

@@ -18,6 +18,7 @@ from layerwise.lab.report.charts import HEIGHT, WIDTH
 from layerwise.lab.report.drawing import Drawing, vega
 from layerwise.lab.report.looks import COLOURS
 from layerwise.lab.report.maps import COLUMNS, VIRIDIS, Grid, Scale, heat_map
+from layerwise.lab.report.templates import template
 from layerwise.lab.store import write_whole
 from layerwise.sinks import Record
 
@@ -52,17 +53,8 @@ def write(label: str, command: str, found: Examination, out: Path) -> Path | Non
 
 def build(label: str, command: str, found: Examination, checkup: Checkup) -> str:
     """Make the page, with every string escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     maps = [(key, *words, drawn) for key, words in QUANTITIES.items() if (drawn := drawing(checkup.records, key))]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("checked.html.j2").render(
+    return template("checked.html.j2").render(
         label=label,
         command=command,
         headline=headline(found),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import layerwise
@@ -18,6 +17,7 @@ from layerwise.lab.report.layouts import sheet
 from layerwise.lab.report.looks import COLOURS, Look, looks
 from layerwise.lab.report.origins import caveats, origins, rule_words
 from layerwise.lab.report.sheets import FAR
+from layerwise.lab.report.templates import template
 from layerwise.lab.report.verdicts import verdicts
 from layerwise.lab.report.words import FOUND, SMOKE, capital, item_of, place_words
 
@@ -68,8 +68,6 @@ def build(outcome: Outcome, command: str) -> Page:
     Returns:
         The page and its figures.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     plan, results = outcome.plan, outcome.results
     shown, found, table = looks(plan), verdicts(results), sheet(results)
     reach = {
@@ -86,14 +84,7 @@ def build(outcome: Outcome, command: str) -> Page:
     panes, (chosen, left_out) = layers.panes(results), layers.chosen_maps(results)
     grouped = any(arm.group for arm in plan.arms)
     words = {arm.name: arm.words for arm in plan.arms}
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("page.html.j2").render(
+    html = template("page.html.j2").render(
         plan=plan,
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         headline=headline(outcome),
