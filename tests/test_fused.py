@@ -214,3 +214,28 @@ def test_an_exception_in_the_middle_leaves_the_groups_as_they_were(monkeypatch):
             optimizer.step()
     assert optimizer.param_groups == before
     train(optimizer, steps=1)
+
+
+def test_only_what_is_shared_alike_is_taken_in_pieces():
+    """Moments that are whole, as of a checkpoint that was not sharded, are left to PyTorch, which refuses them."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        shard = [distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)], src_data_rank=None) for _ in range(3)]
+        whole, replicated = (
+            torch.ones(4, 3),
+            distribute_tensor(torch.ones(4, 3), mesh, [Replicate()], src_data_rank=None),
+        )
+        count = torch.ones(())
+        taken = fused.pieces_of([[shard[0]], [shard[1]], [shard[2]], [], [count]])
+        assert [[tuple(x.shape) for x in tensors] for tensors in taken] == [[(2, 3)], [(2, 3)], [(2, 3)], [], [()]]
+        for other in (whole, replicated):
+            lists = [[shard[0]], [shard[1]], [other], [], [count]]
+            assert fused.pieces_of(lists) is lists
+    finally:
+        distributed.destroy_process_group()

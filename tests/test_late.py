@@ -179,3 +179,58 @@ def test_large_tensors_are_cut_into_rows_here_too(monkeypatch):
         results.append((type(adapter._factors), everything(optimizer)))
     assert [kind for kind, _ in results] == [Factors, late.LateFactors]
     assert all(map(torch.equal, results[0][1], results[1][1]))
+
+
+def test_lazy_modules_are_attached_to_before_they_have_a_size():
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyLinear(2))
+    optimizer = optim.SGD(model.parameters(), lr=0.1, fused=True)
+    adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    model(torch.ones(3, 5)).sum().backward()
+    optimizer.step()
+    assert all(factor > 1 for factor in adapter.get_last_factors().values())
+
+
+def test_a_step_that_fails_leaves_the_factors_of_the_step_before(monkeypatch):
+    monkeypatch.setattr(late, "PIECE", 1)
+    model, optimizer, adapter = attached("AdamW", LayerAdaptive())
+    train(optimizer)
+    factors, rates = adapter.get_last_factors(), adapter.get_last_lr()
+    optimizer.param_groups[0]["lr"] = 0.5
+    model[3].weight.grad = torch.ones_like(model[3].weight).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    optimizer.zero_grad()
+    assert (adapter.get_last_factors(), adapter.get_last_lr()) == (factors, rates)
+    train(optimizer, steps=1)
+    assert adapter.get_last_lr() == {name: 0.5 * f for name, f in adapter.get_last_factors().items()}
+
+
+def test_parameters_that_share_memory_are_measured_beforehand(monkeypatch):
+    monkeypatch.setattr(late, "PIECE", 1)
+    model = network()
+    model[3].weight = nn.Parameter(model[2].weight.data[:2])
+    optimizer = MAKERS["SGD"](model.parameters())
+    adapter = layerwise.LayerwiseLR(optimizer, LARS(), model)
+    train(optimizer)
+    assert type(adapter._factors) is Factors
+
+
+@pytest.mark.parametrize("rule", [LARC(), LARS()], ids=repr)
+def test_a_parameter_that_changes_its_group_takes_the_rate_and_the_decay_there(rule):
+    model = network()
+    first, *rest = (p for p in model.parameters() if p.ndim > 1)
+    optimizer = optim.SGD([{"params": [first, rest[0]]}, {"params": rest[1:], "lr": 1.0, "weight_decay": 0.5}], lr=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, rule, model)
+    train(optimizer, steps=1)
+    groups = optimizer.param_groups
+    groups[1]["params"].insert(0, groups[0]["params"].pop())
+    weight = rest[0].detach().double().norm().item()
+    generator = torch.Generator().manual_seed(1)
+    for p in (first, *rest):
+        p.grad = torch.randn(p.shape, generator=generator)
+    gradient = rest[0].grad.double().norm().item()
+    optimizer.step()
+    name = adapter.layers[1]
+    expected = rule.factor(gradient, weight, 0.5 * weight, *([1.0] if isinstance(rule, LARC) else []))
+    assert adapter.get_last_factors()[name] == pytest.approx(expected, rel=1e-6)
+    assert adapter.get_last_lr()[name] == pytest.approx(expected, rel=1e-6)

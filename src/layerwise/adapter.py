@@ -172,6 +172,7 @@ class LayerwiseLR:
 
     def get_last_factors(self) -> dict[str, float]:
         """Return the factor of each layer at the last step; 1 before the first. Waits for the device."""
+        self._forget_failed()
         numbers = [1.0] * len(self._found.layers) if self._factors is None else self._factors.read()
         return dict(zip(self.layers, numbers, strict=True))
 
@@ -180,6 +181,7 @@ class LayerwiseLR:
 
         The base rate is that of the parameter group of the layer's first parameter, its weight as a rule.
         """
+        self._forget_failed()
         by_group = self._last_rates if self._last_rates is not None else _rates(self._required().param_groups)
         rates = [by_group[group] for group in self._found.first_group]
         return {
@@ -299,6 +301,7 @@ class LayerwiseLR:
             optimizer: The optimizer.
             late: Whether nothing happens between here and the update, so that factors may be computed during it.
         """
+        self._forget_failed()
         holder = self._required()
         groups = holder.param_groups
         if not self._found.holds(groups):
@@ -314,6 +317,7 @@ class LayerwiseLR:
             self._finite.check(found.layers, found.statistics.sharing, getattr(optimizer, "found_inf", None))
         # A fused kernel that unscales writes into the gradients.
         if late and found.pieces is not None and grad_scale is None and can_be_dealt(optimizer):
+            self._before_late = (self._factors, self._last_rates)
             self._factors = LateFactors(found.pieces, groups)
             self._last_rates = _rates(groups)
             return
@@ -352,6 +356,7 @@ class LayerwiseLR:
         """Act after the step."""
         self._place.finish()
         cast(Factors, self._factors).complete()
+        self._before_late = None
 
     # --- How it is put together ---------------------------------------------------------------------------------------
 
@@ -365,6 +370,12 @@ class LayerwiseLR:
         self._last_raw: tuple[Tensor, int] | None = None
         self._last_rates: list[Any] | None = None
         self._factors: Factors | None = None
+        self._before_late: tuple[Factors | None, list[Any] | None] | None = None
+
+    def _forget_failed(self) -> None:
+        """Go back to the factors of the last step, where those of a later one were to come during it and it failed."""
+        if self._before_late is not None:
+            (self._factors, self._last_rates), self._before_late = self._before_late, None
 
     def _place_at(self, name: PlaceName) -> None:
         if name != self._place_name:

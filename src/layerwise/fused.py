@@ -67,7 +67,9 @@ def pieces_of(lists: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
         return lists
     for parameter, *others in zip(*filter(None, lists), strict=True):
         shared = getattr(parameter, "placements", None)
-        if any(getattr(other, "placements", shared) != shared for other in others):
+        if any(
+            other.ndim and getattr(other, "placements", None) != shared for other in others
+        ):  # a count of steps is whole
             return lists
     return [list(map(local, tensors)) for tensors in lists]
 

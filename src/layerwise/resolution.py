@@ -55,6 +55,7 @@ class Resolution:
 
     Args:
         parameters: The optimizer's parameters, group by group.
+        sizes: How many there are in each group.
         layers: The layers.
         statistics: Measures them.
         partition: Which parameters of which group belong to which layer.
@@ -68,6 +69,7 @@ class Resolution:
     """
 
     parameters: list[Tensor]
+    sizes: list[int]
     layers: list[Layer]
     statistics: LayerStatistics
     partition: Partition
@@ -93,6 +95,8 @@ class Resolution:
         """Tell whether this is still true: no parameter was added, replaced by fully_shard, or moved to a device."""
         parameters = parameters_of(groups)
         if not same_objects(self.parameters, parameters) or self.statistics.moved_away():
+            return False
+        if sizes_of(groups) != self.sizes:
             return False
         # FSDP1 keeps the parameters and cuts what they hold.
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -135,6 +139,7 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     return Resolution(
         parameters=parameters,
+        sizes=sizes_of(groups),
         layers=layers,
         statistics=statistics,
         partition=Partition(statistics.layer_of),
@@ -151,6 +156,11 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
 def count_flattened(parameters: Sequence[Tensor]) -> int:
     """Return how many parameters are pieces that FSDP1 has made."""
     return sum(getattr(p, "_fsdp_flattened", False) for p in parameters)
+
+
+def sizes_of(groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return how many parameters each group has."""
+    return [len(group["params"]) for group in groups]
 
 
 def parameters_of(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:

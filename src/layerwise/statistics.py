@@ -318,10 +318,8 @@ class LayerStatistics:
     def _rates_of(self, groups: Groups) -> list[list[Any]]:
         """Return the rates of each layer's parameters."""
         rates: list[list[Any]] = [[] for _ in range(self.count)]
-        for group in groups:
-            for p in group["params"]:
-                if id(p) in self.layer_of:
-                    rates[self.layer_of[id(p)]].append(group["lr"])
+        for p, number in zip(self.members, self._group_numbers(groups), strict=True):
+            rates[self.layer_of[id(p)]].append(groups[number]["lr"])
         return rates
 
     def _learning_rates(self, groups: Groups) -> Tensor:
