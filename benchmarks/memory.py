@@ -62,8 +62,8 @@ def _place(tensor: Tensor) -> int:
 def live_bytes() -> int:
     """Return the bytes of all tensors that the process holds."""
     gc.collect()
-    # Of the type, since asking some modules' objects for their class warns.
-    storages = [x.untyped_storage() for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    # Of these types only: others may hold no memory, and asking some modules' objects for their class warns.
+    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
