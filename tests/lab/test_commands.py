@@ -248,10 +248,14 @@ def test_ctrl_c_while_torch_is_imported_ends_without_a_word(tmp_path):
     assert (process.returncode, out, err) == (130, "", "")
 
 
+# Of a program that a shell has put in the background, children ignore Ctrl-C.
+HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as on POSIX")
 def test_ctrl_c_in_the_doctor_ends_with_130_and_one_line(folder):
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "doctor", "slow.py:task", "--steps", "100000", "--seconds", "600"],
+        [sys.executable, "-c", HEARS + COMMAND, "doctor", "slow.py:task", "--steps", "100000", "--seconds", "600"],
         cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
