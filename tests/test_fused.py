@@ -12,7 +12,7 @@ from torch import nn, optim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerwise
-from layerwise import apply, fused
+from layerwise import apply, fused, late
 from layerwise.rules import Constant, LayerAdaptive
 
 CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -143,6 +143,20 @@ def rates_seen(optimizer: optim.Optimizer) -> list[type]:
 def test_other_hooks_see_groups_with_plain_rates():
     _, optimizer, _ = made("AdamW")
     assert rates_seen(optimizer) == [float] * 6
+
+
+def test_a_post_hook_that_was_there_before_sees_plain_rates_and_this_steps_factors(monkeypatch):
+    monkeypatch.setattr(late, "PIECE", 1)
+    model = network()
+    optimizer = optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    seen: list[Any] = []
+    optimizer.register_step_post_hook(
+        lambda _, args, __: seen.append(({type(g["lr"]) for g in args[0].param_groups}, adapter.get_last_factors()))
+    )
+    adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    for _ in range(3):
+        train(optimizer, steps=1)
+        assert seen[-1] == ({float}, adapter.get_last_factors())
 
 
 def test_two_adapters_multiply(monkeypatch):

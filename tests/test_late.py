@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn, optim
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layerwise
 from layerwise import late, norms, resolution
@@ -188,6 +189,14 @@ def test_lazy_modules_are_attached_to_before_they_have_a_size():
     model(torch.ones(3, 5)).sum().backward()
     optimizer.step()
     assert all(factor > 1 for factor in adapter.get_last_factors().values())
+
+
+def test_parameters_without_memory_are_attached_to():
+    with FakeTensorMode():
+        model = network()
+        optimizer = optim.SGD(model.parameters(), lr=0.1, fused=True)
+        adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    assert adapter.layers == ["0", "1", "2", "3"]
 
 
 def test_a_step_that_fails_leaves_the_factors_of_the_step_before(monkeypatch):

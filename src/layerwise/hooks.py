@@ -168,7 +168,12 @@ class OptimizerHooks:
         self._begun = list(self.observers)
         looking = [observer for observer in self._begun if observer.begin(optimizer)]
         active = [member for member in self.members if member.enabled]
-        private = self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1  # other hooks are handed the view
+        # Other hooks are handed the view, but for post-hooks after ours, when its groups are the optimizer's again.
+        private = (
+            self._torch_own
+            and len(optimizer._optimizer_step_pre_hooks) == 1
+            and next(iter(optimizer._optimizer_step_post_hooks)) == self._handles[1].id
+        )
         if active:
             if kwargs or len(args) > 1:
                 args, kwargs = evaluate_closure(args, kwargs)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-from torch.nn.parameter import is_lazy
+from torch import Tensor, nn
 
 from .factors import Factors, Item, gathered
 from .layers import Layer
@@ -42,10 +42,13 @@ def make_pieces(layers: Sequence[Layer], rule: ElementwiseRule) -> Pieces | None
     """Return the layers that are not excluded in pieces; None where there is no gain in that, or no safety.
 
     A rule of somebody's own may raise, and is therefore asked for everything before anything has changed. Parameters
-    that share memory would be measured after the update of one of them; those that are lazy have no size yet.
+    that share memory would be measured after the update of one of them; of a class of their own (lazy, fake, quantised
+    ones) they may have no memory to ask for.
     """
     parameters = [p for layer in layers for p in layer.parameters]
-    if not type(rule).__module__.startswith(f"{__package__}.rules.") or any(map(is_lazy, parameters)):
+    if not type(rule).__module__.startswith(f"{__package__}.rules."):
+        return None
+    if not {Tensor, nn.Parameter}.issuperset(map(type, parameters)):
         return None
     if len({p.untyped_storage().data_ptr() for p in parameters}) < len(parameters):
         return None
