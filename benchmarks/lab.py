@@ -10,8 +10,9 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -41,19 +42,24 @@ def digits_plan(iterations: int, seeds: int, arms: tuple[str, ...]) -> Plan:
     return dataclasses.replace(plan, runs=runs)
 
 
+def update(trial: Trial, batches: Iterator[Any]) -> None:
+    """Take an update as a person would write it, with the loss read as a progress bar would."""
+    inputs, labels = trial.prepare(next(batches))
+    trial.optimizer.zero_grad()
+    loss = functional.cross_entropy(trial.model(inputs), labels)
+    loss.backward()
+    trial.optimizer.step()
+    trial.scheduler.step()
+    loss.item()
+
+
 def bare_loop(trial: Trial, configuration: Configuration, iterations: int) -> Callable[[], None]:
-    """Return the loop that a person would write, with the loss read as a progress bar would."""
+    """Return the loop that a person would write."""
 
     def loop() -> None:
         batches = trial.batches(1, 0)
         for _ in range(iterations):
-            inputs, labels = trial.prepare(next(batches))
-            trial.optimizer.zero_grad()
-            loss = functional.cross_entropy(trial.model(inputs), labels)
-            loss.backward()
-            trial.optimizer.step()
-            trial.scheduler.step()
-            loss.item()
+            update(trial, batches)
 
     return loop
 

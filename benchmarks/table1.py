@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 import layerwise
 from layerwise.lab import arms, recipe, trial
@@ -22,6 +21,7 @@ from layerwise.lab.errors import UsageError
 from layerwise.lab.experiment import Settings, carry_out
 from layerwise.lab.plan import Plan, PlannedRun
 
+from .lab import update
 from .timing import Row
 
 ONE_RUN_TARGET = 20.0
@@ -63,13 +63,7 @@ def bare_seconds(run: PlannedRun, data: Path) -> float:
         for iteration in range(built.total or 0):
             if iteration % (built.test_every or 1) == 0:
                 built.evaluate(built.model, lambda: False)
-            inputs, labels = built.prepare(next(batches))
-            built.optimizer.zero_grad()
-            loss = functional.cross_entropy(built.model(inputs), labels)
-            loss.backward()
-            built.optimizer.step()
-            built.scheduler.step()
-            loss.item()
+            update(built, batches)
         built.evaluate(built.model, lambda: False)
         return time.perf_counter() - start
     finally:

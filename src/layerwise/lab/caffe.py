@@ -83,7 +83,7 @@ class _Solver(torch.optim.Optimizer, ABC):
                 raise UsageError(f"{solver}: dtype={parameter.dtype!r}: use parameters of torch.float32 or float64")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step; parameters without a gradient stay as they are, and so does their history.
 
         Args:

@@ -141,8 +141,9 @@ def show(names: Sequence[str], out: Path, folder: Path | None, *, as_json: bool,
 def _brief(entry: dict[str, Any], folder: Path | None) -> Table:
     """Lay the scales of a recipe out, a line each."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    for width, side in ((9, "left"), (9, "right"), (28, "left"), (5, "left"), (0, "left")):
-        table.add_column(min_width=width, justify=side)  # type: ignore[arg-type]
+    for width in (9, 9, 28, 5, 0):
+        table.add_column(min_width=width)
+    table.columns[1].justify = "right"
     for scale, about in entry["scales"].items():
         memory = about["memory"].partition(" a process")[0]
         table.add_row(f"  {scale}", _runs(about), shortly(about["time"]), memory, _needed(about, folder))

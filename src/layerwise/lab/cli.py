@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"layerwise: {explanation}\n")
         return 1
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]  # who read it has gone, as head does
+        sys.stdout = None  # who read it has gone, as head does
         return 0
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

@@ -105,9 +105,9 @@ def batch_norm(module: _BatchNorm, processes: Any, inputs: torch.Tensor) -> torc
     dims = [0, *range(2, inputs.dim())]
     shape = [1, -1] + [1] * (inputs.dim() - 2)
     wide = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
-    mean = _Sum.apply(wide.mean(dims)) / processes.count  # type: ignore[operator]
+    mean = _Sum.apply(wide.mean(dims)) / processes.count
     centred = wide - mean.view(shape)
-    variance = _Sum.apply(centred.square().mean(dims)) / processes.count  # type: ignore[operator]
+    variance = _Sum.apply(centred.square().mean(dims)) / processes.count
     if module.running_mean is not None and module.running_var is not None:
         count = inputs.numel() // inputs.shape[1] * processes.count
         with torch.no_grad():
