@@ -24,18 +24,6 @@ LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?:#([^)\s]*))?(?=\))")
 logger = get_plugin_logger("source_pages")
 
 
-def on_config(config: MkDocsConfig) -> None:
-    """Let a folder in the navigation, such as `tutorials/`, stand for its pages; leave it out if there are none."""
-    folders = {title: value for entry in config.nav or [] for title, value in entry.items() if isinstance(value, str)}
-    for title, folder in folders.items():
-        if folder.endswith("/"):
-            pages = sorted(
-                path.relative_to(config.docs_dir).as_posix() for path in Path(config.docs_dir, folder).glob("*.md")
-            )
-            config.nav = [entry if title not in entry else {title: pages} for entry in config.nav or []]
-    config.nav = [entry for entry in config.nav or [] if all(entry.values())]
-
-
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add a page for every file of the repository that a page links to."""
     names: dict[str, set[str]] = {path: set() for path in PROJECT}

@@ -67,9 +67,8 @@ def pieces_of(lists: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
         return lists
     for parameter, *others in zip(*filter(None, lists), strict=True):
         shared = getattr(parameter, "placements", None)
-        if any(
-            other.ndim and getattr(other, "placements", None) != shared for other in others
-        ):  # a count of steps is whole
+        # A count of steps is no piece: each process has all of it.
+        if any(other.ndim and getattr(other, "placements", None) != shared for other in others):
             return lists
     return [list(map(local, tensors)) for tensors in lists]
 
