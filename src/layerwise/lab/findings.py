@@ -61,14 +61,19 @@ class Finding:
     remedy: str
 
     @property
-    def sentence(self) -> str:
-        """The finding with layers, numbers and limit."""
+    def evidence(self) -> str:
+        """What was measured: the numbers and the layers; "" where no layer can be told."""
         numbers = [f"{value:.3g} in " for value in self.values] or [""] * len(self.layers)
         pairs = zip(self.layers[:MOST_NAMED], numbers, strict=False)
         named = ", ".join(f"{number}{layer or '(root)'!r}" for layer, number in pairs)
         more = len(self.layers) - MOST_NAMED
         named += f" and {more} more" if more > 0 else ""
-        return f"{': '.join(filter(None, (self.words, f'{self.quantity} {named}'.strip())))} ({self.limit})"
+        return f"{self.quantity} {named}".strip()
+
+    @property
+    def sentence(self) -> str:
+        """The finding with layers, numbers and limit."""
+        return f"{': '.join(filter(None, (self.words, self.evidence)))} ({self.limit})"
 
 
 def find(
