@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 
@@ -19,6 +20,29 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_whole(path, b"second")
     assert path.read_bytes() == b"first"
     assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/fd")
+def test_content_name_and_folder_are_flushed_in_this_order(tmp_path, monkeypatch):
+    done = []
+    flush, rename = os.fsync, os.replace
+
+    def flushed(descriptor):
+        done.append(("flush", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        flush(descriptor)
+
+    def renamed(one, other):
+        done.append(("rename", os.path.basename(one)))
+        rename(one, other)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_whole(tmp_path / "folder" / "file", b"content")
+    temporary = f".file.{os.getpid()}.tmp"
+    assert done == [("flush", temporary), ("rename", temporary), ("flush", "folder")]
+    done.clear()
+    write_whole(tmp_path / "folder" / "file", b"content", flush=False)
+    assert done == [("rename", temporary)]
 
 
 def test_versions_and_hardware_are_told():

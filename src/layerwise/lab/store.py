@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -74,11 +75,27 @@ def write_whole(path: Path, data: bytes, *, flush: bool = True) -> None:
                 if flush:
                     os.fsync(stream.fileno())
             os.replace(temporary, path)
+            if flush:
+                _flush_folder(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(path)) from error
+
+
+def _flush_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk: a file's own flush says nothing of what it is called."""
+    if os.name != "posix":  # only there can a folder be opened
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what file systems say that cannot flush a folder
+            raise
+    finally:
+        os.close(folder)
 
 
 def _made_anew(path: Path) -> IO[bytes]:
