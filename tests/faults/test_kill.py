@@ -264,3 +264,10 @@ def test_many_kills_of_a_worker_of_ray(server, whole, tmp_path, capsys):
     pytest.importorskip("ray")
     lost = kill_sweep(server, whole, tmp_path, random.Random(6), 15, master=False, engine="ray")
     told(capsys, "Ray worker", len(lost), f"{sum(lost)} updates done again, {max(lost)} at most")
+
+
+@pytest.mark.faults
+def test_many_kills_of_the_master_of_ray(server, whole, tmp_path, capsys):
+    pytest.importorskip("ray")
+    lost = kill_sweep(server, whole, tmp_path, random.Random(7), 10, master=True, engine="ray")
+    told(capsys, "Ray master", len(lost), f"{sum(lost)} updates done again, {max(lost)} at most")
