@@ -29,6 +29,7 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_says(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name])  # what a script of the page reads is not how the tests were called
     random.seed(0)
     namespace: dict[str, object] = {"__name__": "__page__"}
     with torch.random.fork_rng():

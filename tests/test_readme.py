@@ -19,7 +19,7 @@ PLACES = (ROOT / "docs" / "places.md").read_text(encoding="utf-8")
 
 def test_its_code_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     exec(code_of("README.md")[0], {})
-    assert re.fullmatch(r"\{'1': 0\.0[12]\d+, '3': 0\.0[12]\d+\}\n", capsys.readouterr().out)
+    assert re.fullmatch(r"1 0\.0[12]\d+\n3 0\.0[12]\d+\n", capsys.readouterr().out)
 
 
 def test_the_code_of_the_page_on_arguments_excludes_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
