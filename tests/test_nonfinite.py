@@ -1,0 +1,234 @@
+"""on_nonfinite="raise": which gradients are not finite, what the error names, and that nothing has changed by then."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn, optim
+
+import layerwise
+from layerwise import late
+from layerwise.layers import Layer
+from layerwise.nonfinite import FiniteGradients
+from layerwise.rules import Constant, LayerAdaptive
+
+
+def layers_with(gradients: dict[str, Tensor | None]) -> list[Layer]:
+    """One layer for each gradient, with one parameter of its shape and type."""
+    layers: list[Layer] = []
+    for name, gradient in gradients.items():
+        weight = nn.Parameter(torch.zeros((2,)) if gradient is None else torch.zeros_like(gradient.to_dense()))
+        weight.grad = gradient
+        layers.append(Layer(name, (weight,), (f"{name}.weight",)))
+    return layers
+
+
+def complaint(gradients: dict[str, Tensor | None]) -> str:
+    """Return which layers and parameters the error names; nothing if there is no error."""
+    try:
+        FiniteGradients().check(layers_with(gradients), None)
+    except FloatingPointError as error:
+        pattern = r"step 1: the gradient of (layers? .*?) is not finite \((.*?)\), so no step.*"
+        return re.sub(pattern, r"\1; \2", str(error))
+    return ""
+
+
+def sparse(values: list[float], positions: list[int]) -> Tensor:
+    return torch.sparse_coo_tensor(torch.tensor([positions]), torch.tensor(values), (4,), check_invariants=True)
+
+
+FINITE: dict[str, Tensor | None] = {
+    "none": None,
+    "empty": torch.zeros(0, 3),
+    "zero": torch.zeros(3),
+    **{
+        f"largest {str(dtype).removeprefix('torch.')}": torch.full((300,), torch.finfo(dtype).max, dtype=dtype)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    },
+    "complex": torch.full((3,), complex(3e38, -3e38)),
+    "sparse": sparse([3e38, -3e38], [0, 2]),
+    "sparse without entries": sparse([], []),
+}
+BROKEN: dict[str, Tensor] = {
+    "NaN": torch.tensor([1.0, math.nan]),
+    "infinity": torch.tensor([math.inf, 1.0]),
+    "minus infinity": torch.tensor([1.0, -math.inf]),
+    "half": torch.tensor([1.0, math.inf], dtype=torch.float16),
+    "brain": torch.tensor([math.nan, 1.0], dtype=torch.bfloat16),
+    "double": torch.tensor([[1.0], [math.nan]], dtype=torch.float64),
+    "imaginary": torch.tensor([1 + 1j, complex(1, math.inf)]),
+    "sparse": sparse([1.0, math.nan], [0, 3]),
+    "sparse, in the sum of its entries": sparse([3e38, 3e38], [1, 1]),
+}
+
+
+def test_gradients_of_any_kind_are_finite_as_long_as_each_of_their_numbers_is() -> None:
+    """Their norms are not: 300 of the largest numbers, or the modulus of a complex one, are beyond their types."""
+    assert complaint(FINITE) == ""
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_one_broken_number_of_any_kind_is_found_among_all_others(kind: str) -> None:
+    others = {f"other {name}": gradient for name, gradient in FINITE.items()}
+    assert complaint({**others, kind: BROKEN[kind], "last": torch.ones(2)}) == f"layer {kind!r}; {kind}.weight"
+
+
+@pytest.mark.parametrize(
+    ("count", "named"),
+    [
+        (1, "layer 'a'; a.weight"),
+        (2, "layers 'a', 'b'; a.weight, b.weight"),
+        (5, "layers 'a', 'b', 'c', 'd', 'e'; a.weight, b.weight, c.weight, d.weight, e.weight"),
+        (6, "layers 'a', 'b', 'c', 'd', 'e' and 1 more; a.weight, b.weight, c.weight, d.weight, e.weight and 1 more"),
+        (8, "layers 'a', 'b', 'c', 'd', 'e' and 3 more; a.weight, b.weight, c.weight, d.weight, e.weight and 3 more"),
+    ],
+)
+def test_five_are_named_and_the_rest_is_counted(count: int, named: str) -> None:
+    gradients = {name: torch.full((2,), math.nan if i < count else 1.0) for i, name in enumerate("abcdefgh")}
+    assert complaint(gradients) == named
+
+
+def test_a_layer_is_named_once_and_each_of_its_parameters() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, on_nonfinite="raise")
+    for p in model[1].parameters():
+        p.grad = torch.full_like(p, math.inf)
+    with pytest.raises(FloatingPointError, match=re.escape("of layer '1' is not finite (1.weight, 1.bias), so no")):
+        optimizer.step()
+
+
+def test_the_root_module_is_called_so() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, on_nonfinite="raise")
+    model(torch.full((1, 2), math.nan)).sum().backward()
+    with pytest.raises(FloatingPointError, match=re.escape("layer '(root)' is not finite (weight), so no step")):
+        optimizer.step()
+
+
+# --- Attached ---------------------------------------------------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def put_gradients(model: nn.Module, step: int, broken: str = "") -> None:
+    """Gradients that are other ones at each step; one number of one parameter is NaN."""
+    generator = torch.Generator().manual_seed(step)
+    for name, p in model.named_parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+        if name == broken:
+            p.grad.view(-1)[-1] = math.nan
+
+
+def seen(model: nn.Module, optimizer: optim.Optimizer, adapter: layerwise.LayerwiseLR) -> dict[str, Any]:
+    """Everything that a failed step must leave as it was."""
+    return copy.deepcopy(
+        {
+            "weights": model.state_dict(),
+            "gradients": [p.grad for p in model.parameters()],
+            "optimizer": optimizer.state_dict()["state"],
+            "rule": adapter.state_dict()["state"],
+            "factors": adapter.get_last_factors(),
+            "rates": adapter.get_last_lr(),
+        }
+    )
+
+
+@pytest.mark.parametrize("kind", ["plain numbers", "tensors", "late"])
+def test_whatever_way_the_factors_come_to_be_the_step_is_refused_and_those_before_it_stay(
+    kind: str, monkeypatch: pytest.MonkeyPatch, assert_same_bits: Any
+) -> None:
+    """Late factors are measured while a fused kernel is at work already, when an error would come too late."""
+    monkeypatch.setattr(late, "PIECE", 1)
+    model = network()
+    optimizer = optim.AdamW(model.parameters(), lr=0.1, fused=kind == "late")
+    rule = layerwise.rules.bounds(LayerAdaptive(), 0, 9) if kind == "tensors" else LayerAdaptive()
+    adapter = layerwise.LayerwiseLR(optimizer, rule, model, on_nonfinite="raise")
+    assert (adapter._found.in_numbers is None) == (kind == "tensors")
+    put_gradients(model, 0)
+    optimizer.step()
+    assert isinstance(adapter._factors, late.LateFactors) == (kind == "late")
+    put_gradients(model, 1, broken="2.bias")
+    before = seen(model, optimizer, adapter)
+    with pytest.raises(FloatingPointError, match=re.escape("step 2: the gradient of layer '2' is not finite (2.bias)")):
+        optimizer.step()
+    assert_same_bits(seen(model, optimizer, adapter), before)
+    put_gradients(model, 1)  # zeroed and computed anew
+    optimizer.step()
+    assert adapter.get_last_factors() != before["factors"]
+
+
+def test_a_layer_that_is_excluded_is_looked_at_too(make_model: Any, backward: Any) -> None:
+    model = make_model()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, exclude=["2"], on_nonfinite="raise")
+    backward(model)
+    model[2].weight.grad[0, 0] = math.inf
+    with pytest.raises(FloatingPointError, match="layer '2' is not finite"):
+        optimizer.step()
+
+
+def test_a_rule_that_reads_no_gradient_is_held_to_it_too(make_model: Any, backward: Any) -> None:
+    model = make_model()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    layerwise.LayerwiseLR(optimizer, Constant({"*": 2.0}), model, on_nonfinite="raise")
+    backward(model)
+    model[0].bias.grad[0] = math.nan
+    with pytest.raises(FloatingPointError, match=re.escape("layer '0' is not finite (0.bias)")):
+        optimizer.step()
+
+
+def test_it_is_the_gradients_of_the_closure_that_count(make_model: Any, weights: Any, assert_same_bits: Any) -> None:
+    model = make_model()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, on_nonfinite="raise")
+
+    def closure(value: float) -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.full((2, 5), value, dtype=torch.float64)).sum()
+        loss.backward()
+        return loss
+
+    before = weights(model)
+    with pytest.raises(FloatingPointError, match="step 1: "):
+        optimizer.step(lambda: closure(math.inf))
+    assert_same_bits(weights(model), before)
+    optimizer.step(lambda: closure(1.0))  # the broken gradients of the last step are still there when it begins
+    with pytest.raises(FloatingPointError, match="step 2: "):
+        optimizer.step(lambda: closure(math.nan))
+
+
+def test_while_paused_nothing_raises_and_no_step_is_counted(make_model: Any, backward: Any) -> None:
+    model = make_model()
+    optimizer = optim.SGD(model.parameters(), lr=0.0)
+    adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, on_nonfinite="raise")
+    backward(model)
+    model[0].weight.grad.fill_(math.nan)
+    with adapter.paused():
+        optimizer.step()
+    with pytest.raises(FloatingPointError, match="step 1: "):
+        optimizer.step()
+
+
+def test_of_two_adapters_one_is_enough_and_neither_has_acted(make_model: Any, backward: Any) -> None:
+    """The first has multiplied nothing, though it comes first; a gradient scaled twice would show it."""
+    for first, second in (("ignore", "raise"), ("raise", "ignore")):
+        model = make_model()
+        optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for rule, on_nonfinite in ((Constant({"*": 2.0}), first), (Constant({"*": 3.0}), second)):
+            layerwise.LayerwiseLR(optimizer, rule, model, apply="gradient", on_nonfinite=on_nonfinite)
+        backward(model)
+        model[4].bias.grad[0] = math.nan
+        before = [p.grad.clone() for p in model.parameters()]
+        with pytest.raises(FloatingPointError, match="layer '4' is not finite"):
+            optimizer.step()
+        for p, gradient in zip(model.parameters(), before, strict=True):
+            torch.testing.assert_close(p.grad, gradient, rtol=0, atol=0, equal_nan=True)
