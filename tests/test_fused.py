@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerwise
@@ -213,6 +213,34 @@ def test_a_pytorch_that_reads_the_rate_beforehand_is_not_trusted(monkeypatch):
         assert fused.can_be_dealt(optim.SGD([nn.Parameter(torch.ones(2))], fused=True))
     finally:
         fused._hands_on_the_rate.cache_clear()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, ValueError])
+def test_a_pytorch_that_refuses_a_tensor_as_rate_is_given_groups(error, monkeypatch):
+    """As versions do that take one under `capturable` only: attaching asks once, and the numbers are the same."""
+    read = sys.modules["torch.optim.adam"]
+    original, refused = read._fused_adam, []
+
+    def refusing(*args, lr, **options):
+        if isinstance(lr, Tensor):
+            refused.append(lr)
+            raise error("lr as a Tensor is not supported for capturable=False")
+        return original(*args, lr=lr, **options)
+
+    results = []
+    for patched in (False, True):
+        with monkeypatch.context() as patch:
+            fused._hands_on_the_rate.cache_clear()
+            if patched:
+                patch.setattr(read, "_fused_adam", refusing)
+            _, optimizer, adapter = made("AdamW")
+            train(optimizer)
+            assert fused.can_be_dealt(optimizer) is not patched
+            results.append((everything(optimizer), adapter.get_last_factors()))
+    fused._hands_on_the_rate.cache_clear()
+    assert len(refused) == 1
+    assert all(map(torch.equal, results[0][0], results[1][0]))
+    assert results[0][1] == results[1][1]
 
 
 def test_an_exception_in_the_middle_leaves_the_groups_as_they_were(monkeypatch):
