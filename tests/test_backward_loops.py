@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import re
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import layerwise
-from layerwise import backward as stepping
-from layerwise import memory, resolution
-from layerwise.rules import LARS, Constant, LayerAdaptive
+from layerwise import resolution
+from layerwise.rules import LARS, LayerAdaptive
 
 
 class GradientForm(LayerAdaptive):
@@ -419,18 +416,6 @@ def test_the_handle_tells_where_the_factor_acts() -> None:
     )
 
 
-def test_freed_memory_is_returned_in_the_first_iteration_after_large_layers_only(monkeypatch: Any) -> None:
-    returned: list[int] = []
-    monkeypatch.setattr(stepping, "return_freed_memory", lambda: returned.append(1))
-    model = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, memory.LARGE // 8), nn.Linear(memory.LARGE // 8, 1))
-    optimizer = optim.SGD(model.parameters(), lr=0.1)
-    layerwise.step_in_backward(optimizer, model, Constant({"*": 2.0}))
-    for expected in (1, 1):
-        model(torch.ones(1, 1)).sum().backward()
-        optimizer.step()
-        assert len(returned) == expected
-
-
 def test_a_weight_that_is_needed_further_down_makes_autograd_raise() -> None:
     weight = nn.Parameter(torch.eye(4))
     below = nn.Parameter(torch.ones(2, 4))
@@ -465,27 +450,3 @@ def test_no_value_is_read_from_a_cuda_device_by_sgd(momentum: float) -> None:
                 p.grad = torch.empty_like(p)
             optimizer.step()
             assert all(p.grad is None for _, p in named)
-
-
-@pytest.mark.skipif(memory._trim is None, reason="the C library is not glibc")
-def test_gaps_between_kept_blocks_are_returned_to_the_system() -> None:
-    program = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("memory", sys.argv[1])
-memory = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(memory)
-held = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) // 1024
-blocks = [bytearray(b"x" * 2**20) for _ in range(64)]
-blocks[::2] = [None] * 32
-before = held()
-memory.return_freed_memory()
-print(before - held())
-"""
-    child = subprocess.run(
-        [sys.executable, "-c", program, memory.__file__],
-        env={"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert int(child.stdout) > 25  # MB of 32
