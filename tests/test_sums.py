@@ -330,6 +330,23 @@ def test_a_broken_form_of_saved_sums_is_refused(measure):
 
 
 @both
+def test_what_is_wrong_with_saved_sums_is_said(measure):
+    layers = layers_of(SHAPES)
+    sums, half, _ = measured(layers, random_epoch(layers, 2), measure)
+    for part in ("absolute", "received"):
+        fewer = dict(list(half[part].items())[1:])
+        with pytest.raises(ValueError, match=f"of different parameters in 'signed' and '{part}'"):
+            sums.loaded({**half, part: fewer})
+    for iterations in (2, torch.ones(1, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="the saved sums hold no number of iterations"):
+            sums.loaded({**half, "iterations": iterations})
+    with pytest.raises(ValueError, match="must hold signed, absolute, received by parameter, and iterations"):
+        sums.loaded({**half, "squared": {}})
+    with pytest.raises(ValueError, match=r"the saved sums of '/.*' have shape float, here \(.*\); same rule\?"):
+        sums.loaded({**half, "signed": dict.fromkeys(half["signed"], 1.0)})
+
+
+@both
 @pytest.mark.parametrize("size", [1e-24, 1e19])
 @pytest.mark.parametrize("sample", [None, 100])
 def test_tiny_and_huge_float32_gradients_count(measure, size, sample):

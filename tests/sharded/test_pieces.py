@@ -1,0 +1,100 @@
+"""Which piece of a parameter each process holds, and over whom to sum, where that is not simply all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, optim
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import layerwise
+from layerwise.rules import LayerAdaptive
+
+from .cases import loss_of, momentum, network
+from .processes import run
+from .training import fsdp2, whole_weights
+
+WORLD, TAKING_PART, STEPS = 5, 4, 3
+
+
+def train_in_part_of_all(rank: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]] | None:
+    """Train in two copies of two shards each; the last process of all has another job."""
+    mesh = DeviceMesh("cpu", torch.arange(TAKING_PART).reshape(2, 2), mesh_dim_names=("replicate", "shard"))
+    if rank >= TAKING_PART:
+        torch.distributed.barrier()
+        return None
+    model = fsdp2(network(), mesh=mesh)
+    optimizer = momentum(model.parameters())
+    adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    factors = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, step, rank, TAKING_PART).backward()
+        optimizer.step()
+        factors.append(adapter.get_last_factors())
+    weights = whole_weights(model)
+    torch.distributed.barrier()
+    return factors, weights
+
+
+@pytest.mark.dist
+def test_a_mesh_of_two_dimensions_in_a_part_of_all_processes_gives_the_numbers_of_one_process() -> None:
+    """One group for all of it does not exist, and cannot be made without the others: the sums go over its two."""
+    *taking_part, other = run(WORLD, train_in_part_of_all)
+    assert other is None
+    model = network()
+    optimizer = momentum(model.parameters())
+    adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    expected = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        expected.append(adapter.get_last_factors())
+    for factors, weights in taking_part:
+        assert factors == taking_part[0][0]  # to the bit, else the processes would drift apart
+        for found, wanted in zip(factors, expected, strict=True):
+            assert found == pytest.approx(wanted, rel=1e-11)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(weights[name], p.detach(), rtol=1e-10, atol=1e-12)
+
+
+# --- What cannot be known, in one process that takes itself for one of four -----------------------------------------
+
+
+@pytest.fixture
+def four() -> Iterator[None]:
+    """A process group without other processes: nothing is sent, which is enough to be refused."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("four")
+def test_a_parameter_that_is_still_a_sum_over_processes_is_refused() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    weight = nn.Parameter(DTensor.from_local(torch.ones(2, 3), mesh, [Partial()], run_check=False))
+    optimizer = optim.SGD([("weight", weight)], lr=0.1)
+    with pytest.raises(ValueError, match=r"a parameter with placements .*Partial.* is a sum over processes; reduce it"):
+        layerwise.LayerwiseLR(optimizer, LayerAdaptive())
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.usefixtures("four")
+def test_fsdp1_around_tensor_parallel_parameters_is_refused() -> None:
+    mesh: Any = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    inner = parallelize_module(nn.Sequential(nn.Linear(4, 4)), mesh["tensor"], {"0": ColwiseParallel()})
+    assert isinstance(inner[0].weight.placements[0], Shard)
+    arguments = {"device_id": torch.device("cpu"), "use_orig_params": True}
+    model = FullyShardedDataParallel(inner, device_mesh=mesh["data"], **arguments)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="over tensor parallel parameters hides how these are shared; use fully_shard"):
+        layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    assert not optimizer._optimizer_step_pre_hooks
