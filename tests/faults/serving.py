@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -46,7 +47,8 @@ class Server:
         """Kill the process and what it started; say whether it was still at work."""
         number = self.start(do, out, **more)
         time.sleep(moment)
-        os.killpg(number, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has not made its group yet, and goes on
+            os.killpg(number, signal.SIGKILL)
         return self.wait(number) == -signal.SIGKILL
 
     def close(self):
