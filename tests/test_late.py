@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import layerwise
 from layerwise import late, norms, resolution
 from layerwise.factors import Factors
+from layerwise.layer_statistics import LayerStatistics
 from layerwise.rules import LARC, LARS, Constant, LayerAdaptive
 from layerwise.rules.elementwise import ElementwiseRule
-from layerwise.statistics import LayerStatistics
 from test_fused import CASES, everything, made, train
 
 RULES = [LayerAdaptive(), LARS(), LARC(clip=False), LARC()]

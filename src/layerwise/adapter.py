@@ -22,7 +22,6 @@ from .late import LateFactors
 from .layers import Exclusion, Layer, LayerSpecification
 from .nonfinite import FiniteGradients, OnNonfinite
 from .optimizers import PLACES, PlaceName, acting_optimizer, automatic_place, no_effect, refuse, unwrap
-from .partition import Split
 from .resolution import Request, Resolution, resolve
 from .rules.base import State
 from .rules.combine import bounds as bounded
@@ -37,6 +36,7 @@ from .rules.combine import (
     remarks_of,
 )
 from .rules.selection import Selection
+from .splits import Split
 from .state import carried_over, check_saved, copied, described
 from .statistics import NOTHING, check_needs
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from .factors import Factors
 from .fused import DealtRate, can_be_dealt
 from .optimizers import PlaceName, damps_history, decay_is_coupled, has_decay, takes_tensor_rate
-from .partition import OUTSIDE, Overrides, Partition, Split
+from .partition import OUTSIDE, Overrides, Partition
 from .sharding import settled_gradient
+from .splits import Split
 from .tensors import local, moved
 
 HALF = (torch.float16, torch.bfloat16)

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from .closures import closure_of, evaluate_closure, with_closure
-from .partition import Split
+from .splits import Split, write_back
 
 # Held weakly, since the optimizer's own hooks keep it: else a model that holds its optimizer would never be freed.
 _hooks_of: weakref.WeakKeyDictionary[Optimizer, weakref.ref[OptimizerHooks]] = weakref.WeakKeyDictionary()
@@ -254,53 +253,3 @@ class OptimizerHooks:
     def _clear(self) -> None:
         self._view.__dict__.clear()
         self._given, self._active, self._levels = {}, [], []
-
-
-def write_back(splits: Sequence[Split], optimizer: str) -> None:
-    """Carry what `step` wrote into the parts of a group over to the group.
-
-    Some optimizers count their steps in their parameter groups. Parts that agree are carried over.
-
-    Args:
-        splits: The groups and their parts.
-        optimizer: Its name, for the message.
-
-    Raises:
-        RuntimeError: The parts of one group disagree, so that the group's value is not known; nothing is carried over.
-    """
-    written = [(split.source, _agreed(split, optimizer)) for split in splits if not split.unchanged()]
-    for source, values in written:
-        source.update(values)
-
-
-def _agreed(split: Split, optimizer: str) -> dict[str, Any]:
-    """Return what all parts of a group hold in place of the group's values."""
-    if len(split.parts) > 1 and split.written_in_place():  # once for each part, instead of once
-        raise RuntimeError(_disagreement(optimizer, split.written_in_place()[0]))
-    found: dict[str, list[Any]] = {}
-    for part, own in zip(split.parts, split.overrides, strict=True):
-        for name, value in part.items():
-            if name in ("params", "param_names") or value is (own if name in own else split.source).get(name):
-                continue
-            if name in own:
-                raise RuntimeError(_disagreement(optimizer, name))
-            found.setdefault(name, []).append(value)
-    for name, values in found.items():
-        if len(values) != len(split.parts) or not all(_same(values[0], value) for value in values):
-            raise RuntimeError(_disagreement(optimizer, name))
-    return {name: values[0] for name, values in found.items()}
-
-
-def _disagreement(optimizer: str, name: str) -> str:
-    return (
-        f"{optimizer} keeps state of its own in param_groups[...][{name!r}], and it came out differently for different "
-        "layers; attach with apply='update', which leaves the groups whole (this step was taken with per-layer groups)"
-    )
-
-
-def _same(first: Any, second: Any) -> bool:
-    if first is second:
-        return True
-    if isinstance(first, Tensor) or isinstance(second, Tensor):
-        return False  # comparing would wait for the device
-    return bool(first == second)

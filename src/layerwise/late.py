@@ -13,9 +13,9 @@ from math import isfinite
 from torch import Tensor, nn
 
 from .factors import Factors, Item, gathered
+from .layer_statistics import Groups, LayerStatistics
 from .layers import Layer
 from .rules.elementwise import ElementwiseRule
-from .statistics import Groups, LayerStatistics
 
 PIECE = 2**19
 """Numbers from which on layers make up a piece: 2 MB of float32."""

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from .apply import make_place
 from .arguments import chosen
 from .factors import Factors
+from .layer_statistics import AS_NUMBERS, LayerStatistics
 from .layers import Layer
 from .optimizers import automatic_place, damps_history
 from .partition import OUTSIDE, Partition
@@ -20,7 +21,7 @@ from .resolution import Request, resolve
 from .rules.base import State, finite_or_one
 from .rules.combine import default, derived_state, initial_state
 from .state import carried_over, copied
-from .statistics import AS_NUMBERS, NOTHING, LayerStatistics, Statistics
+from .statistics import NOTHING, Statistics
 from .tensors import same_objects
 
 BY_LAYER = AS_NUMBERS | {"normalisation_gain"}

@@ -18,12 +18,12 @@ from .arguments import chosen
 from .factors import Factors
 from .hooks import OptimizerHooks
 from .idle import makes_state_only
+from .layer_statistics import LayerStatistics
 from .layers import Layer, LayerSpecification, make_layers, named_parameters_of
 from .optimizers import refuse_outer, unwrap
 from .sharding import find_pieces, settled_gradient
 from .sinks.delivery import Sink, check_sinks, close, deliver, sink_name
 from .sinks.record import Record, ratio
-from .statistics import LayerStatistics
 from .tensors import local, same_objects
 from .transfer import fetched
 

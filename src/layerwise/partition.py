@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .splits import Split
 from .tensors import same_objects
 
 Buckets = Callable[[Mapping[int, list[Tensor]]], Iterable[tuple[Any, list[Tensor]]]]
@@ -14,40 +15,6 @@ Overrides = Callable[[Mapping[str, Any], Any], dict[str, Any]]
 """(group, key) to the options that differ under this key."""
 OUTSIDE = -1
 """The layer number of a parameter that belongs to no layer; its factor is 1."""
-
-
-class Split:
-    """The parts that `step` sees in place of a parameter group.
-
-    Args:
-        source: The group.
-        parts: Groups like it, each with some of its parameters.
-        overrides: For each part the values that differ on purpose.
-    """
-
-    __slots__ = ("before", "overrides", "parts", "source", "tensors")
-
-    def __init__(
-        self, source: dict[str, Any], parts: list[dict[str, Any]], overrides: Sequence[Mapping[str, Any]]
-    ) -> None:
-        self.source, self.parts, self.overrides = source, parts, overrides
-
-    def remember(self) -> None:
-        """Take down what the parts hold, for `unchanged`."""
-        self.before = [list(part.values()) for part in self.parts]
-        # The parts share the group's tensors.
-        own = [item for override in self.overrides for item in override.items()]
-        self.tensors = [(name, x, x._version) for name, x in (*self.source.items(), *own) if isinstance(x, Tensor)]
-
-    def unchanged(self) -> bool:
-        """Tell whether nothing has been written into the parts since `remember`."""
-        return not self.written_in_place() and all(
-            same_objects(before, list(part.values())) for before, part in zip(self.before, self.parts, strict=True)
-        )
-
-    def written_in_place(self) -> list[str]:
-        """Return the names of tensors that were written into."""
-        return [name for name, tensor, version in self.tensors if tensor._version != version]
 
 
 class Partition:

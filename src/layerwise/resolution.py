@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 from .gains import check_alike
 from .late import Pieces, make_pieces
+from .layer_statistics import AS_NUMBERS, LayerStatistics
 from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_layers, named_parameters_of
 from .optimizers import PlaceName, automatic_place, check_groups, check_place, refuse
 from .partition import Partition
 from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
 from .sharding import find_pieces
-from .statistics import AS_NUMBERS, LayerStatistics
 from .tensors import same_objects
 
 MOST_NUMBERS = 256

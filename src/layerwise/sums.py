@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from .buffers import Buffers, number_count
 from .layers import Layer
+from .samples import samples_of
 from .sharding import Sharing, sharing_of
 from .statistics import Gradients
 from .tensors import as_dense_real, local, moved
@@ -71,12 +71,12 @@ class DirectionalitySums:
                 f"sample={sample!r}: the parameters are sharded, and which weights stand for a layer depends on the "
                 "number of processes; leave sample out, the sums are sharded too"
             )
-        self._taken = [taken for layer in layers for taken in _shares(layer.whole(), sample)]
+        self._samples = [taken for layer in layers for taken in samples_of(layer.whole(), sample)]
         self._counts = [
-            number_count(whole) if taken is None else taken[0]
-            for whole, taken in zip((p for layer in layers for p in layer.whole()), self._taken, strict=True)
+            number_count(whole) if taken is None else taken.count
+            for whole, taken in zip((p for layer in layers for p in layer.whole()), self._samples, strict=True)
         ]
-        self._buffers = Buffers(self._parameters, pieces, [None if t is None else t[0] for t in self._taken])
+        self._buffers = Buffers(self._parameters, pieces, [None if s is None else s.count for s in self._samples])
         inside = [True] * len(layers) if measured is None else measured
         self._measured = [flag for size, flag in zip(self._sizes, inside, strict=True) for _ in range(size)]
 
@@ -103,7 +103,11 @@ class DirectionalitySums:
             size = torch.stack([moved(t, device) for t in totals]).sum()
         else:
             size = _size([g for _, g in every], device)
-        present = [(i, self._some(i, g)) for i, g in every if self._measured[i]]
+        present = [
+            (i, g if (sample := self._samples[i]) is None else sample.of(g, self._parameters[i]))
+            for i, g in every
+            if self._measured[i]
+        ]
         if size.device.type == "cpu" and gradients.skipped is None:
             if not 0 < size.item() < LARGEST:
                 return sums
@@ -254,20 +258,6 @@ class DirectionalitySums:
             else torch.zeros((), dtype=torch.float64, device=gradient.device)
         )
 
-    def _some(self, i: int, gradient: Tensor) -> Tensor:
-        """Return the fixed weights that stand for the parameter."""
-        taken, parameter = self._taken[i], self._parameters[i]
-        if taken is None:
-            return gradient
-        if gradient.shape == parameter.shape and gradient.stride() != parameter.stride():
-            # The positions are those in the parameter's memory.
-            gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
-        count, stride = taken
-        # The positions are computed anew: kept, they would take as much memory as the sums.
-        positions = torch.arange(count, device=gradient.device).mul_(stride).remainder_(gradient.numel())
-        dense = gradient if _dense(gradient) else gradient.contiguous()
-        return dense.as_strided((gradient.numel(),), (1,)).index_select(0, positions)
-
 
 def _real(gradient: Tensor) -> Tensor:
     """Return a gradient that can be added up: repeated entries of a sparse one summed, complex ones as pairs."""
@@ -297,32 +287,6 @@ def _size(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     for dtype, same in kinds.items():
         norms += torch._foreach_norm(same, 1, torch.float32 if dtype in (torch.float16, torch.bfloat16) else None)
     return torch.stack([moved(norm, device) for norm in norms]).sum()
-
-
-def _shares(layer: Sequence[Tensor], sample: int | None) -> list[tuple[int, int] | None]:
-    """Return for each parameter how many of its weights are taken, and by what step; None for all.
-
-    Weight k · step mod n, for a step near n/φ (φ the golden ratio) without a common divisor: no weight twice, none of
-    the channels or positions in a kernel left out.
-    """
-    total = sum(map(number_count, layer))
-    if sample is None or total <= sample:
-        return [None] * len(layer)
-    shares: list[tuple[int, int] | None] = []
-    for numbers in map(number_count, layer):
-        step = max(1, round(numbers * (math.sqrt(5) - 1) / 2))
-        while math.gcd(step, numbers) > 1:
-            step += 1
-        shares.append((min(numbers, max(1, round(sample * numbers / total))), step))
-    return shares
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Tell whether a tensor fills its memory without gaps."""
-    return tensor.is_contiguous() or (
-        sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        == tensor.numel()
-    )
 
 
 def buffer_bytes(sums: Mapping[str, Any]) -> int:

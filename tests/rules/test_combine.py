@@ -16,6 +16,7 @@ from torch import Tensor
 
 import layerwise
 from layerwise import reference
+from layerwise.layer_statistics import LayerStatistics
 from layerwise.rules import (
     LARS,
     BackMatching,
@@ -30,7 +31,7 @@ from layerwise.rules import (
 )
 from layerwise.rules.base import State
 from layerwise.rules.lars import one_dimensional
-from layerwise.statistics import LayerStatistics, Statistics
+from layerwise.statistics import Statistics
 
 from .samples import SEEDS, assert_close, factors_of, gradients_of, layers_of, network, one_group
 

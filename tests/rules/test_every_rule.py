@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import layerwise
+from layerwise.layer_statistics import LayerStatistics
 from layerwise.rules import (
     LARC,
     LARS,
@@ -31,7 +32,7 @@ from layerwise.rules import (
     chain,
     save_factors,
 )
-from layerwise.statistics import NEEDS, LayerStatistics
+from layerwise.statistics import NEEDS
 
 from .samples import SEEDS, bits, layers_of, network, one_group, quadratic_step
 

@@ -1,0 +1,276 @@
+"""Per-layer norms and sums, computed where the parameters live, with a constant number of operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from itertools import repeat
+from operator import attrgetter, is_
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .gains import gain_shares
+from .layers import Layer
+from .norms import JointNorms, tensor_norm_numbers, tensor_norms
+from .sharding import settled_gradient, sharing_of
+from .statistics import Gradients, Statistics, check_needs, common_device
+from .tensors import local, moved, same_objects
+
+WEIGHT_NORMS = frozenset({"weight_norm", "matrix_norm", "decay_norm"})
+NORMS = WEIGHT_NORMS | {"gradient_norm"}
+AS_NUMBERS = NORMS | {"learning_rate"}
+"""What `LayerStatistics.numbers` can return."""
+MOST_INDICES = 64
+"""Patterns of missing gradients that are kept; a mixture of experts has another one at almost every step."""
+Groups = Sequence[Mapping[str, Any]]
+_Norms = TypeVar("_Norms", Tensor, list[float])
+_requires_grad = attrgetter("requires_grad")
+
+
+class LayerStatistics:
+    """Computes `Statistics` for fixed layers.
+
+    Where parameters are shared among processes, each computes its share and one collective a step joins them.
+
+    Args:
+        layers: The layers.
+        needs: Names of the statistics to compute.
+
+    Raises:
+        ValueError: A name is not one of `NEEDS`.
+    """
+
+    def __init__(self, layers: Sequence[Layer], needs: Collection[str]) -> None:
+        check_needs(needs)
+        self.needs = frozenset(needs)
+        self.layers = tuple(layers)
+        self.count = len(layers)
+        self.members = [p for layer in layers for p in layer.parameters]
+        self.layer_of = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters}
+        self.device, self.dtype = common_device(layers)
+        self.pieces = [piece for layer in layers for piece in layer.pieces or [None] * len(layer.parameters)]
+        self.sharing = sharing_of(self.pieces)
+        self._zeros = torch.zeros(self.count, dtype=self.dtype, device=self.device)
+        self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._scales: dict[str, tuple[list[float], Tensor]] = {}
+        self._joint: dict[str, tuple[list[Tensor], list[int] | None, list[float] | None, JointNorms]] = {}
+        self._rates: tuple[list[float], Tensor] | None = None
+        self._grouped: tuple[list[int], list[int]] = ([], [])
+
+    def moved_away(self) -> bool:
+        """Tell whether the parameters have left the device on which the statistics are kept."""
+        return self.members[0].device != self.device
+
+    @torch.no_grad()
+    def compute(self, groups: Groups, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Statistics:
+        """Return this step's statistics.
+
+        Args:
+            groups: The optimizer's parameter groups.
+            grad_scale: The factor by which a gradient scaler left the gradients multiplied, if it did.
+            found_inf: Above zero when a gradient scaler found them not finite.
+
+        Returns:
+            The statistics in `needs`.
+        """
+        needs = self.needs
+        # BackMatching's gains are no norms; so few rules ask for them that they go the way of the shared ones.
+        alone = self.sharing is None and "normalisation_gain" not in needs
+        values: dict[str, Any] = self._norms(groups) if alone else self._sums(groups)
+        if "gradients" in needs:
+            gradients = [p.grad if self.sharing is None else settled_gradient(p) for p in self.members]
+            values["gradients"] = Gradients(gradients, grad_scale, found_inf)
+        if "gradient_norm" in values and grad_scale is not None:
+            values["gradient_norm"] = values["gradient_norm"] / moved(grad_scale, self.device).to(self.dtype)
+        if "counts" in needs:
+            total = values["gradient_norm"].sum()  # not finite if any of them is not
+            values["counts"] = (total > 0) & (total < torch.inf)
+            if found_inf is not None:  # clipping by value makes numbers of infinities
+                values["counts"] &= moved(found_inf, self.device) == 0
+            if "gradient_norm" not in needs:
+                del values["gradient_norm"]
+        if "learning_rate" in needs:
+            values["learning_rate"] = self._learning_rates(groups)
+        return Statistics(**values)
+
+    def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return this process's share of the squared norms of tensors that belong to the parameters, for `norms`.
+
+        Args:
+            tensors: One for each of `members`, such as its gradient; None where there is none.
+        """
+        present = [i for i, tensor in enumerate(tensors) if tensor is not None]
+        result = torch.zeros(len(self.members), dtype=self.dtype, device=self.device)
+        if not present:
+            return result
+        norms, order = tensor_norms([local(t) for t in tensors if t is not None], self.device)
+        positions = present if order is None else [present[i] for i in order]
+        squares = norms.to(self.dtype).square()
+        return result.index_copy_(0, self._index(positions), squares)
+
+    def norms(self, squares: Sequence[Tensor]) -> Tensor:
+        """Return the norms of layers, shape `[len(squares), n_layers]`, with one collective for all of them.
+
+        Args:
+            squares: What `squares` returned.
+        """
+        return self._layer_sums(squares).sqrt_()
+
+    def _layer_sums(self, rows: Sequence[Tensor]) -> Tensor:
+        shares = torch.stack(list(rows))
+        if self.sharing is not None:
+            shares = self.sharing.sum(shares)
+        layers = self._index([self.layer_of[id(p)] for p in self.members])
+        return self._zeros.repeat(len(rows), 1).index_add_(1, layers, shares)
+
+    def _index(self, positions: Sequence[int]) -> Tensor:
+        """Return positions on the device; copied there once, because that waits for it."""
+        key = tuple(positions)
+        if key not in self._indices:
+            if len(self._indices) >= MOST_INDICES:
+                self._indices.clear()
+            self._indices[key] = torch.tensor(key, dtype=torch.long, device=self.device)
+        return self._indices[key]
+
+    def _norms(self, groups: Groups) -> dict[str, Tensor]:
+        """Return the norms in `needs` when this process holds all of every parameter."""
+        needs, values = self.needs, {}
+        if "gradient_norm" in needs or "counts" in needs:
+            parts = self._gradient_parts(partial(tensor_norms, device=self.device))
+            values["gradient_norm"] = self._zeros.clone() if parts is None else parts[1].of(parts[0])
+        if needs & WEIGHT_NORMS:
+            norms, order = tensor_norms(self.members, self.device)
+            for name in needs & WEIGHT_NORMS:
+                values[name] = self._weights_joint(name, order, groups).of(norms)
+        return values
+
+    def _sums(self, groups: Groups) -> dict[str, Tensor]:
+        """Return the norms and gains in `needs`, out of sums over processes: one collective for all of them."""
+        needs = self.needs
+        rows: dict[str, Tensor] = {}
+        has_gain: Tensor | None = None
+        if "gradient_norm" in needs or "counts" in needs:
+            rows["gradient_norm"] = self.squares(list(map(settled_gradient, self.members)))
+        if needs & WEIGHT_NORMS:
+            weights = self.squares(self.members)
+            for name in sorted(needs & WEIGHT_NORMS):
+                scales = self._weight_scales(name, groups)
+                rows[name] = weights
+                if scales is not None:  # what is left out may hold what is not finite
+                    squares = self._scale_tensor(name, scales).square()
+                    rows[name] = torch.where(squares > 0, weights * squares, 0)
+        if "normalisation_gain" in needs:
+            rows["normalisation_gain"], has_gain = gain_shares(self.layers, self._zeros)
+        if not rows:
+            return {}
+        values = dict(zip(rows, self._layer_sums(list(rows.values())), strict=True))
+        for name in values.keys() & NORMS:
+            values[name] = values[name].sqrt()
+        if has_gain is not None:
+            values["normalisation_gain"] = torch.where(has_gain, values["normalisation_gain"], 1.0)
+        return values
+
+    def numbers(self, groups: Groups, grad_scale: Tensor | None = None) -> dict[str, list[float]]:
+        """Return the statistics in `needs` as plain numbers, one a layer; only those in `AS_NUMBERS`, and unshared.
+
+        On the CPU, where reading a value waits for nothing, a few operations on Python's numbers cost less than the
+        small tensor operations of `compute`.
+
+        Args:
+            groups: As for `compute`.
+            grad_scale: As for `compute`.
+        """
+        needs, values = self.needs, {}
+        if "gradient_norm" in needs:
+            parts = self._gradient_parts(tensor_norm_numbers)
+            norms = [0.0] * self.count if parts is None else parts[1].of_numbers(parts[0])
+            values["gradient_norm"] = norms if grad_scale is None else [norm / float(grad_scale) for norm in norms]
+        if needs & WEIGHT_NORMS:
+            with torch.no_grad():
+                numbers, order = tensor_norm_numbers(self.members)
+            for name in needs & WEIGHT_NORMS:
+                values[name] = self._weights_joint(name, order, groups).of_numbers(numbers)
+        if "learning_rate" in needs:
+            values["learning_rate"] = [max(map(_number, rates)) for rates in self._rates_of(groups)]
+        return values
+
+    def _gradient_parts(
+        self, norms_of: Callable[[list[Tensor]], tuple[_Norms, list[int] | None]]
+    ) -> tuple[_Norms, JointNorms] | None:
+        """Return the norms of the gradients and the way to those of the layers; None if there is no gradient."""
+        owners = self.members
+        gradients: list[Any] = [p.grad for p in owners]
+        if any(map(is_, gradients, repeat(None))):
+            owners = [p for p in owners if p.grad is not None]
+            gradients = [p.grad for p in owners]
+        if not gradients:
+            return None
+        if any(map(_requires_grad, gradients)):  # of backward(create_graph=True)
+            gradients = [gradient.detach() for gradient in gradients]
+        norms, order = norms_of(gradients)
+        return norms, self._joint_norms("gradient_norm", owners, order, None)
+
+    def _weights_joint(self, name: str, order: list[int] | None, groups: Groups) -> JointNorms:
+        return self._joint_norms(name, self.members, order, self._weight_scales(name, groups))
+
+    def _weight_scales(self, name: str, groups: Groups) -> list[float] | None:
+        """Return by what each parameter is multiplied in a norm over the weights; None for 1."""
+        if name == "matrix_norm":
+            return [float(p.ndim > 1) for layer in self.layers for p in layer.whole()]
+        if name == "decay_norm":
+            decays = [_number(group.get("weight_decay", 0)) for group in groups]
+            return [decays[number] for number in self._group_numbers(groups)]
+        return None
+
+    def _group_numbers(self, groups: Groups) -> list[int]:
+        """Return the number of each member's group; found anew when the groups hold other numbers of parameters."""
+        sizes = [len(group["params"]) for group in groups]
+        if self._grouped[0] != sizes:
+            group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+            self._grouped = (sizes, [group_of[id(p)] for p in self.members])
+        return self._grouped[1]
+
+    def _scale_tensor(self, name: str, scales: list[float]) -> Tensor:
+        known = self._scales.get(name)
+        if known is None or known[0] != scales:
+            known = (scales, torch.tensor(scales, dtype=self.dtype, device=self.device))
+            self._scales[name] = known
+        return known[1]
+
+    def _joint_norms(
+        self, name: str, owners: list[Tensor], order: list[int] | None, scales: list[float] | None
+    ) -> JointNorms:
+        """Return the way from the norms of the owners' tensors to those of the layers, kept for as long as it holds."""
+        known = self._joint.get(name)
+        if known is None or known[1] != order or known[2] != scales or not same_objects(known[0], owners):
+            positions = order or range(len(owners))
+            joint = JointNorms(
+                [self.layer_of[id(owners[i])] for i in positions],
+                [1.0 if scales is None else scales[i] for i in positions],
+                self._zeros,
+            )
+            known = self._joint[name] = (owners, order, scales, joint)
+        return known[3]
+
+    def _rates_of(self, groups: Groups) -> list[list[Any]]:
+        """Return the rates of each layer's parameters."""
+        rates: list[list[Any]] = [[] for _ in range(self.count)]
+        for p, number in zip(self.members, self._group_numbers(groups), strict=True):
+            rates[self.layer_of[id(p)]].append(groups[number]["lr"])
+        return rates
+
+    def _learning_rates(self, groups: Groups) -> Tensor:
+        rates = self._rates_of(groups)
+        if any(isinstance(rate, Tensor) for layer in rates for rate in layer):
+            vectors = [[torch.as_tensor(r, dtype=self.dtype, device=self.device).reshape(()) for r in q] for q in rates]
+            return torch.stack([torch.stack(vector).amax() for vector in vectors])
+        largest = [max(layer) for layer in rates]
+        if self._rates is None or self._rates[0] != largest:  # copying them to the device waits for it
+            self._rates = (largest, torch.tensor(largest, dtype=self.dtype, device=self.device))
+        return self._rates[1]
+
+
+def _number(value: Any) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)

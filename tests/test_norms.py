@@ -1,0 +1,73 @@
+"""The norms of tensors against float64 NumPy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from layerwise.norms import FEW, tensor_norm_numbers, tensor_norms
+from slow_norms import arrays, layer_norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_neither_overflows_nor_rounds(dtype):
+    gradient = torch.full((1000,), 3e4, dtype=dtype)
+    small = torch.full((100,), 1e-4, dtype=dtype)
+    norms, _ = tensor_norms([gradient, small], torch.device("cpu"))
+    expected = [layer_norm(arrays([gradient])), layer_norm(arrays([small]))]
+    assert norms.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+LARGE_TENSORS = {
+    "one dimension": lambda: torch.randn(2**20),
+    "a matrix": lambda: torch.randn(512, 1024),
+    "channels last": lambda: torch.randn(512, 128, 3, 3).to(memory_format=torch.channels_last),
+    "a prime number of columns": lambda: torch.randn(640, 1009),
+    "a prime number of numbers": lambda: torch.randn(524_309),
+    "transposed": lambda: torch.randn(1000, 600).T,
+    "every second column": lambda: torch.randn(600, 2000)[:, ::2],
+    "float16": lambda: torch.full((600, 1024), 3e4, dtype=torch.float16),
+    "bfloat16": lambda: torch.randn(600, 1024).bfloat16(),
+    "float64": lambda: torch.randn(600, 1024, dtype=torch.float64),
+    "complex": lambda: torch.randn(600, 1024, dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_TENSORS)
+def test_a_large_tensor_among_small_ones_has_its_norm(name):
+    torch.manual_seed(0)
+    large = LARGE_TENSORS[name]()
+    small = torch.randn(5, dtype=large.dtype)
+    norms, order = tensor_norms([small, large, small], torch.device("cpu"))
+    tolerance = 1e-14 if large.dtype is torch.float64 else 3e-6
+    in_one_go = "prime number of numbers" in name or name in ("transposed", "every second column")
+    assert order is None
+    assert norms.tolist() == pytest.approx(
+        [
+            layer_norm([t.numpy() if t.dtype is not torch.bfloat16 else t.float().numpy()])
+            for t in (small, large, small)
+        ],
+        rel=3e-4 if in_one_go else tolerance,
+    )
+
+
+@pytest.mark.parametrize("count", [1, FEW, FEW + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+def test_few_norms_and_many_are_the_same_numbers(count, dtype):
+    tensors = [torch.randn(3, dtype=dtype) for _ in range(count)]
+    norms, _ = tensor_norms(tensors, torch.device("cpu"))
+    assert tensor_norm_numbers(tensors) == (norms.tolist(), None)
+
+
+def test_numbers_of_several_kinds_come_with_the_order_of_their_tensors():
+    tensors = [torch.full((4,), 1.0), torch.full((4,), 2.0, dtype=torch.float64), torch.full((4,), 3.0)]
+    numbers, order = tensor_norm_numbers(tensors)
+    assert sorted(zip(order, numbers, strict=True)) == [(0, 2.0), (1, 4.0), (2, 6.0)]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_one_broken_number_in_a_large_tensor_is_seen(broken):
+    large = torch.zeros(2**20)
+    large[77_777] = broken
+    norms, _ = tensor_norms([large], torch.device("cpu"))
+    assert not norms.isfinite().any()
