@@ -46,10 +46,11 @@ coverage: .venv/dev ## run the core's tests, and print which of its lines and br
 faults: .venv/dev ## the long part of the fault suite too: kills, full disks, mutated files, 100,000 steps (hours)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --faults tests/faults
 
-lint: .venv/dev ## check style and types
+lint: .venv/dev ## check style, types and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 .venv/docs: .venv/pip pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs

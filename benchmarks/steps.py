@@ -78,7 +78,7 @@ def counted(layer_count: int) -> Row:
     adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
     optimizer.step()
     with Count() as count:
-        adapter.measure(optimizer)
+        adapter._attached.measure(optimizer)
     return {"operations": count.operations, "reads": count.reads, "target": 12}
 
 

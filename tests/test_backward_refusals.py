@@ -31,7 +31,7 @@ from layerwise.rules import (
     chain,
     save_factors,
 )
-from layerwise.rules.combine import own_layer
+from layerwise.rules.questions import own_layer
 from rules.samples import layers_of, one_group
 from rules.samples import network as random_network
 from rules.test_every_rule import RULES

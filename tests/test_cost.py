@@ -128,7 +128,7 @@ def test_nothing_changes_to_the_bit(make_model, backward, assert_same_bits, kind
     assert after[1:] == before[1:]
     assert all(p.grad is grad for p, grad in zip(model.parameters(), held, strict=True))
     assert len(optimizer._optimizer_step_pre_hooks) == 2
-    assert not layerwise.hooks.OptimizerHooks.others(optimizer, adapter)
+    assert not layerwise.hooks.OptimizerHooks.others(optimizer, adapter._attached)
 
 
 def test_a_backward_that_waits_still_works_afterwards(make_model):

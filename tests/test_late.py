@@ -42,11 +42,11 @@ def attached(optimizer: str, rule: Any, **arguments: Any) -> tuple[nn.Module, op
 def test_measured_late_or_beforehand_the_bits_are_the_same(name, scaled, monkeypatch):
     _, before, reference = made(name)
     train(before, scaled=scaled)
-    assert type(reference._factors) is Factors
+    assert type(reference._attached.factors) is Factors
     monkeypatch.setattr(late, "PIECE", 1)
     _, optimizer, adapter = made(name)
     train(optimizer, scaled=scaled)
-    assert type(adapter._factors) is (Factors if scaled else late.LateFactors)
+    assert type(adapter._attached.factors) is (Factors if scaled else late.LateFactors)
     assert adapter.get_last_factors() == reference.get_last_factors()
     assert len(set(adapter.get_last_factors().values())) > 3
     for actual, expected in zip(everything(optimizer), everything(before), strict=True):
@@ -61,7 +61,7 @@ def test_every_rule_gives_the_same_bits(name, rule, monkeypatch):
     monkeypatch.setattr(late, "PIECE", 1)
     _, optimizer, adapter = attached(name, rule)
     train(optimizer)
-    assert type(adapter._factors) is late.LateFactors
+    assert type(adapter._attached.factors) is late.LateFactors
     assert adapter.get_last_factors() == reference.get_last_factors()
     assert all(map(torch.equal, everything(optimizer), everything(before)))
 
@@ -87,7 +87,7 @@ def test_excluded_layers_are_not_measured(monkeypatch):
     monkeypatch.setattr(late, "PIECE", 1)
     model, optimizer, adapter = attached("AdamW", LayerAdaptive(), exclude=["1", "3"])
     train(optimizer)
-    measured = [statistics.members for _, statistics in adapter._found.pieces.members]
+    measured = [statistics.members for _, statistics in adapter._attached.found.pieces.members]
     assert [[id(p) for p in members] for members in measured] == [
         list(map(id, model[0].parameters())),
         list(map(id, model[2].parameters())),
@@ -103,7 +103,7 @@ def test_more_layers_than_plain_numbers_are_used_for_are_measured_late_as_well(m
         monkeypatch.setattr(resolution, "MOST_NUMBERS", limit)
         _, optimizer, adapter = attached("SGD", LayerAdaptive())
         train(optimizer)
-        assert type(adapter._factors) is late.LateFactors
+        assert type(adapter._attached.factors) is late.LateFactors
         results.append(everything(optimizer))
     assert all(map(torch.equal, *results))
 
@@ -139,7 +139,7 @@ def test_where_others_may_see_the_gradients_layers_are_measured_beforehand(seen,
     else:
         optimizer.param_groups[0]["fused"] = False
     train(optimizer)
-    assert type(adapter._factors) is Factors
+    assert type(adapter._attached.factors) is Factors
 
 
 def test_a_monitor_sees_the_factors_of_the_step(monkeypatch):
@@ -177,7 +177,7 @@ def test_large_tensors_are_cut_into_rows_here_too(monkeypatch):
         optimizer = MAKERS["SGD"](model.parameters())
         adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
         train(optimizer)
-        results.append((type(adapter._factors), everything(optimizer)))
+        results.append((type(adapter._attached.factors), everything(optimizer)))
     assert [kind for kind, _ in results] == [Factors, late.LateFactors]
     assert all(map(torch.equal, results[0][1], results[1][1]))
 
@@ -221,7 +221,7 @@ def test_parameters_that_share_memory_are_measured_beforehand(monkeypatch):
     optimizer = MAKERS["SGD"](model.parameters())
     adapter = layerwise.LayerwiseLR(optimizer, LARS(), model)
     train(optimizer)
-    assert type(adapter._factors) is Factors
+    assert type(adapter._attached.factors) is Factors
 
 
 @pytest.mark.parametrize("rule", [LARC(), LARS()], ids=repr)

@@ -44,7 +44,7 @@ def test_layers_that_stay_keep_their_rows_when_one_comes() -> None:
     assert adapter.layers == ["b", "a"]
     assert state["mean"].tolist() == [4.0, 1.0]
     assert state["n"].item() == 4
-    assert adapter._state["_count"] == 2
+    assert adapter._attached.state["_count"] == 2
 
 
 def test_state_survives_a_group_that_brings_no_layer() -> None:

@@ -4,44 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Generator, Mapping
+from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from .apply import Place, make_place
-from .arguments import check_choice, chosen
-from .factors import Factors
-from .fused import can_be_dealt
+from .arguments import check_choice
+from .attached import AttachedRule
 from .hooks import OptimizerHooks
-from .idle import makes_state_only
-from .late import LateFactors
 from .layers import Exclusion, Layer, LayerSpecification
 from .nonfinite import FiniteGradients, OnNonfinite
-from .optimizers import PLACES, PlaceName, acting_optimizer, automatic_place, no_effect, refuse, unwrap
-from .resolution import Request, Resolution, resolve
-from .rules.base import State
+from .optimizers import PLACES, PlaceName, acting_optimizer, no_effect, refuse, unwrap
+from .resolution import Decay, requested
 from .rules.combine import bounds as bounded
-from .rules.combine import (
-    check_bounds,
-    check_rule,
-    default,
-    derived_state,
-    get_selection,
-    initial_state,
-    load_state,
-    remarks_of,
-)
+from .rules.combine import check_bounds
+from .rules.questions import check_rule, ended_state, get_selection, needs_of, remarks_of
 from .rules.selection import Selection
-from .splits import Split
-from .state import carried_over, check_saved, copied, described
-from .statistics import NOTHING, check_needs
+from .rules.state import check_saved, copied, described
+from .statistics import check_needs
 
 logger = logging.getLogger("layerwise")
-Decay = Literal["auto", "scaled", "plain"]
 
 
 class LayerwiseLR:
@@ -79,6 +62,7 @@ class LayerwiseLR:
         ValueError: An argument is out of its range, or the combination would give wrong numbers.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         >>> from layerwise.rules import Constant
@@ -106,36 +90,16 @@ class LayerwiseLR:
         inner = acting_optimizer(holder)
         refuse(inner)
         check_rule(rule)
-        check_needs(getattr(rule, "needs", ("gradient_norm",)))
+        check_needs(needs_of(rule))
         check_choice("apply", apply, ("auto", *PLACES))
         check_choice("decay", decay, ("auto", "scaled", "plain"))
         check_choice("on_nonfinite", on_nonfinite, ("ignore", "raise"))
-        self._finite = FiniteGradients() if on_nonfinite == "raise" else None
         self._rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
-        self._asks = getattr(self._rule, "asks", None)
-        self.enabled = True
-        self._holder = weakref.ref(holder)
-        self._request = Request(
-            rule=self._rule,
-            model=model,
-            layers=chosen(layers, default(rule, "layers"), "module"),
-            exclude=chosen(exclude, default(rule, "exclude"), None),
-            apply=apply,
-            preferred=chosen("auto", default(rule, "place"), "lr"),
-            decay=chosen(decay, default(rule, "decay"), "scaled"),
-            decay_given=decay != "auto",
-        )
-        self._state: State = {}
+        self._request = requested(self._rule, model, layers=layers, apply=apply, decay=decay, exclude=exclude)
+        finite = FiniteGradients() if on_nonfinite == "raise" else None
+        self._attached = AttachedRule(holder, self._request, finite)
         self._epoch = 1
         self._told = False
-        self._idle = False
-        self._place_name = None
-        self._take(resolve(inner, holder, self._request))
-        self._optimizer = weakref.ref(inner)
-        OptimizerHooks.add(inner, self)
-        # ZeRO makes its inner optimizer anew when a group is added.
-        self._follows = None if inner is holder else holder.register_step_pre_hook(self._follow)
-        self._attached = True
         for message in self._remarks(inner):
             logger.warning(message)
 
@@ -149,12 +113,12 @@ class LayerwiseLR:
     @property
     def layers(self) -> list[str]:
         """The layers' names, in the model's order; `""` is the root module."""
-        return self._found.names
+        return self._attached.found.names
 
     @property
     def apply(self) -> PlaceName:
         """Where the factors act: `"gradient"`, `"lr"` or `"update"`."""
-        return cast(PlaceName, self._place_name)
+        return self._attached.place
 
     @property
     def decay(self) -> str:
@@ -166,28 +130,34 @@ class LayerwiseLR:
         """The current epoch, counted from 1 by `end_epoch()`."""
         return self._epoch
 
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether the rule chooses layers at the ends of epochs, so that `end_epoch()` is to be called."""
+        return get_selection(self._rule, self._attached.state) is not None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the factors act; not inside `paused()`."""
+        return self._attached.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._attached.enabled = value
+
     def layer_table(self) -> list[Layer]:
         """The layers themselves, with their parameters."""
-        return list(self._found.layers)
+        return list(self._attached.layers)
 
     def get_last_factors(self) -> dict[str, float]:
         """Return the factor of each layer at the last step; 1 before the first. Waits for the device."""
-        self._forget_failed()
-        numbers = [1.0] * len(self._found.layers) if self._factors is None else self._factors.read()
-        return dict(zip(self.layers, numbers, strict=True))
+        return dict(zip(self.layers, self._attached.last_factors(), strict=True))
 
     def get_last_lr(self) -> dict[str, float]:
         """Return the rate of each layer at the last step, `lr · f_l`, f_l of this adapter alone. Waits for the device.
 
         The base rate is that of the parameter group of the layer's first parameter, its weight as a rule.
         """
-        self._forget_failed()
-        by_group = self._last_rates if self._last_rates is not None else _rates(self._required().param_groups)
-        rates = [by_group[group] for group in self._found.first_group]
-        return {
-            name: float("nan") if rate is None else float(rate) * factor
-            for (name, factor), rate in zip(self.get_last_factors().items(), rates, strict=True)
-        }
+        return dict(zip(self.layers, self._attached.last_rates(), strict=True))
 
     def get_last_selection(self) -> dict[str, Selection]:
         """Return what a rule that chooses layers found of each: its value, its ẑ, and whether it is chosen.
@@ -198,10 +168,10 @@ class LayerwiseLR:
         Raises:
             ValueError: The rule chooses no layers.
         """
-        selection = get_selection(self._rule, self._state)
+        selection = get_selection(self._rule, self._attached.state)
         if selection is None:
             raise ValueError(f"{self._rule!r} chooses no layers; GradientAmplification and LayerFreezing do")
-        if self._epoch == 1 and self._last_rates is not None and not any(one.selected for one in selection):
+        if self._epoch == 1 and self._attached.rates is not None and not any(one.selected for one in selection):
             if not self._told:
                 logger.warning(
                     "nothing is chosen yet, since no epoch has ended: call end_epoch() of the adapter after each epoch"
@@ -211,8 +181,7 @@ class LayerwiseLR:
 
     def end_epoch(self) -> None:
         """Tell rules that count epochs that one has ended; the first is epoch 1. May wait for the device."""
-        if hasattr(self._rule, "end_epoch"):
-            self._state = self._rule.end_epoch(self._state)
+        self._attached.state = ended_state(self._rule, self._attached.state)
         self._epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -223,7 +192,7 @@ class LayerwiseLR:
             "arguments": described(self._rule),
             "layers": self.layers,
             "epoch": self._epoch,
-            "state": copied(self._state),
+            "state": copied(self._attached.state),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -239,15 +208,15 @@ class LayerwiseLR:
             ValueError: It is of another version, or of other layers; nothing is changed then.
         """
         check_saved(state_dict, self._rule, self.layers)
-        self._state = load_state(self._rule, state_dict["state"], self._state)
+        self._attached.load(state_dict["state"])
         self._epoch = state_dict["epoch"]
-        self._last_raw = None
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[LayerwiseLR]:
+    def paused(self) -> Generator[LayerwiseLR]:
         """Let the optimizer step alone inside a `with` block.
 
         Example:
+            >>> import torch
             >>> model = nn.Linear(2, 1)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             >>> from layerwise.rules import LayerAdaptive
@@ -262,28 +231,21 @@ class LayerwiseLR:
 
     def detach(self) -> None:
         """Take the hooks off; the optimizer is then as it was, to the bit. A second call does nothing."""
-        optimizer = self._optimizer()
-        if self._attached and optimizer is not None:
-            OptimizerHooks.remove(optimizer, self)
-            # A new place keeps nothing of a step that failed.
-            self._place = self._made_place(self.apply)
-        if self._follows is not None:
-            self._follows.remove()
-        self._attached = False
+        self._attached.detach()
 
     def __repr__(self) -> str:
-        holder = self._holder()
-        attached = type(holder).__name__ if self._attached and holder is not None else "detached"
-        excluded = self._found.included.count(False)
-        parts = [f"{self._rule!r} on {attached}", f"{len(self.layers)} layers", f"apply={self._place_name!r}"]
-        if self._place_name == "gradient":
+        holder, found = self._attached.holder(), self._attached.found
+        attached = "detached" if holder is None else type(holder).__name__
+        excluded = found.included.count(False)
+        parts = [f"{self._rule!r} on {attached}", f"{len(found.layers)} layers", f"apply={self.apply!r}"]
+        if self.apply == "gradient":
             parts.append(f"decay={self.decay!r}")
-        if get_selection(self._rule, self._state) is not None:
+        if self.counts_epochs:
             parts.append(f"epoch {self._epoch}")
         if excluded:
             parts.append(f"{excluded} excluded")
-        if self._found.outside:
-            parts.append(f"{self._found.outside} parameters in no layer")
+        if found.outside:
+            parts.append(f"{found.outside} parameters in no layer")
         return f"LayerwiseLR({', '.join(parts)})"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -292,126 +254,15 @@ class LayerwiseLR:
             "attach a new one to the copy, and carry the state over with state_dict() and load_state_dict()"
         )
 
-    # --- What the optimizer's hooks call ------------------------------------------------------------------------------
-
-    def measure(self, optimizer: Any, *, late: bool = False) -> None:
-        """Compute this step's factors from the gradients as they arrived.
-
-        Args:
-            optimizer: The optimizer.
-            late: Whether nothing happens between here and the update, so that factors may be computed during it.
-        """
-        self._forget_failed()
-        holder = self._required()
-        groups = holder.param_groups
-        if not self._found.holds(groups):
-            self._take(resolve(optimizer, holder, self._request))
-        elif self._request.apply == "auto":
-            # Again at each step: schedulers and checkpoints can bring momentum.
-            self._place_at(automatic_place(optimizer, self._request.preferred, self.decay))
-        self._idle = not optimizer.state and makes_state_only(optimizer.param_groups)
-        if self._idle:
-            return
-        found, grad_scale = self._found, getattr(optimizer, "grad_scale", None)
-        if self._finite is not None:
-            self._finite.check(found.layers, found.statistics.sharing, getattr(optimizer, "found_inf", None))
-        # A fused kernel that unscales writes into the gradients.
-        if late and found.pieces is not None and grad_scale is None and can_be_dealt(optimizer):
-            self._before_late = (self._factors, self._last_rates)
-            self._factors = LateFactors(found.pieces, groups)
-            self._last_rates = _rates(groups)
-            return
-        if found.in_numbers is not None:
-            numbers = found.in_numbers.numbers(found.statistics.numbers(groups, grad_scale))
-            self._factors = Factors(numbers, found.included, found.mask)
-            self._last_rates = _rates(groups)
-            return
-        if self._asks is not None and not self._asks(self._state):
-            result = self._rule.factors(NOTHING, self._state)
-        else:
-            found_inf = getattr(optimizer, "found_inf", None)
-            with torch.no_grad():
-                result = self._rule.factors(found.statistics.compute(groups, grad_scale, found_inf), self._state)
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise TypeError(f"{self._rule!r}.factors returned {type(result).__name__}; it must return (factors, state)")
-        raw, self._state = result
-        if not isinstance(raw, Tensor) or raw.shape != (len(found.layers),):
-            shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
-            raise ValueError(f"{self._rule!r} returned factors of shape {shape}; there are {len(found.layers)} layers")
-        if self._last_raw is None or self._last_raw[0] is not raw or self._last_raw[1] != raw._version:
-            self._factors = Factors(raw, found.included, found.mask)
-            self._last_raw = (raw, raw._version)
-        self._last_rates = _rates(groups)
-
-    @property
-    def acts(self) -> bool:
-        """Whether any factor of this step is not 1, as far as is known without asking the device."""
-        return not self._idle and (self._factors is None or not self._factors.neutral)
-
-    def act(self, view: Any, *, private: bool) -> list[Split]:
-        """Let this step's factors act on the view."""
-        return self._place.act(view, self._found.partition, cast(Factors, self._factors), private=private)
-
-    def finish(self) -> None:
-        """Act after the step."""
-        self._place.finish()
-        cast(Factors, self._factors).complete()
-        self._before_late = None
-
-    # --- How it is put together ---------------------------------------------------------------------------------------
-
-    def _take(self, found: Resolution) -> None:
-        """Go on with these layers, and with what is still true of the rule's state."""
-        before = self._found.names if self._state else []
-        fresh = initial_state(self._rule, found.layers, found.statistics.device)
-        state = derived_state(self._rule, carried_over(fresh, self._state, found.names, before))
-        self._found, self._state = found, state
-        self._place_at(found.place)
-        self._last_raw: tuple[Tensor, int] | None = None
-        self._last_rates: list[Any] | None = None
-        self._factors: Factors | None = None
-        self._before_late: tuple[Factors | None, list[Any] | None] | None = None
-
-    def _forget_failed(self) -> None:
-        """Go back to the factors of the last step, where those of a later one were to come during it and it failed."""
-        if self._before_late is not None:
-            (self._factors, self._last_rates), self._before_late = self._before_late, None
-
-    def _place_at(self, name: PlaceName) -> None:
-        if name != self._place_name:
-            self._place_name: PlaceName | None = name
-            self._place = self._made_place(name)
-
-    def _made_place(self, name: PlaceName) -> Place:
-        return make_place(name, self.decay, automatic=self._request.apply == "auto")
-
-    def _follow(self, holder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inner, hooked = acting_optimizer(holder), self._optimizer()
-        if inner is not hooked:
-            OptimizerHooks.add(inner, self)
-            self._optimizer = weakref.ref(inner)
-
     def _remarks(self, optimizer: Optimizer) -> list[str]:
         """Return what a person should know about this attachment."""
-        remarks = [no_effect(optimizer, self.apply)]
-        if self._found.outside:
-            among = len(self._found.parameters)
-            remarks.append(f"{self._found.outside} of the optimizer's {among} parameters are in no layer: factor 1")
-        if OptimizerHooks.others(optimizer, self):
+        found, remarks = self._attached.found, [no_effect(optimizer, self.apply)]
+        if found.outside:
+            among = len(found.parameters)
+            remarks.append(f"{found.outside} of the optimizer's {among} parameters are in no layer: factor 1")
+        if OptimizerHooks.others(optimizer, self._attached):
             remarks.append(
                 f"{type(optimizer).__name__} has another LayerwiseLR attached already: their factors multiply, and "
                 "each tells of its own only; detach() the first if it was meant to be replaced"
             )
-        return [remark for remark in remarks if remark] + remarks_of(self._rule, self._found.layers)
-
-    def _required(self) -> Optimizer:
-        holder = self._holder()
-        if holder is None:
-            raise RuntimeError("the optimizer of this LayerwiseLR no longer exists; attach to the one in use")
-        return holder
-
-
-def _rates(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Return each group's rate; a tensor is copied, since schedulers write into it."""
-    rates = [group.get("lr") for group in groups]
-    return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
+        return [remark for remark in remarks if remark] + remarks_of(self._rule, found.layers)

@@ -34,7 +34,8 @@ from .layer_steps import LayerSteps
 from .memory import LARGE, return_freed_memory
 from .optimizers import unwrap
 from .partition import OUTSIDE
-from .rules.combine import check_rule
+from .resolution import parameters_of
+from .rules.questions import check_rule, needs_of
 from .statistics import check_needs
 
 logger = logging.getLogger("layerwise")
@@ -85,14 +86,14 @@ class StepInBackward:
     def __init__(self, optimizer: Any, model: nn.Module | None, rule: Any) -> None:
         inner = unwrap(optimizer)
         check_optimizer(inner)
-        parameters = _parameters(inner)
+        parameters = parameters_of(inner.param_groups)
         if are_received(parameters):
             raise ValueError("these parameters step in backward already: call detach() on the first handle before")
         if OptimizerHooks.has_any(inner):
             raise ValueError(ATTACHED_TOO)
         if rule is not None:
             check_rule(rule)
-            check_needs(getattr(rule, "needs", ("gradient_norm",)))
+            check_needs(needs_of(rule))
             check_own_layer(rule)
         check_wrappers(parameters)
         self._steps = LayerSteps(inner, model, rule)
@@ -238,12 +239,12 @@ class StepInBackward:
         if OptimizerHooks.has_any(optimizer):
             raise RuntimeError(ATTACHED_TOO)
         if not self._proven:
-            check_wrappers(_parameters(optimizer))
+            check_wrappers(parameters_of(optimizer.param_groups))
             check_loss()
         if self._begun:
             logger.warning("the last backward failed half-way; the layers that it had reached have been updated")
         if self._steps.prepare(optimizer):
-            self._watch(_parameters(optimizer))
+            self._watch(parameters_of(optimizer.param_groups))
         self._task, self._begun, self._finished = task, True, False
         end = partial(self._on_end)  # which the engine keeps as long as this backward runs
         self._running = weakref.ref(end)
@@ -267,9 +268,9 @@ class StepInBackward:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step with gradients that did not come from a backward, such as those that a person has put there."""
         args, kwargs = evaluate_closure(args, kwargs, weights_may_move=True)
-        if self.enabled and any(p.grad is not None for p in _parameters(optimizer)):
+        if self.enabled and any(p.grad is not None for p in parameters_of(optimizer.param_groups)):
             if self._steps.prepare(optimizer):
-                self._watch(_parameters(optimizer))
+                self._watch(parameters_of(optimizer.param_groups))
             self._step_rest(optimizer)
         return args, kwargs
 
@@ -284,10 +285,6 @@ class StepInBackward:
             self._on_parameters.pop(number).remove()
         for number in wanted.keys() - self._on_parameters.keys():
             self._on_parameters[number] = registered(wanted[number], self._on_arrival)
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 _SCALING = "_step_supports_amp_scaling"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
-from .rules.combine import own_layer
+from .rules.questions import needs_of, own_layer
 
 _STEPS = {inspect.unwrap(kind.step) for kind in (optim.SGD, optim.Adagrad, optim.Adam, optim.AdamW)}
 
@@ -91,7 +91,7 @@ def check_own_layer(rule: Any) -> None:
     """
     if own_layer(rule):
         return
-    needs = set(getattr(rule, "needs", ("gradient_norm",)))
+    needs = set(needs_of(rule))
     if "counts" in needs:
         reason = "it counts the steps whose gradients are finite in every layer"
     elif "gradients" in needs:

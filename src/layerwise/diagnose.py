@@ -13,7 +13,7 @@ from .known_optimizers import reason_against
 from .layers import Layer, named_parameters_of
 from .optimizers import SCALE_INVARIANT, decay_is_coupled, no_effect, takes_tensor_rate, unwrap, why_not_rate
 from .rules import LayerAdaptive
-from .rules.combine import default, get_selection
+from .rules.questions import default, needs_of
 
 
 def diagnose(
@@ -150,7 +150,7 @@ def _why(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> str:
 
 
 def _cost(adapter: LayerwiseLR) -> str:
-    needs = getattr(adapter.rule, "needs", ("gradient_norm",))
+    needs = needs_of(adapter.rule)
     costs = ["one reading of the gradients"] if "gradient_norm" in needs else []
     if "gradients" in needs:
         costs.append("in epochs of analysis one number a parameter for G, two for G′, or those of the sample")
@@ -177,7 +177,7 @@ def _problems(adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | Non
 
 def _notes(adapter: LayerwiseLR, optimizer: Optimizer) -> list[str]:
     notes: list[str] = []
-    if get_selection(adapter.rule, adapter._state) is not None:
+    if adapter.counts_epochs:
         notes.append("the rule counts epochs: call adapter.end_epoch() after each")
     device = next(p for group in optimizer.param_groups for p in group["params"]).device.type
     if (

@@ -10,6 +10,8 @@ import torch
 from torch.optim import Optimizer
 
 from .closures import closure_of, evaluate_closure, with_closure
+from .factors import Factors
+from .layers import Layer
 from .splits import Split, write_back
 
 # Held weakly, since the optimizer's own hooks keep it: else a model that holds its optimizer would never be freed.
@@ -20,6 +22,16 @@ class Member(Protocol):
     """Something attached to an optimizer."""
 
     enabled: bool
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """The layers."""
+        ...
+
+    @property
+    def factors(self) -> Factors | None:
+        """The factors of the last step that was measured."""
+        ...
 
     def measure(self, optimizer: Any, *, late: bool = False) -> None:
         """Compute this step's factors from the gradients.
@@ -56,7 +68,7 @@ class Observer(Protocol):
         """Take note that a step begins; return whether to be shown it."""
         ...
 
-    def look(self, optimizer: Any, measured: Sequence[Any]) -> None:
+    def look(self, optimizer: Any, measured: Sequence[Member]) -> None:
         """Look at the gradients as they arrived; `measured` are the members whose factors are about to act."""
         ...
 

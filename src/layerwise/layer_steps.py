@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .apply import make_place
-from .arguments import chosen
 from .factors import Factors
 from .layer_statistics import AS_NUMBERS, LayerStatistics
 from .layers import Layer
 from .optimizers import automatic_place, damps_history
 from .partition import OUTSIDE, Partition
-from .resolution import Request, resolve
+from .resolution import rates_of, requested, resolve
 from .rules.base import State, finite_or_one
-from .rules.combine import default, derived_state, initial_state
-from .state import carried_over, copied
+from .rules.questions import ended_state, needs_of, renewed_state
 from .statistics import NOTHING, Statistics
 from .tensors import same_objects
 
@@ -74,25 +72,15 @@ class LayerSteps:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module | None, rule: Any) -> None:
         self.rule = rule
-        needs = getattr(rule, "needs", ("gradient_norm",)) if rule is not None else ()
-        self._needs = [name for name in needs if name in BY_LAYER]
-        self.decay: str = chosen("auto", default(rule, "decay"), "scaled")
-        self._request = Request(
-            rule=rule,
-            model=model,
-            layers=chosen("auto", default(rule, "layers"), "module"),
-            exclude=chosen("auto", default(rule, "exclude"), None),
-            apply="auto",
-            preferred=chosen("auto", default(rule, "place"), "lr"),
-            decay=self.decay,
-            decay_given=False,
-        )
+        self._needs = [name for name in needs_of(rule) if name in BY_LAYER] if rule is not None else []
+        self._request = requested(rule, model)
+        self.decay = self._request.decay
         self.layers: list[Layer] = []
         self._state: State = {}
         self._raw: tuple[Tensor, int] | None = None
         self._known: list[float] | None = None
         self._last: dict[int, Factors] = {}
-        self._rates = [copied(group["lr"]) for group in optimizer.param_groups]
+        self._rates = rates_of(optimizer.param_groups)
         self._choice: tuple[str, bool] | None = None
         # Without the wrappers around it, whose hooks are for the step of the whole.
         self._step = inspect.unwrap(type(optimizer).step)
@@ -114,7 +102,7 @@ class LayerSteps:
         )
         if changed or self.layers[0].parameters[0].device != self._device:
             self._resolve(optimizer)
-        self._rates = [copied(group["lr"]) for group in groups]
+        self._rates = rates_of(groups)
         self._last = {}
         if self.rule is not None:
             self._choose_place(optimizer)
@@ -159,8 +147,7 @@ class LayerSteps:
 
     def end_epoch(self) -> None:
         """Tell a rule that counts epochs that one has ended."""
-        if hasattr(self.rule, "end_epoch"):
-            self._state = self.rule.end_epoch(self._state)
+        self._state = ended_state(self.rule, self._state)
 
     def _factors(self, unit: Unit, view: Any) -> Factors:
         if not self._needs:
@@ -194,9 +181,7 @@ class LayerSteps:
         found = resolve(optimizer, optimizer, self._request)
         layers, device = found.layers, found.statistics.device
         if self.rule is not None:
-            state = carried_over(initial_state(self.rule, layers, device), self._state, found.names, self.names())
-            self._state = derived_state(self.rule, state)
-
+            self._state = renewed_state(self.rule, layers, device, self._state, self.names())
         groups = [group["params"] for group in optimizer.param_groups]
         group_of = {id(p): number for number, parameters in enumerate(groups) for p in parameters}
         members = [(i, layer.parameters) for i, layer in enumerate(layers)]

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import logging
-import math
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .adapter import LayerwiseLR
 from .arguments import chosen
-from .factors import Factors
-from .hooks import OptimizerHooks
+from .hooks import Member, OptimizerHooks
 from .idle import makes_state_only
 from .layer_statistics import LayerStatistics
 from .layers import Layer, LayerSpecification, make_layers, named_parameters_of
+from .observation import Observation
 from .optimizers import refuse_outer, unwrap
-from .sharding import find_pieces, settled_gradient
+from .resolution import parameters_of
+from .sharding import find_pieces
 from .sinks.delivery import Sink, check_sinks, close, deliver, sink_name
-from .sinks.record import Record, ratio
-from .tensors import local, same_objects
+from .sinks.record import Record
+from .tensors import same_objects
 from .transfer import fetched
 
 logger = logging.getLogger("layerwise")
@@ -93,11 +91,11 @@ class Monitor:
         self._every, self._sinks = every, list(sinks)
         self._model, self._specification = model, layers
         self._parameters: list[Tensor] = []
-        self._layers: list[Layer] = []
+        self._layers: Sequence[Layer] = []
         self._steps = 0
         self._skipped: Tensor | int = 0
         self._fresh = False
-        self._seen: Seen | None = None
+        self._seen: Observation | None = None
         self._last: Record | None = None
         self._resolve(inner)
         self._optimizer = weakref.ref(inner)
@@ -195,21 +193,10 @@ class Monitor:
         return (self._steps + 1) % self._every == 0
 
     @torch.no_grad()
-    def look(self, optimizer: Any, measured: Sequence[Any]) -> None:
+    def look(self, optimizer: Any, measured: Sequence[Member]) -> None:
         """Measure gradients and weights, and keep a copy of the weights."""
         self._resolve(optimizer)
-        statistics, groups = self._statistics, optimizer.param_groups
-        members = statistics.members
-        self._seen = Seen(
-            statistics=statistics,
-            squares=[statistics.squares(gradients_of(members)), statistics.squares(members)],
-            weights=[local(p).clone() for p in members],
-            factors=[adapter._factors for adapter in measured],
-            layer_of=[layer_numbers(adapter.layer_table()) for adapter in measured],
-            rates=[rate_of(group) for group in groups],
-            group_of={id(p): number for number, group in enumerate(groups) for p in group["params"]},
-            scale=getattr(optimizer, "grad_scale", None),
-        )
+        self._seen = Observation.of(self._statistics, optimizer, measured)
 
     @torch.no_grad()
     def end(self, optimizer: Any) -> None:
@@ -224,108 +211,25 @@ class Monitor:
             self._skipped = overflow + self._skipped
         if seen is None:
             return
-        norms = seen.statistics.norms([*seen.squares, seen.update_squares()])
-        values = [norms, overflow, self._skipped, seen.scale, *seen.rates, *map(values_of, seen.factors)]
-        numbers, (overflowed,), (skipped,), (scale,), *others = fetched(values, norms)
+        values = seen.values()
+        (overflowed,), (skipped,), *numbers = fetched([overflow, self._skipped, *values], cast(Tensor, values[0]))
         self._steps, self._skipped = self._steps - int(skipped), 0
         if not overflowed and self._steps % self._every == 0:
-            rates, factors = others[: len(seen.rates)], others[len(seen.rates) :]
-            self._last = self._record(numbers, scale or 1.0, [rate for (rate,) in rates], factors, seen)
+            self._last = seen.record(self._steps, numbers)
             deliver(self._sinks, self._last)
-
-    # --- How a record is put together ---------------------------------------------------------------------------------
 
     def _resolve(self, optimizer: Optimizer) -> None:
         """Find the layers, if they are not those that were found before."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        adapters = [member for member in OptimizerHooks.members_of(optimizer) if isinstance(member, LayerwiseLR)]
-        of_adapter = len(adapters) == 1 and isinstance(self._specification, str) and self._specification == "auto"
-        layers = adapters[0].layer_table() if of_adapter else self._layers
+        parameters = parameters_of(optimizer.param_groups)
+        rules = OptimizerHooks.members_of(optimizer)
+        of_rule = len(rules) == 1 and isinstance(self._specification, str) and self._specification == "auto"
+        layers = rules[0].layers if of_rule else self._layers
         known = same_objects(layers, self._layers) and same_objects(parameters, self._parameters)
         if known and not self._statistics.moved_away():
             return
-        if not of_adapter:
+        if not of_rule:
             specification = chosen(self._specification, None, "module")
             pieces = find_pieces(parameters, self._model)
             layers = make_layers(named_parameters_of(optimizer, self._model), specification, self._model, pieces)
         self._parameters, self._layers = parameters, layers
         self._statistics = LayerStatistics(layers, ())
-
-    def _record(
-        self,
-        norms: Sequence[float],
-        scale: float,
-        rates: Sequence[float],
-        factors: Sequence[Sequence[float]],
-        seen: Seen,
-    ) -> Record:
-        layers = seen.statistics.layers
-        first = [id(layer.parameters[0]) for layer in layers]
-        count = len(first)
-        scaled, weights, updates = (list(norms[i : i + count]) for i in range(0, 3 * count, count))
-        products = [1.0] * count
-        for numbers, layer_of in zip(factors, seen.layer_of, strict=True):
-            products = [f * numbers[layer_of[p]] if p in layer_of else f for f, p in zip(products, first, strict=True)]
-        base = [rates[seen.group_of[p]] if p in seen.group_of else math.nan for p in first]
-        return Record(
-            step=self._steps,
-            layers=tuple(layer.name for layer in layers),
-            gradient_norm=[norm / scale for norm in scaled],
-            weight_norm=weights,
-            update_norm=updates,
-            factor=products,
-            lr=[rate * factor for rate, factor in zip(base, products, strict=True)],
-            update_ratio=list(map(ratio, updates, weights)),
-        )
-
-
-@dataclass
-class Seen:
-    """What a step that is recorded began with.
-
-    Args:
-        statistics: Of the layers.
-        squares: Of gradients and weights, as `LayerStatistics.squares` returns them.
-        weights: Copies of the parameters.
-        factors: Of each adapter.
-        layer_of: For each adapter, id of parameter to layer number.
-        rates: Of each parameter group.
-        group_of: id of parameter to group number.
-        scale: By how much a gradient scaler left the gradients multiplied, if it did.
-    """
-
-    statistics: LayerStatistics
-    squares: list[Tensor]
-    weights: list[Tensor]
-    factors: list[Factors]
-    layer_of: list[dict[int, int]]
-    rates: list[Tensor | list[float]]
-    group_of: dict[int, int]
-    scale: Tensor | None
-
-    def update_squares(self) -> Tensor:
-        """Turn the copies of the weights into what the step has taken off them, and return its squares."""
-        torch._foreach_sub_(self.weights, [local(p) for p in self.statistics.members])
-        return self.statistics.squares(self.weights)
-
-
-def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return this process's pieces of the gradients, cut off from any graph; None where there is none."""
-    gradients = map(settled_gradient, parameters)
-    return [None if gradient is None else gradient.detach() for gradient in gradients]
-
-
-def layer_numbers(layers: Sequence[Layer]) -> dict[int, int]:
-    """Return id of parameter to number of layer."""
-    return {id(p): number for number, layer in enumerate(layers) for p in layer.parameters}
-
-
-def rate_of(group: Mapping[str, Any]) -> Tensor | list[float]:
-    """Return a group's rate; NaN if it has none."""
-    rate = group.get("lr")
-    return rate if isinstance(rate, Tensor) else [math.nan if rate is None else float(rate)]
-
-
-def values_of(factors: Factors) -> Tensor | list[float]:
-    """Return factors as they are known without asking the device."""
-    return factors.tensor if factors.numbers is None else factors.numbers

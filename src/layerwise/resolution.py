@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .arguments import chosen
 from .gains import check_alike
 from .late import Pieces, make_pieces
 from .layer_statistics import AS_NUMBERS, LayerStatistics
@@ -17,9 +18,11 @@ from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_
 from .optimizers import PlaceName, automatic_place, check_groups, check_place, refuse
 from .partition import Partition
 from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
+from .rules.questions import default, needs_of
 from .sharding import find_pieces
 from .tensors import same_objects
 
+Decay = Literal["auto", "scaled", "plain"]
 MOST_NUMBERS = 256
 """Layers up to which plain numbers cost less than tensor operations; on the CPU, for elementwise rules."""
 
@@ -47,6 +50,28 @@ class Request:
     preferred: str
     decay: str
     decay_given: bool
+
+
+def requested(
+    rule: Any,
+    model: nn.Module | None,
+    *,
+    layers: LayerSpecification | Literal["auto"] = "auto",
+    apply: PlaceName | Literal["auto"] = "auto",
+    decay: Decay = "auto",
+    exclude: Exclusion | Literal["auto"] = "auto",
+) -> Request:
+    """Return what a person asked for; the arguments are those of `LayerwiseLR`."""
+    return Request(
+        rule=rule,
+        model=model,
+        layers=chosen(layers, default(rule, "layers"), "module"),
+        exclude=chosen(exclude, default(rule, "exclude"), None),
+        apply=apply,
+        preferred=chosen("auto", default(rule, "place"), "lr"),
+        decay=chosen(decay, default(rule, "decay"), "scaled"),
+        decay_given=decay != "auto",
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +150,7 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
     automatic = automatic_place(optimizer, request.preferred, request.decay)
     place = automatic if request.apply == "auto" else cast(PlaceName, request.apply)
     check_place(optimizer, place, request.decay, decay_given=request.decay_given)
-    needs = getattr(rule, "needs", ("gradient_norm",))
+    needs = needs_of(rule)
     elementwise = cast(ElementwiseRule, rule) if is_elementwise(rule) else None
     if elementwise is not None:
         check_elementwise(elementwise)
@@ -166,3 +191,8 @@ def sizes_of(groups: Sequence[Mapping[str, Any]]) -> list[int]:
 def parameters_of(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     """Return the parameters of all groups."""
     return [p for group in groups for p in group["params"]]
+
+
+def rates_of(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return each group's rate; a tensor is copied, since schedulers write into it."""
+    return [rate.detach().clone() if isinstance(rate := group.get("lr"), Tensor) else rate for group in groups]

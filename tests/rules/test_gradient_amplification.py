@@ -121,10 +121,10 @@ def test_an_attached_rule_follows_the_papers_epochs(phases: Any, analysis: set[i
             for p in model.parameters():
                 p.grad = torch.randn(p.shape, generator=generator)
             optimizer.step()
-            assert bool(adapter._state["sums"]) == (epoch in analysis)
+            assert bool(adapter._attached.state["sums"]) == (epoch in analysis)
         assert set(adapter.get_last_factors().values()) == ({2.0} if epoch in amplified else {1.0})
         adapter.end_epoch()
-        assert not adapter._state["sums"]
+        assert not adapter._attached.state["sums"]
 
 
 @pytest.mark.parametrize(
@@ -544,7 +544,7 @@ def test_no_step_of_any_epoch_reads_a_value_from_an_accelerator(
             for p in named.values():
                 p.grad = torch.empty_like(p)
             optimizer.step()
-        assert bool(adapter._state["sums"]) == isinstance(selection, Directionality)
+        assert bool(adapter._attached.state["sums"]) == isinstance(selection, Directionality)
 
 
 @pytest.mark.parametrize("measure", ["G", "G_prime"])
@@ -574,7 +574,7 @@ def test_under_a_gradient_scaler_the_measures_are_those_of_the_true_gradients(
         scaler.step(optimizer)
         scaler.update()
     assert len(scales) == 2
-    assert adapter._state["sums"]["iterations"].item() == 7
+    assert adapter._attached.state["sums"]["iterations"].item() == 7
     adapter.end_epoch()
     found = [one.value for one in adapter.get_last_selection().values()]
     np.testing.assert_allclose(found, reference.directionality(counted, measure), rtol=1e-6)
@@ -592,7 +592,7 @@ def test_accumulated_gradients_count_as_one_step() -> None:
         layers = [layer.parameters for layer in adapter.layer_table()]
         steps.append([[p.grad.numpy().copy() for p in parameters] for parameters in layers])
         optimizer.step()
-    assert adapter._state["sums"]["iterations"].item() == 4
+    assert adapter._attached.state["sums"]["iterations"].item() == 4
     adapter.end_epoch()
     found = [one.value for one in adapter.get_last_selection().values()]
     np.testing.assert_allclose(found, reference.directionality(steps), rtol=1e-9)

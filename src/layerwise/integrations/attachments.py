@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter import LayerwiseLR
-from ..rules.combine import check_rule
+from ..rules.questions import check_rule
 from ..rules.selection import check_whole
 from ..sinks.record import ROOT, distinct
 

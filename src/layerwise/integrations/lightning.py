@@ -8,9 +8,10 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..adapter import Decay, LayerwiseLR
+from ..adapter import LayerwiseLR
 from ..layers import Exclusion, LayerSpecification
 from ..optimizers import PlaceName
+from ..resolution import Decay
 from .attachments import Attachments
 
 if TYPE_CHECKING:

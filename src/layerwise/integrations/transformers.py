@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..adapter import Decay, LayerwiseLR
+from ..adapter import LayerwiseLR
 from ..layers import Exclusion, LayerSpecification
 from ..optimizers import PlaceName
+from ..resolution import Decay
 from .attachments import Attachments
 
 try:

@@ -10,65 +10,22 @@ import torch
 from torch import Tensor
 
 from ..layers import Layer
-from ..state import loaded
 from ..statistics import Statistics
 from ..tensors import moved
 from .base import Rule, State, finite_or_one
-from .elementwise import is_elementwise
+from .questions import (
+    check_rule,
+    default,
+    derived_state,
+    ended_state,
+    get_selection,
+    initial_state,
+    load_state,
+    needs_of,
+    own_layer,
+    remarks_of,
+)
 from .selection import Selection
-
-
-def default(rule: Any, name: str) -> Any:
-    """Return what a rule, of our class or only alike, prefers for `"layers"`, `"place"`, `"decay"` or `"exclude"`."""
-    return getattr(rule, f"default_{name}", None)
-
-
-def check_rule(rule: Any) -> Any:
-    """Return the rule.
-
-    Raises:
-        TypeError: It has no method `factors`, or is a class.
-    """
-    if isinstance(rule, type):
-        raise TypeError(f"rule={rule.__name__} is a class; call it: {rule.__name__}(…)")
-    if not callable(getattr(rule, "factors", None)):
-        raise TypeError(
-            f"rule={rule!r} ({type(rule).__name__}) has no method factors(statistics, state); pass one of "
-            "layerwise.rules or an object with it"
-        )
-    return rule
-
-
-def own_layer(rule: Any) -> bool:
-    """Tell whether a layer's factor needs the statistics of no other layer; elementwise rules need not say so."""
-    if is_elementwise(rule):
-        return not {"counts", "gradients"} & set(rule.needs)
-    return bool(getattr(rule, "own_layer", False))
-
-
-def initial_state(rule: Any, layers: Sequence[Layer], device: torch.device) -> State:
-    """Return `rule.init(layers, device)`, or an empty state for a rule without it."""
-    return rule.init(layers, device) if hasattr(rule, "init") else {}
-
-
-def load_state(rule: Any, saved: Any, state: State) -> State:
-    """Return a rule's state with what was saved, by its own `load` if it has one."""
-    return rule.load(saved, state) if hasattr(rule, "load") else loaded(saved, state, "state")
-
-
-def derived_state(rule: Any, state: State) -> State:
-    """Return a rule's state with what follows from the rest of it, after layers have come or gone."""
-    return rule.derived(state) if hasattr(rule, "derived") else state
-
-
-def remarks_of(rule: Any, layers: Sequence[Layer]) -> list[str]:
-    """Return what a person who attaches a rule to these layers should know."""
-    return rule.remarks(layers) if hasattr(rule, "remarks") else []
-
-
-def get_selection(rule: Any, state: State) -> list[Selection] | None:
-    """Return the last choice of a rule that chooses layers, None for others."""
-    return rule.get_selection(state) if hasattr(rule, "get_selection") else None
 
 
 class _Combined(Rule):
@@ -76,7 +33,7 @@ class _Combined(Rule):
 
     def __init__(self, *rules: Any) -> None:
         self.rules = tuple(check_rule(rule) for rule in rules)
-        self.needs = tuple(dict.fromkeys(name for rule in rules for name in getattr(rule, "needs", ("gradient_norm",))))
+        self.needs = tuple(dict.fromkeys(name for rule in rules for name in needs_of(rule)))
         for name in ("layers", "place", "decay", "exclude"):
             preferences = (default(rule, name) for rule in rules)
             setattr(self, f"default_{name}", next((p for p in preferences if p is not None), None))
@@ -92,8 +49,7 @@ class _Combined(Rule):
 
     def end_epoch(self, state: State) -> State:
         """Return the rules' states for the next epoch."""
-        ended = ((i, rule, state[str(i)]) for i, rule in enumerate(self.rules))
-        return {str(i): rule.end_epoch(old) if hasattr(rule, "end_epoch") else old for i, rule, old in ended}
+        return {str(i): ended_state(rule, state[str(i)]) for i, rule in enumerate(self.rules)}
 
     def load(self, saved: State, state: State) -> State:
         """Return the rules' states with what was saved."""

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..layers import Layer
-from ..state import loaded
 from ..statistics import Statistics
 from ..sums import DirectionalitySums
 from .base import Rule, State
 from .selection import Measure, Selection, check_whole, of_kinds
+from .state import loaded
 
 logger = logging.getLogger("layerwise")
 

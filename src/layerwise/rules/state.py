@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from .rules.base import State
-from .tensors import moved
+from ..tensors import moved
+from .base import State
 
 logger = logging.getLogger("layerwise")
 
@@ -29,7 +29,7 @@ def carried_over(fresh: State, old: State, names: Sequence[str], old_names: Sequ
     result = dict(fresh)
     for name, value in fresh.items():
         before = old.get(name)
-        if name not in old or derived(name):
+        if name not in old or is_derived(name):
             continue
         if value == {} and isinstance(before, dict):  # one that fills as training goes on, by names of its own
             result[name] = before
@@ -60,11 +60,11 @@ def copied(state: Any) -> Any:
     if isinstance(state, Tensor):
         return state.detach().clone()
     if isinstance(state, dict):
-        return {name: copied(value) for name, value in state.items() if not derived(name)}
+        return {name: copied(value) for name, value in state.items() if not is_derived(name)}
     return state
 
 
-def derived(name: str) -> bool:
+def is_derived(name: str) -> bool:
     """Tell whether an entry follows from the rule's arguments, so that it is neither saved nor loaded."""
     return name.startswith("_")
 
@@ -117,7 +117,7 @@ def loaded(saved: Any, current: Any, where: str) -> Any:
     if isinstance(saved, dict) != isinstance(current, dict) or isinstance(saved, Tensor) != isinstance(current, Tensor):
         raise ValueError(f"{where} is {type(saved).__name__} in the file, {type(current).__name__} here; same rule?")
     if isinstance(current, dict):
-        wanted = sorted(name for name in current if not derived(name))
+        wanted = sorted(name for name in current if not is_derived(name))
         if sorted(saved) != wanted:
             raise ValueError(
                 f"{where} holds {sorted(saved)} in the file, {wanted} here; attach the same rule (a rule of your own "

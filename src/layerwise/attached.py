@@ -1,0 +1,205 @@
+"""A rule on an optimizer: what the optimizer's hooks call, and what lasts from one step to the next."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .apply import Place, make_place
+from .factors import Factors
+from .fused import can_be_dealt
+from .hooks import OptimizerHooks
+from .idle import makes_state_only
+from .late import LateFactors
+from .layers import Layer
+from .nonfinite import FiniteGradients
+from .optimizers import PlaceName, acting_optimizer, automatic_place
+from .resolution import Request, Resolution, rates_of, resolve
+from .rules.base import State
+from .rules.questions import load_state, renewed_state
+from .splits import Split
+from .statistics import NOTHING
+
+
+class AttachedRule:
+    """Measures the layers at each step, lets the rule's factors act, and follows the optimizer where it changes.
+
+    `enabled` says whether it takes part in steps, `found` what the layers are, `state` what the rule remembers,
+    `factors` those of the last step and `rates` the rates of its parameter groups; both None before the first one.
+
+    Args:
+        holder: The optimizer whose groups hold all parameters.
+        request: What was asked for.
+        finite: Raises before a step whose gradients are not finite; None lets it be taken.
+
+    Raises:
+        ValueError: The combination would give wrong numbers.
+    """
+
+    def __init__(self, holder: Optimizer, request: Request, finite: FiniteGradients | None) -> None:
+        optimizer = acting_optimizer(holder)
+        self.enabled = True
+        self.attached = True
+        self.state: State = {}
+        self._request, self._rule, self._finite = request, request.rule, finite
+        self._asks = getattr(request.rule, "asks", None)
+        self._idle = False
+        self._place_name: PlaceName | None = None
+        self._take(resolve(optimizer, holder, request))
+        self._holder, self._optimizer = weakref.ref(holder), weakref.ref(optimizer)
+        OptimizerHooks.add(optimizer, self)
+        # ZeRO makes its inner optimizer anew when a group is added.
+        self._follows = None if optimizer is holder else holder.register_step_pre_hook(self._follow)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers."""
+        return self.found.layers
+
+    @property
+    def place(self) -> PlaceName:
+        """Where the factors act."""
+        return cast(PlaceName, self._place_name)
+
+    def holder(self) -> Optimizer | None:
+        """Return the optimizer whose groups hold all parameters; None once it is gone or this is detached."""
+        return self._holder() if self.attached else None
+
+    def last_factors(self) -> list[float]:
+        """Return each layer's factor at the last step, 1 before the first; waits for the device."""
+        self._forget_failed()
+        return [1.0] * len(self.found.layers) if self.factors is None else self.factors.read()
+
+    def last_rates(self) -> list[float]:
+        """Return each layer's rate at the last step; NaN where a group has none. Waits for the device."""
+        self._forget_failed()
+        by_group = self.rates if self.rates is not None else rates_of(self._required().param_groups)
+        rates = [by_group[group] for group in self.found.first_group]
+        return [
+            float("nan") if rate is None else float(rate) * factor
+            for rate, factor in zip(rates, self.last_factors(), strict=True)
+        ]
+
+    def load(self, saved: Any) -> None:
+        """Go on with a saved state of the rule."""
+        self.state = load_state(self._rule, saved, self.state)
+        self._last_raw = None
+
+    def detach(self) -> None:
+        """Take the hooks off; a second call does nothing."""
+        optimizer = self._optimizer()
+        if self.attached and optimizer is not None:
+            OptimizerHooks.remove(optimizer, self)
+            # A new place keeps nothing of a step that failed.
+            self._place = self._made_place(self.place)
+        if self._follows is not None:
+            self._follows.remove()
+        self.attached = False
+
+    # --- What the optimizer's hooks call ------------------------------------------------------------------------------
+
+    def measure(self, optimizer: Any, *, late: bool = False) -> None:
+        """Compute this step's factors from the gradients as they arrived.
+
+        Args:
+            optimizer: The optimizer.
+            late: Whether nothing happens between here and the update, so that factors may be computed during it.
+        """
+        self._forget_failed()
+        holder = self._required()
+        groups = holder.param_groups
+        if not self.found.holds(groups):
+            self._take(resolve(optimizer, holder, self._request))
+        elif self._request.apply == "auto":
+            # Again at each step: schedulers and checkpoints can bring momentum.
+            self._place_at(automatic_place(optimizer, self._request.preferred, self._request.decay))
+        self._idle = not optimizer.state and makes_state_only(optimizer.param_groups)
+        if self._idle:
+            return
+        found, grad_scale = self.found, getattr(optimizer, "grad_scale", None)
+        if self._finite is not None:
+            self._finite.check(found.layers, found.statistics.sharing, getattr(optimizer, "found_inf", None))
+        # A fused kernel that unscales writes into the gradients.
+        if late and found.pieces is not None and grad_scale is None and can_be_dealt(optimizer):
+            self._before_late = (self.factors, self.rates)
+            self.factors = LateFactors(found.pieces, groups)
+            self.rates = rates_of(groups)
+            return
+        if found.in_numbers is not None:
+            numbers = found.in_numbers.numbers(found.statistics.numbers(groups, grad_scale))
+            self.factors = Factors(numbers, found.included, found.mask)
+            self.rates = rates_of(groups)
+            return
+        if self._asks is not None and not self._asks(self.state):
+            result = self._rule.factors(NOTHING, self.state)
+        else:
+            found_inf = getattr(optimizer, "found_inf", None)
+            with torch.no_grad():
+                result = self._rule.factors(found.statistics.compute(groups, grad_scale, found_inf), self.state)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(f"{self._rule!r}.factors returned {type(result).__name__}; it must return (factors, state)")
+        raw, self.state = result
+        if not isinstance(raw, Tensor) or raw.shape != (len(found.layers),):
+            shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+            raise ValueError(f"{self._rule!r} returned factors of shape {shape}; there are {len(found.layers)} layers")
+        if self._last_raw is None or self._last_raw[0] is not raw or self._last_raw[1] != raw._version:
+            self.factors = Factors(raw, found.included, found.mask)
+            self._last_raw = (raw, raw._version)
+        self.rates = rates_of(groups)
+
+    @property
+    def acts(self) -> bool:
+        """Whether any factor of this step is not 1, as far as is known without asking the device."""
+        return not self._idle and (self.factors is None or not self.factors.neutral)
+
+    def act(self, view: Any, *, private: bool) -> list[Split]:
+        """Let this step's factors act on the view."""
+        return self._place.act(view, self.found.partition, cast(Factors, self.factors), private=private)
+
+    def finish(self) -> None:
+        """Act after the step."""
+        self._place.finish()
+        cast(Factors, self.factors).complete()
+        self._before_late = None
+
+    # --- How it is put together ---------------------------------------------------------------------------------------
+
+    def _take(self, found: Resolution) -> None:
+        """Go on with these layers, and with what is still true of the rule's state."""
+        before = self.found.names if self.state else []
+        self.state = renewed_state(self._rule, found.layers, found.statistics.device, self.state, before)
+        self.found = found
+        self._place_at(found.place)
+        self._last_raw: tuple[Tensor, int] | None = None
+        self.rates: list[Any] | None = None
+        self.factors: Factors | None = None
+        self._before_late: tuple[Factors | None, list[Any] | None] | None = None
+
+    def _forget_failed(self) -> None:
+        """Go back to the factors of the last step, where those of a later one were to come during it and it failed."""
+        if self._before_late is not None:
+            (self.factors, self.rates), self._before_late = self._before_late, None
+
+    def _place_at(self, name: PlaceName) -> None:
+        if name != self._place_name:
+            self._place_name = name
+            self._place = self._made_place(name)
+
+    def _made_place(self, name: PlaceName) -> Place:
+        return make_place(name, self._request.decay, automatic=self._request.apply == "auto")
+
+    def _follow(self, holder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inner, hooked = acting_optimizer(holder), self._optimizer()
+        if inner is not hooked:
+            OptimizerHooks.add(inner, self)
+            self._optimizer = weakref.ref(inner)
+
+    def _required(self) -> Optimizer:
+        holder = self._holder()
+        if holder is None:
+            raise RuntimeError("the optimizer of this LayerwiseLR no longer exists; attach to the one in use")
+        return holder
