@@ -22,8 +22,27 @@ def usable(gradient: Value, weight: Value) -> Any:
     return (weight > 0) & (gradient > 0) & (weight < math.inf) & (gradient < math.inf)
 
 
+class TrustRatio(ElementwiseRule):
+    """What the two have in common: their layers, where they act, and the ranges of η and ε."""
+
+    trust_coefficient: float
+    eps: float
+    default_layers = "parameter"
+    default_place = "gradient"
+    default_decay = "scaled"
+    default_exclude = staticmethod(one_dimensional)
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.trust_coefficient) and 0 < self.trust_coefficient < math.inf):
+            raise ValueError(
+                f"trust_coefficient={self.trust_coefficient!r} must be a finite number above 0; the paper's is 0.001"
+            )
+        if not (is_number(self.eps) and 0 <= self.eps < math.inf):
+            raise ValueError(f"eps={self.eps!r} must be a finite number of at least 0")
+
+
 @dataclass(frozen=True)
-class LARS(ElementwiseRule):
+class LARS(TrustRatio):
     """Layer-wise adaptive rate scaling.
 
     f_l = η‖w_l‖ / (‖g_l‖ + λ‖w_l‖ + ε)
@@ -51,13 +70,6 @@ class LARS(ElementwiseRule):
     trust_coefficient: float = 0.001
     eps: float = 1e-8
     needs = ("gradient_norm", "weight_norm", "decay_norm")
-    default_layers = "parameter"
-    default_place = "gradient"
-    default_decay = "scaled"
-    default_exclude = staticmethod(one_dimensional)
-
-    def __post_init__(self) -> None:
-        check_trust(self.trust_coefficient, self.eps)
 
     def factor(self, gradient_norm: Value, weight_norm: Value, decay_norm: Value) -> Value:
         """Return the trust ratio."""
@@ -66,7 +78,7 @@ class LARS(ElementwiseRule):
 
 
 @dataclass(frozen=True)
-class LARC(ElementwiseRule):
+class LARC(TrustRatio):
     """LARS whose layer rate never exceeds the global one.
 
     λ_l = η‖w_l‖ / (‖g_l‖ + λ‖w_l‖ + ε),  f_l = min(λ_l / lr, 1) if clip else λ_l
@@ -94,13 +106,6 @@ class LARC(ElementwiseRule):
     clip: bool = True
     eps: float = 1e-8
     needs = ("gradient_norm", "weight_norm", "decay_norm", "learning_rate")
-    default_layers = "parameter"
-    default_place = "gradient"
-    default_decay = "scaled"
-    default_exclude = staticmethod(one_dimensional)
-
-    def __post_init__(self) -> None:
-        check_trust(self.trust_coefficient, self.eps)
 
     def factor(self, gradient_norm: Value, weight_norm: Value, decay_norm: Value, learning_rate: Value) -> Value:
         """Return the trust ratio, clipped against the rate."""
@@ -108,13 +113,3 @@ class LARC(ElementwiseRule):
         if self.clip:
             ratio = minimum(ratio / learning_rate, 1)
         return where(usable(gradient_norm, weight_norm), ratio, 1.0)
-
-
-def check_trust(trust_coefficient: float, eps: float) -> None:
-    """Raise unless η > 0 and ε ≥ 0, both finite numbers."""
-    if not (is_number(trust_coefficient) and 0 < trust_coefficient < math.inf):
-        raise ValueError(
-            f"trust_coefficient={trust_coefficient!r} must be a finite number above 0; the paper's is 0.001"
-        )
-    if not (is_number(eps) and 0 <= eps < math.inf):
-        raise ValueError(f"eps={eps!r} must be a finite number of at least 0")
