@@ -1,9 +1,14 @@
-"""Words that an argument takes, and what `"auto"` stands for."""
+"""Checks of arguments, and what `"auto"` stands for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+
+def has_type(value: object, kind: type | tuple[type, ...]) -> bool:
+    """Tell whether an argument has the type that its annotation promises, which not everybody's tools hold them to."""
+    return isinstance(value, kind)
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
