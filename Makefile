@@ -89,4 +89,4 @@ audit: .venv/supply ## ask the registry for known vulnerabilities of what constr
 	.venv/supply-chain/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 clean: ## remove what was installed and built; runs/ stays
-	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis .grimp_cache .coverage .coverage.*

@@ -86,7 +86,7 @@ def costs(training: Training, rounds: int) -> dict[str, Row]:
     rows = {}
     for name, target, _ in EPOCHS:
         extra = statistics.median(steps[name]) - bare
-        memory = buffer_bytes(arms[name][1]._attached.state["sums"]) / parameters
+        memory = buffer_bytes(arms[name][1].state_dict()["state"]["sums"]) / parameters
         start = time.perf_counter()
         arms[name][1].end_epoch()
         rows[name] = {

@@ -9,6 +9,7 @@ from torch import nn, optim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerwise
+from layerwise.hooks import OptimizerHooks
 from layerwise.rules import LARS, Constant, LayerAdaptive
 
 from .networks import resnet50_parameters, resnet101_parameters, small_layers, transformer_parameters, with_gradients
@@ -75,10 +76,11 @@ def counted(layer_count: int) -> Row:
     """Dispatched operations from gradients to factors, and values read."""
     model = with_gradients(nn.Sequential(*(nn.Linear(3, 3) for _ in range(layer_count))))
     optimizer = optim.SGD(model.parameters(), lr=0.1)
-    adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    (attached,) = OptimizerHooks.members_of(optimizer)
     optimizer.step()
     with Count() as count:
-        adapter._attached.measure(optimizer)
+        attached.measure(optimizer)
     return {"operations": count.operations, "reads": count.reads, "target": 12}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -50,10 +50,11 @@ def are_received(parameters: Iterable[Tensor]) -> bool:
 
 def registered(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
     """Register the hook; on a frozen parameter too, for the day it is trained."""
+    hooked: Any = parameter
     if parameter.requires_grad:
-        return parameter.register_post_accumulate_grad_hook(hook)
+        return hooked.register_post_accumulate_grad_hook(hook)
     parameter.requires_grad_(True)
     try:
-        return parameter.register_post_accumulate_grad_hook(hook)
+        return hooked.register_post_accumulate_grad_hook(hook)
     finally:
         parameter.requires_grad_(False)

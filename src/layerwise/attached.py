@@ -20,7 +20,7 @@ from .nonfinite import FiniteGradients
 from .optimizers import PlaceName, acting_optimizer, automatic_place
 from .resolution import Request, Resolution, rates_of, resolve
 from .rules.base import State
-from .rules.questions import load_state, renewed_state
+from .rules.questions import is_pair, load_state, renewed_state
 from .splits import Split
 from .statistics import NOTHING
 
@@ -140,7 +140,7 @@ class AttachedRule:
             found_inf = getattr(optimizer, "found_inf", None)
             with torch.no_grad():
                 result = self._rule.factors(found.statistics.compute(groups, grad_scale, found_inf), self.state)
-        if not isinstance(result, tuple) or len(result) != 2:
+        if not is_pair(result):
             raise TypeError(f"{self._rule!r}.factors returned {type(result).__name__}; it must return (factors, state)")
         raw, self.state = result
         if not isinstance(raw, Tensor) or raw.shape != (len(found.layers),):
@@ -158,12 +158,14 @@ class AttachedRule:
 
     def act(self, view: Any, *, private: bool) -> list[Split]:
         """Let this step's factors act on the view."""
-        return self._place.act(view, self.found.partition, cast(Factors, self.factors), private=private)
+        assert self.factors is not None  # measured
+        return self._place.act(view, self.found.partition, self.factors, private=private)
 
     def finish(self) -> None:
         """Act after the step."""
         self._place.finish()
-        cast(Factors, self.factors).complete()
+        if self.factors is not None:
+            self.factors.complete()
         self._before_late = None
 
     # --- How it is put together ---------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, cast
 
@@ -153,7 +153,7 @@ class StepInBackward:
         self._steps.end_epoch()
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[StepInBackward]:
+    def paused(self) -> Generator[StepInBackward]:
         """Let backward keep the gradients, and the optimizer step alone, inside a `with` block.
 
         Gradients that it leaves are added to by the next backward, or used by the next `optimizer.step()`, with the

@@ -13,7 +13,8 @@ from torch import Tensor, optim
 
 from .rules.questions import needs_of, own_layer
 
-_STEPS = {inspect.unwrap(kind.step) for kind in (optim.SGD, optim.Adagrad, optim.Adam, optim.AdamW)}
+_KINDS: tuple[Any, ...] = (optim.SGD, optim.Adagrad, optim.Adam, optim.AdamW)
+_STEPS = {inspect.unwrap(kind.step) for kind in _KINDS}
 
 ACCUMULATED = (
     "a second backward() before optimizer.step(): step_in_backward has used and freed the gradients of the first one, "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .adapter import LayerwiseLR
+from .rules.state import is_state
 
 
 def load_checkpoint(adapter: LayerwiseLR, checkpoint: Any, key: str = "adapter") -> None:
@@ -48,9 +49,10 @@ def load_checkpoint(adapter: LayerwiseLR, checkpoint: Any, key: str = "adapter")
 
     reader = distributed.FileSystemReader(checkpoint) if isinstance(checkpoint, str | os.PathLike) else checkpoint
     metadata = reader.read_metadata()
-    paths = {name: path for name, path in (metadata.planner_data or {}).items() if path[0] == key}
+    planned: dict[str, tuple[Any, ...]] = metadata.planner_data or {}
+    paths = {name: path for name, path in planned.items() if path[0] == key}
     if not paths:
-        held = sorted({str(path[0]) for path in (metadata.planner_data or {}).values()})
+        held = sorted({str(path[0]) for path in planned.values()})
         raise ValueError(f"the checkpoint holds no key={key!r}; it holds {', '.join(held) or 'nothing'}")
     cut = any(piece is not None and piece.span is not None for layer in adapter.layer_table() for piece in layer.pieces)
     if cut and any("sums" in path for path in paths.values()):
@@ -78,7 +80,7 @@ def load_checkpoint(adapter: LayerwiseLR, checkpoint: Any, key: str = "adapter")
 def _restore_empty(loaded: dict[str, Any], current: dict[str, Any]) -> None:
     """Put back the empty dictionaries of a state, which a checkpoint leaves out."""
     for name, value in current.items():
-        if isinstance(value, dict):
+        if is_state(value):
             if name in loaded:
                 _restore_empty(loaded[name], value)
             else:
@@ -94,8 +96,8 @@ def _room(saved: Any, parameter: Any) -> Tensor | None:
         return torch.empty_like(empty, device="cpu")
     if not hasattr(parameter, "device_mesh") or saved.size != parameter.shape:
         return torch.empty_like(empty, device=parameter.device)
-    from torch.distributed.tensor import empty as empty_dtensor
+    from torch.distributed import tensor as distributed
 
-    return empty_dtensor(
+    return distributed.empty(
         saved.size, dtype=empty.dtype, device_mesh=parameter.device_mesh, placements=parameter.placements
     )

@@ -11,7 +11,7 @@ import statistics
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .adapter import LayerwiseLR
+from .rules.state import is_state
 
 logger = logging.getLogger("layerwise")
 
@@ -111,7 +112,7 @@ def reason_not_to(optimizer: Optimizer, parameters: Sequence[Tensor], seconds: f
     if optimizer_hooks._global_optimizer_pre_hooks or optimizer_hooks._global_optimizer_post_hooks:
         return "hooks on all optimizers would see the steps"
     if seconds is None:
-        state = [value for held in optimizer.state.values() if isinstance(held, dict) for value in held.values()]
+        state = [value for held in optimizer.state.values() if is_state(held) for value in held.values()]
         tensors = [*parameters, *parameters, *(value for value in state if isinstance(value, Tensor))]
         size = sum(t.numel() * t.element_size() for t in tensors)
         if size > MOST_BYTES:
@@ -120,7 +121,7 @@ def reason_not_to(optimizer: Optimizer, parameters: Sequence[Tensor], seconds: f
 
 
 @contextlib.contextmanager
-def undisturbed(parameters: Sequence[Tensor]) -> Iterator[None]:
+def undisturbed(parameters: Sequence[Tensor]) -> Generator[None]:
     """Keep the states of the random generators, and keep the log and the warnings quiet."""
     devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
     own, silent = random.getstate(), logger.disabled
@@ -161,7 +162,7 @@ class Pair:
     @staticmethod
     def _twin(optimizer: Optimizer, own: dict[str, Any]) -> Optimizer:
         twin = object.__new__(type(optimizer))
-        hooks = {name: OrderedDict() for name in vars(optimizer) if name.endswith("_hooks")}
+        hooks = {name: OrderedDict[int, Any]() for name in vars(optimizer) if name.endswith("_hooks")}
         vars(twin).update(own | hooks)
         return twin
 
@@ -201,7 +202,7 @@ def random_like(parameter: Tensor) -> Tensor:
     return drawn.mul_(0.01)
 
 
-def check_seconds(seconds: float | None) -> None:
+def check_seconds(seconds: object) -> None:
     """Refuse what is no time.
 
     Raises:

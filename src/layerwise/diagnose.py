@@ -10,7 +10,7 @@ from torch.optim import Adafactor, Optimizer
 from .adapter import LayerwiseLR
 from .cost import check_seconds, measured_cost
 from .known_optimizers import reason_against
-from .layers import Layer, named_parameters_of
+from .layers import Layer, check_model, named_parameters_of
 from .optimizers import SCALE_INVARIANT, decay_is_coupled, no_effect, takes_tensor_rate, unwrap, why_not_rate
 from .rules import LayerAdaptive
 from .rules.questions import default, needs_of
@@ -66,8 +66,7 @@ def diagnose(
     check_seconds(seconds)
     rule = LayerAdaptive() if rule is None else rule
     inner = unwrap(optimizer)
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module or None, not {type(model).__name__}")
+    check_model(model)
     try:
         adapter = LayerwiseLR(inner, rule, model, **arguments)
     except (TypeError, ValueError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -83,7 +83,8 @@ class Factors:
         """Compute what has not been asked for yet."""
 
     def _read(self) -> list[float]:
-        numbers: list[float] = self._raw.tolist() if isinstance(self._raw, Tensor) else list(self._raw)
+        raw: Any = self._raw
+        numbers: list[float] = raw.tolist() if isinstance(self._raw, Tensor) else list(raw)
         if self._mask is None and all(map(isfinite, numbers)):
             return numbers
         return [x if inside and isfinite(x) else 1.0 for x, inside in zip(numbers, self._included, strict=True)]

@@ -49,7 +49,8 @@ class DealtRate(Tensor):
         options = kwargs or {}
         dealt = options.get("lr")
         if func not in KERNELS or not isinstance(dealt, cls):
-            return super().__torch_function__(func, types, args, options)
+            plain: Any = super()
+            return plain.__torch_function__(func, types, args, options)
         pieces = pieces_of(args)
         for positions, own in dealt.deal(args[0]):
             # A list that these options have no use for is empty.
@@ -73,17 +74,19 @@ def pieces_of(lists: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
     return [list(map(local, tensors)) for tensors in lists]
 
 
-def can_be_dealt(optimizer: Any) -> bool:
+def can_be_dealt(optimizer: optim.Optimizer) -> bool:
     """Tell whether a fused kernel steps each group of an optimizer, and is given the rate as it stands there."""
     every = all(group.get("fused") and isinstance(group["lr"], int | float) for group in optimizer.param_groups)
-    return every and _hands_on_the_rate(type(optimizer).step)
+    kind: Any = type(optimizer)
+    return every and _hands_on_the_rate(kind.step)
 
 
 @cache
 def _hands_on_the_rate(step: Callable[..., Any]) -> bool:
     """Tell whether this is a step of PyTorch's that hands the rate on to the kernel untouched, by trying it once."""
     inner = unwrap(step)  # without hooks, which are none of this optimizer's business
-    kind: Any = next((kind for kind in (optim.SGD, optim.Adam, optim.Adagrad) if unwrap(kind.step) is inner), None)
+    kinds: tuple[Any, ...] = (optim.SGD, optim.Adam, optim.Adagrad)
+    kind = next((kind for kind in kinds if unwrap(kind.step) is inner), None)
     if kind is None:
         return False
     parameters = [torch.nn.Parameter(torch.zeros(1, device="cpu")) for _ in range(2)]

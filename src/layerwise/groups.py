@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .arguments import has_type
 from .layers import LayerSpecification, clean_name, make_layers, unique_names
 
 
@@ -36,7 +37,7 @@ def param_groups(model: nn.Module, layers: LayerSpecification = "module") -> lis
         >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
         [('0', 0.01), ('2', 0.1)]
     """
-    if not isinstance(model, nn.Module):
+    if not has_type(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     named = unique_names((clean_name(name), p) for name, p in model.named_parameters() if p.requires_grad)
     if not named:

@@ -162,14 +162,19 @@ class OptimizerHooks:
         hooks = cls._of(optimizer)
         if hooks is None:  # another program has thrown the optimizer's hooks away
             return
-        hooks.members = [member for member in hooks.members if member is not attached]
-        hooks.observers = [observer for observer in hooks.observers if observer is not attached]
-        hooks._active = [member for member in hooks._active if member is not attached]
-        hooks._begun = [observer for observer in hooks._begun if observer is not attached]
+        hooks.drop(attached)
         if not hooks.members and not hooks.observers:
-            for handle in hooks._handles:
-                handle.remove()
             del _hooks_of[optimizer]
+
+    def drop(self, attached: Member | Observer) -> None:
+        """Forget a member or an observer, and take the hooks off with the last one."""
+        self.members = [member for member in self.members if member is not attached]
+        self.observers = [observer for observer in self.observers if observer is not attached]
+        self._active = [member for member in self._active if member is not attached]
+        self._begun = [observer for observer in self._begun if observer is not attached]
+        if not self.members and not self.observers:
+            for handle in self._handles:
+                handle.remove()
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if optimizer is not self._optimizer():

@@ -1,8 +1,8 @@
 """What is known of optimizers of other packages: where a factor cannot act on them, and why.
 
-Classes are named by strings, so that nothing is imported. Each reason was found by reading and trying, on the versions
-that `docs/optimizers.md` names, and `tests/test_other_optimizers.py` tries all of them again: a reason that is missing
-or unfounded fails there.
+Classes are named by strings, so that their packages are not imported. Each reason was found by reading and trying, on
+the versions that `docs/optimizers.md` names, and `tests/test_other_optimizers.py` tries all of them again: a reason
+that is missing or unfounded fails there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
+
+from torch.optim import Optimizer
 
 Where = Literal["anywhere", "lr", "update", "groups"]
 
@@ -138,7 +140,7 @@ SCALE_INVARIANT = _of(
 nothing: with all gradients doubled, less than a twentieth of the way that the weights go."""
 
 
-def reason_against(optimizer: Any, where: Where) -> str | None:
+def reason_against(optimizer: Optimizer, where: Where) -> str | None:
     """Return why a factor cannot act there, as a phrase that follows the optimizer's name; None if nothing is known.
 
     Example:
@@ -151,7 +153,7 @@ def reason_against(optimizer: Any, where: Where) -> str | None:
     return None
 
 
-def divides_by_gradients(optimizer: Any) -> bool:
+def divides_by_gradients(optimizer: Optimizer) -> bool:
     """Tell whether this is an optimizer of another package for which a gradient's scale means next to nothing."""
     return not SCALE_INVARIANT.isdisjoint(_names(type(optimizer)))
 
@@ -166,5 +168,5 @@ def _names(optimizer: type) -> Iterable[str]:
     return [f"{c.__module__.partition('.')[0]}.{c.__name__}" for c in optimizer.__mro__]
 
 
-def _is_set(optimizer: Any, option: str) -> bool:
+def _is_set(optimizer: Optimizer, option: str) -> bool:
     return bool(getattr(optimizer, option, None)) or any(group.get(option) for group in optimizer.param_groups)

@@ -136,7 +136,8 @@ class LayerStatistics:
 
     def _norms(self, groups: Groups) -> dict[str, Tensor]:
         """Return the norms in `needs` when this process holds all of every parameter."""
-        needs, values = self.needs, {}
+        needs = self.needs
+        values: dict[str, Tensor] = {}
         if "gradient_norm" in needs or "counts" in needs:
             parts = self._gradient_parts(partial(tensor_norms, device=self.device))
             values["gradient_norm"] = self._zeros.clone() if parts is None else parts[1].of(parts[0])
@@ -182,7 +183,8 @@ class LayerStatistics:
             groups: As for `compute`.
             grad_scale: As for `compute`.
         """
-        needs, values = self.needs, {}
+        needs = self.needs
+        values: dict[str, list[float]] = {}
         if "gradient_norm" in needs:
             parts = self._gradient_parts(tensor_norm_numbers)
             norms = [0.0] * self.count if parts is None else parts[1].of_numbers(parts[0])

@@ -18,9 +18,10 @@ from .optimizers import automatic_place, damps_history
 from .partition import OUTSIDE, Partition
 from .resolution import rates_of, requested, resolve
 from .rules.base import State, finite_or_one
-from .rules.questions import ended_state, needs_of, renewed_state
+from .rules.questions import ended_state, is_pair, needs_of, renewed_state
 from .statistics import NOTHING, Statistics
 from .tensors import same_objects
+from .transfer import transferred
 
 BY_LAYER = AS_NUMBERS | {"normalisation_gain"}
 """The statistics that hold one number a layer."""
@@ -167,13 +168,11 @@ class LayerSteps:
         """Take down the factors of a rule that needs no statistics; read only when they have changed."""
         raw, self._state = self._checked(self.rule.factors(NOTHING, self._state))
         if self._raw is None or self._raw[0] is not raw or self._raw[1] != raw._version:
-            self._known, self._raw = finite_or_one(raw).tolist(), (raw, raw._version)
+            self._known, self._raw = transferred(finite_or_one(raw)), (raw, raw._version)
 
     def _checked(self, result: Any) -> tuple[Tensor, State]:
-        if isinstance(result, tuple) and len(result) == 2:
-            raw = result[0]
-            if isinstance(raw, Tensor) and raw.shape == (len(self.layers),):
-                return result
+        if is_pair(result) and isinstance(result[0], Tensor) and result[0].shape == (len(self.layers),):
+            return result
         raise TypeError(f"{self.rule!r}.factors must return (factors, state), factors of shape [{len(self.layers)}]")
 
     def _resolve(self, optimizer: Optimizer) -> None:

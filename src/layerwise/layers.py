@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from .arguments import has_type
 from .sharding import Piece, stand_in
 
 LayerName = Callable[[str, Tensor], "str | None"]
@@ -78,7 +79,7 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def check_patterns(patterns: Iterable[str], names: Iterable[str], argument: str) -> None:
+def check_patterns(patterns: Iterable[object], names: Iterable[str], argument: str) -> None:
     """Raise unless each pattern matches one of the names.
 
     Args:
@@ -98,6 +99,16 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str], argument: str)
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{argument} pattern {pattern!r} matches none of {_some(names)}.{hint}")
+
+
+def check_model(model: object) -> None:
+    """Raise unless this is a module or None.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, not {type(model).__name__}")
 
 
 def named_parameters_of(optimizer: Any, model: nn.Module | None) -> dict[str, Tensor]:
@@ -127,8 +138,7 @@ def named_parameters_of(optimizer: Any, model: nn.Module | None) -> dict[str, Te
                 )
             named.extend(zip(group["param_names"], group["params"], strict=True))
         return unique_names((clean_name(name), p) for name, p in named)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module or None, not {type(model).__name__}")
+    check_model(model)
     named = [(clean_name(name), p) for name, p in model.named_parameters() if id(p) in held]
     if not named:
         raise ValueError(
@@ -174,14 +184,15 @@ def make_layers(
         layer = name_of(name, stand_in(parameter, pieces.get(id(parameter))))
         if layer is None:
             continue
-        if not isinstance(layer, str):
+        if not has_type(layer, str):
             raise TypeError(f"layers({name!r}, parameter) returned {layer!r}; it must return a string or None")
         members.setdefault(layer, []).append((name, parameter))
     if not members:
         raise ValueError(f"layers={specification!r} puts no parameter into a layer; names: {_some(named_parameters)}")
-    modules = (
-        {clean_name(name).rstrip("."): module for name, module in model.named_modules()} if model is not None else {}
-    )
+    modules: dict[str, nn.Module] = {}
+    if model is not None:
+        whole: Any = model
+        modules = {clean_name(name).rstrip("."): module for name, module in whole.named_modules()}
     layers: list[Layer] = []
     for layer, entries in members.items():
         owners = {owner_name(name) for name, _ in entries}
@@ -206,7 +217,7 @@ def included_layers(layers: Sequence[Layer], exclude: Exclusion) -> list[bool]:
     """
     if exclude is None:
         return [True] * len(layers)
-    if isinstance(exclude, str) or not (callable(exclude) or isinstance(exclude, Sequence)):
+    if isinstance(exclude, str) or not (callable(exclude) or has_type(exclude, Sequence)):
         allowed = "'auto', None, a list of patterns or a callable (name, parameter) -> bool"
         raise TypeError(f"exclude={exclude!r} must be {allowed}")
     if callable(exclude):
@@ -238,7 +249,7 @@ def _layer_name_function(named_parameters: Mapping[str, Tensor], specification: 
         raise ValueError(f"layers={specification!r} is unknown; allowed: {allowed}. For one pattern, pass a list")
     if callable(specification):
         return specification
-    if not isinstance(specification, Sequence):
+    if not has_type(specification, Sequence):
         raise TypeError(f"layers={specification!r} ({type(specification).__name__}) is not {allowed}")
     if not specification:
         raise ValueError(f"layers=[] names no layer; allowed: {allowed}")

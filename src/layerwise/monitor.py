@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .arguments import chosen
+from .arguments import chosen, has_type
 from .hooks import Member, OptimizerHooks
 from .idle import makes_state_only
 from .layer_statistics import LayerStatistics
@@ -83,7 +83,7 @@ class Monitor:
     ) -> None:
         inner = unwrap(optimizer)
         refuse_outer(inner)
-        if not isinstance(every, int) or isinstance(every, bool):
+        if not has_type(every, int) or isinstance(every, bool):
             raise TypeError(f"every={every!r} must be a whole number of steps, at least 1")
         if every < 1:
             raise ValueError(f"every={every!r} must be at least 1; without a monitor nothing is recorded")
@@ -151,7 +151,7 @@ class Monitor:
             TypeError: It is no mapping.
             ValueError: It is something else; nothing is changed then.
         """
-        if not isinstance(state_dict, Mapping):
+        if not has_type(state_dict, Mapping):
             raise TypeError(f"state_dict must be what state_dict() returned, not {type(state_dict).__name__}")
         steps = state_dict.get("steps")
         if state_dict.get("version") != 1 or not isinstance(steps, int) or steps < 0:

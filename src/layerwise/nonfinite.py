@@ -72,7 +72,8 @@ def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> list[int]:
         flags[0, positions] = (~finite).float()
     if sharing is not None:
         flags = sharing.sum(flags)
-    return flags[0].nonzero().flatten().tolist()
+    broken: Any = flags[0].nonzero().flatten()
+    return broken.tolist()
 
 
 def _message(step: int, layers: Sequence[Layer], broken: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from math import sqrt
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,8 @@ def tensor_norm_numbers(tensors: Sequence[Tensor]) -> tuple[list[float], list[in
     if len(tensors) <= FEW and len(set(map(_kind, tensors))) == 1 and not _is_special(tensors[0]):
         return list(map(Tensor.item, _each_norm(list(tensors)))), None
     norms, order = tensor_norms(tensors, torch.device("cpu"))
-    return norms.tolist(), order
+    every: Any = norms
+    return every.tolist(), order
 
 
 def _is_special(tensor: Tensor) -> bool:
@@ -99,7 +101,8 @@ def _norms_of_rows(tensor: Tensor, wide: torch.dtype | None) -> Tensor:
         tensor = tensor.permute(0, 2, 3, 1)
     if not length or not tensor.is_contiguous():
         return tensor
-    return torch.linalg.vector_norm(tensor.view(-1, length), dim=1, dtype=wide)
+    linalg: Any = torch.linalg
+    return linalg.vector_norm(tensor.view(-1, length), dim=1, dtype=wide)
 
 
 @cache

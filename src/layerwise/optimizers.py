@@ -178,10 +178,9 @@ def automatic_place(optimizer: Any, preferred: str, decay: str) -> PlaceName:
 def why_not_rate(optimizer: Any) -> str | None:
     """Return why a step's rate cannot carry a factor, as a phrase that follows the optimizer's name; None if it can."""
     if isinstance(optimizer, LATE_RATE):
-        return {
-            optim.ASGD: "computes its step size one step ahead, so a factor would arrive one step late",
-            optim.Rprop: "reads its rate only when it creates its step sizes, so later factors would be lost",
-        }[next(c for c in LATE_RATE if isinstance(optimizer, c))]
+        if isinstance(optimizer, optim.ASGD):
+            return "computes its step size one step ahead, so a factor would arrive one step late"
+        return "reads its rate only when it creates its step sizes, so later factors would be lost"
     if any(group.get("lr") is None for group in optimizer.param_groups):
         return "has no 'lr' in its parameter groups"
     return reason_against(optimizer, "lr")

@@ -148,7 +148,7 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
     included = included_layers(layers, request.exclude)
     layers = [replace(layer, included=inside) for layer, inside in zip(layers, included, strict=True)]
     automatic = automatic_place(optimizer, request.preferred, request.decay)
-    place = automatic if request.apply == "auto" else cast(PlaceName, request.apply)
+    place = automatic if request.apply == "auto" else request.apply
     check_place(optimizer, place, request.decay, decay_given=request.decay_given)
     needs = needs_of(rule)
     elementwise = cast(ElementwiseRule, rule) if is_elementwise(rule) else None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import has_type
 from .layers import Layer
 
 
@@ -83,7 +84,7 @@ def check_needs(needs: Collection[str]) -> None:
     """
     if isinstance(needs, str):
         raise TypeError(f"needs={needs!r} is one string; write needs = ({needs!r},)")
-    if not isinstance(needs, Collection):
+    if not has_type(needs, Collection):
         raise TypeError(f"needs={needs!r} must be a tuple of names, such as ('gradient_norm',)")
     for name in needs:
         if name not in NEEDS:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .arguments import has_type
 from .buffers import Buffers, number_count
 from .layers import Layer
 from .samples import samples_of
@@ -149,8 +150,9 @@ class DirectionalitySums:
         if self._sharing is not None:
             device = local(self._parameters[0]).device
             shares = torch.tensor([[above, flag] for above, _, flag in found], dtype=torch.float64, device=device)
-            joint = self._sharing.sum(shares.T.contiguous()).T.tolist()
-            found = [(above, below, flag > 0) for (above, flag), (_, below, _) in zip(joint, found, strict=True)]
+            joint: Any = self._sharing.sum(shares.T.contiguous())
+            above, flags = joint.tolist()
+            found = [(x, below, flag > 0) for x, flag, (_, below, _) in zip(above, flags, found, strict=True)]
         ratios: list[float] = []
         received: list[bool] = []
         position = 0
@@ -219,10 +221,11 @@ class DirectionalitySums:
         """
         if sums == {}:
             return {}
-        if isinstance(sums, dict):  # a distributed checkpoint leaves out what is empty
-            sums = {**{part: {} for part in PARTS}, **sums}
-        form = isinstance(sums, dict) and sorted(sums) == sorted([*PARTS, "iterations"])
-        if not form or not all(isinstance(sums[part], dict) for part in PARTS):
+        if has_type(sums, dict):  # a distributed checkpoint leaves out what is empty
+            empty: Sums = {part: {} for part in PARTS}
+            sums = {**empty, **sums}
+        form = has_type(sums, dict) and sorted(sums) == sorted([*PARTS, "iterations"])
+        if not form or not all(has_type(sums[part], dict) for part in PARTS):
             raise ValueError(f"the saved sums must hold {', '.join(PARTS)} by parameter, and iterations")
         if not isinstance(sums["iterations"], Tensor) or sums["iterations"].ndim:
             raise ValueError("the saved sums hold no number of iterations")
@@ -292,5 +295,5 @@ def _size(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
 def buffer_bytes(sums: Mapping[str, Any]) -> int:
     """Return the bytes that sums hold."""
     tensors = (value for value in sums.values() if isinstance(value, Tensor))
-    inner = (value for value in sums.values() if isinstance(value, dict))
+    inner = (value for value in sums.values() if has_type(value, dict))
     return sum(x.numel() * x.element_size() for x in tensors) + sum(map(buffer_bytes, inner))

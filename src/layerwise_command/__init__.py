@@ -19,7 +19,11 @@ def main() -> int:
     Returns:
         Exit code, as ``layerwise.lab.cli.main`` gives it.
     """
-    before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+
+    def leave(*_: object) -> None:
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, leave)
     from layerwise.lab import cli
 
     signal.signal(signal.SIGINT, before)

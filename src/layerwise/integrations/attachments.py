@@ -11,6 +11,7 @@ from torch import nn
 from ..adapter import LayerwiseLR
 from ..rules.questions import check_rule
 from ..rules.selection import check_whole
+from ..rules.state import is_state
 from ..sinks.record import ROOT, distinct
 
 logger = logging.getLogger("layerwise")
@@ -174,4 +175,4 @@ def _load(adapters: Sequence[LayerwiseLR], state: Mapping[str, Any]) -> None:
 
 
 def _holds_something(state: Any) -> bool:
-    return any(map(_holds_something, state.values())) if isinstance(state, dict) else True
+    return any(map(_holds_something, state.values())) if is_state(state) else True

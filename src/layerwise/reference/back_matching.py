@@ -79,7 +79,7 @@ def back_matching(layers: Sequence[Kind], activation: float = 0.5) -> np.ndarray
         approximating back-matching propagation, 2018, arXiv 1802.09750. The paper's own factors are not
         public.
     """
-    gains = []
+    gains: list[float] = []
     weight_layer_below = False
     for layer in layers:
         gain = _gain(layer)
@@ -88,7 +88,7 @@ def back_matching(layers: Sequence[Kind], activation: float = 0.5) -> np.ndarray
                 gain *= activation
             weight_layer_below = True
         gains.append(gain if gain != 0 and math.isfinite(gain) else 1.0)
-    factors = []
+    factors: list[float] = []
     for position in range(len(layers)):
         factor = 1.0
         for gain in gains[position + 1 :]:
@@ -108,7 +108,7 @@ def _gain(layer: Kind) -> float:
     if isinstance(layer, TransposedConvolution):
         return joint_norm([layer.weight]) ** 2 / layer.weight.shape[0]
     if isinstance(layer, Normalisation):
-        squares = []
+        squares: list[float] = []
         for channel, gamma in enumerate(layer.gain.tolist()):
             variance = 1.0 if layer.variance is None else float(layer.variance[channel]) + layer.eps
             squares.append(gamma**2 / variance)

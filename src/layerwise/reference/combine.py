@@ -23,7 +23,7 @@ def chain(factors: Sequence[np.ndarray]) -> np.ndarray:
         >>> chain([np.array([2.0, 3.0]), np.array([0.5, np.inf])])
         array([1., 3.])
     """
-    products = []
+    products: list[float] = []
     for layer in range(len(factors[0])):
         product = 1.0
         for rule in factors:
@@ -50,7 +50,7 @@ def bounds(factors: np.ndarray, low: float, high: float) -> np.ndarray:
         >>> bounds(np.array([0.1, 1.0, 9.0]), 0.5, 2.0)
         array([0.5, 1. , 2. ])
     """
-    clamped = []
+    clamped: list[float] = []
     for factor in factors.tolist():
         value = factor if math.isfinite(factor) else 1.0
         if value < low:

@@ -24,7 +24,7 @@ def constant(names: Sequence[str], factors_by_pattern: Mapping[str, float]) -> n
         >>> constant(["conv1", "fc"], {"conv*": 0.1})
         array([0.1, 1. ])
     """
-    factors = []
+    factors: list[float] = []
     for name in names:
         found = 1.0
         for pattern, factor in factors_by_pattern.items():

@@ -30,7 +30,7 @@ def directionality(epoch: Sequence[Sequence[Sequence[np.ndarray]]], measure: str
     Reference:
         Basodi, Pusuluri, Xiao, Pan 2023, arXiv 2305.18445, equations 4, 5, 7 and 8.
     """
-    values = []
+    values: list[float] = []
     for layer in range(len(epoch[0])):
         arrays = [[np.asarray(g, dtype=np.float64).ravel() for g in step[layer]] for step in epoch]
         steps = np.array([np.concatenate([np.zeros(0), *step]) for step in arrays])
@@ -83,7 +83,7 @@ def schedule(phases: Sequence[tuple[int, bool, float]], epochs: int) -> list[tup
         >>> schedule([(1, False, 2.0), (3, True, 2.0)], 4)
         [('plain', 1.0), ('analysis', 1.0), ('amplified', 2.0), ('plain', 1.0)]
     """
-    result = []
+    result: list[tuple[str, float]] = []
     for epoch in range(1, epochs + 1):
         first = 1
         what: tuple[str, float] = ("plain", 1.0)

@@ -43,7 +43,7 @@ def lars(
         You, Gitman, Ginsburg: Large batch training of convolutional networks, 2017, arXiv 1708.03888,
         algorithm 1. The published implementations add ε.
     """
-    factors = []
+    factors: list[float] = []
     for g, w, beta in zip(gradients, weights, decays, strict=True):
         gradient_norm = joint_norm(g)
         weight_norm = joint_norm(w)
@@ -90,7 +90,7 @@ def larc(
         As `lars`; the clipped form is that of NVIDIA's apex (LARC) and of NVIDIA's Caffe.
     """
     ratios = lars(gradients, weights, decays, trust_coefficient=trust_coefficient, eps=eps)
-    factors = []
+    factors: list[float] = []
     for g, w, ratio, rate in zip(gradients, weights, ratios.tolist(), learning_rates, strict=True):
         if _unusable(joint_norm(g)) or _unusable(joint_norm(w)):
             factors.append(1.0)

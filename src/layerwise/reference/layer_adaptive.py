@@ -32,7 +32,7 @@ def layer_adaptive(gradients: Sequence[Sequence[np.ndarray]], log_base: float = 
         Singh, De, Zhang, Goldstein, Taylor: Layer-specific adaptive learning rates for deep networks, ICMLA
         2015, arXiv 1510.04609, equation 9.
     """
-    factors = []
+    factors: list[float] = []
     for layer in gradients:
         n = joint_norm(layer)
         if n == 0 or not math.isfinite(n):

@@ -41,7 +41,7 @@ def layer_decay(
         Piao, Wei: BEiT, ICLR 2022, arXiv 2106.08254, with its published code.
     """
     last = blocks + 1 if style == "beit" else blocks + 2
-    factors = []
+    factors: list[float] = []
     for layer in layers:
         if layer == "embeddings":
             depth = 0

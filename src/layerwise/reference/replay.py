@@ -24,7 +24,7 @@ def replay(recorded: Sequence[Mapping[str, float]], names: Sequence[str], counts
         >>> replay([{"fc": 2.0}, {"fc": 3.0}], ["fc"], [True, False, True, True]).ravel()
         array([2., 3., 3., 3.])
     """
-    rows = []
+    rows: list[list[float]] = []
     k = 0
     for count in counts:
         row = recorded[k] if k < len(recorded) else recorded[-1]

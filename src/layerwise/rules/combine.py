@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import has_type
 from ..layers import Layer
 from ..statistics import Statistics
 from ..tensors import moved
@@ -26,6 +27,7 @@ from .questions import (
     remarks_of,
 )
 from .selection import Selection
+from .state import is_state
 
 
 class _Combined(Rule):
@@ -53,7 +55,7 @@ class _Combined(Rule):
 
     def load(self, saved: State, state: State) -> State:
         """Return the rules' states with what was saved."""
-        if not isinstance(saved, dict) or sorted(saved) != sorted(state):
+        if not is_state(saved) or sorted(saved) != sorted(state):
             raise ValueError(f"the file does not hold a state for each of the {len(self.rules)} rules; attach the same")
         return {str(i): load_state(rule, saved[str(i)], state[str(i)]) for i, rule in enumerate(self.rules)}
 
@@ -152,7 +154,7 @@ def bounds(rule: Any, low: float, high: float) -> Rule:
 def check_bounds(pair: Any) -> tuple[float, float]:
     """Return bounds as two numbers, 0 ≤ low ≤ high, else raise a TypeError or ValueError."""
     wanted = "two numbers (low, high) with 0 <= low <= high, such as (0.1, 10)"
-    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+    if not has_type(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
         raise TypeError(f"bounds={pair!r} must be {wanted}")
     if any(isinstance(bound, bool) or not isinstance(bound, int | float) for bound in pair):
         raise TypeError(f"bounds={pair!r} must be {wanted}")

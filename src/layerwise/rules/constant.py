@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..arguments import has_type
 from ..layers import Layer, check_patterns, matches
 from ..statistics import Statistics, common_device
 from .base import Rule, State, is_number
@@ -49,7 +50,7 @@ class Constant(Rule):
     own_layer = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.factors_by_pattern, Mapping):
+        if not has_type(self.factors_by_pattern, Mapping):
             raise TypeError(f"Constant takes a mapping of pattern to factor, not {self.factors_by_pattern!r}")
         if not self.factors_by_pattern:
             raise ValueError("Constant({}) changes no layer; give at least one pattern, such as {'conv*': 0.1}")

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch
 
+from ..arguments import has_type
 from ..layers import Layer
 from .base import State, is_number
 from .measured import ChoosingRule, candidates_of
@@ -91,12 +92,12 @@ class GradientAmplification(ChoosingRule):
     default_decay = "plain"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.selection, LayerChoice):
+        if not has_type(self.selection, LayerChoice):
             raise TypeError(
                 f"selection={self.selection!r} must be Directionality(...), RandomLayers(ratio), AllLayers() or "
                 "ShuffledLayers(Directionality(...))"
             )
-        right = isinstance(self.phases, Sequence) and all(isinstance(phase, Phase) for phase in self.phases)
+        right = has_type(self.phases, Sequence) and all(has_type(phase, Phase) for phase in self.phases)
         if not right or not self.phases:
             raise TypeError(f"phases={self.phases!r} must be Phase(until, amplify, factor), at least one; try PARAMS_1")
         object.__setattr__(self, "phases", tuple(self.phases))

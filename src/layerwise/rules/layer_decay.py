@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..arguments import has_type
 from ..layers import Layer
 from ..statistics import Statistics
 from .base import Rule, State, is_number
@@ -41,7 +42,8 @@ def depths(names: Sequence[str]) -> list[int]:
         return list(range(len(names)))
     order: dict[str, int] = {}
     first = 1 if numbered[0] > 0 else 0
-    result, current = [], 0
+    result: list[int] = []
+    current = 0
     for block in blocks:
         if block is not None:
             current = order.setdefault(block, first + len(order))
@@ -99,7 +101,7 @@ class LayerDecay(Rule):
         names = [layer.name for layer in layers]
         levels = depths(names) if self.depth is None else [self.depth(name) for name in names]
         for name, level in zip(names, levels, strict=True):
-            if isinstance(level, bool) or not isinstance(level, int) or level < 0:
+            if isinstance(level, bool) or not has_type(level, int) or level < 0:
                 raise ValueError(f"depth({name!r}) returned {level!r}; it must be a whole number of at least 0")
         top = max(levels)
         gap = 1 if self.style == "electra" else 0

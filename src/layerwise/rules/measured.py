@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..layers import Layer
 from ..statistics import Statistics
-from ..sums import DirectionalitySums
+from ..sums import DirectionalitySums, Sums
 from .base import Rule, State
 from .selection import Measure, Selection, check_whole, of_kinds
-from .state import loaded
+from .state import is_state, loaded
 
 logger = logging.getLogger("layerwise")
 
@@ -35,7 +35,7 @@ class ChoosingRule(Rule):
         measure, sample = self._measures()
         unknown = torch.full((len(layers),), math.nan, dtype=torch.float64, device="cpu")
         of_kind = of_kinds(layers, self._kinds())
-        state = {
+        state: State = {
             "epoch": 1,
             "draw": 0,
             "sums": {},
@@ -56,7 +56,7 @@ class ChoosingRule(Rule):
         factor = torch.tensor(self._factor(state["epoch"]), dtype=torch.float64, device="cpu")
         factors = torch.where(state["selected"].cpu(), factor, 1.0)
         measuring = self._measuring(state["epoch"])
-        sums = state["sums"] if measuring else {}
+        sums: Sums = state["sums"] if measuring else {}
         return {
             **state,
             "sums": sums,
@@ -99,7 +99,7 @@ class ChoosingRule(Rule):
 
     def load(self, saved: State, state: State) -> State:
         """Return the state with what was saved; the sums of an epoch of measuring may be there or not."""
-        if not isinstance(saved, dict) or not isinstance(saved.get("sums"), dict):
+        if not is_state(saved) or not is_state(saved.get("sums")):
             raise ValueError("state['sums'] is missing in the file; was it saved for the same rule?")
         rest = loaded({"summing": False, **saved, "sums": {}}, {**state, "sums": {}}, "state")
         if rest["summing"] and not saved["sums"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 
@@ -45,6 +45,11 @@ def own_layer(rule: Any) -> bool:
     if is_elementwise(rule):
         return not {"counts", "gradients"} & set(rule.needs)
     return bool(getattr(rule, "own_layer", False))
+
+
+def is_pair(result: object) -> TypeGuard[tuple[Any, Any]]:
+    """Tell whether a rule's `factors` returned two things, as it must."""
+    return isinstance(result, tuple) and len(cast("tuple[object, ...]", result)) == 2
 
 
 def initial_state(rule: Any, layers: Sequence[Layer], device: torch.device) -> State:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..arguments import has_type
 from ..layers import Layer
 from ..statistics import Statistics, common_device
 from .base import Rule, State
@@ -65,8 +66,8 @@ def load_factors(file: str | os.PathLike[str]) -> tuple[list[str], list[list[flo
     try:
         header = json.loads(lines[0])
         layers: list[str] = header["layers"]
-        known = header["format"] == FORMAT and header["version"] == 1 and isinstance(layers, list)
-        if not known or not all(isinstance(x, str) for x in layers) or len(set(layers)) != len(layers):
+        known = header["format"] == FORMAT and header["version"] == 1 and has_type(layers, list)
+        if not known or not all(has_type(x, str) for x in layers) or len(set(layers)) != len(layers):
             raise ValueError(header)
     except (ValueError, IndexError, KeyError, TypeError) as error:
         remedy = "write it with layerwise.rules.save_factors"

@@ -6,11 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
 
+from ..arguments import has_type
 from ..layers import Layer
 from .base import is_number
 
@@ -238,7 +239,7 @@ class ShuffledLayers(LayerChoice):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.measured, Directionality):
+        if not has_type(self.measured, Directionality):
             raise TypeError(f"measured={self.measured!r} must be a Directionality(...)")
         check_whole("seed", self.seed, 0)
         for name in ("kinds", "measure", "sample", "reselect", "ddof"):
@@ -253,7 +254,8 @@ def drawn(candidates: Sequence[bool], count: int, seed: int, draw: int) -> list[
     """Draw some of the candidates without replacement; the same for the same seed and draw."""
     inside = [i for i, candidate in enumerate(candidates) if candidate]
     generator = torch.Generator("cpu").manual_seed(((seed + 1) * 1_000_003 + draw) % 2**63)
-    chosen = {inside[i] for i in torch.randperm(len(inside), generator=generator, device="cpu")[:count].tolist()}
+    order: Any = torch.randperm(len(inside), generator=generator, device="cpu")
+    chosen: set[int] = {inside[i] for i in order[:count].tolist()}
     return [i in chosen for i in range(len(candidates))]
 
 
@@ -261,10 +263,10 @@ def check_kinds(kinds: Sequence[str] | None) -> None:
     """Raise unless every kind is known."""
     if kinds is None:
         return
-    if isinstance(kinds, str) or not isinstance(kinds, Sequence) or not kinds:
+    if isinstance(kinds, str) or not has_type(kinds, Sequence) or not kinds:
         raise ValueError(f"kinds={kinds!r} must be a tuple of {', '.join(map(repr, KINDS))}, such as ('conv', 'fc')")
     for kind in kinds:
-        if not isinstance(kind, str) or kind not in KINDS:
+        if not has_type(kind, str) or kind not in KINDS:
             raise ValueError(f"kinds holds {kind!r}; allowed: {', '.join(map(repr, KINDS))}")
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
+from ..arguments import has_type
 from ..tensors import moved
 from .base import State
 
 logger = logging.getLogger("layerwise")
+
+
+def is_state(value: object) -> TypeGuard[State]:
+    """Tell whether this may be a state, or a part of one."""
+    return isinstance(value, dict)
 
 
 def carried_over(fresh: State, old: State, names: Sequence[str], old_names: Sequence[str]) -> State:
@@ -31,10 +37,10 @@ def carried_over(fresh: State, old: State, names: Sequence[str], old_names: Sequ
         before = old.get(name)
         if name not in old or is_derived(name):
             continue
-        if value == {} and isinstance(before, dict):  # one that fills as training goes on, by names of its own
+        if value == {} and is_state(before):  # one that fills as training goes on, by names of its own
             result[name] = before
-        elif isinstance(value, dict) and isinstance(before, dict):
-            result[name] = carried_over(cast(State, value), cast(State, before), names, old_names)
+        elif is_state(value) and is_state(before):
+            result[name] = carried_over(value, before, names, old_names)
         elif isinstance(value, Tensor) and isinstance(before, Tensor):
             result[name] = _rows(value, before, names, old_names)
         elif not isinstance(value, dict | Tensor):
@@ -59,7 +65,7 @@ def copied(state: Any) -> Any:
     """Return a state with its tensors copied, so that later steps do not change what was saved."""
     if isinstance(state, Tensor):
         return state.detach().clone()
-    if isinstance(state, dict):
+    if is_state(state):
         return {name: copied(value) for name, value in state.items() if not is_derived(name)}
     return state
 
@@ -83,7 +89,7 @@ def check_saved(saved: Any, rule: Any, layers: Sequence[str]) -> None:
         TypeError: It is no mapping.
         ValueError: It is incomplete, or of another version, rule or layers.
     """
-    if not isinstance(saved, Mapping):
+    if not has_type(saved, Mapping):
         raise TypeError(f"state_dict must be what state_dict() returned, not {type(saved).__name__}")
     missing = sorted({"version", "rule", "layers", "epoch", "state"} - set(saved))
     if missing:
@@ -114,9 +120,9 @@ def described(rule: Any) -> str:
 
 def loaded(saved: Any, current: Any, where: str) -> Any:
     """Return the saved state, on the device of the current one, if it has its form."""
-    if isinstance(saved, dict) != isinstance(current, dict) or isinstance(saved, Tensor) != isinstance(current, Tensor):
+    if is_state(saved) != is_state(current) or isinstance(saved, Tensor) != isinstance(current, Tensor):
         raise ValueError(f"{where} is {type(saved).__name__} in the file, {type(current).__name__} here; same rule?")
-    if isinstance(current, dict):
+    if is_state(current):
         wanted = sorted(name for name in current if not is_derived(name))
         if sorted(saved) != wanted:
             raise ValueError(

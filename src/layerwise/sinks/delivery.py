@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from .record import Record
 
@@ -20,7 +20,7 @@ def check_sinks(sinks: object) -> None:
     """
     if not isinstance(sinks, Sequence) or isinstance(sinks, str):
         raise TypeError(f"sinks={sinks!r} must be a list of callables that take a record; for one sink write [sink]")
-    for sink in sinks:
+    for sink in cast("Sequence[object]", sinks):
         if isinstance(sink, type):
             raise TypeError(f"sinks holds {sink.__name__}, which is a class; call it: {sink.__name__}(...)")
         if not callable(sink):

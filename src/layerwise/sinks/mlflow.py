@@ -7,7 +7,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from .optional import optional
@@ -91,7 +91,7 @@ def legal_name(layer: str) -> str:
 
 
 @contextlib.contextmanager
-def same_random_numbers() -> Iterator[None]:
+def same_random_numbers() -> Generator[None]:
     """Leave Python's random numbers as they were: MLflow draws its names from them."""
     state = random.getstate()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..arguments import has_type
 from .optional import optional
 from .record import QUANTITIES, Record
 
@@ -38,7 +39,7 @@ class Parquet:
     """
 
     def __init__(self, path: str | os.PathLike[str], records_per_file: int = 20) -> None:
-        if not isinstance(records_per_file, int) or isinstance(records_per_file, bool):
+        if not has_type(records_per_file, int) or isinstance(records_per_file, bool):
             raise TypeError(f"records_per_file={records_per_file!r} must be a whole number of at least 1")
         if records_per_file < 1:
             raise ValueError(f"records_per_file={records_per_file!r} must be at least 1")
