@@ -168,3 +168,14 @@ def test_a_rule_that_counts_epochs_says_what_it_waits_for_and_what_its_analysis_
     text = told(optimizer, model, GradientAmplification(Directionality()))
     assert "call adapter.end_epoch() after each" in text
     assert "in epochs of analysis one number a parameter for G" in text
+
+
+def test_beside_an_adapter_it_does_not_say_to_attach_another(told):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    next_line = "next      adapter = layerwise.LayerwiseLR(optimizer, rule, model)\n"
+    assert (told(optimizer, model, seconds=0) + "\n").endswith(next_line)
+    adapter = layerwise.LayerwiseLR(optimizer, LARS(), model)
+    assert "next      nothing: an adapter is attached already" in told(optimizer, model, seconds=0)
+    adapter.detach()
+    assert (told(optimizer, model, seconds=0) + "\n").endswith(next_line)

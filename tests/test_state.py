@@ -10,6 +10,7 @@ import torch
 from torch import nn, optim
 
 import layerwise
+from layerwise import rules
 from layerwise.rules import LARS, LayerAdaptive, Rule
 
 
@@ -86,6 +87,56 @@ def test_the_state_of_another_rule_is_refused() -> None:
     two = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
     with pytest.raises(ValueError, match="saved for the rule LARS"):
         two.load_state_dict(one.state_dict())
+
+
+def test_the_rules_that_a_rule_is_made_of_are_told_apart_too() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+
+    class Half(Rule):
+        def factors(self, statistics: Any, state: dict[str, Any]) -> Any:
+            return torch.full((1,), 0.5), state
+
+    class Third(Half):
+        pass
+
+    def saved(rule: Any, **arguments: Any) -> dict[str, Any]:
+        adapter = layerwise.LayerwiseLR(optimizer, rule, model, layers="module", **arguments)
+        adapter.detach()
+        return adapter.state_dict()
+
+    def refusal(state: dict[str, Any], rule: Any, **arguments: Any) -> str:
+        adapter = layerwise.LayerwiseLR(optimizer, rule, model, layers="module", **arguments)
+        adapter.detach()
+        with pytest.raises(ValueError, match="saved for the rule") as caught:
+            adapter.load_state_dict(state)
+        return str(caught.value)
+
+    bounded = saved(Half(), bounds=(0.1, 10))
+    assert "rule bounds(Half), this adapter has bounds(Third)" in refusal(bounded, Third(), bounds=(0.1, 10))
+    assert "rule bounds(Half), this adapter has Half" in refusal(bounded, Half())
+    chained = saved(rules.chain(Half(), LARS()))
+    assert "chain(Half, LARS), this adapter has chain(Third, LARS)" in refusal(chained, rules.chain(Third(), LARS()))
+
+
+def test_other_bounds_of_a_rule_without_words_of_its_own_are_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    class Own(Rule):
+        def factors(self, statistics: Any, state: dict[str, Any]) -> Any:
+            return torch.ones(1), state
+
+    model = nn.Linear(2, 2)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+
+    def attach(high: float) -> layerwise.LayerwiseLR:
+        adapter = layerwise.LayerwiseLR(optimizer, Own(), model, layers="module", bounds=(0.1, high))
+        adapter.detach()
+        return adapter
+
+    state = attach(10).state_dict()
+    attach(10).load_state_dict(state)
+    assert caplog.text == ""
+    attach(5).load_state_dict(state)
+    assert "saved for bounds(Own, 0.1, 10); it goes on with bounds(Own, 0.1, 5)" in caplog.text
 
 
 def test_names_that_coincide_without_their_wrappers_are_told_of() -> None:

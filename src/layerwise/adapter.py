@@ -21,7 +21,7 @@ from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds
 from .rules.questions import check_rule, ended_state, get_selection, needs_of, remarks_of
 from .rules.selection import Selection
-from .rules.state import check_saved, copied, described
+from .rules.state import check_saved, copied, described, kind_of
 from .statistics import check_needs
 
 logger = logging.getLogger("layerwise")
@@ -188,7 +188,7 @@ class LayerwiseLR:
         """Return the adapter's state: names, numbers and tensors, which `torch.load(weights_only=True)` reads."""
         return {
             "version": 1,
-            "rule": type(self._rule).__name__,
+            "rule": kind_of(self._rule),
             "arguments": described(self._rule),
             "layers": self.layers,
             "epoch": self._epoch,

@@ -21,6 +21,7 @@ from .optimizers import PlaceName, acting_optimizer, automatic_place
 from .resolution import Request, Resolution, rates_of, resolve
 from .rules.base import State
 from .rules.questions import is_pair, load_state, renewed_state
+from .rules.state import described
 from .splits import Split
 from .statistics import NOTHING
 
@@ -141,11 +142,16 @@ class AttachedRule:
             with torch.no_grad():
                 result = self._rule.factors(found.statistics.compute(groups, grad_scale, found_inf), self.state)
         if not is_pair(result):
-            raise TypeError(f"{self._rule!r}.factors returned {type(result).__name__}; it must return (factors, state)")
+            raise TypeError(
+                f"{described(self._rule)}.factors returned {type(result).__name__}; it must return (factors, state)"
+            )
         raw, self.state = result
         if not isinstance(raw, Tensor) or raw.shape != (len(found.layers),):
             shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
-            raise ValueError(f"{self._rule!r} returned factors of shape {shape}; there are {len(found.layers)} layers")
+            raise ValueError(
+                f"{described(self._rule)} returned factors of shape {shape}; return a tensor of shape "
+                f"({len(found.layers)},), one factor for each layer"
+            )
         if self._last_raw is None or self._last_raw[0] is not raw or self._last_raw[1] != raw._version:
             self.factors = Factors(raw, found.included, found.mask)
             self._last_raw = (raw, raw._version)

@@ -27,7 +27,7 @@ from .questions import (
     remarks_of,
 )
 from .selection import Selection
-from .state import is_state
+from .state import is_state, kind_of
 
 
 class _Combined(Rule):
@@ -74,6 +74,11 @@ class _Combined(Rule):
 
 
 class _Chain(_Combined):
+    @property
+    def rule_kind(self) -> str:
+        """What it is, but for the arguments of its rules."""
+        return f"chain({', '.join(map(kind_of, self.rules))})"
+
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the product of the rules' factors."""
         each, state = self._each(statistics, state)
@@ -89,6 +94,11 @@ class _Bounds(_Combined):
     def __init__(self, rule: Any, low: float, high: float) -> None:
         super().__init__(rule)
         self.low, self.high = check_bounds((low, high))
+
+    @property
+    def rule_kind(self) -> str:
+        """What it is, but for the bounds and the arguments of its rule."""
+        return f"bounds({kind_of(self.rules[0])})"
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the rule's factors, clamped."""

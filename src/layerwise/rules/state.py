@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -101,21 +102,27 @@ def check_saved(saved: Any, rule: Any, layers: Sequence[str]) -> None:
             f"the state was saved for the layers {list(saved['layers'])}, this adapter has {list(layers)}; attach with "
             "the same model and the same layers="
         )
-    name, arguments = type(rule).__name__, described(rule)
+    name, arguments = kind_of(rule), described(rule)
     if saved["rule"] != name:
         raise ValueError(
             f"the state was saved for the rule {saved['rule']}, this adapter has {name}; attach the same rule"
         )
     if not isinstance(saved["epoch"], int) or saved["epoch"] < 1:
         raise ValueError(f"epoch={saved['epoch']!r} of the state must be a whole number of at least 1")
-    if saved.get("arguments") and arguments and saved["arguments"] != arguments:
+    if saved.get("arguments") and saved["arguments"] != arguments:
         logger.warning("the state was saved for %s; it goes on with %s", saved["arguments"], arguments)
 
 
+def kind_of(rule: Any) -> str:
+    """Return what a rule is but for its arguments: the name of its class, and of those that it is made of."""
+    return getattr(rule, "rule_kind", type(rule).__name__)
+
+
 def described(rule: Any) -> str:
-    """Return a rule with its arguments in words, to compare; nothing for one whose words tell its place in memory."""
-    words = repr(rule)
-    return "" if " at 0x" in words else words
+    """Return a rule with its arguments in words, to compare and to tell: without places in memory."""
+    return re.sub(
+        r" at 0x[0-9a-fA-F]+", "", re.sub(r"<(?:[\w<>]+\.)*(\w+) object at 0x[0-9a-fA-F]+>", r"\1", repr(rule))
+    )
 
 
 def loaded(saved: Any, current: Any, where: str) -> Any:
