@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 SCHEMA_COLUMNS = ("step", "epoch", "quantity", "layer", "value")
 """Columns of ``metrics.parquet``. The step is the number of updates done; the layer of the whole network is null."""
+
+TOGETHER = 256
+"""Tables that are read by one call, which takes about as long as for one of them where they are small."""
 
 LARGEST_ROWS = 100_000_000
 """Rows of a run's table; a million updates of a network of a hundred layers have less."""
@@ -147,3 +150,51 @@ def read_frame(path: Path) -> polars.DataFrame:
             f"{', '.join(SCHEMA_COLUMNS)}; remove the run's folder and do it again"
         )
     return frame
+
+
+def read_frames(paths: Sequence[Path]) -> Iterable[polars.DataFrame]:
+    """Read many tables that ``Recorder.frame`` gave, ``TOGETHER`` by one call.
+
+    Args:
+        paths: of the Parquet files, each once.
+
+    Yields:
+        The tables, in the order of the paths.
+
+    Raises:
+        OSError: one is not there or cannot be read.
+        UsageError: one is damaged, or another table, or has more rows than a run's.
+    """
+    for begin in range(0, len(paths), TOGETHER):
+        some = paths[begin : begin + TOGETHER]
+        # Alone, each says what is wrong with it.
+        yield from _read_together(some) or map(read_frame, some)
+
+
+def _read_together(paths: Sequence[Path]) -> list[polars.DataFrame] | None:
+    """Read some tables by one call; None where that does not go, as one of them is damaged or they are too large."""
+    import polars
+
+    try:
+        whole = polars.scan_parquet(
+            paths,
+            schema=_schema(),
+            n_rows=LARGEST_ROWS + 1,
+            parallel="none",
+            use_statistics=False,
+            glob=False,
+            include_file_paths="file",
+        ).collect()
+    except BaseException as error:  # as in read_frame
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        return None
+    if whole.height > LARGEST_ROWS:
+        return None
+    lengths = dict(whole["file"].rle().struct.unnest().select("value", "len").iter_rows())
+    whole, frames, begin = whole.drop("file"), [], 0
+    for path in paths:
+        length = lengths.pop(str(path), 0)
+        frames.append(whole.slice(begin, length))
+        begin += length
+    return None if lengths else frames

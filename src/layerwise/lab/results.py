@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from layerwise.lab.arms import Arm
 from layerwise.lab.judgement import Comparison, Pair, judge
 from layerwise.lab.plan import PaperValue, Plan
+from layerwise.lab.recorder import read_frames
 from layerwise.lab.runs import Record
 
 if TYPE_CHECKING:
     import polars
 
 Key = tuple[str, str, int]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,15 @@ class Results:
     _compared: tuple[list[Comparison] | None, dict[tuple[str, str], list[tuple[str, int | None, Comparison]]]] = field(
         default=(None, {}), repr=False
     )
-    _of_layers: dict[tuple[str, str], polars.DataFrame] = field(default_factory=dict, repr=False)
+    _made: dict[Callable[[Results], Any], tuple[int, Any]] = field(default_factory=dict, repr=False)
+
+    def once(self, make: Callable[[Results], Made]) -> Made:
+        """Give what a function makes of these results; it is called again when runs have come since."""
+        count, made = self._made.get(make, (-1, None))
+        if count != len(self.records):
+            made = make(self)
+            self._made[make] = len(self.records), made
+        return made
 
     def of(self, subject: str, arm: str) -> dict[int, Record]:
         """Give the finished runs of an arm: seed -> record."""
@@ -83,9 +94,11 @@ class Results:
         return frozenset(seed for seed, record in self.of(subject, arm).items() if record.diverged)
 
     def metrics(self, key: Key) -> polars.DataFrame:
-        """Give every number of one run, read once."""
+        """Give every number of one run; those of all runs are read together, and once."""
         if key not in self._metrics:
-            self._metrics[key] = self.records[key].metrics()
+            left = [key for key in self.records if key not in self._metrics]
+            frames = read_frames([self.records[key].metrics_file for key in left])
+            self._metrics.update(zip(left, frames, strict=True))
         return self._metrics[key]
 
     def series(self, key: Key, quantity: str) -> list[tuple[int, float]]:
@@ -146,18 +159,8 @@ class Results:
         """Give the mean over seeds of a layer's quantity: layer, step, value; empty if it was not recorded."""
         import polars
 
-        if (subject, arm) not in self._of_layers:
-            parts = [self.metrics((subject, arm, seed)) for seed in self.of(subject, arm)]
-            if not parts:
-                return polars.DataFrame(schema={"layer": polars.String, "step": polars.Int64, "value": polars.Float64})
-            self._of_layers[subject, arm] = polars.concat(parts).filter(polars.col("layer").is_not_null())
-        return (
-            self._of_layers[subject, arm]
-            .filter(polars.col("quantity") == quantity)
-            .group_by("layer", "step", maintain_order=True)
-            .agg(polars.col("value").mean())
-            .select("layer", "step", "value")
-        )
+        none = {"layer": polars.String, "step": polars.Int64, "value": polars.Float64}
+        return self.once(_means_of_layers).get((subject, arm, quantity), polars.DataFrame(schema=none))
 
     def layer_names(self, subject: str, arm: str) -> list[str]:
         """Give the names of the layers in the network's order, and then those that the rule alone has, as LARS does."""
@@ -250,8 +253,7 @@ class Results:
         if not keys:
             return polars.DataFrame()
         frames = [self.metrics(key) for key in keys]
-        rows = polars.Series("row", range(len(keys)), polars.UInt32)
-        of = rows.repeat_by(polars.Series([frame.height for frame in frames], dtype=polars.UInt32)).explode()
+        of = _places(frames)
         names = ("subject", "arm", "seed")
         told = [polars.Series(name, list(column)) for name, column in zip(names, zip(*keys, strict=True), strict=True)]
         diverged = polars.Series("diverged", [self.records[key].diverged for key in keys])
@@ -285,3 +287,34 @@ class Results:
                     )
         floats = dict.fromkeys(("value", "mean", "sd", "paper_mean", "paper_sd"), polars.Float64)
         return polars.DataFrame(rows, schema_overrides={**floats, "step": polars.Int64, "group": polars.String})
+
+
+def _places(frames: Sequence[polars.DataFrame]) -> polars.Series:
+    """Give for each row of all tables together the place of its table."""
+    import polars
+
+    places = polars.Series("place", range(len(frames)), polars.UInt32)
+    return places.repeat_by(polars.Series([frame.height for frame in frames], dtype=polars.UInt32)).explode()
+
+
+def _means_of_layers(results: Results) -> dict[tuple[str, str, str], polars.DataFrame]:
+    """Give the means over seeds of every quantity of a layer: subject, arm, quantity -> layer, step, value."""
+    import polars
+
+    arms = list(dict.fromkeys((subject, arm) for subject, arm, _ in results.records))
+    keys = [(place, (*arm, seed)) for place, arm in enumerate(arms) for seed in results.of(*arm)]
+    if not keys:
+        return {}
+    frames = [results.metrics(key) for _, key in keys]
+    places = polars.Series("arm", [place for place, _ in keys], polars.UInt32)
+    means = (
+        polars.concat(frames)
+        .with_columns(places.gather(_places(frames)))
+        .lazy()
+        .filter(polars.col("layer").is_not_null())
+        .group_by("arm", "quantity", "layer", "step", maintain_order=True)
+        .agg(polars.col("value").mean())
+        .collect()
+    )
+    parts = means.partition_by("arm", "quantity", as_dict=True, include_key=False, maintain_order=True)
+    return {(*arms[place], quantity): rows for (place, quantity), rows in parts.items()}

@@ -63,9 +63,14 @@ class Record:
         """The loss was not finite at some update."""
         return self.summary["diverged_at"] is not None
 
+    @property
+    def metrics_file(self) -> Path:
+        """File with every number of the run."""
+        return self.folder / "metrics.parquet"
+
     def metrics(self) -> polars.DataFrame:
         """Read every number of the run: step, epoch, quantity, layer, value."""
-        return read_frame(self.folder / "metrics.parquet")
+        return read_frame(self.metrics_file)
 
     def series(self, quantity: str) -> list[tuple[int, float]]:
         """Give the pairs of step and value of a quantity of the whole network."""

@@ -23,6 +23,8 @@ LEFTOVER_SECONDS = 3600.0
 LARGEST_JSON = 1 << 26
 """Bytes of a JSON file of a run or a report; a larger one is not read, as it could only be meant to fill the memory."""
 
+_sorted = json.JSONEncoder(sort_keys=True).encode
+
 
 def versions() -> dict[str, str]:
     """Give the versions that a result depends on. A run of other versions is not taken for finished."""
@@ -67,7 +69,6 @@ def write_whole(path: Path, data: bytes, *, flush: bool = True) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with _made_anew(temporary) as stream:
                 stream.write(data)
@@ -99,12 +100,14 @@ def _flush_folder(path: Path) -> None:
 
 
 def _made_anew(path: Path) -> IO[bytes]:
-    """Open a file that was not there; a link that lies there is not followed."""
+    """Open a file that was not there; a link that lies there is not followed. Its folder is made if needed."""
     try:
         return path.open("xb")
     except FileExistsError:
         path.unlink()
-        return path.open("xb")
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("xb")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -136,7 +139,7 @@ def signed(content: Mapping[str, Any], indent: int | None = 1) -> bytes:
     return json.dumps({**content, "sha256": _digest(content)}, indent=indent).encode()
 
 
-def read_signed(path: Path) -> dict[str, Any]:
+def read_signed(path: str | Path) -> dict[str, Any]:
     """Read what ``signed`` wrote.
 
     Args:
@@ -149,7 +152,7 @@ def read_signed(path: Path) -> dict[str, Any]:
         OSError: it is not there or cannot be read.
         ValueError: it is damaged, or another file.
     """
-    with path.open("rb") as stream:
+    with open(path, "rb") as stream:
         text = stream.read(LARGEST_JSON + 1)
     try:
         content = json.loads(text) if len(text) <= LARGEST_JSON else None
@@ -162,7 +165,7 @@ def read_signed(path: Path) -> dict[str, Any]:
 
 def _digest(content: Mapping[str, Any]) -> str:
     """Give the checksum of what a JSON file says, whatever its spaces and order."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_sorted(content).encode()).hexdigest()
 
 
 def plain(value: Any, where: str = "state") -> Any:

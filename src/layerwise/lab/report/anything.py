@@ -15,7 +15,7 @@ from layerwise.lab.plan import Plan, PlannedRun, Subject
 from layerwise.lab.report.families import grouped
 from layerwise.lab.report.found import RUNS, Found, find
 from layerwise.lab.report.judged import judged
-from layerwise.lab.report.placed import CORE, PLAIN, Placed, arm_key, key_of, label_of, place, rivals_of, told_of
+from layerwise.lab.report.placed import CORE, PLAIN, Placed, arm_key, key_of, label_of, place, rivals, told_of
 from layerwise.lab.report.saved import PLAN, rebuilt
 from layerwise.lab.report.words import FOUND
 from layerwise.lab.results import Key, Results
@@ -51,11 +51,11 @@ def gather(folders: Sequence[Path], out: Path) -> Outcome:
             results.plan = replace(results.plan, name=NAME)
             return Outcome(results.plan, Settings(out=out), results, found=len(results.records))
     found = find(folders)
-    tuning = [record for record in found.records if record.configuration.trial.get("measure") == "validation"]
-    records = [record for record in found.records if record not in tuning] or tuning
+    tuning = [record for record in found.records if _tuned(record)]
+    records = [record for record in found.records if not _tuned(record)] or tuning
     left_out = len(found.records) - len(records)
     chosen = judged(records)
-    placed = [place(record) for record in chosen.records]
+    placed = place(chosen.records)
     subjects = _subjects(placed)
     varying = _varying(placed)
     arms, names = _arms(placed, subjects, varying)
@@ -95,6 +95,11 @@ def gather(folders: Sequence[Path], out: Path) -> Outcome:
     return Outcome(plan, Settings(out=out), results, found=len(taken))
 
 
+def _tuned(record: Record) -> bool:
+    """Tell whether a run only chose values on validation data."""
+    return record.configuration.trial.get("measure") == "validation"
+
+
 def _started(record: Record) -> str:
     return str(record.about.get("started", ""))
 
@@ -129,7 +134,8 @@ def _varying(placed: Sequence[Placed]) -> dict[str, list[str]]:
     """Give the constants that differ within each subject."""
     found = {}
     for subject in dict.fromkeys(each.subject for each in placed):
-        rests = [each.rest for each in placed if each.subject == subject]
+        # Each once: runs of the same constants share theirs.
+        rests = list({id(each.rest): each.rest for each in placed if each.subject == subject}.values())
         names = sorted({name for rest in rests for name in rest})
         found[subject] = [name for name in names if len({key_of(rest.get(name)) for rest in rests}) > 1]
     return found
@@ -139,8 +145,10 @@ def _arms(
     placed: Sequence[Placed], subjects: Mapping[str, Subject], varying: Mapping[str, list[str]]
 ) -> tuple[list[Arm], list[str]]:
     """Make the arms; give them, plain ones first and controls last, and the name of each run's arm."""
-    by_identity = {each.record.folder.name.rpartition("-")[2]: each for each in placed}
-    by_identity |= {each.record.configuration.identity: each for each in placed}
+    by_identity: dict[str, Placed] = {}
+    if any(each.record.configuration.source for each in placed):
+        by_identity = {each.record.folder.name.rpartition("-")[2]: each for each in placed}
+        by_identity |= {each.record.configuration.identity: each for each in placed}
     keys = [arm_key(each, varying, by_identity) for each in placed]
     members: dict[str, list[Placed]] = {}
     for key, each in zip(keys, placed, strict=True):
@@ -151,7 +159,7 @@ def _arms(
     for key in order:
         names[key] = _free(_arm_words(members[key], varying, "arm"), names.values())
         titles[key] = _free(_arm_words(members[key], varying, "arm_words"), titles.values())
-    made = []
+    made, against = [], rivals(members, names, by_identity, varying)
     for key in order:
         first = members[key][0]
         source = by_identity.get(first.record.configuration.source or "")
@@ -165,7 +173,7 @@ def _arms(
                 control=first.control if of else None,
                 of=of,
                 subjects=tuple(dict.fromkeys(subjects[each.subject].name for each in members[key])),
-                against=tuple(rivals_of(key, members, names, by_identity, varying)),
+                against=tuple(against[key]),
             )
         )
     return made, [names[key] for key in keys]

@@ -15,6 +15,8 @@ from layerwise.lab.errors import UsageError
 from layerwise.lab.runs import Record
 from layerwise.lab.store import read_signed
 
+_sorted = json.JSONEncoder(sort_keys=True).encode
+
 RUNS = "runs.json"
 """File that names the runs of an experiment, by which ``layerwise report`` finds them."""
 
@@ -106,7 +108,12 @@ def find(folders: Sequence[Path]) -> Found:
         if not given.is_dir():
             raise UsageError(f"runs={str(given)!r} is not a folder: give folders that layerwise has written to")
         for place in _run_folders(given):
-            real = os.path.realpath(place)
+            try:
+                about = os.stat(place)  # tells folders apart by whatever path they were reached
+            except OSError:
+                real = os.path.realpath(place)
+            else:
+                real = (about.st_dev, about.st_ino)
             if real in seen:
                 continue
             seen.add(real)
@@ -141,15 +148,15 @@ def _run_folders(given: Path) -> Iterator[Path]:
 
 def _add(found: Found, known: set[str], place: Path) -> None:
     """Add a run, unless it is there already, not finished, or damaged."""
-    if not (place / "record.json").exists():
-        found.unfinished += 1
-        return
     try:
         record = read(place)
     except (OSError, ValueError, KeyError, TypeError):
-        found.damaged += 1
+        if (place / "record.json").exists():
+            found.damaged += 1
+        else:
+            found.unfinished += 1
         return
-    same = json.dumps([record.about["configuration"], record.about.get("versions")], sort_keys=True)
+    same = _sorted([record.about["configuration"], record.about.get("versions")])
     if same in known:
         found.twice += 1
         return
@@ -172,9 +179,11 @@ def read(place: Path) -> Record:
         KeyError: something is missing in them.
         TypeError: they hold something else.
     """
-    about, summary = read_signed(place / "run.json"), read_signed(place / "record.json")
+    folder = os.fspath(place)  # of thousands of runs, joining paths would take as long as reading them
+    about, summary = read_signed(f"{folder}/run.json"), read_signed(f"{folder}/record.json")
     configuration = Configuration(**about["configuration"])
-    digest = hashlib.sha256((place / "metrics.parquet").read_bytes()).hexdigest()
+    with open(f"{folder}/metrics.parquet", "rb") as stream:
+        digest = hashlib.sha256(stream.read()).hexdigest()
     if digest != summary["metrics_sha256"]:
         raise ValueError(f"{place}: record.json does not belong to metrics.parquet")
     _check(vars(configuration), CONFIGURATION, place)

@@ -40,7 +40,7 @@ def sheet(results: Results) -> Sheet:
         The table.
     """
     makers: dict[str, Callable[[Results], Sheet]] = {"thresholds": _thresholds, "best": _best, "times": _times}
-    return makers.get(results.plan.layout, steps)(results)
+    return results.once(makers.get(results.plan.layout, steps))
 
 
 def groups_of(plan: Plan, subject: str) -> dict[str, list[Arm]]:

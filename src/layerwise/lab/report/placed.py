@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,9 +45,12 @@ class Placed:
     rest: Mapping[str, Any]
 
 
+_written = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
+
+
 def key_of(value: Any) -> str:
     """Write a value so that equal ones are equal words."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return _written(value)
 
 
 def label_of(record: Record, name: str) -> str:
@@ -56,15 +59,23 @@ def label_of(record: Record, name: str) -> str:
     return str(labels.get(name, "")) if isinstance(labels, Mapping) else ""
 
 
-def place(record: Record) -> Placed:
-    """Find out where a run belongs."""
-    configuration = record.configuration
-    core = {name: configuration.trial.get(name) for name in CORE}
-    rest = {name: value for name, value in configuration.trial.items() if name not in CORE}
-    control = _control(record)
-    # The factors of a control are another in every seed: what it repeats is the same.
-    rule: Any = control or [configuration.rule, configuration.apply, configuration.decay]
-    return Placed(record, key_of([label_of(record, "subject"), core]), key_of(rule), control, rest)
+def place(records: Iterable[Record]) -> list[Placed]:
+    """Find out where runs belong; runs of the same constants share what holds the rest of them."""
+    found, known = [], dict[str, tuple[str, Mapping[str, Any]]]()
+    for record in records:
+        configuration = record.configuration
+        label = label_of(record, "subject")
+        text = key_of([label, configuration.trial])
+        if text not in known:
+            core = {name: configuration.trial.get(name) for name in CORE}
+            rest = {name: value for name, value in configuration.trial.items() if name not in CORE}
+            known[text] = key_of([label, core]), rest
+        subject, rest = known[text]
+        control = _control(record)
+        # The factors of a control are another in every seed: what it repeats is the same.
+        rule: Any = control or [configuration.rule, configuration.apply, configuration.decay]
+        found.append(Placed(record, subject, key_of(rule), control, rest))
+    return found
 
 
 def _control(record: Record) -> Control | None:
@@ -97,34 +108,49 @@ def _factors_alone(members: Sequence[Placed]) -> bool:
     return any(label_of(each.record, "arm_words").endswith(FACTORS_ALONE) for each in members)
 
 
-def rivals_of(
-    key: str,
+def rivals(
     members: Mapping[str, list[Placed]],
     names: Mapping[str, str],
     by_identity: Mapping[str, Placed],
     varying: Mapping[str, list[str]],
-) -> list[str]:
-    """Name the arms that a method is compared with: plain ones and its controls; nothing for those themselves."""
-    first = members[key][0]
-    if first.control is not None or first.rule == PLAIN or _factors_alone(members[key]):
-        return []
-    plain = [other for other, runs in members.items() if runs[0].rule == PLAIN]
-    same = [other for other in plain if told_of(members[other][0], varying) == told_of(first, varying)]
-    controls = []
+) -> dict[str, list[str]]:
+    """Name the arms that each arm is compared with: plain ones and its controls; nothing for those themselves.
+
+    Args:
+        members: key of an arm -> its runs.
+        names: key of an arm -> its name.
+        by_identity: runs by their identities, for those that controls repeat.
+        varying: of each subject, the constants that differ within it.
+
+    Returns:
+        Key of an arm -> names of others.
+    """
+    plain = [(other, told_of(runs[0], varying)) for other, runs in members.items() if runs[0].rule == PLAIN]
+    controls: list[tuple[str, Placed, str]] = []
     for other, runs in members.items():
         source = by_identity.get(runs[0].record.configuration.source or "")
-        if runs[0].control is None or source is None:
+        if runs[0].control is not None and source is not None:
+            controls.append((other, source, arm_key(source, varying, by_identity)))
+    found: dict[str, list[str]] = {}
+    for key, runs in members.items():
+        first = runs[0]
+        if first.control is not None or first.rule == PLAIN or _factors_alone(runs):
+            found[key] = []
             continue
-        repeated = arm_key(source, varying, by_identity)
-        # A tuned control repeats its method at values of its own, and yet is a control of the method at the method's.
-        tuned = (
-            source.rule == first.rule
+        told = told_of(first, varying)
+        same = [other for other, of_plain in plain if of_plain == told]
+        own = [
+            other
+            for other, source, repeated in controls
+            # A tuned control repeats its method at values of its own, and yet is a control of the method at the
+            # method's.
+            if repeated == key
+            or source.rule == first.rule
             and _factors_alone(members[repeated])
-            and _experiments(runs) & _experiments(members[key])
-        )
-        if repeated == key or tuned:
-            controls.append(other)
-    return [names[other] for other in (*(same or plain), *controls)]
+            and _experiments(members[other]) & _experiments(runs)
+        ]
+        found[key] = [names[other] for other in (*(same or (other for other, _ in plain)), *own)]
+    return found
 
 
 def _experiments(members: Sequence[Placed]) -> set[str]:

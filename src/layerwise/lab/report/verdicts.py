@@ -83,11 +83,17 @@ def verdicts(results: Results) -> list[Verdict]:
     Returns:
         One verdict a subject and arm, groups of arms together, in the plan's order.
     """
+    return results.once(_verdicts)
+
+
+def _verdicts(results: Results) -> list[Verdict]:
     plan, found = results.plan, []
     for subject in plan.subjects:
-        arms = [arm for arm in plan.arms_of(subject.name) if _compared(results, subject.name, arm) is not None]
-        for item in dict.fromkeys(item_of(arm) for arm in arms):
-            members = [arm for arm in arms if item_of(arm) == item]
+        items: dict[str, list[Arm]] = {}
+        for arm in plan.arms_of(subject.name):
+            if _compared(results, subject.name, arm) is not None:
+                items.setdefault(item_of(arm), []).append(arm)
+        for members in items.values():
             judge = _judged_group if members[0].group else _judged_arm
             found.append(judge(results, subject.name, members))
     return found
@@ -114,9 +120,7 @@ def _compared(results: Results, subject: str, arm: Arm) -> Compared | None:
 
 
 def _all_of(results: Results, subject: str, members: Sequence[Arm]) -> tuple[Comparison, ...]:
-    names = {arm.name for arm in members}
-    arms = [arm.name for arm in results.plan.arms_of(subject) if arm.name in names]
-    return tuple(each for arm in arms for _, _, each in results.compared.get((subject, arm), ()))
+    return tuple(each for arm in members for _, _, each in results.compared.get((subject, arm.name), ()))
 
 
 def _judged_arm(results: Results, subject: str, members: Sequence[Arm]) -> Verdict:
