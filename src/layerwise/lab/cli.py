@@ -182,9 +182,10 @@ def _doctor(asked: options.Doctor, arguments: Sequence[str]) -> int:
 
 
 def _report(asked: options.Report, arguments: Sequence[str]) -> int:
-    from layerwise.lab import terminal
+    from layerwise.lab import report, terminal
     from layerwise.lab.report import anything
 
+    threading.Thread(target=report.prepare, daemon=True).start()  # while the runs are read
     outcome = anything.gather(asked.runs, out=asked.out)
     _write_report(outcome, arguments, silent=asked.json or asked.quiet)
     if asked.json:

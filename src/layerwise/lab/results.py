@@ -146,10 +146,14 @@ class Results:
 
     def cell(self, subject: str, arm: str, step: int | None = None) -> Cell | None:
         """Summarise the plan's quantity of an arm over seeds at a step (None: the last); None without a run."""
-        if not self.of(subject, arm):
-            return None
-        values = list(self.values(subject, arm, step).values())
-        return summarise(step if step is not None else -1, values, len(self.diverged(subject, arm)))
+        known = self.once(_no_cells)
+        if (subject, arm, step) not in known:
+            found = None
+            if self.of(subject, arm):
+                values = list(self.values(subject, arm, step).values())
+                found = summarise(-1 if step is None else step, values, len(self.diverged(subject, arm)))
+            known[subject, arm, step] = found
+        return known[subject, arm, step]
 
     def cells(self, subject: str, arm: str) -> list[Cell | None]:
         """Give the cells of an arm at the plan's columns, or the last one alone."""
@@ -160,7 +164,24 @@ class Results:
         import polars
 
         none = {"layer": polars.String, "step": polars.Int64, "value": polars.Float64}
-        return self.once(_means_of_layers).get((subject, arm, quantity), polars.DataFrame(schema=none))
+        return self.once(_means_by_arm).get((subject, arm, quantity), polars.DataFrame(schema=none))
+
+    def layer_ranges(self, quantity: str) -> dict[tuple[str, str], dict[str, tuple[float, float, float]]]:
+        """Give mean, smallest and largest value over the steps that is a number: subject, arm -> layer -> these."""
+        import polars
+
+        arms, means = self.once(_means_of_layers)
+        rows = (
+            means.lazy()
+            .filter((polars.col("quantity") == quantity) & polars.col("value").is_not_nan())
+            .group_by("arm", "layer", maintain_order=True)
+            .agg(polars.mean("value"), polars.min("value").alias("low"), polars.max("value").alias("high"))
+            .collect()
+        )
+        found: dict[tuple[str, str], dict[str, tuple[float, float, float]]] = {}
+        for place, layer, *numbers in rows.iter_rows():
+            found.setdefault(arms[place], {})[layer] = (*numbers,)
+        return found
 
     def layer_names(self, subject: str, arm: str) -> list[str]:
         """Give the names of the layers in the network's order, and then those that the rule alone has, as LARS does."""
@@ -297,14 +318,16 @@ def _places(frames: Sequence[polars.DataFrame]) -> polars.Series:
     return places.repeat_by(polars.Series([frame.height for frame in frames], dtype=polars.UInt32)).explode()
 
 
-def _means_of_layers(results: Results) -> dict[tuple[str, str, str], polars.DataFrame]:
-    """Give the means over seeds of every quantity of a layer: subject, arm, quantity -> layer, step, value."""
+def _no_cells(results: Results) -> dict[tuple[str, str, int | None], Cell | None]:
+    return {}
+
+
+def _means_of_layers(results: Results) -> tuple[list[tuple[str, str]], polars.DataFrame]:
+    """Give subjects with arms, and the means over seeds: place of the arm, quantity, layer, step, value."""
     import polars
 
     arms = list(dict.fromkeys((subject, arm) for subject, arm, _ in results.records))
     keys = [(place, (*arm, seed)) for place, arm in enumerate(arms) for seed in results.of(*arm)]
-    if not keys:
-        return {}
     frames = [results.metrics(key) for _, key in keys]
     places = polars.Series("arm", [place for place, _ in keys], polars.UInt32)
     means = (
@@ -316,5 +339,13 @@ def _means_of_layers(results: Results) -> dict[tuple[str, str, str], polars.Data
         .agg(polars.col("value").mean())
         .collect()
     )
+    return arms, means
+
+
+def _means_by_arm(results: Results) -> dict[tuple[str, str, str], polars.DataFrame]:
+    """Give the means of the layers: subject, arm, quantity -> layer, step, value."""
+    if not results.records:
+        return {}
+    arms, means = results.once(_means_of_layers)
     parts = means.partition_by("arm", "quantity", as_dict=True, include_key=False, maintain_order=True)
     return {(*arms[place], quantity): rows for (place, quantity), rows in parts.items()}

@@ -6,12 +6,13 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerwise.lab.conclusions import note
 from layerwise.lab.experiment import Outcome
+from layerwise.lab.report.drawing import Drawing
 from layerwise.lab.report.found import RUNS
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet
@@ -43,18 +44,36 @@ def write_all(
         The page. It comes last, so that a page that is there has its tables and figures.
     """
     show(0, None)
-    folder, page = outcome.folder, build(outcome, command)
+    folder, results = outcome.folder, outcome.results
     for place in (outcome.settings.out, folder, folder / "tables", folder / "figures"):
         remove_leftovers(place)
+    # Made before threads ask for the same.
+    verdicts(results), sheet(results)
+    for key in results.records:
+        results.metrics(key)
+    # Rendering holds no lock of Python's: figures are written, and tables made, while the next one is drawn.
+    with ThreadPoolExecutor(usable_cores() + 1) as pool:
+        rest = pool.submit(_write_rest, outcome)
+        images: list[Future[None]] = []
+        page = build(outcome, command, lambda drawing: images.append(pool.submit(_image, folder / "figures", drawing)))
+        for done, image in enumerate(images):
+            show(done, len(images))
+            image.result()
+        rest.result()
+    _remove_others(folder / "figures", page)
+    write_whole(outcome.report, _bytes(page.html))
+    write_whole(outcome.settings.out / "report.html", _bytes(page.html))
+    return outcome.report
+
+
+def _write_rest(outcome: Outcome) -> None:
+    """Write what is neither page nor figure."""
+    folder = outcome.folder
     if outcome.results.records:
         _tables(outcome)
     write_whole(folder / "table.md", _bytes(markdown(outcome)))
     write_whole(folder / PLAN, signed(json.loads(as_json(outcome.plan)), indent=None))
     write_whole(folder / RUNS, json.dumps(_run_list(outcome), indent=1).encode())
-    _figures(folder / "figures", page, show)
-    write_whole(outcome.report, _bytes(page.html))
-    write_whole(outcome.settings.out / "report.html", _bytes(page.html))
-    return outcome.report
 
 
 def _bytes(text: str) -> bytes:
@@ -125,17 +144,15 @@ def _run_list(outcome: Outcome) -> dict[str, object]:
     }
 
 
-def _figures(folder: Path, page: Page, show: Callable[[float, float | None], None]) -> None:
-    """Write each figure as SVG and PNG, and remove those of an earlier page."""
-    wanted = set()
-    # Rendering holds no lock of Python's.
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        images = pool.map(lambda one: one.png, page.figures)
-        for done, (drawing, png) in enumerate(zip(page.figures, images, strict=True)):
-            show(done, len(page.figures))
-            write_whole(folder / f"{drawing.name}.svg", _bytes(drawing.file), flush=False)
-            write_whole(folder / f"{drawing.name}.png", png, flush=False)
-            wanted |= {f"{drawing.name}.svg", f"{drawing.name}.png"}
+def _image(folder: Path, drawing: Drawing) -> None:
+    """Write a figure as SVG and PNG."""
+    write_whole(folder / f"{drawing.name}.svg", _bytes(drawing.file), flush=False)
+    write_whole(folder / f"{drawing.name}.png", drawing.png, flush=False)
+
+
+def _remove_others(folder: Path, page: Page) -> None:
+    """Remove the figures of an earlier page."""
+    wanted = {f"{drawing.name}{ending}" for drawing in page.figures for ending in (".svg", ".png")}
     for path in folder.glob("*.*"):
         if path.suffix in (".svg", ".png") and path.name not in wanted:
             path.unlink(missing_ok=True)

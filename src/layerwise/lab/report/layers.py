@@ -180,18 +180,19 @@ def factor_tables(results: Results) -> list[dict[str, Any]]:
     """
     tables: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     several = len(results.plan.subjects) > 1
+    factors = results.layer_ranges("factor") if results.records else {}
     for subject in results.plan.subjects:
         for arm in results.plan.arms_of(subject.name):
             if arm.rule is None or arm.group or arm.rule.get("name") in ("GradientAmplification", "Constant"):
                 continue
-            frame = results.layers(subject.name, arm.name, "factor")
-            if frame.is_empty():
+            recorded = factors.get((subject.name, arm.name))
+            if recorded is None:
                 continue
-            layers = {}
-            for name in results.layer_names(subject.name, arm.name):
-                values = frame.filter(frame["layer"] == name)["value"].drop_nans()
-                if len(values):
-                    layers[name] = {"mean": values.mean(), "low": values.min(), "high": values.max()}
+            layers = {
+                name: dict(zip(("mean", "low", "high"), recorded[name], strict=True))
+                for name in results.layer_names(subject.name, arm.name)
+                if name in recorded
+            }
             words = f"{subject.words}, {arm.words}" if several else arm.words
             column = {
                 "words": words,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -58,12 +58,13 @@ class Page:
     figures: list[Drawing]
 
 
-def build(outcome: Outcome, command: str) -> Page:
+def build(outcome: Outcome, command: str, drawn: Callable[[Drawing], None] = lambda drawing: None) -> Page:
     """Make the page of an outcome.
 
     Args:
         outcome: of any plan.
         command: the command line that made it, or "".
+        drawn: given each drawing as soon as it is there.
 
     Returns:
         The page and its figures.
@@ -75,13 +76,16 @@ def build(outcome: Outcome, command: str) -> Page:
         for subject in plan.subjects
     }
     names = slugs(f"{v.subject} {v.item}" for v in found)
-    cards = [
-        (v, charts.differences(v, shown[v.item], reach[v.subject], f"differences-{names[f'{v.subject} {v.item}']}"))
-        for v in found[:MOST_DRAWN]
-    ]
+    cards = []
+    for v in found[:MOST_DRAWN]:
+        name = f"differences-{names[f'{v.subject} {v.item}']}"
+        cards.append((v, charts.differences(v, shown[v.item], reach[v.subject], name)))
+        drawn(cards[-1][1])
     entries = [one for _, lines in table.sections for line in lines for one in line.entries]
     rows = chart_rows(outcome, shown)
     panes, (chosen, left_out) = layers.panes(results), layers.chosen_maps(results)
+    for drawing in _figures(rows, panes, chosen):
+        drawn(drawing)
     grouped = any(arm.group for arm in plan.arms)
     words = {arm.name: arm.words for arm in plan.arms}
     html = template("page.html.j2").render(
@@ -125,11 +129,10 @@ def build(outcome: Outcome, command: str) -> Page:
         colours=COLOURS,
         version=layerwise.__version__,
     )
-    return Page(html, list(_figures(cards, rows, panes, chosen)))
+    return Page(html, [*(drawing for _, drawing in cards), *_figures(rows, panes, chosen)])
 
 
-def _figures(cards: Any, rows: list[Row], panes: list[layers.Pane], chosen: Any) -> Iterator[Drawing]:
-    yield from (drawing for _, drawing in cards)
+def _figures(rows: list[Row], panes: list[layers.Pane], chosen: Any) -> Iterator[Drawing]:
     yield from (drawing for row in rows for _, drawing in row.drawings)
     yield from (drawing for pane in panes for row in pane.rows for _, drawing in row.drawings)
     yield from (drawing for _, drawing in chosen)

@@ -145,9 +145,11 @@ def rivals(
             # A tuned control repeats its method at values of its own, and yet is a control of the method at the
             # method's.
             if repeated == key
-            or source.rule == first.rule
-            and _factors_alone(members[repeated])
-            and _experiments(members[other]) & _experiments(runs)
+            or (
+                source.rule == first.rule
+                and _factors_alone(members[repeated])
+                and _experiments(members[other]) & _experiments(runs)
+            )
         ]
         found[key] = [names[other] for other in (*(same or (other for other, _ in plain)), *own)]
     return found
