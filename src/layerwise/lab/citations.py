@@ -36,13 +36,14 @@ def sourced(
     # A sweep makes many subjects of one, which have its constants: they are named together.
     known = {row["name"]: row["words"] for row in content["subjects"]}
     found = {}
+    each = [
+        {**base, **subject.constants, **arm.constants, **subject.varied}
+        for subject in subjects
+        for arm in arms
+        if not arm.subjects or subject.name in arm.subjects
+    ]
     for name in dict.fromkeys((*base, *of_subjects, *of_arms)):
-        values = distinct(
-            {**base, **subject.constants, **arm.constants, **subject.varied}.get(name, DEFAULTS.get(name))
-            for subject in subjects
-            for arm in arms
-            if not arm.subjects or subject.name in arm.subjects
-        )
+        values = distinct(constants.get(name, DEFAULTS.get(name)) for constants in each)
         value = values[0] if len(values) == 1 else ", ".join(map(written, values))
         found[name] = (value, _source(name, given, changed, subjects, arms, known))
     return found

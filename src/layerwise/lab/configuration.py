@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 from layerwise.lab.errors import UsageError
@@ -213,12 +214,8 @@ class Configuration:
     @property
     def identity(self) -> str:
         """Letters that follow from every value and from the versions at work: no two kinds of runs share them."""
-        given = {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if getattr(self, field.name) != field.default
-        }
-        text = json.dumps([given, versions()], sort_keys=True, allow_nan=False)
+        given = {name: value for name, default in _DEFAULTS if (value := getattr(self, name)) != default}
+        text = _sorted([given, versions()])
         return hashlib.sha256(text.encode()).hexdigest()[:IDENTITY_LENGTH]
 
     @property
@@ -226,4 +223,14 @@ class Configuration:
         """Name of the run and of its folder, for example ``lenet-mnist-LayerAdaptive-seed0-3f2a9c1d04be``."""
         about = [self.trial.get("model"), self.trial.get("data"), self.trial.get("function")]
         about += [self.rule["name"] if self.rule else "plain", f"seed{self.seed}", self.identity]
-        return "-".join(re.sub(r"[^A-Za-z0-9_.]", "_", str(word)) for word in about if word)
+        return "-".join(_in_a_name(str(word)) for word in about if word)
+
+
+@lru_cache(maxsize=1024)
+def _in_a_name(word: str) -> str:
+    """Write a word in letters that any file system takes."""
+    return re.sub(r"[^A-Za-z0-9_.]", "_", word)
+
+
+_DEFAULTS = [(field.name, field.default) for field in fields(Configuration)]
+_sorted = json.JSONEncoder(sort_keys=True, allow_nan=False).encode

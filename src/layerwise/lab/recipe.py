@@ -117,10 +117,11 @@ class Recipe:
         base = {name: entry["value"] for name, entry in content["constants"].items()} | chosen.get("constants", {})
         given = check_seeds(seeds if seeds is not None else chosen["seeds"])
         runs = tuple(
-            PlannedRun(subject=subject.name, arm=arm, seed=seed, configuration=_configuration(base, subject, arm, seed))
+            PlannedRun(subject=subject.name, arm=arm, seed=seed, configuration=replace(configuration, seed=seed))
             for subject in subjects
             for arm in arms
             if not arm.subjects or subject.name in arm.subjects
+            for configuration in [_configuration(base, subject, arm)]
             for seed in given
         )
         layout = content["layout"]
@@ -164,15 +165,15 @@ def _paper(content: Mapping[str, Any], subjects: Sequence[Subject], arms: Sequen
     return tuple(row for row in rows if row.subject in names and row.arm in compared)
 
 
-def _configuration(base: Mapping[str, Any], subject: Subject, arm: Arm, seed: int) -> Configuration:
-    """Put together what one run is."""
+def _configuration(base: Mapping[str, Any], subject: Subject, arm: Arm) -> Configuration:
+    """Put together what the runs of an arm are, but for their seeds."""
     constants = Constants.of({**base, **subject.constants, **arm.constants, **subject.varied})
     check(constants)
     rule = arm.rule
     if rule is not None and isinstance(rule.get("phases"), Mapping):
         rule = {**rule, "phases": _of_kind(rule["phases"], subject.kind)}
     rule = resolved(rule, constants.epochs)
-    return Configuration.make(constants, rule=rule, apply=arm.apply, seed=seed)
+    return Configuration.make(constants, rule=rule, apply=arm.apply)
 
 
 def _subjects(

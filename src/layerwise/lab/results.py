@@ -96,9 +96,10 @@ class Results:
     def metrics(self, key: Key) -> polars.DataFrame:
         """Give every number of one run; those of all runs are read together, and once."""
         if key not in self._metrics:
-            left = [key for key in self.records if key not in self._metrics]
-            frames = read_frames([self.records[key].metrics_file for key in left])
-            self._metrics.update(zip(left, frames, strict=True))
+            left = {key: self.records[key].metrics_file for key in self.records if key not in self._metrics}
+            files = list(dict.fromkeys(left.values()))  # runs of one configuration are one run, under several names
+            frames = dict(zip(files, read_frames(files), strict=True))
+            self._metrics.update({key: frames[file] for key, file in left.items()})
         return self._metrics[key]
 
     def series(self, key: Key, quantity: str) -> list[tuple[int, float]]:

@@ -212,13 +212,12 @@ class RunFolder:
         write_whole(self.path / name, signed(content))
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        path = self.path / name
         try:
-            return read_signed(path)
+            return read_signed(f"{self.path}/{name}")
         except FileNotFoundError:
             return None
         except ValueError:
-            self._put_aside(path)
+            self._put_aside(self.path / name)
             return None
 
     def _put_aside(self, path: Path) -> None:
