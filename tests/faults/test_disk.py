@@ -15,7 +15,7 @@ import torch
 import victims
 from made_up import finish, finish_plan, outcome_of, table_plan, table_value
 
-from layerwise.lab import report, work
+from layerwise.lab import chains, report, work
 from layerwise.lab.cli import main
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiment import Settings, carry_out, load_finished
@@ -50,7 +50,7 @@ def do(out, log, **more):
     link = work.Alone(message=lambda message: failures.append(message) if isinstance(message, work.Failure) else None)
     before = torch.get_num_threads()
     for chain in plan.chains():
-        work.do_chain(work.Chain(runs=chain, out=out, **more), link)
+        work.do_chain(chains.Chain(runs=chain, out=out, **more), link)
     torch.set_num_threads(before)
     return failures, load_finished(plan, Runs(out)).records
 

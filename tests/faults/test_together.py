@@ -155,13 +155,13 @@ def test_a_crash_ends_one_run_and_is_told(tmp_path, ends, words, which):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs limits of memory")
 def test_too_little_memory_in_this_process_ends_one_run(tmp_path):
-    from layerwise.lab import work
+    from layerwise.lab import chains, work
 
     failures = []
     plan = ending(tmp_path / "log", "memory", "plain")
     for chain in plan.chains():
         link = work.Alone(message=lambda told: failures.append(told) if isinstance(told, work.Failure) else None)
-        work.do_chain(work.Chain(runs=chain, out=tmp_path / "runs"), link)
+        work.do_chain(chains.Chain(runs=chain, out=tmp_path / "runs"), link)
     (failure,) = failures
     assert failure.doing == "small plain seed 0"
     assert failure.reason.startswith("MemoryError")

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from layerwise import rules
-from layerwise.lab import experiment, work
+from layerwise.lab import chains, experiment, work
 from layerwise.lab.arms import Arm
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.engine import Training
@@ -175,7 +175,7 @@ def share(out: Path, log: Path, seeds: int) -> None:
     plan = plan_of(log, 0.002, seeds)
     while len(load_finished(plan, Runs(out)).records) < len(plan.runs):
         for chain in plan.chains():
-            part = work.Chain(runs=chain, out=out, checkpoint_seconds=0.01)
+            part = chains.Chain(runs=chain, out=out, checkpoint_seconds=0.01)
             work.do_chain(part, work.Alone(message=_no_error))
 
 
@@ -189,7 +189,7 @@ def train(out: Path, log: Path, *, pause: float, checkpoint_seconds: float, seed
     plan = plan_of(log, pause, seeds)
     for chain in plan.chains():
         labels = plan.labels(chain[0].subject)
-        part = work.Chain(runs=chain, out=out, checkpoint_seconds=checkpoint_seconds, labels=labels)
+        part = chains.Chain(runs=chain, out=out, checkpoint_seconds=checkpoint_seconds, labels=labels)
         work.do_chain(part, Alone())
 
 
@@ -201,7 +201,7 @@ class Alone(work.Alone):
 
 
 def _no_failure(message: object) -> None:
-    if isinstance(message, (work.Failure, work.Skipped)):
+    if isinstance(message, (work.Failure, chains.Skipped)):
         raise RuntimeError(repr(message))
 
 
@@ -214,7 +214,7 @@ def do_report(out: Path) -> None:
 
 def do_sweep(out: Path, log: Path, jobs: int, engine: str = "local") -> None:
     """Carry the plan out in worker processes."""
-    experiment.Chain = functools.partial(work.Chain, checkpoint_seconds=0.02)  # type: ignore[misc]
+    experiment.Chain = functools.partial(chains.Chain, checkpoint_seconds=0.02)  # type: ignore[misc]
     plan = plan_of(log, 0.01, seeds=2)
     outcome = experiment.carry_out(plan, Settings(out=out, jobs=jobs, engine=engine))
     words = [failure.reason for failure in outcome.failures]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerwise.lab import work
+from layerwise.lab import chains, work
 from layerwise.lab.experiment import Outcome, Settings, load_finished
 from layerwise.lab.plan import Plan
 from layerwise.lab.runs import Runs
@@ -30,7 +30,7 @@ def carried_out(tmp_path: Path, one_thread: None) -> Callable[..., Outcome]:
 
     def do(plan: Plan, out: Path = tmp_path / "runs", data_dir: Path | None = None) -> Outcome:
         for chain in plan.chains():
-            work.do_chain(work.Chain(runs=chain, out=out, data_dir=data_dir), work.Alone())  # type: ignore[arg-type]
+            work.do_chain(chains.Chain(runs=chain, out=out, data_dir=data_dir), work.Alone())  # type: ignore[arg-type]
         torch.set_num_threads(1)
         return Outcome(plan, Settings(out=out, data_dir=data_dir), load_finished(plan, Runs(out)))
 

@@ -14,6 +14,7 @@ from lab_helpers import tiny_plan
 
 from layerwise.lab import cluster
 from layerwise.lab.arms import Arm
+from layerwise.lab.chains import Advance, Chain, Finished, Skipped
 from layerwise.lab.cluster_task import Board, BoardLink, is_shared
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
@@ -22,7 +23,6 @@ from layerwise.lab.plan import PlannedRun
 from layerwise.lab.pool import Failure
 from layerwise.lab.runs import Runs
 from layerwise.lab.trial import Trial
-from layerwise.lab.work import Advance, Chain, Finished, Skipped
 
 HERE = Path(__file__).parent
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.lab import compare, examination, methods, progress, report, tasks, tuning, work
+from layerwise.lab import chains, compare, examination, methods, progress, report, tasks, tuning
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiment import Display, Settings
 from layerwise.lab.judgement import MINIMUM_PAIRS
@@ -530,5 +530,5 @@ def test_a_chain_with_a_task_can_be_sent_to_a_worker(bowl, tmp_path):
     import pickle
 
     for chain in compare.plan(tasks.load(bowl), seeds=1).chains():
-        given = work.Chain(runs=chain, out=tmp_path)
+        given = chains.Chain(runs=chain, out=tmp_path)
         assert pickle.loads(pickle.dumps(given)) == given

@@ -18,7 +18,7 @@ import pytest
 import torch
 from lab_helpers import tiny_plan
 
-from layerwise.lab import distributed, work
+from layerwise.lab import chains, distributed, shared_runs, work
 from layerwise.lab.arms import Arm
 from layerwise.lab.configuration import Configuration, Constants
 from layerwise.lab.engine import Training
@@ -315,23 +315,23 @@ def leading(processes, chains):
     messages, error = [], None
     try:
         if processes.first:
-            distributed.lead(
+            shared_runs.lead(
                 processes, chains, 1, on_message=lambda worker, message: messages.append(message), stop=lambda: False
             )
             processes.from_first(lambda: None)
         else:
-            distributed.follow(processes)
+            shared_runs.follow(processes)
     except Exception as raised:
         error = type(raised).__name__
     failures = [message for message in messages if isinstance(message, Failure)]
-    return [message for message in messages if not isinstance(message, work.Advance | Failure)], failures, error
+    return [message for message in messages if not isinstance(message, chains.Advance | Failure)], failures, error
 
 
 def failures_of_all(processes, folder):
     (missing,) = tiny_plan(data="mnist", iterations=8).chains()[0]
     busy, works = guest_run("busy", ()), guest_run("works", ())
     chains = [
-        work.Chain(runs=(run,), out=folder / "led", data_dir=folder)
+        chains.Chain(runs=(run,), out=folder / "led", data_dir=folder)
         for run in (guest_run("all", (0, 1)), missing, busy, works)
     ]
     held = Runs(folder / "led").folder(busy.configuration)
@@ -348,7 +348,7 @@ def failures_of_all(processes, folder):
 
 def failure_of_one(processes, folder):
     began = time.monotonic()
-    done = leading(processes, [work.Chain(runs=(guest_run("one", (1,)),), out=folder / "one")])
+    done = leading(processes, [chains.Chain(runs=(guest_run("one", (1,)),), out=folder / "one")])
     return *done, processes.in_step, time.monotonic() - began
 
 
@@ -423,13 +423,13 @@ warnings.simplefilter("error")
 from dataclasses import replace
 from pathlib import Path
 from lab_helpers import tiny_plan
-from layerwise.lab import distributed
+from layerwise.lab import shared_runs
 from layerwise.lab.experiment import Settings
 if __name__ == "__main__":
     plan = tiny_plan(batch_size=int(sys.argv[2]), iterations=int(sys.argv[3]))
     if len(sys.argv) > 4:
         plan = replace(plan, runs=plan.runs[:1])
-    outcome = distributed.run_shared(plan, Settings(out=Path(sys.argv[1])))
+    outcome = shared_runs.run_shared(plan, Settings(out=Path(sys.argv[1])))
     if outcome is not None:
         print("found", outcome.found, "of", outcome.planned, outcome.complete, outcome.failures, outcome.skipped)
 """

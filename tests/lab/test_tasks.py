@@ -17,7 +17,7 @@ import numpy
 import pytest
 import torch
 
-from layerwise.lab import Task, compare, looking, tasks, work
+from layerwise.lab import Task, chains, compare, looking, tasks, work
 from layerwise.lab.arms import Arm
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
@@ -428,7 +428,7 @@ def do(task_file: tasks.TaskFile, out: Path, stops: list[int] | None = None, **a
     planned = PlannedRun(
         subject="task", arm=Arm(name="arm", words="arm"), seed=0, configuration=configuration, task=task_file
     )
-    chain = work.Chain(runs=(planned,), out=out)
+    chain = chains.Chain(runs=(planned,), out=out)
     for count in stops or ():
         left = iter(range(count))
         with pytest.raises(StoppedError):

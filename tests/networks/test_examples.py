@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import layerwise
-from layerwise.lab import compare, tasks, work
+from layerwise.lab import chains, compare, tasks, work
 from layerwise.lab.experiment import load_finished
 from layerwise.lab.runs import Runs
 
@@ -74,7 +74,7 @@ def test_the_language_model_is_a_task_that_a_comparison_carries_out(tmp_path):
     assert look.value == pytest.approx(math.log(128), abs=0.3)  # untrained
     plan = compare.plan(task, seeds=1)
     for chain in plan.chains():
-        work.do_chain(work.Chain(runs=chain, out=tmp_path, data_dir=None), work.Alone())  # type: ignore[arg-type]
+        work.do_chain(chains.Chain(runs=chain, out=tmp_path, data_dir=None), work.Alone())  # type: ignore[arg-type]
     torch.set_num_threads(1)
     records = load_finished(plan, Runs(tmp_path)).records
     losses = {arm: record.summary["finals"]["test_loss"] for (_, arm, _), record in records.items()}

@@ -122,9 +122,9 @@ def _run(asked: options.Run, arguments: Sequence[str]) -> int:
     scale = asked.scale or read.default_scale
     plan = read.plan(scale, seeds=asked.seeds)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from layerwise.lab import distributed
+        from layerwise.lab import shared_runs
 
-        return _carry_out(asked, partial(distributed.run_shared, plan), arguments, lambda outcome: "")
+        return _carry_out(asked, partial(shared_runs.run_shared, plan), arguments, lambda outcome: "")
     scales = [name for name in recipe.SCALES if name in read.content["scales"]]
     larger = next((name for name in scales[scales.index(scale) + 1 :]), None) if scale in scales else None
 

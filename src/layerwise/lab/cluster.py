@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from layerwise.lab.chains import Chain, Finished, Skipped, complete
 from layerwise.lab.cluster_task import Board, Delivery, Files, Parcel, do_parcel, files_of, write_files
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
@@ -30,7 +31,6 @@ from layerwise.lab.locks import BusyError
 from layerwise.lab.pool import POLL_SECONDS, STOP_SECONDS, Failure
 from layerwise.lab.runs import Runs
 from layerwise.lab.store import versions, write_whole
-from layerwise.lab.work import Chain, Finished, Skipped, complete
 
 OBJECT_STORE_BYTES = 128 * 2**20
 """Of a Ray that is started here: what travels is a few megabytes."""

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from layerwise.lab.chains import Advance, Chain, Finished
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs import Runs
 from layerwise.lab.store import versions, write_whole
-from layerwise.lab.work import Advance, Chain, Finished, do_chain
+from layerwise.lab.work import do_chain
 
 FILES = ("run.json", "status.json", "metrics.parquet", "record.json")
 """What a finished run consists of; its record last, as it says that the run is finished."""

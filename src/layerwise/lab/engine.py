@@ -13,21 +13,19 @@ from typing import Any
 import torch
 
 import layerwise
+from layerwise.lab.chains import CHECKPOINT_SECONDS
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.measures import LayerMeasures
 from layerwise.lab.processes import Processes
-from layerwise.lab.randomness import random_state, set_random_state
 from layerwise.lab.recorder import Recorder
 from layerwise.lab.runs import RunFolder
+from layerwise.lab.snapshots import restore, state_of
 from layerwise.lab.summary import digest_of, selection_of, summary_of
 from layerwise.lab.trial import StoppedError, Trial
 
 LOSSES_EVERY = 10
 """Updates between two looks at the losses, which wait for the device; a loss that is not finite is found then."""
-
-CHECKPOINT_SECONDS = 60.0
-"""Seconds between two checkpoints: what a killed run loses at most, and the time of one update or test."""
 
 
 @dataclass
@@ -81,10 +79,12 @@ class Training:
         self.position = Position()
         self.selections: list[dict[str, Any]] = []
         self.diverged_at: int | None = None
+        self.tested_at = -1
         self.seconds = self.test_seconds = 0.0
         self.sessions, self.counts = 1, [self.processes.count]
-        self._losses: list[torch.Tensor] = []
-        self._fetched: list[float] = []
+        self.losses: list[float] = []
+        """Those that are here and not yet looked at."""
+        self._pending: list[torch.Tensor] = []
         self._stop: Callable[[], bool] = lambda: False
         torch.manual_seed(configuration.seed + self.processes.rank)  # dropout of another part of the batch
         random.seed(configuration.seed)
@@ -166,7 +166,7 @@ class Training:
         if measured:
             self.measures.before()
         optimizer.step()
-        self._losses.append(loss.detach())
+        self._pending.append(loss.detach())
         if measured or step % trial.factors_every == 0:
             self._record_layers(step, measured)
         if trial.scheduler is not None and trial.schedule_unit == "iteration":
@@ -185,16 +185,16 @@ class Training:
         for quantity, values in self.measures.after().items():
             self.recorder.add_layers(quantity, step, epoch, values)
 
-    def _fetch_losses(self) -> None:
+    def fetch_losses(self) -> None:
         """Bring the losses since the last time from the device."""
-        if self._losses:
-            self._fetched += self.processes.mean(torch.stack(self._losses).double()).tolist()
-            self._losses.clear()
+        if self._pending:
+            self.losses += self.processes.mean(torch.stack(self._pending).double()).tolist()
+            self._pending.clear()
 
     def _read_losses(self) -> None:
         """Bring the losses since the last time to the recorder; find the first one that is not finite."""
-        self._fetch_losses()
-        values, self._fetched = self._fetched, []
+        self.fetch_losses()
+        values, self.losses = self.losses, []
         first = self.position.iteration - len(values) + 1
         for step, value in enumerate(values, start=first):
             if not math.isfinite(value):
@@ -245,13 +245,11 @@ class Training:
                 self.diverged_at = position.iteration
                 break
             self.recorder.add(quantity, position.iteration, epoch if position.iteration else 0, float(value))
-        self._tests = position.iteration
+        self.tested_at = position.iteration
         self.test_seconds += time.perf_counter() - began
 
-    _tests = -1
-
     def _tested(self) -> bool:
-        return self._tests == self.position.iteration
+        return self.tested_at == self.position.iteration
 
     def _tick(self) -> None:
         """Count the time since the last look at the clock."""
@@ -261,48 +259,11 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """Give everything that the rest of the training depends on."""
-        # Only fetched: were they looked at, after which update a divergence ends the run would depend on checkpoints.
-        self._fetch_losses()
-        trial = self.trial
-        return {
-            "model": trial.model.state_dict(),
-            "optimizer": trial.optimizer.state_dict(),
-            "scheduler": None if trial.scheduler is None else trial.scheduler.state_dict(),
-            "adapter": None if self.adapter is None else self.adapter.state_dict(),
-            "recorder": self.recorder.state_dict(),
-            "position": [self.position.iteration, self.position.epoch, self.position.batch],
-            "tests": self._tests,
-            "diverged_at": self.diverged_at,
-            "losses": list(self._fetched),
-            "selections": self.selections,
-            "seconds": [self.seconds, self.test_seconds],
-            "sessions": self.sessions,
-            "processes": self.counts,
-            "random": self.processes.gather(random_state()),
-        }
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
-        trial = self.trial
-        trial.model.load_state_dict(state["model"])
-        trial.optimizer.load_state_dict(state["optimizer"])
-        if trial.scheduler is not None:
-            trial.scheduler.load_state_dict(state["scheduler"])
-        if self.adapter is not None:
-            self.adapter.load_state_dict(state["adapter"])
-        self.recorder.load_state_dict(state["recorder"])
-        self.position.iteration, self.position.epoch, self.position.batch = state["position"]
-        if self.position.iteration and trial.scheduler is not None:
-            # The optimizer has stepped, though not in this process: a policy counted in epochs would warn otherwise.
-            trial.optimizer._opt_called = True  # type: ignore[attr-defined]
-        self._tests, self.diverged_at = state["tests"], state["diverged_at"]
-        self._fetched = list(state.get("losses", ()))
-        self.selections = list(state["selections"])
-        self.seconds, self.test_seconds = state["seconds"]
-        self.sessions = state["sessions"] + 1
-        self.counts = list(dict.fromkeys([*state.get("processes", [1]), self.processes.count]))
-        if self.processes.rank < len(state["random"]):  # more processes than before begin with numbers of their own
-            set_random_state(state["random"][self.processes.rank])
+        restore(self, state)
 
     def _resume(self) -> None:
         # Read by one alone: it may be the only one that sees the folder, and writes the next checkpoint into it.

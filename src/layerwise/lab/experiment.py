@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from layerwise.lab.chains import Advance, Chain, Finished, Skipped, complete
 from layerwise.lab.devices import check_device
 from layerwise.lab.errors import UsageError
 from layerwise.lab.plan import Plan, PlannedRun
@@ -17,7 +18,7 @@ from layerwise.lab.pool import Failure, Interrupt, run_jobs
 from layerwise.lab.results import Results
 from layerwise.lab.runs import Record, Runs
 from layerwise.lab.store import usable_cores
-from layerwise.lab.work import Advance, Chain, Finished, Skipped, complete, do_chain
+from layerwise.lab.work import do_chain
 
 LARGEST_JOBS = 1024
 

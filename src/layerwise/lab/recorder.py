@@ -177,7 +177,7 @@ def _read_together(paths: Sequence[Path]) -> list[polars.DataFrame] | None:
 
     try:
         whole = polars.scan_parquet(
-            paths,
+            list(paths),
             schema=_schema(),
             n_rows=LARGEST_ROWS + 1,
             parallel="none",

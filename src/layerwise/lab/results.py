@@ -74,14 +74,14 @@ class Results:
     _compared: tuple[list[Comparison] | None, dict[tuple[str, str], list[tuple[str, int | None, Comparison]]]] = field(
         default=(None, {}), repr=False
     )
-    _made: dict[Callable[[Results], Any], tuple[int, Any]] = field(default_factory=dict, repr=False)
+    _made: dict[Callable[[Results], Any], tuple[int, Plan, Any]] = field(default_factory=dict, repr=False)
 
     def once(self, make: Callable[[Results], Made]) -> Made:
-        """Give what a function makes of these results; it is called again when runs have come since."""
-        count, made = self._made.get(make, (-1, None))
-        if count != len(self.records):
+        """Give what a function makes of these results; it is called again when runs have come, or for another plan."""
+        count, plan, made = self._made.get(make, (-1, self.plan, None))
+        if count != len(self.records) or plan is not self.plan:
             made = make(self)
-            self._made[make] = len(self.records), made
+            self._made[make] = len(self.records), self.plan, made
         return made
 
     def of(self, subject: str, arm: str) -> dict[int, Record]:
@@ -159,30 +159,6 @@ class Results:
     def cells(self, subject: str, arm: str) -> list[Cell | None]:
         """Give the cells of an arm at the plan's columns, or the last one alone."""
         return [self.cell(subject, arm, step) for step in self.plan.columns or (None,)]
-
-    def layers(self, subject: str, arm: str, quantity: str) -> polars.DataFrame:
-        """Give the mean over seeds of a layer's quantity: layer, step, value; empty if it was not recorded."""
-        import polars
-
-        none = {"layer": polars.String, "step": polars.Int64, "value": polars.Float64}
-        return self.once(_means_by_arm).get((subject, arm, quantity), polars.DataFrame(schema=none))
-
-    def layer_ranges(self, quantity: str) -> dict[tuple[str, str], dict[str, tuple[float, float, float]]]:
-        """Give mean, smallest and largest value over the steps that is a number: subject, arm -> layer -> these."""
-        import polars
-
-        arms, means = self.once(_means_of_layers)
-        rows = (
-            means.lazy()
-            .filter((polars.col("quantity") == quantity) & polars.col("value").is_not_nan())
-            .group_by("arm", "layer", maintain_order=True)
-            .agg(polars.mean("value"), polars.min("value").alias("low"), polars.max("value").alias("high"))
-            .collect()
-        )
-        found: dict[tuple[str, str], dict[str, tuple[float, float, float]]] = {}
-        for place, layer, *numbers in rows.iter_rows():
-            found.setdefault(arms[place], {})[layer] = (*numbers,)
-        return found
 
     def layer_names(self, subject: str, arm: str) -> list[str]:
         """Give the names of the layers in the network's order, and then those that the rule alone has, as LARS does."""
@@ -275,7 +251,7 @@ class Results:
         if not keys:
             return polars.DataFrame()
         frames = [self.metrics(key) for key in keys]
-        of = _places(frames)
+        of = places_of(frames)
         names = ("subject", "arm", "seed")
         told = [polars.Series(name, list(column)) for name, column in zip(names, zip(*keys, strict=True), strict=True)]
         diverged = polars.Series("diverged", [self.records[key].diverged for key in keys])
@@ -311,7 +287,7 @@ class Results:
         return polars.DataFrame(rows, schema_overrides={**floats, "step": polars.Int64, "group": polars.String})
 
 
-def _places(frames: Sequence[polars.DataFrame]) -> polars.Series:
+def places_of(frames: Sequence[polars.DataFrame]) -> polars.Series:
     """Give for each row of all tables together the place of its table."""
     import polars
 
@@ -321,32 +297,3 @@ def _places(frames: Sequence[polars.DataFrame]) -> polars.Series:
 
 def _no_cells(results: Results) -> dict[tuple[str, str, int | None], Cell | None]:
     return {}
-
-
-def _means_of_layers(results: Results) -> tuple[list[tuple[str, str]], polars.DataFrame]:
-    """Give subjects with arms, and the means over seeds: place of the arm, quantity, layer, step, value."""
-    import polars
-
-    arms = list(dict.fromkeys((subject, arm) for subject, arm, _ in results.records))
-    keys = [(place, (*arm, seed)) for place, arm in enumerate(arms) for seed in results.of(*arm)]
-    frames = [results.metrics(key) for _, key in keys]
-    places = polars.Series("arm", [place for place, _ in keys], polars.UInt32)
-    means = (
-        polars.concat(frames)
-        .with_columns(places.gather(_places(frames)))
-        .lazy()
-        .filter(polars.col("layer").is_not_null())
-        .group_by("arm", "quantity", "layer", "step", maintain_order=True)
-        .agg(polars.col("value").mean())
-        .collect()
-    )
-    return arms, means
-
-
-def _means_by_arm(results: Results) -> dict[tuple[str, str, str], polars.DataFrame]:
-    """Give the means of the layers: subject, arm, quantity -> layer, step, value."""
-    if not results.records:
-        return {}
-    arms, means = results.once(_means_of_layers)
-    parts = means.partition_by("arm", "quantity", as_dict=True, include_key=False, maintain_order=True)
-    return {(*arms[place], quantity): rows for (place, quantity), rows in parts.items()}

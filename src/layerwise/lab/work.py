@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,8 +15,9 @@ import torch
 
 from layerwise import rules
 from layerwise.lab import arms, trial
+from layerwise.lab.chains import Advance, Chain, Finished, Skipped, complete
 from layerwise.lab.configuration import Configuration
-from layerwise.lab.engine import CHECKPOINT_SECONDS, Training
+from layerwise.lab.engine import Training
 from layerwise.lab.locks import BusyError
 from layerwise.lab.plan import PlannedRun
 from layerwise.lab.pool import Failure
@@ -29,88 +29,10 @@ FACTORS = "factors.jsonl"
 """Recorded factors, in the folder of a run that repeats them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chain:
-    """Runs that one worker does in order: controls come after the method's run that they need.
-
-    Attributes:
-        runs: in order; those that are finished are only read.
-        out: the folder of ``--out``.
-        data_dir: folder of the data, or None.
-        device: where networks are trained.
-        checkpoint_seconds: between two checkpoints.
-        labels: what run.json says of the experiment, by which a report of any runs knows what they were judged by.
-    """
-
-    runs: tuple[PlannedRun, ...]
-    out: Path
-    data_dir: Path | None = None
-    device: str = "cpu"
-    checkpoint_seconds: float = CHECKPOINT_SECONDS
-    labels: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return self.runs[0].label
-
-    @property
-    def threads(self) -> int:
-        """Threads of the process that does it: part of what its runs are, as another number rounds otherwise."""
-        return self.runs[0].configuration.threads
-
-    def rest(self, doing: str) -> Chain | None:
-        """Give what can still be done when the process has died in one of the runs.
-
-        Args:
-            doing: what that run is called.
-
-        Returns:
-            The chain without it; None if nothing is left, or nothing that does not need it.
-        """
-        left = tuple(run for run in self.runs if run.label != doing)
-        # Controls need the method's run, which is the first.
-        return replace(self, runs=left) if left[:1] == self.runs[:1] and 1 < len(left) < len(self.runs) else None
-
-
-@dataclass(frozen=True)
-class Advance:
-    """A run has done so many of its updates; the whole number is None where it is not known beforehand."""
-
-    run: str
-    done: int
-    total: int | None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A run is finished: its key, and its configuration, by which its record is found."""
-
-    key: tuple[str, str, int]
-    configuration: Configuration
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A run was not done, and why: another process works on it."""
-
-    key: tuple[str, str, int]
-    reason: str
-
-
 def failure_of(job: str, doing: str, error: Exception) -> Failure:
     """Describe the error that ended a run."""
     reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return Failure(job, doing, reason, "".join(traceback.format_exception(error)))
-
-
-def complete(planned: PlannedRun, method: Record | None) -> Configuration | None:
-    """Give the configuration of a run; of a control only if its method's run is finished, else None."""
-    if planned.arm.control is None:
-        return planned.configuration
-    if method is None:
-        return None
-    return arms.configuration_of_control(planned.configuration, planned.arm.control, method)
 
 
 @contextmanager

@@ -17,7 +17,6 @@ import hashlib
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,107 +24,9 @@ import numpy as np
 import torch
 
 from layerwise.lab.data import Dataset
+from layerwise.lab.data.cifar_forms import CHANNELS, CLASSES, CONTENTS, FORMS, PIXELS, SIDE, TITLES, Form
 from layerwise.lab.data.cifar_pickle import read_batch
 from layerwise.lab.errors import UsageError
-
-CHANNELS = 3
-SIDE = 32
-PIXELS = CHANNELS * SIDE * SIDE
-
-
-@dataclass(frozen=True)
-class Form:
-    """One of the published forms of a data set.
-
-    Attributes:
-        archive: name of the archive.
-        md5: of the archive, as published.
-        folder: name of the folder in the archive.
-        train_files: file -> number of images, in the order of the data set.
-        test_files: the same of the test images.
-        label_bytes: bytes before the pixels of a record, the class in the last of them; 0 in the python version.
-        label_key: key of the classes in the python version.
-        file_md5s: file -> its MD5, where only that tells unpacked files from others.
-    """
-
-    archive: str
-    md5: str
-    folder: str
-    train_files: dict[str, int]
-    test_files: dict[str, int]
-    label_bytes: int = 0
-    label_key: bytes = b""
-    file_md5s: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def files(self) -> dict[str, int]:
-        """All files that are read, with their numbers of images."""
-        return self.train_files | self.test_files
-
-    def sizes(self, name: str) -> range:
-        """Give the sizes in bytes that a file may have, so that nothing else is read into memory."""
-        if self.label_bytes:
-            size = self.files[name] * (self.label_bytes + PIXELS)
-            return range(size, size + 1)
-        # Classes and file names add 31 to 33 bytes an image in the published files.
-        return range(self.files[name] * PIXELS, self.files[name] * (PIXELS + 100) + 10_000)
-
-
-FORMS = {
-    "cifar10": (
-        Form(
-            "cifar-10-python.tar.gz",
-            "c58f30108f718f92721af3b95e74349a",
-            "cifar-10-batches-py",
-            {f"data_batch_{number}": 10_000 for number in range(1, 6)},
-            {"test_batch": 10_000},
-            label_key=b"labels",
-        ),
-        Form(
-            "cifar-10-binary.tar.gz",
-            "c32a1d4ab5d03f1284b67883e8d87530",
-            "cifar-10-batches-bin",
-            {f"data_batch_{number}.bin": 10_000 for number in range(1, 6)},
-            {"test_batch.bin": 10_000},
-            label_bytes=1,
-        ),
-    ),
-    "cifar100": (
-        Form(
-            "cifar-100-python.tar.gz",
-            "eb9058c3a382ffc7106e4002c42a8d85",
-            "cifar-100-python",
-            {"train": 50_000},
-            {"test": 10_000},
-            label_key=b"fine_labels",
-            file_md5s={"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
-        ),
-        Form(
-            "cifar-100-binary.tar.gz",
-            "03b5dce01913d631647c71ecec9e9cb8",
-            "cifar-100-binary",
-            {"train.bin": 50_000},
-            {"test.bin": 10_000},
-            label_bytes=2,
-        ),
-    ),
-}
-"""Data set -> its forms, the one looked for first before the other. MD5 of the archives as published by Krizhevsky, of
-the files as in torchvision/datasets/cifar.py."""
-
-CONTENTS = {
-    "cifar10": {
-        "training": "1e91790dbaf241617ca1f29a9aba08eb9a62df84cc90676b47edd05ad2ab3c94",
-        "test": "9a4c74f5c8b6f2c4e13d3a1dfb43a5a8cda8a9da515e99fd620d2013a1a6287a",
-    },
-}
-"""Data set -> SHA-256 of the pixels of its images, then of their classes, a byte each, in file order: the same in every
-form. Computed from the python version, whose files had the MD5s of torchvision/datasets/cifar.py."""
-
-CLASSES = {"cifar10": 10, "cifar100": 100}
-"""Data set -> number of classes; of CIFAR-100 the fine ones."""
-
-TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
 
 def _remedy(form: Form) -> str:

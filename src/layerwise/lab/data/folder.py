@@ -7,8 +7,6 @@ from 0. ``photographs.py`` says how an image is read.
 from __future__ import annotations
 
 import hashlib
-import io
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -18,21 +16,15 @@ import numpy as np
 import torch
 from platformdirs import user_cache_path
 
+from layerwise.lab.data.mean_image import read_mean, write_mean
 from layerwise.lab.data.photographs import Part, scan
 from layerwise.lab.errors import UsageError
-from layerwise.lab.store import write_whole
 
 TRAIN, VALIDATION = "train", "val"
 """Names of ImageNet's folders."""
 
 CHUNK = 256
 """Images that are decoded between two calls of a progress function."""
-
-DIGEST_LENGTH = 32
-"""Bytes of the checksum at the end of a mean image's file."""
-
-LARGEST_HEADER = 1000
-"""Bytes of such a file beside the image."""
 
 Progress = Callable[[int, int], object]
 """Called with the number of images that are done and of all."""
@@ -267,24 +259,11 @@ class ImageFolder:
         """Give the mean image from memory, from the cache, or computed."""
         if self._mean is None:
             path = self._cache / f"mean-{self._train.digest()[:32]}.npy"
-            self._mean = self._read_mean(path)
+            self._mean = read_mean(path, self.side)
             if self._mean is None:
                 self._mean = self._compute_mean(progress)
-                _write(path, self._mean)
+                write_mean(path, self._mean)
         return self._mean
-
-    def _read_mean(self, path: Path) -> np.ndarray | None:
-        """Give the mean image of a file, None if there is none or it is not one."""
-        try:
-            with path.open("rb") as stream:
-                content = stream.read(4 * 3 * self.side**2 + LARGEST_HEADER)
-            if hashlib.sha256(content[:-DIGEST_LENGTH]).digest() != content[-DIGEST_LENGTH:]:
-                return None
-            mean = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return None
-        good = mean.shape == (3, self.side, self.side) and mean.dtype == np.float32 and 0 <= mean.min() <= 255
-        return mean if good else None
 
     def _compute_mean(self, progress: Progress | None) -> np.ndarray:
         """Decode all training images and take their mean."""
@@ -298,18 +277,3 @@ class ImageFolder:
                 if progress is not None:
                     progress(stop, self.train_count)
         return (total / self.train_count).astype(np.float32)
-
-
-def _write(path: Path, mean: np.ndarray) -> None:
-    """Keep a mean image, its checksum behind it; a folder that cannot be written costs time the next time only."""
-    buffer = io.BytesIO()
-    np.save(buffer, mean)
-    content = buffer.getvalue()
-    try:
-        write_whole(path, content + hashlib.sha256(content).digest())
-    except OSError as error:
-        warnings.warn(
-            f"the mean image cannot be kept in {path.parent} ({error.strerror or error}) and is computed again next "
-            "time: give a cache folder that can be written, cache=...",
-            stacklevel=2,
-        )

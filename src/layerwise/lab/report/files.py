@@ -48,7 +48,8 @@ def write_all(
     for place in (outcome.settings.out, folder, folder / "tables", folder / "figures"):
         remove_leftovers(place)
     # Made before threads ask for the same.
-    verdicts(results), sheet(results)
+    verdicts(results)
+    sheet(results)
     for key in results.records:
         results.metrics(key)
     # Rendering holds no lock of Python's: figures are written, and tables made, while the next one is drawn.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerwise.lab.arms import Arm
+from layerwise.lab.layer_means import layer_ranges
 from layerwise.lab.report.charts import representatives
 from layerwise.lab.report.drawing import Drawing, slugs
 from layerwise.lab.report.maps import COLUMNS, Grid, Scale, choices, grid, heat_map
@@ -180,7 +181,7 @@ def factor_tables(results: Results) -> list[dict[str, Any]]:
     """
     tables: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     several = len(results.plan.subjects) > 1
-    factors = results.layer_ranges("factor") if results.records else {}
+    factors = layer_ranges(results, "factor") if results.records else {}
     for subject in results.plan.subjects:
         for arm in results.plan.arms_of(subject.name):
             if arm.rule is None or arm.group or arm.rule.get("name") in ("GradientAmplification", "Constant"):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from layerwise.lab.layer_means import layer_means
 from layerwise.lab.report.drawing import LETTER, Drawing, shortened
 from layerwise.lab.results import Results
 
@@ -137,7 +138,7 @@ def grid(results: Results, subject: str, arm: str, quantity: str, columns: int =
     """
     import polars
 
-    frame = results.layers(subject, arm, quantity).filter(polars.col("value").is_finite())
+    frame = layer_means(results, subject, arm, quantity).filter(polars.col("value").is_finite())
     if frame.is_empty():
         return None
     steps = frame["step"].unique().sort().to_list()
