@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 from made_up import finish, table_plan
 
+from layerwise.lab import recorder
 from layerwise.lab.cli import main
-from layerwise.lab.report import charts, page
+from layerwise.lab.report import anything, charts, files, layers, page
 from layerwise.lab.runs import Runs
 from layerwise.lab.store import read_signed, signed
 
@@ -98,3 +99,33 @@ def test_each_file_of_a_run_is_read_once_or_twice(tmp_path, opened, capsys, arms
     if count >= 5000:
         with capsys.disabled():
             sys.stdout.write(f"\n{arms} arms of {seeds} seeds: list {listed:.1f} s, report {reported:.1f} s\n")
+
+
+def calls_of_a_page(out):
+    """Count the calls of the lab's functions for what a page says, without its figures, and the tables read alone."""
+    counts = Counter()
+
+    def watch(frame, event, argument):
+        if event == "call" and "/layerwise/lab/" in frame.f_code.co_filename:
+            counts[frame.f_code.co_name] += 1
+
+    sys.setprofile(watch)
+    try:
+        outcome = anything.gather([out], out=out)
+        files.markdown(outcome)
+        tables = layers.factor_tables(outcome.results)
+    finally:
+        sys.setprofile(None)
+    assert sum(len(table["columns"]) for table in tables) == len(outcome.plan.arms) // 2
+    return counts.total(), counts[recorder.read_frame.__name__]
+
+
+def test_what_is_done_for_a_page_grows_with_the_arms_and_no_faster(tmp_path):
+    sizes = (60, 120, 180)
+    for arms in sizes:
+        many(tmp_path / str(arms), tmp_path / "source", arms=arms, seeds=1)
+    calls_of_a_page(tmp_path / "60")  # what is done once
+    found = [calls_of_a_page(tmp_path / str(arms)) for arms in sizes]
+    first, second, third = (count for count, _ in found)
+    assert third - second <= 1.1 * (second - first)
+    assert [alone for _, alone in found] == [0, 0, 0]  # all were read together

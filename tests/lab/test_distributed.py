@@ -18,8 +18,9 @@ import pytest
 import torch
 from lab_helpers import tiny_plan
 
-from layerwise.lab import chains, distributed, shared_runs, work
+from layerwise.lab import distributed, shared_runs, work
 from layerwise.lab.arms import Arm
+from layerwise.lab.chains import Advance, Chain
 from layerwise.lab.configuration import Configuration, Constants
 from layerwise.lab.engine import Training
 from layerwise.lab.errors import UsageError
@@ -324,14 +325,14 @@ def leading(processes, chains):
     except Exception as raised:
         error = type(raised).__name__
     failures = [message for message in messages if isinstance(message, Failure)]
-    return [message for message in messages if not isinstance(message, chains.Advance | Failure)], failures, error
+    return [message for message in messages if not isinstance(message, Advance | Failure)], failures, error
 
 
 def failures_of_all(processes, folder):
     (missing,) = tiny_plan(data="mnist", iterations=8).chains()[0]
     busy, works = guest_run("busy", ()), guest_run("works", ())
     chains = [
-        chains.Chain(runs=(run,), out=folder / "led", data_dir=folder)
+        Chain(runs=(run,), out=folder / "led", data_dir=folder)
         for run in (guest_run("all", (0, 1)), missing, busy, works)
     ]
     held = Runs(folder / "led").folder(busy.configuration)
@@ -348,7 +349,7 @@ def failures_of_all(processes, folder):
 
 def failure_of_one(processes, folder):
     began = time.monotonic()
-    done = leading(processes, [chains.Chain(runs=(guest_run("one", (1,)),), out=folder / "one")])
+    done = leading(processes, [Chain(runs=(guest_run("one", (1,)),), out=folder / "one")])
     return *done, processes.in_step, time.monotonic() - began
 
 

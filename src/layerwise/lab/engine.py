@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -211,7 +212,10 @@ class Training:
         if self.diverged_at is not None:
             return
         if trial.scheduler is not None and trial.schedule_unit == "epoch":
-            trial.scheduler.step()
+            with warnings.catch_warnings():
+                # The optimizer has stepped, though after a checkpoint at the end of the epoch not in this process.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+                trial.scheduler.step()
         if self.adapter is not None:
             before = selection_of(self.adapter)
             self.adapter.end_epoch()

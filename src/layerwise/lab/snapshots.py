@@ -57,9 +57,6 @@ def restore(training: Training, state: Mapping[str, Any]) -> None:
         training.adapter.load_state_dict(state["adapter"])
     training.recorder.load_state_dict(state["recorder"])
     position.iteration, position.epoch, position.batch = state["position"]
-    if position.iteration and trial.scheduler is not None:
-        # The optimizer has stepped, though not in this process: a policy counted in epochs would warn otherwise.
-        trial.optimizer._opt_called = True  # type: ignore[attr-defined]
     training.tested_at, training.diverged_at = state["tests"], state["diverged_at"]
     training.losses = list(state.get("losses", ()))
     training.selections = list(state["selections"])
