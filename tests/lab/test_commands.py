@@ -223,7 +223,8 @@ def test_a_problem_ends_with_1(folder, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as on POSIX")
-def test_ctrl_c_while_torch_is_imported_ends_without_a_word(tmp_path):
+@pytest.mark.parametrize("start", [["-c", COMMAND], ["-m", "layerwise_command"]], ids=["script", "module"])
+def test_ctrl_c_while_torch_is_imported_ends_without_a_word(tmp_path, start):
     (tmp_path / "torch.py").write_text(
         textwrap.dedent("""
         import sys, time
@@ -234,7 +235,7 @@ def test_ctrl_c_while_torch_is_imported_ends_without_a_word(tmp_path):
         encoding="utf-8",
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "list"],
+        [sys.executable, *start, "list"],
         cwd=tmp_path,
         env=environment(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT / "src")])),
         stdout=subprocess.PIPE,
