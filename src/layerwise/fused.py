@@ -85,7 +85,7 @@ def can_be_dealt(optimizer: optim.Optimizer) -> bool:
 def _hands_on_the_rate(step: Callable[..., Any]) -> bool:
     """Tell whether this is a step of PyTorch's that hands the rate on to the kernel untouched, by trying it once."""
     inner = unwrap(step)  # without hooks, which are none of this optimizer's business
-    kinds: tuple[Any, ...] = (optim.SGD, optim.Adam, optim.Adagrad)
+    kinds: tuple[Any, ...] = (optim.SGD, optim.Adam, optim.AdamW, optim.Adagrad)
     kind = next((kind for kind in kinds if unwrap(kind.step) is inner), None)
     if kind is None:
         return False

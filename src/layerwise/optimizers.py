@@ -131,7 +131,7 @@ def takes_tensor_rate(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> b
         return False
     if isinstance(optimizer, optim.RMSprop | optim.Adadelta):
         return bool(for_each)
-    return isinstance(optimizer, optim.Adam | optim.NAdam | optim.Adamax)
+    return isinstance(optimizer, optim.Adam | optim.AdamW | optim.NAdam | optim.Adamax)  # up to 2.6 AdamW is no Adam
 
 
 def damps_history(optimizer: optim.Optimizer) -> bool:
