@@ -100,7 +100,7 @@ class StepInBackward:
         self.enabled = True
         self._optimizer = weakref.ref(inner)
         self._attached = True
-        self._task = -1
+        self._task: int | None = None  # not -1, which the backwards of a compiled autograd may have
         self._begun = self._finished = self._proven = False
         self._running: weakref.ref[Any] | None = None
         # The gradients of a model on several accelerators arrive in several threads.
