@@ -289,10 +289,11 @@ class Results:
 
 def places_of(frames: Sequence[polars.DataFrame]) -> polars.Series:
     """Give for each row of all tables together the place of its table."""
+    import numpy
     import polars
 
-    places = polars.Series("place", range(len(frames)), polars.UInt32)
-    return places.repeat_by(polars.Series([frame.height for frame in frames], dtype=polars.UInt32)).explode()
+    heights = [frame.height for frame in frames]
+    return polars.Series("place", numpy.repeat(numpy.arange(len(frames), dtype=numpy.uint32), heights))
 
 
 def _no_cells(results: Results) -> dict[tuple[str, str, int | None], Cell | None]:
