@@ -29,7 +29,9 @@ from layerwise.rules import (
     chain,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is (disabled|unavailable)", "ignore:TypedStorage is deprecated"
+)
 
 OPTIMIZERS = {
     "SGD": lambda parameters: optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=0.1),
@@ -229,7 +231,10 @@ def test_training_goes_on_from_a_distributed_checkpoint_to_the_bit(kind, rule, f
 def test_half_an_epoch_of_analysis_is_saved_while_training_goes_on(rule, start, go_on, tmp_path, process_group):
     whole, resumed = (start(OPTIMIZERS["SGD"], rule) for _ in range(2))
     go_on(whole, range(2))
-    saving = checkpoints.async_save(stateful(whole), checkpoint_id=tmp_path / "checkpoint")
+    everything = stateful(whole)
+    if torch.__version__ < (2, 7):  # whose async_save writes tensors on the CPU from where they are: pytorch#144657
+        everything = {name: copy.deepcopy(part.state_dict()) for name, part in everything.items()}
+    saving = checkpoints.async_save(everything, checkpoint_id=tmp_path / "checkpoint")
     go_on(whole, range(2, 4))  # changes weights and sums in place while they are being written
     saving.result()
     expected = go_on(whole, range(4, EPOCHS * STEPS_IN_AN_EPOCH))

@@ -24,6 +24,7 @@ pytestmark = [
     # torch's compiler imports what torch itself has deprecated, and looks at gradients that are not there.
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles_inline_module_allowlist:UserWarning"),
 ]
 
 OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
@@ -36,6 +37,9 @@ OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
     "AdamW fused": lambda parameters: optim.AdamW(parameters, lr=0.02, fused=True),
 }
 STEPS = 5
+OLD = torch.__version__ < (2, 7)
+EXACT = 1e-15 if OLD else 0.0
+"""How far compiled SGD may be from the eager one: PyTorch 2.6's differs in the last bit, without an adapter as well."""
 
 
 class Network(nn.Module):
@@ -207,7 +211,7 @@ def test_a_compiled_step_is_right_and_is_compiled_no_more_after_the_second(name,
     counts = train(model, optimizer, graphs=graphs)
     expected, eager, reference = made(name, place)
     train(expected, eager)
-    assert_close(model, expected, 1e-5 if "AdamW" in name else 1e-7 if "tensor" in name else 0)
+    assert_close(model, expected, 1e-5 if "AdamW" in name else 1e-7 if "tensor" in name else EXACT)
     assert adapter.get_last_factors() == pytest.approx(reference.get_last_factors(), rel=1e-4)
     assert three(counts) == expected_counts(name, place, adapter)
     assert not any("norm" in operation for graph in graphs.operations for operation in graph), "a hook was traced"
@@ -342,21 +346,21 @@ def test_layers_that_share_a_factor_in_another_way_are_another_graph_under_lr(pl
     """And where no factor differs from 1, the optimizer steps by itself: the last graph of each."""
     model, optimizer, _ = made("SGD", place, recorded)
     expected, eager, _ = made("SGD", place, recorded)
-    with dynamo.config.patch(recompile_limit=limit):
+    with dynamo.config.patch({"cache_size_limit" if OLD else "recompile_limit": limit}):
         counts = train(model, optimizer, graphs=Graphs(), steps=6)
     train(expected, eager, steps=6)
     assert counts == graphs
-    assert_close(model, expected, 0)
+    assert_close(model, expected, EXACT)
 
 
-@pytest.mark.parametrize(("place", "graphs"), [("lr", STEPS), ("gradient", 1), ("update", 1)])
+@pytest.mark.parametrize(("place", "graphs"), [("lr", 2 if OLD else STEPS), ("gradient", 1), ("update", 1)])
 def test_where_dynamic_shapes_are_forbidden_each_rate_is_a_constant_of_a_new_graph(place, graphs):
-    """So is a scheduled rate of a bare optimizer. torch stops at its limit and goes on uncompiled."""
+    """So is a scheduled rate of a bare optimizer (from PyTorch 2.7 on). torch stops at its limit; the rest is eager."""
     model, optimizer, _ = made("SGD", place)
     expected, eager, _ = made("SGD", place)
     assert train(model, optimizer, graphs=Graphs(), dynamic=False)[-1] == graphs
     train(expected, eager)
-    assert_close(model, expected, 0)
+    assert_close(model, expected, EXACT)
 
 
 @pytest.mark.parametrize("place", ["gradient", "update"])
@@ -371,7 +375,7 @@ def test_a_rule_that_stands_still_in_some_epochs_has_a_graph_for_these_and_one_f
         assert any(one.selected for one in adapter.get_last_selection().values())
         assert graphs is None or counts == [1] * 6 + [2] * 10
         models.append(model)
-    assert_close(*models, relative=0)
+    assert_close(*models, relative=EXACT)
 
 
 # --- Together with other things -------------------------------------------------------------------------------------

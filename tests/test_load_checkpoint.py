@@ -9,7 +9,9 @@ import torch.distributed.checkpoint as checkpoints
 import layerwise
 from layerwise.rules import Directionality, GradientAmplification, LayerAdaptive, Phase, chain
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is (disabled|unavailable)", "ignore:TypedStorage is deprecated"
+)
 
 
 def amplification(measure):

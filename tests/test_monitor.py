@@ -243,6 +243,7 @@ def test_every_optimizer_steps_to_the_same_bits_with_and_without(case: Case, ada
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="SGD takes a rate that is learned from PyTorch 2.7 on")
 def test_a_differentiable_step_keeps_its_graph():
     gradients = []
     for watched in (False, True):

@@ -11,6 +11,9 @@ from torch.optim import lr_scheduler as schedulers
 import layerwise
 from layerwise.rules import Constant, LayerAdaptive
 
+# Up to PyTorch 2.6 SequentialLR itself steps its schedulers in a way that these warn of.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in .scheduler.step:UserWarning")
+
 STEPS = 12
 RECIPES = {
     "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda step: 0.9**step),

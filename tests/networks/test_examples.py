@@ -68,6 +68,7 @@ def test_an_example_prints_one_number_a_seed_for_every_arm_and_claims_nothing(na
 
 
 def test_the_language_model_is_a_task_that_a_comparison_carries_out(tmp_path):
+    pytest.importorskip("polars")
     task = tasks.load(f"{EXAMPLES / 'language_model_task.py'}:task", {"steps": 4, "epochs": 1, "width": 8})
     look = task.look(validation=True)
     assert (look.metric, look.higher_is_better, look.has_validation) == ("test_loss", False, True)

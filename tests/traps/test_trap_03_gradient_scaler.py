@@ -73,6 +73,8 @@ def everything(model: nn.Module, optimizer: optim.Optimizer) -> list[Any]:
 @every_optimizer
 def test_the_factor_of_a_fused_optimizer_is_that_of_the_true_gradient(apply, kind, model, scaler):
     optimizer = kind(model.parameters())
+    if isinstance(optimizer, optim.Adagrad) and not hasattr(optimizer, "_step_supports_amp_scaling"):
+        pytest.skip("this PyTorch's scaler unscales the gradients of a fused Adagrad, as those of any optimizer")
     adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, apply=apply)
     model.loss(0).backward()
     expected = {}
