@@ -416,7 +416,12 @@ def watched(tmp_path_factory, request):
     }
     start = [sys.executable, "-c", "from layerwise.lab.cli import main; raise SystemExit(main())"]
     command = ["compare", "my_task.py:task", "--seeds", "1", "--arms", "plain,layer-adaptive", "--jobs", "1"]
-    more = [["report", "runs", "--out", "runs/again"], ["list"], ["doctor", "my_task.py:task"], ["demo", "--seeds", "1"]]
+    more = [
+        ["report", "runs", "--out", "runs/again"],
+        ["list"],
+        ["doctor", "my_task.py:task"],
+        ["demo", "--seeds", "1"],
+    ]
     for arguments in (command, *(more if request.config.getoption("--faults") else [])):
         done = subprocess.run(
             [*start, *arguments], cwd=place / "work", env=environment, capture_output=True, text=True, timeout=1200
