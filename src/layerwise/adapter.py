@@ -94,8 +94,8 @@ class LayerwiseLR:
         check_choice("apply", apply, ("auto", *PLACES))
         check_choice("decay", decay, ("auto", "scaled", "plain"))
         check_choice("on_nonfinite", on_nonfinite, ("ignore", "raise"))
-        self._rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
-        self._request = requested(self._rule, model, layers=layers, apply=apply, decay=decay, exclude=exclude)
+        rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
+        self._request = requested(rule, model, layers=layers, apply=apply, decay=decay, exclude=exclude)
         finite = FiniteGradients() if on_nonfinite == "raise" else None
         self._attached = AttachedRule(holder, self._request, finite)
         self._epoch = 1
@@ -108,7 +108,7 @@ class LayerwiseLR:
     @property
     def rule(self) -> Any:
         """The rule; attach another adapter for another one."""
-        return self._rule
+        return self._request.rule
 
     @property
     def layers(self) -> list[str]:
@@ -133,7 +133,7 @@ class LayerwiseLR:
     @property
     def counts_epochs(self) -> bool:
         """Whether the rule chooses layers at the ends of epochs, so that `end_epoch()` is to be called."""
-        return get_selection(self._rule, self._attached.state) is not None
+        return get_selection(self.rule, self._attached.state) is not None
 
     @property
     def enabled(self) -> bool:
@@ -168,9 +168,9 @@ class LayerwiseLR:
         Raises:
             ValueError: The rule chooses no layers.
         """
-        selection = get_selection(self._rule, self._attached.state)
+        selection = get_selection(self.rule, self._attached.state)
         if selection is None:
-            raise ValueError(f"{self._rule!r} chooses no layers; GradientAmplification and LayerFreezing do")
+            raise ValueError(f"{self.rule!r} chooses no layers; GradientAmplification and LayerFreezing do")
         if self._epoch == 1 and self._attached.rates is not None and not any(one.selected for one in selection):
             if not self._told:
                 logger.warning(
@@ -181,15 +181,15 @@ class LayerwiseLR:
 
     def end_epoch(self) -> None:
         """Tell rules that count epochs that one has ended; the first is epoch 1. May wait for the device."""
-        self._attached.state = ended_state(self._rule, self._attached.state)
+        self._attached.state = ended_state(self.rule, self._attached.state)
         self._epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the adapter's state: names, numbers and tensors, which `torch.load(weights_only=True)` reads."""
         return {
             "version": 1,
-            "rule": kind_of(self._rule),
-            "arguments": described(self._rule),
+            "rule": kind_of(self.rule),
+            "arguments": described(self.rule),
             "layers": self.layers,
             "epoch": self._epoch,
             "state": copied(self._attached.state),
@@ -207,7 +207,7 @@ class LayerwiseLR:
             TypeError: It is no mapping.
             ValueError: It is of another version, or of other layers; nothing is changed then.
         """
-        check_saved(state_dict, self._rule, self.layers)
+        check_saved(state_dict, self.rule, self.layers)
         self._attached.load(state_dict["state"])
         self._epoch = state_dict["epoch"]
 
@@ -237,7 +237,7 @@ class LayerwiseLR:
         holder, found = self._attached.holder(), self._attached.found
         attached = "detached" if holder is None else type(holder).__name__
         excluded = found.included.count(False)
-        parts = [f"{self._rule!r} on {attached}", f"{len(found.layers)} layers", f"apply={self.apply!r}"]
+        parts = [f"{self.rule!r} on {attached}", f"{len(found.layers)} layers", f"apply={self.apply!r}"]
         if self.apply == "gradient":
             parts.append(f"decay={self.decay!r}")
         if self.counts_epochs:
@@ -265,4 +265,4 @@ class LayerwiseLR:
                 f"{type(optimizer).__name__} has another LayerwiseLR attached already: their factors multiply, and "
                 "each tells of its own only; detach() the first if it was meant to be replaced"
             )
-        return [remark for remark in remarks if remark] + remarks_of(self._rule, found.layers)
+        return [remark for remark in remarks if remark] + remarks_of(self.rule, found.layers)
