@@ -36,10 +36,10 @@ demo-amplification: .venv/lab ## train a narrow ResNet with and without amplifie
 test: .venv/dev ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
+# In one process: pytest-xdist kills workers that take more than ten seconds to end, and with them what they measured.
 coverage: .venv/dev ## run the core's tests, and print which of its lines and branches they do not reach; below 90 % it fails
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest -n $(WORKERS) --dist worksteal \
-		--ignore tests/lab --ignore tests/faults --ignore src/layerwise/lab
+	$(BIN)/python -m coverage run -m pytest --ignore tests/lab --ignore tests/faults --ignore src/layerwise/lab
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 

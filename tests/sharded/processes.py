@@ -33,7 +33,10 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 3
             pipes.append(receiver)
             processes.append(process)
         try:
-            return _results(pipes, timeout)
+            results = _results(pipes, timeout)
+            for process in processes:
+                process.join(60)  # it has answered, and may still have its coverage to write
+            return results
         finally:
             for process in processes:
                 process.join(5)
