@@ -91,6 +91,22 @@ def test_all_runs_are_done_once_and_a_second_call_repeats_nothing(first):
 
 
 @pytest.mark.dist
+def test_what_a_kill_has_left_beside_a_finished_run_goes_with_the_next_call(first):
+    outcome, _ = first
+    record = next(iter(outcome.results.records.values()))
+    before = (record.folder / "record.json").stat().st_mtime_ns
+    status = (record.folder / "status.json").read_bytes()
+    left = [record.folder / name for name in ("checkpoint.pt", "checkpoint-before.pt", ".status.json.1.tmp")]
+    for path in left:
+        path.write_bytes(b"half")
+    carry_out(outcome.plan, outcome.settings)
+    assert not any(path.exists() for path in left)
+    assert (record.folder / "record.json").stat().st_mtime_ns == before
+    told, said = (json.loads(text) for text in (status, (record.folder / "status.json").read_bytes()))
+    assert (told["state"], told["iteration"]) == (said["state"], said["iteration"])
+
+
+@pytest.mark.dist
 def test_runs_side_by_side_are_those_of_one_process_to_the_bit(first, carried_out, tmp_path):
     outcome, _ = first
     plan = tiny_plan(seeds=1)

@@ -382,7 +382,8 @@ def test_the_headline_claims_no_more_than_is_shown(table):
     table.plan = replace(table.plan, seeds=(0, 1))
     table.results.plan = table.plan
     del table.results.__dict__["_judged"]
-    assert headline(table) == "After iteration 1,800, too few runs are finished to tell whether the test error differs."
+    words = "After iteration 1,800, 2 seeds are too few to tell whether the test error differs; 5 are needed."
+    assert headline(table) == words
 
 
 def test_a_long_series_is_averaged_in_spans_as_a_slow_reference_does(table, monkeypatch):

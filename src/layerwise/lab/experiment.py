@@ -220,6 +220,8 @@ def carry_out(
     plan = placed(plan, settings)
     outcome = Outcome(plan, settings, load_finished(plan, runs), set_aside=runs.set_aside)
     outcome.found = len(outcome.results.records)
+    for record in outcome.results.records.values():
+        runs.tidy(record)
     chains = chains_left(plan, outcome.results, settings)
     side_by_side = settings.jobs or max(1, usable_cores() // (settings.threads or 1))
     # Runs beside one another take each other's time: where that is what is asked, they go one by one.

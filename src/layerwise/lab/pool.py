@@ -27,8 +27,8 @@ from typing import Any, Protocol
 STOP_SECONDS = 30.0
 """How long a worker may take to write its checkpoint and stop before it is killed, from the last checkpoint on."""
 
-DEATH_SECONDS = 1.0
-"""How long a worker whose pipe has ended may take to end itself."""
+DEATH_SECONDS = 20.0
+"""How long a worker whose pipe has ended may take to end itself, on a machine with much else to do."""
 
 POLL_SECONDS = 0.1
 """How often the master looks whether it was asked to stop."""
@@ -247,7 +247,10 @@ def run_jobs(
 def _death(worker: _Worker) -> Failure:
     """Describe a process that ended by itself."""
     code = worker.process.exitcode
-    how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+    if code is None:
+        how = f"left its work, and had not ended {DEATH_SECONDS:g} s later"
+    else:
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     job = worker.job.name if worker.job else "start of a worker"
     return Failure(job, worker.doing or job, f"its process {how}")
 

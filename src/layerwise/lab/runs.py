@@ -278,6 +278,14 @@ class Runs:
         """Give a finished run, or None."""
         return self.folder(configuration).record()
 
+    def tidy(self, record: Record) -> None:
+        """Remove what a kill has left beside a finished run, unless another process is just about to."""
+        left = (*record.folder.glob("checkpoint*.pt"), *record.folder.glob(".*.tmp"))
+        if left:
+            folder = RunFolder(record.folder, record.configuration, self.set_aside)
+            with suppress(BusyError, OSError), folder.lock():
+                folder.tidy(record.summary)
+
     def all(self) -> Iterator[Record]:
         """Give every finished run of this version, in the order of their names."""
         for path in sorted(self.path.glob("*/run.json")):

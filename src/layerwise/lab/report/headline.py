@@ -30,7 +30,10 @@ def headline(outcome: Outcome) -> str:
         return "Nothing was planned to be compared."
     place = capital(place_words(plan))
     if max(verdict.pairs for verdict in found) < MINIMUM_PAIRS:
-        return f"{place}, too few runs are finished to tell whether the {plan.quantity.words} differs."
+        differs, seeds = f"to tell whether the {plan.quantity.words} differs", len(plan.seeds)
+        if seeds >= MINIMUM_PAIRS:
+            return f"{place}, too few runs are finished {differs}."
+        return f"{place}, {seeds} seed{' is' if seeds == 1 else 's are'} too few {differs}; {MINIMUM_PAIRS} are needed."
     way = "higher" if plan.quantity.higher_is_better else "lower"
     better = [verdict for verdict in found if verdict.beats_plain]
     worse = [verdict for verdict in found if verdict.worse]
