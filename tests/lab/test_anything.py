@@ -205,3 +205,5 @@ def test_a_mix_counts_every_comparison_and_says_that_they_were_chosen_after_the_
     assert html.index(words) < html.index("<h2>Verdict</h2>")
     assert "(5 seeds found)" in html
     assert words in markdown(outcome)
+    names = ", ".join(sorted({table_plan().name, sweep_plan("best").name}))
+    assert f"The runs are of 2 experiments: {names}. Their comparisons are judged as one family" in html

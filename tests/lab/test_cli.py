@@ -127,6 +127,11 @@ def test_the_version_is_printed(capsys):
         (["data", "minst"], "Did you mean mnist?"),
         (["runn", "tiny"], "command 'runn' is not known: use one of demo, run, compare"),
         (["runn", "tiny"], "Did you mean run?"),
+        (
+            ["run", "tiny", "--job", "2"],
+            "option '--job' is not known: layerwise run --help lists its options. Did you mean",
+        ),
+        (["report", "--seeds=2"], "option '--seeds' is not known: layerwise report --help lists its options."),
         (["demo", "lent"], "demo 'lent' is not known: use lenet or amplification. Did you mean lenet?"),
         (["list", "tini"], "recipe 'tini' is not known: layerwise list names them. Did you mean tiny?"),
         (["sweep", "tiny", "--scale", "smoke", "--vary", "rte=1"], "Did you mean rate?"),

@@ -102,14 +102,16 @@ def _demo(asked: options.Demo, arguments: Sequence[str]) -> int:
                 "layerwise demo amplification"
             )
         plan = recipe.load("demo-lenet").plan("full", seeds=seeds)
-        following = "run singh2015-table1 --scale full --data-dir FOLDER   (it holds MNIST; see layerwise data mnist)"
+        following = (
+            f"run singh2015-table1 --scale full --data-dir FOLDER   (it holds MNIST; see {program()} data mnist)"
+        )
     else:
         present = data.present("cifar10", settings.data_dir)
         vary = None if asked.weight_decay is None else {"weight_decay": [asked.weight_decay]}
         plan = recipe.load("demo-amplification").plan("full" if present else "digits", seeds=seeds, vary=vary)
         following = shlex.join([*arguments, "--weight-decay", "0"]) if asked.weight_decay is None else "list"
         if not present:
-            following = "demo amplification --data-dir FOLDER   (FOLDER holds CIFAR-10; see layerwise data cifar10)"
+            following = f"demo amplification --data-dir FOLDER   (it holds CIFAR-10; see {program()} data cifar10)"
             if settings.data_dir is not None:
                 sys.stderr.write(f"layerwise: {settings.data_dir} does not hold CIFAR-10, so this is run on digits5k\n")
     return _carry_out(asked, _plan_runner(plan), arguments, lambda outcome: f"{program()} {following}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,25 +18,29 @@ DESCRIPTION = """Per-layer learning rates for PyTorch, compared honestly.
 Begin with: layerwise demo"""
 
 
-def _left_out(words: str) -> Any:
+def _left_out(words: str, metavar: str = "NUMBER") -> Any:
     """Let the help say what holds where an option is left out, instead of None."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {words})")
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {words})")
+
+
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+"""An option without a value, of which the help need not say that it is off by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
     """Where things are, and how much is said."""
 
-    out: Path = Path("runs")
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("runs")
     """Folder of the runs and the reports."""
 
-    data_dir: Annotated[Path | None, _left_out("LAYERWISE_DATA, or where layerwise data puts them")] = None
+    data_dir: Annotated[Path | None, _left_out("LAYERWISE_DATA, or where layerwise data puts them", "FOLDER")] = None
     """Folder of the data sets."""
 
-    json: bool = False
-    """Print one JSON object and nothing else."""
+    json: Flag = False
+    """Print one JSON value and nothing else."""
 
-    quiet: bool = False
+    quiet: Flag = False
     """Print the conclusion and the place of the report only."""
 
 
@@ -59,7 +63,7 @@ class Work(Places):
     engine: Literal["local", "ray"] = "local"
     """Processes of this machine, or tasks of a Ray cluster."""
 
-    address: Annotated[str | None, _left_out("one is started here")] = None
+    address: Annotated[str | None, _left_out("one is started here", "ADDRESS")] = None
     """Of the Ray cluster."""
 
 
@@ -68,7 +72,7 @@ class Demo(Work):
     """Train a network with and without per-layer rates, and say what the difference is worth: two minutes, no data.
 
     The demo lenet, which runs if none is named, trains Caffe's LeNet with three solvers (SGD, NAG, AdaGrad): plain,
-    with the layer-adaptive rule, and plain at its mean factor, on 5,000 digits that need no download.
+    with the layer-adaptive rule, and plain at its mean factor, on digits that need no download.
 
     The demo amplification trains a narrow ResNet-10 plainly, and with the gradients doubled in some epochs of
     random layers, of the layers that G or G′ chooses, and of every layer. It uses a slice of CIFAR-10 from --data-dir,
@@ -95,7 +99,7 @@ class Run(Work):
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
     """Its name; layerwise list names them all."""
 
-    scale: Annotated[str | None, _left_out("reduced")] = None
+    scale: Annotated[str | None, _left_out("reduced", "SCALE")] = None
     """smoke: a minute, no data; reduced: an hour or two on two free cores; full: the paper's own sizes and seeds."""
 
 
@@ -106,7 +110,7 @@ class Sweep(Work):
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
     """Its name; layerwise list names them all."""
 
-    scale: Annotated[str | None, _left_out("reduced")] = None
+    scale: Annotated[str | None, _left_out("reduced", "SCALE")] = None
     """As in layerwise run."""
 
     vary: Annotated[
@@ -132,7 +136,7 @@ class Compare(Work):
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE:FUNCTION")]
     """A file of Python and a function in it."""
 
-    arms: tuple[str, ...] = ()
+    arms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="")] = ()
     """Arms by name, separated by spaces or commas; if left out: plain, layer-adaptive and its controls."""
 
     tune: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -173,7 +177,7 @@ class Completion:
 class Report(Places):
     """Make a report of finished runs: of experiments, of single runs, of any mix."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[FOLDER ...]")] = (Path("runs"),)
     """Folders: what --out named, an experiment in it, or single runs."""
 
 
@@ -184,7 +188,7 @@ class List(Places):
     recipe: tyro.conf.Positional[str] = ""
     """The only one to be shown; all if left out."""
 
-    quiet: bool = False
+    quiet: Flag = False
     """Print the names alone."""
 
 
@@ -195,7 +199,7 @@ class Data(Places):
     name: tyro.conf.Positional[str] = ""
     """mnist, fashion-mnist, cifar10, cifar100, imagenet (or any image folder in its layout), or digits5k."""
 
-    quiet: bool = False
+    quiet: Flag = False
     """Show no progress; without a name, print the names alone."""
 
 
@@ -226,11 +230,17 @@ def parse(arguments: Sequence[str]) -> Command:
         What is asked for.
 
     Raises:
-        UsageError: there is no command of this name.
+        UsageError: there is no command of this name, or it has no such option.
     """
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         hint = nearest(arguments[0], COMMANDS)
         raise UsageError(f"command {arguments[0]!r} is not known: use one of {', '.join(COMMANDS)}.{hint}")
+    if arguments and arguments[0] in COMMANDS:
+        known = [f"--{field.name.replace('_', '-')}" for field in fields(COMMANDS[arguments[0]])]
+        for option in (word.partition("=")[0] for word in arguments[1:] if word.startswith("--")):
+            if option.replace("_", "-") not in [*known, "--help"]:
+                how = f"layerwise {arguments[0]} --help lists its options"
+                raise UsageError(f"option {option!r} is not known: {how}.{nearest(option, known)}")
     return _read(arguments)
 
 
@@ -257,7 +267,7 @@ def completion(shell: str) -> str:
         UsageError: another shell.
     """
     if shell not in SHELLS:
-        raise UsageError(f"shell={shell!r}: must be one of {', '.join(SHELLS)}.{nearest(shell, SHELLS)}")
+        raise UsageError(f"shell={shell!r}: must be one of {', '.join(SHELLS)}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "completion"
         with contextlib.suppress(SystemExit):

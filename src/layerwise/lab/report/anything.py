@@ -69,12 +69,18 @@ def gather(folders: Sequence[Path], out: Path) -> Outcome:
             taken[key] = each
     by_name = {arm.name: arm for arm in arms}
     notes = [*_notes(found, left_out=left_out, replaced=replaced), *chosen.notes]
+    experiments = sorted({name for record in records if (name := label_of(record, "experiment"))})
+    if len(experiments) > 1:
+        notes.append(
+            f"The runs are of {len(experiments)} experiments: {', '.join(experiments)}. Their comparisons are judged "
+            "as one family, which shows less than each experiment alone: name the folder of one to judge it so."
+        )
     if len(folders) == 1 and (folders[0] / RUNS).exists():
         notes.append(f"The folder of the experiment has no {PLAN} that can be read: its plan is not known.")
     data = sorted({str(each.record.configuration.trial.get("data")) for each in placed} - {"None"})
     plan = Plan(
         name=NAME,
-        title=f"{len(taken)} finished runs: " + ", ".join(subject.words for subject in subjects.values()),
+        title=f"{len(taken)} finished runs: " + "; ".join(subject.words for subject in subjects.values()),
         source="finished runs in " + ", ".join(folder.name or folder.resolve().name for folder in folders),
         layout="thresholds" if any(arm.group for arm in arms) else "curves",
         quantity=chosen.quantity,
