@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import layerwise
+from layerwise.hooks import OptimizerHooks
 from layerwise.optimizers import unwrap
 from layerwise.rules import LayerAdaptive
 
@@ -76,8 +77,9 @@ def test_a_wrapped_optimizer_takes_the_same_steps_wherever_the_adapter_is_attach
     elif moment == "to the wrapper":
         adapter = layerwise.LayerwiseLR(wrapper, LayerAdaptive(), wrapped_model, apply=apply)
     measured = []
-    measure = adapter.measure
-    adapter.measure = lambda *arguments, **options: (measured.append(1), measure(*arguments, **options))
+    (attached,) = OptimizerHooks.members_of(optimizer)
+    measure = attached.measure
+    attached.measure = lambda *arguments, **options: (measured.append(1), measure(*arguments, **options))
     train(model, wrapper)
     assert len(measured) == 3, "the hooks must run once a step"
     assert_same_bits(weights(model), weights(expected))
