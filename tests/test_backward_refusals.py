@@ -459,3 +459,33 @@ def test_sharded_parameters() -> None:
     fully_shard(model, mesh=distributed.init_device_mesh("cpu", (1,)))
     with pytest.raises(ValueError, match=r"sharded parameters \(DTensor\)"):
         layerwise.step_in_backward(optim.SGD(model.parameters()), model)
+
+
+class Returning(Rule):
+    """A rule that returns what it is told to, with or without a look at the gradients."""
+
+    own_layer = True
+
+    def __init__(self, result: Any, needs: tuple[str, ...]) -> None:
+        self.result, self.needs = result, needs
+
+    def factors(self, statistics: Any, state: Any) -> Any:
+        return self.result
+
+
+@pytest.mark.parametrize("needs", [(), ("gradient_norm",)], ids=["needs nothing", "needs a norm"])
+@pytest.mark.parametrize(
+    "result",
+    [torch.ones(2), (torch.ones(2),), (torch.ones(3), {}), (torch.ones(()), {}), ([1.0, 1.0], {}), None],
+    ids=["no state", "alone", "too many", "no dimension", "a list", "None"],
+)
+def test_a_rule_that_returns_no_factor_for_each_layer_is_told_so_and_no_weight_has_changed(
+    result: Any, needs: tuple[str, ...]
+) -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    layerwise.step_in_backward(optimizer, model, Returning(result, needs))
+    with pytest.raises(TypeError, match=re.escape("factors must return (factors, state), factors of shape [2]")):
+        model(torch.ones(3, 4, dtype=torch.float64)).sum().backward()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

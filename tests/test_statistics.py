@@ -19,6 +19,8 @@ def test_only_what_is_needed_is_computed_and_reading_the_rest_names_the_remedy()
         assert [name for name in NEEDS if hasattr(statistics, name)] == [need]
     with pytest.raises(AttributeError, match=r"statistics\.weight_norm .*; add 'weight_norm' to its needs"):
         _ = LayerStatistics(layers, ["gradient_norm"]).compute(groups).weight_norm
+    with pytest.raises(AttributeError, match="there is no statistic 'gradient_size'; there are gradient_norm, weight"):
+        _ = LayerStatistics(layers, ["gradient_norm"]).compute(groups).gradient_size
 
 
 def test_an_unknown_need_is_refused_with_the_known_ones():

@@ -211,3 +211,15 @@ def test_adapter_refuses_bounds_that_are_no_pair(pair: Any) -> None:
     model = network(0)
     with pytest.raises(TypeError, match=re.escape(f"bounds={pair!r} must be two numbers (low, high)")):
         layerwise.LayerwiseLR(torch.optim.SGD(model.parameters()), LayerAdaptive(), model, bounds=pair)
+
+
+@pytest.mark.parametrize("saved", [{}, {"0": {}}, {"0": {}, "1": {}, "2": {}}, [{}, {}]], ids=repr)
+def test_a_saved_state_of_another_number_of_rules_is_refused_and_changes_nothing(saved: Any) -> None:
+    model = network(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, chain(LayerAdaptive(), LayerDecay(0.5)), model)
+    adapter.end_epoch()
+    before = adapter.state_dict()
+    with pytest.raises(ValueError, match="does not hold a state for each of the 2 rules; attach the same"):
+        adapter.load_state_dict({**before, "epoch": 7, "state": saved})
+    assert adapter.state_dict() == before

@@ -481,6 +481,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "shuffled": (lambda: ShuffledLayers(AllLayers()), TypeError, "measured=AllLayers"),
     "freezing": (lambda: LayerFreezing(1.5), ValueError, "threshold=1.5 must be from 0 to 1"),
     "freezing every": (lambda: LayerFreezing(0.5, every=0), ValueError, "every=0"),
+    "freezing sample": (lambda: LayerFreezing(0.5, sample=0), ValueError, "sample=0"),
 }
 
 
