@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import re
 import weakref
 
 import pytest
@@ -188,3 +189,52 @@ def test_only_the_layers_that_the_optimizer_holds_are_seen_and_others_are_told_o
     extra.grad = torch.ones_like(extra)
     train(model, optimizer, 1)
     assert extra.tolist() == [1 - LR, 1 - LR]
+
+
+class Returning:
+    """A rule of somebody's own, which only has the method that every rule has."""
+
+    def __init__(self, result):
+        self.result = result
+
+    def factors(self, statistics, state):
+        return self.result
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        (torch.ones(3), TypeError, "factors returned Tensor; it must return (factors, state)"),
+        ((torch.ones(3),), TypeError, "factors returned tuple; it must return (factors, state)"),
+        (None, TypeError, "factors returned NoneType; it must return (factors, state)"),
+        ((torch.ones(2), {}), ValueError, "returned factors of shape (2,); there are 3 layers"),
+        (([1.0, 1.0, 1.0], {}), ValueError, "returned factors of shape list; there are 3 layers"),
+    ],
+    ids=["no state", "alone", "nothing", "too few", "a list"],
+)
+def test_a_rule_that_returns_something_else_is_told_so_before_anything_changes(
+    result, error, message, setup, backward, weights, assert_same_bits
+):
+    model, optimizer, _ = setup(Returning(result))
+    backward(model)
+    before = weights(model)
+    with pytest.raises(error, match=re.escape(message)):
+        optimizer.step()
+    assert_same_bits(weights(model), before)
+    assert not optimizer.state
+
+
+def test_epochs_are_counted_for_a_rule_that_does_not_count_them(setup):
+    _, _, adapter = setup(Returning((torch.ones(3), {})))
+    adapter.end_epoch()
+    assert adapter.epoch == 2
+    assert adapter.state_dict()["state"] == {}
+
+
+def test_without_its_optimizer_an_adapter_says_that_there_is_none(setup):
+    _, optimizer, adapter = setup(LayerAdaptive())
+    del optimizer
+    with pytest.raises(RuntimeError, match="no longer exists; attach to the one in use"):
+        adapter.get_last_lr()
+    assert "on detached" in repr(adapter)
+    adapter.detach()

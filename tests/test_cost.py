@@ -225,3 +225,19 @@ def test_the_diagnosis_tells_the_cost_or_why_it_is_not_known(make_model, capsys)
     assert "\nmeasured  not: seconds=0\n" in layerwise.diagnose(optimizer, model, seconds=0)
     assert "\nmeasured  a step takes " in layerwise.diagnose(optimizer, model, seconds=0.01)
     capsys.readouterr()
+
+
+def test_nothing_is_measured_in_one_of_several_processes() -> None:
+    """Their steps wait for one another: a process that takes one more would hang."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        assert measured_cost(optimizer, model, LayerAdaptive(), 1.0) == (
+            "steps of several processes wait for one another, and only this one measures"
+        )
+    finally:
+        torch.distributed.destroy_process_group()
+    assert isinstance(measured_cost(optimizer, model, LayerAdaptive(), 0.01), Cost)

@@ -179,3 +179,17 @@ def test_beside_an_adapter_it_does_not_say_to_attach_another(told):
     assert "next      nothing: an adapter is attached already" in told(optimizer, model, seconds=0)
     adapter.detach()
     assert (told(optimizer, model, seconds=0) + "\n").endswith(next_line)
+
+
+def test_a_rule_that_scales_rates_is_said_to(make_model, told):
+    model = make_model()
+    text = told(torch.optim.SGD(model.parameters(), lr=0.1), model, Constant({"0": 2.0}))
+    assert line_of(text, "because") == "because   the rule scales rates"
+
+
+def test_on_a_device_it_is_told_which_forms_need_no_reading_of_the_rates(make_model, told):
+    model = make_model().to("meta")
+    note = "note      the rates are read from the device once a step; fused=True or capturable=True avoids it"
+    assert note in told(torch.optim.AdamW(model.parameters()), model).splitlines()
+    assert note not in told(torch.optim.RAdam(model.parameters()), model).splitlines()
+    assert note not in told(torch.optim.AdamW(model.parameters()), model, apply="update").splitlines()

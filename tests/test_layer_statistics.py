@@ -310,3 +310,11 @@ def test_squares_of_nothing_are_zero(make_model):
     statistics = LayerStatistics(make_layers(dict(model.named_parameters()), "module"), ())
     squares = statistics.squares([None] * len(statistics.members))
     assert statistics.norms([squares]).tolist() == [[0.0] * 3]
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_a_step_that_a_gradient_scaler_skips_does_not_count_though_clipping_made_its_gradients_finite(found_inf):
+    layers, groups = layers_with_gradients([[(2,)], [(3, 2)]])
+    with torch.no_grad():
+        found = LayerStatistics(layers, ("counts",)).compute(groups, found_inf=torch.tensor(found_inf))
+    assert found.counts.item() is (found_inf == 0)

@@ -152,10 +152,10 @@ def test_whatever_way_the_factors_come_to_be_the_step_is_refused_and_those_befor
     optimizer = optim.AdamW(model.parameters(), lr=0.1, fused=kind == "late")
     rule = layerwise.rules.bounds(LayerAdaptive(), 0, 9) if kind == "tensors" else LayerAdaptive()
     adapter = layerwise.LayerwiseLR(optimizer, rule, model, on_nonfinite="raise")
-    assert (adapter._found.in_numbers is None) == (kind == "tensors")
+    assert (adapter._attached.found.in_numbers is None) == (kind == "tensors")
     put_gradients(model, 0)
     optimizer.step()
-    assert isinstance(adapter._factors, late.LateFactors) == (kind == "late")
+    assert isinstance(adapter._attached.factors, late.LateFactors) == (kind == "late")
     put_gradients(model, 1, broken="2.bias")
     before = seen(model, optimizer, adapter)
     with pytest.raises(FloatingPointError, match=re.escape("step 2: the gradient of layer '2' is not finite (2.bias)")):

@@ -11,7 +11,7 @@ import torch
 from torch import nn, optim
 
 import layerwise
-from layerwise.optimizers import PLACES
+from layerwise.optimizers import PLACES, takes_tensor_rate
 from layerwise.rules import Constant, LayerAdaptive
 from optimizer_cases import (
     ALL,
@@ -197,3 +197,40 @@ def test_no_warning_is_given_by_an_ordinary_attachment() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layerwise.LayerwiseLR(optim.SGD(model.parameters(), lr=0.1), LayerAdaptive(), model)
+
+
+@pytest.mark.parametrize("for_each", [True, False, None])
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        (optim.SGD, {}, (False, False, False)),
+        (optim.SGD, {"fused": True}, (None, True, True)),
+        (optim.Adam, {}, (False, False, False)),
+        (optim.Adam, {"capturable": True}, (True, True, True)),
+        (optim.AdamW, {"capturable": True}, (True, True, True)),
+        (optim.NAdam, {"capturable": True}, (True, True, True)),
+        (optim.Adamax, {"capturable": True}, (True, True, True)),
+        (optim.RMSprop, {"capturable": True}, (True, False, True)),
+        (optim.Adadelta, {"capturable": True}, (True, False, True)),
+        (optim.RMSprop, {}, (False, False, False)),
+        (optim.Adagrad, {}, (True, False, True)),
+        (optim.RAdam, {}, (True, True, True)),
+    ],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_which_forms_take_a_rate_that_stays_on_the_device(kind, options, expected, for_each):
+    """What torch's code for each form does with a tensor as rate; None stands for the form for each."""
+    optimizer = kind([nn.Parameter(torch.ones(2))], lr=0.1)
+    group = {**optimizer.param_groups[0], **options, "foreach": for_each}
+    wanted = expected[(True, False, None).index(for_each)]
+    if wanted is None:
+        pytest.skip("torch refuses fused and for each together")
+    assert takes_tensor_rate(optimizer, group) is wanted
+
+
+def test_for_parameters_of_a_class_of_their_own_torch_does_not_take_the_form_for_each():
+    class Own(nn.Parameter):
+        pass
+
+    optimizer = optim.Adagrad([Own(torch.ones(2))], lr=0.1)
+    assert not takes_tensor_rate(optimizer, optimizer.param_groups[0])

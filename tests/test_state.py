@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn, optim
 import layerwise
 from layerwise import rules
 from layerwise.rules import LARS, LayerAdaptive, Rule
+from layerwise.rules.state import carried_over
 
 
 class Average(Rule):
@@ -196,3 +198,35 @@ def test_a_state_that_init_does_not_begin_is_refused_and_init_is_named() -> None
     resumed, _ = smoothed(begins=False)
     with pytest.raises(ValueError, match=r"\['mean'\] in the file, \[\] here.*every entry of its state from init\("):
         resumed.load_state_dict(adapter.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"mean": 1.0}, "state['mean'] is float in the file, Tensor here; same rule?"),
+        ({"mean": {}}, "state['mean'] is dict in the file, Tensor here; same rule?"),
+        ({"scale": torch.ones(())}, "state['scale'] is Tensor in the file, int here; same rule?"),
+        ({"mean": torch.zeros(3)}, "state['mean'] has shape (3,) in the file, (1,) here"),
+        ({"other": 1}, "state holds ['mean', 'n', 'other', 'scale'] in the file, ['mean', 'n', 'scale'] here"),
+    ],
+    ids=["a number for a tensor", "a dictionary for a tensor", "a tensor for a number", "a shape", "one too many"],
+)
+def test_a_state_of_another_form_is_refused_and_the_entry_is_named(bad: dict[str, Any], message: str) -> None:
+    _, optimizer, adapter = attached("b")
+    optimizer.step()
+    before = adapter.state_dict()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        adapter.load_state_dict({**before, "epoch": 5, "state": {**before["state"], **bad}})
+    assert str(adapter.state_dict()) == str(before)
+
+
+def test_what_is_not_a_row_for_each_layer_begins_anew_when_layers_come() -> None:
+    """A table of pairs of layers, say: nothing tells which of its rows and columns stay true."""
+    fresh = {"pairs": torch.zeros(3, 3), "rows": torch.zeros(3), "sum": torch.zeros(())}
+    old = {"pairs": torch.ones(2, 2), "rows": torch.tensor([1.0, 2.0]), "sum": torch.tensor(7.0)}
+    carried = carried_over(fresh, old, ["a", "new", "b"], ["a", "b"])
+    assert {name: value.tolist() for name, value in carried.items()} == {
+        "pairs": [[0.0] * 3] * 3,
+        "rows": [1.0, 0.0, 2.0],
+        "sum": 7.0,
+    }

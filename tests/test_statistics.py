@@ -28,3 +28,8 @@ def test_an_unknown_need_is_refused_with_the_known_ones():
         check_needs(["gradient_norm", "hessian"])
     with pytest.raises(TypeError, match=r"needs='gradient_norm' is one string; write needs = \('gradient_norm',\)"):
         check_needs("gradient_norm")
+
+
+def test_needs_that_are_no_collection_are_refused():
+    with pytest.raises(TypeError, match=r"needs=3 must be a tuple of names, such as \('gradient_norm',\)"):
+        check_needs(3)

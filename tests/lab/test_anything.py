@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+from lab_helpers import tiny_plan
 from made_up import (
     SWEEP_LAYERS,
     TABLE_STEPS,
@@ -205,5 +206,14 @@ def test_a_mix_counts_every_comparison_and_says_that_they_were_chosen_after_the_
     assert html.index(words) < html.index("<h2>Verdict</h2>")
     assert "(5 seeds found)" in html
     assert words in markdown(outcome)
-    names = ", ".join(sorted({table_plan().name, sweep_plan("best").name}))
-    assert f"The runs are of 2 experiments: {names}. Their comparisons are judged as one family" in html
+
+
+def test_a_mix_names_the_experiments_that_its_runs_are_of(carried_out, tmp_path):
+    for name in ("one", "other"):
+        carried_out(replace(tiny_plan(seeds=1), name=name), tmp_path / name)
+    outcome = anything.gather([tmp_path / "one", tmp_path / "other"], tmp_path / "pages")
+    assert [note for note in outcome.plan.notes if "experiments" in note] == []  # their runs are the same
+    carried_out(replace(tiny_plan(seeds=2), name="third"), tmp_path / "third")
+    outcome = anything.gather([tmp_path / "one", tmp_path / "third"], tmp_path / "pages")
+    (note,) = [note for note in outcome.plan.notes if "experiments" in note]
+    assert note.startswith("The runs are of 2 experiments: one, third. Their comparisons are judged as one family")

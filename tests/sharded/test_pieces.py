@@ -98,3 +98,25 @@ def test_fsdp1_around_tensor_parallel_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match="over tensor parallel parameters hides how these are shared; use fully_shard"):
         layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
     assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.usefixtures("four")
+def test_an_fsdp1_module_without_parameters_of_its_own_does_not_hide_those_below() -> None:
+    """Its ten numbers are cut into four pieces of three, of which the last is filled up."""
+    arguments: dict[str, Any] = {"device_id": torch.device("cpu"), "use_orig_params": True}
+    model = FullyShardedDataParallel(nn.Sequential(FullyShardedDataParallel(nn.Linear(4, 2), **arguments)), **arguments)
+    assert model._handle is None
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    (layer,) = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model).layer_table()
+    assert (layer.name, layer.parameter_names) == ("0", ("0.weight", "0.bias"))
+    assert [(tuple(piece.shape), piece.span) for piece in layer.pieces if piece] == [((2, 4), (0, 3)), ((2,), (0, 0))]
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_monitor_is_not_attached_to_zero_whose_processes_see_a_part_of_a_step_each() -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    zero = ZeroRedundancyOptimizer(nn.Linear(4, 4).parameters(), optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="no process sees a whole step; watch one without it"):
+        layerwise.Monitor(zero, nn.Linear(4, 4))
