@@ -207,8 +207,8 @@ class Returning:
         (torch.ones(3), TypeError, "factors returned Tensor; it must return (factors, state)"),
         ((torch.ones(3),), TypeError, "factors returned tuple; it must return (factors, state)"),
         (None, TypeError, "factors returned NoneType; it must return (factors, state)"),
-        ((torch.ones(2), {}), ValueError, "returned factors of shape (2,); there are 3 layers"),
-        (([1.0, 1.0, 1.0], {}), ValueError, "returned factors of shape list; there are 3 layers"),
+        ((torch.ones(2), {}), ValueError, "returned factors of shape (2,); return a tensor of shape (3,)"),
+        (([1.0, 1.0, 1.0], {}), ValueError, "returned factors of shape list; return a tensor of shape (3,)"),
     ],
     ids=["no state", "alone", "nothing", "too few", "a list"],
 )

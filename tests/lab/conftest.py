@@ -30,7 +30,8 @@ def carried_out(tmp_path: Path, one_thread: None) -> Callable[..., Outcome]:
 
     def do(plan: Plan, out: Path = tmp_path / "runs", data_dir: Path | None = None) -> Outcome:
         for chain in plan.chains():
-            work.do_chain(chains.Chain(runs=chain, out=out, data_dir=data_dir), work.Alone())  # type: ignore[arg-type]
+            told = plan.labels(chain[0].subject)
+            work.do_chain(chains.Chain(runs=chain, out=out, data_dir=data_dir, labels=told), work.Alone())  # type: ignore[arg-type]
         torch.set_num_threads(1)
         return Outcome(plan, Settings(out=out, data_dir=data_dir), load_finished(plan, Runs(out)))
 
