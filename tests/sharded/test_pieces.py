@@ -15,11 +15,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import layerwise
-from layerwise.rules import LayerAdaptive
+from layerwise.rules import BackMatching, Directionality, GradientAmplification, LayerAdaptive, Phase
 
 from .cases import loss_of, momentum, network
 from .processes import run
-from .training import fsdp2, whole_weights
+from .training import fsdp1, fsdp2, whole_weights
 
 WORLD, TAKING_PART, STEPS = 5, 4, 3
 
@@ -64,6 +64,91 @@ def test_a_mesh_of_two_dimensions_in_a_part_of_all_processes_gives_the_numbers_o
             assert found == pytest.approx(wanted, rel=1e-11)
         for name, p in model.named_parameters():
             torch.testing.assert_close(weights[name], p.detach(), rtol=1e-10, atol=1e-12)
+
+
+def measured_with(measure: Any, model: nn.Module) -> tuple[layerwise.LayerwiseLR, optim.Optimizer]:
+    """Attach a rule that sums an epoch's gradients, at rate 0, so that every way keeps the same weights."""
+    rule = GradientAmplification(Directionality(measure, threshold=0.5), [Phase(2, True)])
+    optimizer = optim.SGD(model.parameters(), lr=0.0)
+    return layerwise.LayerwiseLR(optimizer, rule, model), optimizer
+
+
+def steps(model: nn.Module, optimizer: optim.Optimizer, numbers: range, part: int = 0, parts: int = 1) -> None:
+    for number in numbers:
+        optimizer.zero_grad()
+        loss_of(model, number, part, parts).backward()
+        optimizer.step()
+
+
+def go_on_sharded(rank: int, saved: dict[str, Any]) -> dict[str, Any]:
+    """Load what one process has saved in the middle of an epoch, and end the epoch with shared parameters."""
+    found = {}
+    for measure, state in saved.items():
+        model = fsdp2(network())
+        adapter, optimizer = measured_with(measure, model)
+        adapter.load_state_dict(state)
+        steps(model, optimizer, range(1, STEPS), rank, 2)
+        adapter.end_epoch()
+        found[measure] = adapter.get_last_selection()
+        cut, _ = measured_with(measure, fsdp1(network()))  # whose pieces have no shape of their own
+        with pytest.raises(ValueError, match=r"the saved sums of '/embed.weight' have shape \(8, 6\)"):
+            cut.load_state_dict(state)
+        assert cut.state_dict()["state"]["sums"] == {}
+    return found
+
+
+@pytest.mark.dist
+def test_sums_that_one_process_has_saved_are_cut_into_pieces_when_several_load_them() -> None:
+    saved, expected = {}, {}
+    for measure in ("G", "G_prime"):
+        model = network()
+        adapter, optimizer = measured_with(measure, model)
+        steps(model, optimizer, range(1))
+        saved[measure] = adapter.state_dict()
+        steps(model, optimizer, range(1, STEPS))
+        adapter.end_epoch()
+        expected[measure] = adapter.get_last_selection()
+    for found in run(2, go_on_sharded, saved):
+        for measure, wanted in expected.items():
+            assert found[measure].keys() == wanted.keys()
+            for name, one in wanted.items():
+                assert found[measure][name].selected == one.selected
+                assert found[measure][name].value == pytest.approx(one.value, rel=1e-9)
+                assert found[measure][name].z == pytest.approx(one.z, rel=1e-7)
+
+
+def normalised() -> nn.Module:
+    """Batch normalisations whose running variances differ from channel to channel."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3), nn.BatchNorm1d(3)).double()
+    for norm in (model[1], model[3]):
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+        norm.running_var.uniform_(0.2, 3.0)
+    return model.eval()
+
+
+def factors_of_normalised(model: nn.Module) -> dict[str, float]:
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, BackMatching(), model)
+    model(torch.ones(4, 6, dtype=torch.float64)).square().sum().backward()
+    optimizer.step()
+    return adapter.get_last_factors()
+
+
+def factors_of_shards(rank: int) -> list[dict[str, float]]:
+    return [factors_of_normalised(fsdp2(normalised())), factors_of_normalised(fully_sharded_once(normalised()))]
+
+
+def fully_sharded_once(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+@pytest.mark.dist
+def test_the_gain_of_a_shared_batch_normalisation_takes_this_process_s_part_of_the_running_variance() -> None:
+    expected = factors_of_normalised(normalised())
+    assert len(set(expected.values())) == 4
+    for found in run(2, factors_of_shards):
+        assert found == [pytest.approx(expected, rel=1e-10)] * 2
 
 
 # --- What cannot be known, in one process that takes itself for one of four -----------------------------------------
