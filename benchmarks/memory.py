@@ -63,7 +63,8 @@ def live_bytes() -> int:
     """Return the bytes of all tensors that the process holds."""
     gc.collect()
     # Of these types only: others may hold no memory, and asking some modules' objects for their class warns.
-    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
+    found = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
+    storages = [x.untyped_storage() for x in found if x.layout is torch.strided]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -32,10 +32,10 @@ HEAD = """# Benchmarks
 
 Made by `make bench-page` on {machine}.
 
-"Ratio" is the time with layerwise over the time without, measured in turn in one process: the median of {rounds}
-rounds, with its quartiles. Absolute times are this machine's. [notes.md](notes.md) tells what was tried, what it gave,
-and what stands between these numbers and the limit. Nothing has been measured on a GPU: where there is one,
-`python -m benchmarks.accelerator --page docs/benchmarks` fills that table.
+"Ratio" is the time with layerwise over the time without, measured in turn in one process: the median of the
+rounds that a part names, with its quartiles. Absolute times are this machine's. [notes.md](notes.md) tells what was
+tried, what it gave, and what stands between these numbers and the limit. Nothing has been
+measured on a GPU: where there is one, `python -m benchmarks.accelerator --page docs/benchmarks` fills that table.
 """
 
 
@@ -80,10 +80,19 @@ def write(folder: Path, found: Mapping[str, Any], results: Mapping[str, Mapping[
     file = folder / "results.json"
     before = json.loads(file.read_text()) if file.exists() else {"parts": {}}
     parts = {**before["parts"], **results}
-    file.write_text(json.dumps({"machine": found, "parts": parts}, indent=1) + "\n")
-    text = [HEAD.format(machine=described(found), rounds=found["rounds"])]
-    text += [section(title, parts[part]) for part, title in TITLES.items() if part in parts]
+    machine = {name: value for name, value in found.items() if name != "rounds"}
+    rounds = {**before.get("rounds", {}), **dict.fromkeys(results, found["rounds"])}
+    file.write_text(json.dumps({"machine": machine, "rounds": rounds, "parts": parts}, indent=1) + "\n")
+    text = [HEAD.format(machine=described(machine))]
+    for part, title in TITLES.items():
+        if part in parts:
+            text.append(section(f"{title}, {rounds[part]} rounds" if _timed(parts[part]) else title, parts[part]))
     (folder / "README.md").write_text("\n".join(text))
+
+
+def _timed(rows: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Tell whether a part holds times that are medians over rounds."""
+    return any("ratio_low" in row for row in rows.values())
 
 
 def section(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -112,7 +121,7 @@ def columns(row: Mapping[str, Any]) -> dict[str, str]:
         heading = name.replace("_", " ")
         if name == "target":
             reached = next((row[of] for of in ("to_bound", "ratio", "seconds", "kept_a_parameter") if of in row), None)
-            missed = value is not None and reached is not None and reached > value
+            missed = value is not None and reached is not None and round(reached, 3) > value
             missed = missed or (value is not None and row.get("throughput", value) < value)
             cells[heading] = "" if value is None else f"{value:g}{', missed' if missed else ''}"
         elif isinstance(value, float):

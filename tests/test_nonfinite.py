@@ -31,7 +31,9 @@ def layers_with(gradients: dict[str, Tensor | None]) -> list[Layer]:
 def complaint(gradients: dict[str, Tensor | None]) -> str:
     """Return which layers and parameters the error names; nothing if there is no error."""
     try:
-        FiniteGradients().check(layers_with(gradients), None)
+        finite = FiniteGradients()
+        finite.look_at(layers_with(gradients))
+        finite.check()
     except FloatingPointError as error:
         pattern = r"step 1: the gradient of (layers? .*?) is not finite \((.*?)\), so no step.*"
         return re.sub(pattern, r"\1; \2", str(error))
@@ -164,6 +166,38 @@ def test_whatever_way_the_factors_come_to_be_the_step_is_refused_and_those_befor
     put_gradients(model, 1)  # zeroed and computed anew
     optimizer.step()
     assert adapter.get_last_factors() != before["factors"]
+
+
+def test_a_parameter_in_no_layer_is_looked_at_too(weights: Any, assert_same_bits: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, layers=["0"], on_nonfinite="raise")
+    put_gradients(model, 0, broken="1.weight")
+    before = weights(model)
+    with pytest.raises(FloatingPointError, match=re.escape("layer '(in no layer)' is not finite (1.weight)")):
+        optimizer.step()
+    assert_same_bits(weights(model), before)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    put_gradients(model, 1)
+    optimizer.param_groups[1]["params"][0].grad = torch.full((1,), math.inf)
+    with pytest.raises(FloatingPointError, match=re.escape("is not finite (parameter 4 of the optimizer)")):
+        optimizer.step()
+
+
+def test_what_one_adapter_refuses_leaves_the_rule_of_another_as_it_was(assert_same_bits: Any) -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    counting = layerwise.rules.GradientAmplification(layerwise.rules.Directionality("G"))
+    first = layerwise.LayerwiseLR(optimizer, counting, model)
+    layerwise.LayerwiseLR(optimizer, Constant({"*": 2.0}), model, on_nonfinite="raise")
+    put_gradients(model, 0)
+    optimizer.step()
+    before = seen(model, optimizer, first)
+    put_gradients(model, 1, broken="0.weight")
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    with pytest.raises(FloatingPointError, match="step 2"):
+        optimizer.step()
+    assert_same_bits(seen(model, optimizer, first), {**before, "gradients": gradients})
 
 
 def test_a_layer_that_is_excluded_is_looked_at_too(make_model: Any, backward: Any) -> None:

@@ -170,7 +170,7 @@ class LayerwiseLR:
         """
         selection = get_selection(self.rule, self._attached.state)
         if selection is None:
-            raise ValueError(f"{self.rule!r} chooses no layers; GradientAmplification and LayerFreezing do")
+            raise ValueError(f"{described(self.rule)} chooses no layers; GradientAmplification and LayerFreezing do")
         if self._epoch == 1 and self._attached.rates is not None and not any(one.selected for one in selection):
             if not self._told:
                 logger.warning(
@@ -237,7 +237,7 @@ class LayerwiseLR:
         holder, found = self._attached.holder(), self._attached.found
         attached = "detached" if holder is None else type(holder).__name__
         excluded = found.included.count(False)
-        parts = [f"{self.rule!r} on {attached}", f"{len(found.layers)} layers", f"apply={self.apply!r}"]
+        parts = [f"{described(self.rule)} on {attached}", f"{len(found.layers)} layers", f"apply={self.apply!r}"]
         if self.apply == "gradient":
             parts.append(f"decay={self.decay!r}")
         if self.counts_epochs:

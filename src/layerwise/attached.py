@@ -103,6 +103,19 @@ class AttachedRule:
 
     # --- What the optimizer's hooks call ------------------------------------------------------------------------------
 
+    def prepare(self, optimizer: Any) -> None:
+        """See what has changed since the last step, and raise before anything else does if a gradient is not finite."""
+        self._forget_failed()
+        holder = self._required()
+        if not self.found.holds(holder.param_groups):
+            self._take(resolve(optimizer, holder, self._request))
+        elif self._request.apply == "auto":
+            # Again at each step: schedulers and checkpoints can bring momentum.
+            self._place_at(automatic_place(optimizer, self._request.preferred, self._request.decay))
+        self._idle = not optimizer.state and makes_state_only(optimizer.param_groups)
+        if self._finite is not None and not self._idle:
+            self._finite.check(getattr(optimizer, "found_inf", None))
+
     def measure(self, optimizer: Any, *, late: bool = False) -> None:
         """Compute this step's factors from the gradients as they arrived.
 
@@ -110,20 +123,10 @@ class AttachedRule:
             optimizer: The optimizer.
             late: Whether nothing happens between here and the update, so that factors may be computed during it.
         """
-        self._forget_failed()
-        holder = self._required()
-        groups = holder.param_groups
-        if not self.found.holds(groups):
-            self._take(resolve(optimizer, holder, self._request))
-        elif self._request.apply == "auto":
-            # Again at each step: schedulers and checkpoints can bring momentum.
-            self._place_at(automatic_place(optimizer, self._request.preferred, self._request.decay))
-        self._idle = not optimizer.state and makes_state_only(optimizer.param_groups)
         if self._idle:
             return
+        groups = self._required().param_groups
         found, grad_scale = self.found, getattr(optimizer, "grad_scale", None)
-        if self._finite is not None:
-            self._finite.check(found.layers, found.statistics.sharing, getattr(optimizer, "found_inf", None))
         # A fused kernel that unscales writes into the gradients.
         if late and found.pieces is not None and grad_scale is None and can_be_dealt(optimizer):
             self._before_late = (self.factors, self.rates)
@@ -181,6 +184,8 @@ class AttachedRule:
         before = self.found.names if self.state else []
         self.state = renewed_state(self._rule, found.layers, found.statistics.device, self.state, before)
         self.found = found
+        if self._finite is not None:
+            self._finite.look_at(found.layers, found.others(self._request.model), self._request.model)
         self._place_at(found.place)
         self._last_raw: tuple[Tensor, int] | None = None
         self.rates: list[Any] | None = None

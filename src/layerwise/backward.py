@@ -36,6 +36,7 @@ from .optimizers import unwrap
 from .partition import OUTSIDE
 from .resolution import parameters_of
 from .rules.questions import check_rule, needs_of
+from .rules.state import described
 from .statistics import check_needs
 
 logger = logging.getLogger("layerwise")
@@ -194,7 +195,7 @@ class StepInBackward:
         optimizer = self._optimizer()
         name = type(optimizer).__name__ if self._attached and optimizer is not None else "detached"
         steps = self._steps
-        parts = [name if self.rule is None else f"{self.rule!r} on {name}", f"{len(steps.layers)} layers"]
+        parts = [name if self.rule is None else f"{described(self.rule)} on {name}", f"{len(steps.layers)} layers"]
         if self.rule is not None:
             parts += [f"apply={steps.place!r}"] + [f"decay={steps.decay!r}"] * (steps.place == "gradient")
         excluded = sum(not layer.included for layer in steps.layers)

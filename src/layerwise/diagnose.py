@@ -12,7 +12,15 @@ from .cost import check_seconds, measured_cost
 from .hooks import OptimizerHooks
 from .known_optimizers import reason_against
 from .layers import Layer, check_model, named_parameters_of
-from .optimizers import SCALE_INVARIANT, decay_is_coupled, no_effect, takes_tensor_rate, unwrap, why_not_rate
+from .optimizers import (
+    SCALE_INVARIANT,
+    acting_optimizer,
+    decay_is_coupled,
+    no_effect,
+    takes_tensor_rate,
+    unwrap,
+    why_not_rate,
+)
 from .rules import LayerAdaptive
 from .rules.questions import default, needs_of
 
@@ -121,7 +129,7 @@ def _describe(
     lines.append(f"measured  {measured}")
     lines += [f"problem   {problem}" for problem in problems] or ["problems  none found"]
     lines += [f"note      {note}" for note in _notes(adapter, optimizer)]
-    if OptimizerHooks.members_of(optimizer):
+    if OptimizerHooks.members_of(acting_optimizer(optimizer)):
         lines.append("next      nothing: an adapter is attached already; another one's factors would multiply with its")
     else:
         lines.append("next      adapter = layerwise.LayerwiseLR(optimizer, rule, model)")

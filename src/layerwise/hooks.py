@@ -33,6 +33,10 @@ class Member(Protocol):
         """The factors of the last step that was measured."""
         ...
 
+    def prepare(self, optimizer: Any) -> None:
+        """Look at what has changed; may raise, and has changed nothing of any member then."""
+        ...
+
     def measure(self, optimizer: Any, *, late: bool = False) -> None:
         """Compute this step's factors from the gradients.
 
@@ -188,12 +192,14 @@ class OptimizerHooks:
         private = (
             self._torch_own
             and len(optimizer._optimizer_step_pre_hooks) == 1
-            and next(iter(optimizer._optimizer_step_post_hooks)) == self._handles[1].id
+            and next(iter(optimizer._optimizer_step_post_hooks), None) == self._handles[1].id
         )
         if active:
             if kwargs or len(args) > 1:
                 args, kwargs = evaluate_closure(args, kwargs)
                 active = [member for member in self.members if member.enabled]  # a closure may pause or detach
+            for member in active:
+                member.prepare(optimizer)
             for member in active:
                 member.measure(optimizer, late=private and len(active) == 1)
             self._look(looking, active)

@@ -19,6 +19,7 @@ from .partition import OUTSIDE, Partition
 from .resolution import rates_of, requested, resolve
 from .rules.base import State, finite_or_one
 from .rules.questions import ended_state, is_pair, needs_of, renewed_state
+from .rules.state import described
 from .statistics import NOTHING, Statistics
 from .tensors import same_objects
 from .transfer import transferred
@@ -173,7 +174,9 @@ class LayerSteps:
     def _checked(self, result: Any) -> tuple[Tensor, State]:
         if is_pair(result) and isinstance(result[0], Tensor) and result[0].shape == (len(self.layers),):
             return result
-        raise TypeError(f"{self.rule!r}.factors must return (factors, state), factors of shape [{len(self.layers)}]")
+        raise TypeError(
+            f"{described(self.rule)}.factors must return (factors, state), factors of shape [{len(self.layers)}]"
+        )
 
     def _resolve(self, optimizer: Optimizer) -> None:
         """Find the layers, and everything that follows from them; change nothing if that fails."""

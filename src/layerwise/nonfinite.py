@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .layers import Layer
-from .sharding import Sharing, settled_gradient
+from .sharding import Sharing, find_pieces, settled_gradient, sharing_of
 from .tensors import as_dense_real, local, moved
 
 OnNonfinite = Literal["ignore", "raise"]
@@ -26,32 +26,47 @@ class FiniteGradients:
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))
         >>> weight.grad = torch.tensor([1e38, 1e38])  # its norm is beyond float32, the gradient is not
-        >>> FiniteGradients().check([Layer("head", (weight,), ("head.weight",))], None)
+        >>> finite = FiniteGradients()
+        >>> finite.look_at([Layer("head", (weight,), ("head.weight",))])
+        >>> finite.check()
         >>> weight.grad[1] = torch.nan
-        >>> FiniteGradients().check([Layer("head", (weight,), ("head.weight",))], None)
+        >>> finite.check()
         Traceback (most recent call last):
-        FloatingPointError: step 1: the gradient of layer 'head' is not finite (head.weight), so no step was taken...
+        FloatingPointError: step 2: the gradient of layer 'head' is not finite (head.weight), so no step was taken...
     """
 
     def __init__(self) -> None:
         self.steps = 0
+        self.look_at([])
 
-    @torch.no_grad()
-    def check(self, layers: Sequence[Layer], sharing: Sharing | None, found_inf: Tensor | None = None) -> None:
-        """Raise if a gradient of these layers is not finite, else count the step.
+    def look_at(self, layers: Sequence[Layer], others: Mapping[str, Tensor] | None = None, model: Any = None) -> None:
+        """Look at other parameters from the next step on.
 
         Args:
             layers: The layers, excluded ones among them.
-            sharing: How numbers of the layers' parameters add up over processes, if they are shared.
+            others: The optimizer's parameters that are in no layer, by name.
+            model: The model, which knows how FSDP1 has shared them among processes.
+        """
+        none = [Layer("(in no layer)", tuple(others.values()), tuple(others))] if others else []
+        self._layers = [*layers, *none]
+        self._parameters = [p for layer in self._layers for p in layer.parameters]
+        pieces = find_pieces(self._parameters, model)
+        self._sharing = sharing_of([pieces.get(id(p)) for p in self._parameters])
+
+    @torch.no_grad()
+    def check(self, found_inf: Tensor | None = None) -> None:
+        """Raise if a gradient is not finite, else count the step.
+
+        Args:
             found_inf: There when a gradient scaler looks after this step, and lets the optimizer skip it where needed.
 
         Raises:
             FloatingPointError: A gradient is not finite; nothing has been changed.
         """
-        if found_inf is None:
-            broken = _broken([p for layer in layers for p in layer.parameters], sharing)
+        if found_inf is None and self._parameters:
+            broken = _broken(self._parameters, self._sharing)
             if broken:
-                raise FloatingPointError(_message(self.steps + 1, layers, broken))
+                raise FloatingPointError(_message(self.steps + 1, self._layers, broken))
         self.steps += 1
 
 
@@ -77,11 +92,11 @@ def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> list[int]:
 
 
 def _message(step: int, layers: Sequence[Layer], broken: Sequence[int]) -> str:
-    owners = [(layer.name or "(root)", name) for layer in layers for name in layer.parameter_names or layer.parameters]
+    owners = [(layer.name or "(root)", name) for layer in layers for name in layer.parameter_names]
     names = list(dict.fromkeys(repr(owners[i][0]) for i in broken))
     return (
         f"step {step}: the gradient of layer{'s' if len(names) > 1 else ''} {_some(names)} is not finite "
-        f"({_some([str(owners[i][1]) for i in broken])}), so no step was taken and nothing has changed. Causes: too "
+        f"({_some([owners[i][1] for i in broken])}), so no step was taken and nothing has changed. Causes: too "
         "large a rate, a logarithm or a division by zero in the loss, float16 without a gradient scaler. Lower the "
         "rate, clip, or zero the gradients and go on with the next batch; on_nonfinite='ignore' lets the optimizer step"
     )

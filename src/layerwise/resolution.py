@@ -14,7 +14,7 @@ from .arguments import chosen
 from .gains import check_alike
 from .late import Pieces, make_pieces
 from .layer_statistics import AS_NUMBERS, LayerStatistics
-from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_layers, named_parameters_of
+from .layers import Exclusion, Layer, LayerSpecification, clean_name, included_layers, make_layers, named_parameters_of
 from .optimizers import PlaceName, automatic_place, check_groups, check_place, refuse
 from .partition import Partition
 from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
@@ -115,6 +115,15 @@ class Resolution:
     def outside(self) -> int:
         """How many parameters belong to no layer."""
         return len(self.parameters) - len(self.statistics.layer_of)
+
+    def others(self, model: nn.Module | None) -> dict[str, Tensor]:
+        """Return the parameters that belong to no layer, by the model's names or by their place in the optimizer."""
+        names = {} if model is None else {id(p): clean_name(name) for name, p in model.named_parameters()}
+        return {
+            names.get(id(p), f"parameter {i} of the optimizer"): p
+            for i, p in enumerate(self.parameters)
+            if id(p) not in self.statistics.layer_of
+        }
 
     def holds(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Tell whether this is still true: no parameter was added, replaced by fully_shard, or moved to a device."""

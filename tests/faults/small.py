@@ -38,10 +38,9 @@ class Small(nn.Module):
             self.first = nn.Embedding(5, 4)
             self.between = nn.Sequential(nn.LayerNorm(4))
         else:
-            self.first = nn.Linear(
-                4, 4, bias=False
-            )  # one before a batch normalisation has a gradient of rounding alone
-            norm = nn.BatchNorm1d(4) if kind == "batch normalisation" else nn.Identity()
+            normalised = kind == "batch normalisation"
+            self.first = nn.Linear(4, 4, bias=not normalised)  # its gradient would be rounding alone
+            norm = nn.BatchNorm1d(4) if normalised else nn.Identity()
             self.between = nn.Sequential(norm, nn.Linear(4, 4))
         self.head = nn.Linear(width, 5)
         if kind == "tied":

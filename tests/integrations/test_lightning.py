@@ -258,6 +258,9 @@ def test_the_arguments_are_those_of_the_adapter(tmp_path):
         for layer in ("first", "second", "head")
         for name in ("weight", "bias")
     }
+    callback = LayerwiseCallback(Constant({"*": 4.0}), on_nonfinite="never")
+    with pytest.raises(ValueError, match="on_nonfinite='never'"):
+        fit(tmp_path, callback)
 
 
 def test_the_other_package_works_too(tmp_path, weights, assert_same_bits):

@@ -129,7 +129,7 @@ def test_the_version_is_printed(capsys):
         (["runn", "tiny"], "Did you mean run?"),
         (
             ["run", "tiny", "--job", "2"],
-            "option '--job' is not known: layerwise run --help lists its options. Did you mean",
+            "option '--job' is not known: layerwise run --help lists its options. Did you mean --jobs?",
         ),
         (["report", "--seeds=2"], "option '--seeds' is not known: layerwise report --help lists its options."),
         (["demo", "lent"], "demo 'lent' is not known: use lenet or amplification. Did you mean lenet?"),

@@ -39,7 +39,7 @@ def test_content_name_and_folder_are_flushed_in_this_order(tmp_path, monkeypatch
     monkeypatch.setattr(os, "replace", renamed)
     write_whole(tmp_path / "folder" / "file", b"content")
     temporary = f".file.{os.getpid()}.tmp"
-    assert done == [("flush", temporary), ("rename", temporary), ("flush", "folder")]
+    assert done == [("flush", tmp_path.name), ("flush", temporary), ("rename", temporary), ("flush", "folder")]
     done.clear()
     write_whole(tmp_path / "folder" / "file", b"content", flush=False)
     assert done == [("rename", temporary)]

@@ -26,7 +26,7 @@ class Attachments:
     Args:
         rule: How large the factors are.
         log_every: Steps from one log to the next; None for none.
-        **arguments: As for `LayerwiseLR`: `layers`, `apply`, `decay`, `exclude`, `bounds`.
+        **arguments: As for `LayerwiseLR`: `layers`, `apply`, `decay`, `exclude`, `bounds`, `on_nonfinite`.
 
     Raises:
         TypeError: `rule` is no rule.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..adapter import LayerwiseLR
 from ..layers import Exclusion, LayerSpecification
+from ..nonfinite import OnNonfinite
 from ..optimizers import PlaceName
 from ..resolution import Decay
 from .attachments import Attachments
@@ -60,6 +61,7 @@ class LayerwiseCallback(Callback):
         decay: Whether it multiplies coupled weight decay too.
         exclude: Layers left at factor 1.
         bounds: A clamp of the factors.
+        on_nonfinite: What a gradient that is not finite does.
         log_every: Optimizer steps from one log to the next; None for none.
 
     Raises:
@@ -82,11 +84,19 @@ class LayerwiseCallback(Callback):
         decay: Decay = "auto",
         exclude: Exclusion | Literal["auto"] = "auto",
         bounds: tuple[float, float] | None = None,
+        on_nonfinite: OnNonfinite = "ignore",
         log_every: int | None = 50,
     ) -> None:
         super().__init__()
         self._attachments = Attachments(
-            rule, log_every, layers=layers, apply=apply, decay=decay, exclude=exclude, bounds=bounds
+            rule,
+            log_every,
+            layers=layers,
+            apply=apply,
+            decay=decay,
+            exclude=exclude,
+            bounds=bounds,
+            on_nonfinite=on_nonfinite,
         )
         self._trainer: weakref.ref[Trainer] | None = None
         self._stage = "fit"

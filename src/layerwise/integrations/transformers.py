@@ -11,6 +11,7 @@ import torch
 
 from ..adapter import LayerwiseLR
 from ..layers import Exclusion, LayerSpecification
+from ..nonfinite import OnNonfinite
 from ..optimizers import PlaceName
 from ..resolution import Decay
 from .attachments import Attachments
@@ -57,6 +58,7 @@ class LayerwiseCallback(TrainerCallback):
         decay: Whether it multiplies coupled weight decay too.
         exclude: Layers left at factor 1.
         bounds: A clamp of the factors.
+        on_nonfinite: What a gradient that is not finite does.
         log_every: Optimizer steps from one log to the next; None for none. Not more often than the Trainer logs.
 
     Raises:
@@ -79,10 +81,18 @@ class LayerwiseCallback(TrainerCallback):
         decay: Decay = "auto",
         exclude: Exclusion | Literal["auto"] = "auto",
         bounds: tuple[float, float] | None = None,
+        on_nonfinite: OnNonfinite = "ignore",
         log_every: int | None = 50,
     ) -> None:
         self._attachments = Attachments(
-            rule, log_every, layers=layers, apply=apply, decay=decay, exclude=exclude, bounds=bounds
+            rule,
+            log_every,
+            layers=layers,
+            apply=apply,
+            decay=decay,
+            exclude=exclude,
+            bounds=bounds,
+            on_nonfinite=on_nonfinite,
         )
         self._epoch = 0
 

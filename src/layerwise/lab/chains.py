@@ -11,9 +11,7 @@ from layerwise.lab import arms
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.plan import PlannedRun
 from layerwise.lab.runs import Record
-
-CHECKPOINT_SECONDS = 60.0
-"""Seconds between two checkpoints: what a killed run loses at most, and the time of one update or test."""
+from layerwise.lab.snapshots import CHECKPOINT_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)

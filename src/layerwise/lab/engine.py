@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 import layerwise
-from layerwise.lab.chains import CHECKPOINT_SECONDS
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.measures import LayerMeasures
 from layerwise.lab.processes import Processes
 from layerwise.lab.recorder import Recorder
 from layerwise.lab.runs import RunFolder
-from layerwise.lab.snapshots import restore, state_of
+from layerwise.lab.snapshots import CHECKPOINT_SECONDS, restore, state_of
 from layerwise.lab.summary import digest_of, selection_of, summary_of
 from layerwise.lab.trial import StoppedError, Trial
 

@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -237,7 +238,8 @@ def parse(arguments: Sequence[str]) -> Command:
         raise UsageError(f"command {arguments[0]!r} is not known: use one of {', '.join(COMMANDS)}.{hint}")
     if arguments and arguments[0] in COMMANDS:
         known = [f"--{field.name.replace('_', '-')}" for field in fields(COMMANDS[arguments[0]])]
-        for option in (word.partition("=")[0] for word in arguments[1:] if word.startswith("--")):
+        options = takewhile(lambda word: word != "--", arguments[1:])
+        for option in (word.partition("=")[0] for word in options if word.startswith("--")):
             if option.replace("_", "-") not in [*known, "--help"]:
                 how = f"layerwise {arguments[0]} --help lists its options"
                 raise UsageError(f"option {option!r} is not known: {how}.{nearest(option, known)}")

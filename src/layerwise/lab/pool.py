@@ -166,6 +166,14 @@ class _Worker:
         self.ready = False
         self.job: NamedJob | None = None
         self.doing = ""
+        self.left: float | None = None  # when its pipe ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether its process has ended after its pipe has, or goes on for too long."""
+        if self.left is None:
+            return False
+        return self.process.exitcode is not None or time.monotonic() - self.left > DEATH_SECONDS
 
     def give(self, job: NamedJob | None) -> None:
         """Hand over a job; None sends the worker home."""
@@ -211,14 +219,11 @@ def run_jobs(
             if stop():
                 _stop([worker for worker in workers if worker], workers, on_message)
                 break
-            ready = wait([worker.connection for worker in workers if worker], POLL_SECONDS)
+            ready = wait([worker.connection for worker in workers if worker and worker.left is None], POLL_SECONDS)
             for number, worker in enumerate(workers):
-                if worker is None or worker.connection not in ready:
+                if worker is None or not (worker.connection in ready or worker.ended):
                     continue
-                try:
-                    kind, content = worker.connection.recv()
-                except (EOFError, OSError):
-                    worker.process.join(DEATH_SECONDS)
+                if worker.left is not None:
                     if worker.job is not None or not worker.ready:
                         failures.append(_death(worker))
                     left = rest(worker.job, worker.doing) if worker.job is not None else None
@@ -227,6 +232,11 @@ def run_jobs(
                     worker.close()
                     # One that died before its first job would die again; one that died in a job is replaced.
                     workers[number] = _Worker(work) if waiting and worker.ready else None
+                    continue
+                try:
+                    kind, content = worker.connection.recv()
+                except (EOFError, OSError):
+                    worker.left = time.monotonic()  # its process soon ends
                     continue
                 if kind == "message":
                     on_message(number, content)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ SCHEMA_COLUMNS = ("step", "epoch", "quantity", "layer", "value")
 
 TOGETHER = 256
 """Tables that are read by one call, which takes about as long as for one of them where they are small."""
+
+LARGEST_TOGETHER = 1 << 25
+"""Bytes of the files that are read by one call."""
 
 LARGEST_ROWS = 100_000_000
 """Rows of a run's table; a million updates of a network of a hundred layers have less."""
@@ -165,10 +168,24 @@ def read_frames(paths: Sequence[Path]) -> Iterable[polars.DataFrame]:
         OSError: one is not there or cannot be read.
         UsageError: one is damaged, or another table, or has more rows than a run's.
     """
-    for begin in range(0, len(paths), TOGETHER):
-        some = paths[begin : begin + TOGETHER]
+    for some in _batches(paths):
         # Alone, each says what is wrong with it.
         yield from _read_together(some) or map(read_frame, some)
+
+
+def _batches(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Yield paths so many at a time, fewer of large files."""
+    some: list[Path] = []
+    size = 0
+    for path in paths:
+        length = path.stat().st_size
+        if some and (len(some) == TOGETHER or size + length > LARGEST_TOGETHER):
+            yield some
+            some, size = [], 0
+        some.append(path)
+        size += length
+    if some:
+        yield some
 
 
 def _read_together(paths: Sequence[Path]) -> list[polars.DataFrame] | None:

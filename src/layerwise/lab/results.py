@@ -77,7 +77,10 @@ class Results:
     _made: dict[Callable[[Results], Any], tuple[int, Plan, Any]] = field(default_factory=dict, repr=False)
 
     def once(self, make: Callable[[Results], Made]) -> Made:
-        """Give what a function makes of these results; it is called again when runs have come, or for another plan."""
+        """Give what a function makes of these results; it is called again when runs have come, or for another plan.
+
+        A record is never exchanged for another of the same run.
+        """
         count, plan, made = self._made.get(make, (-1, self.plan, None))
         if count != len(self.records) or plan is not self.plan:
             made = make(self)

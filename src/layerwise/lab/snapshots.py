@@ -10,6 +10,9 @@ from layerwise.lab.randomness import random_state, set_random_state
 if TYPE_CHECKING:
     from layerwise.lab.engine import Training
 
+CHECKPOINT_SECONDS = 60.0
+"""Seconds between two checkpoints: what a killed run loses at most, and the time of one update or test."""
+
 
 def state_of(training: Training) -> dict[str, Any]:
     """Give the state of a training; of several processes all must ask.

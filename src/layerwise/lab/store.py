@@ -89,7 +89,10 @@ def _flush_folder(path: Path) -> None:
     """Wait until the names in a folder are on the disk: a file's own flush says nothing of what it is called."""
     if os.name != "posix":  # only there can a folder be opened
         return
-    folder = os.open(path, os.O_RDONLY)
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except PermissionError:  # it may be written, but not listed
+        return
     try:
         os.fsync(folder)
     except OSError as error:
@@ -107,6 +110,7 @@ def _made_anew(path: Path) -> IO[bytes]:
         path.unlink()
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _flush_folder(path.parent.parent)
     return path.open("xb")
 
 

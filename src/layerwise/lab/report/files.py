@@ -53,14 +53,19 @@ def write_all(
     for key in results.records:
         results.metrics(key)
     # Rendering holds no lock of Python's: figures are written, and tables made, while the next one is drawn.
-    with ThreadPoolExecutor(usable_cores() + 1) as pool:
+    pool = ThreadPoolExecutor(usable_cores() + 1)
+    try:
         rest = pool.submit(_write_rest, outcome)
         images: list[Future[None]] = []
         page = build(outcome, command, lambda drawing: images.append(pool.submit(_image, folder / "figures", drawing)))
         for done, image in enumerate(images):
             show(done, len(images))
+            if rest.done():
+                rest.result()
             image.result()
         rest.result()
+    finally:  # an interrupt or a full disk does not wait for the figures that are left
+        pool.shutdown(cancel_futures=True)
     _remove_others(folder / "figures", page)
     write_whole(outcome.report, _bytes(page.html))
     write_whole(outcome.settings.out / "report.html", _bytes(page.html))
