@@ -253,3 +253,15 @@ def test_a_group_without_a_rate_is_told_of_when_the_rate_is_needed() -> None:
         layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, apply="lr")
     with pytest.raises(ValueError, match="needs the rate"):
         layerwise.LayerwiseLR(optimizer, LARC(), model, apply="update")
+
+
+def test_a_step_is_taken_though_another_program_has_cleared_the_post_hooks() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, Constant({"*": 3.0}), model)
+    optimizer._optimizer_step_post_hooks.clear()
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), before - 0.3)
+    adapter.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -44,40 +45,45 @@ def sparse(values: list[float], positions: list[int]) -> Tensor:
     return torch.sparse_coo_tensor(torch.tensor([positions]), torch.tensor(values), (4,), check_invariants=True)
 
 
-FINITE: dict[str, Tensor | None] = {
-    "none": None,
-    "empty": torch.zeros(0, 3),
-    "zero": torch.zeros(3),
-    **{
-        f"largest {str(dtype).removeprefix('torch.')}": torch.full((300,), torch.finfo(dtype).max, dtype=dtype)
-        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    },
-    "complex": torch.full((3,), complex(3e38, -3e38)),
-    "sparse": sparse([3e38, -3e38], [0, 2]),
-    "sparse without entries": sparse([], []),
-}
-BROKEN: dict[str, Tensor] = {
-    "NaN": torch.tensor([1.0, math.nan]),
-    "infinity": torch.tensor([math.inf, 1.0]),
-    "minus infinity": torch.tensor([1.0, -math.inf]),
-    "half": torch.tensor([1.0, math.inf], dtype=torch.float16),
-    "brain": torch.tensor([math.nan, 1.0], dtype=torch.bfloat16),
-    "double": torch.tensor([[1.0], [math.nan]], dtype=torch.float64),
-    "imaginary": torch.tensor([1 + 1j, complex(1, math.inf)]),
-    "sparse": sparse([1.0, math.nan], [0, 3]),
-    "sparse, in the sum of its entries": sparse([3e38, 3e38], [1, 1]),
+# Made anew by each test: the tests of memory look at every tensor that there is.
+def finite() -> dict[str, Tensor | None]:
+    types = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return {
+        "none": None,
+        "empty": torch.zeros(0, 3),
+        "zero": torch.zeros(3),
+        **{
+            f"largest {str(dtype).removeprefix('torch.')}": torch.full((300,), torch.finfo(dtype).max, dtype=dtype)
+            for dtype in types
+        },
+        "complex": torch.full((3,), complex(3e38, -3e38)),
+        "sparse": sparse([3e38, -3e38], [0, 2]),
+        "sparse without entries": sparse([], []),
+    }
+
+
+BROKEN: dict[str, Callable[[], Tensor]] = {
+    "NaN": lambda: torch.tensor([1.0, math.nan]),
+    "infinity": lambda: torch.tensor([math.inf, 1.0]),
+    "minus infinity": lambda: torch.tensor([1.0, -math.inf]),
+    "half": lambda: torch.tensor([1.0, math.inf], dtype=torch.float16),
+    "brain": lambda: torch.tensor([math.nan, 1.0], dtype=torch.bfloat16),
+    "double": lambda: torch.tensor([[1.0], [math.nan]], dtype=torch.float64),
+    "imaginary": lambda: torch.tensor([1 + 1j, complex(1, math.inf)]),
+    "sparse": lambda: sparse([1.0, math.nan], [0, 3]),
+    "sparse, in the sum of its entries": lambda: sparse([3e38, 3e38], [1, 1]),
 }
 
 
 def test_gradients_of_any_kind_are_finite_as_long_as_each_of_their_numbers_is() -> None:
     """Their norms are not: 300 of the largest numbers, or the modulus of a complex one, are beyond their types."""
-    assert complaint(FINITE) == ""
+    assert complaint(finite()) == ""
 
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_one_broken_number_of_any_kind_is_found_among_all_others(kind: str) -> None:
-    others = {f"other {name}": gradient for name, gradient in FINITE.items()}
-    assert complaint({**others, kind: BROKEN[kind], "last": torch.ones(2)}) == f"layer {kind!r}; {kind}.weight"
+    others = {f"other {name}": gradient for name, gradient in finite().items()}
+    assert complaint({**others, kind: BROKEN[kind](), "last": torch.ones(2)}) == f"layer {kind!r}; {kind}.weight"
 
 
 @pytest.mark.parametrize(

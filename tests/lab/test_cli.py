@@ -320,6 +320,10 @@ def test_the_help_says_what_holds_and_which_constants_there_are(capsys):
     assert sorted(constants) == sorted(field.name for field in dataclasses.fields(Constants))
 
 
+def test_what_follows_two_dashes_is_no_option():
+    assert options.parse(["report", "--", "--odd"]).runs == (Path("--odd"),)
+
+
 def test_data_alone_lists_all(capsys):
     assert cli.main(["data"]) == 0
     said = capsys.readouterr().out

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import statistics
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations, pairwise
@@ -647,3 +648,20 @@ def test_thresholds_of_networks_far_apart_are_each_drawn_on_a_scale_of_their_own
         ticks = [float(text) for text in re.findall(r"<text[^>]*>(\d+)</text>", found[name].body)]
         assert len(ticks) >= 3
         assert low < min(ticks) < max(ticks) < high
+
+
+def test_a_figure_that_cannot_be_written_does_not_let_the_others_be_waited_for(table, monkeypatch):
+    begun = []
+
+    def full(folder, drawing):
+        begun.append(drawing)
+        time.sleep(0.3)
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr(files, "usable_cores", lambda: 0)  # one at a time
+    monkeypatch.setattr(files, "_image", full)
+    monkeypatch.setattr(files, "_write_rest", lambda outcome: time.sleep(2))
+    with pytest.raises(OSError, match="No space left"):
+        report.write(table, "")
+    assert len(begun) < 5  # of 33: one is at work while the first tells of its error
+    assert not table.report.exists()

@@ -50,3 +50,12 @@ def test_versions_and_hardware_are_told():
     hardware = store.hardware()
     assert set(hardware) == {"processor", "cores", "system"}
     assert hardware["cores"] == store.usable_cores() >= 1
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may list every folder")
+def test_a_folder_that_may_be_written_and_not_listed_is_written(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o333)
+    write_whole(folder / "file", b"content")
+    folder.chmod(0o700)
+    assert (folder / "file").read_bytes() == b"content"
