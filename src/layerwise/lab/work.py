@@ -81,6 +81,8 @@ def do_chain(
                     raise
                 link.send(failure_of(chain.name, planned.label, error))
                 continue
+        else:
+            runs.tidy(record)
         # Also of a run that was found: which one it is was not known before its method's run was finished.
         link.send(Finished(planned.key, configuration))
         if planned.arm.control is None:
