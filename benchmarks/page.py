@@ -121,7 +121,7 @@ def columns(row: Mapping[str, Any]) -> dict[str, str]:
         heading = name.replace("_", " ")
         if name == "target":
             reached = next((row[of] for of in ("to_bound", "ratio", "seconds", "kept_a_parameter") if of in row), None)
-            missed = value is not None and reached is not None and round(reached, 3) > value
+            missed = value is not None and reached is not None and reached > value
             missed = missed or (value is not None and row.get("throughput", value) < value)
             cells[heading] = "" if value is None else f"{value:g}{', missed' if missed else ''}"
         elif isinstance(value, float):
