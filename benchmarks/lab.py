@@ -20,7 +20,8 @@ from torch.nn import functional
 from layerwise.lab import recipe, work
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.engine import Training
-from layerwise.lab.experiment import Settings, carry_out
+from layerwise.lab.experiment import carry_out
+from layerwise.lab.outcome import Settings
 from layerwise.lab.plan import Plan
 from layerwise.lab.trial import Trial, build
 

@@ -18,7 +18,8 @@ import layerwise
 from layerwise.lab import arms, recipe, trial
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiment import Settings, carry_out
+from layerwise.lab.experiment import carry_out
+from layerwise.lab.outcome import Settings
 from layerwise.lab.plan import Plan, PlannedRun
 
 from .lab import update

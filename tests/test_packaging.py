@@ -19,7 +19,6 @@ pytest.importorskip("hatchling", reason="hatchling, which builds the package, is
 packaging_requirements = pytest.importorskip("packaging.requirements", reason="packaging is not installed")
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("layerwise", "layerwise_command")
 NOT_SHIPPED = (".ci/", ".github/")
 
 
@@ -100,8 +99,8 @@ def run_with(folders: list[Path], program: str, *words: str) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, cwd=folders[0])
 
 
-def test_the_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel: Path) -> None:
-    files = (path for package in PACKAGES for path in (ROOT / "src" / package).rglob("*") if path.is_file())
+def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
+    files = (path for path in (ROOT / "src" / "layerwise").rglob("*") if path.is_file())
     source = {path.relative_to(ROOT / "src").as_posix(): path.read_bytes() for path in files if path.suffix != ".pyc"}
     assert {path.rpartition(".")[2] for path in source} == {"py", "toml", "j2", "typed"}
     packed = {path: content for path, content in contents(wheel).items() if ".dist-info/" not in path}
@@ -114,9 +113,8 @@ def test_no_test_is_in_the_wheel(wheel: Path) -> None:
     assert [path for path in found if "tests" in path.parts or path.name.startswith(("test_", "conftest"))] == []
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_type_checkers_are_told_to_read_its_annotations(wheel: Path, package: str) -> None:
-    assert f"{package}/py.typed" in contents(wheel)
+def test_type_checkers_are_told_to_read_its_annotations(wheel: Path) -> None:
+    assert "layerwise/py.typed" in contents(wheel)
 
 
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:
@@ -127,7 +125,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert told["Description-Content-Type"] == "text/markdown"
     assert str(told.get_payload()).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     assert about(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
-    assert b"layerwise = layerwise_command:main" in about(wheel, "entry_points.txt")
+    assert b"layerwise = layerwise.lab.cli:main" in about(wheel, "entry_points.txt")
 
 
 def test_without_an_extra_it_requires_torch_alone(wheel: Path) -> None:
@@ -180,7 +178,7 @@ print(layerwise.__file__, layerwise.__version__)
 
 def test_its_command_says_which_extra_it_needs_where_that_is_missing(installed: Path, torch_alone: Path) -> None:
     assert (installed / "bin" / "layerwise").is_file() or sys.platform == "win32"
-    result = run_with([installed, torch_alone], "import layerwise_command; sys.exit(layerwise_command.main())", "list")
+    result = run_with([installed, torch_alone], "from layerwise.lab.cli import main; sys.exit(main())", "list")
     assert (result.returncode, result.stdout) == (1, "")
     # PyTorch itself may warn, before that, that there is no NumPy.
     assert result.stderr.splitlines()[-1].startswith("layerwise: the lab needs the module ")

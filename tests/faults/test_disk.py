@@ -18,7 +18,8 @@ from made_up import finish, finish_plan, outcome_of, table_plan, table_value
 from layerwise.lab import chains, report, work
 from layerwise.lab.cli import main
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiment import Settings, carry_out, load_finished
+from layerwise.lab.experiment import carry_out, load_finished
+from layerwise.lab.outcome import Settings
 from layerwise.lab.runs import Runs
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs mount")

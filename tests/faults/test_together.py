@@ -15,7 +15,8 @@ import pytest
 import victims
 from serving import Server
 
-from layerwise.lab.experiment import Settings, carry_out, load_finished
+from layerwise.lab.experiment import carry_out, load_finished
+from layerwise.lab.outcome import Settings
 from layerwise.lab.report import anything
 from layerwise.lab.report.page import build
 from layerwise.lab.runs import Runs

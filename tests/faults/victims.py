@@ -25,7 +25,8 @@ from layerwise.lab import chains, experiment, work
 from layerwise.lab.arms import Arm
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.engine import Training
-from layerwise.lab.experiment import Outcome, Settings, load_finished
+from layerwise.lab.experiment import load_finished
+from layerwise.lab.outcome import Outcome, Settings
 from layerwise.lab.plan import Plan, PlannedRun, Quantity, Subject
 from layerwise.lab.runs import Runs
 from layerwise.lab.trial import Trial

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from layerwise.lab import chains, work
-from layerwise.lab.experiment import Outcome, Settings, load_finished
+from layerwise.lab.experiment import load_finished
+from layerwise.lab.outcome import Outcome, Settings
 from layerwise.lab.plan import Plan
 from layerwise.lab.runs import Runs
 

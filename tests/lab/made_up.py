@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from layerwise.lab import arms
+from layerwise.lab import controls
 from layerwise.lab.configuration import Configuration
-from layerwise.lab.experiment import Outcome, Settings, load_finished
+from layerwise.lab.experiment import load_finished
+from layerwise.lab.outcome import Outcome, Settings
 from layerwise.lab.plan import Plan, PlannedRun
 from layerwise.lab.recipe import Recipe, load
 from layerwise.lab.recorder import Recorder
@@ -87,7 +88,7 @@ def finish_plan(plan: Plan, out: Path, value: Callable[[PlannedRun], float], **m
             configuration = planned.configuration
             if planned.arm.control is not None:
                 assert method is not None
-                configuration = arms.configuration_of_control(configuration, planned.arm.control, method)
+                configuration = controls.configuration_of_control(configuration, planned.arm.control, method)
             given = {name: each(planned) if callable(each) else each for name, each in more.items()}
             record = finish(out, planned, value(planned), configuration=configuration, **given)
             if planned.arm.control is None:

@@ -7,8 +7,10 @@ from lab_helpers import tiny_plan
 
 from layerwise import rules
 from layerwise.lab import arms
-from layerwise.lab.arms import Arm, displaced, make_rule, phases, recorded_factors
+from layerwise.lab.arms import Arm
+from layerwise.lab.controls import displaced, recorded_factors
 from layerwise.lab.errors import UsageError
+from layerwise.lab.rule_making import make_rule, phases
 
 
 def test_rules_are_made_of_names_and_numbers():

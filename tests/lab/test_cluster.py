@@ -18,7 +18,8 @@ from layerwise.lab.chains import Advance, Chain, Finished, Skipped
 from layerwise.lab.cluster_task import Board, BoardLink, is_shared
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiment import Settings, carry_out
+from layerwise.lab.experiment import carry_out
+from layerwise.lab.outcome import Settings
 from layerwise.lab.plan import PlannedRun
 from layerwise.lab.pool import Failure
 from layerwise.lab.runs import Runs

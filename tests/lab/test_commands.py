@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+from made_up import finish, table_plan
 
 from layerwise.lab import cli, options
 from layerwise.lab.catalogue import shortly
 from layerwise.lab.recipe import load, names
 
 ROOT = Path(__file__).parents[2]
-COMMAND = "import sys; import layerwise_command; sys.argv[0] = 'layerwise'; sys.exit(layerwise_command.main())"
+COMMAND = "import sys; from layerwise.lab.cli import main; sys.argv[0] = 'layerwise'; sys.exit(main())"
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|9[0-7]|38|4[0-7]|48)[0-9;]*m")
 
@@ -222,8 +223,23 @@ def test_a_problem_ends_with_1(folder, monkeypatch, capsys):
 # --- Ctrl-C -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_report_does_without_torch(tmp_path):
+    plan = table_plan(seeds=2)
+    for run in plan.runs:
+        finish(tmp_path / "runs", run, 1.5 + 0.1 * run.seed)
+    assert any(run.arm.control for run in plan.runs)  # whose names need the versions at work
+    program = COMMAND.replace("sys.exit(main())", "code = main(); sys.exit(code if 'torch' not in sys.modules else 9)")
+    for folder in ("runs", "page/report"):
+        words = ["report", folder, "--out", "page", "--quiet"]
+        result = subprocess.run(
+            [sys.executable, "-c", program, *words], cwd=tmp_path, env=environment(), capture_output=True, text=True
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "page" / "report" / "report.html").stat().st_size > 10_000
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as on POSIX")
-@pytest.mark.parametrize("start", [["-c", COMMAND], ["-m", "layerwise_command"]], ids=["script", "module"])
+@pytest.mark.parametrize("start", [["-c", COMMAND], ["-m", "layerwise"]], ids=["script", "module"])
 def test_ctrl_c_while_torch_is_imported_ends_without_a_word(tmp_path, start):
     (tmp_path / "torch.py").write_text(
         textwrap.dedent("""

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from layerwise.lab import chains, compare, examination, methods, progress, report, tasks, tuning
+from layerwise.lab.arms import FACTORS_ALONE
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiment import Display, Settings
 from layerwise.lab.judgement import MINIMUM_PAIRS
+from layerwise.lab.outcome import Display, Settings
 from layerwise.lab.plan import LARGEST_SEEDS
 from layerwise.lab.report import anything, maps
 
@@ -349,7 +350,7 @@ def test_a_report_of_tuned_runs_compares_what_the_experiment_did(bowl, carried_o
     rates = {"plain": 0.5, "layer-adaptive": 0.25, "mean-factor": 0.5, "shuffled": 0.25, "frozen": 0.75}
     chosen = {arm: {"lr": rate} for arm, rate in rates.items()}
     outcome = carried_out(compare.plan(tasks.load(bowl), seeds=2, tuned=chosen))
-    alone = [arm for arm in outcome.plan.arms if arm.words.endswith(compare.FACTORS_ALONE)]
+    alone = [arm for arm in outcome.plan.arms if arm.words.endswith(FACTORS_ALONE)]
     assert [arm.against for arm in alone] == [(), ()]
     found = anything.gather([outcome.settings.out], out=outcome.settings.out)
     by_folder = {record.folder: arm for (_, arm, _), record in found.results.records.items()}

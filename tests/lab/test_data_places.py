@@ -12,7 +12,7 @@ from PIL import Image
 
 from layerwise.lab import catalogue, cli, data, experiment, places, recipe, trial
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiment import Settings
+from layerwise.lab.outcome import Settings
 from layerwise.lab.runs import Runs
 
 

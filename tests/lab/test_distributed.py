@@ -425,7 +425,7 @@ from dataclasses import replace
 from pathlib import Path
 from lab_helpers import tiny_plan
 from layerwise.lab import shared_runs
-from layerwise.lab.experiment import Settings
+from layerwise.lab.outcome import Settings
 if __name__ == "__main__":
     plan = tiny_plan(batch_size=int(sys.argv[2]), iterations=int(sys.argv[3]))
     if len(sys.argv) > 4:

@@ -16,7 +16,8 @@ from lab_helpers import tiny_plan
 
 from layerwise.lab import experiment
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiment import Display, Settings, carry_out, load_finished
+from layerwise.lab.experiment import carry_out, load_finished
+from layerwise.lab.outcome import Display, Settings
 from layerwise.lab.runs import Runs
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -27,7 +28,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from lab_helpers import tiny_plan
 from layerwise.lab import work
-from layerwise.lab.experiment import Display, Settings, carry_out
+from layerwise.lab.experiment import carry_out
+from layerwise.lab.outcome import Display, Settings
 class Told(Display):
     def stopping(self):
         print("stopping")

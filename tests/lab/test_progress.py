@@ -7,7 +7,7 @@ from lab_helpers import tiny_plan
 from rich.console import Console
 
 from layerwise.lab import progress
-from layerwise.lab.experiment import Outcome, Settings
+from layerwise.lab.outcome import Outcome, Settings
 from layerwise.lab.progress import BarDisplay, LineDisplay, duration
 from layerwise.lab.results import Results
 

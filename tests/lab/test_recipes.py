@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerwise.lab import arms, inputs, networks, recipe, solvers
+from layerwise.lab import inputs, networks, recipe, rule_making, solvers
 from layerwise.lab.data import FOLDER
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiment import Outcome
+from layerwise.lab.outcome import Outcome
 from layerwise.lab.plan import Plan, Subject
 
 NAMES = recipe.names()
@@ -166,7 +166,7 @@ def test_every_rule_optimizer_and_policy_can_be_made(name, scale):
             continue
         seen.add(key)
         if run.arm.control is None:
-            assert (arms.make_rule(run.configuration.rule, 3) is None) == (run.arm.rule is None)
+            assert (rule_making.make_rule(run.configuration.rule, 3) is None) == (run.arm.rule is None)
         solvers.build(constants, torch.nn.Linear(2, 2))
         assert constants.model in networks.NETWORKS
         assert constants.inputs in inputs.INPUTS or (constants.inputs == "crops" and constants.data == FOLDER)

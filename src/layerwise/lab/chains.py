@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from layerwise.lab import arms
+from layerwise.lab import controls
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.plan import PlannedRun
 from layerwise.lab.runs import Record
@@ -89,4 +89,4 @@ def complete(planned: PlannedRun, method: Record | None) -> Configuration | None
         return planned.configuration
     if method is None:
         return None
-    return arms.configuration_of_control(planned.configuration, planned.arm.control, method)
+    return controls.configuration_of_control(planned.configuration, planned.arm.control, method)

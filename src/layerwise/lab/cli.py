@@ -6,6 +6,7 @@ import io
 import os
 import shlex
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -16,18 +17,24 @@ from layerwise.lab.errors import UsageError, missing_extra, nearest
 
 if TYPE_CHECKING:
     from layerwise.lab import options
-    from layerwise.lab.experiment import Outcome, Settings
+    from layerwise.lab.outcome import Outcome, Settings
     from layerwise.lab.plan import Plan
 
 
 DEMOS = ("lenet", "amplification")
+INTERRUPTED = 130
+"""What a shell says of a program that Ctrl-C ended."""
+
+WITHOUT_TORCH = ("Report", "Completion")
+"""Commands that only read what is there, and so do not wait for PyTorch's import."""
+
 KEEPING = ("demo", "run", "sweep", "compare", "data")
 """Commands that go on where they were interrupted."""
 
 
 def _settings(asked: options.Work) -> Settings:
     from layerwise.lab import places
-    from layerwise.lab.experiment import Settings
+    from layerwise.lab.outcome import Settings
 
     return Settings(
         out=asked.out,
@@ -224,6 +231,19 @@ def _completion(asked: options.Completion, arguments: Sequence[str]) -> int:
     return 0
 
 
+def _import_torch() -> None:
+    """Import PyTorch, which takes seconds; Ctrl-C meanwhile ends the command without a word.
+
+    Otherwise it would come up in whatever is being imported, which may show a traceback or take it for another error.
+    """
+    if "torch" in sys.modules or threading.current_thread() is not threading.main_thread():
+        return  # signals belong to the main thread
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    import torch  # noqa: F401
+
+    signal.signal(signal.SIGINT, before)
+
+
 def program() -> str:
     """Give this command as a person can type it: by its path where the shell would not find it."""
     if shutil.which("layerwise") or not sys.argv[0].endswith("layerwise"):
@@ -275,7 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "Data": _data,
             "Completion": _completion,
         }
-        return handlers[type(asked).__name__](asked, arguments)
+        name = type(asked).__name__
+        if name not in WITHOUT_TORCH:
+            _import_torch()
+        return handlers[name](asked, arguments)
     except UsageError as error:
         sys.stderr.write(f"layerwise: {error}\n")
         return 2
@@ -295,4 +318,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         kept = "; what is done is kept, and the same command goes on with the rest"
         sys.stderr.write(f"\nlayerwise: interrupted{kept if arguments[:1] and arguments[0] in KEEPING else ''}\n")
-        return 130
+        return INTERRUPTED

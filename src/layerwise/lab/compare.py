@@ -10,23 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import layerwise
 from layerwise import rules
-from layerwise.lab import arms as rules_by_name
-from layerwise.lab import tasks
-from layerwise.lab.arms import Arm
+from layerwise.lab import rule_making, tasks
+from layerwise.lab.arms import FACTORS_ALONE, Arm
 from layerwise.lab.configuration import Configuration
-from layerwise.lab.experiment import Display, Outcome, Settings, carry_out
+from layerwise.lab.experiment import carry_out
 from layerwise.lab.looking import Look
 from layerwise.lab.methods import METHODS, make_arms, phases
+from layerwise.lab.outcome import Display, Outcome, Settings
 from layerwise.lab.plan import Plan, PlannedRun, Quantity, Subject, check_names, check_seeds
 from layerwise.lab.tasks import TaskFile
 from layerwise.lab.values import Value
 
 if TYPE_CHECKING:
     from layerwise.lab.examination import Examination
-
-
-FACTORS_ALONE = "for its factors alone"
-"""How the words of an arm end that is compared with nothing: a method at the values of a control that repeats it."""
 
 
 @contextmanager
@@ -95,7 +91,7 @@ class Layout:
         """
         trial = self.look.trial
         for planned in {run.arm.name: run for run in runs}.values():
-            rule: Any = rules_by_name.make_rule(planned.configuration.rule, 0)
+            rule: Any = rule_making.make_rule(planned.configuration.rule, 0)
             places: dict[str, Any] = {}
             if planned.arm.control == "mean factor":
                 rule, places = rules.Constant({"*": 1.0}), {"apply": "lr"}

@@ -170,7 +170,7 @@ class Configuration:
 
     Attributes:
         trial: the constants, or what tells a person's own task from others.
-        rule: name and arguments of the rule, as ``arms.make_rule`` takes them; None trains without an adapter.
+        rule: name and arguments of the rule, as ``rule_making.make_rule`` takes them; None trains without an adapter.
         apply: where its factors act.
         decay: whether they multiply weight decay too, where they act on the gradient.
         threads: of each process; another number rounds otherwise, so it is part of what a run is.

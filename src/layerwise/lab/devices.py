@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from layerwise.lab.errors import UsageError
 
 
@@ -17,6 +15,10 @@ def check_device(name: str, *, here: bool = True) -> None:
     Raises:
         UsageError: no such device.
     """
+    if name == "cpu":
+        return
+    import torch
+
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from layerwise.lab.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def _lenet(seed: int, classes: int, channels: int, **width: Any) -> nn.Module:

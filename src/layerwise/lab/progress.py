@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from layerwise.lab.experiment import Display, Outcome
+from layerwise.lab.outcome import Display, Outcome
 
 PLAIN_LINE_SECONDS = 10.0
 """Seconds between two progress lines where the output is not a terminal."""

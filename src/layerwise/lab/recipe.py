@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from layerwise.lab.arms import Arm, resolved
+from layerwise.lab.arms import Arm
 from layerwise.lab.citations import sourced
 from layerwise.lab.configuration import Configuration, Constants
 from layerwise.lab.errors import UsageError, nearest
@@ -30,6 +30,7 @@ from layerwise.lab.plan import (
     check_names,
     check_seeds,
 )
+from layerwise.lab.rule_making import resolved
 from layerwise.lab.trial import check
 
 if sys.version_info >= (3, 11):

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from layerwise.lab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -83,6 +81,8 @@ class Recorder:
 
     def state_dict(self) -> dict[str, Any]:
         """Give everything as tensors, which ``torch.load(weights_only=True)`` reads."""
+        import torch
+
         return {
             "keys": [list(key) for key in self._series],
             "steps": [torch.tensor(series[0], dtype=torch.int64) for series in self._series.values()],

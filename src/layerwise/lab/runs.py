@@ -23,8 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.locks import BusyError, alone_in
@@ -141,6 +139,8 @@ class RunFolder:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write the state of the training; the checkpoint before is kept until the next one."""
+        import torch
+
         buffer = io.BytesIO()
         torch.save(plain(state), buffer)
         content = buffer.getbuffer()
@@ -244,6 +244,8 @@ def configuration_of(about: Mapping[str, Any]) -> Configuration | None:
 
 def _state_of(path: Path, content: bytes) -> dict[str, Any]:
     """Read the state in a checkpoint; nothing that it names is run, and it takes no more memory than it is long."""
+    import torch
+
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as packed:
             if any(part.compress_type != zipfile.ZIP_STORED for part in packed.infolist()):

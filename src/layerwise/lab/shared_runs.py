@@ -17,7 +17,8 @@ from layerwise.lab.chains import Chain
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.distributed import DistributedProcesses, indivisible, joined
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiment import Display, Outcome, Settings, carry_out
+from layerwise.lab.experiment import carry_out
+from layerwise.lab.outcome import Display, Outcome, Settings
 from layerwise.lab.plan import Plan, PlannedRun
 from layerwise.lab.pool import Failure, Interrupt
 from layerwise.lab.runs import Record

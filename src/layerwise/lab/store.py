@@ -7,13 +7,15 @@ import hashlib
 import json
 import os
 import platform
+import runpy
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
-
-import torch
 
 import layerwise
 
@@ -28,7 +30,19 @@ _sorted = json.JSONEncoder(sort_keys=True).encode
 
 def versions() -> dict[str, str]:
     """Give the versions that a result depends on. A run of other versions is not taken for finished."""
-    return {"layerwise": layerwise.__version__, "torch": str(torch.__version__)}
+    return {"layerwise": layerwise.__version__, "torch": torch_version()}
+
+
+@cache
+def torch_version() -> str:
+    """Give PyTorch's version, read from its file: importing it takes as long as reading thousands of runs."""
+    found = None if "torch" in sys.modules else find_spec("torch")
+    if found is not None and found.origin is not None:
+        with suppress(OSError, KeyError):
+            return str(runpy.run_path(str(Path(found.origin).with_name("version.py")))["__version__"])
+    import torch
+
+    return str(torch.__version__)
 
 
 def hardware() -> dict[str, object]:
@@ -189,6 +203,7 @@ def plain(value: Any, where: str = "state") -> Any:
         TypeError: something else is in it.
     """
     import numpy
+    import torch
 
     if isinstance(value, numpy.generic):
         return value.item()

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from layerwise.lab.conclusions import note
-from layerwise.lab.experiment import Outcome
 from layerwise.lab.judgement import MINIMUM_PAIRS
+from layerwise.lab.outcome import Outcome
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet
 from layerwise.lab.report.sheets import Entry, Row, Sheet

@@ -9,9 +9,10 @@ from itertools import product
 
 from layerwise.lab.compare import Layout, setting_words, value_words
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiment import Display, Outcome, Settings, carry_out
+from layerwise.lab.experiment import carry_out
 from layerwise.lab.looking import Look
 from layerwise.lab.methods import make_arms
+from layerwise.lab.outcome import Display, Outcome, Settings
 from layerwise.lab.plan import LARGEST_SEEDS, Plan, Quantity, Subject, check_names
 from layerwise.lab.tasks import TaskFile
 from layerwise.lab.values import Value

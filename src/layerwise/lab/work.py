@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from layerwise import rules
-from layerwise.lab import arms, trial
+from layerwise.lab import controls, rule_making, trial
 from layerwise.lab.chains import Advance, Chain, Finished, Skipped, complete
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.engine import Training
@@ -205,12 +205,12 @@ def make_rule(configuration: Configuration, folder: RunFolder, method: Record | 
     """Make the rule of a run; recorded factors are written into its folder first."""
     specification = configuration.rule
     if specification is None or specification["name"] != "Replay":
-        return arms.make_rule(specification, configuration.seed)
+        return rule_making.make_rule(specification, configuration.seed)
     path = folder.path / FACTORS
     if method is not None:
         folder.path.mkdir(parents=True, exist_ok=True)
-        rules.save_factors(path, arms.recorded_factors(method, specification["layers"]))
-    return arms.make_rule(specification, configuration.seed, replay=path)
+        rules.save_factors(path, controls.recorded_factors(method, specification["layers"]))
+    return rule_making.make_rule(specification, configuration.seed, replay=path)
 
 
 def _expected(folder: RunFolder) -> Record:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from layerwise.lab.experiment import Outcome
+    from layerwise.lab.outcome import Outcome
 
 
 def write(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.lab.arms import Arm
-from layerwise.lab.experiment import Outcome, Settings
+from layerwise.lab.outcome import Outcome, Settings
 from layerwise.lab.plan import Plan, PlannedRun, Subject
 from layerwise.lab.report.families import grouped
 from layerwise.lab.report.found import RUNS, Found, find

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from layerwise.lab.experiment import Outcome
 from layerwise.lab.judgement import MINIMUM_PAIRS
+from layerwise.lab.outcome import Outcome
 from layerwise.lab.report.verdicts import Verdict, verdicts
 from layerwise.lab.report.words import capital, place_words
 from layerwise.lab.wording import listed

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from layerwise.lab.arms import Arm
-from layerwise.lab.experiment import Outcome
 from layerwise.lab.judgement import MINIMUM_PAIRS
 from layerwise.lab.networks import NETWORKS
+from layerwise.lab.outcome import Outcome
 from layerwise.lab.plan import Plan
 from layerwise.lab.report.charts import MOST_LINES, MOST_SUBJECTS, representatives
 from layerwise.lab.report.words import value_words

@@ -9,7 +9,7 @@ from typing import Any
 
 import layerwise
 from layerwise.lab.conclusions import note
-from layerwise.lab.experiment import Outcome
+from layerwise.lab.outcome import Outcome
 from layerwise.lab.report import charts, layers, maps, sweeps
 from layerwise.lab.report.drawing import Drawing, slugs
 from layerwise.lab.report.headline import headline

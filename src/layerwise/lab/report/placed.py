@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerwise.lab.arms import Control
-from layerwise.lab.compare import FACTORS_ALONE
+from layerwise.lab.arms import FACTORS_ALONE, Control
 from layerwise.lab.runs import Record
 
 CORE = (

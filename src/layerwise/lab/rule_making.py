@@ -1,0 +1,102 @@
+"""Rules from names and numbers, as recipes and configurations hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from layerwise import rules
+from layerwise.lab.errors import UsageError
+
+PHASES = {"params_1": rules.PARAMS_1, "params_2": rules.PARAMS_2}
+"""Phases of Basodi et al. 2023, section 4, by name."""
+
+SIMPLE_RULES = ("LayerAdaptive", "LARS", "LARC", "LayerDecay", "LayerFreezing", "BackMatching", "Constant")
+SELECTIONS = ("AllLayers", "RandomLayers", "Directionality", "ShuffledLayers")
+
+
+def phases(name_or_rows: str | Sequence[Sequence[Any]], epochs: int | None) -> list[list[Any]]:
+    """Give the phases of an amplification as rows of last epoch, whether it amplifies, and factor.
+
+    Named phases are compressed to the epochs of the run: an end e of 150 becomes e * epochs / 150, rounded.
+
+    Args:
+        name_or_rows: a key of ``PHASES``, or rows.
+        epochs: of the run.
+
+    Returns:
+        The rows.
+
+    Raises:
+        UsageError: an unknown name, or a run without epochs.
+    """
+    if not isinstance(name_or_rows, str):
+        return [list(row) for row in name_or_rows]
+    if name_or_rows not in PHASES:
+        raise UsageError(f"phases={name_or_rows!r}: use one of {', '.join(PHASES)}, or rows [until, amplify, factor]")
+    if epochs is None:
+        raise UsageError(f"phases={name_or_rows!r} count epochs: give the run epochs, not iterations")
+    whole = PHASES[name_or_rows]
+    ends = [round(phase.until * epochs / whole[-1].until) for phase in whole]
+    if len(set(ends)) < len(ends) or ends[0] < 1:
+        raise UsageError(f"epochs={epochs!r} are too few for the phases {name_or_rows!r}: use at least 15")
+    return [[end, phase.amplify, phase.factor] for end, phase in zip(ends, whole, strict=True)]
+
+
+def resolved(rule: Mapping[str, Any] | None, epochs: int | None) -> dict[str, Any] | None:
+    """Write out what a rule's arguments only name, so that the configuration says all."""
+    if rule is None:
+        return None
+    written = dict(rule)
+    if "phases" in written:
+        written["phases"] = phases(written["phases"], epochs)
+    return written
+
+
+def make_rule(specification: Mapping[str, Any] | None, seed: int, replay: Path | None = None) -> Any:
+    """Make a rule from names and numbers.
+
+    Args:
+        specification: ``{"name": ..., **arguments}``; that of ``GradientAmplification`` has ``selection``, itself
+            name and arguments, and ``phases``. Random choices take the seed of the run unless they name one.
+        seed: of the run.
+        replay: file of recorded factors, for ``Replay``.
+
+    Returns:
+        The rule, or None.
+
+    Raises:
+        UsageError: unknown name or argument, or a value out of its range.
+    """
+    if specification is None:
+        return None
+    arguments = dict(specification)
+    name = arguments.pop("name", None)
+    try:
+        if name == "Replay" and replay is not None:
+            return rules.Replay(replay)
+        if name == "GradientAmplification":
+            rows = [rules.Phase(*row) for row in arguments.pop("phases")]
+            return rules.GradientAmplification(_selection(arguments.pop("selection"), seed), rows, **arguments)
+        if name in SIMPLE_RULES:
+            if name == "Constant":
+                return rules.Constant(arguments["factors"])
+            return getattr(rules, cast(str, name))(**arguments)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UsageError(f"rule {name}: {error}") from error
+    known = ", ".join((*SIMPLE_RULES, "GradientAmplification"))
+    raise UsageError(f"rule name {name!r}: use one of {known}")
+
+
+def _selection(specification: Mapping[str, Any], seed: int) -> Any:
+    """Make the choice of layers of an amplification."""
+    arguments = dict(specification)
+    name = arguments.pop("name", None)
+    if name not in SELECTIONS:
+        raise UsageError(f"selection name {name!r}: use one of {', '.join(SELECTIONS)}")
+    if name == "RandomLayers":
+        arguments.setdefault("seed", seed)
+    if name == "ShuffledLayers":
+        return rules.ShuffledLayers(_selection(arguments.pop("of"), seed), seed=arguments.pop("seed", seed))
+    return getattr(rules, name)(**arguments)
