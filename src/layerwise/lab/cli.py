@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import shlex
@@ -9,7 +10,8 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,9 @@ INTERRUPTED = 130
 
 WITHOUT_TORCH = ("Report", "Completion")
 """Commands that only read what is there, and so do not wait for PyTorch's import."""
+
+READING = ("Report", "List")
+"""Commands that read what may be thousands of runs."""
 
 KEEPING = ("demo", "run", "sweep", "compare", "data")
 """Commands that go on where they were interrupted."""
@@ -231,6 +236,16 @@ def _completion(asked: options.Completion, arguments: Sequence[str]) -> int:
     return 0
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Look for no garbage meanwhile: it would be looked for in every run that was read, again and again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _import_torch() -> None:
     """Import PyTorch, which takes seconds; Ctrl-C meanwhile ends the command without a word.
 
@@ -298,7 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = type(asked).__name__
         if name not in WITHOUT_TORCH:
             _import_torch()
-        return handlers[name](asked, arguments)
+        with _no_collection() if name in READING else nullcontext():
+            return handlers[name](asked, arguments)
     except UsageError as error:
         sys.stderr.write(f"layerwise: {error}\n")
         return 2

@@ -27,7 +27,7 @@ from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.locks import BusyError, alone_in
 from layerwise.lab.recorder import Recorder, read_frame
-from layerwise.lab.store import hardware, plain, read_signed, signed, versions, write_whole
+from layerwise.lab.store import hardware, plain, read_bytes, read_signed, signed, versions, write_whole
 
 if TYPE_CHECKING:
     import polars
@@ -198,7 +198,7 @@ class RunFolder:
             return None
         path = self.path / "metrics.parquet"
         try:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest = hashlib.sha256(read_bytes(path)).hexdigest()
         except FileNotFoundError:
             digest = None
         if digest != summary.get("metrics_sha256"):

@@ -37,7 +37,7 @@ def prepare() -> None:
 
     Meant for a thread beside the runs. A module that is missing is reported where it is needed.
     """
-    with suppress(ImportError):
+    with suppress(ImportError, OSError):
         import jinja2  # noqa: F401
         import polars  # noqa: F401
         import scipy.special  # noqa: F401

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layerwise.lab.report.looks import COLOURS, Look
+from layerwise.lab.report.renderer import renderer
 from layerwise.lab.report.words import capital
 
 VEGA_LITE = "https://vega.github.io/schema/vega-lite/v5.json"
@@ -84,9 +85,7 @@ class Drawing:
     @property
     def png(self) -> bytes:
         """The file as pixels, two for one."""
-        import vl_convert
-
-        return vl_convert.svg_to_png(self.file, scale=2.0)
+        return renderer().pixels(self.file)
 
 
 def clean(text: str) -> str:
@@ -176,11 +175,9 @@ def vega(name: str, label: str, specification: dict[str, Any], legend: Sequence[
     Returns:
         The drawing.
     """
-    import vl_convert
-
-    # The renderer ends the whole process where a text holds what XML cannot, so that goes out before.
+    # The renderer ends its process where a text holds what XML cannot, so that goes out before.
     whole = _cleaned({"$schema": VEGA_LITE, "config": _config(), **specification})
-    drawn = vl_convert.vegalite_to_svg(whole)
+    drawn = renderer().chart(whole)
     found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawn)
     if found is None:
         raise RuntimeError(f"drawing {name}: the renderer gave no size; is vl-convert-python 1.7 or later installed?")

@@ -16,7 +16,7 @@ from layerwise.lab.report.drawing import Drawing
 from layerwise.lab.report.found import RUNS
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet
-from layerwise.lab.report.page import Page, build
+from layerwise.lab.report.page import Page, build, maps_drawn
 from layerwise.lab.report.saved import PLAN, as_json
 from layerwise.lab.report.sheets import Entry
 from layerwise.lab.report.verdicts import verdicts
@@ -47,17 +47,23 @@ def write_all(
     folder, results = outcome.folder, outcome.results
     for place in (outcome.settings.out, folder, folder / "tables", folder / "figures"):
         remove_leftovers(place)
-    # Made before threads ask for the same.
-    verdicts(results)
-    sheet(results)
-    for key in results.records:
-        results.metrics(key)
-    # Rendering holds no lock of Python's: figures are written, and tables made, while the next one is drawn.
-    pool = ThreadPoolExecutor(usable_cores() + 1)
+    # Other processes draw the figures: tables are made, and figures written, meanwhile.
+    pool, beside = ThreadPoolExecutor(usable_cores() + 1), ThreadPoolExecutor(1)
     try:
-        rest = pool.submit(_write_rest, outcome)
         images: list[Future[None]] = []
-        page = build(outcome, command, lambda drawing: images.append(pool.submit(_image, folder / "figures", drawing)))
+
+        def drawn(drawing: Drawing) -> None:
+            images.append(pool.submit(_image, folder / "figures", drawing))
+
+        for drawing in maps_drawn(results):  # first, as most figures are maps
+            drawn(drawing)
+        # Made before two threads ask for the same.
+        verdicts(results)
+        sheet(results)
+        for key in results.records:
+            results.metrics(key)
+        rest = beside.submit(_write_rest, outcome)
+        page = build(outcome, command, drawn)
         for done, image in enumerate(images):
             show(done, len(images))
             if rest.done():
@@ -66,6 +72,7 @@ def write_all(
         rest.result()
     finally:  # an interrupt or a full disk does not wait for the figures that are left
         pool.shutdown(cancel_futures=True)
+        beside.shutdown()
     _remove_others(folder / "figures", page)
     write_whole(outcome.report, _bytes(page.html))
     write_whole(outcome.settings.out / "report.html", _bytes(page.html))

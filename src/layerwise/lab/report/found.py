@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs import Record
-from layerwise.lab.store import read_signed
+from layerwise.lab.store import read_bytes, read_signed
 
 _sorted = json.JSONEncoder(sort_keys=True).encode
 
@@ -137,12 +138,13 @@ def _run_folders(given: Path) -> Iterator[Path]:
         yield from (given / each["folder"] for each in listed)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not the folder of an experiment, or of one whose list is damaged: what is below it is taken
-    # Folders within a run's own are not looked at: of thousands of runs that would take longer than reading them.
-    found = []
-    for place, below, files in os.walk(given):
-        if "run.json" in files:
-            found.append(place)
-            below.clear()
+    # A run's own folder is not listed, and none in it is looked at: of thousands that would take long.
+    found, left = [], [os.fspath(given)]
+    while left:
+        with suppress(OSError), os.scandir(left.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    (found if os.path.isfile(f"{entry.path}/run.json") else left).append(entry.path)
     yield from map(Path, sorted(found))
 
 
@@ -182,8 +184,7 @@ def read(place: Path) -> Record:
     folder = os.fspath(place)  # of thousands of runs, joining paths would take as long as reading them
     about, summary = read_signed(f"{folder}/run.json"), read_signed(f"{folder}/record.json")
     configuration = Configuration(**about["configuration"])
-    with open(f"{folder}/metrics.parquet", "rb") as stream:
-        digest = hashlib.sha256(stream.read()).hexdigest()
+    digest = hashlib.sha256(read_bytes(f"{folder}/metrics.parquet")).hexdigest()
     if digest != summary["metrics_sha256"]:
         raise ValueError(f"{place}: record.json does not belong to metrics.parquet")
     _check(vars(configuration), CONFIGURATION, place)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
 
 import layerwise
 from layerwise.lab.conclusions import note
@@ -20,6 +19,7 @@ from layerwise.lab.report.sheets import FAR
 from layerwise.lab.report.templates import template
 from layerwise.lab.report.verdicts import verdicts
 from layerwise.lab.report.words import FOUND, SMOKE, capital, item_of, place_words
+from layerwise.lab.results import Results
 
 MOST_DRAWN = 24
 """Verdicts that have a drawing; further ones are said in words and stand in the table."""
@@ -64,7 +64,7 @@ def build(outcome: Outcome, command: str, drawn: Callable[[Drawing], None] = lam
     Args:
         outcome: of any plan.
         command: the command line that made it, or "".
-        drawn: given each drawing as soon as it is there.
+        drawn: given each drawing but the maps as soon as it is there.
 
     Returns:
         The page and its figures.
@@ -75,6 +75,10 @@ def build(outcome: Outcome, command: str, drawn: Callable[[Drawing], None] = lam
         subject.name: charts.reach_of(c for v in found if v.subject == subject.name for _, c in v.rows)
         for subject in plan.subjects
     }
+    panes, (chosen, left_out) = maps_of(results)
+    rows = chart_rows(outcome, shown)
+    for _, drawing in (one for row in rows for one in row.drawings):
+        drawn(drawing)
     names = slugs(f"{v.subject} {v.item}" for v in found)
     cards = []
     for v in found[:MOST_DRAWN]:
@@ -82,10 +86,6 @@ def build(outcome: Outcome, command: str, drawn: Callable[[Drawing], None] = lam
         cards.append((v, charts.differences(v, shown[v.item], reach[v.subject], name)))
         drawn(cards[-1][1])
     entries = [one for _, lines in table.sections for line in lines for one in line.entries]
-    rows = chart_rows(outcome, shown)
-    panes, (chosen, left_out) = layers.panes(results), layers.chosen_maps(results)
-    for drawing in _figures(rows, panes, chosen):
-        drawn(drawing)
     grouped = any(arm.group for arm in plan.arms)
     words = {arm.name: arm.words for arm in plan.arms}
     html = template("page.html.j2").render(
@@ -129,13 +129,26 @@ def build(outcome: Outcome, command: str, drawn: Callable[[Drawing], None] = lam
         colours=COLOURS,
         version=layerwise.__version__,
     )
-    return Page(html, [*(drawing for _, drawing in cards), *_figures(rows, panes, chosen)])
+    others = [drawing for row in rows for _, drawing in row.drawings]
+    return Page(html, [*(drawing for _, drawing in cards), *others, *maps_drawn(results)])
 
 
-def _figures(rows: list[Row], panes: list[layers.Pane], chosen: Any) -> Iterator[Drawing]:
-    yield from (drawing for row in rows for _, drawing in row.drawings)
-    yield from (drawing for pane in panes for row in pane.rows for _, drawing in row.drawings)
-    yield from (drawing for _, drawing in chosen)
+def maps_of(results: Results) -> tuple[list[layers.Pane], tuple[list[tuple[str, Drawing]], list[str]]]:
+    """Draw what each layer did and which were chosen, once; see ``layers.panes`` and ``layers.chosen_maps``."""
+    return results.once(_maps_of)
+
+
+def _maps_of(results: Results) -> tuple[list[layers.Pane], tuple[list[tuple[str, Drawing]], list[str]]]:
+    return layers.panes(results), layers.chosen_maps(results)
+
+
+def maps_drawn(results: Results) -> list[Drawing]:
+    """Give the drawings of all maps of layers."""
+    panes, (chosen, _) = maps_of(results)
+    return [
+        *(drawing for pane in panes for row in pane.rows for _, drawing in row.drawings),
+        *(drawing for _, drawing in chosen),
+    ]
 
 
 def notices(outcome: Outcome) -> list[str]:
