@@ -107,7 +107,7 @@ def differences(verdict: Verdict, look: Look, reach: float, name: str) -> Drawin
         },
         {
             "mark": {"type": "tick", "thickness": 1.5, "size": 8 if verdict.grouped else 10, "color": "var(--muted)"}
-            | {"yOffset": 8 if verdict.grouped else 13},
+            | {"yOffset": 8 if verdict.grouped else 13, "opacity": 1, "fillOpacity": 0.7},
             "data": {"values": ticks},
             "encoding": {"x": x, "y": y},
         },
@@ -237,7 +237,7 @@ def _lines(used: Sequence[Look], x: dict[str, Any], y: dict[str, Any], *, marked
     mean = {"x": x, "y": {"field": "mean", **y}, **color}
     layers = [
         {
-            "mark": {"type": "area", "opacity": 0.14},
+            "mark": {"type": "area", "opacity": 1, "fillOpacity": 0.14},
             "encoding": {"x": x, "y": {"field": "low", **y}, "y2": {"field": "high"}, **color},
         },
         {"mark": {"type": "line", "strokeWidth": 1.8}, "encoding": {**mean, **dash}},

@@ -166,6 +166,9 @@ def _scale(scale: tuple[str, str, str], y: float) -> str:
 def vega(name: str, label: str, specification: dict[str, Any], legend: Sequence[Look] = ()) -> Drawing:
     """Render a chart.
 
+    A mark that is seen through has ``opacity`` 1 and ``fillOpacity`` or ``strokeOpacity``: with ``opacity`` below 1 the
+    renderer draws each element on a picture of its own first, which takes three times as long.
+
     Args:
         name: of its file; also put before every id, as ids of several drawings in one page would clash.
         label: what it shows; plain text.

@@ -77,7 +77,7 @@ def _threshold_layers(
     low_high = {"y": {"field": "low", **y}, "y2": {"field": "high"}}
     return [
         {
-            "mark": {"type": "rect", "opacity": 0.2},
+            "mark": {"type": "rect", "opacity": 1, "fillOpacity": 0.2},
             "data": {"values": [row for row in flat if row["item"] == plain]},
             "encoding": {**low_high, **color},
         },
@@ -87,7 +87,7 @@ def _threshold_layers(
             "encoding": {"y": {"field": "mean", **y}, **color, **dash},
         },
         {
-            "mark": {"type": "rule", "strokeWidth": 1.2, "opacity": 0.6},
+            "mark": {"type": "rule", "strokeWidth": 1.2, "opacity": 1, "strokeOpacity": 0.6},
             "data": {"values": rows},
             "encoding": {"x": x, **low_high, **color},
         },
