@@ -145,19 +145,45 @@ sys.stdin.read()
     assert all(map(gone, found))
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="is interrupted by a timer as on POSIX")
+def test_a_figure_whose_caller_was_interrupted_is_not_given_to_the_next(made, monkeypatch):
+    made.pixels(SVG.format(10, ""))
+    slow = SVG.format(3000, '<g opacity="0.5"><rect width="3000" height="30"/></g>' * 200)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with pytest.raises(KeyboardInterrupt):
+            made.pixels(slow)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    for width in (10, 20, 30):
+        assert int.from_bytes(made.pixels(SVG.format(width, ""))[16:20], "big") == renderer.SCALE * width
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_a_fork_has_a_renderer_of_its_own():
-    kept = renderer.renderer()
-    kept.pixels(SVG.format(40, ""))
-    identity = os.fork()
-    if identity == 0:
-        drawn = renderer.renderer().pixels(SVG.format(40, ""))
-        good = drawn.startswith(b"\x89PNG") and renderer.renderer() is not kept
-        renderer.renderer().end()
-        os._exit(0 if good else 1)
-    assert os.waitpid(identity, 0)[1] == 0
-    assert renderer.renderer() is kept
-    assert kept.pixels(SVG.format(40, "")).startswith(b"\x89PNG")
+def test_a_fork_has_a_renderer_of_its_own_and_leaves_the_other_alone():
+    program = f"""
+import os, sys
+from layerwise.lab.report import renderer
+kept = renderer.renderer()
+kept.pixels({SVG.format(40, "")!r})
+before = [process._process.pid for process in kept._all if process._process]
+identity = os.fork()
+if identity == 0:
+    drawn = renderer.renderer().pixels({SVG.format(40, "")!r})
+    sys.exit(0 if drawn.startswith(bytes([137])) and renderer.renderer() is not kept else 1)  # and so ends what it began
+assert os.waitpid(identity, 0)[1] == 0
+assert renderer.renderer() is kept
+assert kept.pixels({SVG.format(40, "")!r}).startswith(bytes([137]))
+assert before == [process._process.pid for process in kept._all if process._process]
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_a_machine_without_the_library_says_which_it_is(monkeypatch):

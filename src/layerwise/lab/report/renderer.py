@@ -94,6 +94,9 @@ class Process:
             drawn = stdout.read(length)
         except (OSError, ValueError, struct.error):
             kind, length, drawn = DONE, -1, b""
+        except BaseException:  # an interrupt: the next one to ask would be given this figure
+            self.end()
+            raise
         if len(drawn) != length:
             how = self.end()
             raise ChildProcessError(errno.ECHILD, f"the process that draws figures ended ({how}): try again")
@@ -177,8 +180,10 @@ def renderer() -> Renderer:
 
 
 def _forget() -> None:
-    """Leave the pipes of the parent of a fork alone."""
+    """Leave the processes of the parent of a fork alone."""
     global _renderer, _making
+    if _renderer is not None:
+        atexit.unregister(_renderer.end)
     _renderer, _making = None, threading.Lock()
 
 
