@@ -176,7 +176,8 @@ before = [process._process.pid for process in kept._all if process._process]
 identity = os.fork()
 if identity == 0:
     drawn = renderer.renderer().pixels({SVG.format(40, "")!r})
-    sys.exit(0 if drawn.startswith(bytes([137])) and renderer.renderer() is not kept else 1)  # and so ends what it began
+    good = drawn.startswith(bytes([137])) and renderer.renderer() is not kept
+    sys.exit(0 if good else 1)  # which ends what it began
 assert os.waitpid(identity, 0)[1] == 0
 assert renderer.renderer() is kept
 assert kept.pixels({SVG.format(40, "")!r}).startswith(bytes([137]))
