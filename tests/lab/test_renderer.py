@@ -13,7 +13,9 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from made_up import finish, table_plan
 
+from layerwise.lab.cli import main
 from layerwise.lab.report import drawing, renderer
 from layerwise.lab.report.renderer import OWN_LETTERS, Process, Renderer
 
@@ -117,6 +119,7 @@ def test_a_process_that_was_killed_is_told_of_and_replaced(made):
 def test_none_outlives_who_started_it(ending):
     program = """
 import os, sys, time
+from layerwise.lab.cli import main
 from layerwise.lab.report import drawing, renderer
 drawn = drawing.vega("name", "label", {"data": {"values": [{}]}, "mark": "point"})
 drawn.png
@@ -198,3 +201,21 @@ def test_the_list_of_fonts_names_none():
     text = renderer.FONTS.read_text(encoding="utf-8")
     (folder,) = re.findall("<dir>(.*)</dir>", text)
     assert not os.path.exists(folder)
+
+
+def test_a_report_whose_figures_cannot_be_drawn_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    for run in table_plan(seeds=2).runs:
+        finish(tmp_path / "runs", run, 1.5 + 0.1 * run.seed)
+    words = ["report", str(tmp_path / "runs"), "--out", str(tmp_path / "page"), "--quiet"]
+    with monkeypatch.context() as patched:
+        patched.setattr(renderer, "PROGRAM", "import os; os._exit(3)")
+        patched.setattr(renderer, "_renderer", Renderer())
+        assert main(words) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == (
+        "layerwise: the process that draws figures ended (exit code 3): try again; runs that are finished are kept\n"
+    )
+    assert not (tmp_path / "page" / "report" / "report.html").exists()
+    assert main(words) == 0
+    assert (tmp_path / "page" / "report" / "report.html").exists()
