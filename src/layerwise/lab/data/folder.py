@@ -82,7 +82,8 @@ class ImageFolder:
         workers: threads that decode.
         memory_bytes: decoded images stay in memory if all training images fit in so much; the test images too if they
             fit in what is left. 0 keeps none.
-        cache: folder of the mean images; None for the user's folder of cached files.
+        cache: folder of the mean images and of checksums of the photographs; None for the user's folder of cached
+            files.
 
     Attributes:
         name: of the folder.
@@ -124,11 +125,12 @@ class ImageFolder:
                 "both need folders of the same names, or the labels would not agree"
             )
         self.side, self.crop, self.workers = side, crop, workers
-        self._train, self._test = Part(root / train, found, side), Part(root / validation, tested, side)
+        self._cache = user_cache_path("layerwise") if cache is None else cache
+        self._train = Part(root / train, found, side, self._cache)
+        self._test = Part(root / validation, tested, side, self._cache)
         room = self._train.keep(memory_bytes)
         if self._train.kept is not None:
             self._test.keep(room)
-        self._cache = user_cache_path("layerwise") if cache is None else cache
         self._mean: np.ndarray | None = None
         self.class_names = tuple(found)
         self.classes = len(found)
@@ -144,7 +146,7 @@ class ImageFolder:
     def digest(self) -> str:
         """What tells the folder from others: a checksum of the names, classes and sizes of all images of both parts.
 
-        Their content is not read, which would take as long as some epochs.
+        Their content is not read, which would take as long as some epochs; ``contents`` sees whether it changes.
         """
         digest = hashlib.sha256(b"image folder 1\n")
         for name, part in ((b"to train\n", self._train), (b"to test\n", self._test)):
@@ -258,7 +260,7 @@ class ImageFolder:
     def _mean_values(self, progress: Progress | None) -> np.ndarray:
         """Give the mean image from memory, from the cache, or computed."""
         if self._mean is None:
-            path = self._cache / f"mean-{self._train.digest()[:32]}.npy"
+            path = self._cache / f"mean-{self._train.digest[:32]}.npy"
             self._mean = read_mean(path, self.side)
             if self._mean is None:
                 self._mean = self._compute_mean(progress)

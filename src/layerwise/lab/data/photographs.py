@@ -9,14 +9,17 @@ Caffe's blue, green and red: their order makes no difference to a network traine
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from layerwise.lab.data.contents import Contents
 from layerwise.lab.errors import UsageError
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
@@ -99,28 +102,33 @@ def resized(pixels: np.ndarray, side: int) -> np.ndarray:
     return (values + 0.5).astype(np.uint8)
 
 
-def decoded(path: Path, side: int) -> np.ndarray:
+def decoded(path: Path, side: int, check: Callable[[bytes], None] = lambda content: None) -> np.ndarray:
     """Read an image.
 
     Args:
         path: of a JPEG or PNG file; grey images and those with a palette or four channels become red, green, blue.
         side: to which it is resized.
+        check: given the content of the file before it is decoded.
 
     Returns:
         uint8, shape (3, side, side).
 
     Raises:
-        UsageError: the file is missing, damaged or cut off.
+        UsageError: the file is missing, damaged or cut off, or not what ``check`` expects.
     """
     try:
+        content = path.read_bytes()
+        check(content)
         # By its content another form would be taken too, as PostScript, for which Pillow starts an interpreter.
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.format == "JPEG":
                 pixels = np.asarray(image.convert("RGB"))
             else:
-                image.verify()  # its checksums, which decoding does not look at; the file must be opened again then
-                with Image.open(path, formats=FORMATS) as again:
+                image.verify()  # its checksums, which decoding does not look at; it must be opened again then
+                with Image.open(io.BytesIO(content), formats=FORMATS) as again:
                     pixels = np.asarray(again.convert("RGB"))
+    except UsageError:
+        raise
     except Exception as error:  # damaged files raise nearly everything
         reason = (str(error) or type(error).__name__).partition("\n")[0]
         raise UsageError(f"{path}: cannot be read as an image ({reason}); replace it, or remove it") from error
@@ -134,10 +142,11 @@ class Part:
         folder: holds one folder a class.
         found: what ``scan`` gave of it.
         side: to which images are resized.
+        cache: folder of what is known of the images.
     """
 
-    def __init__(self, folder: Path, found: dict[str, list[str]], side: int) -> None:
-        self.folder, self.side = folder, side
+    def __init__(self, folder: Path, found: dict[str, list[str]], side: int, cache: Path) -> None:
+        self.folder, self.side, self.cache = folder, side, cache
         self.files = [f"{name}/{file}" for name, files in found.items() for file in files]
         counts = torch.tensor([len(files) for files in found.values()])
         self.labels = torch.arange(len(found)).repeat_interleave(counts)
@@ -170,23 +179,29 @@ class Part:
             uint8, shape (3, side, side).
 
         Raises:
-            UsageError: the file is missing or damaged.
+            UsageError: the file is missing, damaged, or another one than when it was first read.
         """
         if self.kept is None:
-            return decoded(self.folder / self.files[number], self.side)
+            return self._read(number)
         if not self.known[number]:
-            self.kept[number] = decoded(self.folder / self.files[number], self.side)
+            self.kept[number] = self._read(number)
             self.known[number] = True  # last, so that another thread never sees an image half written
         return self.kept[number]
 
+    def _read(self, number: int) -> np.ndarray:
+        path = self.folder / self.files[number]
+        return decoded(path, self.side, lambda content: self._contents.check(number, path, content))
+
+    @cached_property
+    def _contents(self) -> Contents:
+        """What is known of the images."""
+        return Contents(self.cache / f"contents-{self.digest[:32]}.crc", len(self.files))
+
+    @cached_property
     def digest(self) -> str:
-        """Give a checksum of what decides the mean image: names and sizes of the files, and the side.
+        """A checksum of what decides the mean image: names and sizes of the files, and the side.
 
-        Returns:
-            64 hexadecimal digits.
-
-        Raises:
-            UsageError: a file is gone.
+        64 hexadecimal digits. Raises a UsageError where a file is gone.
         """
         digest = hashlib.sha256(f"mean image 1, side {self.side}\n".encode())
         for line in self.listing():
