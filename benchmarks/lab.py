@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from layerwise.lab import recipe, work
+from layerwise.lab import recipe, rule_making
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.engine import Training
 from layerwise.lab.experiment import carry_out
@@ -71,7 +71,7 @@ def loop_ratio(arm: str, rounds: int, iterations: int = 100) -> dict[str, float]
     times: tuple[list[float], list[float]] = ([], [])
     for round_ in range(rounds + 1):
         for which in (0, 1) if round_ % 2 else (1, 0):
-            rule = work.arms.make_rule(run.configuration.rule, 0)
+            rule = rule_making.make_rule(run.configuration.rule, 0)
             trial = build(run.configuration)
             training = Training(trial, rule, run.configuration)
             trial.evaluate = lambda model, stop: {}

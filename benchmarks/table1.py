@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import layerwise
-from layerwise.lab import arms, recipe, trial
+from layerwise.lab import recipe, rule_making, trial
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiment import carry_out
@@ -55,7 +55,7 @@ def bare_seconds(run: PlannedRun, data: Path) -> float:
     layout, trial.MEMORY_FORMAT = trial.MEMORY_FORMAT, torch.contiguous_format
     try:
         built = trial.build(configuration, data)
-        rule = arms.make_rule(configuration.rule, 0)
+        rule = rule_making.make_rule(configuration.rule, 0)
         if rule is not None:
             place: Any = {"apply": configuration.apply, "decay": configuration.decay}
             layerwise.LayerwiseLR(built.optimizer, rule, built.model, **place)

@@ -125,7 +125,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert told["Description-Content-Type"] == "text/markdown"
     assert str(told.get_payload()).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     assert about(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
-    assert b"layerwise = layerwise.lab.cli:main" in about(wheel, "entry_points.txt")
+    assert b"layerwise = layerwise.__main__:main" in about(wheel, "entry_points.txt")
 
 
 def test_without_an_extra_it_requires_torch_alone(wheel: Path) -> None:
@@ -178,7 +178,7 @@ print(layerwise.__file__, layerwise.__version__)
 
 def test_its_command_says_which_extra_it_needs_where_that_is_missing(installed: Path, torch_alone: Path) -> None:
     assert (installed / "bin" / "layerwise").is_file() or sys.platform == "win32"
-    result = run_with([installed, torch_alone], "from layerwise.lab.cli import main; sys.exit(main())", "list")
+    result = run_with([installed, torch_alone], "from layerwise.__main__ import main; sys.exit(main())", "list")
     assert (result.returncode, result.stdout) == (1, "")
     # PyTorch itself may warn, before that, that there is no NumPy.
     assert result.stderr.splitlines()[-1].startswith("layerwise: the lab needs the module ")

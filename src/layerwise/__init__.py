@@ -37,18 +37,20 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import the library when something of it is first asked for.
+if not TYPE_CHECKING:  # checkers are told of a name that is not there
 
-    It needs PyTorch, whose import takes seconds; the commands of the lab that only read files do without.
-    """
-    if not name.startswith("_"):
-        for public, place in _MODULES.items():
-            module = import_module(f"{__name__}.{place}")
-            globals()[public] = module if public == place else getattr(module, public)
-        if name in globals():
-            return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """Import the library when something of it is first asked for.
+
+        It needs PyTorch, whose import takes seconds; the commands of the lab that only read files do without.
+        """
+        if not name.startswith("_"):
+            for public, place in _MODULES.items():
+                module = import_module(f"{__name__}.{place}")
+                globals()[public] = module if public == place else getattr(module, public)
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,8 +1,20 @@
-"""``python -m layerwise``: the command, for ``torchrun -m layerwise``."""
+"""The command ``layerwise`` from its first moment; also ``python -m layerwise``, as for ``torchrun -m layerwise``."""
 
 import sys
 
-from layerwise.lab.cli import main
+from layerwise.leaving import leaving
+
+
+def main() -> int:
+    """Import the lab and run the command; Ctrl-C before that ends it without a word.
+
+    Returns:
+        Exit code, as ``layerwise.lab.cli.main`` gives it.
+    """
+    with leaving():
+        from layerwise.lab import cli
+    return cli.main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

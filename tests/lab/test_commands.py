@@ -20,7 +20,7 @@ from layerwise.lab.catalogue import shortly
 from layerwise.lab.recipe import load, names
 
 ROOT = Path(__file__).parents[2]
-COMMAND = "import sys; from layerwise.lab.cli import main; sys.argv[0] = 'layerwise'; sys.exit(main())"
+COMMAND = "import sys; from layerwise.__main__ import main; sys.argv[0] = 'layerwise'; sys.exit(main())"
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|9[0-7]|38|4[0-7]|48)[0-9;]*m")
 

@@ -34,7 +34,7 @@ def made():
 
 
 def identities(one):
-    return [process._process.pid for process in one._all if process._process is not None]
+    return [process._process.pid for process in one.processes if process._process is not None]
 
 
 def gone(identity):
@@ -64,7 +64,9 @@ def test_it_draws_what_the_library_draws_here(made):
 
 def test_the_own_font_has_every_letter_that_is_drawn_with_it():
     process = Process()
-    letters = [chr(code) for code in range(0x10000) if OWN_LETTERS.fullmatch(chr(code)) and not chr(code).isspace()]
+    letters = [
+        chr(code) for code in range(0x10000) if OWN_LETTERS.fullmatch(chr(code)) and chr(code) not in " \t\n\u00a0"
+    ]
     assert len(letters) > 700
     assert set("Δ‖′±×−·≤…–“”²½√Σ").issubset(letters)
     assert not {unicodedata.category(letter) for letter in letters} & {"Cn", "Cc", "Mn", "Me"}
@@ -76,19 +78,20 @@ def test_the_own_font_has_every_letter_that_is_drawn_with_it():
         without = {picture(letter).digest() for letter in "\u4e00\u3042\U0001f600 "}
         assert [letter for letter in letters if picture(letter).digest() in without] == []
     finally:
-        process.end()
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("letter", ["\u4e00", "∈", "\u0301", "\U0001f600"])
 def test_other_letters_are_drawn_with_the_fonts_of_the_machine(made, letter):
-    own, others = made._pixels.queue[-1], made._others.queue[0]
+    own, others = made.pixel_processes[0], made.other_process
     made.pixels(SVG.format(40, TEXT.format("plain")))
     assert own._process is not None
     assert others._process is None
     made.pixels(SVG.format(40, TEXT.format(letter)))
     made.chart({**CHART, "title": letter})
     assert others._process is not None
-    assert made._charts.queue[0]._process is None
+    assert made.chart_process._process is None
     assert "FONTCONFIG_FILE" in own.environment
     assert others.environment is None
 
@@ -98,9 +101,9 @@ def test_what_the_renderer_refuses_is_an_error_here_and_it_goes_on(made):
         made.chart({"$schema": drawing.VEGA_LITE, "mark": {"type": 3}, "encoding": 7})
     with pytest.raises(ValueError, match=r"unknown token at 1:1$"):
         made.pixels("no picture")
-    before = identities(made)
-    assert made.pixels(SVG.format(40, "")).startswith(b"\x89PNG")
-    assert identities(made) == before
+    drawing_now = made.pixel_processes[0]._process
+    assert all(made.pixels(SVG.format(40, "")).startswith(b"\x89PNG") for _ in made.pixel_processes)
+    assert made.pixel_processes[0]._process is drawing_now
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="processes are killed as on POSIX")
@@ -123,8 +126,8 @@ from layerwise.lab.cli import main
 from layerwise.lab.report import drawing, renderer
 drawn = drawing.vega("name", "label", {"data": {"values": [{}]}, "mark": "point"})
 drawn.png
-print(*(p._process.pid for p in renderer.renderer()._all if p._process), flush=True)
-assert os.getsid(0) not in [os.getsid(p._process.pid) for p in renderer.renderer()._all if p._process]
+print(*(p._process.pid for p in renderer.renderer().processes if p._process), flush=True)
+assert os.getsid(0) not in [os.getsid(p._process.pid) for p in renderer.renderer().processes if p._process]
 sys.stdin.read()
 """
     process = subprocess.Popen(
@@ -175,7 +178,7 @@ import os, sys
 from layerwise.lab.report import renderer
 kept = renderer.renderer()
 kept.pixels({SVG.format(40, "")!r})
-before = [process._process.pid for process in kept._all if process._process]
+before = [process._process.pid for process in kept.processes if process._process]
 identity = os.fork()
 if identity == 0:
     drawn = renderer.renderer().pixels({SVG.format(40, "")!r})
@@ -183,11 +186,57 @@ if identity == 0:
     sys.exit(0 if good else 1)  # which ends what it began
 assert os.waitpid(identity, 0)[1] == 0
 assert renderer.renderer() is kept
-assert kept.pixels({SVG.format(40, "")!r}).startswith(bytes([137]))
-assert before == [process._process.pid for process in kept._all if process._process]
+for _ in kept.processes:
+    assert kept.pixels({SVG.format(40, "")!r}).startswith(bytes([137]))
+assert before == [process._process.pid for process in kept.processes if process._process][:1]
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes as on Linux")
+def test_a_fork_does_not_keep_the_processes_of_a_parent_that_was_killed():
+    program = f"""
+import os, signal, sys, time
+from layerwise.lab.report import renderer
+renderer.renderer().pixels({SVG.format(40, "")!r})
+(identity,) = [process._process.pid for process in renderer.renderer().processes if process._process]
+fork = os.fork()
+if fork == 0:
+    os.close(1), os.close(2)
+    time.sleep(60)
+print(identity, fork, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    identity, fork = map(int, result.stdout.split())
+    try:
+        limit = time.monotonic() + 20
+        while not gone(identity) and time.monotonic() < limit:
+            time.sleep(0.02)
+        assert gone(identity)
+        assert not gone(fork)
+    finally:
+        os.kill(fork, signal.SIGKILL)
+
+
+def test_a_renderer_that_was_ended_begins_nothing_again():
+    one = Renderer()
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(one.pixels, SVG.format(2000, '<g opacity="0.5"/>' * 100)) for _ in range(60)]
+        asked[0].result()
+        one.end()
+        told = {str(each.exception()) for each in asked if each.exception() is not None}
+    assert told
+    assert all("the renderer of figures was ended" in words or "exit code -9" in words for words in told)
+    assert identities(one) == []
+    with pytest.raises(ChildProcessError, match="was ended"):
+        one.chart(CHART)
+
+
+def test_entries_of_the_path_that_are_no_paths_are_left_out(made, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, None, *(f"/{number:01000}" for number in range(300))])
+    assert made.pixels(SVG.format(40, "")).startswith(b"\x89PNG")
 
 
 def test_a_machine_without_the_library_says_which_it_is(monkeypatch):

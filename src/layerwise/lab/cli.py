@@ -7,7 +7,6 @@ import io
 import os
 import shlex
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from layerwise.lab.errors import UsageError, missing_extra, nearest
+from layerwise.leaving import INTERRUPTED, leaving
 
 if TYPE_CHECKING:
     from layerwise.lab import options
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 
 DEMOS = ("lenet", "amplification")
-INTERRUPTED = 130
-"""What a shell says of a program that Ctrl-C ended."""
-
 WITHOUT_TORCH = ("Report", "Completion")
 """Commands that only read what is there, and so do not wait for PyTorch's import."""
 
@@ -239,24 +236,13 @@ def _completion(asked: options.Completion, arguments: Sequence[str]) -> int:
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Look for no garbage meanwhile: it would be looked for in every run that was read, again and again."""
+    before = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
-
-
-def _import_torch() -> None:
-    """Import PyTorch, which takes seconds; Ctrl-C meanwhile ends the command without a word.
-
-    Otherwise it would come up in whatever is being imported, which may show a traceback or take it for another error.
-    """
-    if "torch" in sys.modules or threading.current_thread() is not threading.main_thread():
-        return  # signals belong to the main thread
-    before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-    import torch  # noqa: F401
-
-    signal.signal(signal.SIGINT, before)
+        if before:
+            gc.enable()
 
 
 def program() -> str:
@@ -312,7 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         name = type(asked).__name__
         if name not in WITHOUT_TORCH:
-            _import_torch()
+            with leaving():
+                import torch  # noqa: F401
         with _no_collection() if name in READING else nullcontext():
             return handlers[name](asked, arguments)
     except UsageError as error:
