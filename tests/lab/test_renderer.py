@@ -107,14 +107,31 @@ def test_what_the_renderer_refuses_is_an_error_here_and_it_goes_on(made):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="processes are killed as on POSIX")
-def test_a_process_that_was_killed_is_told_of_and_replaced(made):
+def test_a_process_that_was_killed_while_it_drew_is_told_of_and_replaced(made):
     made.chart(CHART)
     (identity,) = identities(made)
-    os.kill(identity, signal.SIGKILL)
-    with pytest.raises(ChildProcessError, match=r"the process that draws figures ended \(exit code -9\): try again"):
-        made.chart(CHART)
+    os.kill(identity, signal.SIGSTOP)  # so that it has not answered yet
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(made.chart, CHART)
+        time.sleep(0.1)
+        assert not asked.done()
+        os.kill(identity, signal.SIGKILL)
+        with pytest.raises(
+            ChildProcessError, match=r"the process that draws figures ended \(exit code -9\): try again"
+        ):
+            asked.result()
     assert made.chart(CHART).startswith("<svg")
     assert identities(made) != [identity]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="processes are killed as on POSIX")
+def test_a_process_that_was_killed_while_nobody_asked_it_is_replaced(made):
+    made.chart(CHART)
+    (before,) = identities(made)
+    os.kill(before, signal.SIGKILL)
+    os.waitid(os.P_PID, before, os.WEXITED | os.WNOWAIT)  # until it is gone, and without taking its exit code
+    assert made.chart(CHART).startswith("<svg")
+    assert identities(made) != [before]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes as on Linux")

@@ -89,6 +89,9 @@ class Process:
         with self._asking:
             if self._ended:
                 raise ChildProcessError(errno.ECHILD, "the renderer of figures was ended")
+            if self._process is not None and self._process.poll() is not None:
+                _stopped(self._process)  # while nobody asked it, as in days of training
+                self._process = None
             process = self._process = self._process or _started(self.environment)
             try:
                 _send(process, what, body)
