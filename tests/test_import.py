@@ -31,7 +31,7 @@ def of_torch():
 
 @pytest.fixture(scope="module")
 def of_layerwise():
-    return modules_after("import layerwise")
+    return modules_after("import layerwise; layerwise.LayerwiseLR")
 
 
 def test_no_third_party_package_is_imported_but_torch(of_torch, of_layerwise):

@@ -21,6 +21,9 @@ from layerwise.lab.recipe import load, names
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "import sys; from layerwise.__main__ import main; sys.argv[0] = 'layerwise'; sys.exit(main())"
+# Of a program that a shell has put in the background, children ignore Ctrl-C.
+HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+MODULE = "import runpy, sys; sys.argv[0] = 'layerwise'; runpy.run_module('layerwise', run_name='__main__')"
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|9[0-7]|38|4[0-7]|48)[0-9;]*m")
 
@@ -239,7 +242,7 @@ def test_a_report_does_without_torch(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as on POSIX")
-@pytest.mark.parametrize("start", [["-c", COMMAND], ["-m", "layerwise"]], ids=["script", "module"])
+@pytest.mark.parametrize("start", [COMMAND, MODULE], ids=["script", "module"])
 def test_ctrl_c_while_torch_is_imported_ends_without_a_word(tmp_path, start):
     (tmp_path / "torch.py").write_text(
         textwrap.dedent("""
@@ -251,7 +254,7 @@ def test_ctrl_c_while_torch_is_imported_ends_without_a_word(tmp_path, start):
         encoding="utf-8",
     )
     process = subprocess.Popen(
-        [sys.executable, *start, "list"],
+        [sys.executable, "-c", HEARS + start, "list"],
         cwd=tmp_path,
         env=environment(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT / "src")])),
         stdout=subprocess.PIPE,
@@ -261,12 +264,11 @@ def test_ctrl_c_while_torch_is_imported_ends_without_a_word(tmp_path, start):
     assert process.stdout is not None
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    try:
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert (process.returncode, out, err) == (130, "", "")
-
-
-# Of a program that a shell has put in the background, children ignore Ctrl-C.
-HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as on POSIX")

@@ -229,9 +229,8 @@ def test_a_process_forked_from_the_one_that_was_killed_holds_no_lock(tmp_path, c
     from pathlib import Path
     from layerwise.lab.runs import RunFolder
     with RunFolder(Path(sys.argv[1]), None).lock():
-        child = os.fork()
-        if child:
-            print(child, flush=True)
+        if os.fork() == 0:
+            print(os.getpid(), flush=True)
         time.sleep(60)
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(folder.path)]
