@@ -47,7 +47,7 @@ if not TYPE_CHECKING:  # checkers are told of a name that is not there
         if not name.startswith("_"):
             for public, place in _MODULES.items():
                 module = import_module(f"{__name__}.{place}")
-                globals().setdefault(public, module if public == place else getattr(module, public))
+                globals()[public] = module if public == place else getattr(module, public)
             if name in globals():
                 return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

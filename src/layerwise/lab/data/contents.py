@@ -47,8 +47,8 @@ class Contents:
             self._known[number] = found
         elif before != found:
             raise UsageError(
-                f"{image}: its content has changed since it was first read: put back what it was; if "
-                f"the new one is meant, remove {self.path} and the runs on this folder"
+                f"{image}: its content has changed since it was first read, and neither its name nor its size: put "
+                f"back what it was; if the new one is meant, remove {self.path} and the runs on this folder"
             )
 
 

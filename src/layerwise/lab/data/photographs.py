@@ -108,7 +108,7 @@ def decoded(path: Path, side: int, check: Callable[[bytes], None] = lambda conte
     Args:
         path: of a JPEG or PNG file; grey images and those with a palette or four channels become red, green, blue.
         side: to which it is resized.
-        check: given the content of the file, once it has been decoded.
+        check: given the content of the file before it is decoded.
 
     Returns:
         uint8, shape (3, side, side).
@@ -118,6 +118,7 @@ def decoded(path: Path, side: int, check: Callable[[bytes], None] = lambda conte
     """
     try:
         content = path.read_bytes()
+        check(content)
         # By its content another form would be taken too, as PostScript, for which Pillow starts an interpreter.
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.format == "JPEG":
@@ -126,10 +127,11 @@ def decoded(path: Path, side: int, check: Callable[[bytes], None] = lambda conte
                 image.verify()  # its checksums, which decoding does not look at; it must be opened again then
                 with Image.open(io.BytesIO(content), formats=FORMATS) as again:
                     pixels = np.asarray(again.convert("RGB"))
+    except UsageError:
+        raise
     except Exception as error:  # damaged files raise nearly everything
         reason = (str(error) or type(error).__name__).partition("\n")[0]
         raise UsageError(f"{path}: cannot be read as an image ({reason}); replace it, or remove it") from error
-    check(content)  # last: what cannot be read is not what the image was
     return resized(pixels, side).transpose(2, 0, 1)
 
 
