@@ -169,7 +169,7 @@ def test_the_factors_of_a_step_stay_when_gradients_are_gone(monkeypatch):
 
 
 def test_large_tensors_are_cut_into_rows_here_too(monkeypatch):
-    monkeypatch.setattr(norms, "LARGE", 1024)
+    monkeypatch.setattr(norms, "MIDDLE", 1024)
     results = []
     for piece in (float("inf"), 2048):
         monkeypatch.setattr(late, "PIECE", piece)

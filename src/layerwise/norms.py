@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from math import sqrt
 from operator import attrgetter
@@ -14,27 +14,35 @@ from torch import Tensor
 from .tensors import as_dense_real, moved
 
 _kind = attrgetter("device", "dtype", "layout")
-LARGE = 2**19
-"""Numbers from which a tensor on the CPU is cut into rows."""
+SHORT, SHORTEST_ROW = 512, 256
+"""Numbers up to which a norm is good to 1e-6 in float32: each of 8 lanes adds 64 squares."""
+MIDDLE = 2**13
+"""Numbers up to which a copy in float64 takes less time than the norms of rows."""
+PIECE = 2**18
+"""Numbers that are copied at once, where a tensor has gaps or a narrow type."""
+MOST_ROWS = 2**19
+"""Rows up to which float64 adds their squares up to 1e-12."""
 FEW = 8
 """Tensors up to which reading their norms one by one takes no more operations than to stack them and go on."""
-SHORTEST_ROW, LONGEST_ROW = 256, 4096
+NARROW = frozenset({torch.float16, torch.bfloat16})
+"""Types whose squares are formed in float32, because the square of 300 overflows float16."""
 
 
 def tensor_norms(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[int] | None]:
     """Return the 2-norm of each tensor, kind by kind.
 
-    One `_foreach_norm` for each kind (device, type) of tensor. Half precision is accumulated in float32, because the
-    square of 300 overflows float16; a sparse tensor is coalesced first, because the norm of repeated entries is not
-    the norm of their sum; a complex one is seen as pairs of reals. On the CPU one operation more for each large tensor
-    shares it out among the threads.
+    One `_foreach_norm` for each kind (device, type) of tensor. A sparse tensor is coalesced first, because the norm of
+    repeated entries is not the norm of their sum; a complex one is seen as pairs of reals. Accelerators add up in a
+    tree. The CPU adds up one after another, so sums in float32 are kept short and added up in float64: a norm is good
+    to 1e-6, of float64 tensors to 1e-12, for any size, stride and type. That takes a few operations more for each large
+    tensor, and copies of at most `PIECE` numbers where it has gaps or a narrow type.
 
     Args:
         tensors: Dense, sparse or complex tensors, at least one.
         device: Where the result goes.
 
     Returns:
-        The norms, shape `[len(tensors)]`, of their own or the widest type, and the position of each one's tensor; None
+        The norms, shape `[len(tensors)]`, of their own or a wider type, and the position of each one's tensor; None
         if they are in order.
 
     Example:
@@ -84,31 +92,88 @@ def _norms_of_one_kind(tensors: list[Tensor], device: torch.device) -> Tensor:
 
 def _each_norm(tensors: list[Tensor]) -> list[Tensor]:
     """Return the norms of tensors of one kind."""
-    wide = torch.float32 if tensors[0].dtype in (torch.float16, torch.bfloat16) else None
-    if tensors[0].is_cpu:
-        tensors = [_norms_of_rows(tensor, wide) if tensor.numel() >= LARGE else tensor for tensor in tensors]
-    return list(torch._foreach_norm(tensors, 2, wide))
+    wide = torch.float32 if tensors[0].dtype in NARROW else None
+    if not tensors[0].is_cpu:
+        return list(torch._foreach_norm(tensors, 2, wide))
+    sizes = list(map(Tensor.numel, tensors))
+    long = [i for i, tensor in enumerate(tensors) if sizes[i] > SHORT or not tensor.is_contiguous()]
+    if not long:
+        return list(torch._foreach_norm(tensors, 2, wide))
+    parts = [_norms_of_rows(tensors[i]) if sizes[i] > MIDDLE else tensors[i] for i in long]
+    norms = dict(zip(long, torch._foreach_norm(parts, 2, torch.float64), strict=True))
+    short = [i for i in range(len(tensors)) if i not in norms]
+    if short:
+        norms.update(zip(short, torch._foreach_norm([tensors[i] for i in short], 2, wide), strict=True))
+    return [norms[i] for i in range(len(tensors))]
 
 
-def _norms_of_rows(tensor: Tensor, wide: torch.dtype | None) -> Tensor:
-    """Return the norms of parts of a large tensor, a vector of the same norm.
+def absolute_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return Σ|x| of each tensor, on its own device, good to 1e-6.
+
+    Args:
+        tensors: Dense tensors of real numbers.
+
+    Example:
+        >>> absolute_sums([torch.tensor([3.0, -4.0])])
+        [tensor(7.)]
+    """
+    return list(map(_absolute_sum, tensors))
+
+
+def _absolute_sum(tensor: Tensor) -> Tensor:
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    if not tensor.is_cpu:
+        return tensor.abs().sum(dtype=wide)
+    # PyTorch's sum adds up in cascades, its norm of this order one number after another.
+    parts = [piece.abs().sum(dtype=wide) for piece in _pieces(tensor)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dtype=torch.float64)
+
+
+def _norms_of_rows(tensor: Tensor) -> Tensor:
+    """Return the norms of parts of a large tensor on the CPU, a vector of the same norm.
 
     Torch's norm of a whole tensor runs on one thread and adds millions of squares up one after another, which costs
     float32 five digits; the norms of rows run on all threads, and their sums are short.
     """
-    length = _row_length(tensor.numel())
-    if length and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-        tensor = tensor.permute(0, 2, 3, 1)
-    if not length or not tensor.is_contiguous():
-        return tensor
+    narrow = tensor.dtype in NARROW
+    if tensor.is_contiguous() and not narrow:
+        norms = _norms_of_flat_rows(tensor.view(-1))
+    else:
+        # In the order of memory: a transposed or a channels_last tensor has no gaps.
+        tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+        dense = tensor.is_contiguous()
+        if dense and not narrow:
+            return _norms_of_rows(tensor)
+        wide = torch.float32 if narrow else tensor.dtype
+        copies = (piece.to(wide).contiguous().view(-1) for piece in _pieces(tensor.view(-1) if dense else tensor))
+        norms = torch.cat(list(map(_norms_of_flat_rows, copies)))
+    return norms if norms.numel() <= MOST_ROWS else _norms_of_rows(norms.double())
+
+
+def _norms_of_flat_rows(flat: Tensor) -> Tensor:
     linalg: Any = torch.linalg
-    return linalg.vector_norm(tensor.view(-1, length), dim=1, dtype=wide)
+    length = _row_length(flat.numel())
+    rest = flat.numel() % length
+    if not rest:
+        return linalg.vector_norm(flat.view(-1, length), dim=1)
+    rows = linalg.vector_norm(flat[:-rest].view(-1, length), dim=1)
+    return torch.cat([rows, linalg.vector_norm(flat[-rest:]).view(1)])
 
 
 @cache
 def _row_length(count: int) -> int:
-    """Return the longest row in which that many numbers can be cut evenly, or 0."""
-    return next((length for length in range(LONGEST_ROW, SHORTEST_ROW - 1, -1) if count % length == 0), 0)
+    """Return the longest row in which that many numbers can be cut evenly, or one that leaves a rest."""
+    return next((length for length in range(SHORT, SHORTEST_ROW - 1, -1) if count % length == 0), SHORT)
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield views of a tensor, each of at most `PIECE` numbers."""
+    if tensor.numel() <= PIECE:
+        yield tensor
+        return
+    longest = max(range(tensor.ndim), key=tensor.size)
+    for half in tensor.tensor_split(2, longest):
+        yield from _pieces(half)
 
 
 class JointNorms:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .arguments import has_type
 from .buffers import Buffers, number_count
 from .layers import Layer
+from .norms import absolute_sums
 from .samples import samples_of
 from .sharding import Sharing, sharing_of
 from .statistics import Gradients
@@ -100,7 +101,7 @@ class DirectionalitySums:
             size = joint.sum()
             totals = [joint[i] for i, _ in every if self._measured[i]]
         elif self.sample is None and not self.each_weight and all(self._measured):
-            totals = _absolute_sums([g for _, g in every])
+            totals = absolute_sums([g for _, g in every])
             size = torch.stack([moved(t, device) for t in totals]).sum()
         else:
             size = _size([g for _, g in every], device)
@@ -136,7 +137,7 @@ class DirectionalitySums:
             for item in present:  # one at a time: together they would take the room of all parameters once more
                 self._accumulate(sums["absolute"], [item], [item[1].abs()], scale, counts)
         else:
-            totals = _absolute_sums(values) if totals is None else totals
+            totals = absolute_sums(values) if totals is None else totals
             self._accumulate(sums["absolute"], present, totals, scale, counts)
         return sums
 
@@ -189,7 +190,7 @@ class DirectionalitySums:
     def _joined(self, every: Sequence[tuple[int, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return Σ|g| of each parameter over all processes, and how many hold a part of its gradient."""
         shares = torch.zeros(2, len(self._keys), dtype=torch.float64, device=device)
-        for (i, gradient), total in zip(every, _absolute_sums([g for _, g in every]), strict=True):
+        for (i, gradient), total in zip(every, absolute_sums([g for _, g in every]), strict=True):
             shares[0, i] = total
             shares[1, i] = float(gradient.numel() > 0)
         joint, received = cast(Sharing, self._sharing).sum(shares)
@@ -267,15 +268,6 @@ def _real(gradient: Tensor) -> Tensor:
     if gradient.layout is not torch.strided:
         gradient = gradient.to_dense()
     return as_dense_real(gradient)
-
-
-def _absolute_sums(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Return Σ|g| of each tensor.
-
-    Summed in cascades, good to the last digits of float32, where a norm is to 1e-6 for thousands of numbers and 1e-4
-    for millions; a temporary copy of each tensor is the price.
-    """
-    return [g.abs().sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
 
 
 def _size(gradients: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from layerwise.layers import Layer, make_layers, named_parameters_of
+from layerwise.norms import tensor_norms
 
 
 class LayerMeasures:
@@ -57,7 +58,10 @@ class LayerMeasures:
 
     def _joined(self, tensors: Sequence[torch.Tensor]) -> dict[str, float]:
         """Give the norm over the tensors of each layer."""
-        norms = torch.stack(torch._foreach_norm(list(tensors))).double().tolist()
+        measured, order = tensor_norms(tensors, tensors[0].device)
+        norms: list[float] = measured.tolist()
+        if order is not None:
+            norms = [norm for _, norm in sorted(zip(order, norms, strict=True))]
         joined, place = {}, 0
         for layer in self.layers:
             part = norms[place : place + len(layer.parameters)]
