@@ -60,7 +60,7 @@ def test_frozen_parameters_are_left_out_and_tied_ones_appear_once():
 @pytest.mark.parametrize(
     ("model", "layers", "error", "message"),
     [
-        ([nn.Linear(2, 1)], "module", TypeError, "must be a torch.nn.Module, not list"),
+        ("network", "module", TypeError, "must be a torch.nn.Module or None, .* not str"),
         (
             nn.Linear(2, 1).requires_grad_(False),
             "module",

@@ -9,7 +9,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
-from layerwise.layers import check_patterns, clean_name, make_layers, named_parameters_of, owner_name
+from layerwise.layers import check_patterns, make_layers, named_parameters_of
+from layerwise.model import clean_name, owner_name
 
 
 def layers_of(model, specification="module", names_from=None):
@@ -209,10 +210,11 @@ class Vision(nn.Module):
 
 def test_root_parameters_lists_attention_and_recurrence_form_the_layers_of_their_owners():
     found = layers_of(Vision())
-    assert list(found) == ["", "gates", "attention", "attention.out_proj", "recurrent", "norm"]
+    assert list(found) == ["", "gates", "attention", "recurrent", "norm"]
     assert found[""] == ["position", "token"]
     assert found["gates"] == ["gates.0", "gates.1"]
-    assert found["attention"] == ["attention.in_proj_weight", "attention.in_proj_bias"]
+    projections = [f"attention.{name}" for name in ("out_proj.weight", "out_proj.bias")]
+    assert found["attention"] == ["attention.in_proj_weight", "attention.in_proj_bias", *projections]
     assert len(found["recurrent"]) == 8
 
 

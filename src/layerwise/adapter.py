@@ -7,13 +7,13 @@ import logging
 from collections.abc import Generator, Mapping
 from typing import Any, Literal
 
-from torch import nn
 from torch.optim import Optimizer
 
 from .arguments import check_choice
 from .attached import AttachedRule
 from .hooks import OptimizerHooks
 from .layers import Exclusion, Layer, LayerSpecification
+from .model import Model
 from .nonfinite import FiniteGradients, OnNonfinite
 from .optimizers import PLACES, PlaceName, acting_optimizer, no_effect, refuse, unwrap
 from .resolution import Decay, requested
@@ -42,9 +42,10 @@ class LayerwiseLR:
             step for each distinct mesh.
         rule: How large the factors are; one of `layerwise.rules`, or an object like them.
         model: Names the layers. None takes the names of an optimizer built from `model.named_parameters()`.
-        layers: `"module"` (the module that directly owns the parameters: weight and bias together), `"parameter"`, a
-            list of fnmatch patterns, or a callable `(name, parameter) -> layer name or None`. `"auto"`: what the
-            rule's paper took. A parameter without a layer keeps factor 1.
+        layers: `"module"` (the module that directly owns the parameters: weight and bias together; a MultiheadAttention
+            or a convolution of PyTorch Geometric as a whole), `"parameter"`, a list of fnmatch patterns, or a callable
+            `(name, parameter) -> layer name or None`. `"auto"`: what the rule's paper took. A parameter without a layer
+            keeps factor 1.
         apply: Where the factor acts. `"gradient"`: `g ← f g` before the optimizer sees it, so inside the momentum; the
             gradient is left so. `"lr"`: this step's rate. `"update"`: `w ← w_old + f (w_new − w_old)`, at the cost of a
             copy of the parameters during the step. `"auto"`: what the rule's paper did for this optimizer.
@@ -63,6 +64,7 @@ class LayerwiseLR:
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         >>> from layerwise.rules import Constant
@@ -77,7 +79,7 @@ class LayerwiseLR:
         self,
         optimizer: Any,
         rule: Any,
-        model: nn.Module | None = None,
+        model: Model | None = None,
         *,
         layers: LayerSpecification | Literal["auto"] = "auto",
         apply: PlaceName | Literal["auto"] = "auto",
@@ -217,6 +219,7 @@ class LayerwiseLR:
 
         Example:
             >>> import torch
+            >>> from torch import nn
             >>> model = nn.Linear(2, 1)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             >>> from layerwise.rules import LayerAdaptive

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -32,6 +32,7 @@ from .closures import evaluate_closure
 from .hooks import OptimizerHooks
 from .layer_steps import LayerSteps
 from .memory import LARGE, return_freed_memory
+from .model import Model
 from .optimizers import unwrap
 from .partition import OUTSIDE
 from .resolution import parameters_of
@@ -42,7 +43,7 @@ from .statistics import check_needs
 logger = logging.getLogger("layerwise")
 
 
-def step_in_backward(optimizer: Any, model: nn.Module | None, rule: Any = None) -> StepInBackward:
+def step_in_backward(optimizer: Any, model: Model | None, rule: Any = None) -> StepInBackward:
     """Update each layer inside `backward()`, as soon as its gradients exist, and free them.
 
     The gradients of the whole network then never exist together, which saves about their size in memory. The weights
@@ -69,6 +70,7 @@ def step_in_backward(optimizer: Any, model: nn.Module | None, rule: Any = None) 
             reduces the gradients over processes, or a parameter holds a gradient already.
 
     Example:
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         >>> handle = step_in_backward(optimizer, model)
@@ -84,7 +86,7 @@ def step_in_backward(optimizer: Any, model: nn.Module | None, rule: Any = None) 
 class StepInBackward:
     """What `step_in_backward` returns: what it did last, and how to pause or end it."""
 
-    def __init__(self, optimizer: Any, model: nn.Module | None, rule: Any) -> None:
+    def __init__(self, optimizer: Any, model: Model | None, rule: Any) -> None:
         inner = unwrap(optimizer)
         check_optimizer(inner)
         parameters = parameters_of(inner.param_groups)
@@ -161,6 +163,7 @@ class StepInBackward:
         rule. So gradients accumulate over all but the last backward inside the block, or are clipped after it.
 
         Example:
+            >>> from torch import nn
             >>> model = nn.Linear(2, 1)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             >>> with step_in_backward(optimizer, model).paused():

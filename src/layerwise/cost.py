@@ -17,10 +17,11 @@ from typing import Any, cast
 
 import torch
 import torch.optim.optimizer as optimizer_hooks
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .adapter import LayerwiseLR
+from .model import Model
 from .rules.state import is_state
 
 logger = logging.getLogger("layerwise")
@@ -65,7 +66,7 @@ class Cost:
 
 
 def measured_cost(
-    optimizer: Optimizer, model: nn.Module | None, rule: Any, seconds: float | None = None, **arguments: Any
+    optimizer: Optimizer, model: Model | None, rule: Any, seconds: float | None = None, **arguments: Any
 ) -> Cost | str:
     """Time steps of an optimizer with a rule and without, in turn, on copies of its tensors.
 
@@ -84,6 +85,7 @@ def measured_cost(
         The cost, or why it is not known.
 
     Example:
+        >>> from torch import nn
         >>> model = nn.Linear(3, 2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> measured_cost(optimizer, model, None, 0)
@@ -141,7 +143,7 @@ class Pair:
     def __init__(
         self,
         optimizer: Optimizer,
-        model: nn.Module | None,
+        model: Model | None,
         rule: Any,
         parameters: Sequence[Tensor],
         arguments: dict[str, Any],

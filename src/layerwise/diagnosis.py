@@ -8,10 +8,12 @@ from torch import nn
 from torch.optim import Adafactor, Optimizer
 
 from .adapter import LayerwiseLR
+from .arguments import chosen
 from .cost import check_seconds, measured_cost
 from .hooks import OptimizerHooks
 from .known_optimizers import reason_against
-from .layers import Layer, check_model, named_parameters_of
+from .layers import Layer, divided, joining, named_parameters_of
+from .model import Model, as_module, named_parameters
 from .optimizers import (
     SCALE_INVARIANT,
     acting_optimizer,
@@ -27,7 +29,7 @@ from .rules.questions import default, needs_of
 
 def diagnose(
     optimizer: Any,
-    model: nn.Module | None = None,
+    model: Model | None = None,
     rule: Any = None,
     *,
     most: int = 40,
@@ -57,6 +59,7 @@ def diagnose(
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(784, 10))
         >>> text = diagnose(torch.optim.AdamW(model.parameters()), model)  # doctest: +ELLIPSIS
         LayerAdaptive on AdamW: 1 layer, 2 parameter tensors, 7,850 numbers
@@ -75,7 +78,7 @@ def diagnose(
     check_seconds(seconds)
     rule = LayerAdaptive() if rule is None else rule
     inner = unwrap(optimizer)
-    check_model(model)
+    model = as_module(model)
     try:
         adapter = LayerwiseLR(inner, rule, model, **arguments)
     except (TypeError, ValueError) as error:
@@ -84,8 +87,8 @@ def diagnose(
         adapter.detach()
         cost = measured_cost(inner, model, rule, seconds, **arguments)
         measured = f"not: {cost}" if isinstance(cost, str) else str(cost)
-        automatic = arguments.get("apply", "auto") == "auto"
-        text = _describe(adapter, inner, model, rule, most, measured, automatic=automatic)
+        automatic, specification = arguments.get("apply", "auto") == "auto", arguments.get("layers", "auto")
+        text = _describe(adapter, inner, model, rule, most, measured, automatic=automatic, specification=specification)
     print(text)
     return text
 
@@ -99,6 +102,7 @@ def _describe(
     measured: str,
     *,
     automatic: bool,
+    specification: Any,
 ) -> str:
     name = type(optimizer).__name__
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -129,6 +133,8 @@ def _describe(
     lines.append(f"measured  {measured}")
     lines += [f"problem   {problem}" for problem in problems] or ["problems  none found"]
     lines += [f"note      {note}" for note in _notes(adapter, optimizer)]
+    if chosen(specification, default(rule, "layers"), "module") == "module":
+        lines += [f"note      {note}" for note in _divided(layers)]
     if OptimizerHooks.members_of(acting_optimizer(optimizer)):
         lines.append("next      nothing: an adapter is attached already; another one's factors would multiply with its")
     else:
@@ -179,7 +185,7 @@ def _problems(adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | Non
         problems.append(f"{_count(outside, 'parameter tensor')} of the optimizer in no layer; the factor there is 1")
     if model is not None:
         held = {id(p) for p in named_parameters_of(optimizer, model).values()}
-        missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+        missing = [name for name, p in named_parameters(model) if p.requires_grad and id(p) not in held]
         if missing:
             names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
             problems.append(f"{_count(len(missing), 'trainable parameter')} not in the optimizer: {names}")
@@ -202,6 +208,20 @@ def _notes(adapter: LayerwiseLR, optimizer: Optimizer) -> list[str]:
     ):
         notes.append("decoupled weight decay is multiplied by the rate, so the factor scales it too")
     return notes
+
+
+def _divided(layers: list[Layer]) -> list[str]:
+    """Say which modules own parameters beside modules below them, and how they become one layer each."""
+    modules = divided(layers)
+    if not modules:
+        return []
+    notes = [str(one) for one in modules[:5]]
+    if len(modules) > 5:
+        notes.append(f"… and {len(modules) - 5} more such modules")
+    # To join the root would join the whole network.
+    inner = [one for one in modules if one.layer.name] or modules
+    verb = "joins" if len(inner) == 1 else "join"
+    return [*notes, f"layers={joining(layers, inner)} {verb} them"]
 
 
 def _frozen(layer: Layer) -> bool:

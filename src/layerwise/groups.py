@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
-from .arguments import has_type
-from .layers import LayerSpecification, clean_name, make_layers, unique_names
+from .layers import LayerSpecification, make_layers, unique_names
+from .model import Model, as_module, named_parameters
 
 
-def param_groups(model: nn.Module, layers: LayerSpecification = "module") -> list[dict[str, Any]]:
+def param_groups(model: Model, layers: LayerSpecification = "module") -> list[dict[str, Any]]:
     """Return named parameter groups, one a layer, to build an optimizer from.
 
     For rates that a person sets by hand and keeps; `LayerwiseLR` needs no such groups. Every parameter of the model
     that requires a gradient must be in a layer, so that none is forgotten.
 
     Args:
-        model: The network.
+        model: The network, or a list or dictionary of networks, whose names then begin with their index or key.
         layers: As in `LayerwiseLR`: `"module"`, `"parameter"`, a list of patterns or a callable.
 
     Returns:
@@ -25,11 +23,12 @@ def param_groups(model: nn.Module, layers: LayerSpecification = "module") -> lis
         require a gradient is left out.
 
     Raises:
-        TypeError: `model` is no module, or `layers` has the wrong type.
+        TypeError: `model` is no module, nor a list or dictionary of modules, or `layers` has the wrong type.
         ValueError: `layers` is unknown, matches nothing, or leaves a parameter out.
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> groups = param_groups(model)
         >>> groups[0]["lr"] = 0.01
@@ -37,12 +36,13 @@ def param_groups(model: nn.Module, layers: LayerSpecification = "module") -> lis
         >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
         [('0', 0.01), ('2', 0.1)]
     """
-    if not has_type(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    named = unique_names((clean_name(name), p) for name, p in model.named_parameters() if p.requires_grad)
+    module = as_module(model)
+    if module is None:
+        raise TypeError("model must be a torch.nn.Module, or a list or dict of them, not None")
+    named = unique_names((name, p) for name, p in named_parameters(module) if p.requires_grad)
     if not named:
         raise ValueError(f"model={type(model).__name__} has no parameter that requires a gradient")
-    found = make_layers(named, layers, model)
+    found = make_layers(named, layers, module)
     missing = named.keys() - {name for layer in found for name in layer.parameter_names}
     if missing:
         raise ValueError(f"layers={layers!r} leaves out {sorted(missing)}; add a pattern such as '*' for the rest")

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .apply import make_place
 from .factors import Factors
 from .layer_statistics import AS_NUMBERS, LayerStatistics
 from .layers import Layer
+from .model import Model
 from .optimizers import automatic_place, damps_history
 from .partition import OUTSIDE, Partition
 from .resolution import rates_of, requested, resolve
@@ -72,7 +73,7 @@ class LayerSteps:
         rule: A rule for which each layer needs nothing but itself, or None.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module | None, rule: Any) -> None:
+    def __init__(self, optimizer: Optimizer, model: Model | None, rule: Any) -> None:
         self.rule = rule
         self._needs = [name for name in needs_of(rule) if name in BY_LAYER] if rule is not None else []
         self._request = requested(rule, model)

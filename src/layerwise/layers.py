@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from .arguments import has_type
+from .model import Owners, clean_name, named_parameters, owner_name
 from .sharding import Piece, stand_in
 
 LayerName = Callable[[str, Tensor], "str | None"]
@@ -21,13 +22,6 @@ Exclusion = Sequence[str] | Callable[[str, Tensor], bool] | None
 """Layers left at factor 1: patterns of layer names, or a function of a parameter's name and the parameter."""
 
 LayerSpecification = Literal["module", "parameter"] | Sequence[str] | LayerName
-
-# Wrappers put a component of their own into the names: these anywhere, DDP's and AveragedModel's `module` in front.
-_WRAPPER = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)"
-)
-_LEADING = re.compile(r"^(?:module(?:\.|$))+")
-_PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original(\d*)$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,25 +47,6 @@ class Layer:
     def whole(self) -> list[Tensor]:
         """Return for each parameter a tensor of its whole shape; the parameter itself, unless FSDP1 has cut it."""
         return list(map(stand_in, self.parameters, self.pieces)) if self.pieces else list(self.parameters)
-
-
-def clean_name(name: str) -> str:
-    """Return a parameter's or module's name without the prefixes that wrappers add.
-
-    DDP, `torch.compile`, FSDP, activation checkpointing and Fabric put a component of their own into the names, and
-    `torch.nn.utils.parametrize` moves `weight` to `parametrizations.weight.original`.
-
-    Args:
-        name: A name as `named_parameters()` gives it.
-
-    Returns:
-        The name the same parameter has in the bare model.
-
-    Example:
-        >>> clean_name("module._orig_mod.encoder.parametrizations.weight.original0")
-        'encoder.weight0'
-    """
-    return _PARAMETRIZED.sub(r"\1\2", _LEADING.sub("", _WRAPPER.sub("", name)))
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -101,16 +76,6 @@ def check_patterns(patterns: Iterable[object], names: Iterable[str], argument: s
             raise ValueError(f"{argument} pattern {pattern!r} matches none of {_some(names)}.{hint}")
 
 
-def check_model(model: object) -> None:
-    """Raise unless this is a module or None.
-
-    Raises:
-        TypeError: It is something else.
-    """
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module or None, not {type(model).__name__}")
-
-
 def named_parameters_of(optimizer: Any, model: nn.Module | None) -> dict[str, Tensor]:
     """Return the optimizer's parameters by clean name, in the model's order.
 
@@ -138,8 +103,7 @@ def named_parameters_of(optimizer: Any, model: nn.Module | None) -> dict[str, Te
                 )
             named.extend(zip(group["param_names"], group["params"], strict=True))
         return unique_names((clean_name(name), p) for name, p in named)
-    check_model(model)
-    named = [(clean_name(name), p) for name, p in model.named_parameters() if id(p) in held]
+    named = [(name, p) for name, p in named_parameters(model) if id(p) in held]
     if not named:
         raise ValueError(
             f"model={type(model).__name__} owns none of the {len(held)} parameters of this optimizer: pass the model "
@@ -159,9 +123,9 @@ def make_layers(
 
     Args:
         named_parameters: Clean name to parameter, in the model's order.
-        specification: `"module"` (the module that directly owns a parameter), `"parameter"`, a list of fnmatch patterns
-            (each one is a layer; a parameter goes to the first that matches its name or its module's), or a callable
-            `(name, parameter) -> layer name or None`.
+        specification: `"module"` (the module that directly owns a parameter, or one above it that is a layer as a
+            whole, see `Owners`), `"parameter"`, a list of fnmatch patterns (each one is a layer; a parameter goes to
+            the first that matches its name or its module's), or a callable `(name, parameter) -> layer name or None`.
         model: Gives the layers their module, for rules that look at it.
         pieces: What this process holds of parameters that are shared among processes, by their ids.
 
@@ -177,7 +141,8 @@ def make_layers(
         >>> [layer.name for layer in make_layers(dict(model.named_parameters()), "module")]
         ['0', '2']
     """
-    name_of = _layer_name_function(named_parameters, specification)
+    owners = Owners(named_parameters, model)
+    name_of = _layer_name_function(named_parameters, specification, owners)
     pieces = pieces or {}
     members: dict[str, list[tuple[str, Tensor]]] = {}
     for name, parameter in named_parameters.items():
@@ -189,18 +154,79 @@ def make_layers(
         members.setdefault(layer, []).append((name, parameter))
     if not members:
         raise ValueError(f"layers={specification!r} puts no parameter into a layer; names: {_some(named_parameters)}")
-    modules: dict[str, nn.Module] = {}
-    if model is not None:
-        whole: Any = model
-        modules = {clean_name(name).rstrip("."): module for name, module in whole.named_modules()}
     layers: list[Layer] = []
     for layer, entries in members.items():
-        owners = {owner_name(name) for name, _ in entries}
-        module = modules.get(owners.pop()) if len(owners) == 1 else None
+        own = {owner_name(name) for name, _ in entries}
+        if len(own) > 1:
+            own = {owners(name) for name, _ in entries}
+        module = owners.modules.get(own.pop()) if len(own) == 1 else None
         parameters = tuple(p for _, p in entries)
         held = tuple(pieces.get(id(p)) for p in parameters) if pieces else ()
         layers.append(Layer(layer, parameters, tuple(n for n, _ in entries), module, pieces=held))
     return layers
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A module that owns parameters beside modules below it that own some, so that they are several layers.
+
+    Args:
+        layer: The layer of the parameters that it owns.
+        below: The layers of the modules below it.
+        separator: What stands between its name and theirs.
+    """
+
+    layer: Layer
+    below: tuple[Layer, ...]
+    separator: str
+
+    @property
+    def pattern(self) -> str:
+        """What matches the parameters of all of them."""
+        return f"{escape(self.layer.name)}{self.separator}*"
+
+    def __str__(self) -> str:
+        own = _some([name.rpartition(".")[2] for name in self.layer.parameter_names], 3, str)
+        below = _some([layer.name for layer in self.below], 3, str)
+        return f"{self.layer.name or '(root)'!r} owns {own}, beside {below}: several layers"
+
+
+def divided(layers: Sequence[Layer]) -> list[Divided]:
+    """Return the modules that own parameters beside modules below them that own some.
+
+    Args:
+        layers: Layers of `"module"`.
+    """
+    found: list[Divided] = []
+    for layer in layers:
+        for separator in (".", "/") if layer.name else ("",):
+            prefix = layer.name + separator
+            below = tuple(other for other in layers if other is not layer and other.name.startswith(prefix))
+            if below:
+                found.append(Divided(layer, below, separator))
+    return found
+
+
+def joining(layers: Sequence[Layer], modules: Sequence[Divided], most: int = 40) -> str:
+    """Return as Python the value of `layers` that makes each of these modules one layer and leaves others as they are.
+
+    Of those below one another the inner is one, and the rest of the outer.
+
+    Args:
+        layers: Layers of `"module"`.
+        modules: Modules that own parameters beside modules below; the root alone, or others.
+        most: Up to how many patterns are listed; a function says it of more.
+    """
+    swallowed = {id(layer) for one in modules for layer in (one.layer, *one.below)}
+    kept = [layer for layer in layers if id(layer) not in swallowed]
+    whole = [layer for layer in kept if len({owner_name(name) for name in layer.parameter_names}) > 1]
+    patterns = {one.layer.name: one.pattern for one in modules}
+    patterns |= {layer.name: f"{escape(layer.name)}.*" if layer in whole else escape(layer.name) for layer in kept}
+    deepest = sorted(patterns, key=lambda name: -name.count("."))
+    if len(deepest) <= most or any("/" in name for name in deepest):
+        return repr([patterns[name] for name in deepest])
+    joined = tuple(name for name in deepest if patterns[name].endswith(".*"))
+    return f"lambda name, parameter: next((m for m in {joined!r} if name.startswith(m + '.')), name.rpartition('.')[0])"
 
 
 def included_layers(layers: Sequence[Layer], exclude: Exclusion) -> list[bool]:
@@ -226,24 +252,13 @@ def included_layers(layers: Sequence[Layer], exclude: Exclusion) -> list[bool]:
     return [not any(matches(pattern, layer.name) for pattern in exclude) for layer in layers]
 
 
-def owner_name(parameter_name: str) -> str:
-    """Return the clean name of the module that directly owns a parameter.
-
-    The parameters of a parametrization belong to the module that is parametrized.
-
-    Example:
-        >>> owner_name("encoder.0.weight"), owner_name("weight")
-        ('encoder.0', '')
-    """
-    owner = parameter_name.rpartition(".")[0]
-    return re.split(r"(?:^|\.)parametrizations(?:\.|$)", owner, maxsplit=1)[0]
-
-
-def _layer_name_function(named_parameters: Mapping[str, Tensor], specification: LayerSpecification) -> LayerName:
+def _layer_name_function(
+    named_parameters: Mapping[str, Tensor], specification: LayerSpecification, owners: Owners
+) -> LayerName:
     allowed = "'module', 'parameter', a list of patterns or a callable (name, parameter) -> layer name or None"
     if isinstance(specification, str):
         if specification == "module":
-            return lambda name, parameter: owner_name(name)
+            return lambda name, parameter: owners(name)
         if specification == "parameter":
             return lambda name, parameter: name
         raise ValueError(f"layers={specification!r} is unknown; allowed: {allowed}. For one pattern, pass a list")
@@ -275,7 +290,7 @@ def unique_names(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return result
 
 
-def _some(names: Iterable[str], most: int = 8) -> str:
+def _some(names: Iterable[str], most: int = 8, form: Callable[[str], str] = repr) -> str:
     names = list(dict.fromkeys(names))
-    shown = ", ".join(repr(name) for name in names[:most])
+    shown = ", ".join(form(name) for name in names[:most])
     return shown + (f", … ({len(names)} in all)" if len(names) > most else "")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .arguments import chosen, has_type
@@ -16,6 +16,7 @@ from .hooks import Member, OptimizerHooks
 from .idle import makes_state_only
 from .layer_statistics import LayerStatistics
 from .layers import Layer, LayerSpecification, make_layers, named_parameters_of
+from .model import Model, as_module
 from .observation import Observation
 from .optimizers import refuse_outer, unwrap
 from .resolution import parameters_of
@@ -62,6 +63,7 @@ class Monitor:
         ValueError: An argument is out of its range, or the layers have no names.
 
     Example:
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> monitor = Monitor(optimizer, model, every=1)
@@ -75,7 +77,7 @@ class Monitor:
     def __init__(
         self,
         optimizer: Any,
-        model: nn.Module | None = None,
+        model: Model | None = None,
         every: int = 50,
         sinks: Sequence[Sink] = (),
         *,
@@ -89,7 +91,7 @@ class Monitor:
             raise ValueError(f"every={every!r} must be at least 1; without a monitor nothing is recorded")
         check_sinks(sinks)
         self._every, self._sinks = every, list(sinks)
-        self._model, self._specification = model, layers
+        self._model, self._specification = as_module(model), layers
         self._parameters: list[Tensor] = []
         self._layers: Sequence[Layer] = []
         self._steps = 0

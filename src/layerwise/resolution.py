@@ -14,7 +14,8 @@ from .arguments import chosen
 from .gains import check_alike
 from .late import Pieces, make_pieces
 from .layer_statistics import AS_NUMBERS, LayerStatistics
-from .layers import Exclusion, Layer, LayerSpecification, clean_name, included_layers, make_layers, named_parameters_of
+from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_layers, named_parameters_of
+from .model import Model, as_module, named_parameters
 from .optimizers import PlaceName, automatic_place, check_groups, check_place, refuse
 from .partition import Partition
 from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
@@ -54,7 +55,7 @@ class Request:
 
 def requested(
     rule: Any,
-    model: nn.Module | None,
+    model: Model | None,
     *,
     layers: LayerSpecification | Literal["auto"] = "auto",
     apply: PlaceName | Literal["auto"] = "auto",
@@ -64,7 +65,7 @@ def requested(
     """Return what a person asked for; the arguments are those of `LayerwiseLR`."""
     return Request(
         rule=rule,
-        model=model,
+        model=as_module(model),
         layers=chosen(layers, default(rule, "layers"), "module"),
         exclude=chosen(exclude, default(rule, "exclude"), None),
         apply=apply,
@@ -118,7 +119,7 @@ class Resolution:
 
     def others(self, model: nn.Module | None) -> dict[str, Tensor]:
         """Return the parameters that belong to no layer, by the model's names or by their place in the optimizer."""
-        names = {} if model is None else {id(p): clean_name(name) for name, p in model.named_parameters()}
+        names = {} if model is None else {id(p): name for name, p in named_parameters(model)}
         return {
             names.get(id(p), f"parameter {i} of the optimizer"): p
             for i, p in enumerate(self.parameters)

@@ -23,7 +23,7 @@ class LayerMeasures:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        self.layers: list[Layer] = make_layers(named_parameters_of(optimizer, model), "module")
+        self.layers: list[Layer] = make_layers(named_parameters_of(optimizer, model), "module", model)
         self._parameters = [p for layer in self.layers for p in layer.parameters]
         self._optimizer = optimizer
         self._before: list[torch.Tensor] = []

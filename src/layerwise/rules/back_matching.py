@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Layer
+from ..model import is_one_layer
 from ..statistics import Statistics, common_device
 from .base import Rule, State, is_number
 
@@ -102,4 +103,6 @@ def summed_inputs(layer: Layer) -> float | None:
         # A transposed kernel stands at every position of its input, so its stride divides nothing.
         return float(module.in_channels * (1 if module.transposed else math.prod(module.stride)))
     matrices = [p for p in layer.whole() if p.ndim > 1]
+    if module is not None and is_one_layer(module):  # the vectors of a graph attention come before its matrix
+        matrices.sort(key=lambda p: -p.numel())
     return float(matrices[0].shape[1]) if matrices else None
