@@ -161,7 +161,7 @@ def test_every_pair_sees_the_same_gradients_though_a_factor_scales_them(make_mod
     [
         (lambda model: None, 0, "seconds=0"),
         (lambda model: model.to("meta"), None, "meta"),
-        (lambda model: setattr(model, "cached", next(model.parameters()) * 1), None, "a copy could not take a step"),
+        (lambda model: setattr(model, "cached", next(model.parameters()) * 1), None, "no copy could be made"),
     ],
     ids=["not asked for", "no numbers", "a model that cannot be copied"],
 )

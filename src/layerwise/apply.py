@@ -77,7 +77,7 @@ def divide(view: Any, partition: Partition, factors: Factors, overrides: Overrid
     Either in groups of their own, or in calls of their own of a fused kernel, which costs less.
     """
     if not private:
-        return partition.split(view, factors.buckets, overrides)
+        return partition.split(view, factors.buckets, overrides, steady=True)
     if not can_be_dealt(view):
         return partition.split(view, factors.buckets, lambda group, f: {**foreseen_form(group), **overrides(group, f)})
     view.param_groups = [dealt(group, partition, factors, overrides) for group in view.param_groups]

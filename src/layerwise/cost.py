@@ -65,9 +65,23 @@ class Cost:
         )
 
 
+@dataclass(frozen=True)
+class Failure:
+    """The error with which a step with the rule attached ended, where the bare one went well.
+
+    Args:
+        error: Its type and its text.
+    """
+
+    error: str
+
+    def __str__(self) -> str:
+        return "the step failed on a copy with the rule attached, and not on one without"
+
+
 def measured_cost(
     optimizer: Optimizer, model: Model | None, rule: Any, seconds: float | None = None, **arguments: Any
-) -> Cost | str:
+) -> Cost | Failure | str:
     """Time steps of an optimizer with a rule and without, in turn, on copies of its tensors.
 
     Model, optimizer, rule, gradients and the states of the random generators stay as they are, to the bit. For the time
@@ -82,7 +96,7 @@ def measured_cost(
         **arguments: As for `LayerwiseLR`.
 
     Returns:
-        The cost, or why it is not known.
+        The cost, how an attached step failed, or why the cost is not known.
 
     Example:
         >>> from torch import nn
@@ -96,11 +110,24 @@ def measured_cost(
     if reason:
         return reason
     with undisturbed(parameters):
+        # Each may raise whatever a model that cannot be copied, or an optimizer of another package, raises.
         try:
-            return Pair(optimizer, model, rule, parameters, arguments).timed(SECONDS if seconds is None else seconds)
-        except Exception as error:  # whatever a model that cannot be copied, or another's optimizer, raises
-            text = str(error).strip().partition("\n")[0]
-            return f"a copy could not take a step ({type(error).__name__}: {text})"
+            pair = Pair(optimizer, model, rule, parameters, arguments)
+        except Exception as error:
+            return f"no copy could be made ({_named(error)})"
+        try:
+            pair.step(pair.bare)  # makes the state
+        except Exception as error:
+            return f"a copy of the bare optimizer could not take a step ({_named(error)})"
+        try:
+            return pair.timed(SECONDS if seconds is None else seconds)
+        except Exception as error:
+            return Failure(_named(error))
+
+
+def _named(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}"
 
 
 def reason_not_to(optimizer: Optimizer, parameters: Sequence[Tensor], seconds: float | None) -> str:
@@ -170,18 +197,17 @@ class Pair:
 
     def timed(self, seconds: float) -> Cost:
         """Time pairs of steps, in turn this one first and that one first; at least one pair."""
-        self._step(self.bare)  # makes the state
-        self._step(self.attached)
+        self.step(self.attached)
         times: dict[Optimizer, list[float]] = {self.bare: [], self.attached: []}
         began, pairs = time.perf_counter(), 0
         while pairs < MOST_PAIRS and (not pairs or time.perf_counter() - began < seconds):
             for twin in (self.bare, self.attached)[:: -1 if pairs % 2 else 1]:
-                times[twin].append(self._step(twin))
+                times[twin].append(self.step(twin))
             pairs += 1
         bare, attached = (statistics.median(times[twin]) for twin in (self.bare, self.attached))
         return Cost(bare, attached, pairs, self.made_up)
 
-    def _step(self, twin: Optimizer) -> float:
+    def step(self, twin: Optimizer) -> float:
         """Give fresh gradients, as a factor may have scaled the last ones, take a step, and return its seconds."""
         for p, gradient in zip(self.copies, self.gradients, strict=True):
             p.grad = None if gradient is None else gradient.clone()

@@ -9,7 +9,7 @@ from torch.optim import Adafactor, Optimizer
 
 from .adapter import LayerwiseLR
 from .arguments import chosen
-from .cost import check_seconds, measured_cost
+from .cost import Cost, Failure, check_seconds, measured_cost
 from .hooks import OptimizerHooks
 from .known_optimizers import reason_against
 from .layers import Layer, divided, joining, named_parameters_of
@@ -86,9 +86,8 @@ def diagnose(
     else:
         adapter.detach()
         cost = measured_cost(inner, model, rule, seconds, **arguments)
-        measured = f"not: {cost}" if isinstance(cost, str) else str(cost)
         automatic, specification = arguments.get("apply", "auto") == "auto", arguments.get("layers", "auto")
-        text = _describe(adapter, inner, model, rule, most, measured, automatic=automatic, specification=specification)
+        text = _describe(adapter, inner, model, rule, most, cost, automatic=automatic, specification=specification)
     print(text)
     return text
 
@@ -99,7 +98,7 @@ def _describe(
     model: nn.Module | None,
     rule: Any,
     most: int,
-    measured: str,
+    cost: Cost | Failure | str,
     *,
     automatic: bool,
     specification: Any,
@@ -128,14 +127,17 @@ def _describe(
     inside = {id(p) for p in tensors}
     outside = [p for p in group_of if p not in inside]
     problems = _problems(adapter, optimizer, model, len(outside))
+    problems += [cost.error] if isinstance(cost, Failure) else []
     lines += ["", f"acts on   {adapter.apply!r}: {_where(adapter, optimizer)}"]
     lines += [f"because   {_why(adapter, optimizer, automatic)}", f"costs     {_cost(adapter)}"]
-    lines.append(f"measured  {measured}")
+    lines.append(f"measured  {'' if isinstance(cost, Cost) else 'not: '}{cost}")
     lines += [f"problem   {problem}" for problem in problems] or ["problems  none found"]
     lines += [f"note      {note}" for note in _notes(adapter, optimizer)]
     if chosen(specification, default(rule, "layers"), "module") == "module":
         lines += [f"note      {note}" for note in _divided(layers)]
-    if OptimizerHooks.members_of(acting_optimizer(optimizer)):
+    if isinstance(cost, Failure):
+        lines.append("next      what the problem names; attached as it is, the first step would fail")
+    elif OptimizerHooks.members_of(acting_optimizer(optimizer)):
         lines.append("next      nothing: an adapter is attached already; another one's factors would multiply with its")
     else:
         lines.append("next      adapter = layerwise.LayerwiseLR(optimizer, rule, model)")

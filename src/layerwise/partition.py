@@ -15,6 +15,8 @@ Overrides = Callable[[Mapping[str, Any], Any], dict[str, Any]]
 """(group, key) to the options that differ under this key."""
 OUTSIDE = -1
 """The layer number of a parameter that belongs to no layer; its factor is 1."""
+MOST_SHARINGS = 2
+"""Ways in which layers share a group before each gets one of its own, where `steady` parts are asked for."""
 
 
 class Partition:
@@ -27,6 +29,7 @@ class Partition:
     def __init__(self, layer_of: Mapping[int, int]) -> None:
         self.layer_of = layer_of
         self._cached: dict[int, tuple[list[Tensor], dict[int, list[int]], dict[int, list[Tensor]]]] = {}
+        self._sharings: set[tuple[tuple[int, ...], ...]] = set()
 
     def positions(self, parameters: Sequence[Tensor]) -> dict[int, list[int]]:
         """Return the positions of each layer's parameters in a list; `OUTSIDE` for those in no layer.
@@ -57,7 +60,7 @@ class Partition:
         every = [p for group in view.param_groups for p in group["params"]]
         return [(p, layer_of[id(p)]) for p in every if p.grad is not None and id(p) in layer_of]
 
-    def split(self, view: Any, buckets: Buckets, overrides: Overrides) -> list[Split]:
+    def split(self, view: Any, buckets: Buckets, overrides: Overrides, *, steady: bool = False) -> list[Split]:
         """Replace the view's groups by one group for each distinct key, and return how each was split.
 
         Layers with equal keys share a group, because each group costs an unfused optimizer a round of kernels.
@@ -66,10 +69,15 @@ class Partition:
             view: The view.
             buckets: Layer number (or `OUTSIDE`) to parameters, to pairs of a key and parameters.
             overrides: (group, key) to the values that the new group has of its own.
+            steady: Whether the groups should be the same from step to step where layers share keys in other ways each
+                time: `step` may have compiled a function for tensors of just this shape, and fail at the ninth.
         """
         splits: list[Split] = []
-        for group in view.param_groups:
-            found = list(buckets(self.members_of_layers(group["params"])))
+        shared = [list(buckets(self.members_of_layers(group["params"]))) for group in view.param_groups]
+        if steady and self._varies(shared):
+            of_groups = [self.members_of_layers(group["params"]) for group in view.param_groups]
+            shared = [[pair for item in group.items() for pair in buckets(dict([item]))] for group in of_groups]
+        for group, found in zip(view.param_groups, shared, strict=True):
             own = [overrides(group, key) for key, _ in found]
             parts = [{**group, "params": [*parameters], **new} for (_, parameters), new in zip(found, own, strict=True)]
             if "param_names" in group:
@@ -80,3 +88,9 @@ class Partition:
             splits.append(Split(group, parts, own))
         view.param_groups = [part for split in splits for part in split.parts]
         return splits
+
+    def _varies(self, shared: Sequence[Sequence[tuple[Any, list[Tensor]]]]) -> bool:
+        """Tell whether there have been more than a few ways in which layers share groups."""
+        if len(self._sharings) <= MOST_SHARINGS:
+            self._sharings.add(tuple(tuple(len(parameters) for _, parameters in found) for found in shared))
+        return len(self._sharings) > MOST_SHARINGS

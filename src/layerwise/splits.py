@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from .tensors import same_objects
+NOT_STATE = ("params", "param_names", "lr")
+MOST_NUMBERS = 1024
+"""Tensors in a group up to this size are counters and the like, and each part gets its own copy."""
 
 
 class Split:
@@ -19,7 +23,7 @@ class Split:
         overrides: For each part the values that differ on purpose.
     """
 
-    __slots__ = ("before", "overrides", "parts", "source", "tensors")
+    __slots__ = ("given", "marks", "overrides", "parts", "source")
 
     def __init__(
         self, source: dict[str, Any], parts: list[dict[str, Any]], overrides: Sequence[Mapping[str, Any]]
@@ -27,27 +31,64 @@ class Split:
         self.source, self.parts, self.overrides = source, parts, overrides
 
     def remember(self) -> None:
-        """Take down what the parts hold, for `unchanged`."""
-        self.before = [list(part.values()) for part in self.parts]
-        # The parts share the group's tensors.
-        own = [item for override in self.overrides for item in override.items()]
-        self.tensors = [(name, x, x._version) for name, x in (*self.source.items(), *own) if isinstance(x, Tensor)]
+        """Give each part its own copy of what `step` may change in place, and take down what the parts hold."""
+        changeable = [name for name, value in self.source.items() if name != "params" and can_change(value)]
+        if changeable and len(self.parts) > 1:
+            for part, own in zip(self.parts, self.overrides, strict=True):
+                part.update(
+                    {name: own_copy(part[name]) for name in changeable if name not in NOT_STATE and name not in own}
+                )
+        self.given = [dict(part) for part in self.parts]
+        names = {*changeable, *(name for own in self.overrides for name, value in own.items() if can_change(value))}
+        self.marks = [[(name, mark(part[name])) for name in names if name in part] for part in self.parts]
 
-    def unchanged(self) -> bool:
-        """Tell whether nothing has been written into the parts since `remember`."""
-        return not self.written_in_place() and all(
-            same_objects(before, list(part.values())) for before, part in zip(self.before, self.parts, strict=True)
-        )
+    def written(self) -> list[dict[str, Any]]:
+        """Return for each part what is not as `remember` found it."""
+        found: list[dict[str, Any]] = []
+        for part, given, marks in zip(self.parts, self.given, self.marks, strict=True):
+            written = {name: value for name, value in part.items() if value is not given.get(name)}
+            written |= {name: part[name] for name, before in marks if name in part and mark(part[name]) != before}
+            found.append({name: value for name, value in written.items() if name not in ("params", "param_names")})
+        return found
 
-    def written_in_place(self) -> list[str]:
-        """Return the names of tensors that were written into."""
-        return [name for name, tensor, version in self.tensors if tensor._version != version]
+
+def can_change(value: Any) -> bool:
+    """Tell whether `step` could change a value in place."""
+    return isinstance(value, (Tensor, list, dict, set)) or (
+        isinstance(value, tuple) and any(isinstance(held, Tensor) for held in cast(tuple[Any, ...], value))
+    )
+
+
+def own_copy(value: Any) -> Any:
+    """Return a copy of a small tensor or a container that `step` may change in place; anything else as it is."""
+    if isinstance(value, Tensor):
+        shared = isinstance(value, nn.Parameter) or value.requires_grad or value.numel() > MOST_NUMBERS
+        return value if shared else value.clone()
+    if type(value) in (list, set):
+        return type(value)(map(own_copy, value))
+    if type(value) is dict:
+        return {key: own_copy(held) for key, held in cast(dict[Any, Any], value).items()}
+    return value
+
+
+def mark(value: Any) -> Any:
+    """Return what changes if `step` changes a value in place."""
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if isinstance(value, (list, tuple)):
+        return [mark(held) for held in cast(Sequence[Any], value)]
+    if type(value) is dict:
+        return {key: mark(held) for key, held in cast(dict[Any, Any], value).items()}
+    if type(value) is set:
+        return set(cast(set[Any], value))
+    return value if value is None or isinstance(value, (bool, int, float, str)) else id(value)
 
 
 def write_back(splits: Sequence[Split], optimizer: str) -> None:
     """Carry what `step` wrote into the parts of a group over to the group.
 
-    Some optimizers count their steps in their parameter groups. Parts that agree are carried over.
+    Some optimizers count their steps in their parameter groups. Parts that agree are carried over. Where such a value
+    is a tensor on an accelerator, comparing the parts waits for the device.
 
     Args:
         splits: The groups and their parts.
@@ -56,39 +97,78 @@ def write_back(splits: Sequence[Split], optimizer: str) -> None:
     Raises:
         RuntimeError: The parts of one group disagree, so that the group's value is not known; nothing is carried over.
     """
-    written = [(split.source, _agreed(split, optimizer)) for split in splits if not split.unchanged()]
-    for source, values in written:
-        source.update(values)
+    agreed = [_agreed(split, optimizer) for split in splits]
+    if any(agreed) and len(splits) > 1:
+        # Defaults are one object for all groups. The bare step would change it once for each group.
+        held = Counter(id(value) for split in splits for value in split.source.values() if can_change(value))
+        for split, values in zip(splits, agreed, strict=True):
+            for name in values:
+                if held[id(split.source.get(name))] > 1 and any(len(split.parts) > 1 for split in splits):
+                    raise RuntimeError(_disagreement(optimizer, name))
+    for split, values in zip(splits, agreed, strict=True):
+        for name, value in values.items():
+            _carry(split, name, value)
+
+
+def _carry(split: Split, name: str, value: Any) -> None:
+    """Give the group a value; into the same object where `step` changed the copy of a part in place."""
+    kept: Any = split.source.get(name)
+    if value is kept:
+        return
+    in_place = any(value is given.get(name) for given in split.given) and type(value) is type(kept)
+    if in_place and isinstance(value, Tensor):
+        with torch.no_grad():
+            kept.copy_(value)
+    elif in_place and isinstance(value, list):
+        kept[:] = value
+    elif in_place and isinstance(value, (dict, set)):
+        kept.clear()
+        kept.update(value)
+    else:
+        split.source[name] = value
 
 
 def _agreed(split: Split, optimizer: str) -> dict[str, Any]:
     """Return what all parts of a group hold in place of the group's values."""
-    if len(split.parts) > 1 and split.written_in_place():  # once for each part, instead of once
-        raise RuntimeError(_disagreement(optimizer, split.written_in_place()[0]))
-    found: dict[str, list[Any]] = {}
-    for part, own in zip(split.parts, split.overrides, strict=True):
-        for name, value in part.items():
-            if name in ("params", "param_names") or value is (own if name in own else split.source).get(name):
-                continue
-            if name in own:
-                raise RuntimeError(_disagreement(optimizer, name))
-            found.setdefault(name, []).append(value)
-    for name, values in found.items():
-        if len(values) != len(split.parts) or not all(_same(values[0], value) for value in values):
+    written = split.written()
+    names = dict.fromkeys(name for values in written for name in values)
+    for name in names:
+        # The bare step sees the group as a whole, and a part without a gradient may have been left out.
+        at_work = [values for part, values in zip(split.parts, written, strict=True) if name in values or _moves(part)]
+        values = [values[name] for values in at_work if name in values]
+        # An object that all parts share was changed once for each part, instead of once.
+        shared = len(split.parts) > 1 and values[0] is split.source.get(name)
+        own = any(name in override for override in split.overrides)
+        if shared or own or len(values) != len(at_work) or not all(_same(values[0], other) for other in values[1:]):
             raise RuntimeError(_disagreement(optimizer, name))
-    return {name: values[0] for name, values in found.items()}
+    return {name: next(values[name] for values in written if name in values) for name in names}
+
+
+def _moves(part: Mapping[str, Any]) -> bool:
+    return any(p.grad is not None for p in part["params"])
 
 
 def _disagreement(optimizer: str, name: str) -> str:
     return (
         f"{optimizer} keeps state of its own in param_groups[...][{name!r}], and it came out differently for different "
-        "layers; attach with apply='update', which leaves the groups whole (this step was taken with per-layer groups)"
+        "layers; attach with apply='update', which leaves the groups whole"
     )
 
 
 def _same(first: Any, second: Any) -> bool:
+    """Tell whether two values are equal; of tensors on an accelerator this waits for the device."""
     if first is second:
         return True
     if isinstance(first, Tensor) or isinstance(second, Tensor):
-        return False  # comparing would wait for the device
-    return bool(first == second)
+        alike = isinstance(first, Tensor) and isinstance(second, Tensor) and first.dtype == second.dtype
+        return alike and first.device == second.device and torch.equal(first, second)
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        one, other = cast(Sequence[Any], first), cast(Sequence[Any], second)
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(first, dict) and isinstance(second, dict):
+        held, wanted = cast(dict[Any, Any], first), cast(dict[Any, Any], second)
+        return held.keys() == wanted.keys() and all(_same(held[key], wanted[key]) for key in held)
+    try:
+        return bool(first == second) or (first != first and second != second)
+    except ValueError:  # arrays
+        return False
