@@ -56,8 +56,16 @@ def licence_of(name: str) -> str | None:
     classifiers = [c.split(" :: ")[-1] for c in found.get_all("Classifier") or [] if c.startswith("License :: OSI")]
     if classifiers:
         return " OR ".join(SPDX.get(one, one) for one in classifiers)
-    first = (found.get("License") or "not stated").strip().splitlines()[0]
+    first = (found.get("License") or licence_in_file(name)).strip().splitlines()[0]
     return SPDX.get(first, first)
+
+
+def licence_in_file(name: str) -> str:
+    """Return the licence of an installed package whose metadata say nothing, by the words of its licence file."""
+    files = [file for file in metadata.files(name) or [] if file.name.startswith("LICENSE")]
+    text = files[0].locate().read_text() if files else ""
+    three = "Redistribution and use in source and binary forms" in text and "Neither the name" in text
+    return "BSD-3-Clause" if three else "not stated"
 
 
 def parts(expression: str) -> set[str]:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn, optim
 from torch.optim.lr_scheduler import ConstantLR
 
+import packages
 from layerwise.optimizers import unwrap
 
 PACKAGES = {"pytorch_optimizer": "pytorch-optimizer", "schedulefree": "schedulefree"}
@@ -85,13 +86,31 @@ class Guest:
         return f"{self.package}.{self.name}" + (f"({options})" if options else "")
 
     @property
+    def key(self) -> str:
+        """Where the class stands."""
+        return f"{self.package}.{self.name}"
+
+    @property
     def kind(self) -> type:
         """The class."""
-        return getattr(import_module(self.package), self.name)
+        module = packages.imported(self.package) if self.further else import_module(self.package)
+        return getattr(module, self.name)
+
+    @property
+    def further(self) -> bool:
+        """Whether `packages.py` builds it."""
+        return self.package in packages.PACKAGES
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights that it is tried on."""
+        return torch.float32 if self.package in packages.SINGLE or self.name == "GaLoreAdamW8bit" else torch.float64
 
     @property
     def mixed(self) -> bool:
         """Whether it takes matrices, and in groups of their own all other parameters."""
+        if self.further:
+            return self.key in packages.MIXED
         return ".muon" in self.kind.__module__ and self.package == "pytorch_optimizer"
 
 
@@ -107,8 +126,18 @@ def guests(package: str) -> list[Guest]:
     return found
 
 
+def further_guests(package: str) -> list[Guest]:
+    """Return the optimizers of a further package, each with the options that make a difference."""
+    found: list[Guest] = []
+    for name in packages.names(package):
+        found.append(Guest(package, name))
+        if found[-1].key in packages.VARIANTS:
+            found.append(Guest(package, name, packages.VARIANTS[found[-1].key]))
+    return found
+
+
 def all_guests() -> list[Guest]:
-    """Return the optimizers of every package that is installed."""
+    """Return the optimizers of pytorch-optimizer, schedulefree and torch itself."""
     found = [guest for package in PACKAGES if find_spec(package) for guest in guests(package)]
     return [*found, *([Guest("torch.optim", "Muon")] if hasattr(optim, "Muon") else [])]
 
@@ -138,21 +167,30 @@ class Network(nn.Module):
     def __init__(self, guest: Guest, separate: float | None) -> None:
         super().__init__()
         seed_everything(0)
-        for name, (inside, outside) in {"first": (5, 6), "second": (6, 4), "third": (4, 3)}.items():
-            bias = guest.name not in MATRICES or guest.mixed
+        self.width = 64 if guest.package in packages.WIDE else 5
+        shapes = {"first": (5, 6), "second": (6, 4), "third": (4, 3)}
+        if self.width == 64:
+            shapes = dict.fromkeys(shapes, (64, 64))
+        for name, (inside, outside) in shapes.items():
+            bias = (
+                guest.mixed or guest.key not in packages.MATRICES
+                if guest.further
+                else (guest.name not in MATRICES or guest.mixed)
+            )
             layer = Pair(inside, outside) if guest.name == "LoRARite" else nn.Linear(inside, outside, bias=bias)
             self.add_module(name, layer)
         self.separate = separate
-        self.to(torch.float64)
+        self.to(guest.dtype)
 
     def loss(self, step: int) -> Tensor:
         """Return a loss with other gradients at each step."""
         generator = torch.Generator().manual_seed(1000 + step)
         if self.separate is not None:
-            slopes = [0.5 + torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in self.parameters()]
+            drawn = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in self.parameters()]
+            slopes = [0.5 + d.to(p.dtype) for d, p in zip(drawn, self.parameters(), strict=True)]
             terms = [(s * p + 0.5 * self.separate * p**2).sum() for s, p in zip(slopes, self.parameters(), strict=True)]
             return torch.stack(terms).sum() + 100.0
-        x = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+        x = torch.randn(8, self.width, generator=generator, dtype=torch.float64).to(next(self.parameters()).dtype)
         for layer in self.children():
             x = torch.tanh(layer(x))
         return (x - 0.2 * step).pow(2).mean() + 0.1 * step
@@ -191,7 +229,7 @@ class Run:
     def step(self, number: int, *, with_closure: bool = False) -> None:
         """Take one step."""
         guest = self.guest
-        if hasattr(self.stepped, "train"):
+        if hasattr(self.stepped, "train") and guest.name != "SAMWrapper":
             self.stepped.train()
 
         @torch.enable_grad()
@@ -201,12 +239,14 @@ class Run:
             if hasattr(self.stepped, "backward"):
                 self.stepped.backward(loss)
             else:
-                loss.backward(create_graph=guest.name in SECOND_ORDER)
+                loss.backward(create_graph=guest.name in SECOND_ORDER or guest.key in packages.SECOND_ORDER)
             return (None, loss.detach()) if guest.name == "GSAM" else loss.detach()
 
         loss = closure()
         seed_everything(number)
-        if guest.name in SHARPNESS or with_closure or guest.name == "BSAM" or guest.name.endswith("Closure"):
+        if guest.further and not takes_closure(self.stepped):
+            self.stepped.step()
+        elif guest.name in SHARPNESS | {"SAMWrapper"} or with_closure or guest.name == "BSAM" or guest.name.endswith("Closure"):
             self.stepped.step(closure)
         else:
             self.stepped.step(*([lambda: loss] if guest.name == "AliG" else []))
@@ -214,10 +254,15 @@ class Run:
     def weights(self) -> list[Tensor]:
         """Return copies of the parameters, as they are trained and as they are evaluated."""
         training = [p.detach().clone() for p in self.model.parameters()]
-        if not (hasattr(self.stepped, "eval") and self.stepped.state):
+        if not (hasattr(self.stepped, "eval") and self.stepped.state) or self.guest.name == "SAMWrapper":
             return [*training, *training]
         self.stepped.eval()
         return [*training, *(p.detach().clone() for p in self.model.parameters())]
+
+
+def takes_closure(optimizer: Any) -> bool:
+    """Tell whether `step` takes a closure."""
+    return len(inspect.signature(optimizer.step).parameters) > 0
 
 
 def draws_random_numbers(run: Run) -> bool:
@@ -245,7 +290,11 @@ def seed_everything(seed: int) -> None:
 
 def groups_of(guest: Guest, model: Network) -> list[dict[str, Any]]:
     """Return the parameter groups to build the optimizer of, as few as it allows."""
-    own = LOW_RANK if guest.name in WITH_LOW_RANK else {}
+    if guest.package == "galore_torch":
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        others = [p for p in model.parameters() if p.ndim != 2]
+        return [{"params": others}, {"params": matrices, **packages.LOW_RANK}]
+    own = LOW_RANK if guest.name in WITH_LOW_RANK and not guest.further else {}
     if guest.mixed:
         return [
             {"params": [p for p in model.parameters() if (p.ndim == 2) == matrices], "use_muon": matrices}
@@ -279,6 +328,16 @@ def build(
     groups, kind = groups_of(guest, model), guest.kind
     if by_layer:
         groups = split_by_layer(groups, run.layer_of)
+    if guest.further:
+        rate = rate / RATE if guest.key in packages.RATELESS else rate
+        options = {"lr": rate, "weight_decay": decay, "d0": 1e-3, "min_8bit_size": 16, "block_size": 64}
+        options |= {**packages.OPTIONS.get(guest.key, {}), **guest.variant, **({"foreach": True} if foreach else {})}
+        run.stepped = run.target = packages.built(guest.key, kind, model, groups, options)
+        if by_layer and guest.key in packages.ONE_GROUP:
+            run.inner.param_groups = split_by_layer(run.inner.param_groups, run.layer_of)
+        if guest.key in packages.AROUND:
+            run.target = getattr(run.stepped, packages.AROUND[guest.key])
+        return run
     accepted = inspect.signature(kind.__init__).parameters
     options = {**OPTIONS.get(guest.name, {}), **guest.variant}
     options |= {"foreach": True} if foreach and "foreach" in accepted else {}
@@ -311,9 +370,12 @@ def build(
 @contextlib.contextmanager
 def surroundings(guest: Guest) -> Iterator[None]:
     """Give the optimizer what it needs around it, and keep to itself what it says."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+        if guest.further:
+            warnings.simplefilter("ignore")
+            stack.enter_context(packages.uncompiled())
         warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
-        if guest.name in {"DistributedMuon", "DeMo"}:
+        if guest.name in {"DistributedMuon", "DeMo"} or guest.key in packages.PROCESSES:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
             yield

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import layerwise
+import packages
 from layerwise.known_optimizers import reason_against
 from layerwise.optimizers import PLACES, PlaceName, why_not_rate
 from layerwise.rules import Constant, LayerAdaptive, Rule
@@ -22,6 +23,8 @@ CURVATURE = 0.05
 DRAWS, JOINED = "draws random numbers", "a statistic over all layers"
 CLOSE = 1e-9
 """Of the way that the weights go: rounding in float64, which some optimizers enlarge."""
+SINGLE = 1e-5
+"""The same in float32."""
 
 
 def factors(*numbers: float) -> Factors:
@@ -157,8 +160,9 @@ class Finding:
 def tried(guest: Guest) -> Finding:
     """Try everything on an optimizer."""
     finding = Finding(guest)
-    if guest.name in NOT_TRIED:
-        finding.remarks.append(f"not tried here: {NOT_TRIED[guest.name]}")
+    skipped = packages.NOT_TRIED.get(guest.key) if guest.further else NOT_TRIED.get(guest.name)
+    if skipped:
+        finding.remarks.append(f"not tried here: {skipped}")
         return finding
     with surroundings(guest):
         run = build(guest)
@@ -244,7 +248,8 @@ def equal_to_reference(
                 return found
         return "WRONG"
     way = distance(trained(build(guest)), build(guest).weights())
-    if not distance(result, by_hand(build(guest), entries, place)) < CLOSE * way:
+    close = CLOSE if guest.dtype == torch.float64 else SINGLE
+    if not distance(result, by_hand(build(guest), entries, place)) < close * way:
         return "WRONG"
     return "no effect" if place == "gradient" and means_nothing(guest) else word
 
