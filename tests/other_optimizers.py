@@ -246,7 +246,12 @@ class Run:
         seed_everything(number)
         if guest.further and not takes_closure(self.stepped):
             self.stepped.step()
-        elif guest.name in SHARPNESS | {"SAMWrapper"} or with_closure or guest.name == "BSAM" or guest.name.endswith("Closure"):
+        elif (
+            guest.name in SHARPNESS | {"SAMWrapper"}
+            or with_closure
+            or guest.name == "BSAM"
+            or guest.name.endswith("Closure")
+        ):
             self.stepped.step(closure)
         else:
             self.stepped.step(*([lambda: loss] if guest.name == "AliG" else []))

@@ -92,18 +92,11 @@ def test_a_count_in_the_groups_is_carried_over() -> None:
     assert optimizer.param_groups[0]["count"] == 3
 
 
-def test_a_count_in_a_tensor_that_the_parts_share_is_told_of() -> None:
+@pytest.mark.parametrize("place", ["lr", "update"])
+def test_a_count_in_a_tensor_is_right(place: Any) -> None:
     model = network()
     optimizer = Plain(model.parameters(), torch.tensor(0))
-    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
-    with pytest.raises(RuntimeError, match=r"keeps state of its own in param_groups.*'count'.*apply='update'"):
-        optimizer.step()
-
-
-def test_under_update_a_count_in_a_tensor_is_right() -> None:
-    model = network()
-    optimizer = Plain(model.parameters(), torch.tensor(0))
-    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, apply="update")
+    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, apply=place)
     for _ in range(3):
         optimizer.step()
     assert optimizer.param_groups[0]["count"].item() == 3

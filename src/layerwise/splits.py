@@ -151,7 +151,7 @@ def _moves(part: Mapping[str, Any]) -> bool:
 def _disagreement(optimizer: str, name: str) -> str:
     return (
         f"{optimizer} keeps state of its own in param_groups[...][{name!r}], and it came out differently for different "
-        "layers; attach with apply='update', which leaves the groups whole"
+        "layers; attach with apply='update', which leaves the groups whole (this step was taken with per-layer groups)"
     )
 
 
