@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .arguments import check_choice
 from .attached import AttachedRule
 from .hooks import OptimizerHooks
-from .layers import Exclusion, Layer, LayerSpecification
+from .layers import Exclusion, Layer, LayerSpecification, named_parameters_of, warn_of_integers
 from .model import Model
 from .nonfinite import FiniteGradients, OnNonfinite
 from .optimizers import PLACES, PlaceName, acting_optimizer, no_effect, refuse, unwrap
@@ -99,6 +99,7 @@ class LayerwiseLR:
         rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
         self._request = requested(rule, model, layers=layers, apply=apply, decay=decay, exclude=exclude)
         finite = FiniteGradients() if on_nonfinite == "raise" else None
+        warn_of_integers(named_parameters_of(holder, self._request.model))
         self._attached = AttachedRule(holder, self._request, finite)
         self._epoch = 1
         self._told = False

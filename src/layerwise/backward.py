@@ -31,10 +31,10 @@ from .backward_checks import (
 from .closures import evaluate_closure
 from .hooks import OptimizerHooks
 from .layer_steps import LayerSteps
+from .layers import named_parameters_of, warn_of_integers
 from .memory import LARGE, return_freed_memory
 from .model import Model
 from .optimizers import unwrap
-from .partition import OUTSIDE
 from .resolution import parameters_of
 from .rules.questions import check_rule, needs_of
 from .rules.state import described
@@ -100,6 +100,7 @@ class StepInBackward:
             check_own_layer(rule)
         check_wrappers(parameters)
         self._steps = LayerSteps(inner, model, rule)
+        warn_of_integers(named_parameters_of(inner, model))
         self.enabled = True
         self._optimizer = weakref.ref(inner)
         self._attached = True
@@ -121,7 +122,7 @@ class StepInBackward:
         )
         self._scaling = {name: value for name, value in vars(inner).items() if name == _SCALING}
         vars(inner)[_SCALING] = ScalerRefusal()
-        outside = sum(unit.number == OUTSIDE for unit in self._steps.units)
+        outside = self._steps.outside()
         if outside and rule is not None:
             logger.warning(f"{outside} of the optimizer's {len(parameters)} parameters are in no layer: factor 1")
 
@@ -202,7 +203,7 @@ class StepInBackward:
         if self.rule is not None:
             parts += [f"apply={steps.place!r}"] + [f"decay={steps.decay!r}"] * (steps.place == "gradient")
         excluded = sum(not layer.included for layer in steps.layers)
-        outside = sum(unit.number == OUTSIDE for unit in steps.units)
+        outside = steps.outside()
         parts += [f"{excluded} excluded"] * bool(excluded) + [f"{outside} parameters in no layer"] * bool(outside)
         return f"StepInBackward({', '.join(parts + ['paused'] * (not self.enabled))})"
 

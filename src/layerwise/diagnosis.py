@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adafactor, Optimizer
 
 from .adapter import LayerwiseLR
@@ -25,6 +25,7 @@ from .optimizers import (
 )
 from .rules import LayerAdaptive
 from .rules.questions import default, needs_of
+from .tensors import holds_weights
 
 
 def diagnose(
@@ -125,7 +126,7 @@ def _describe(
     if len(layers) > most:
         lines.append(f"… and {len(layers) - most} more (most={len(layers)} lists all)")
     inside = {id(p) for p in tensors}
-    outside = [p for p in group_of if p not in inside]
+    outside = [p for p in _weights_of(optimizer) if id(p) not in inside]
     problems = _problems(adapter, optimizer, model, len(outside))
     problems += [cost.error] if isinstance(cost, Failure) else []
     lines += ["", f"acts on   {adapter.apply!r}: {_where(adapter, optimizer)}"]
@@ -198,6 +199,9 @@ def _notes(adapter: LayerwiseLR, optimizer: Optimizer) -> list[str]:
     notes: list[str] = []
     if adapter.counts_epochs:
         notes.append("the rule counts epochs: call adapter.end_epoch() after each")
+    integers = [p for group in optimizer.param_groups for p in group["params"] if not holds_weights(p)]
+    if integers:
+        notes.append(f"{_count(len(integers), 'parameter tensor')} of integers (quantised weights) in no layer")
     device = next(p for group in optimizer.param_groups for p in group["params"]).device.type
     if (
         adapter.apply == "lr"
@@ -224,6 +228,10 @@ def _divided(layers: list[Layer]) -> list[str]:
     inner = [one for one in modules if one.layer.name] or modules
     verb = "joins" if len(inner) == 1 else "join"
     return [*notes, f"layers={joining(layers, inner)} {verb} them"]
+
+
+def _weights_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if holds_weights(p)]
 
 
 def _frozen(layer: Layer) -> bool:

@@ -22,7 +22,7 @@ from .rules.base import State, finite_or_one
 from .rules.questions import ended_state, is_pair, needs_of, renewed_state
 from .rules.state import described
 from .statistics import NOTHING, Statistics
-from .tensors import same_objects
+from .tensors import holds_weights, same_objects
 from .transfer import transferred
 
 BY_LAYER = AS_NUMBERS | {"normalisation_gain"}
@@ -147,6 +147,10 @@ class LayerSteps:
         """Return each layer's rate at its last step; the rate before the factor is that of its first parameter."""
         rates = [float(self._rates[number]) for number in self._first_group]
         return [rate * factor for rate, factor in zip(rates, self.last_factors(), strict=True)]
+
+    def outside(self) -> int:
+        """Return how many parameters are in no layer, of those that could be."""
+        return sum(unit.number == OUTSIDE and holds_weights(unit.parameters[0]) for unit in self.units)
 
     def end_epoch(self) -> None:
         """Tell a rule that counts epochs that one has ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from .arguments import has_type
 from .model import Owners, clean_name, named_parameters, owner_name
 from .sharding import Piece, stand_in
+from .tensors import holds_weights
 
 LayerName = Callable[[str, Tensor], "str | None"]
 """A function of a parameter's name and the parameter that names its layer, or None for no layer."""
@@ -130,7 +132,8 @@ def make_layers(
         pieces: What this process holds of parameters that are shared among processes, by their ids.
 
     Returns:
-        The layers in the order of their first parameter. Parameters without a layer are in none.
+        The layers in the order of their first parameter. Parameters without a layer are in none, nor those that hold
+        integers, such as quantised weights.
 
     Raises:
         TypeError: The specification, a pattern or what the callable returns has a wrong type.
@@ -146,6 +149,8 @@ def make_layers(
     pieces = pieces or {}
     members: dict[str, list[tuple[str, Tensor]]] = {}
     for name, parameter in named_parameters.items():
+        if not holds_weights(parameter):
+            continue
         layer = name_of(name, stand_in(parameter, pieces.get(id(parameter))))
         if layer is None:
             continue
@@ -227,6 +232,22 @@ def joining(layers: Sequence[Layer], modules: Sequence[Divided], most: int = 40)
         return repr([patterns[name] for name in deepest])
     joined = tuple(name for name in deepest if patterns[name].endswith(".*"))
     return f"lambda name, parameter: next((m for m in {joined!r} if name.startswith(m + '.')), name.rpartition('.')[0])"
+
+
+def warn_of_integers(named_parameters: Mapping[str, Tensor]) -> None:
+    """Warn of parameters in no layer because they hold integers; for a constructor, which the warning points past.
+
+    Args:
+        named_parameters: Name to parameter.
+    """
+    names = [f"{name} ({p.dtype})" for name, p in named_parameters.items() if not holds_weights(p)]
+    if names:
+        warnings.warn(
+            f"{len(names)} of the optimizer's parameters hold no floating-point numbers: {_some(names, 5, str)}. "
+            "Quantised weights have no norm here, so these parameters are in no layer, and their factor is 1",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def included_layers(layers: Sequence[Layer], exclude: Exclusion) -> list[bool]:

@@ -15,7 +15,7 @@ from .arguments import chosen, has_type
 from .hooks import Member, OptimizerHooks
 from .idle import makes_state_only
 from .layer_statistics import LayerStatistics
-from .layers import Layer, LayerSpecification, make_layers, named_parameters_of
+from .layers import Layer, LayerSpecification, make_layers, named_parameters_of, warn_of_integers
 from .model import Model, as_module
 from .observation import Observation
 from .optimizers import refuse_outer, unwrap
@@ -100,6 +100,8 @@ class Monitor:
         self._seen: Observation | None = None
         self._last: Record | None = None
         self._resolve(inner)
+        if not self._takes_layers_of_rule(inner):
+            warn_of_integers(named_parameters_of(inner, model))
         self._optimizer = weakref.ref(inner)
         if any(isinstance(other, Monitor) for other in OptimizerHooks.observers_of(inner)):
             logger.warning(
@@ -223,10 +225,9 @@ class Monitor:
     def _resolve(self, optimizer: Optimizer) -> None:
         """Find the layers, if they are not those that were found before."""
         parameters = parameters_of(optimizer.param_groups)
-        rules = OptimizerHooks.members_of(optimizer)
-        of_rule = len(rules) == 1 and isinstance(self._specification, str) and self._specification == "auto"
-        layers = rules[0].layers if of_rule else self._layers
-        known = same_objects(layers, self._layers) and same_objects(parameters, self._parameters)
+        of_rule = self._takes_layers_of_rule(optimizer)
+        layers = OptimizerHooks.members_of(optimizer)[0].layers if of_rule else self._layers
+        known = bool(layers) and same_objects(layers, self._layers) and same_objects(parameters, self._parameters)
         if known and not self._statistics.moved_away():
             return
         if not of_rule:
@@ -235,3 +236,7 @@ class Monitor:
             layers = make_layers(named_parameters_of(optimizer, self._model), specification, self._model, pieces)
         self._parameters, self._layers = parameters, layers
         self._statistics = LayerStatistics(layers, ())
+
+    def _takes_layers_of_rule(self, optimizer: Optimizer) -> bool:
+        auto = isinstance(self._specification, str) and self._specification == "auto"
+        return auto and len(OptimizerHooks.members_of(optimizer)) == 1

@@ -11,21 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensors import as_dense_real, moved
+from .tensors import FLOAT8, WEIGHTS, as_dense_real, holds_weights, is_quantised, moved
 
 _kind = attrgetter("device", "dtype", "layout")
 SHORT, SHORTEST_ROW = 512, 256
 """Numbers up to which a norm is good to 1e-6 in float32: each of 8 lanes adds 64 squares."""
 MIDDLE = 2**13
 """Numbers up to which a copy in float64 takes less time than the norms of rows."""
-PIECE = 2**18
+PIECE, PIECE_ON_DEVICE = 2**18, 2**26
 """Numbers that are copied at once, where a tensor has gaps or a narrow type."""
 MOST_ROWS = 2**19
 """Rows up to which float64 adds their squares up to 1e-12."""
 FEW = 8
 """Tensors up to which reading their norms one by one takes no more operations than to stack them and go on."""
-NARROW = frozenset({torch.float16, torch.bfloat16})
+NARROW = FLOAT8 | {torch.float16, torch.bfloat16}
 """Types whose squares are formed in float32, because the square of 300 overflows float16."""
+ORDINARY = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""Types of which PyTorch has the norms of many tensors in one operation."""
 
 
 def tensor_norms(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[int] | None]:
@@ -51,8 +53,8 @@ def tensor_norms(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tenso
     """
     dense = list(tensors)
     kinds = set(map(_kind, dense))
-    if any(layout is not torch.strided or dtype.is_complex for _, dtype, layout in kinds):
-        dense = [as_dense_real(tensor) for tensor in tensors]
+    if not all(map(_is_ordinary, kinds)) or _some_quantised(dense):
+        dense = list(map(_measurable, dense))
         kinds = set(map(_kind, dense))
     if len(kinds) == 1:
         return _norms_of_one_kind(dense, device), None
@@ -75,15 +77,60 @@ def tensor_norm_numbers(tensors: Sequence[Tensor]) -> tuple[list[float], list[in
         >>> tensor_norm_numbers([torch.tensor([3.0, 4.0]), torch.zeros(0)])
         ([5.0, 0.0], None)
     """
-    if len(tensors) <= FEW and len(set(map(_kind, tensors))) == 1 and not _is_special(tensors[0]):
+    kinds = set(map(_kind, tensors)) if len(tensors) <= FEW else ()
+    if len(kinds) == 1 and all(map(_is_ordinary, kinds)) and not _some_quantised(tensors):
         return list(map(Tensor.item, _each_norm(list(tensors)))), None
     norms, order = tensor_norms(tensors, torch.device("cpu"))
     every: Any = norms
     return every.tolist(), order
 
 
-def _is_special(tensor: Tensor) -> bool:
-    return tensor.layout is not torch.strided or tensor.is_complex()
+def _is_ordinary(kind: tuple[torch.device, torch.dtype, torch.layout]) -> bool:
+    _, dtype, layout = kind
+    return dtype in ORDINARY and layout is torch.strided
+
+
+def _some_quantised(tensors: Sequence[Tensor]) -> bool:
+    return any(kind.dequantize is not Tensor.dequantize for kind in set(map(type, tensors)))
+
+
+def _measurable(tensor: Tensor) -> Tensor:
+    """Return an ordinary tensor of the same norm; an empty one for integers, which are no weights."""
+    if not holds_weights(tensor):
+        return torch.zeros(0, device=tensor.device)
+    if is_quantised(tensor):
+        return _each_norm([tensor.dequantize()])[0]
+    return _norms_of_rows(tensor) if tensor.dtype in FLOAT8 and tensor.numel() else as_dense_real(tensor)
+
+
+def subtract(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors whose norms are those of `before - after`; those of `before` are overwritten.
+
+    Args:
+        before: Copies of tensors.
+        after: The tensors.
+
+    Example:
+        >>> subtract([torch.tensor([3.0])], [torch.tensor([1.0])])
+        [tensor([2.])]
+    """
+    result = list(before)
+    odd = [i for i, new in enumerate(after) if new.dtype not in WEIGHTS - FLOAT8 or is_quantised(new)]
+    for i in odd:
+        result[i] = _odd_difference(before[i], after[i])
+    plain = sorted(set(range(len(result))) - set(odd))
+    if plain:
+        torch._foreach_sub_([result[i] for i in plain], [after[i] for i in plain])
+    return result
+
+
+def _odd_difference(before: Tensor, after: Tensor) -> Tensor:
+    if not holds_weights(after) or not holds_weights(before):
+        return after
+    if is_quantised(after):
+        return _each_norm([before.dequantize() - after.dequantize()])[0]
+    pairs = zip(_pieces(before), _pieces(after), strict=True)
+    return torch.stack([_each_norm([old.float() - new.float()])[0] for old, new in pairs])
 
 
 def _norms_of_one_kind(tensors: list[Tensor], device: torch.device) -> Tensor:
@@ -168,7 +215,7 @@ def _row_length(count: int) -> int:
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """Yield views of a tensor, each of at most `PIECE` numbers."""
-    if tensor.numel() <= PIECE:
+    if tensor.numel() <= (PIECE if tensor.is_cpu else PIECE_ON_DEVICE):
         yield tensor
         return
     longest = max(range(tensor.ndim), key=tensor.size)

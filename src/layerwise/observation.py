@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .factors import Factors
 from .hooks import Member
 from .layer_statistics import LayerStatistics
+from .norms import subtract
 from .sharding import settled_gradient
 from .sinks.record import Record, ratio
 from .tensors import local
@@ -73,8 +73,8 @@ class Observation:
 
     def values(self) -> list[Tensor | Sequence[float] | None]:
         """Measure the updates, once, and return all that `record` needs: the layers' norms and more."""
-        torch._foreach_sub_(self.weights, [local(p) for p in self.statistics.members])
-        norms = self.statistics.norms([*self.squares, self.statistics.squares(self.weights)])
+        updates = subtract(self.weights, [local(p) for p in self.statistics.members])
+        norms = self.statistics.norms([*self.squares, self.statistics.squares(updates)])
         factors = [one.tensor if one.numbers is None else one.numbers for one, _ in self.acting]
         return [norms, self.scale, *self.rates, *factors]
 

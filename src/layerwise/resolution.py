@@ -21,7 +21,7 @@ from .partition import Partition
 from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
 from .rules.questions import default, needs_of
 from .sharding import find_pieces
-from .tensors import same_objects
+from .tensors import holds_weights, same_objects
 
 Decay = Literal["auto", "scaled", "plain"]
 MOST_NUMBERS = 256
@@ -114,8 +114,8 @@ class Resolution:
 
     @property
     def outside(self) -> int:
-        """How many parameters belong to no layer."""
-        return len(self.parameters) - len(self.statistics.layer_of)
+        """How many parameters belong to no layer, of those that could."""
+        return sum(map(holds_weights, self.parameters)) - len(self.statistics.layer_of)
 
     def others(self, model: nn.Module | None) -> dict[str, Tensor]:
         """Return the parameters that belong to no layer, by the model's names or by their place in the optimizer."""

@@ -9,6 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FLOAT8 = frozenset(
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+    if hasattr(torch, name)
+)
+"""Types that can be converted, and nothing else."""
+WEIGHTS = FLOAT8 | {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex32, torch.complex64, torch.complex128),
+}
+"""Types whose numbers are weights. Integers are codes of quantised weights, which only their layer can read."""
+
+
+def holds_weights(tensor: Tensor) -> bool:
+    """Return whether a tensor's numbers are weights, which have a norm."""
+    return tensor.dtype in WEIGHTS
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Return whether a tensor's own class converts it to numbers, as quantised weights of torchao do."""
+    return type(tensor).dequantize is not Tensor.dequantize
+
 
 def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:
     """Tell whether two sequences hold the very same objects."""
@@ -22,9 +44,11 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 def as_dense_real(tensor: Tensor) -> Tensor:
     """Return a tensor's values so that their 2-norm is the tensor's."""
-    if tensor.layout is not torch.strided:
+    if tensor.layout is torch.sparse_coo:
         tensor = tensor.coalesce().values()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    elif tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from layerwise.layers import Layer, make_layers, named_parameters_of
-from layerwise.norms import tensor_norms
+from layerwise.norms import subtract, tensor_norms
 
 
 class LayerMeasures:
@@ -50,8 +50,7 @@ class LayerMeasures:
         """Give gradient_norm, weight_norm and update_ratio of each layer; call it after the update."""
         with torch.no_grad():
             weights = self._joined(self._before)
-            torch._foreach_sub_(self._before, self._parameters)
-            updates = self._joined(self._before)
+            updates = self._joined(subtract(self._before, self._parameters))
         self._before = []
         ratios = {name: updates[name] / weights[name] if weights[name] > 0 else 0.0 for name in weights}
         return {"gradient_norm": self._gradients, "weight_norm": weights, "update_ratio": ratios}
