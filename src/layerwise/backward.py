@@ -33,7 +33,7 @@ from .hooks import OptimizerHooks
 from .layer_steps import LayerSteps
 from .layers import named_parameters_of, warn_of_integers
 from .memory import LARGE, return_freed_memory
-from .model import Model
+from .model import Model, as_module
 from .optimizers import unwrap
 from .resolution import parameters_of
 from .rules.questions import check_rule, needs_of
@@ -100,7 +100,7 @@ class StepInBackward:
             check_own_layer(rule)
         check_wrappers(parameters)
         self._steps = LayerSteps(inner, model, rule)
-        warn_of_integers(named_parameters_of(inner, model))
+        warn_of_integers(named_parameters_of(inner, as_module(model)))
         self.enabled = True
         self._optimizer = weakref.ref(inner)
         self._attached = True

@@ -101,7 +101,7 @@ class Monitor:
         self._last: Record | None = None
         self._resolve(inner)
         if not self._takes_layers_of_rule(inner):
-            warn_of_integers(named_parameters_of(inner, model))
+            warn_of_integers(named_parameters_of(inner, self._model))
         self._optimizer = weakref.ref(inner)
         if any(isinstance(other, Monitor) for other in OptimizerHooks.observers_of(inner)):
             logger.warning(

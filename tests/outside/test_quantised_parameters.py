@@ -256,3 +256,16 @@ def test_a_quantised_tensor_of_torchao_is_measured_as_its_numbers():
     assert record.weight_norm[record.layers.index("2.weight")] == pytest.approx(exact, rel=1e-6)
     assert record.update_norm[record.layers.index("2.weight")] == 0
     assert adapter.get_last_factors()["2.weight"] == 1
+
+
+def test_integers_in_a_list_of_modules_are_named():
+    modules = [make_model(), make_model(torch.uint8)]
+    for attach in (
+        lambda optimizer: layerwise.LayerwiseLR(optimizer, LARS(), modules),
+        lambda optimizer: layerwise.Monitor(optimizer, modules),
+        lambda optimizer: layerwise.step_in_backward(optimizer, modules, LARS()),
+    ):
+        optimizer = torch.optim.SGD([p for model in modules for p in model.parameters()], lr=0.1)
+        with pytest.warns(UserWarning, match=r"1\.2\.weight \(torch\.uint8\)"):
+            attached = attach(optimizer)
+        attached.detach()
