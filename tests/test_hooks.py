@@ -40,8 +40,9 @@ class MovesFirst(Plain):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        for p in self.param_groups[0]["params"]:
-            p.mul_(0.9)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(0.9)
         if closure is not None:
             with torch.enable_grad():
                 closure()

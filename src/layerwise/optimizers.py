@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn, optim
 
-from .known_optimizers import divides_by_gradients, reason_against
+from .tensors import slots_of
+from .trial import divides_by_gradients, reason_against, verdict_of
 
 PlaceName = Literal["gradient", "lr", "update"]
 PLACES: tuple[PlaceName, ...] = ("gradient", "lr", "update")
@@ -95,12 +97,39 @@ def refuse_outer(optimizer: optim.Optimizer) -> None:
             "no process sees a whole step; watch one without it"
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, inner in vars(optimizer).items():
-        if isinstance(inner, optim.Optimizer) and any(id(p) in held for g in inner.param_groups for p in g["params"]):
-            raise ValueError(
-                f"{type(optimizer).__name__} wraps another optimizer, whose own groups take the step, so nothing "
-                f"attached here would act or see it: attach to optimizer.{name}"
-            )
+    found = {
+        path: inner
+        for path, inner in inner_optimizers(optimizer).items()
+        if any(id(p) in held for g in inner.param_groups for p in g["params"])
+    }
+    if found:
+        each = " (an adapter for each)" if len(found) > 1 else ""
+        listed = ", ".join(f"optimizer{path}" for path in list(found)[:4]) + (", …" if len(found) > 4 else "")
+        raise ValueError(
+            f"{type(optimizer).__name__} wraps {'other optimizers' if each else 'another optimizer'}, whose own groups "
+            f"take the step, so nothing attached here would act or see it: attach to {listed}{each}"
+        )
+
+
+def inner_optimizers(holder: Any) -> dict[str, optim.Optimizer]:
+    """Return the optimizers that an object holds, in lists, tuples and dictionaries too, by how they are reached."""
+    found: dict[str, optim.Optimizer] = {}
+
+    def look(path: str, value: Any, depth: int) -> None:
+        if isinstance(value, optim.Optimizer):
+            found[path] = value
+        elif depth and isinstance(value, dict):
+            for key, one in cast("dict[Any, Any]", value).items():
+                look(f"{path}[{key!r}]", one, depth - 1)
+        elif depth and isinstance(value, (list, tuple)):
+            for number, one in enumerate(cast("Sequence[Any]", value)):
+                look(f"{path}[{number}]", one, depth - 1)
+
+    attributes: dict[str, Any] = {**vars(holder), **slots_of(holder)}
+    for name, value in attributes.items():
+        if name not in ("state", "param_groups", "defaults") and not name.endswith("_hooks"):
+            look(f".{name}", value, 2)
+    return found
 
 
 def decay_is_coupled(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> bool | None:
@@ -175,7 +204,7 @@ def automatic_place(optimizer: Any, preferred: str, decay: str) -> PlaceName:
     return "lr"
 
 
-def why_not_rate(optimizer: Any) -> str | None:
+def why_not_rate(optimizer: optim.Optimizer) -> str | None:
     """Return why a step's rate cannot carry a factor, as a phrase that follows the optimizer's name; None if it can."""
     if isinstance(optimizer, LATE_RATE):
         if isinstance(optimizer, optim.ASGD):
@@ -183,6 +212,8 @@ def why_not_rate(optimizer: Any) -> str | None:
         return "reads its rate only when it creates its step sizes, so later factors would be lost"
     if any(group.get("lr") is None for group in optimizer.param_groups):
         return "has no 'lr' in its parameter groups"
+    if isinstance(inspect.getattr_static(type(optimizer), "param_groups", None), property):
+        return "computes its param_groups (a property), which a step therefore cannot be given others in place of"
     return reason_against(optimizer, "lr")
 
 
@@ -202,8 +233,7 @@ def check_place(optimizer: optim.Optimizer, place: str, decay: str, *, decay_giv
     if place == "lr":
         reason = why_not_rate(optimizer)
         if reason is not None:
-            remedy = "'update'" if reason_against(optimizer, "update") is None else "'gradient'"
-            raise ValueError(f"apply='lr' does not work with {name}: it {reason}; use apply={remedy}")
+            raise ValueError(f"apply='lr' does not work with {name}: it {reason}; {_remedy(optimizer)}")
     elif any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(
             f"apply={place!r} changes tensors in place, which cuts the graph of {name}(differentiable=True); use "
@@ -212,8 +242,9 @@ def check_place(optimizer: optim.Optimizer, place: str, decay: str, *, decay_giv
     if place == "update":
         reason = reason_against(optimizer, "update")
         if reason is not None:
-            remedy = "'lr'" if why_not_rate(optimizer) is None else "'gradient'"
-            raise ValueError(f"apply='update' does not work with {name}: it {reason}; use apply={remedy}")
+            rate = why_not_rate(optimizer)
+            too = f", and apply='lr' does not either: it {rate}" if rate is not None else ""
+            raise ValueError(f"apply='update' does not work with {name}: it {reason}{too}; {_remedy(optimizer)}")
     if place == "gradient" and decay == "scaled" and not decay_given:
         unknown = [
             g for g in optimizer.param_groups if g.get("weight_decay") and decay_is_coupled(optimizer, g) is None
@@ -223,6 +254,27 @@ def check_place(optimizer: optim.Optimizer, place: str, decay: str, *, decay_giv
                 f"apply='gradient': whether the weight decay of {name} is part of the gradient is not known; pass "
                 "decay='scaled' if it is and the factor shall multiply it, else decay='plain'"
             )
+
+
+def _remedy(optimizer: Any) -> str:
+    """Return what to do where a factor cannot act on the rate, or on the update."""
+    if reason_against(optimizer, "update") is None:
+        return "use apply='update'"
+    if why_not_rate(optimizer) is None:
+        return "use apply='lr'"
+    verdict = verdict_of(optimizer)
+    permanent = verdict is None or verdict.permanent
+    if divides_by_gradients(optimizer):
+        gradient = "use another optimizer (apply='gradient' changes next to nothing, since it divides by its gradients)"
+    else:
+        gradient = "use apply='gradient'"
+    if permanent and all(group.get("lr") is not None for group in optimizer.param_groups):
+        name = type(optimizer).__name__
+        return (
+            f"{gradient}, or for factors that never change permanent groups with rates of their own, "
+            f"{name}(layerwise.param_groups(model), …)"
+        )
+    return gradient
 
 
 def check_groups(optimizer: Any, place: str, decay: str, layer_of: Mapping[int, int]) -> None:

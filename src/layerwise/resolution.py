@@ -22,6 +22,7 @@ from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwis
 from .rules.questions import default, needs_of
 from .sharding import find_pieces
 from .tensors import holds_weights, same_objects
+from .trial import try_again
 
 Decay = Literal["auto", "scaled", "plain"]
 MOST_NUMBERS = 256
@@ -151,6 +152,7 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
         ValueError: An argument is out of its range, or the combination would give wrong numbers.
     """
     rule, groups = request.rule, holder.param_groups
+    try_again(optimizer)
     refuse(optimizer)
     named = named_parameters_of(holder, request.model)
     parameters = parameters_of(groups)

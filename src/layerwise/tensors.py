@@ -55,3 +55,16 @@ def local(tensor: Tensor) -> Tensor:
     """Return the piece of a tensor that this process holds: itself, unless it is sharded (a DTensor)."""
     to_local: Any = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
+
+
+def slots_of(owner: Any) -> dict[str, Any]:
+    """Return the attributes that an object keeps in `__slots__`, outside its `__dict__`."""
+    found: dict[str, Any] = {}
+    for kind in type(owner).__mro__:
+        slots: Any = vars(kind).get("__slots__", ())
+        for slot in [slots] if isinstance(slots, str) else slots:
+            private = slot.startswith("__") and not slot.endswith("__")
+            name = f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
+            if slot not in ("__dict__", "__weakref__") and hasattr(owner, name):
+                found[name] = getattr(owner, name)
+    return found

@@ -1,0 +1,380 @@
+"""A twin of an optimizer on a few toy parameters, on which its step can be tried without touching the real ones."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import random
+import sys
+import warnings
+from collections import OrderedDict, defaultdict
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .tensors import slots_of
+
+LARGEST = 2**16
+"""Numbers in a tensor from which on it is no toy's: copying it would cost memory."""
+SIDE = 4
+"""The largest size of a toy in each dimension."""
+RATE = 0.01
+"""The largest rate of a twin's groups; the others keep their ratio to it."""
+COLLECTIVES = ("c10d", "_c10d_functional", "_dtensor")
+
+
+class CannotTryError(Exception):
+    """Says why an optimizer cannot be tried."""
+
+
+class CommunicatesError(Exception):
+    """The step has begun to communicate with other processes."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__("its step communicates")
+        self.group = group
+
+
+class Guard(TorchDispatchMode):
+    """Stops a step of a twin that would communicate, or that reaches real weights, before it does.
+
+    Args:
+        real: Tensors that must stay as they are.
+    """
+
+    def __init__(self, real: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._real = {storage for t in real if (storage := _storage(t)) is not None}
+        self.several = several_processes()
+        self.stopped: Exception | None = None
+
+    def look_at(self, tensor: Tensor) -> None:
+        """Stop where a tensor is no toy's."""
+        if tensor.numel() > LARGEST:
+            self.stop(CannotTryError("it holds large tensors of its own"))
+        if _storage(tensor) in self._real:
+            self.stop(CannotTryError("it reaches its parameters by a way of its own"))
+
+    def stop(self, reason: Exception) -> None:
+        """Stop the step."""
+        self.stopped = reason  # its code may catch what is raised here
+        raise reason
+
+
+def _look_at_operation(self: Guard, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """Look at the operation before it runs."""
+    kwargs = kwargs or {}
+    if self.several and func.namespace in COLLECTIVES:
+        self.stop(CommunicatesError(_process_group(args)))
+    for value in (*args, *kwargs.values()):
+        for tensor in cast(Any, value if isinstance(value, (list, tuple)) else (value,)):
+            if isinstance(tensor, Tensor):
+                self.look_at(tensor)
+    return func(*args, **kwargs)
+
+
+# Set here because PyTorch wraps a method of the class statement so that it imports its compiler, which takes seconds.
+Guard.__torch_dispatch__ = cast(Any, _look_at_operation)
+
+
+def several_processes() -> bool:
+    """Tell whether this process is one of several that can communicate."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _storage(tensor: Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except Exception:  # a tensor subclass without one storage
+        return None
+
+
+def _process_group(args: Any) -> Any:
+    """Return the process group among the arguments of a collective; None for the default one."""
+    for value in args:
+        if isinstance(value, torch.ScriptObject):
+            with contextlib.suppress(Exception):
+                return torch.distributed.ProcessGroup.unbox(cast(Any, value))
+    return None
+
+
+class Workshop:
+    """Makes twins of an optimizer, all with equal toy parameters and gradients.
+
+    Args:
+        optimizer: The optimizer; only read.
+        dtype: Of floating-point toys; None takes that of each parameter.
+        construct: Whether to build twins by the class's constructor instead of copying attributes.
+        way: How a step is called: `"plain"`, with a `"closure"`, or with gradients that have a `"graph"`.
+    """
+
+    def __init__(self, optimizer: Optimizer, dtype: torch.dtype | None, *, construct: bool, way: str) -> None:
+        self.optimizer, self.construct, self.way = optimizer, construct, way
+        groups = optimizer.param_groups
+        most = SIDE if len(groups) <= 8 else 2
+        self.positions = [_chosen(group["params"], most) for group in groups]
+        self.real = [group["params"][i] for group, found in zip(groups, self.positions, strict=True) for i in found]
+        generator = torch.Generator().manual_seed(0)
+        self._start = [_toy_values(p, dtype, generator, zero_mean=False) for p in self.real]
+        self._generator = generator
+        self._dtype = dtype
+        self._gradients: list[list[Tensor | None]] = []
+        rates = [float(rate) for group in groups if (rate := group.get("lr")) is not None]
+        self._scale = RATE / max(map(abs, rates), default=1.0) if any(rates) else None
+
+    def gradients(self, step: int) -> list[Tensor | None]:
+        """Return the toys' gradients at a step; with a mean of zero, orthogonal to a shift of all numbers."""
+        while len(self._gradients) <= step:
+            self._gradients.append(
+                [
+                    0.1 * _toy_values(p, self._dtype, self._generator, zero_mean=True) if p.requires_grad else None
+                    for p in self.real
+                ]
+            )
+        return self._gradients[step]
+
+    def twin(self, *, decay: bool = True) -> Twin:
+        """Return a new twin.
+
+        Args:
+            decay: Whether weights decay.
+        """
+        toys: list[Any] = []
+        for p, start in zip(self.real, self._start, strict=True):
+            toy: Any = nn.Parameter(start.clone(), requires_grad=p.requires_grad)
+            marks = {name: mark for name, mark in p.__dict__.items() if isinstance(mark, (bool, int, float, str))}
+            toy.__dict__.update(marks)
+            toys.append(toy)
+        groups = self._groups(toys, decay)
+        made = self._constructed(groups) if self.construct else self._copied(groups, toys)
+        if callable(getattr(made, "train", None)):  # schedule-free ones step in this mode only
+            made.train()
+        return Twin(self, made, toys)
+
+    def _groups(self, toys: Sequence[Tensor], decay: bool) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = []
+        left = iter(toys)
+        for source, positions in zip(self.optimizer.param_groups, self.positions, strict=True):
+            group: dict[str, Any] = {}
+            for name, value in source.items():
+                if name == "params":
+                    group[name] = [next(left) for _ in positions]
+                elif name == "lr" and value is not None:
+                    group[name] = value * 0 + RATE if self._scale is None else value * self._scale
+                elif name in ("weight_decay", "wd") and not decay and not isinstance(value, bool):
+                    group[name] = 0.0
+                else:
+                    group[name] = _option(value, len(source["params"]), positions)
+            groups.append(group)
+        return groups
+
+    def _constructed(self, groups: list[dict[str, Any]]) -> Any:
+        kind: Any = type(self.optimizer)
+        accepted = inspect.signature(kind.__init__).parameters
+        options = {name: copy.deepcopy(value) for name, value in self.optimizer.defaults.items() if name in accepted}
+        if groups and groups[0].get("lr") is not None and "lr" in accepted:
+            options["lr"] = groups[0]["lr"]
+        built = kind([{"params": group["params"]} for group in groups], **options)
+        for made, group in zip(built.param_groups, groups, strict=True):
+            made.update({name: value for name, value in group.items() if name in made or name not in options})
+        return built
+
+    def _copied(self, groups: list[dict[str, Any]], toys: Sequence[Tensor]) -> Any:
+        source = self.optimizer
+        twin: Any = object.__new__(type(source))
+        known = dict(zip(map(id, self.real), toys, strict=True))
+        memo: dict[int, Any] = {id(source): twin, id(source.state): defaultdict[Any, Any](dict)}
+        for group, made in zip(source.param_groups, groups, strict=True):
+            memo[id(group)] = made
+            for p in group["params"]:  # those that are not among the toys, too: lists may hold them all
+                memo[id(p)] = known[id(p)] if id(p) in known else nn.Parameter(torch.zeros(1), requires_grad=False)
+        memo[id(source.param_groups)] = groups
+        self._map_copies(source, memo)
+        left_out = ("state", "param_groups", "step")
+        for name, value in attributes_of(source).items():
+            if name.endswith("_hooks"):
+                made = OrderedDict[int, Any]()
+            elif name in left_out:
+                continue
+            else:
+                made = _with_keys(copy.deepcopy(_generator_copy(value), memo), memo)
+            object.__setattr__(twin, name, made)
+        for name, value in (("state", memo[id(source.state)]), ("param_groups", groups)):
+            if name in attributes_of(source):
+                object.__setattr__(twin, name, value)
+        return twin
+
+    def _map_copies(self, source: Any, memo: dict[int, Any]) -> None:
+        """Let copies of real weights, such as slow or wide ones, become copies of the toys' weights."""
+        every = {(tuple(p.shape), p.device): p for group in source.param_groups for p in group["params"]}
+        for name, value in attributes_of(source).items():
+            if name in ("state", "param_groups"):
+                continue
+            for tensor in _tensors_in(value, 3):
+                p = every.get((tuple(tensor.shape), tensor.device))
+                if p is None or id(tensor) in memo or p.numel() < 2:
+                    continue
+                for real in self.real:
+                    if real.shape == tensor.shape and bool((real.detach() == tensor.to(real.dtype)).all()):
+                        memo[id(tensor)] = memo[id(real)].detach().clone().to(_kept(tensor.dtype, self._dtype))
+
+
+class Twin:
+    """An optimizer like another one, with toy parameters.
+
+    Args:
+        workshop: What made it.
+        optimizer: The twin.
+        toys: Its parameters.
+    """
+
+    def __init__(self, workshop: Workshop, optimizer: Any, toys: list[Tensor]) -> None:
+        self.workshop, self.optimizer, self.toys = workshop, optimizer, toys
+        self.groups = optimizer.param_groups
+
+    def take(self, number: int, *, gradient: float = 1.0) -> None:
+        """Take a step.
+
+        Args:
+            number: The step's, which says what its gradients and random numbers are.
+            gradient: Multiplies the gradients.
+        """
+        way = self.workshop.way
+        for p, g in zip(self.toys, self.workshop.gradients(number), strict=True):
+            p.grad = None
+            if g is not None and way == "graph":
+                # Convex, so that second derivatives exist.
+                (g * gradient * p + 0.005 * (p - p.detach()).pow(2)).sum().backward(create_graph=True)
+            elif g is not None:
+                p.grad = g * gradient
+        _seed(number, self.toys)
+        calls: list[int] = []
+
+        def closure() -> Tensor:
+            calls.append(number)
+            return torch.ones(())
+
+        bare_step(type(self.optimizer))(self.optimizer, *([closure] if way == "closure" else []))
+        if len(calls) > 1:
+            raise CannotTryError("it evaluates its closure several times a step")
+
+    def weights(self) -> list[Tensor]:
+        """Return copies of the toys."""
+        return [p.detach().clone() for p in self.toys]
+
+
+def bare_step(kind: Any) -> Any:
+    """Return a class's step without the hooks that PyTorch wraps around it."""
+    step: Any = kind.step
+    while getattr(step, "hooked", False) and hasattr(step, "__wrapped__"):
+        step = step.__wrapped__
+    return step
+
+
+def attributes_of(optimizer: Any) -> dict[str, Any]:
+    """Return an object's attributes, those in `__slots__` too."""
+    return {**vars(optimizer), **slots_of(optimizer)}
+
+
+def _chosen(parameters: Sequence[Tensor], most: int) -> list[int]:
+    """Return the positions of parameters to take after: two of each toy shape, and then the first ones."""
+    count: dict[tuple[int, ...], int] = {}
+    found: list[int] = []
+    for position, p in enumerate(parameters):
+        shape = _toy_shape(p)
+        count[shape] = count.get(shape, 0) + 1
+        if count[shape] <= 2 and len(found) < most and p.requires_grad:
+            found.append(position)
+    found += [position for position in range(len(parameters)) if position not in found][: most - len(found)]
+    return sorted(found)
+
+
+def _toy_shape(parameter: Tensor) -> tuple[int, ...]:
+    return tuple(max(1, min(SIDE, size)) for size in parameter.shape)
+
+
+def _kept(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and own.is_floating_point else own
+
+
+def _toy_values(p: Tensor, dtype: torch.dtype | None, generator: torch.Generator, *, zero_mean: bool) -> Tensor:
+    drawn = torch.randn(_toy_shape(p), generator=generator, dtype=torch.float64)
+    if zero_mean and drawn.numel() > 1:
+        drawn -= drawn.mean()
+    device = "cpu" if p.device.type == "meta" else p.device
+    return drawn.to(device=device, dtype=_kept(p.dtype, dtype))
+
+
+def _tensors_in(value: Any, depth: int) -> Generator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (list, tuple, dict)):
+        held = cast("dict[Any, Any]", value).values() if isinstance(value, dict) else cast("Sequence[Any]", value)
+        for one in held:
+            yield from _tensors_in(one, depth - 1)
+
+
+def _option(value: Any, count: int, positions: Sequence[int]) -> Any:
+    """Return a copy of a group's option; of a list with an entry for each parameter, the toys' entries."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (list, tuple) and len(value) == count > SIDE:
+        return type(value)(value[i] for i in positions)
+    return copy.deepcopy(value)
+
+
+def _generator_copy(value: Any) -> Any:
+    return value.clone_state() if isinstance(value, torch.Generator) else value
+
+
+def _with_keys(value: Any, memo: Mapping[int, Any]) -> Any:
+    """Return a dictionary by `id(parameter)` as one by the ids of the toys."""
+    if type(value) is dict:
+        entries = cast("dict[Any, Any]", value)
+        if entries and all(type(key) is int and key in memo for key in entries):
+            return {id(memo[key]): entry for key, entry in entries.items()}
+    return cast(Any, value)
+
+
+def _seed(number: int, parameters: Sequence[Tensor]) -> None:
+    torch.default_generator.manual_seed(number)  # torch.manual_seed writes down the stack, which takes long
+    if parameters and parameters[0].device.type == "cuda":
+        torch.cuda.manual_seed_all(number)
+    random.seed(number)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(number)
+
+
+@contextlib.contextmanager
+def undisturbed(parameters: Sequence[Tensor]) -> Generator[Guard]:
+    """Keep real weights, random generators and the console as they are; a step that compiles itself runs eagerly."""
+    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
+    own, numpy = random.getstate(), sys.modules.get("numpy")
+    drawn = numpy.random.get_state() if numpy else None
+    guard = Guard(parameters)
+    data = [p.data for p in parameters]
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext(),
+            torch.enable_grad(),
+            guard,
+        ):
+            warnings.simplefilter("ignore")
+            yield guard
+    finally:
+        random.setstate(own)
+        if numpy and drawn is not None:
+            numpy.random.set_state(drawn)
+        for p, before in zip(parameters, data, strict=True):
+            if _storage(p) != _storage(before):  # `p.data = …` is no operation that the guard sees
+                p.data = before

@@ -1,0 +1,453 @@
+"""Finds out on toy parameters where a factor can act on an optimizer that is not torch's own.
+
+A class is tried once for each way in which it is set: some twelve steps of a twin on a few tiny tensors, about a tenth
+of a second. What holds there is asked of PyTorch's own rule for rates, parameter groups, alone: whether the groups may
+be taken apart, whether this step's rate acts as permanent groups with that rate do, and whether a scaled step stays.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain, product
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .known_optimizers import Where
+from .known_optimizers import divides_by_gradients as known_to_divide
+from .known_optimizers import reason_against as known_reason
+from .partition import Partition
+from .splits import write_back
+from .toys import (
+    CannotTryError,
+    CommunicatesError,
+    Guard,
+    Twin,
+    Workshop,
+    attributes_of,
+    several_processes,
+    undisturbed,
+)
+
+STEPS = 12
+MIDDLE = 4
+"""The step at which factors come in a run that begins without."""
+LONG = 60
+"""Steps of a run that looks for slow weights, where the state holds copies of the weights."""
+EARLY, LATER = (0.5, 1.5, 0.75, 1.25), (1.75, 0.6, 1.4, 0.8)
+"""The factors of the toys, in turn, before and after `MIDDLE`."""
+CLOSE = {torch.float64: 1e-6, torch.float32: 1e-2}
+"""The difference between two runs that counts as rounding, relative to how far the weights go; else `COARSE`."""
+MOVED = {torch.float64: 1e-5, torch.float32: 1e-3}
+"""The difference that counts as the effect of factors of one half to two."""
+COARSE = 0.05
+UNDONE = 0.03
+"""The part of a shift of the weights that a step may undo: more, and it goes back to weights of its own."""
+SCALELESS = 0.005
+"""With doubled gradients an optimizer that divides by them goes at most this part of its way elsewhere."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of an optimizer; reasons are phrases that follow its name.
+
+    Args:
+        lr: Why a step's rate cannot carry a factor; None if it can.
+        update: Why the finished step cannot.
+        groups: Why parameter groups of several layers must stay whole.
+        anywhere: Why nothing can.
+        untried: Why the trial could not run; None if it could.
+        permanent: Whether permanent groups with rates of their own act.
+        scaleless: Whether a factor on the gradients means next to nothing.
+        communicates: Whether a step communicates with other processes.
+        process_group: The process group that it uses first; None for the default one.
+    """
+
+    lr: str | None = None
+    update: str | None = None
+    groups: str | None = None
+    anywhere: str | None = None
+    untried: str | None = None
+    permanent: bool = True
+    scaleless: bool = False
+    communicates: bool = False
+    process_group: Any = None
+
+
+ALONE = "does not read the rates of its parameter groups (in a trial on toy parameters a factor on them did nothing)"
+TOGETHER = (
+    "treats the parameters of a group together (in a trial on toy parameters its steps came out differently when the "
+    "group was divided)"
+)
+OWN_WEIGHTS = (
+    "keeps weights of its own and takes the parameters back towards them (in a trial on toy parameters it undid a "
+    "shift of the weights), so a scaled step would be undone"
+)
+REPLACED = "replaces its parameter groups in its step"
+FOLLOWS_RATE = "keeps numbers in its parameter groups that follow from the rate"
+SHARED_OUT = (
+    "communicates in its step, so the processes may share the parameters of a group out by their positions in it"
+)
+OTHER_RATE = (
+    "takes other steps at rates that come with a step than in permanent groups with these rates (in a trial on toy "
+    "parameters)"
+)
+
+
+def reason_against(optimizer: Optimizer, where: Where) -> str | None:
+    """Return why a factor cannot act there, from what is known of the class and from its trial; None if it can."""
+    reason = known_reason(optimizer, where)
+    if reason is None and (verdict := verdict_of(optimizer)) is not None:
+        reason = getattr(verdict, where)
+    return reason
+
+
+def divides_by_gradients(optimizer: Optimizer) -> bool:
+    """Tell whether a gradient's scale means next to nothing to this optimizer of another package."""
+    if known_to_divide(optimizer):
+        return True
+    verdict = verdict_of(optimizer)
+    return verdict is not None and verdict.scaleless
+
+
+def verdict_of(optimizer: Optimizer) -> Verdict | None:
+    """Return what a trial of the optimizer found; None for torch's own."""
+    if not is_foreign(type(optimizer)):
+        return None
+    known = _of_optimizer.get(id(optimizer))
+    if known is not None and known[0]() is optimizer:
+        return known[1]
+    verdict = _tried(optimizer)
+    key = id(optimizer)
+    _of_optimizer[key] = (weakref.ref(optimizer, lambda _: _of_optimizer.pop(key, None)), verdict)
+    return verdict
+
+
+def try_again(optimizer: Any) -> None:
+    """Forget what was found of this optimizer, since its groups have changed; a known setting is not tried again."""
+    _of_optimizer.pop(id(optimizer), None)
+
+
+_of_optimizer: dict[int, tuple[weakref.ref[Any], Verdict]] = {}
+_of_setting: dict[Any, Verdict] = {}
+
+
+@lru_cache(maxsize=256)
+def is_foreign(kind: type) -> bool:
+    """Tell whether a class takes its steps in another way than an optimizer of torch."""
+    own = [c for c in kind.__mro__ if c.__module__.startswith("torch.")]
+    if not own or own[0] is Optimizer:
+        return True
+    inner = {name for c in own for name, value in vars(c).items() if callable(value) and name[0] == "_" != name[1]}
+    parts = {*inner, "step", "param_groups", "state"}
+    return any(_unwrapped(getattr(kind, name, None)) is not _unwrapped(getattr(own[0], name, None)) for name in parts)
+
+
+def _unwrapped(function: Any) -> Any:
+    while getattr(function, "hooked", False) and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
+def _tried(optimizer: Any) -> Verdict:
+    key = _setting(optimizer)
+    if key not in _of_setting:
+        verdicts = (
+            _attempt(optimizer, construct, wide, way)
+            for construct, wide, way in product((False, True), (True, False), ("plain", "closure", "graph"))
+        )
+        first = next(verdicts)  # which says why, if none could be tried
+        _of_setting[key] = next((one for one in chain([first], verdicts) if one.untried is None), first)
+    return _of_setting[key]
+
+
+def _setting(optimizer: Optimizer) -> Any:
+    """Return what decides the outcome of a trial."""
+
+    def simple(options: dict[str, Any]) -> tuple[Any, ...]:
+        kept = {bool, int, float, str, tuple, type(None)}
+        return tuple(
+            (name, repr(value) if type(value) in kept and name != "lr" else type(value).__name__)
+            for name, value in sorted(options.items(), key=lambda item: str(item[0]))
+            if name != "params"
+        )
+
+    groups = tuple(
+        (
+            simple(group),
+            tuple(
+                (min(p.ndim, 4), p.dtype, p.device.type, p.requires_grad, min(p.shape, default=1) > 1)
+                for p in group["params"][:8]
+            ),
+            min(len(group["params"]), 8),
+        )
+        for group in optimizer.param_groups
+    )
+    processes = torch.distributed.get_world_size() if several_processes() else 1
+    return type(optimizer), groups, simple(attributes_of(optimizer)), processes, bool(optimizer.state)
+
+
+def _attempt(optimizer: Any, construct: bool, wide: bool, way: str) -> Verdict:
+    """Try an optimizer; the verdict says why where that cannot be done.
+
+    Args:
+        optimizer: The optimizer.
+        construct: Whether twins are built by the class's constructor.
+        wide: Whether toys are of float64, which tells rounding from a difference.
+        way: How steps are called.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    dtype = torch.float64 if wide and not any(p.is_complex() for p in parameters) else None
+    with undisturbed(parameters) as guard:
+        try:
+            return Trial(Workshop(optimizer, dtype, construct=construct, way=way), guard).verdict()
+        except Exception as error:
+            reason = guard.stopped or error
+    if isinstance(reason, CommunicatesError):
+        return Verdict(groups=SHARED_OUT, communicates=True, process_group=reason.group)
+    text = str(reason).strip().partition("\n")[0]
+    why = text if isinstance(reason, CannotTryError) else f"{type(reason).__name__}: {text}"
+    return untried(why)
+
+
+def untried(why: str) -> Verdict:
+    """Return the verdict on an optimizer that could not be tried."""
+    unknown = f"cannot be tried on toy parameters ({why}), so whether a factor on its rate acts is not known"
+    return Verdict(lr=unknown, untried=why)
+
+
+Run = list[list[Tensor]]
+"""The toys after each step, from before the first on."""
+
+
+class Trial:
+    """One trial.
+
+    Args:
+        workshop: Makes the twins.
+        guard: Says whether a step was stopped.
+    """
+
+    def __init__(self, workshop: Workshop, guard: Guard) -> None:
+        self.workshop, self.guard = workshop, guard
+        self.replaces = False
+        self.copies = False
+
+    def verdict(self) -> Verdict:
+        """Return what is found."""
+        bare = self.run(None)
+        if all(torch.equal(a, b) for a, b in zip(bare[0], bare[-1], strict=True)):
+            raise CannotTryError("the toy parameters did not move")
+        verdict = Verdict(update=self.against_update(), scaleless=self.is_scaleless())
+        if any(group.get("lr") is None for group in self.workshop.optimizer.param_groups):
+            return verdict
+        if self.replaces:
+            return replace(verdict, lr=REPLACED, groups=REPLACED)
+        return replace(verdict, **self.against_rates(bare))
+
+    def against_rates(self, bare: Run) -> dict[str, Any]:
+        """Return why groups must stay whole, why rates cannot carry factors, and whether those of permanent ones do."""
+        groups = self.against_division(bare)
+        try:
+            permanent = self.run(both, permanent=True)
+        except Exception as error:
+            self.check()
+            return {"groups": groups, "lr": fails(error), "permanent": False}
+        neutral = self.run(none, permanent=True) if groups else bare
+        moves = self.moves(neutral, permanent)
+        if not moves:
+            return {"groups": groups, "lr": ALONE, "permanent": False}
+        if groups:
+            return {"groups": groups, "lr": None}
+        for factors in (both, late):
+            try:
+                with_step = self.run(factors)
+            except Exception:
+                self.check()
+                return {"groups": FOLLOWS_RATE}
+            expected = permanent if factors is both else self.run(late, permanent=True)
+            if not self.same(with_step, expected, bare):
+                return {"groups": None, "lr": OTHER_RATE}
+            if factors is late and not self.moves(bare, expected):
+                return {"groups": None, "lr": "reads the rates of its parameter groups in its first steps only"}
+        return {}
+
+    def against_division(self, bare: Run) -> str | None:
+        """Return why groups must stay whole: whether a step at factor 1 comes out differently when they are divided."""
+        try:
+            divided = self.run(none)
+        except Exception:
+            self.check()
+            return TOGETHER
+        return None if self.same(divided, bare, bare) else TOGETHER
+
+    def against_update(self) -> str | None:
+        """Return why a finished step cannot be scaled: the next steps take the weights back.
+
+        A shift of the weights must stay. Where the state holds copies of the weights, what uses them may come late.
+        """
+        steps = LONG if self.copies else STEPS
+        bare = self.run(None, decay=False, steps=steps)
+        for at in (1,) if self.copies else (1, STEPS // 2):
+            shifted = self.run(None, decay=False, steps=steps, shift_at=at)
+            for toy, real in enumerate(self.workshop.real):
+                if not real.requires_grad:
+                    continue
+                left = [float((s[toy] - b[toy]).double().mean()) for s, b in zip(shifted, bare, strict=True)][at + 1 :]
+                before = [1.0, *left[:-1]]
+                if min((now - then for now, then in zip(left, before, strict=True)), default=0.0) < -UNDONE:
+                    return OWN_WEIGHTS
+        return None
+
+    def is_scaleless(self) -> bool:
+        """Tell whether with doubled gradients each toy goes the same way, weight decay aside."""
+        bare, doubled = (self.run(None, decay=False, gradient=scale) for scale in (1.0, 2.0))
+        return self.distances(doubled, bare, bare) <= SCALELESS
+
+    # --- Runs ---------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        factors: Callable[[int], Sequence[float] | None] | None,
+        *,
+        permanent: bool = False,
+        decay: bool = True,
+        steps: int = STEPS,
+        shift_at: int | None = None,
+        gradient: float = 1.0,
+    ) -> Run:
+        """Return the toys after each step of a new twin.
+
+        Args:
+            factors: Of a step, the toys' factors, or None for whole groups; None leaves the groups as they are.
+            permanent: Whether each toy has a group from the beginning, with rates that are set by hand.
+            decay: Whether weights decay.
+            steps: How many.
+            shift_at: The step before which 1 is added to the weights.
+            gradient: Multiplies the gradients.
+        """
+        twin = self.workshop.twin(decay=decay)
+        partition = Partition({id(p): number for number, p in enumerate(twin.toys)})
+        rates: list[Any] = []
+        order: list[int] = []
+        if permanent:
+            divide(twin, partition, None)
+            rates = [group.get("lr") for group in twin.optimizer.param_groups]
+            order = [partition.layer_of[id(group["params"][0])] for group in twin.optimizer.param_groups]
+        run = [twin.weights()]
+        for number in range(steps):
+            now = None if factors is None else factors(number)
+            splits: list[Any] = []
+            whole = twin.optimizer.param_groups
+            if permanent:
+                for group, rate, toy in zip(whole, rates, order, strict=True):
+                    if now is not None:
+                        group["lr"] = rate * now[toy]
+            elif now is not None:
+                splits = divide(twin, partition, now)
+            if number == shift_at:
+                with torch.no_grad():
+                    for p in twin.toys:
+                        if p.requires_grad:
+                            p.add_(1.0)
+            before = [id(p) for group in twin.optimizer.param_groups for p in group["params"]]
+            given = twin.optimizer.param_groups
+            twin.take(number, gradient=gradient)
+            self.check()
+            after = twin.optimizer.param_groups
+            self.replaces |= after is not given or before != [id(p) for group in after for p in group["params"]]
+            if splits:
+                twin.optimizer.param_groups = whole
+                write_back(splits, type(twin.optimizer).__name__)
+            run.append(twin.weights())
+            if factors is None and number < 3:
+                self.copies |= holds_copies(twin.optimizer, [*run[-2], *run[-1]])
+        return run
+
+    def check(self) -> None:
+        """Raise what the guard has stopped a step for, even where the step has caught it."""
+        if self.guard.stopped is not None:
+            raise self.guard.stopped
+
+    # --- Comparisons --------------------------------------------------------------------------------------------------
+
+    def same(self, first: Run, second: Run, scale: Run) -> bool:
+        """Tell whether two runs differ by rounding only."""
+        dtypes = {t.dtype for t in first[0] if t.is_floating_point() or t.is_complex()}
+        return self.distances(first, second, scale) <= max(CLOSE.get(dtype, COARSE) for dtype in dtypes)
+
+    @staticmethod
+    def distances(first: Run, second: Run, scale: Run) -> float:
+        """Return the largest difference of a toy in two runs, in units of its way."""
+        largest = 0.0
+        for toy in range(len(first[0])):
+            way = max(float((step[toy] - scale[0][toy]).abs().max()) for step in scale)
+            apart = max(float((a[toy] - b[toy]).abs().max()) for a, b in zip(first, second, strict=True))
+            if apart != apart or (apart > 0 and way == 0):
+                return float("inf")
+            largest = max(largest, apart / way if way else 0.0)
+        return largest
+
+    def moves(self, bare: Run, with_factors: Run) -> bool:
+        """Tell whether factors took each toy that moves elsewhere."""
+        for toy in range(len(bare[0])):
+            way = max(float((step[toy] - bare[0][toy]).abs().max()) for step in bare)
+            apart = max(float((a[toy] - b[toy]).abs().max()) for a, b in zip(bare, with_factors, strict=True))
+            if way and apart < MOVED.get(bare[0][toy].dtype, COARSE) * way:
+                return False
+        return True
+
+
+def none(step: int) -> Sequence[float] | None:
+    """Return factors of 1, from `MIDDLE` on."""
+    return [1.0] * 1000 if step >= MIDDLE else None
+
+
+def both(step: int) -> Sequence[float]:
+    """Return factors from the first step on, others from `MIDDLE` on."""
+    return (EARLY if step < MIDDLE else LATER) * 250
+
+
+def late(step: int) -> Sequence[float] | None:
+    """Return factors from `MIDDLE` on."""
+    return LATER * 250 if step >= MIDDLE else None
+
+
+def divide(twin: Twin, partition: Partition, factors: Sequence[float] | None) -> list[Any]:
+    """Give each toy a group of its own, as a step with factors does; return how the groups were split."""
+
+    def alone(of_layer: Any) -> Any:
+        return of_layer.items()
+
+    def rate(group: Any, toy: int) -> dict[str, Any]:
+        return {} if factors is None or factors[toy] == 1 else {"lr": group["lr"] * factors[toy]}
+
+    splits = partition.split(twin.optimizer, alone, rate)
+    for split in splits:
+        split.remember()
+    return cast("list[Any]", splits)
+
+
+def holds_copies(optimizer: Any, weights: Sequence[Tensor]) -> bool:
+    """Tell whether the optimizer's state holds a tensor with the numbers of some weights."""
+    for held in optimizer.state.values():
+        for value in cast("dict[Any, Any]", held).values() if isinstance(held, dict) else ():
+            if isinstance(value, Tensor) and value.numel() > 1 and not value.is_complex():
+                flat = value.detach().flatten()
+                if any(
+                    flat.numel() == w.numel() and torch.equal(flat.to(w.dtype), w.flatten().to(flat.device))
+                    for w in weights
+                ):
+                    return True
+    return False
+
+
+def fails(error: Exception) -> str:
+    """Return the reason for which a step failed with rates of its own for each toy."""
+    text = str(error).strip().partition("\n")[0]
+    return f"cannot step with different rates in its parameter groups ({type(error).__name__}: {text})"
