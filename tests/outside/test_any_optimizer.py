@@ -120,7 +120,9 @@ class Counted(optim.Optimizer):
     """Counts its steps in each group, in place."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
-        super().__init__(params, {"lr": lr, "step": torch.zeros(())})
+        super().__init__(params, {"lr": lr})
+        for group in self.param_groups:
+            group["step"] = torch.zeros(())
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
