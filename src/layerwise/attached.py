@@ -18,12 +18,15 @@ from .late import LateFactors
 from .layers import Layer
 from .nonfinite import FiniteGradients
 from .optimizers import PlaceName, acting_optimizer, automatic_place
+from .replication import check_processes
 from .resolution import Request, Resolution, rates_of, resolve
 from .rules.base import State
-from .rules.questions import is_pair, load_state, renewed_state
+from .rules.questions import is_pair, load_state, needs_of, renewed_state
 from .rules.state import described
+from .sharding import absent
 from .splits import Split
 from .statistics import NOTHING
+from .tensors import moved
 
 
 class AttachedRule:
@@ -107,14 +110,20 @@ class AttachedRule:
         """See what has changed since the last step, and raise before anything else does if a gradient is not finite."""
         self._forget_failed()
         holder = self._required()
-        if not self.found.holds(holder.param_groups):
+        if not self.found.holds(holder.param_groups, self._request):
             self._take(resolve(optimizer, holder, self._request))
         elif self._request.apply == "auto":
             # Again at each step: schedulers and checkpoints can bring momentum.
             self._place_at(automatic_place(optimizer, self._request.preferred, self._request.decay))
         self._idle = not optimizer.state and makes_state_only(optimizer.param_groups)
-        if self._finite is not None and not self._idle:
-            self._finite.check(getattr(optimizer, "found_inf", None))
+        if self._idle:
+            return
+        if not self._compared:
+            check_processes(self._rule, self.found.layers, self.found.statistics)
+            self._compared = True
+        if self._finite is not None:
+            with absent(not self.enabled):
+                self._finite.check(getattr(optimizer, "found_inf", None))
 
     def measure(self, optimizer: Any, *, late: bool = False) -> None:
         """Compute this step's factors from the gradients as they arrived.
@@ -127,6 +136,9 @@ class AttachedRule:
             return
         groups = self._required().param_groups
         found, grad_scale = self.found, getattr(optimizer, "grad_scale", None)
+        if not self.enabled:
+            self._stand_by(optimizer)
+            return
         # A fused kernel that unscales writes into the gradients.
         if late and found.pieces is not None and grad_scale is None and can_be_dealt(optimizer):
             self._before_late = (self.factors, self.rates)
@@ -155,15 +167,34 @@ class AttachedRule:
                 f"{described(self._rule)} returned factors of shape {shape}; return a tensor of shape "
                 f"({len(found.layers)},), one factor for each layer"
             )
+        if found.statistics.paused is not None:
+            # Bounds and rules of one's own may make another number than 1 of NaN.
+            paused = found.statistics.paused
+            raw = torch.where(moved(paused, raw.device), 1.0, raw)
         if self._last_raw is None or self._last_raw[0] is not raw or self._last_raw[1] != raw._version:
             self.factors = Factors(raw, found.included, found.mask)
             self._last_raw = (raw, raw._version)
         self.rates = rates_of(groups)
 
+    def _stand_by(self, optimizer: Any) -> None:
+        """Enter the collectives that the other processes enter, which may not be paused; change nothing."""
+        if self._asks is not None and not self._asks(self.state):
+            return
+        groups = self._required().param_groups
+        with absent(), torch.no_grad():
+            statistics = self.found.statistics.compute(groups)
+            if "gradients" in needs_of(self._rule):  # a collective of the rule's own
+                self._rule.factors(statistics, self.state)
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether it has something to do in a step: where parameters are shared among processes also while paused."""
+        return self.enabled or self.found.statistics.sharing is not None
+
     @property
     def acts(self) -> bool:
         """Whether any factor of this step is not 1, as far as is known without asking the device."""
-        return not self._idle and (self.factors is None or not self.factors.neutral)
+        return self.enabled and not self._idle and (self.factors is None or not self.factors.neutral)
 
     def act(self, view: Any, *, private: bool) -> list[Split]:
         """Let this step's factors act on the view."""
@@ -187,6 +218,7 @@ class AttachedRule:
         if self._finite is not None:
             self._finite.look_at(found.layers, found.others(self._request.model), self._request.model)
         self._place_at(found.place)
+        self._compared = False
         self._last_raw: tuple[Tensor, int] | None = None
         self.rates: list[Any] | None = None
         self.factors: Factors | None = None

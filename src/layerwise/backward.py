@@ -39,6 +39,7 @@ from .resolution import parameters_of
 from .rules.questions import check_rule, needs_of
 from .rules.state import described
 from .statistics import check_needs
+from .tensors import several_processes
 
 logger = logging.getLogger("layerwise")
 
@@ -106,6 +107,7 @@ class StepInBackward:
         self._attached = True
         self._task: int | None = None  # not -1, which the backwards of a compiled autograd may have
         self._begun = self._finished = self._proven = False
+        self._several = several_processes()
         self._running: weakref.ref[Any] | None = None
         # The gradients of a model on several accelerators arrive in several threads.
         self._lock = threading.RLock()
@@ -243,9 +245,10 @@ class StepInBackward:
             raise RuntimeError(CREATE_GRAPH)
         if OptimizerHooks.has_any(optimizer):
             raise RuntimeError(ATTACHED_TOO)
-        if not self._proven:
+        if not self._proven or self._several != several_processes():
             check_wrappers(parameters_of(optimizer.param_groups))
             check_loss()
+            self._several = several_processes()
         if self._begun:
             logger.warning("the last backward failed half-way; the layers that it had reached have been updated")
         if self._steps.prepare(optimizer):

@@ -47,6 +47,11 @@ class Member(Protocol):
         ...
 
     @property
+    def takes_part(self) -> bool:
+        """Whether it is to be asked at this step: it is enabled, or other processes may wait for it."""
+        ...
+
+    @property
     def acts(self) -> bool:
         """Whether this step's factors change anything."""
         ...
@@ -187,7 +192,7 @@ class OptimizerHooks:
             self._clear()
         self._begun = list(self.observers)
         looking = [observer for observer in self._begun if observer.begin(optimizer)]
-        active = [member for member in self.members if member.enabled]
+        active = [member for member in self.members if member.takes_part]
         # Other hooks are handed the view, but for post-hooks after ours, when its groups are the optimizer's again.
         private = (
             self._torch_own
@@ -197,12 +202,12 @@ class OptimizerHooks:
         if active:
             if kwargs or len(args) > 1:
                 args, kwargs = evaluate_closure(args, kwargs)
-                active = [member for member in self.members if member.enabled]  # a closure may pause or detach
+                active = [member for member in self.members if member.takes_part]  # a closure may pause or detach
             for member in active:
                 member.prepare(optimizer)
             for member in active:
                 member.measure(optimizer, late=private and len(active) == 1)
-            self._look(looking, active)
+            self._look(looking, [member for member in active if member.enabled])
             active = [member for member in active if member.acts]
         elif looking:
             args, kwargs = self._look_behind_closure(looking, args, kwargs)

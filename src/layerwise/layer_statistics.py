@@ -14,7 +14,7 @@ from torch import Tensor
 from .gains import gain_shares
 from .layers import Layer
 from .norms import JointNorms, tensor_norm_numbers, tensor_norms
-from .sharding import settled_gradient, sharing_of
+from .sharding import is_absent, settled_gradient, sharing_of
 from .statistics import Gradients, Statistics, check_needs, common_device
 from .tensors import local, moved, same_objects
 
@@ -32,7 +32,8 @@ _requires_grad = attrgetter("requires_grad")
 class LayerStatistics:
     """Computes `Statistics` for fixed layers.
 
-    Where parameters are shared among processes, each computes its share and one collective a step joins them.
+    Where parameters are shared among processes, each computes its share and one collective a step joins them. `paused`
+    then says of each layer whether a process that holds a part of it took no part in the step.
 
     Args:
         layers: The layers.
@@ -52,6 +53,7 @@ class LayerStatistics:
         self.device, self.dtype = common_device(layers)
         self.pieces = [piece for layer in layers for piece in layer.pieces or [None] * len(layer.parameters)]
         self.sharing = sharing_of(self.pieces)
+        self.paused: Tensor | None = None
         self._zeros = torch.zeros(self.count, dtype=self.dtype, device=self.device)
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._scales: dict[str, tuple[list[float], Tensor]] = {}
@@ -103,7 +105,7 @@ class LayerStatistics:
         """
         present = [i for i, tensor in enumerate(tensors) if tensor is not None]
         result = torch.zeros(len(self.members), dtype=self.dtype, device=self.device)
-        if not present:
+        if not present or is_absent():
             return result
         norms, order = tensor_norms([local(t) for t in tensors if t is not None], self.device)
         positions = present if order is None else [present[i] for i in order]
@@ -166,7 +168,9 @@ class LayerStatistics:
             rows["normalisation_gain"], has_gain = gain_shares(self.layers, self._zeros)
         if not rows:
             return {}
-        values = dict(zip(rows, self._layer_sums(list(rows.values())), strict=True))
+        sums = self._layer_sums([*rows.values(), self._zeros.new_zeros(len(self.members))])
+        self.paused = None if self.sharing is None else sums[-1].isnan()
+        values = dict(zip(rows, sums, strict=False))
         for name in values.keys() & NORMS:
             values[name] = values[name].sqrt()
         if has_gain is not None:

@@ -19,11 +19,12 @@ from .layers import Layer, LayerSpecification, make_layers, named_parameters_of,
 from .model import Model, as_module
 from .observation import Observation
 from .optimizers import refuse_outer, unwrap
+from .replication import check_members
 from .resolution import parameters_of
 from .sharding import find_pieces
 from .sinks.delivery import Sink, check_sinks, close, deliver, sink_name
 from .sinks.record import Record
-from .tensors import same_objects
+from .tensors import same_objects, several_processes
 from .transfer import fetched
 
 logger = logging.getLogger("layerwise")
@@ -94,9 +95,10 @@ class Monitor:
         self._model, self._specification = as_module(model), layers
         self._parameters: list[Tensor] = []
         self._layers: Sequence[Layer] = []
+        self._shared: list[tuple[bool, bool]] | bool = False
         self._steps = 0
         self._skipped: Tensor | int = 0
-        self._fresh = False
+        self._fresh = self._compared = False
         self._seen: Observation | None = None
         self._last: Record | None = None
         self._resolve(inner)
@@ -160,7 +162,7 @@ class Monitor:
         steps = state_dict.get("steps")
         if state_dict.get("version") != 1 or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"state_dict={dict(state_dict)!r} is no state of a Monitor: it needs version 1 and steps")
-        self._steps, self._skipped = steps, 0
+        self._steps, self._skipped, self._compared = steps, 0, False
 
     def detach(self) -> None:
         """Take the hooks off and close the sinks. A second call does nothing."""
@@ -194,6 +196,8 @@ class Monitor:
         """Tell whether this step is to be recorded, as far as is known without asking the device."""
         self._seen = None  # of a step that raised
         self._fresh = not optimizer.state
+        if not self._compared and several_processes():
+            self._compare(optimizer)
         return (self._steps + 1) % self._every == 0
 
     @torch.no_grad()
@@ -222,19 +226,32 @@ class Monitor:
             self._last = seen.record(self._steps, numbers)
             deliver(self._sinks, self._last)
 
+    def _compare(self, optimizer: Optimizer) -> None:
+        """Raise unless the processes that share parameters record the same steps; each record is a sum over them."""
+        if self._fresh and makes_state_only(optimizer.param_groups):
+            return
+        self._resolve(optimizer)
+        if self._statistics.sharing is not None:
+            alike = {"every": self._every, "the number of steps counted": self._steps}
+            check_members("Monitor", alike, self._statistics, needs_all=True)
+        self._compared = True
+
     def _resolve(self, optimizer: Optimizer) -> None:
         """Find the layers, if they are not those that were found before."""
         parameters = parameters_of(optimizer.param_groups)
         of_rule = self._takes_layers_of_rule(optimizer)
         layers = OptimizerHooks.members_of(optimizer)[0].layers if of_rule else self._layers
         known = bool(layers) and same_objects(layers, self._layers) and same_objects(parameters, self._parameters)
+        several = several_processes()
+        shared = several and [(hasattr(p, "device_mesh"), getattr(p, "_fsdp_flattened", False)) for p in parameters]
+        known = known and shared == self._shared
         if known and not self._statistics.moved_away():
             return
         if not of_rule:
             specification = chosen(self._specification, None, "module")
             pieces = find_pieces(parameters, self._model)
             layers = make_layers(named_parameters_of(optimizer, self._model), specification, self._model, pieces)
-        self._parameters, self._layers = parameters, layers
+        self._parameters, self._layers, self._shared = parameters, layers, shared
         self._statistics = LayerStatistics(layers, ())
 
     def _takes_layers_of_rule(self, optimizer: Optimizer) -> bool:

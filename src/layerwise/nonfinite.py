@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .layers import Layer
-from .sharding import Sharing, find_pieces, settled_gradient, sharing_of
+from .sharding import Sharing, find_pieces, is_absent, settled_gradient, sharing_of
 from .tensors import as_dense_real, local, moved
 
 OnNonfinite = Literal["ignore", "raise"]
@@ -19,9 +19,9 @@ MOST_NAMED = 5
 class FiniteGradients:
     """Counts the steps of one adapter, and raises at one with a gradient that is NaN or infinite.
 
-    max |g| of each parameter tells, which is finite for any finite gradient, where a norm may overflow. That reads the
-    gradients once more, waits for the device, and takes one collective where parameters are shared among processes, all
-    of which raise then.
+    It reads max |g| of each parameter, which is finite for any finite gradient, where a norm may overflow. That reads
+    the gradients once more, waits for the device, and takes one collective where parameters are shared among processes,
+    all of which raise then, also for a parameter that only one of them holds.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -64,14 +64,17 @@ class FiniteGradients:
             FloatingPointError: A gradient is not finite; nothing has been changed.
         """
         if found_inf is None and self._parameters:
-            broken = _broken(self._parameters, self._sharing)
-            if broken:
+            broken, elsewhere = _broken(self._parameters, self._sharing)
+            if broken or elsewhere:
                 raise FloatingPointError(_message(self.steps + 1, self._layers, broken))
-        self.steps += 1
+        self.steps += not is_absent()
 
 
-def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> list[int]:
-    """Return the positions of the parameters with a gradient that is not finite. Waits for the device."""
+def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> tuple[list[int], bool]:
+    """Return the positions of the parameters with a gradient that is not finite, and whether any process has one.
+
+    Waits for the device.
+    """
     held = [
         (i, as_dense_real(local(g.detach())))
         for i, p in enumerate(parameters)
@@ -79,19 +82,28 @@ def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> list[int]:
     ]
     held = [(i, gradient) for i, gradient in held if gradient.numel()]
     device = local(parameters[0]).device
-    flags = torch.zeros(1, len(parameters), device=device)
+    flags = torch.zeros(len(parameters), device=device)
     if held:
         largest: Any = torch._foreach_norm([gradient for _, gradient in held], torch.inf)
         positions = torch.tensor([i for i, _ in held], device=device)
         finite = torch.stack([moved(one.isfinite(), device) for one in largest])
-        flags[0, positions] = (~finite).float()
+        flags[positions] = (~finite).float()
+    elsewhere = False
     if sharing is not None:
-        flags = sharing.sum(flags)
-    broken: Any = flags[0].nonzero().flatten()
-    return broken.tolist()
+        flags, some = sharing.flagged(flags)
+        if not some > 0:  # none, or NaN: a process is paused, and then none raises
+            return [], False
+        elsewhere = True
+    broken: Any = (flags > 0).nonzero().flatten()
+    return broken.tolist(), elsewhere
 
 
 def _message(step: int, layers: Sequence[Layer], broken: Sequence[int]) -> str:
+    if not broken:
+        return (
+            f"step {step}: the gradient of a parameter that another process holds is not finite, so no step was taken "
+            "and nothing has changed; the error of that process names it"
+        )
     owners = [(layer.name or "(root)", name) for layer in layers for name in layer.parameter_names]
     names = list(dict.fromkeys(repr(owners[i][0]) for i in broken))
     return (

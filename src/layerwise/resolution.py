@@ -18,6 +18,7 @@ from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_
 from .model import Model, as_module, named_parameters
 from .optimizers import PlaceName, automatic_place, check_groups, check_place, refuse
 from .partition import Partition
+from .replication import refuse_stages
 from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
 from .rules.questions import default, needs_of
 from .sharding import find_pieces
@@ -25,6 +26,8 @@ from .tensors import holds_weights, same_objects
 from .trial import try_again
 
 Decay = Literal["auto", "scaled", "plain"]
+Circumstances = tuple[int, list[tuple[bool, bool]], list[bool], list[tuple[bool, bool]]]
+"""Number of processes, 0 without a process group; how each parameter is shared; which are trained; groups' options."""
 MOST_NUMBERS = 256
 """Layers up to which plain numbers cost less than tensor operations; on the CPU, for elementwise rules."""
 
@@ -92,7 +95,7 @@ class Resolution:
         included: Which layers are not excluded.
         mask: The same as a tensor; None if all are included.
         first_group: The group of each layer's first parameter.
-        flattened: How many of the parameters FSDP1 has cut up.
+        circumstances: What else it follows from.
     """
 
     parameters: list[Tensor]
@@ -106,7 +109,7 @@ class Resolution:
     included: list[bool]
     mask: Tensor | None
     first_group: list[int]
-    flattened: int
+    circumstances: Circumstances
 
     @property
     def names(self) -> list[str]:
@@ -127,16 +130,18 @@ class Resolution:
             if id(p) not in self.statistics.layer_of
         }
 
-    def holds(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Tell whether this is still true: no parameter was added, replaced by fully_shard, or moved to a device."""
+    def holds(self, groups: Sequence[Mapping[str, Any]], request: Request) -> bool:
+        """Return whether this is still true.
+
+        It is not when a parameter was added, replaced, cut up by FSDP1, or moved to a device, when a process group was
+        made, or when an option of a group has changed that was checked.
+        """
         parameters = parameters_of(groups)
         if not same_objects(self.parameters, parameters) or self.statistics.moved_away():
             return False
         if sizes_of(groups) != self.sizes:
             return False
-        # FSDP1 keeps the parameters and cuts what they hold.
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return not several or count_flattened(parameters) == self.flattened
+        return circumstances_of(groups, parameters, request) == self.circumstances
 
 
 def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolution:
@@ -154,6 +159,7 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
     rule, groups = request.rule, holder.param_groups
     try_again(optimizer)
     refuse(optimizer)
+    refuse_stages(rule, parameters_of(groups))
     named = named_parameters_of(holder, request.model)
     parameters = parameters_of(groups)
     layers = make_layers(named, request.layers, request.model, find_pieces(parameters, request.model))
@@ -186,13 +192,27 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
         included=included,
         mask=None if all(included) else torch.tensor(included, device=statistics.device),
         first_group=[group_of[id(layer.parameters[0])] for layer in layers],
-        flattened=count_flattened(parameters),
+        circumstances=circumstances_of(groups, parameters, request),
     )
 
 
-def count_flattened(parameters: Sequence[Tensor]) -> int:
-    """Return how many parameters are pieces that FSDP1 has made."""
-    return sum(getattr(p, "_fsdp_flattened", False) for p in parameters)
+def circumstances_of(
+    groups: Sequence[Mapping[str, Any]], parameters: Sequence[Tensor], request: Request
+) -> Circumstances:
+    """Return what was checked at attachment, and can change while the parameters stay the same objects."""
+    distributed = torch.distributed
+    processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 0
+    # FSDP1 keeps the parameters and cuts what they hold; swap_tensors makes DTensors of them.
+    shared = (
+        [(hasattr(p, "device_mesh"), getattr(p, "_fsdp_flattened", False)) for p in parameters] if processes else []
+    )
+    asked = callable(request.layers) or callable(request.exclude)
+    trained = [p.requires_grad for p in parameters] if asked else []
+    options = [
+        (isinstance(decay := group.get("weight_decay"), Tensor) or bool(decay), bool(group.get("differentiable")))
+        for group in groups
+    ]
+    return processes, shared, trained, options
 
 
 def sizes_of(groups: Sequence[Mapping[str, Any]]) -> list[int]:

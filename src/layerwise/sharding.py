@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Generator, Iterable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +12,30 @@ import torch
 from torch import Tensor, nn
 
 from .tensors import local, moved
+
+_absent: ContextVar[bool] = ContextVar("absent", default=False)
+
+
+@contextlib.contextmanager
+def absent(yes: bool = True) -> Generator[None]:
+    """Take part in the collectives of other processes without a share: inside, the sums of all processes are NaN.
+
+    Factors that follow from them are 1, and a step with them does not count. So a process that is paused keeps the
+    others waiting for nothing, and none of them acts alone.
+
+    Args:
+        yes: Whether to do so.
+    """
+    token = _absent.set(yes)
+    try:
+        yield
+    finally:
+        _absent.reset(token)
+
+
+def is_absent() -> bool:
+    """Return whether this process takes part without a share."""
+    return _absent.get()
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +48,7 @@ class Piece:
         groups: The process groups to sum over, one after another: one, but for a mesh of several dimensions that is
             only a part of all processes.
         device_type: Where these groups communicate.
+        ranks: The processes that share the parameter.
         span: Of a parameter that is cut in its flattened form (FSDP1), the first number of the piece and the one after
             its last.
     """
@@ -30,6 +57,7 @@ class Piece:
     copies: int
     groups: tuple[Any, ...] = field(repr=False)
     device_type: str
+    ranks: tuple[int, ...] = field(repr=False)
     span: tuple[int, int] | None = None
 
     def of(self, whole: Tensor, like: Tensor) -> Tensor:
@@ -84,7 +112,8 @@ def _piece_of_dtensor(parameter: Any) -> Piece:
         if placement.is_partial():
             raise ValueError(f"a parameter with placements {parameter.placements} is a sum over processes; reduce it")
         copies *= size if placement.is_replicate() else 1
-    return Piece(parameter.shape, copies, _groups_of(mesh), mesh.device_type)
+    ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
+    return Piece(parameter.shape, copies, _groups_of(mesh), mesh.device_type, ranks)
 
 
 def _groups_of(mesh: Any) -> tuple[Any, ...]:
@@ -112,11 +141,16 @@ def _pieces_of_fsdp(model: nn.Module) -> Iterable[tuple[int, Piece | None]]:
                 yield id(p), None
                 continue
             span = (where.intra_param_start_idx, where.intra_param_end_idx + 1) if where.in_shard else (0, 0)
-            yield id(p), Piece(shape, 1, (handle.process_group,), handle.device.type, span)
+            group = handle.process_group
+            ranks = tuple(sorted(torch.distributed.get_process_group_ranks(group)))
+            yield id(p), Piece(shape, 1, (group,), handle.device.type, ranks, span)
 
 
 class Sharing:
     """Sums over processes of numbers of which each process knows its share.
+
+    Processes that hold different parameters meet in some meshes only. All go through their meshes in one order, the
+    small ones first, so that none waits for a process that waits for it.
 
     Args:
         pieces: For each number the piece of a parameter that it belongs to; None for what every process knows whole.
@@ -125,9 +159,9 @@ class Sharing:
     def __init__(self, pieces: Sequence[Piece | None]) -> None:
         self.pieces = list(pieces)
         self._positions: dict[tuple[tuple[Any, ...], str], list[int]] = {}
-        for i, piece in enumerate(self.pieces):
-            if piece is not None:
-                self._positions.setdefault((piece.groups, piece.device_type), []).append(i)
+        shared = [(i, piece) for i, piece in enumerate(self.pieces) if piece is not None]
+        for i, piece in sorted(shared, key=lambda one: (len(one[1].ranks), one[1].ranks)):
+            self._positions.setdefault((piece.groups, piece.device_type), []).append(i)
         self._ready: tuple[torch.device, Tensor, list[tuple[Any, torch.device, Tensor | None]]] | None = None
 
     def sum(self, shares: Tensor) -> Tensor:
@@ -141,6 +175,8 @@ class Sharing:
         if self._ready is None or self._ready[0] != shares.device:
             self._ready = self._prepared(shares)
         _, weights, collectives = self._ready
+        if is_absent():
+            shares.fill_(torch.nan)
         shares *= weights
         for groups, device, positions in collectives:
             part = moved(shares if positions is None else shares.index_select(1, positions), device)
@@ -149,6 +185,30 @@ class Sharing:
             part = moved(part, shares.device)
             shares = part if positions is None else shares.index_copy_(1, positions, part)
         return shares
+
+    def flagged(self, flags: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which flags are set in any process, and whether any flag of any process is.
+
+        What is set in one mesh is carried on to the next ones, so that processes hear of a parameter that they do not
+        hold. As many collectives as `sum` takes.
+
+        Args:
+            flags: 1 or 0 for each number, shape `[n_pieces]`; changed in place.
+        """
+        if self._ready is None or self._ready[0] != flags.device:
+            self._ready = self._prepared(flags[None])
+        some = flags.max()
+        if is_absent():
+            some = torch.full_like(some, torch.nan)
+        for groups, device, positions in self._ready[2]:
+            part = flags if positions is None else flags.index_select(0, positions)
+            part = moved(torch.cat([part, some[None]]), device)
+            for group in groups:
+                torch.distributed.all_reduce(part, group=group)
+            part = moved(part, flags.device)
+            flags = part[:-1] if positions is None else flags.index_copy_(0, positions, part[:-1])
+            some = part[-1]
+        return flags, some
 
     def _prepared(self, shares: Tensor) -> tuple[torch.device, Tensor, list[tuple[Any, torch.device, Tensor | None]]]:
         """Copy to the device once what every step needs there."""

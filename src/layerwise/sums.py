@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -67,7 +67,7 @@ class DirectionalitySums:
         # A state's own entries that begin with an underscore are not saved; a parameter's name may begin with one.
         self._keys = [f"/{name}" for name in names]
         pieces = [piece for layer in layers for piece in layer.pieces or [None] * len(layer.parameters)]
-        self._sharing = sharing_of(pieces)
+        self._pieces, self._sharing = pieces, sharing_of(pieces)
         if sample is not None and self._sharing is not None:
             raise ValueError(
                 f"sample={sample!r}: the parameters are sharded, and which weights stand for a layer depends on the "
@@ -90,7 +90,7 @@ class DirectionalitySums:
             sums: Those so far; empty before the first step.
             gradients: This step's.
         """
-        every = [(i, _real(g)) for i, g in enumerate(self._held(gradients)) if g is not None]
+        every = [(i, _real(g)) for i, g in enumerate(gradients.tensors) if g is not None]
         if not every and self._sharing is None:
             return sums
         device = every[0][1].device if every else local(self._parameters[0]).device
@@ -99,10 +99,12 @@ class DirectionalitySums:
         if self._sharing is not None:
             joint, received = self._joined(every, device)
             size = joint.sum()
-            totals = [joint[i] for i, _ in every if self._measured[i]]
+            totals = list(joint)
         elif self.sample is None and not self.each_weight and all(self._measured):
-            totals = absolute_sums([g for _, g in every])
-            size = torch.stack([moved(t, device) for t in totals]).sum()
+            totals = [torch.zeros(())] * len(self._keys)
+            for (i, _), total in zip(every, absolute_sums([g for _, g in every]), strict=True):
+                totals[i] = total
+            size = torch.stack([moved(totals[i], device) for i, _ in every]).sum()
         else:
             size = _size([g for _, g in every], device)
         present = [
@@ -122,7 +124,8 @@ class DirectionalitySums:
             scale = 1.0 if gradients.scale is None else gradients.scale.double().reciprocal()
         sums = sums or {**{part: {} for part in PARTS}, "iterations": torch.zeros((), dtype=torch.int64, device=device)}
         sums["iterations"] = moved(sums["iterations"], device) + (1 if counts is None else counts)
-        for i, gradient in present:
+        elsewhere = self._elsewhere({i for i, _ in every})
+        for i, gradient in [*present, *elsewhere]:
             self._open(sums, i, gradient)
             key = self._keys[i]
             arrived: Any = True if received is None else received[i] > 0
@@ -137,8 +140,9 @@ class DirectionalitySums:
             for item in present:  # one at a time: together they would take the room of all parameters once more
                 self._accumulate(sums["absolute"], [item], [item[1].abs()], scale, counts)
         else:
-            totals = absolute_sums(values) if totals is None else totals
-            self._accumulate(sums["absolute"], present, totals, scale, counts)
+            own = absolute_sums(values) if totals is None else [totals[i] for i, _ in present]
+            others = [] if totals is None else [totals[i] for i, _ in elsewhere]
+            self._accumulate(sums["absolute"], [*present, *elsewhere], own + others, scale, counts)
         return sums
 
     def ratios(self, sums: Sums) -> tuple[list[float], list[bool]]:
@@ -180,12 +184,19 @@ class DirectionalitySums:
             return float(signed.sum()), float(absolute), received
         return float(torch.where(absolute > 0, signed / absolute, 0.0).sum()), below, received
 
-    def _held(self, gradients: Gradients) -> Sequence[Tensor | None]:
-        """Return the gradients, with an empty one for a parameter of which this process holds nothing."""
-        if self._sharing is None:
-            return gradients.tensors
-        pieces = [local(p.detach()) for p in self._parameters]
-        return [p if g is None and not p.numel() else g for g, p in zip(gradients.tensors, pieces, strict=True)]
+    def _elsewhere(self, held: Collection[int]) -> list[tuple[int, Tensor]]:
+        """Return the shared parameters of which only other processes may have a gradient, with one of that form.
+
+        Their sums go on here too: a process that left a step out would find another G, and choose other layers.
+
+        Args:
+            held: The parameters of which this process has a gradient.
+        """
+        return [
+            (i, as_dense_real(local(p.detach())))
+            for i, (p, piece) in enumerate(zip(self._parameters, self._pieces, strict=True))
+            if piece is not None and i not in held and self._measured[i] and p.requires_grad
+        ]
 
     def _joined(self, every: Sequence[tuple[int, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return Σ|g| of each parameter over all processes, and how many hold a part of its gradient."""

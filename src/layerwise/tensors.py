@@ -68,3 +68,9 @@ def slots_of(owner: Any) -> dict[str, Any]:
             if slot not in ("__dict__", "__weakref__") and hasattr(owner, name):
                 found[name] = getattr(owner, name)
     return found
+
+
+def several_processes() -> bool:
+    """Return whether this process belongs to a process group of several."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

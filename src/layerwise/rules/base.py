@@ -36,6 +36,8 @@ class Rule(ABC):
     * `default_exclude`: layers that the method leaves out: None, patterns or a callable `(name, parameter) -> bool`.
     * `own_layer`: whether a layer's factor needs the statistics of no other layer, and the state stays as it is but at
       the ends of epochs. Then it can be computed before the other layers' gradients exist, by `step_in_backward`.
+    * `compares_layers`: whether a layer's factor depends on what other layers there are, so that it must see those of
+      all processes; None for the opposite of `own_layer`.
 
     Example:
         >>> class InverseNorm(Rule):
@@ -53,6 +55,7 @@ class Rule(ABC):
     default_decay: ClassVar[Literal["scaled", "plain"] | None] = None
     default_exclude: ClassVar[Exclusion] = None
     own_layer: bool = False
+    compares_layers: bool | None = None
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return the state before the first step, with every entry that it is to have: files are loaded into these.

@@ -16,6 +16,7 @@ from ..tensors import moved
 from .base import Rule, State, finite_or_one
 from .questions import (
     check_rule,
+    compares_layers,
     default,
     derived_state,
     ended_state,
@@ -40,6 +41,7 @@ class _Combined(Rule):
             preferences = (default(rule, name) for rule in rules)
             setattr(self, f"default_{name}", next((p for p in preferences if p is not None), None))
         self.own_layer = all(map(own_layer, rules))
+        self.compares_layers = any(map(compares_layers, rules))
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return the rules' states, by position."""

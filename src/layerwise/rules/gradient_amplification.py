@@ -14,7 +14,7 @@ from ..arguments import has_type
 from ..layers import Layer
 from .base import State, is_number
 from .measured import ChoosingRule, candidates_of
-from .selection import LayerChoice, Measure, check_flag, check_whole
+from .selection import AllLayers, LayerChoice, Measure, check_flag, check_whole
 
 logger = logging.getLogger("layerwise")
 
@@ -102,6 +102,7 @@ class GradientAmplification(ChoosingRule):
             raise TypeError(f"phases={self.phases!r} must be Phase(until, amplify, factor), at least one; try PARAMS_1")
         object.__setattr__(self, "phases", tuple(self.phases))
         object.__setattr__(self, "own_layer", self.selection.measure is None)
+        object.__setattr__(self, "compares_layers", not isinstance(self.selection, AllLayers))
         ends = [phase.until for phase in self.phases]
         if any(later <= earlier for earlier, later in pairwise(ends)):
             raise ValueError(f"phases end at epochs {ends}; each must end after the one before it")

@@ -89,6 +89,7 @@ class LayerDecay(Rule):
     needs = ()
     default_place = "lr"
     own_layer = True
+    compares_layers = True
 
     def __post_init__(self) -> None:
         if not (is_number(self.decay) and 0 < self.decay <= 1):

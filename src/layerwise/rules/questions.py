@@ -47,6 +47,12 @@ def own_layer(rule: Any) -> bool:
     return bool(getattr(rule, "own_layer", False))
 
 
+def compares_layers(rule: Any) -> bool:
+    """Return whether a layer's factor depends on what other layers there are, or on their statistics."""
+    declared = getattr(rule, "compares_layers", None)
+    return not own_layer(rule) if declared is None else bool(declared)
+
+
 def is_pair(result: object) -> TypeGuard[tuple[Any, Any]]:
     """Tell whether a rule's `factors` returned two things, as it must."""
     return isinstance(result, tuple) and len(cast("tuple[object, ...]", result)) == 2

@@ -1,0 +1,211 @@
+"""Refuses factors that would differ between processes which hold different parameters."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .agreement import LONGEST, SECONDS, Table, compared, digest
+from .layer_statistics import NORMS, LayerStatistics
+from .layers import Layer
+from .rules.questions import compares_layers, needs_of
+from .rules.state import described
+from .sharding import settled_gradient
+from .tensors import several_processes
+
+ALIKE = 1e-5
+"""Relative difference up to which norms of two processes are those of one gradient."""
+
+_REMEDY = (
+    "use rules.Constant({layer: factor}) with the factors that the layers have in the whole network, or a rule whose "
+    "factor of a layer follows from that layer alone (own_layer = True), such as LayerAdaptive, LARS or LARC"
+)
+
+
+def refuse_stages(rule: Any, parameters: Iterable[Tensor]) -> None:
+    """Raise if a rule that compares layers is attached to a stage of a pipeline.
+
+    Raises:
+        ValueError: A `PipelineStage` holds one of the parameters.
+    """
+    module = sys.modules.get("torch.distributed.pipelining.stage")
+    kind: Any = getattr(module, "_PipelineStageBase", None)
+    if kind is None or not compares_layers(rule):
+        return
+    ours = set(map(id, parameters))
+    kinds = {kind, *kind.__subclasses__()}
+    # A stage leaves no mark on its module, so all objects that live are looked at.
+    for stage in [one for one in gc.get_objects() if type(one) in kinds]:
+        if stage.num_stages > 1 and any(id(p) in ours for p in stage.submod.parameters()):
+            raise ValueError(
+                f"{described(rule)} compares layers, and this process holds only those of stage {stage.stage_index} of "
+                f"the {stage.num_stages} stages of a pipeline: {_REMEDY}"
+            )
+
+
+def check_processes(rule: Any, layers: Sequence[Layer], statistics: LayerStatistics) -> None:
+    """Raise, in all processes, if their factors of what they share would differ.
+
+    It compares once what each process holds, through the key-value store by which they met. It waits for the device,
+    and up to ten seconds for processes that do not step with this rule; where parameters are shared, a minute.
+
+    Args:
+        rule: The rule.
+        layers: The layers.
+        statistics: Of the layers.
+
+    Raises:
+        ValueError: The processes hold different layers, or a layer joins what they share with what each holds alone.
+        RuntimeError: A process that shares parameters has attached nothing.
+    """
+    if not several_processes():
+        return
+    refuse_stages(rule, statistics.members)
+    needs = set(needs_of(rule))
+    if statistics.sharing is not None:
+        check_members("LayerwiseLR", {"rule": described(rule)}, statistics, needs_all=bool(needs))
+    compares = compares_layers(rule)
+    # A rule that gives each layer its own factor may sum gradients for itself, and reads none for its factors.
+    reads = bool(needs - {"learning_rate"} if compares else needs & {*NORMS, "normalisation_gain"})
+    everywhere = torch.distributed.get_world_size()
+    if all(piece is not None and len(piece.ranks) == everywhere for piece in statistics.pieces):
+        return  # all processes hold all of it together
+    if not compares and not (reads and any(layer.included and len(layer.parameters) > 1 for layer in layers)):
+        return
+    own = _table(layers, statistics)
+    table = compared(f"held {described(rule)}", own, _merged, None, SECONDS)
+    if table is not None:
+        _judge(rule, table, compares=compares, reads=reads, several=everywhere)
+
+
+def check_members(what: str, alike: Table, statistics: LayerStatistics, *, needs_all: bool) -> None:
+    """Raise, in all processes that share parameters, unless each has attached the same to the same layers.
+
+    Args:
+        what: What is attached.
+        alike: What must be equal in all of them, by name.
+        statistics: Of the layers.
+        needs_all: Whether a collective follows.
+
+    Raises:
+        ValueError: Something is not equal.
+        RuntimeError: One of them has attached nothing, so that the next collective would wait for it forever.
+    """
+    shared: dict[tuple[int, ...], list[str]] = {}
+    names = (f"{layer.name}:{name}" for layer in statistics.layers for name in layer.parameter_names)
+    for name, piece in zip(names, statistics.pieces, strict=True):
+        if piece is not None:
+            shared.setdefault(piece.ranks, []).append(name)
+    own = {name: [repr(value)] for name, value in alike.items()}
+    for ranks in sorted(shared, key=lambda ranks: (len(ranks), ranks)):
+        table = {**own, "names of layers": [digest(shared[ranks])]}
+        found = compared(what, table, _united, ranks, LONGEST if needs_all else SECONDS)
+        if found is None and needs_all:
+            raise RuntimeError(
+                f"the parameters are shared by the processes {list(ranks)}, and within {LONGEST:g} s not all of them "
+                f"have come to the first step with a {what}: make it in every process, since its statistics are sums "
+                "over all of them"
+            )
+        for name, values in (found or {}).items():
+            if len(values) > 1:
+                shown = f" ({', '.join(values)})" if name in own else ""
+                raise ValueError(
+                    f"{what}: {name} differs between the processes that share the parameters{shown}; pass the same in "
+                    "all"
+                )
+
+
+def _united(before: Table, own: Table) -> Table:
+    return {name: sorted({*before[name], *own[name]}) for name in own}
+
+
+def _table(layers: Sequence[Layer], statistics: LayerStatistics) -> Table:
+    """Return the norms of gradient and weight of all that this process holds, by layer and parameter."""
+    rank, everywhere = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    gradients = [settled_gradient(p) for p in statistics.members]
+    squares = torch.stack([statistics.squares(gradients), statistics.squares(statistics.members)])
+    norms = cast(list[list[float]], squares.sqrt().nan_to_num(-1.0, -1.0, -1.0).tolist())
+    held: dict[str, dict[str, list[float]]] = {}
+    shapes: list[Any] = []
+    position = 0
+    for layer in layers:
+        for i, (name, whole) in enumerate(zip(layer.parameter_names, layer.whole(), strict=True)):
+            piece = statistics.pieces[position]
+            gradient, weight = norms[0][position], norms[1][position]
+            position += 1
+            shapes.append([layer.name, name, list(whole.shape)])
+            if piece is not None and len(piece.ranks) == everywhere:  # the sums over all processes are alike
+                key, gradient, weight = name, 1.0, 1.0
+            else:
+                key = name if piece is None else f"{name} (part {piece.ranks.index(rank)} of {len(piece.ranks)})"
+            if layer.included:
+                matrix = float(layer.parameters[i].ndim > 1)
+                held.setdefault(layer.name, {})[key] = [gradient, gradient, weight, weight, matrix, 1]
+    return {"layers": digest(shapes), "held": held}
+
+
+def _merged(before: Table, own: Table) -> Table:
+    held: dict[str, dict[str, list[float]]] = {name: dict(inside) for name, inside in before["held"].items()}
+    for layer, inside in own["held"].items():
+        known = held.setdefault(layer, {})
+        for key, (low, high, least, most, matrix, _) in inside.items():
+            a, b, c, d, _, count = known.get(key, [low, high, least, most, matrix, 0])
+            known[key] = [min(a, low), max(b, high), min(c, least), max(d, most), matrix, count + 1]
+    return {"layers": own["layers"] if before["layers"] == own["layers"] else "", "held": held}
+
+
+def _judge(rule: Any, table: Table, *, compares: bool, reads: bool, several: int) -> None:
+    """Raise if the rule would find different factors in different processes."""
+    held: dict[str, dict[str, list[float]]] = table["held"]
+    if compares and not table["layers"]:
+        raise ValueError(
+            f"{described(rule)} compares layers, and the processes hold different ones, as the stages of a pipeline "
+            f"or experts do, so each would compare its own alone: {_REMEDY}"
+        )
+    alike: dict[str, list[str]] = {}
+    alone: dict[str, list[str]] = {}
+    matrices: list[bool] = []
+    for layer, inside in held.items():
+        for key, (low, high, least, most, matrix, count) in inside.items():
+            parts = int(key.rpartition(" of ")[2][:-1]) if key.endswith(")") else 1
+            if count < several // parts or (low >= 0 and _differ(low, high)):
+                alone.setdefault(layer, []).append(key)
+            elif low > 0:
+                alike.setdefault(layer, []).append(key)
+            if matrix:
+                matrices.append(_differ(least, most))
+    if compares and alone and not alike and all(matrices):
+        raise ValueError(
+            f"{described(rule)} compares layers, and each process holds other weights under the same names, as the "
+            f"stages of a pipeline do, so each would compare its own alone: {_REMEDY}. Networks that have nothing to "
+            "do with each other train without a process group"
+        )
+    if not reads:
+        return
+    if compares and alike and alone:
+        raise ValueError(
+            f"{described(rule)} compares layers, and some parameters are held alike by all processes "
+            f"({_some(alike)}), others by each its own ({_some(alone)}), so what they share would get other factors "
+            f"in each: make the latter DTensors, or {_REMEDY}"
+        )
+    for layer in alike.keys() & alone.keys():
+        raise ValueError(
+            f"layer {layer!r} joins parameters that all processes hold alike ({_some({layer: alike[layer]})}) with "
+            f"parameters of which each holds its own ({_some({layer: alone[layer]})}), so its norm, and with it the "
+            "factor of what they share, would differ between processes: pass layers='parameter', or patterns that "
+            "keep the two apart, or make the latter DTensors"
+        )
+
+
+def _differ(low: float, high: float) -> bool:
+    return high - low > ALIKE * high
+
+
+def _some(by_layer: dict[str, list[str]], most: int = 4) -> str:
+    names = [name for inside in by_layer.values() for name in inside]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
