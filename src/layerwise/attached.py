@@ -91,7 +91,7 @@ class AttachedRule:
     def load(self, saved: Any) -> None:
         """Go on with a saved state of the rule."""
         self.state = load_state(self._rule, saved, self.state)
-        self._last_raw = None
+        self._last_raw, self._compared = None, False
 
     def detach(self) -> None:
         """Take the hooks off; a second call does nothing."""
@@ -119,7 +119,7 @@ class AttachedRule:
         if self._idle:
             return
         if not self._compared:
-            check_processes(self._rule, self.found.layers, self.found.statistics)
+            check_processes(self._rule, self.state, self.found.layers, self.found.statistics)
             self._compared = True
         if self._finite is not None:
             with absent(not self.enabled):

@@ -13,8 +13,9 @@ from torch import Tensor
 from .agreement import LONGEST, SECONDS, Table, compared, digest
 from .layer_statistics import NORMS, LayerStatistics
 from .layers import Layer
+from .rules.base import State
 from .rules.questions import compares_layers, needs_of
-from .rules.state import described
+from .rules.state import described, is_state, kind_of
 from .sharding import settled_gradient
 from .tensors import several_processes
 
@@ -48,7 +49,7 @@ def refuse_stages(rule: Any, parameters: Iterable[Tensor]) -> None:
             )
 
 
-def check_processes(rule: Any, layers: Sequence[Layer], statistics: LayerStatistics) -> None:
+def check_processes(rule: Any, state: State, layers: Sequence[Layer], statistics: LayerStatistics) -> None:
     """Raise, in all processes, if their factors of what they share would differ.
 
     It compares once what each process holds, through the key-value store by which they met. It waits for the device,
@@ -56,11 +57,13 @@ def check_processes(rule: Any, layers: Sequence[Layer], statistics: LayerStatist
 
     Args:
         rule: The rule.
+        state: What it remembers.
         layers: The layers.
         statistics: Of the layers.
 
     Raises:
-        ValueError: The processes hold different layers, or a layer joins what they share with what each holds alone.
+        ValueError: The processes hold different layers, are in different epochs, or a layer joins what they share with
+            what each holds alone.
         RuntimeError: A process that shares parameters has attached nothing.
     """
     if not several_processes():
@@ -68,7 +71,8 @@ def check_processes(rule: Any, layers: Sequence[Layer], statistics: LayerStatist
     refuse_stages(rule, statistics.members)
     needs = set(needs_of(rule))
     if statistics.sharing is not None:
-        check_members("LayerwiseLR", {"rule": described(rule)}, statistics, needs_all=bool(needs))
+        alike = {"rule": described(rule), "epoch": _epochs(state)}
+        check_members("LayerwiseLR", alike, statistics, needs_all=bool(needs))
     compares = compares_layers(rule)
     # A rule that gives each layer its own factor may sum gradients for itself, and reads none for its factors.
     reads = bool(needs - {"learning_rate"} if compares else needs & {*NORMS, "normalisation_gain"})
@@ -78,7 +82,7 @@ def check_processes(rule: Any, layers: Sequence[Layer], statistics: LayerStatist
     if not compares and not (reads and any(layer.included and len(layer.parameters) > 1 for layer in layers)):
         return
     own = _table(layers, statistics)
-    table = compared(f"held {described(rule)}", own, _merged, None, SECONDS)
+    table = compared(f"held {kind_of(rule)}", own, _merged, None, SECONDS)
     if table is not None:
         _judge(rule, table, compares=compares, reads=reads, several=everywhere)
 
@@ -118,6 +122,13 @@ def check_members(what: str, alike: Table, statistics: LayerStatistics, *, needs
                     f"{what}: {name} differs between the processes that share the parameters{shown}; pass the same in "
                     "all"
                 )
+
+
+def _epochs(state: State) -> list[int]:
+    """Return the epochs that rules count, of which some take collectives and others none."""
+    inner = [_epochs(value) for value in state.values() if is_state(value)]
+    own = [value for name, value in state.items() if name == "epoch" and isinstance(value, int)]
+    return own + [epoch for epochs in inner for epoch in epochs]
 
 
 def _united(before: Table, own: Table) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -273,6 +274,22 @@ def resumed_steps_differ(rank: int, world: int) -> Any:
 
 
 @case
+def loaded_states_differ(rank: int, world: int) -> Any:
+    choice = GradientAmplification(Directionality(kinds=None), [Phase(9, True)])
+    model = sharded(zero_head(), world)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    adapter = layerwise.LayerwiseLR(optimizer, choice, model)
+    saved = adapter.state_dict()
+    if rank == 0:
+        saved["state"]["epoch"] = 2
+    adapter.load_state_dict(saved)
+    model(batch(0, rank, world)[0]).sum().backward()
+    with pytest.raises(ValueError, match="epoch differs between the processes"):
+        optimizer.step()
+    return "refused"
+
+
+@case
 def rules_differ(rank: int, world: int) -> Any:
     try:
         return warm_up(zero_head(), rank, world, rule=LARS() if rank else LayerAdaptive())
@@ -286,6 +303,7 @@ def test_arguments_that_differ_are_refused_in_every_process(results):
         assert "Monitor: every differs between the processes" in result["every_differs"]
         assert "(2, 3)" in result["every_differs"]
         assert result["resumed_steps_differ"] == "refused", result["resumed_steps_differ"]
+        assert result["loaded_states_differ"] == "refused", result["loaded_states_differ"]
         assert "LayerwiseLR: rule differs between the processes" in result["rules_differ"]
 
 
@@ -564,6 +582,8 @@ def whole_chain() -> nn.Sequential:
 
 def step_of_a_stage(model: nn.Module, rule: Any, rank: int) -> Any:
     """Take a step of one stage; the gradients are those of no other process."""
+    if rule is COMPARING["depth by a function of the stage"]:
+        rule = LayerDecay(0.5, depth=functools.partial(shifted, rank))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(rank), dtype=p.dtype)
@@ -581,10 +601,16 @@ def stage_with_its_names(rank: int) -> nn.Module:
     return nn.ModuleDict({str(i): whole_chain()[i] for i in (2 * rank, 2 * rank + 1)})
 
 
+def shifted(rank: int, name: str) -> int:
+    """Return the depth in the whole network of a layer of a stage: the largest one is still that of the stage."""
+    return int(name) + 2 * rank
+
+
 COMPARING = {
     "depth": LayerDecay(0.5),
     "bounded depth": bounds(LayerDecay(0.5), 0.1, 1),
     "depth by a function": LayerDecay(0.5, depth=int),
+    "depth by a function of the stage": LayerDecay(0.5),  # to be made in each process
     "products": BackMatching(),
     "scores": GradientAmplification(Directionality(kinds=None), [Phase(9, True)]),
 }

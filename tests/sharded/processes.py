@@ -12,7 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "layerwise"]
+PRELOAD = [
+    "torch",
+    "torch._dynamo",  # which the first step of an optimizer with hooks imports
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "layerwise",
+]
 
 
 def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
