@@ -25,6 +25,7 @@ from .backward_checks import (
     check_engine,
     check_loss,
     check_optimizer,
+    check_options,
     check_own_layer,
     check_wrappers,
 )
@@ -245,6 +246,7 @@ class StepInBackward:
             raise RuntimeError(CREATE_GRAPH)
         if OptimizerHooks.has_any(optimizer):
             raise RuntimeError(ATTACHED_TOO)
+        check_options(optimizer)  # a state that was loaded may bring others
         if not self._proven or self._several != several_processes():
             check_wrappers(parameters_of(optimizer.param_groups))
             check_loss()

@@ -64,12 +64,7 @@ def check_optimizer(optimizer: optim.Optimizer) -> None:
             f"optimizer={name}: step_in_backward steps one layer at a time, which is known to give the same numbers "
             "for torch.optim's SGD, Adagrad, Adam and AdamW; this step is another one. Use one of these, or LayerwiseLR"
         )
-    for option, reason in (
-        ("differentiable", "keeps the gradients in a graph, and these are freed"),
-        ("capturable", "is for CUDA graphs of the whole step, and no step of the whole is left"),
-    ):
-        if any(group.get(option) for group in optimizer.param_groups):
-            raise ValueError(f"{name}({option}=True) {reason}; use {option}=False with step_in_backward")
+    check_options(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if any(hasattr(p, "device_mesh") for p in parameters):
         raise ValueError(
@@ -82,6 +77,21 @@ def check_optimizer(optimizer: optim.Optimizer) -> None:
             f"{present} of {len(parameters)} parameters hold a gradient already, which the next backward() would add "
             "to: call optimizer.zero_grad() first"
         )
+
+
+def check_options(optimizer: optim.Optimizer) -> None:
+    """Raise for a form of the optimizer's step that cannot take one layer at a time.
+
+    Raises:
+        ValueError: A group asks for it.
+    """
+    name = type(optimizer).__name__
+    for option, reason in (
+        ("differentiable", "keeps the gradients in a graph, and these are freed"),
+        ("capturable", "is for CUDA graphs of the whole step, and no step of the whole is left"),
+    ):
+        if any(group.get(option) for group in optimizer.param_groups):
+            raise ValueError(f"{name}({option}=True) {reason}; use {option}=False with step_in_backward")
 
 
 def check_own_layer(rule: Any) -> None:

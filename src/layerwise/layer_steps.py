@@ -17,7 +17,7 @@ from .layers import Layer
 from .model import Model
 from .optimizers import automatic_place, damps_history
 from .partition import OUTSIDE, Partition
-from .resolution import rates_of, requested, resolve
+from .resolution import circumstances_of, parameters_of, rates_of, requested, resolve
 from .rules.base import State, finite_or_one
 from .rules.questions import ended_state, is_pair, needs_of, renewed_state
 from .rules.state import described
@@ -103,6 +103,7 @@ class LayerSteps:
         changed = len(groups) != len(self._grouped) or not all(
             same_objects(group["params"], known) for group, known in zip(groups, self._grouped, strict=True)
         )
+        changed = changed or circumstances_of(groups, parameters_of(groups), self._request) != self._circumstances
         if changed or self.layers[0].parameters[0].device != self._device:
             self._resolve(optimizer)
         self._rates = rates_of(groups)
@@ -199,7 +200,7 @@ class LayerSteps:
             for unit, layer in zip(self.units, layers, strict=False):  # those outside come last
                 unit.statistics = LayerStatistics([layer], self._needs)
         self.unit_of = {id(p): unit for unit in self.units for p in unit.parameters}
-        self.layers, self._device = layers, device
+        self.layers, self._device, self._circumstances = layers, device, found.circumstances
         self._grouped = [list(parameters) for parameters in groups]
         self._first_group, self._in_numbers = found.first_group, found.in_numbers
         self._raw = self._known = None

@@ -26,7 +26,7 @@ from .tensors import holds_weights, same_objects
 from .trial import try_again
 
 Decay = Literal["auto", "scaled", "plain"]
-Circumstances = tuple[int, list[tuple[bool, bool]], list[bool], list[tuple[bool, bool]]]
+Circumstances = tuple[int, tuple[list[type], list[bool]], list[bool], list[tuple[bool, bool]]]
 """Number of processes, 0 without a process group; how each parameter is shared; which are trained; groups' options."""
 MOST_NUMBERS = 256
 """Layers up to which plain numbers cost less than tensor operations; on the CPU, for elementwise rules."""
@@ -203,9 +203,8 @@ def circumstances_of(
     distributed = torch.distributed
     processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 0
     # FSDP1 keeps the parameters and cuts what they hold; swap_tensors makes DTensors of them.
-    shared = (
-        [(hasattr(p, "device_mesh"), getattr(p, "_fsdp_flattened", False)) for p in parameters] if processes else []
-    )
+    several: Sequence[Tensor] = parameters if processes else ()
+    shared = (list(map(type, several)), [bool(getattr(p, "_fsdp_flattened", False)) for p in several])
     asked = callable(request.layers) or callable(request.exclude)
     trained = [p.requires_grad for p in parameters] if asked else []
     options = [

@@ -818,3 +818,28 @@ def test_option_that_is_set_after_attaching_is_refused_too():
     with pytest.raises(ValueError, match="differentiable=True"):
         optimizer.step()
     close(whole(model), before)
+
+
+def test_option_and_thawing_after_attaching_reach_step_in_backward():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class Frozen(Constant):
+        """Fixed factors for what is trained."""
+
+        default_exclude = staticmethod(lambda name, p: not p.requires_grad)
+
+    handle = layerwise.step_in_backward(optimizer, model, Frozen({"*": 3.0}))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert handle.get_last_factors() == {"0": 1.0, "1": 3.0}
+    model[0].requires_grad_(True)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert handle.get_last_factors() == {"0": 3.0, "1": 3.0}
+    optimizer.param_groups[0]["differentiable"] = True
+    before = whole(model)
+    with pytest.raises(ValueError, match="differentiable=False"):
+        model(torch.ones(1, 2)).sum().backward()
+    close(whole(model), before)
