@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Generator, Mapping
 from typing import Any, Literal
 
 from torch.optim import Optimizer
 
+from .advice import flattened
 from .arguments import check_choice
 from .attached import AttachedRule
 from .hooks import OptimizerHooks
@@ -19,7 +21,7 @@ from .optimizers import PLACES, PlaceName, acting_optimizer, no_effect, refuse, 
 from .resolution import Decay, requested
 from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds
-from .rules.questions import check_rule, ended_state, get_selection, needs_of, remarks_of
+from .rules.questions import check_rule, doubts_of, ended_state, get_selection, needs_of, remarks_of
 from .rules.selection import Selection
 from .rules.state import check_saved, copied, described, kind_of
 from .statistics import check_needs
@@ -57,6 +59,10 @@ class LayerwiseLR:
             read gradients give its layer factor 1. `"raise"`: `FloatingPointError`, which names layer and step, before
             parameters, states or this adapter's factors change; not where a gradient scaler skips such steps. It reads
             the gradients once more and waits for the device (one more collective, if sharded) at each step.
+
+    Warns:
+        UserWarning: All parameters are one layer because their names tell of no modules, or the rule is in doubt about
+            the layers, such as `LayerDecay` about their depths.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -105,6 +111,9 @@ class LayerwiseLR:
         self._told = False
         for message in self._remarks(inner):
             logger.warning(message)
+        found = self._attached.found.layers
+        for message in flattened(found, self._request.layers) + doubts_of(rule, found):
+            warnings.warn(message, UserWarning, stacklevel=2)
 
     # --- What a person asks -------------------------------------------------------------------------------------------
 

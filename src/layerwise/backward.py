@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Generator
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from .advice import flattened
 from .arrivals import Arrival, are_received, registered
 from .backward_checks import (
     ACCUMULATED,
@@ -37,7 +39,7 @@ from .memory import LARGE, return_freed_memory
 from .model import Model, as_module
 from .optimizers import unwrap
 from .resolution import parameters_of
-from .rules.questions import check_rule, needs_of
+from .rules.questions import check_rule, doubts_of, needs_of
 from .rules.state import described
 from .statistics import check_needs
 from .tensors import several_processes
@@ -126,6 +128,11 @@ class StepInBackward:
         self._scaling = {name: value for name, value in vars(inner).items() if name == _SCALING}
         vars(inner)[_SCALING] = ScalerRefusal()
         outside = self._steps.outside()
+        if rule is not None:
+            for message in flattened(self._steps.layers, self._steps.specification) + doubts_of(
+                rule, self._steps.layers
+            ):
+                warnings.warn(message, UserWarning, stacklevel=3)
         if outside and rule is not None:
             logger.warning(f"{outside} of the optimizer's {len(parameters)} parameters are in no layer: factor 1")
 

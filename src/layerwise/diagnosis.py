@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Adafactor, Optimizer
 
 from .adapter import LayerwiseLR
+from .advice import divided, joining
 from .arguments import chosen
 from .cost import Cost, Failure, check_seconds, measured_cost
 from .hooks import OptimizerHooks
 from .known_optimizers import reason_against
-from .layers import Layer, divided, joining, named_parameters_of
+from .layers import Layer, named_parameters_of
 from .model import Model, as_module, named_parameters
 from .optimizers import (
     SCALE_INVARIANT,
@@ -24,7 +26,7 @@ from .optimizers import (
     why_not_rate,
 )
 from .rules import LayerAdaptive
-from .rules.questions import default, needs_of
+from .rules.questions import default, needs_of, table_of
 from .tensors import holds_weights
 
 
@@ -81,14 +83,19 @@ def diagnose(
     inner = unwrap(optimizer)
     model = as_module(model)
     try:
-        adapter = LayerwiseLR(inner, rule, model, **arguments)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapter = LayerwiseLR(inner, rule, model, **arguments)
     except (TypeError, ValueError) as error:
         text = f"{type(rule).__name__} on {type(inner).__name__}: cannot be attached\n\nproblem   {error}"
     else:
         adapter.detach()
         cost = measured_cost(inner, model, rule, seconds, **arguments)
         automatic, specification = arguments.get("apply", "auto") == "auto", arguments.get("layers", "auto")
-        text = _describe(adapter, inner, model, rule, most, cost, automatic=automatic, specification=specification)
+        warned = [str(one.message).partition("\n")[0] for one in caught]  # without their tables, which come anyway
+        text = _describe(
+            adapter, inner, model, rule, most, cost, automatic=automatic, specification=specification, warned=warned
+        )
     print(text)
     return text
 
@@ -103,6 +110,7 @@ def _describe(
     *,
     automatic: bool,
     specification: Any,
+    warned: list[str],
 ) -> str:
     name = type(optimizer).__name__
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -125,9 +133,12 @@ def _describe(
         )
     if len(layers) > most:
         lines.append(f"… and {len(layers) - most} more (most={len(layers)} lists all)")
+    if table := table_of(rule, layers):
+        lines += ["", *table]
     inside = {id(p) for p in tensors}
     outside = [p for p in _weights_of(optimizer) if id(p) not in inside]
     problems = _problems(adapter, optimizer, model, len(outside))
+    problems += warned
     problems += [cost.error] if isinstance(cost, Failure) else []
     lines += ["", f"acts on   {adapter.apply!r}: {_where(adapter, optimizer)}"]
     lines += [f"because   {_why(adapter, optimizer, automatic)}", f"costs     {_cost(adapter)}"]

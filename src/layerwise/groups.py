@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+from .advice import flattened
 from .layers import LayerSpecification, make_layers, unique_names
 from .model import Model, as_module, named_parameters
 
@@ -43,6 +45,8 @@ def param_groups(model: Model, layers: LayerSpecification = "module") -> list[di
     if not named:
         raise ValueError(f"model={type(model).__name__} has no parameter that requires a gradient")
     found = make_layers(named, layers, module)
+    for message in flattened(found, layers):
+        warnings.warn(message, UserWarning, stacklevel=2)
     missing = named.keys() - {name for layer in found for name in layer.parameter_names}
     if missing:
         raise ValueError(f"layers={layers!r} leaves out {sorted(missing)}; add a pattern such as '*' for the rest")

@@ -77,7 +77,7 @@ class LayerSteps:
         self.rule = rule
         self._needs = [name for name in needs_of(rule) if name in BY_LAYER] if rule is not None else []
         self._request = requested(rule, model)
-        self.decay = self._request.decay
+        self.decay, self.specification = self._request.decay, self._request.layers
         self.layers: list[Layer] = []
         self._state: State = {}
         self._raw: tuple[Tensor, int] | None = None

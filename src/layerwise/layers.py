@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from glob import escape
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -75,7 +74,7 @@ def check_patterns(patterns: Iterable[object], names: Iterable[str], argument: s
         if not any(matches(pattern, name) for name in names):
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{argument} pattern {pattern!r} matches none of {_some(names)}.{hint}")
+            raise ValueError(f"{argument} pattern {pattern!r} matches none of {some(names)}.{hint}")
 
 
 def named_parameters_of(optimizer: Any, model: nn.Module | None) -> dict[str, Tensor]:
@@ -158,7 +157,7 @@ def make_layers(
             raise TypeError(f"layers({name!r}, parameter) returned {layer!r}; it must return a string or None")
         members.setdefault(layer, []).append((name, parameter))
     if not members:
-        raise ValueError(f"layers={specification!r} puts no parameter into a layer; names: {_some(named_parameters)}")
+        raise ValueError(f"layers={specification!r} puts no parameter into a layer; names: {some(named_parameters)}")
     layers: list[Layer] = []
     for layer, entries in members.items():
         own = {owner_name(name) for name, _ in entries}
@@ -171,69 +170,6 @@ def make_layers(
     return layers
 
 
-@dataclass(frozen=True)
-class Divided:
-    """A module that owns parameters beside modules below it that own some, so that they are several layers.
-
-    Args:
-        layer: The layer of the parameters that it owns.
-        below: The layers of the modules below it.
-        separator: What stands between its name and theirs.
-    """
-
-    layer: Layer
-    below: tuple[Layer, ...]
-    separator: str
-
-    @property
-    def pattern(self) -> str:
-        """What matches the parameters of all of them."""
-        return f"{escape(self.layer.name)}{self.separator}*"
-
-    def __str__(self) -> str:
-        own = _some([name.rpartition(".")[2] for name in self.layer.parameter_names], 3, str)
-        below = _some([layer.name for layer in self.below], 3, str)
-        return f"{self.layer.name or '(root)'!r} owns {own}, beside {below}: several layers"
-
-
-def divided(layers: Sequence[Layer]) -> list[Divided]:
-    """Return the modules that own parameters beside modules below them that own some.
-
-    Args:
-        layers: Layers of `"module"`.
-    """
-    found: list[Divided] = []
-    for layer in layers:
-        for separator in (".", "/") if layer.name else ("",):
-            prefix = layer.name + separator
-            below = tuple(other for other in layers if other is not layer and other.name.startswith(prefix))
-            if below:
-                found.append(Divided(layer, below, separator))
-    return found
-
-
-def joining(layers: Sequence[Layer], modules: Sequence[Divided], most: int = 40) -> str:
-    """Return as Python the value of `layers` that makes each of these modules one layer and leaves others as they are.
-
-    Of those below one another the inner is one, and the rest of the outer.
-
-    Args:
-        layers: Layers of `"module"`.
-        modules: Modules that own parameters beside modules below; the root alone, or others.
-        most: Up to how many patterns are listed; a function says it of more.
-    """
-    swallowed = {id(layer) for one in modules for layer in (one.layer, *one.below)}
-    kept = [layer for layer in layers if id(layer) not in swallowed]
-    whole = [layer for layer in kept if len({owner_name(name) for name in layer.parameter_names}) > 1]
-    patterns = {one.layer.name: one.pattern for one in modules}
-    patterns |= {layer.name: f"{escape(layer.name)}.*" if layer in whole else escape(layer.name) for layer in kept}
-    deepest = sorted(patterns, key=lambda name: -name.count("."))
-    if len(deepest) <= most or any("/" in name for name in deepest):
-        return repr([patterns[name] for name in deepest])
-    joined = tuple(name for name in deepest if patterns[name].endswith(".*"))
-    return f"lambda name, parameter: next((m for m in {joined!r} if name.startswith(m + '.')), name.rpartition('.')[0])"
-
-
 def warn_of_integers(named_parameters: Mapping[str, Tensor]) -> None:
     """Warn of parameters in no layer because they hold integers; for a constructor, which the warning points past.
 
@@ -243,7 +179,7 @@ def warn_of_integers(named_parameters: Mapping[str, Tensor]) -> None:
     names = [f"{name} ({p.dtype})" for name, p in named_parameters.items() if not holds_weights(p)]
     if names:
         warnings.warn(
-            f"{len(names)} of the optimizer's parameters hold no floating-point numbers: {_some(names, 5, str)}. "
+            f"{len(names)} of the optimizer's parameters hold no floating-point numbers: {some(names, 5, str)}. "
             "Quantised weights have no norm here, so these parameters are in no layer, and their factor is 1",
             UserWarning,
             stacklevel=3,
@@ -311,7 +247,8 @@ def unique_names(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return result
 
 
-def _some(names: Iterable[str], most: int = 8, form: Callable[[str], str] = repr) -> str:
+def some(names: Iterable[str], most: int = 8, form: Callable[[str], str] = repr) -> str:
+    """Return the first names in words, and how many there are."""
     names = list(dict.fromkeys(names))
     shown = ", ".join(form(name) for name in names[:most])
     return shown + (f", … ({len(names)} in all)" if len(names) > most else "")

@@ -18,7 +18,7 @@ _WRAPPER = re.compile(
 )
 _LEADING = re.compile(r"^(?:module(?:\.|$))+")
 _PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original(\d*)$")
-_ATTENTION = re.compile(r"^(?:(.*)\.)?(?:in_proj|q_proj|k_proj|v_proj)_weight$")
+ATTENTION = re.compile(r"^(?:(.*)\.)?(?:in_proj|q_proj|k_proj|v_proj)_weight$")
 
 
 class SeveralModules(nn.Module):
@@ -80,7 +80,8 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the model's modules by their clean names; of a wrapper and what it wraps, the latter."""
-    return {_clean_in(model, name).rstrip("."): module for name, module in model.named_modules()}
+    found: Iterable[tuple[str, nn.Module]] = cast(Any, model).named_modules()
+    return {_clean_in(model, name).rstrip("."): module for name, module in found}
 
 
 def _clean_in(model: nn.Module, name: str) -> str:
@@ -144,7 +145,7 @@ class Owners:
             for name, module in self.modules.items()
             for child in getattr(module, "adapter_layer_names", ())
         }
-        attentions = [found[1] or "" for name in names if model is None and (found := _ATTENTION.match(name))]
+        attentions = [found[1] or "" for name in names if model is None and (found := ATTENTION.match(name))]
         self._projections = {f"{name}.out_proj".lstrip("."): name for name in attentions}
 
     def __call__(self, parameter_name: str) -> str:

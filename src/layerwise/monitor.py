@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .advice import flattened
 from .arguments import chosen, has_type
 from .hooks import Member, OptimizerHooks
 from .idle import makes_state_only
@@ -104,6 +106,8 @@ class Monitor:
         self._resolve(inner)
         if not self._takes_layers_of_rule(inner):
             warn_of_integers(named_parameters_of(inner, self._model))
+            for message in flattened(self._layers, chosen(layers, None, "module")):
+                warnings.warn(message, UserWarning, stacklevel=2)
         self._optimizer = weakref.ref(inner)
         if any(isinstance(other, Monitor) for other in OptimizerHooks.observers_of(inner)):
             logger.warning(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -42,7 +43,9 @@ def _errors_only() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():  # of the layers: before the first run, whoever planned it has seen them
+            warnings.filterwarnings("ignore", r"LayerDecay takes the depths|all \d+ parameters", UserWarning)
+            yield
     finally:
         logger.setLevel(level)
 

@@ -19,6 +19,7 @@ from .questions import (
     compares_layers,
     default,
     derived_state,
+    doubts_of,
     ended_state,
     get_selection,
     initial_state,
@@ -26,6 +27,7 @@ from .questions import (
     needs_of,
     own_layer,
     remarks_of,
+    table_of,
 )
 from .selection import Selection
 from .state import is_state, kind_of
@@ -68,6 +70,14 @@ class _Combined(Rule):
     def remarks(self, layers: Sequence[Layer]) -> list[str]:
         """Return what a person should know of each rule."""
         return [remark for rule in self.rules for remark in remarks_of(rule, layers)]
+
+    def doubts(self, layers: Sequence[Layer]) -> list[str]:
+        """Return in what each rule may be wrong about the layers."""
+        return [doubt for rule in self.rules for doubt in doubts_of(rule, layers)]
+
+    def table(self, layers: Sequence[Layer]) -> list[str]:
+        """Return the rules' tables, one below the other."""
+        return [line for rule in self.rules for line in table_of(rule, layers)]
 
     def get_selection(self, state: State) -> list[Selection] | None:
         """Return the last choice of the first rule that chooses layers."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..arguments import has_type
-from ..layers import Layer
+from ..layers import Layer, some
 from ..statistics import Statistics
 from .base import Rule, State, is_number
 from .constant import fixed_factors
@@ -55,6 +56,129 @@ def depths(names: Sequence[str]) -> list[int]:
     ]
 
 
+# Layers that are next to the loss by their name, and those next to the input.
+_HEAD = re.compile(r"(?:^|_)(?:head|classifier|logits)s?(?:_?\d+)?$|^final")
+_HEAD_WORD = re.compile(r"^(?:fc|out|output|score|cls|readout|predictions|project_out)$")
+_EMBEDDING = re.compile(r"embed(?!_?out)|^(?:stem|wte|wpe)$")
+
+
+def doubts_about_depths(layers: Sequence[Layer], levels: Sequence[int]) -> list[str]:
+    """Return why depths that follow from the layers' names alone may be wrong; nothing where the names are plain.
+
+    Args:
+        layers: The layers.
+        levels: Their depths, as `depths` found them.
+    """
+    names = [layer.name for layer in layers]
+    top = max(levels)
+    blocks = [match[0] if (match := _BLOCK.match(name)) else None for name in names]
+    heads = _last_head(layers, blocks)
+    stacks = dict.fromkeys(block.rpartition(".")[0] for block in blocks if block is not None and block not in heads)
+    reasons: list[str] = []
+    if len({re.sub(r"\d+", "", stack) for stack in stacks}) > 1:
+        shown = some([f"{stack}.*".lstrip(".") for stack in stacks], 4)
+        reasons.append(f"there are several numbered stacks ({shown}), and each is taken to lie above the one before")
+    if len({re.sub(r"\d+", "", stack) for stack in stacks}) < len(stacks) or _has_inner_blocks(names, blocks):
+        shown = some([block for block in blocks if block], 3)
+        reasons.append(f"names hold numbers at two levels, and the depths count {shown}")
+    numbers = [(block.rpartition(".")[0], int(block.rpartition(".")[2])) for block in dict.fromkeys(blocks) if block]
+    if any(one[0] == two[0] and two[1] < one[1] for one, two in pairwise(numbers)):
+        reasons.append("numbered blocks are not in their order")
+    reasons += _doubts_outside(layers, levels, blocks, bool(stacks))
+    if not any(blocks):
+        reasons += _doubts_without_numbers(names)
+    low = [name for name, block, level in zip(names, blocks, levels, strict=True) if not block and level < top]
+    if low := [name for name in low if _is_head(name, numbered=any(blocks))]:
+        reasons.append(f"{some(low, 3)} by name next to the loss, but not last in the model's order")
+    above = [name for name, block, level in zip(names, blocks, levels, strict=True) if not block and level > 0]
+    if above := [name for name in above if any(map(_EMBEDDING.search, name.split(".")))]:
+        reasons.append(f"{some(above, 3)} by name next to the input, but not first in the model's order")
+    paths = any("/" in name for layer in layers for name in layer.parameter_names)
+    if paths and len(names) > 1 and names == sorted(names):
+        reasons.append("the names are those of a dictionary in alphabetical order, which says nothing of depth")
+    return reasons
+
+
+def _is_head(name: str, *, numbered: bool) -> bool:
+    last = name.rpartition(".")[2]
+    return any(map(_HEAD.search, name.split("."))) or (numbered and _HEAD_WORD.match(last) is not None)
+
+
+def _last_head(layers: Sequence[Layer], blocks: Sequence[str | None]) -> set[str]:
+    """Return the blocks of a head that is a numbered chain after all else, as in `classifier.0`, `classifier.3`."""
+    if blocks[-1] is None:
+        return set()
+    stack = blocks[-1].rpartition(".")[0]
+    last = stack.rpartition(".")[2]
+    chain = [layer for layer, block in zip(layers, blocks, strict=True) if block and block.rpartition(".")[0] == stack]
+    singular = last in ("head", "classifier", "fc", "mlp_head", "lm_head")
+    if not singular or list(layers[-len(chain) :]) != chain or any(layer.name not in blocks for layer in chain):
+        return set()
+    shapes = [tuple(p.shape) for layer in chain for p in layer.whole() if p.ndim > 1]
+    fits = all(one[0] == two[1] for one, two in pairwise(shapes))
+    return {layer.name for layer in chain} if fits else set()
+
+
+def _has_inner_blocks(names: Sequence[str], blocks: Sequence[str | None]) -> bool:
+    """Tell whether blocks hold numbered blocks of several layers each, or numbers follow one another."""
+    inner: dict[str, dict[str, set[str]]] = {}
+    for name, block in zip(names, blocks, strict=True):
+        rest = name.removeprefix(block).removeprefix(".") if block else ""
+        if re.match(r"\d+(?:\.|$)", rest):
+            return True
+        if (found := re.match(r"(.+?)\.(\d+)(?:\.(.+))?$", rest)) and "expert" not in found[1]:
+            inner.setdefault(f"{block}.{found[1]}", {}).setdefault(found[2], set()).add(found[3] or "")
+    return any(sum(len(below) > 1 for below in numbered.values()) > 1 for numbered in inner.values())
+
+
+def _doubts_outside(
+    layers: Sequence[Layer], levels: Sequence[int], blocks: Sequence[str | None], stacked: bool
+) -> list[str]:
+    """Return doubts about layers that share depth 0 or the last one, although the numbered ones are no blocks."""
+    if not any(blocks) or any(layer.name != block for layer, block in zip(layers, blocks, strict=True) if block):
+        return []
+    first = next(i for i, block in enumerate(blocks) if block)
+    last = max(i for i, block in enumerate(blocks) if block)
+    ends = [layers[:first], layers[last + 1 :]]
+    for end, which in zip(ends, ("first", "last"), strict=True):
+        weights = [one.name for one in end if one.name and any(p.ndim > 1 for p in one.whole())]
+        if len([name for name in weights if not _EMBEDDING.search(name)]) > 1:
+            return [
+                f"{some(weights, 3)} have no number and share the {which} depth, while numbered layers have one each"
+            ]
+    return []
+
+
+def _doubts_without_numbers(names: Sequence[str]) -> list[str]:
+    """Return doubts where no name holds a number of its own and each layer counts as a depth."""
+    members: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            members.setdefault(".".join(parts[:i]), []).append(".".join(parts[i:]))
+    numbered = [parent for parent, below in members.items() if len(below) > 1 and parent[-1].isdigit()]
+    if len({re.sub(r"\d+", "", parent) for parent in numbered}) < len(numbered):
+        return [f"numbers within words ({some(numbered, 3)}) count as no blocks, and each layer is a depth of its own"]
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for parent, below in members.items():
+        if len(below) > 1:
+            alike.setdefault(tuple(below), []).append(parent)
+    for parents in alike.values():
+        if len({parent.count(".") for parent in parents}) < len(parents):
+            return [f"{some(parents, 3)} hold layers of the same names, and each is taken to lie above the one before"]
+    return []
+
+
+def depth_table(names: Sequence[str], levels: Sequence[int], factors: Sequence[float]) -> list[str]:
+    """Return lines with each depth, its factor and its layers."""
+    lines = [f"{'depth':>5}  {'factor':<9}  layers"]
+    for level in sorted(set(levels)):
+        own = [(name or "(root)", f) for name, at, f in zip(names, levels, factors, strict=True) if at == level]
+        shown = own[0][0] if len(own) == 1 else f"{own[0][0]}, … {own[-1][0]} ({len(own)})"
+        lines.append(f"{level:>5}  {own[0][1]:<9.4g}  {shown if len(own) != 2 else f'{own[0][0]}, {own[1][0]}'}")
+    return lines
+
+
 @dataclass(frozen=True)
 class LayerDecay(Rule):
     """Layer-wise learning-rate decay.
@@ -68,7 +192,7 @@ class LayerDecay(Rule):
         decay: d, in (0, 1]; ELECTRA uses 0.8 (base) and 0.9 (large), BEiT 0.65 to 0.9.
         style: `"beit"` or `"electra"`.
         depth: A function from layer name to depth (0 at the input) for networks whose names do not tell; the default
-            is `depths`.
+            is `depths`. Without it a warning with the table of depths says where names leave room for doubt.
 
     Raises:
         ValueError: `decay` or `style` is out of its range, or a depth is no whole number of at least 0.
@@ -99,15 +223,39 @@ class LayerDecay(Rule):
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return the factors as a tensor."""
+        return fixed_factors(layers, self._values(self._levels(layers)))
+
+    def doubts(self, layers: Sequence[Layer]) -> list[str]:
+        """Return a warning with the table of depths where `depth` is not given and names leave room for doubt."""
+        if self.depth is not None:
+            return []
+        reasons = doubts_about_depths(layers, self._levels(layers))
+        if not reasons:
+            return []
+        text = (
+            "LayerDecay takes the depths from the layers' names, which leave room for doubt: "
+            f"{'; '.join(reasons)}. Pass LayerDecay({self.decay!r}, depth=function), a function from a layer's name to "
+            "its depth"
+        )
+        return ["\n".join([text, *self.table(layers)])]
+
+    def table(self, layers: Sequence[Layer]) -> list[str]:
+        """Return each depth with its factor and its layers, as lines."""
+        levels = self._levels(layers)
+        return depth_table([layer.name for layer in layers], levels, self._values(levels))
+
+    def _levels(self, layers: Sequence[Layer]) -> list[int]:
         names = [layer.name for layer in layers]
         levels = depths(names) if self.depth is None else [self.depth(name) for name in names]
         for name, level in zip(names, levels, strict=True):
             if isinstance(level, bool) or not has_type(level, int) or level < 0:
                 raise ValueError(f"depth({name!r}) returned {level!r}; it must be a whole number of at least 0")
+        return levels
+
+    def _values(self, levels: Sequence[int]) -> list[float]:
         top = max(levels)
         gap = 1 if self.style == "electra" else 0
-        values = [1.0 if level == top else float(self.decay) ** (top + gap - level) for level in levels]
-        return fixed_factors(layers, values)
+        return [1.0 if level == top else float(self.decay) ** (top + gap - level) for level in levels]
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the tensor made by `init`."""

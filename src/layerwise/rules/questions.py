@@ -99,6 +99,16 @@ def remarks_of(rule: Any, layers: Sequence[Layer]) -> list[str]:
     return rule.remarks(layers) if hasattr(rule, "remarks") else []
 
 
+def doubts_of(rule: Any, layers: Sequence[Layer]) -> list[str]:
+    """Return in what a rule that goes by the layers' names may be wrong about them."""
+    return rule.doubts(layers) if hasattr(rule, "doubts") else []
+
+
+def table_of(rule: Any, layers: Sequence[Layer]) -> list[str]:
+    """Return the lines of a table of what a rule takes the layers for, of rules that have one."""
+    return rule.table(layers) if hasattr(rule, "table") else []
+
+
 def get_selection(rule: Any, state: State) -> list[Selection] | None:
     """Return the last choice of a rule that chooses layers, None for others."""
     return rule.get_selection(state) if hasattr(rule, "get_selection") else None
