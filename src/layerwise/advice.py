@@ -15,6 +15,9 @@ from .model import ATTENTION, is_one_layer, owner_name
 MOST_PATTERNS = 40
 """How many patterns are listed; beyond, a function says it."""
 
+DOUBTS = r"LayerDecay takes the depths|all \d+ parameters"
+"""How warnings begin that are about the layers; for those who say the same elsewhere."""
+
 _FLAT = re.compile(r"^(.*?[^\W_].*?(?:__|[_\-:|]))(?:weight|bias|kernel|gamma|beta|scale)(?:_[gv])?$")
 _RECURRENT = re.compile(r"^(?:weight|bias)_(?:ih|hh|hr)_l\d+(?:_reverse)?$")
 

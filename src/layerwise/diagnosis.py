@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Adafactor, Optimizer
 
 from .adapter import LayerwiseLR
-from .advice import divided, joining
+from .advice import DOUBTS, divided, flattened, joining
 from .arguments import chosen
 from .cost import Cost, Failure, check_seconds, measured_cost
 from .hooks import OptimizerHooks
@@ -26,7 +26,7 @@ from .optimizers import (
     why_not_rate,
 )
 from .rules import LayerAdaptive
-from .rules.questions import default, needs_of, table_of
+from .rules.questions import default, doubts_of, needs_of, table_of
 from .tensors import holds_weights
 
 
@@ -83,8 +83,8 @@ def diagnose(
     inner = unwrap(optimizer)
     model = as_module(model)
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", DOUBTS, UserWarning)  # printed below
             adapter = LayerwiseLR(inner, rule, model, **arguments)
     except (TypeError, ValueError) as error:
         text = f"{type(rule).__name__} on {type(inner).__name__}: cannot be attached\n\nproblem   {error}"
@@ -92,10 +92,7 @@ def diagnose(
         adapter.detach()
         cost = measured_cost(inner, model, rule, seconds, **arguments)
         automatic, specification = arguments.get("apply", "auto") == "auto", arguments.get("layers", "auto")
-        warned = [str(one.message).partition("\n")[0] for one in caught]  # without their tables, which come anyway
-        text = _describe(
-            adapter, inner, model, rule, most, cost, automatic=automatic, specification=specification, warned=warned
-        )
+        text = _describe(adapter, inner, model, rule, most, cost, automatic=automatic, specification=specification)
     print(text)
     return text
 
@@ -110,7 +107,6 @@ def _describe(
     *,
     automatic: bool,
     specification: Any,
-    warned: list[str],
 ) -> str:
     name = type(optimizer).__name__
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -138,7 +134,9 @@ def _describe(
     inside = {id(p) for p in tensors}
     outside = [p for p in _weights_of(optimizer) if id(p) not in inside]
     problems = _problems(adapter, optimizer, model, len(outside))
-    problems += warned
+    # Without their tables, which stand above.
+    doubts = flattened(layers, chosen(specification, default(rule, "layers"), "module")) + doubts_of(rule, layers)
+    problems += [doubt.partition("\n")[0] for doubt in doubts]
     problems += [cost.error] if isinstance(cost, Failure) else []
     lines += ["", f"acts on   {adapter.apply!r}: {_where(adapter, optimizer)}"]
     lines += [f"because   {_why(adapter, optimizer, automatic)}", f"costs     {_cost(adapter)}"]

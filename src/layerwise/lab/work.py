@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from layerwise import rules
+from layerwise.advice import DOUBTS
 from layerwise.lab import controls, rule_making, trial
 from layerwise.lab.chains import Advance, Chain, Finished, Skipped, complete
 from layerwise.lab.configuration import Configuration
@@ -44,7 +45,7 @@ def _errors_only() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():  # of the layers: before the first run, whoever planned it has seen them
-            warnings.filterwarnings("ignore", r"LayerDecay takes the depths|all \d+ parameters", UserWarning)
+            warnings.filterwarnings("ignore", DOUBTS, UserWarning)
             yield
     finally:
         logger.setLevel(level)
