@@ -43,11 +43,13 @@ class LayerwiseLR:
             sharded (FSDP, tensor parallel): the layers' statistics are those of the whole layers, with one collective a
             step for each distinct mesh.
         rule: How large the factors are; one of `layerwise.rules`, or an object like them.
-        model: Names the layers. None takes the names of an optimizer built from `model.named_parameters()`.
+        model: Names the layers. A list or dictionary of modules counts as one model, whose names begin with the index
+            or the key. None takes the names of an optimizer built from `model.named_parameters()`.
         layers: `"module"` (the module that directly owns the parameters: weight and bias together; a MultiheadAttention
-            or a convolution of PyTorch Geometric as a whole), `"parameter"`, a list of fnmatch patterns, or a callable
-            `(name, parameter) -> layer name or None`. `"auto"`: what the rule's paper took. A parameter without a layer
-            keeps factor 1.
+            or a convolution of PyTorch Geometric as a whole), `"parameter"`, a list of fnmatch patterns, a callable
+            `(name, parameter) -> layer name or None`, or a dictionary of layer names and lists of tensors, such as
+            `{"log_alpha": [log_alpha]}`, which needs no model. `"auto"`: what the rule's paper took. A parameter
+            without a layer keeps factor 1.
         apply: Where the factor acts. `"gradient"`: `g ← f g` before the optimizer sees it, so inside the momentum; the
             gradient is left so. `"lr"`: this step's rate. `"update"`: `w ← w_old + f (w_new − w_old)`, at the cost of a
             copy of the parameters during the step. `"auto"`: what the rule's paper did for this optimizer.
@@ -105,7 +107,7 @@ class LayerwiseLR:
         rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
         self._request = requested(rule, model, layers=layers, apply=apply, decay=decay, exclude=exclude)
         finite = FiniteGradients() if on_nonfinite == "raise" else None
-        warn_of_integers(named_parameters_of(holder, self._request.model))
+        warn_of_integers(named_parameters_of(holder, self._request.model, self._request.layers))
         self._attached = AttachedRule(holder, self._request, finite)
         self._epoch = 1
         self._told = False

@@ -61,7 +61,8 @@ def step_in_backward(optimizer: Any, model: Model | None, rule: Any = None) -> S
 
     Args:
         optimizer: `torch.optim`'s SGD, Adagrad, Adam or AdamW, or a wrapper of Accelerate or Fabric around one.
-        model: Names the layers. None takes the names of an optimizer built from `model.named_parameters()`.
+        model: Names the layers, as in `LayerwiseLR`. None takes the names of an optimizer built from
+            `model.named_parameters()`.
         rule: A rule for which each layer needs nothing but itself; its layers and the place where it acts are those
             that `LayerwiseLR` takes. None steps with the optimizer's own rates.
 

@@ -178,14 +178,15 @@ class Pair:
         # Hooks belong to who registered them, and a scheduler replaces `step` by one that counts.
         own = {name: v for name, v in vars(optimizer).items() if not name.endswith("_hooks") and name != "step"}
         memo: dict[int, Any] = {}
-        model, rule, own = copy.deepcopy((model, rule, own), memo)
+        layers = arguments.get("layers", "auto")
+        model, rule, own, layers = copy.deepcopy((model, rule, own, layers), memo)
         self.copies = [memo[id(p)] for p in parameters]
         self.gradients = [p.grad for p in parameters]
         self.made_up = all(gradient is None for gradient in self.gradients)
         if self.made_up:
             self.gradients = [random_like(p) if p.requires_grad else None for p in parameters]
         self.bare, self.attached = (self._twin(optimizer, own) for _ in range(2))
-        LayerwiseLR(self.attached, rule, model, **arguments)
+        LayerwiseLR(self.attached, rule, model, **(arguments | {"layers": layers}))
         self.synchronised = any(p.device.type != "cpu" for p in parameters)
 
     @staticmethod

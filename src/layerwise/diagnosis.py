@@ -14,7 +14,7 @@ from .arguments import chosen
 from .cost import Cost, Failure, check_seconds, measured_cost
 from .hooks import OptimizerHooks
 from .known_optimizers import reason_against
-from .layers import Layer, named_parameters_of
+from .layers import Layer, as_specification
 from .model import Model, as_module, named_parameters
 from .optimizers import (
     SCALE_INVARIANT,
@@ -85,6 +85,7 @@ def diagnose(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", DOUBTS, UserWarning)  # printed below
+            arguments["layers"] = as_specification(arguments.get("layers", "auto"))
             adapter = LayerwiseLR(inner, rule, model, **arguments)
     except (TypeError, ValueError) as error:
         text = f"{type(rule).__name__} on {type(inner).__name__}: cannot be attached\n\nproblem   {error}"
@@ -196,7 +197,7 @@ def _problems(adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | Non
     if outside:
         problems.append(f"{_count(outside, 'parameter tensor')} of the optimizer in no layer; the factor there is 1")
     if model is not None:
-        held = {id(p) for p in named_parameters_of(optimizer, model).values()}
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [name for name, p in named_parameters(model) if p.requires_grad and id(p) not in held]
         if missing:
             names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")

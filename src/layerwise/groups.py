@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from .advice import flattened
-from .layers import LayerSpecification, make_layers, unique_names
+from .layers import LayerSpecification, TensorLayers, as_specification, make_layers, unique_names
 from .model import Model, as_module, named_parameters
 
 
@@ -18,7 +18,8 @@ def param_groups(model: Model, layers: LayerSpecification = "module") -> list[di
 
     Args:
         model: The network, or a list or dictionary of networks, whose names then begin with their index or key.
-        layers: As in `LayerwiseLR`: `"module"`, `"parameter"`, a list of patterns or a callable.
+        layers: As in `LayerwiseLR`: `"module"`, `"parameter"`, a list of patterns, a callable or a dictionary
+            of tensors.
 
     Returns:
         Groups `{"params": [...], "param_names": [...], "name": layer}` in the model's order; a parameter that does not
@@ -44,8 +45,11 @@ def param_groups(model: Model, layers: LayerSpecification = "module") -> list[di
     named = unique_names((name, p) for name, p in named_parameters(module) if p.requires_grad)
     if not named:
         raise ValueError(f"model={type(model).__name__} has no parameter that requires a gradient")
-    found = make_layers(named, layers, module)
-    for message in flattened(found, layers):
+    specification = as_specification(layers)
+    if isinstance(specification, TensorLayers):
+        specification.named({id(p) for p in named.values()}, module, "the model's parameters that require a gradient")
+    found = make_layers(named, specification, module)
+    for message in flattened(found, specification):
         warnings.warn(message, UserWarning, stacklevel=2)
     missing = named.keys() - {name for layer in found for name in layer.parameter_names}
     if missing:

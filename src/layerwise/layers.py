@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -22,7 +22,85 @@ LayerName = Callable[[str, Tensor], "str | None"]
 Exclusion = Sequence[str] | Callable[[str, Tensor], bool] | None
 """Layers left at factor 1: patterns of layer names, or a function of a parameter's name and the parameter."""
 
-LayerSpecification = Literal["module", "parameter"] | Sequence[str] | LayerName
+
+@dataclass(frozen=True)
+class TensorLayers:
+    """Layers given as tensors, by the layer's name.
+
+    Args:
+        tensors: The tensors of each layer.
+    """
+
+    tensors: Mapping[str, tuple[Tensor, ...]]
+
+    def named(self, held: Collection[int], model: nn.Module | None, whose: str) -> dict[str, Tensor]:
+        """Return the tensors by their names in the model; by the layer's name those that the model does not own.
+
+        Args:
+            held: The ids of the tensors that may be in layers.
+            model: The model, or None.
+            whose: What holds these, in words.
+
+        Raises:
+            ValueError: Another tensor is in a layer.
+        """
+        known = {} if model is None else {id(p): name for name, p in named_parameters(model)}
+        named: list[tuple[str, Tensor]] = []
+        for layer, tensors in self.tensors.items():
+            for i, p in enumerate(tensors):
+                if id(p) not in held:
+                    raise ValueError(
+                        f"layers[{layer!r}] holds a tensor of shape {tuple(p.shape)} that is not among {whose}: pass "
+                        "the very tensors, no copies"
+                    )
+                own = layer if len(tensors) == 1 else f"{layer}.{i}"
+                named.append((known.get(id(p), own), p))
+        return unique_names(named)
+
+    def layer_of(self) -> dict[int, str]:
+        """Return the layer of each tensor, by the tensor's id."""
+        return {id(p): layer for layer, tensors in self.tensors.items() for p in tensors}
+
+
+LayerSpecification = (
+    Literal["module", "parameter"] | Sequence[str] | LayerName | Mapping[str, Iterable[Tensor]] | TensorLayers
+)
+
+
+def as_specification(layers: Any) -> Any:
+    """Return the argument `layers`, with a dictionary of tensors checked.
+
+    Args:
+        layers: What `LayerwiseLR` takes.
+
+    Raises:
+        TypeError: The dictionary holds something else than lists of tensors.
+        ValueError: It is empty, a list is empty, or a tensor is in two places.
+    """
+    if not isinstance(layers, Mapping):
+        return layers
+    if not layers:
+        raise ValueError("layers={} names no layer; pass a name and its tensors: {'name': [tensor]}")
+    result: dict[str, tuple[Tensor, ...]] = {}
+    seen: dict[int, str] = {}
+    for layer, tensors in cast("Mapping[Any, Any]", layers).items():
+        if not isinstance(layer, str):
+            raise TypeError(f"layers holds the key {layer!r} ({type(layer).__name__}); names of layers are strings")
+        if isinstance(tensors, Tensor) or not has_type(tensors, Iterable):
+            raise TypeError(f"layers[{layer!r}] is a {type(tensors).__name__}; pass a list of tensors: [tensor]")
+        result[layer] = tuple(tensors)
+        if not result[layer]:
+            raise ValueError(f"layers[{layer!r}] holds no tensor; leave the layer out")
+        for p in result[layer]:
+            if not has_type(p, Tensor):
+                raise TypeError(f"layers[{layer!r}] holds {type(p).__name__}, not tensors; parameters() gives these")
+            if id(p) in seen:
+                raise ValueError(
+                    f"a tensor of shape {tuple(p.shape)} is in layers[{seen[id(p)]!r}] and layers[{layer!r}]; each "
+                    "tensor belongs to one layer, once"
+                )
+            seen[id(p)] = layer
+    return TensorLayers(result)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +155,9 @@ def check_patterns(patterns: Iterable[object], names: Iterable[str], argument: s
             raise ValueError(f"{argument} pattern {pattern!r} matches none of {some(names)}.{hint}")
 
 
-def named_parameters_of(optimizer: Any, model: nn.Module | None) -> dict[str, Tensor]:
+def named_parameters_of(
+    optimizer: Any, model: nn.Module | None, specification: LayerSpecification = "module"
+) -> dict[str, Tensor]:
     """Return the optimizer's parameters by clean name, in the model's order.
 
     Tied parameters appear once, under their first owner.
@@ -85,6 +165,7 @@ def named_parameters_of(optimizer: Any, model: nn.Module | None) -> dict[str, Te
     Args:
         optimizer: A `torch.optim.Optimizer`.
         model: The model they belong to; None reads the `param_names` of an optimizer built from `named_parameters()`.
+        specification: How they are to make layers. Tensors by the name of their layer need no model.
 
     Returns:
         Clean name to parameter, for the parameters of the model that the optimizer holds.
@@ -94,13 +175,16 @@ def named_parameters_of(optimizer: Any, model: nn.Module | None) -> dict[str, Te
         ValueError: There is no model and no name, or the model owns none of the optimizer's parameters.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if isinstance(specification, TensorLayers):
+        return specification.named(held, model, f"the {len(held)} parameters of this optimizer")
     if model is None:
         named: list[tuple[str, Tensor]] = []
         for group in optimizer.param_groups:
             if len(group.get("param_names", ())) != len(group["params"]):
                 raise ValueError(
                     "model=None, and the optimizer's parameters have no names: pass model=, "
-                    "or build the optimizer from model.named_parameters()"
+                    "or build the optimizer from model.named_parameters(), or name tensors with "
+                    "layers={'name': [tensor]}"
                 )
             named.extend(zip(group["param_names"], group["params"], strict=True))
         return unique_names((clean_name(name), p) for name, p in named)
@@ -126,7 +210,8 @@ def make_layers(
         named_parameters: Clean name to parameter, in the model's order.
         specification: `"module"` (the module that directly owns a parameter, or one above it that is a layer as a
             whole, see `Owners`), `"parameter"`, a list of fnmatch patterns (each one is a layer; a parameter goes to
-            the first that matches its name or its module's), or a callable `(name, parameter) -> layer name or None`.
+            the first that matches its name or its module's), a callable `(name, parameter) -> layer name or None`, or
+            tensors by the name of their layer.
         model: Gives the layers their module, for rules that look at it.
         pieces: What this process holds of parameters that are shared among processes, by their ids.
 
@@ -212,13 +297,20 @@ def included_layers(layers: Sequence[Layer], exclude: Exclusion) -> list[bool]:
 def _layer_name_function(
     named_parameters: Mapping[str, Tensor], specification: LayerSpecification, owners: Owners
 ) -> LayerName:
-    allowed = "'module', 'parameter', a list of patterns or a callable (name, parameter) -> layer name or None"
+    allowed = (
+        "'module', 'parameter', a list of patterns, a callable (name, parameter) -> layer name or None, or a dict of "
+        "layer names and lists of tensors"
+    )
     if isinstance(specification, str):
         if specification == "module":
             return lambda name, parameter: owners(name)
         if specification == "parameter":
             return lambda name, parameter: name
         raise ValueError(f"layers={specification!r} is unknown; allowed: {allowed}. For one pattern, pass a list")
+    if isinstance(specification, TensorLayers):
+        layer_of = specification.layer_of()
+        by_name = {name: layer_of.get(id(p)) for name, p in named_parameters.items()}
+        return lambda name, parameter: by_name[name]
     if callable(specification):
         return specification
     if not has_type(specification, Sequence):

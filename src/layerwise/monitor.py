@@ -17,7 +17,7 @@ from .arguments import chosen, has_type
 from .hooks import Member, OptimizerHooks
 from .idle import makes_state_only
 from .layer_statistics import LayerStatistics
-from .layers import Layer, LayerSpecification, make_layers, named_parameters_of, warn_of_integers
+from .layers import Layer, LayerSpecification, as_specification, make_layers, named_parameters_of, warn_of_integers
 from .model import Model, as_module
 from .observation import Observation
 from .optimizers import refuse_outer, unwrap
@@ -52,8 +52,8 @@ class Monitor:
 
     Args:
         optimizer: A `torch.optim.Optimizer`, or a wrapper of Accelerate or Fabric around one.
-        model: Names the layers. None takes the names of an optimizer built from `model.named_parameters()`; neither is
-            needed where the layers are an adapter's.
+        model: Names the layers, as in `LayerwiseLR`. None takes the names of an optimizer built from
+            `model.named_parameters()`; neither is needed where the layers are an adapter's.
         every: The number of steps from one record to the next; at least 1.
         sinks: Where records go: callables that take a `Record`, such as those of `layerwise.sinks`. One that raises is
             dropped with one message in the log, and training goes on. In training by several processes each makes a
@@ -94,7 +94,7 @@ class Monitor:
             raise ValueError(f"every={every!r} must be at least 1; without a monitor nothing is recorded")
         check_sinks(sinks)
         self._every, self._sinks = every, list(sinks)
-        self._model, self._specification = as_module(model), layers
+        self._model, self._specification = as_module(model), as_specification(layers)
         self._parameters: list[Tensor] = []
         self._layers: Sequence[Layer] = []
         self._shared: list[tuple[bool, bool]] | bool = False
@@ -105,8 +105,8 @@ class Monitor:
         self._last: Record | None = None
         self._resolve(inner)
         if not self._takes_layers_of_rule(inner):
-            warn_of_integers(named_parameters_of(inner, self._model))
-            for message in flattened(self._layers, chosen(layers, None, "module")):
+            warn_of_integers(named_parameters_of(inner, self._model, chosen(self._specification, None, "module")))
+            for message in flattened(self._layers, chosen(self._specification, None, "module")):
                 warnings.warn(message, UserWarning, stacklevel=2)
         self._optimizer = weakref.ref(inner)
         if any(isinstance(other, Monitor) for other in OptimizerHooks.observers_of(inner)):
@@ -254,7 +254,8 @@ class Monitor:
         if not of_rule:
             specification = chosen(self._specification, None, "module")
             pieces = find_pieces(parameters, self._model)
-            layers = make_layers(named_parameters_of(optimizer, self._model), specification, self._model, pieces)
+            named = named_parameters_of(optimizer, self._model, specification)
+            layers = make_layers(named, specification, self._model, pieces)
         self._parameters, self._layers, self._shared = parameters, layers, shared
         self._statistics = LayerStatistics(layers, ())
 

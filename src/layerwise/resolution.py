@@ -14,7 +14,15 @@ from .arguments import chosen
 from .gains import check_alike
 from .late import Pieces, make_pieces
 from .layer_statistics import AS_NUMBERS, LayerStatistics
-from .layers import Exclusion, Layer, LayerSpecification, included_layers, make_layers, named_parameters_of
+from .layers import (
+    Exclusion,
+    Layer,
+    LayerSpecification,
+    as_specification,
+    included_layers,
+    make_layers,
+    named_parameters_of,
+)
 from .model import Model, as_module, named_parameters
 from .optimizers import PlaceName, automatic_place, check_groups, check_place, refuse
 from .partition import Partition
@@ -70,7 +78,7 @@ def requested(
     return Request(
         rule=rule,
         model=as_module(model),
-        layers=chosen(layers, default(rule, "layers"), "module"),
+        layers=as_specification(chosen(layers, default(rule, "layers"), "module")),
         exclude=chosen(exclude, default(rule, "exclude"), None),
         apply=apply,
         preferred=chosen("auto", default(rule, "place"), "lr"),
@@ -160,7 +168,7 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
     try_again(optimizer)
     refuse(optimizer)
     refuse_stages(rule, parameters_of(groups))
-    named = named_parameters_of(holder, request.model)
+    named = named_parameters_of(holder, request.model, request.layers)
     parameters = parameters_of(groups)
     layers = make_layers(named, request.layers, request.model, find_pieces(parameters, request.model))
     included = included_layers(layers, request.exclude)
