@@ -11,13 +11,15 @@ from torch.optim import Optimizer
 
 from .apply import Place, make_place
 from .factors import Factors
+from .first_steps import FirstSteps, KnownGroups
 from .fused import can_be_dealt
 from .hooks import OptimizerHooks
 from .idle import makes_state_only
 from .late import LateFactors
+from .layer_statistics import WEIGHT_NORMS
 from .layers import Layer
 from .nonfinite import FiniteGradients
-from .optimizers import PlaceName, acting_optimizer, automatic_place
+from .optimizers import PlaceName, acting_optimizer, automatic_place, check_backward_is_over
 from .replication import check_processes
 from .resolution import Request, Resolution, rates_of, resolve
 from .rules.base import State
@@ -27,6 +29,10 @@ from .sharding import absent
 from .splits import Split
 from .statistics import NOTHING
 from .tensors import moved
+from .trial import Verdict, verdict_of
+
+INDEPENDENT = WEIGHT_NORMS | {"learning_rate"}
+"""Statistics that do not depend on gradients."""
 
 
 class AttachedRule:
@@ -53,8 +59,11 @@ class AttachedRule:
         self._asks = getattr(request.rule, "asks", None)
         self._idle = False
         self._place_name: PlaceName | None = None
-        self._take(resolve(optimizer, holder, request))
         self._holder, self._optimizer = weakref.ref(holder), weakref.ref(optimizer)
+        verdict = verdict_of(optimizer)
+        self._known = KnownGroups(optimizer.param_groups) if verdict is not None and verdict.replaces else None
+        self._take(resolve(optimizer, self._source, request))
+        self._first = None if verdict is None else self._first_steps(optimizer, verdict)
         OptimizerHooks.add(optimizer, self)
         # ZeRO makes its inner optimizer anew when a group is added.
         self._follows = None if optimizer is holder else holder.register_step_pre_hook(self._follow)
@@ -81,7 +90,7 @@ class AttachedRule:
     def last_rates(self) -> list[float]:
         """Return each layer's rate at the last step; NaN where a group has none. Waits for the device."""
         self._forget_failed()
-        by_group = self.rates if self.rates is not None else rates_of(self._required().param_groups)
+        by_group = self.rates if self.rates is not None else rates_of(self._groups)
         rates = [by_group[group] for group in self.found.first_group]
         return [
             float("nan") if rate is None else float(rate) * factor
@@ -108,10 +117,11 @@ class AttachedRule:
 
     def prepare(self, optimizer: Any) -> None:
         """See what has changed since the last step, and raise before anything else does if a gradient is not finite."""
+        check_backward_is_over(optimizer)
         self._forget_failed()
-        holder = self._required()
-        if not self.found.holds(holder.param_groups, self._request):
-            self._take(resolve(optimizer, holder, self._request))
+        self._required()
+        if not self.found.holds(self._groups, self._request):
+            self._take(resolve(optimizer, self._source, self._request))
         elif self._request.apply == "auto":
             # Again at each step: schedulers and checkpoints can bring momentum.
             self._place_at(automatic_place(optimizer, self._request.preferred, self._request.decay))
@@ -124,6 +134,8 @@ class AttachedRule:
         if self._finite is not None:
             with absent(not self.enabled):
                 self._finite.check(getattr(optimizer, "found_inf", None))
+        if self._first is not None:
+            self._first.before(optimizer)
 
     def measure(self, optimizer: Any, *, late: bool = False) -> None:
         """Compute this step's factors from the gradients as they arrived.
@@ -134,7 +146,7 @@ class AttachedRule:
         """
         if self._idle:
             return
-        groups = self._required().param_groups
+        groups = self._groups
         found, grad_scale = self.found, getattr(optimizer, "grad_scale", None)
         if not self.enabled:
             self._stand_by(optimizer)
@@ -199,14 +211,40 @@ class AttachedRule:
     def act(self, view: Any, *, private: bool) -> list[Split]:
         """Let this step's factors act on the view."""
         assert self.factors is not None  # measured
-        return self._place.act(view, self.found.partition, self.factors, private=private)
+        acting = view if self._known is None else self._known
+        return self._place.act(acting, self.found.partition, self.factors, private=private)
 
     def finish(self) -> None:
         """Act after the step."""
         self._place.finish()
+        if self._first is not None:
+            self._first.after(self._optimizer())
+            self._first = None
         if self.factors is not None:
             self.factors.complete()
         self._before_late = None
+
+    @property
+    def _source(self) -> Any:
+        """What holds the groups with all parameters."""
+        holder = self._required()
+        if self._known is None:
+            return holder
+        self._known.update(holder.param_groups)
+        return self._known
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        """The groups with all parameters."""
+        return self._source.param_groups
+
+    def _first_steps(self, optimizer: Optimizer, verdict: Verdict) -> FirstSteps:
+        return FirstSteps(
+            type(optimizer).__name__,
+            verdict,
+            reads_gradients=bool(set(needs_of(self._rule)) - INDEPENDENT),
+            under_update=self.place == "update",
+        )
 
     # --- How it is put together ---------------------------------------------------------------------------------------
 

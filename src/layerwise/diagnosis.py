@@ -13,7 +13,6 @@ from .advice import DOUBTS, divided, flattened, joining
 from .arguments import chosen
 from .cost import Cost, Failure, check_seconds, measured_cost
 from .hooks import OptimizerHooks
-from .known_optimizers import reason_against
 from .layers import Layer, as_specification
 from .model import Model, as_module, named_parameters
 from .optimizers import (
@@ -28,6 +27,7 @@ from .optimizers import (
 from .rules import LayerAdaptive
 from .rules.questions import default, doubts_of, needs_of, table_of
 from .tensors import holds_weights
+from .trial import reason_against, verdict_of
 
 
 def diagnose(
@@ -172,6 +172,9 @@ def _why(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> str:
         return f"{name} {why_not_rate(optimizer) or reason_against(optimizer, 'groups')}"
     if adapter.apply == "gradient":
         return "the rule's method multiplies the gradient, inside the momentum"
+    verdict = verdict_of(optimizer)
+    if verdict is not None and verdict.untried is None:
+        return f"{name} follows the rates of its parameter groups in a trial on toy parameters"
     if default(adapter.rule, "place") != "gradient":
         return "the rule scales rates"
     if isinstance(optimizer, SCALE_INVARIANT):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -190,12 +191,36 @@ def named_parameters_of(
         return unique_names((clean_name(name), p) for name, p in named)
     named = [(name, p) for name, p in named_parameters(model) if id(p) in held]
     if not named:
+        every = [p for group in optimizer.param_groups for p in group["params"]]
         raise ValueError(
-            f"model={type(model).__name__} owns none of the {len(held)} parameters of this optimizer: pass the model "
-            "that the optimizer was built from (after fully_shard, build the optimizer anew, and attach before the "
-            "first forward pass, which replaces a module's parameters until the backward pass)"
+            f"model={type(model).__name__} owns none of the {len(held)} parameters of this optimizer: "
+            + _why_none(list(model.parameters()), every)
         )
     return unique_names(named)
+
+
+def _why_none(own: Sequence[Tensor], held: Sequence[Tensor]) -> str:
+    """Return what the tensors that an optimizer holds may be, if none of them is the model's, and what to do."""
+    if any(hasattr(p, "device_mesh") or hasattr(p, "_fsdp_flattened") for p in (*own, *held)):
+        return (
+            "pass the model that the optimizer was built from (after fully_shard, build the optimizer anew, and attach "
+            "before the first forward pass, which replaces a module's parameters until the backward pass)"
+        )
+    if all(p.numel() <= 1 for p in held) and any(p.numel() > 1 for p in own):
+        return (
+            "they hold a number or none, so they are placeholders, and another optimizer takes the step: attach to the "
+            "one that was built from the model's parameters"
+        )
+    if Counter(p.shape for p in own) >= Counter(p.shape for p in held):
+        return (
+            "they have the shapes of the model's, so they may be copies, such as float32 master weights, or those of a "
+            "model that was copied. Pass the model that the optimizer was built from; of copies give the optimizer the "
+            "names, [(name, copy), …] as named_parameters() does, and pass no model"
+        )
+    return (
+        "pass the model that the optimizer was built from, or if they are tensors that belong to no module, name them "
+        "with layers={'name': [tensor]} and pass no model"
+    )
 
 
 def make_layers(

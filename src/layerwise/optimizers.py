@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from textwrap import shorten
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn, optim
 
 from .tensors import slots_of
-from .trial import divides_by_gradients, reason_against, verdict_of
+from .trial import divides_by_gradients, is_foreign, reason_against, verdict_of
 
 PlaceName = Literal["gradient", "lr", "update"]
 PLACES: tuple[PlaceName, ...] = ("gradient", "lr", "update")
@@ -78,6 +81,8 @@ def refuse(optimizer: optim.Optimizer) -> None:
     if reason is not None:
         raise ValueError(f"{type(optimizer).__name__} {reason}")
     refuse_outer(optimizer)
+    if steps_in_backward(optimizer):
+        raise ValueError(f"{type(optimizer).__name__} {IN_BACKWARD}")
     if isinstance(optimizer, optim.LBFGS):
         raise ValueError(
             "LBFGS evaluates its closure several times a step and takes one step for all parameters together, so there "
@@ -109,6 +114,52 @@ def refuse_outer(optimizer: optim.Optimizer) -> None:
             f"{type(optimizer).__name__} wraps {'other optimizers' if each else 'another optimizer'}, whose own groups "
             f"take the step, so nothing attached here would act or see it: attach to {listed}{each}"
         )
+
+
+IN_BACKWARD = (
+    "takes its step inside backward(), a parameter at a time, when the other gradients do not exist yet: build it so "
+    "that it steps after backward() (with optimi gradient_release=False, and remove_gradient_release(model)), or use "
+    "layerwise.step_in_backward with torch.optim's SGD, Adagrad, Adam or AdamW"
+)
+
+
+def steps_in_backward(optimizer: optim.Optimizer) -> bool:
+    """Tell whether hooks on several parameters step the optimizer as soon as a gradient has been accumulated."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(parameters) < 2:
+        return False
+    if optimizer.defaults.get("gradient_release"):
+        return True
+    held: list[dict[int, Any]] = [getattr(p, "_post_accumulate_grad_hooks", None) or {} for p in parameters]
+    hooks = [hook for one in held for hook in one.values()]
+    return any(_refers_to(hook, optimizer, 3) for hook in hooks)
+
+
+def check_backward_is_over(optimizer: optim.Optimizer) -> None:
+    """Raise in a step that is taken while backward runs and gradients are missing.
+
+    Raises:
+        RuntimeError: It is; nothing has changed.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    missing = any(p.requires_grad and p.grad is None for p in parameters)
+    if len(parameters) > 1 and (missing or is_foreign(type(optimizer))):
+        raise RuntimeError(f"{type(optimizer).__name__} {IN_BACKWARD}")
+
+
+def _refers_to(function: Any, optimizer: optim.Optimizer, depth: int) -> bool:
+    """Tell whether a function holds the optimizer, in its closure or as an argument that was bound to it."""
+    held: list[Any] = [getattr(function, "__self__", None)]
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            held.append(cell.cell_contents)
+    if isinstance(function, partial):
+        held += [function.func, *function.args, *function.keywords.values()]
+    return any(one is optimizer for one in held) or (
+        depth > 0 and any(_refers_to(one, optimizer, depth - 1) for one in held if callable(one))
+    )
 
 
 def inner_optimizers(holder: Any) -> dict[str, optim.Optimizer]:

@@ -217,7 +217,7 @@ class Workshop:
         for name, value in attributes_of(source).items():
             if name in ("state", "param_groups"):
                 continue
-            for tensor in _tensors_in(value, 3):
+            for tensor in tensors_in(value, 3):
                 p = every.get((tuple(tensor.shape), tensor.device))
                 if p is None or id(tensor) in memo or p.numel() < 2:
                     continue
@@ -312,13 +312,14 @@ def _toy_values(p: Tensor, dtype: torch.dtype | None, generator: torch.Generator
     return drawn.to(device=device, dtype=_kept(p.dtype, dtype))
 
 
-def _tensors_in(value: Any, depth: int) -> Generator[Tensor]:
+def tensors_in(value: Any, depth: int) -> Generator[Tensor]:
+    """Yield the tensors in lists, tuples and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif depth and isinstance(value, (list, tuple, dict)):
         held = cast("dict[Any, Any]", value).values() if isinstance(value, dict) else cast("Sequence[Any]", value)
         for one in held:
-            yield from _tensors_in(one, depth - 1)
+            yield from tensors_in(one, depth - 1)
 
 
 def _option(value: Any, count: int, positions: Sequence[int]) -> Any:

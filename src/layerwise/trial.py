@@ -31,6 +31,7 @@ from .toys import (
     Workshop,
     attributes_of,
     several_processes,
+    tensors_in,
     undisturbed,
 )
 
@@ -60,10 +61,10 @@ class Verdict:
         lr: Why a step's rate cannot carry a factor; None if it can.
         update: Why the finished step cannot.
         groups: Why parameter groups of several layers must stay whole.
-        anywhere: Why nothing can.
         untried: Why the trial could not run; None if it could.
         permanent: Whether permanent groups with rates of their own act.
         scaleless: Whether a factor on the gradients means next to nothing.
+        replaces: Whether a step replaces the parameter groups.
         communicates: Whether a step communicates with other processes.
         process_group: The process group that it uses first; None for the default one.
     """
@@ -71,10 +72,10 @@ class Verdict:
     lr: str | None = None
     update: str | None = None
     groups: str | None = None
-    anywhere: str | None = None
     untried: str | None = None
     permanent: bool = True
     scaleless: bool = False
+    replaces: bool = False
     communicates: bool = False
     process_group: Any = None
 
@@ -88,6 +89,7 @@ OWN_WEIGHTS = (
     "keeps weights of its own and takes the parameters back towards them (in a trial on toy parameters it undid a "
     "shift of the weights), so a scaled step would be undone"
 )
+COPIES = "keeps copies of the weights, from which it may compute the next ones, and cannot be tried on toy parameters"
 REPLACED = "replaces its parameter groups in its step"
 FOLLOWS_RATE = "keeps numbers in its parameter groups that follow from the rate"
 SHARED_OUT = (
@@ -102,7 +104,7 @@ OTHER_RATE = (
 def reason_against(optimizer: Optimizer, where: Where) -> str | None:
     """Return why a factor cannot act there, from what is known of the class and from its trial; None if it can."""
     reason = known_reason(optimizer, where)
-    if reason is None and (verdict := verdict_of(optimizer)) is not None:
+    if reason is None and where != "anywhere" and (verdict := verdict_of(optimizer)) is not None:
         reason = getattr(verdict, where)
     return reason
 
@@ -212,13 +214,11 @@ def _attempt(optimizer: Any, construct: bool, wide: bool, way: str) -> Verdict:
         return Verdict(groups=SHARED_OUT, communicates=True, process_group=reason.group)
     text = str(reason).strip().partition("\n")[0]
     why = text if isinstance(reason, CannotTryError) else f"{type(reason).__name__}: {text}"
-    return untried(why)
-
-
-def untried(why: str) -> Verdict:
-    """Return the verdict on an optimizer that could not be tried."""
-    unknown = f"cannot be tried on toy parameters ({why}), so whether a factor on its rate acts is not known"
-    return Verdict(lr=unknown, untried=why)
+    return Verdict(
+        lr=f"cannot be tried on toy parameters ({why}), so whether a factor on its rate acts is not known",
+        update=COPIES if keeps_copies(optimizer) else None,
+        untried=why,
+    )
 
 
 Run = list[list[Tensor]]
@@ -247,7 +247,7 @@ class Trial:
         if any(group.get("lr") is None for group in self.workshop.optimizer.param_groups):
             return verdict
         if self.replaces:
-            return replace(verdict, lr=REPLACED, groups=REPLACED)
+            return replace(verdict, lr=REPLACED, groups=REPLACED, replaces=True)
         return replace(verdict, **self.against_rates(bare))
 
     def against_rates(self, bare: Run) -> dict[str, Any]:
@@ -433,18 +433,37 @@ def divide(twin: Twin, partition: Partition, factors: Sequence[float] | None) ->
     return cast("list[Any]", splits)
 
 
+def keeps_copies(optimizer: Any) -> bool:
+    """Tell whether the optimizer holds, in its state or in lists and dictionaries, copies of its parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return holds_copies(optimizer, parameters) or any(
+        is_copy(tensor, parameters)
+        for name, value in attributes_of(optimizer).items()
+        if name not in ("state", "param_groups")
+        for tensor in tensors_in(value, 3)
+    )
+
+
 def holds_copies(optimizer: Any, weights: Sequence[Tensor]) -> bool:
     """Tell whether the optimizer's state holds a tensor with the numbers of some weights."""
-    for held in optimizer.state.values():
-        for value in cast("dict[Any, Any]", held).values() if isinstance(held, dict) else ():
-            if isinstance(value, Tensor) and value.numel() > 1 and not value.is_complex():
-                flat = value.detach().flatten()
-                if any(
-                    flat.numel() == w.numel() and torch.equal(flat.to(w.dtype), w.flatten().to(flat.device))
-                    for w in weights
-                ):
-                    return True
-    return False
+    return any(
+        is_copy(value, weights)
+        for held in optimizer.state.values()
+        if isinstance(held, dict)
+        for value in cast("dict[Any, Any]", held).values()
+    )
+
+
+def is_copy(value: Any, weights: Sequence[Tensor]) -> bool:
+    """Tell whether this is a tensor with the numbers of some weights that is not one of them."""
+    if not isinstance(value, Tensor) or value.numel() < 2 or value.is_complex() or any(value is w for w in weights):
+        return False
+    flat = value.detach().flatten()
+    if bool((flat == flat[0]).all()):  # zeros or ones, as biases begin with too
+        return False
+    return any(
+        w.numel() == flat.numel() and torch.equal(flat.to(w.device, w.dtype), w.detach().flatten()) for w in weights
+    )
 
 
 def fails(error: Exception) -> str:

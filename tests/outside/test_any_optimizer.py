@@ -498,3 +498,120 @@ def test_an_optimizer_that_cannot_be_tried_gets_update_and_lr_is_refused() -> No
     with pytest.raises(ValueError, match=r"cannot be tried on toy parameters .*use apply='update'"):
         layerwise.LayerwiseLR(CannotBeCopied(model.parameters()), Constant(FACTORS), model, apply="lr")
     assert close(before, weights(model))
+
+
+# --- Steps inside backward --------------------------------------------------------------------------------------------
+
+
+def release(model: nn.Module, step: Callable[[Tensor], None]) -> None:
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+
+
+def test_an_optimizer_that_steps_in_backward_is_refused_at_attachment() -> None:
+    model = network()
+    optimizer = Momentum(model.parameters())
+    release(model, lambda p: optimizer.step())
+    with pytest.raises(ValueError, match=r"takes its step inside backward\(\).*layerwise\.step_in_backward"):
+        layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+
+
+def test_a_step_in_backward_raises_before_weights_move() -> None:
+    model = network()
+    held: dict[str, optim.Optimizer] = {}
+    optimizer = held["one"] = Momentum(model.parameters())
+    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    release(model, lambda p: held["one"].step())
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"takes its step inside backward\(\)"):
+        model(torch.ones(2, 3, dtype=torch.float64)).sum().backward()
+    assert close(before, weights(model))
+
+
+def test_an_optimizer_of_one_parameter_may_step_in_backward() -> None:
+    model = network(1)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    layerwise.LayerwiseLR(optimizer, Constant({"0": 2.0}), model)
+    before = weights(model)
+    release(model, lambda p: optimizer.step())
+    model(torch.ones(2, 3, dtype=torch.float64)).sum().backward()
+    assert close(weights(model), [before[0] - 0.2 * p.grad for p in model.parameters()])
+
+
+# --- What an optimizer that cannot be tried shows in its first step ---------------------------------------------------
+
+
+class UntriedAndSlow(optim.Optimizer):
+    """Reaches its parameters through a closure, and moves them towards weights of its own."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        params = list(params)
+        super().__init__(params, {"lr": lr, "k": 0})
+        self.every = lambda: params
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["k"] += 1
+        for p in self.every():
+            slow = self.state[p].setdefault("slow", p.clone())
+            slow.sub_(0.1 * p.grad)
+            p.copy_(slow)
+
+
+def test_own_weights_of_an_untried_optimizer_stop_its_first_step() -> None:
+    model = network()
+    optimizer = UntriedAndSlow(model.parameters())
+    assert layerwise.LayerwiseLR(optimizer, Constant(FACTORS), model).apply == "update"
+    give_gradients(model, 0)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"copies of the weights.*as before this step.*layerwise\.param_groups"):
+        optimizer.step()
+    assert close(before, weights(model))
+    assert not optimizer.state
+    assert optimizer.param_groups[0]["k"] == 0
+
+
+# --- Groups that a step replaces --------------------------------------------------------------------------------------
+
+
+class Blocks(optim.Optimizer):
+    """Steps one parameter at a time, which its groups then hold alone; the next one before or after the step."""
+
+    def __init__(self, params: Any, first: bool, lr: float = 0.1) -> None:
+        self.every = list(params)
+        super().__init__(self.every, {"lr": lr})
+        self.first, self.turn = first, 0
+        if not first:
+            self.choose()
+
+    def choose(self) -> None:
+        self.param_groups = [{**self.param_groups[0], "params": [self.every[self.turn % len(self.every)]]}]
+        self.turn += 1
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        if self.first:
+            self.choose()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * torch.ones_like(p))
+        if not self.first:
+            self.choose()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_groups_that_a_step_replaces_are_carried_over(first: bool) -> None:
+    model = network(3)
+    optimizer = Blocks(model.parameters(), first)
+    adapter = layerwise.LayerwiseLR(optimizer, Constant({"0": 0.5}), model)
+    start = weights(model)
+    for step in range(6):
+        give_gradients(model, step)
+        optimizer.step()
+    moved = [float((a - b).mean()) for a, b in zip(start, weights(model), strict=True)]
+    assert adapter.apply == "update"
+    assert moved == pytest.approx([0.1, 0.2, 0.2])
+    assert len(optimizer.param_groups) == len(optimizer.param_groups[0]["params"]) == 1
+    with pytest.raises(ValueError, match=r"replaces its parameter groups.*use apply='update'"):
+        layerwise.LayerwiseLR(Blocks(network(3).parameters(), first), Constant({"0": 0.5}), network(3), apply="lr")

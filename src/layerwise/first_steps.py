@@ -1,0 +1,133 @@
+"""What a trial on toy parameters leaves open about an optimizer, looked at in its first real step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .trial import Verdict, holds_copies
+
+CLOSE = 1e-6
+"""The relative difference between norms of equal weights on processors of different types."""
+
+
+class FirstSteps:
+    """Raises in the first step where it shows that factors would come out wrong; weights and state stay as they were.
+
+    Costs, in the first step only: a collective, where the optimizer's own step communicates and the rule reads
+    gradients; a copy of the parameters, where an optimizer that could not be tried begins without state.
+
+    Args:
+        name: The optimizer's class.
+        verdict: What the trial found.
+        reads_gradients: Whether the rule's factors depend on gradients.
+        under_update: Whether factors act on the finished step.
+    """
+
+    def __init__(self, name: str, verdict: Verdict, *, reads_gradients: bool, under_update: bool) -> None:
+        self._name, self._verdict = name, verdict
+        self._compares = verdict.communicates and reads_gradients
+        self._looks_for_copies = verdict.untried is not None and under_update
+        self._before: list[tuple[Tensor, Tensor]] | None = None
+        self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def before(self, optimizer: Any) -> None:
+        """Look before a step is taken."""
+        self._before = None
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self._compares:
+            self._compares = False
+            self._compare_gradients(parameters)
+        if not self._looks_for_copies:
+            return
+        if optimizer.state:
+            self._looks_for_copies = False
+            self._check_copies(optimizer, parameters)
+        else:
+            self._before = [(p, p.detach().clone()) for p in parameters]
+            self._groups = [(group, dict(group)) for group in optimizer.param_groups]
+
+    @torch.no_grad()
+    def after(self, optimizer: Any) -> None:
+        """Look at the state that the first step has made; where it is refused, undo the step."""
+        before, self._before = self._before, None
+        if before is None:
+            return
+        self._looks_for_copies = False
+        try:
+            self._check_copies(optimizer, [tensor for pair in before for tensor in pair])
+        except RuntimeError:
+            for p, old in before:
+                p.copy_(old)
+            for group, options in self._groups:
+                group.clear()
+                group.update(options)
+            optimizer.state.clear()
+            raise
+
+    def _check_copies(self, optimizer: Any, weights: Sequence[Tensor]) -> None:
+        if holds_copies(optimizer, weights):
+            raise RuntimeError(
+                f"apply='update' does not work with {self._name}: its state holds copies of the weights, from which it "
+                "may compute the next ones, so a scaled step would be undone, and it cannot be tried on toy parameters "
+                f"({self._verdict.untried}); weights and state are as before this step. For factors that never "
+                "change use permanent groups with rates of their own, "
+                f"{self._name}(layerwise.param_groups(model), …)"
+            )
+
+    def _compare_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Raise on all processes where equal weights have other gradients: the step averages them itself."""
+        plain = [p for p in parameters if not hasattr(p, "device_mesh")]
+        own = [(_norm(p), _norm(p.grad)) for p in plain]
+        group = self._verdict.process_group
+        gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(gathered, own, group=group)
+        others = cast("list[list[tuple[float, float]]]", gathered)
+        if any(len(one) != len(own) for one in others):
+            return  # each process has parameters of its own
+        for number in range(len(own)):
+            weights, gradients = ([one[number][kind] for one in others] for kind in range(2))
+            if _alike(weights) and not _alike(gradients):
+                raise RuntimeError(
+                    f"the processes hold equal weights and different gradients, which {self._name} averages in its "
+                    "step, after the factors have been computed of them: the factors would differ, and the weights "
+                    "drift apart; nothing has changed. Average the gradients before step() "
+                    "(DistributedDataParallel does), or use a rule whose factors do not depend on gradients"
+                )
+
+
+def _norm(tensor: Tensor | None) -> float:
+    return math.nan if tensor is None else float(cast(Any, tensor.detach().double().norm().item()))
+
+
+def _alike(numbers: Sequence[float]) -> bool:
+    known = [number for number in numbers if number == number]
+    return len(known) == len(numbers) and all(math.isclose(known[0], one, rel_tol=CLOSE) for one in known)
+
+
+class KnownGroups:
+    """All parameters that an optimizer has held which replaces its groups in its step, with their last options.
+
+    Args:
+        groups: The groups it has.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self.param_groups: list[dict[str, Any]] = [{**group, "params": list(group["params"])} for group in groups]
+
+    def update(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Take over the options of the groups that the optimizer has now, and its new parameters."""
+        now: dict[int, Mapping[str, Any]] = {id(p): group for group in groups for p in group["params"]}
+        known = {id(p) for group in self.param_groups for p in group["params"]}
+        for group in self.param_groups:
+            current = next((now[id(p)] for p in group["params"] if id(p) in now), group)
+            group.update({name: value for name, value in current.items() if name not in ("params", "param_names")})
+        for group in groups:
+            new = [i for i, p in enumerate(group["params"]) if id(p) not in known]
+            if new:
+                names = {"param_names": [group["param_names"][i] for i in new]} if "param_names" in group else {}
+                self.param_groups.append({**group, "params": [group["params"][i] for i in new], **names})
