@@ -192,7 +192,7 @@ class AttachedRule:
         """Enter the collectives that the other processes enter, which may not be paused; change nothing."""
         if self._asks is not None and not self._asks(self.state):
             return
-        groups = self._required().param_groups
+        groups = self._groups
         with absent(), torch.no_grad():
             statistics = self.found.statistics.compute(groups)
             if "gradients" in needs_of(self._rule):  # a collective of the rule's own
