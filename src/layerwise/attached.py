@@ -61,7 +61,8 @@ class AttachedRule:
         self._place_name: PlaceName | None = None
         self._holder, self._optimizer = weakref.ref(holder), weakref.ref(optimizer)
         verdict = verdict_of(optimizer)
-        self._known = KnownGroups(optimizer.param_groups) if verdict is not None and verdict.replaces else None
+        may_replace = verdict is not None and (verdict.replaces or verdict.untried is not None)
+        self._known = KnownGroups(holder.param_groups) if may_replace else None
         self._take(resolve(optimizer, self._source, request))
         self._first = None if verdict is None else self._first_steps(optimizer, verdict)
         OptimizerHooks.add(optimizer, self)

@@ -13,9 +13,11 @@ from .closures import closure_of, evaluate_closure, with_closure
 from .factors import Factors
 from .layers import Layer
 from .splits import Split, write_back
+from .tensors import slots_of
 
 # Held weakly, since the optimizer's own hooks keep it: else a model that holds its optimizer would never be freed.
-_hooks_of: weakref.WeakKeyDictionary[Optimizer, weakref.ref[OptimizerHooks]] = weakref.WeakKeyDictionary()
+# By id, since an optimizer may have no hash.
+_hooks_of: dict[int, tuple[weakref.ref[Optimizer], weakref.ref[OptimizerHooks]]] = {}
 
 
 class Member(Protocol):
@@ -102,6 +104,8 @@ class OptimizerHooks:
         # One object for all steps: compiled steps are guarded on it.
         self._view: Any = object.__new__(type(optimizer))
         self._given: dict[str, Any] = {}
+        self._slots: dict[str, Any] = {}
+        self._acted: Any = None
         self._active: list[Member] = []
         self._levels: list[list[Split]] = []
         # None of torch's own optimizers writes into its groups (a test holds them to it); looking for it costs.
@@ -134,13 +138,14 @@ class OptimizerHooks:
         hooks = cls._of(optimizer)
         if hooks is None:
             hooks = cls(optimizer)
-            _hooks_of[optimizer] = weakref.ref(hooks)
+            key = id(optimizer)
+            _hooks_of[key] = (weakref.ref(optimizer, lambda _: _hooks_of.pop(key, None)), weakref.ref(hooks))
         return hooks
 
     @classmethod
     def _of(cls, optimizer: Optimizer) -> OptimizerHooks | None:
-        found = _hooks_of.get(optimizer)
-        return None if found is None else found()
+        found = _hooks_of.get(id(optimizer))
+        return None if found is None or found[0]() is not optimizer else found[1]()
 
     @classmethod
     def members_of(cls, optimizer: Optimizer) -> list[Member]:
@@ -173,7 +178,7 @@ class OptimizerHooks:
             return
         hooks.drop(attached)
         if not hooks.members and not hooks.observers:
-            del _hooks_of[optimizer]
+            del _hooks_of[id(optimizer)]
 
     def drop(self, attached: Member | Observer) -> None:
         """Forget a member or an observer, and take the hooks off with the last one."""
@@ -218,6 +223,9 @@ class OptimizerHooks:
         view = self._view
         self._given = given = dict(optimizer.__dict__)
         view.__dict__.update(given)
+        self._slots = slots_of(optimizer)
+        for name, value in self._slots.items():
+            object.__setattr__(view, name, value)
         levels = [member.act(view, private=private and len(active) == 1) for member in active]
         if not private:
             for level in levels:
@@ -225,6 +233,7 @@ class OptimizerHooks:
                     split.remember()
             self._levels = levels
         self._active = active
+        self._acted = view.param_groups
         return (view, *args[1:]), kwargs
 
     def _look(self, looking: Sequence[Observer], measured: Sequence[Member]) -> None:
@@ -273,11 +282,26 @@ class OptimizerHooks:
             for name, value in written.items():
                 if value is not given.get(name) and name not in ("param_groups", "grad_scale"):
                     optimizer.__dict__[name] = value
+            for name, value in slots_of(view).items():
+                if value is not self._slots.get(name):
+                    object.__setattr__(optimizer, name, value)
+            replaced, divided = view.param_groups is not self._acted, any(self._levels)
+            if replaced and not divided:
+                optimizer.param_groups = view.param_groups
             self._clear()
             # Other post-hooks are handed the view; without hooks of its own it keeps nothing alive but what they read.
             for name in ("defaults", "state", "param_groups"):
-                written[name] = optimizer.__dict__[name]
+                if name in optimizer.__dict__:
+                    written[name] = optimizer.__dict__[name]
+        if replaced and divided:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} has replaced its parameter groups in this step, which was taken with "
+                "per-layer groups, so the new ones are lost; attach with apply='update', which leaves the groups whole"
+            )
 
     def _clear(self) -> None:
         self._view.__dict__.clear()
-        self._given, self._active, self._levels = {}, [], []
+        for name in self._slots:
+            if hasattr(self._view, name):
+                object.__delattr__(self._view, name)
+        self._given, self._slots, self._active, self._levels, self._acted = {}, {}, [], [], None

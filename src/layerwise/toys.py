@@ -124,6 +124,7 @@ class Workshop:
         generator = torch.Generator().manual_seed(0)
         self._start = [_toy_values(p, dtype, generator, zero_mean=False) for p in self.real]
         self._generator = generator
+        self._copies = self._find_copies()
         self._dtype = dtype
         self._gradients: list[list[Tensor | None]] = []
         rates = [float(rate) for group in groups if (rate := group.get("lr")) is not None]
@@ -196,7 +197,9 @@ class Workshop:
             for p in group["params"]:  # those that are not among the toys, too: lists may hold them all
                 memo[id(p)] = known[id(p)] if id(p) in known else nn.Parameter(torch.zeros(1), requires_grad=False)
         memo[id(source.param_groups)] = groups
-        self._map_copies(source, memo)
+        for copied, number, dtype in self._copies:
+            if copied not in memo:
+                memo[copied] = toys[number].detach().clone().to(_kept(dtype, self._dtype))
         left_out = ("state", "param_groups", "step")
         for name, value in attributes_of(source).items():
             if name.endswith("_hooks"):
@@ -211,19 +214,16 @@ class Workshop:
                 object.__setattr__(twin, name, value)
         return twin
 
-    def _map_copies(self, source: Any, memo: dict[int, Any]) -> None:
-        """Let copies of real weights, such as slow or wide ones, become copies of the toys' weights."""
-        every = {(tuple(p.shape), p.device): p for group in source.param_groups for p in group["params"]}
-        for name, value in attributes_of(source).items():
-            if name in ("state", "param_groups"):
-                continue
-            for tensor in tensors_in(value, 3):
-                p = every.get((tuple(tensor.shape), tensor.device))
-                if p is None or id(tensor) in memo or p.numel() < 2:
-                    continue
-                for real in self.real:
-                    if real.shape == tensor.shape and bool((real.detach() == tensor.to(real.dtype)).all()):
-                        memo[id(tensor)] = memo[id(real)].detach().clone().to(_kept(tensor.dtype, self._dtype))
+    def _find_copies(self) -> list[tuple[int, int, torch.dtype]]:
+        """Return ids of copies of the real weights that the optimizer holds, such as wide ones, with those's numbers."""
+        found: list[tuple[int, int, torch.dtype]] = []
+        for name, value in attributes_of(self.optimizer).items():
+            for tensor in tensors_in(value, 3) if name not in ("state", "param_groups") else ():
+                for number, real in enumerate(self.real):
+                    alike = tensor is not real and tensor.shape == real.shape and tensor.device == real.device
+                    if alike and real.numel() > 1 and torch.equal(real.detach(), tensor.detach().to(real.dtype)):
+                        found.append((id(tensor), number, tensor.dtype))
+        return found
 
 
 class Twin:

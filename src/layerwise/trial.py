@@ -205,9 +205,10 @@ def _attempt(optimizer: Any, construct: bool, wide: bool, way: str) -> Verdict:
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     dtype = torch.float64 if wide and not any(p.is_complex() for p in parameters) else None
+    workshop = Workshop(optimizer, dtype, construct=construct, way=way)
     with undisturbed(parameters) as guard:
         try:
-            return Trial(Workshop(optimizer, dtype, construct=construct, way=way), guard).verdict()
+            return Trial(workshop, guard).verdict()
         except Exception as error:
             reason = guard.stopped or error
     if isinstance(reason, CommunicatesError):

@@ -613,5 +613,6 @@ def test_groups_that_a_step_replaces_are_carried_over(first: bool) -> None:
     assert adapter.apply == "update"
     assert moved == pytest.approx([0.1, 0.2, 0.2])
     assert len(optimizer.param_groups) == len(optimizer.param_groups[0]["params"]) == 1
+    model = network(3)
     with pytest.raises(ValueError, match=r"replaces its parameter groups.*use apply='update'"):
-        layerwise.LayerwiseLR(Blocks(network(3).parameters(), first), Constant({"0": 0.5}), network(3), apply="lr")
+        layerwise.LayerwiseLR(Blocks(model.parameters(), first), Constant({"0": 0.5}), model, apply="lr")
