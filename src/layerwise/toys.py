@@ -215,7 +215,7 @@ class Workshop:
         return twin
 
     def _find_copies(self) -> list[tuple[int, int, torch.dtype]]:
-        """Return ids of copies of the real weights that the optimizer holds, such as wide ones, with those's numbers."""
+        """Return the ids of copies of the real weights that the optimizer holds, the toys' numbers, and the types."""
         found: list[tuple[int, int, torch.dtype]] = []
         for name, value in attributes_of(self.optimizer).items():
             for tensor in tensors_in(value, 3) if name not in ("state", "param_groups") else ():
