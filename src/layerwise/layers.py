@@ -343,11 +343,13 @@ def _layer_name_function(
     if not specification:
         raise ValueError(f"layers=[] names no layer; allowed: {allowed}")
     patterns = list(specification)
-    check_patterns(patterns, [n for name in named_parameters for n in (name, owner_name(name))], "layers")
+    names = [n for name in named_parameters for n in (name, owner_name(name), owners(name))]
+    check_patterns(patterns, names, "layers")
 
     def first_match(name: str, parameter: Tensor) -> str | None:
         hits = (p for p in patterns if matches(p, name) or matches(p, owner_name(name)))
-        return next(hits, None)
+        # Only then by the layer that it has under "module", so that patterns can still divide that one.
+        return next(hits, None) or next((p for p in patterns if matches(p, owners(name))), None)
 
     return first_match
 

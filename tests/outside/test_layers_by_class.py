@@ -154,6 +154,15 @@ def test_a_graph_convolution_with_a_network_inside_is_one_layer():
     assert attach(model)[0].layers == ["convolution", "head"]
 
 
+def test_patterns_are_the_layers_names_or_divide_them():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "graph": GraphConvolution(4, 2)})
+    names = names_in(attach(model)[0])
+    assert names_in(attach(model, layers=["attention", "graph"])[0]) == names
+    parts = names_in(attach(model, layers=["attention", "attention.out_proj", "graph.lin", "graph"])[0])
+    assert parts["attention"] == ["attention.in_proj_bias", "attention.in_proj_weight"]
+    assert parts["graph.lin"] == ["graph.lin.weight"]
+
+
 def test_a_class_of_that_name_in_another_package_says_nothing():
     class MessagePassing(nn.Module):
         def __init__(self):
