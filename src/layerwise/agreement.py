@@ -40,8 +40,6 @@ def compared(
     global _counts
     distributed = torch.distributed
     store: Any = distributed.distributed_c10d._get_default_store()
-    if distributed.get_backend() == "fake":  # there are no other processes
-        return None
     several = distributed.get_world_size() if ranks is None else len(ranks)
     if _counts[0] is not store:  # the processes have met anew
         _counts = (store, Counter())
@@ -62,6 +60,13 @@ def compared(
     if store.get(f"{key}/verdict") != b"all":
         return None
     return json.loads(store.get(f"{key}/{several}"))
+
+
+def can_compare() -> bool:
+    """Return whether there is a store: MPI has none, and of a fake process group there are no other processes."""
+    distributed = torch.distributed
+    store: Any = distributed.distributed_c10d._get_default_store()
+    return store is not None and distributed.get_backend() != "fake"
 
 
 def digest(value: Any) -> str:

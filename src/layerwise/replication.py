@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .agreement import LONGEST, SECONDS, Table, compared, digest
+from .agreement import LONGEST, SECONDS, Table, can_compare, compared, digest
 from .layer_statistics import NORMS, LayerStatistics
 from .layers import Layer
 from .rules.base import State
@@ -69,6 +69,8 @@ def check_processes(rule: Any, state: State, layers: Sequence[Layer], statistics
     if not several_processes():
         return
     refuse_stages(rule, statistics.members)
+    if not can_compare():
+        return
     needs = set(needs_of(rule))
     if statistics.sharing is not None:
         alike = {"rule": described(rule), "epoch": _epochs(state)}
@@ -100,6 +102,8 @@ def check_members(what: str, alike: Table, statistics: LayerStatistics, *, needs
         ValueError: Something is not equal.
         RuntimeError: One of them has attached nothing, so that the next collective would wait for it forever.
     """
+    if not can_compare():
+        return
     shared: dict[tuple[int, ...], list[str]] = {}
     names = (f"{layer.name}:{name}" for layer in statistics.layers for name in layer.parameter_names)
     for name, piece in zip(names, statistics.pieces, strict=True):
