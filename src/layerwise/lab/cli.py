@@ -67,11 +67,12 @@ def _carry_out(
     if outcome.results.records:
         _write_report(outcome, arguments, silent=asked.json or asked.quiet)
     again = shlex.join([program(), *arguments])
-    command = next_command(outcome) if outcome.complete else again
+    command = next_command(outcome) if outcome.complete else "" if outcome.alike else again
     if asked.json:
         sys.stdout.write(terminal.as_json(outcome) + "\n")
-        for failure in outcome.failures:
-            sys.stderr.write(f"layerwise: {failure.doing}: {failure.reason}\n{failure.details}")
+        for failure, *others in outcome.causes():
+            more = f" (and {len(others)} more)" if others else ""
+            sys.stderr.write(f"layerwise: {failure.doing}{more}: {failure.reason}\n{failure.details.rstrip()}\n")
     else:
         terminal.show(outcome, target, quiet=asked.quiet, next_command=command)
     return outcome.exit_code

@@ -42,6 +42,7 @@ def run_chains(
     *,
     address: str | None,
     on_message: Callable[[int, Any], None],
+    on_failure: Callable[[Failure], None] = lambda failure: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Failure]:
     """Do chains side by side on Ray.
@@ -51,6 +52,7 @@ def run_chains(
         jobs: at most so many at once where Ray is started here; a cluster takes as many as it has processors for.
         address: of the cluster, as ``ray.init`` takes it; None starts Ray on this machine and ends it again.
         on_message: called with a number from 0, which no two running chains share, and a message of ``work``.
+        on_failure: called with each chain that failed, as soon as it has.
         stop: asked about ten times a second; True lets the running chains write checkpoints and end.
 
     Returns:
@@ -63,7 +65,7 @@ def run_chains(
         return []
     ray = _imported()
     with _connected(ray, jobs, chains[0], address), _token(chains[0].out) as token:
-        return _Driver(ray, jobs if address is None else None, token, on_message).carry_out(chains, stop)
+        return _Driver(ray, jobs if address is None else None, token, on_message, on_failure).carry_out(chains, stop)
 
 
 DIED = "its process died"
@@ -88,6 +90,7 @@ class _Driver:
     jobs: int | None
     token: str
     on_message: Callable[[int, Any], None]
+    on_failure: Callable[[Failure], None]
     failures: list[Failure] = field(default_factory=list)
     running: dict[Any, _Running] = field(default_factory=dict)
     given: int = 0
@@ -164,6 +167,7 @@ class _Driver:
             if failure is None:
                 continue
             self.failures.append(Failure(task.chain.name, task.doing, *failure))
+            self.on_failure(self.failures[-1])
             rest = task.chain.rest(task.doing) if failure[0].startswith(DIED) else None
             if rest is not None:
                 left.append(rest)

@@ -76,6 +76,7 @@ def as_data(task: str, found: Examination, page: Path | None) -> dict[str, Any]:
         "findings": [asdict(finding) | {"sentence": finding.sentence} for finding in checkup.findings]
         if checkup is not None
         else [],
+        "notes": list(found.notes),
         "training": trained,
         "page": None if page is None else str(page),
         "lines": found.lines,

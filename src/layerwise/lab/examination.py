@@ -44,6 +44,9 @@ TRIED = "a few updates with the layer-adaptive rule: "
 NOT_FINITE = "the loss is not finite"
 """How the problem begins that the training tells more of, if it has it too."""
 
+NO_FORK = "where Python does not fork (macOS, Windows, any system from Python 3.14 on) the loader fails: "
+"""How the note begins of a loader that works only with forked workers."""
+
 BESIDE_SECONDS = 10.0
 """To start the command, to start a worker, and to write the report: 3, 3 and 4 s of a free core."""
 
@@ -73,11 +76,13 @@ class Examination:
         described: what it is, what a comparison would do, and where a factor would act, in lines.
         faults: what the dry run found wrong, a sentence each.
         checkup: what a short training showed; None where no update could be done.
+        notes: what is no problem here, a sentence each.
     """
 
     described: list[str]
     faults: list[str]
     checkup: Checkup | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def problems(self) -> list[str]:
@@ -92,6 +97,7 @@ class Examination:
         for finding in self.checkup.findings if self.checkup else ():
             told.append(f"{'problem' if finding.serious else 'note':<12}{finding.sentence}")
             told.append(f"{'  remedy':<12}{finding.remedy}")
+        told += [f"{'note':<12}{note}" for note in self.notes]
         return told if self.problems else [f"{'problems':<12}none found", *told]
 
     @property
@@ -125,7 +131,7 @@ def examine(
         UsageError: the task cannot be used at all, or a length is out of its range.
     """
     checkup.check(steps, seconds)
-    look = task_file.look(device)
+    look = task_file.look(device, spawned=True)
     problems = _problems_of_plan(task_file, look)
     jobs = max(1, min(usable_cores(), SEEDS * sum(arm.control is None for arm in make_arms())))
     with Stream(0):
@@ -145,7 +151,7 @@ def examine(
         # What cannot be attached is found three times: by the plan, by the updates and by the diagnosis.
         if not any(problem.removeprefix(TRIED) in other for other in told):
             told.append(problem)
-    return Examination(described, told, trained)
+    return Examination(described, told, trained, (f"{NO_FORK}{look.spawned}",) if look.spawned else ())
 
 
 def _sorted(diagnosis: str) -> tuple[list[str], list[str]]:

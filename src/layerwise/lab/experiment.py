@@ -72,6 +72,30 @@ def chains_left(plan: Plan, results: Results, settings: Settings) -> list[Chain]
     ]
 
 
+def fail_alike(runs: Sequence[PlannedRun], failures: Sequence[Failure]) -> bool:
+    """Say whether runs fail whatever they are: every arm has failed in the same way, in two seeds or settings.
+
+    Args:
+        runs: that were to be done; controls are not counted, as each waits for its method's run.
+        failures: so far; no run was finished.
+
+    Returns:
+        Whether the rest would fail too, as far as can be told. The subjects of a recipe are tried each.
+    """
+
+    def arms(runs: Sequence[PlannedRun]) -> set[tuple[str, str]]:
+        return {("" if run.task is not None else run.subject, run.arm.name) for run in runs}
+
+    def seeds(runs: Sequence[PlannedRun]) -> set[tuple[str, int]]:
+        return {(run.subject, run.seed) for run in runs}
+
+    named = {failure.doing for failure in failures}
+    methods = [run for run in runs if run.arm.control is None]
+    failed = [run for run in methods if run.label in named]
+    one_cause = len({failure.kind for failure in failures}) == 1
+    return one_cause and arms(failed) == arms(methods) and len(seeds(failed)) >= min(2, len(seeds(methods)))
+
+
 def carry_out(
     plan: Plan, settings: Settings, display: Display | None = None, *, engine: Engine | None = None
 ) -> Outcome:
@@ -104,12 +128,20 @@ def carry_out(
     outcome.jobs = 1 if plan.quantity.name == "seconds" else max(1, min(side_by_side, len(chains)))
     planned: dict[tuple[str, str, int], PlannedRun] = {run.key: run for run in plan.runs}
     skipped: dict[tuple[str, str, int], str] = {}
+    left = [run for run in plan.runs if run.key not in outcome.results.records]
+    failures: list[Failure] = []
+
+    def on_failure(failure: Failure) -> None:
+        failures.append(failure)
+        if len(outcome.results.records) == outcome.found:
+            outcome.alike = fail_alike(left, failures)
 
     def on_message(worker: int, message: object) -> None:
         if isinstance(message, Advance):
             display.advance(worker, message.run, message.done, message.total)
         elif isinstance(message, Failure):
             outcome.failures.append(message)
+            on_failure(message)
         elif isinstance(message, Skipped):
             skipped[message.key] = message.reason
         elif isinstance(message, Finished) and message.key not in outcome.results.records:
@@ -122,13 +154,14 @@ def carry_out(
         if interrupt.requested and not outcome.interrupted:
             outcome.interrupted = True
             display.stopping()
-        return interrupt.requested
+        return interrupt.requested or outcome.alike
 
     # Processes that share runs are ended by SIGTERM when one of them has died: there is nobody to wait for then.
     with Interrupt(*([signal.SIGTERM] if engine is None else [])) as interrupt:
         display.begin(outcome, outcome.jobs)
         try:
-            outcome.failures += (engine or _engine(settings))(chains, outcome.jobs, on_message=on_message, stop=stop)
+            do = engine or _engine(settings)
+            outcome.failures += do(chains, outcome.jobs, on_message=on_message, on_failure=on_failure, stop=stop)
         finally:
             display.end()
         outcome.interrupted = interrupt.requested
@@ -136,7 +169,7 @@ def carry_out(
     outcome.results.records |= load_finished(plan, runs).records
     failed = {failure.doing for failure in outcome.failures}
     for run in plan.runs:
-        if run.key in outcome.results.records or run.label in failed or outcome.interrupted:
+        if run.key in outcome.results.records or run.label in failed or outcome.interrupted or outcome.alike:
             continue
         outcome.skipped.append(f"{run.label}: {skipped.get(run.key, 'the process that was to do it ended')}")
     outcome.seconds = time.perf_counter() - clock

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import pickle
 import random
+import re
 import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any
 import numpy
 import torch
 
+import layerwise
+from layerwise.lab import task_files
 from layerwise.lab.errors import UsageError
 from layerwise.lab.trial import StoppedError
 
@@ -85,6 +89,18 @@ class Stream:
         _restore(self._outer)
 
 
+ORIGINAL = "Original Traceback (most recent call last):"
+"""Line before the traceback of a loader's worker in the message of its error."""
+
+PICKLED = (
+    "A spawned worker of a loader is sent the data set and the functions by pickle: define them at the top level of {}, "
+    "without lambdas, and open files in the worker; or give the loader multiprocessing_context='fork' or num_workers=0"
+)
+
+LAYERWISE = os.path.realpath(Path(layerwise.__file__).parents[1])
+"""Folder that this package is imported from."""
+
+
 @lru_cache(maxsize=64)
 def _importable(places: tuple[str, ...], hidden: tuple[str, ...]) -> list[str]:
     """Leave folders out of ``sys.path``, except those that installed packages added to it.
@@ -110,12 +126,13 @@ def only_installed(*hidden: str) -> Iterator[None]:
         *hidden: the folders.
     """
     before = list(sys.path)
-    sys.path[:] = seen = _importable(tuple(before), hidden)
+    seen = _importable(tuple(before), hidden)
+    sys.path[:] = [*seen, *task_files.folders]
     try:
         yield
     finally:
         # What the code inside added stays, before or after what was there.
-        now, count = list(sys.path), len(seen)
+        now, count = [place for place in sys.path if place not in task_files.folders], len(seen)
         start = next((start for start in range(len(now)) if now[start : start + count] == seen), None)
         if start is None:
             sys.path[:] = [place for place in before if place not in seen] + now
@@ -129,19 +146,22 @@ class Guest:
 
     Attributes:
         label: what messages call the file and its function.
-        filename: under which its code was compiled.
+        filename: of the file.
+        copy: name of its copy, without the folder.
     """
 
     label: str
     filename: str = field(repr=False)
+    copy: str = field(repr=False)
 
     @property
     def folders(self) -> tuple[str, ...]:
         """The file's own folder, and the working directory: where modules may lie that are not installed."""
-        try:
-            return os.path.dirname(self.filename), os.getcwd()
-        except OSError:  # the working directory was removed
-            return (os.path.dirname(self.filename),)
+        found = [os.path.dirname(self.filename)]
+        with suppress(OSError):  # the working directory was removed
+            found.append(os.getcwd())
+        # A loader's worker, which is given this sys.path, needs layerwise.
+        return tuple(folder for folder in found if os.path.realpath(folder) != LAYERWISE)
 
     def refuse(self, problem: str) -> UsageError:
         """Make the error that names the task and what is wrong with it."""
@@ -183,12 +203,28 @@ class Guest:
 
     def described(self, error: BaseException) -> str:
         """Describe an exception in one line, and by the lines of the person's file that led to it."""
-        words = str(error).strip().partition("\n")[0]
-        text = f"{type(error).__name__}: {words}" if words else type(error).__name__
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.filename]
+        words = str(error).strip()
+        text = f"{type(error).__name__}: {words}".partition("\n")[0] if words else type(error).__name__
+        frames = [
+            (frame.lineno, frame.name, frame.line)
+            for frame in traceback.extract_tb(error.__traceback__)
+            if os.path.basename(frame.filename) == self.copy
+        ]
+        if ORIGINAL in words:  # a loader's worker raised it, and torch quotes its traceback
+            text = words.splitlines()[-1]
+            frames += re.findall(rf'^ *File ".*{self.copy}", line (\d+), in (.*)\n *(.*)', words, re.MULTILINE)
+        text = text.replace(f"{task_files.__name__}.{Path(self.copy).stem}", Path(self.filename).name)
         if not frames:
-            return text
-        return f"{text} (line {frames[-1].lineno})\n" + "".join(traceback.format_list(frames)).rstrip()
+            return text + self._of_workers(error)
+        lines = [f'  File "{self.filename}", line {number}, in {name}\n    {line}' for number, name, line in frames]
+        return "\n".join([f"{text} (line {frames[-1][0]})", *lines]) + self._of_workers(error)
+
+    def _of_workers(self, error: BaseException) -> str:
+        """Say why a loader's worker could not be started, or ""."""
+        words = str(error).lower()
+        if isinstance(error, pickle.PicklingError) or "pickle" in words or "can't get local object" in words:
+            return f"\n{PICKLED.format(Path(self.filename).name)}"
+        return ""
 
     def takes(self, name: str, function: Any, *arguments: str) -> None:
         """Refuse what cannot be called with so many arguments.

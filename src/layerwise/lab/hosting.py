@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -184,6 +185,14 @@ class Host:
             raise self.guest.refuse(f"batches({number}) returned {type(source).__name__}: return a list or a loader")
         return reseeded(source, self.seed, number)
 
+    def begun(self, source: Iterable[Any]) -> Iterator[Any]:
+        """Begin to go through batches; what cannot be pickled is told once, by the error."""
+        if not getattr(source, "num_workers", 0):
+            return iter(source)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Got pickle error")
+            return iter(source)
+
     def epoch(self, batches: Any, number: int) -> Iterator[Any]:
         """Give the batches of an epoch, with random numbers that follow from seed and epoch alone.
 
@@ -200,7 +209,7 @@ class Host:
         guest, stream = self.guest, Stream(seed_of(self.seed, "epoch", number))
         with stream, guest.at_work(f"batches of epoch {number}"):
             source = self.source(batches, number)
-            iterator, count = iter(source), 0
+            iterator, count = self.begun(source), 0
         if isinstance(source, (list, tuple)):  # nothing is drawn any more, and a stream takes 0.2 ms
             yield from source
             count = len(source)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import multiprocessing
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import DataLoader
+
+from layerwise.lab.errors import UsageError
 from layerwise.lab.guests import Stream, same, seed_of
 from layerwise.lab.hosting import Host, length_of
 from layerwise.lab.trial import Trial
@@ -34,6 +39,7 @@ class Look:
         higher_is_better: which way is better.
         has_validation: whether there is a validation for tuning.
         metric_seconds: that the metric took.
+        spawned: why a loader's workers, which are forked here, cannot be spawned; "" where they can, or were not tried.
     """
 
     trial: Trial
@@ -42,6 +48,7 @@ class Look:
     higher_is_better: bool
     has_validation: bool
     metric_seconds: float
+    spawned: str = ""
 
     @property
     def layers_every(self) -> int:
@@ -58,13 +65,14 @@ class Look:
         return trial.total // trial.test_every + 1
 
 
-def look(task: Task, host: Host, *, validation: bool = False) -> Look:
+def look(task: Task, host: Host, *, validation: bool = False, spawned: bool = False) -> Look:
     """Try batches, loss and metric.
 
     Args:
         task: checked.
         host: that takes it.
         validation: whether ``validation`` is tried, and must be there.
+        spawned: whether a batch is drawn by a spawned worker too, where the loader's are forked.
 
     Returns:
         What was found.
@@ -73,7 +81,8 @@ def look(task: Task, host: Host, *, validation: bool = False) -> Look:
         UsageError: a part is not as it must be.
     """
     with Stream(seed_of(0, "epoch", 1)), host.guest.at_work("batches of epoch 1"):
-        length = length_of(host.source(task.batches, 1))
+        source = host.source(task.batches, 1)
+        length = length_of(source)
     trial = host.trial(task, layers_every=1, length=length)
     batch = _first(trial, 1)
     if not same(batch, _first(trial, 1)):
@@ -81,6 +90,8 @@ def look(task: Task, host: Host, *, validation: bool = False) -> Look:
             "batches gives other batches when epoch 1 is asked for twice, so a run that goes on from a checkpoint "
             "would see others: draw from torch's, Python's or NumPy's global generator, which the lab seeds for each "
             "epoch, or make the generator inside of batches(epoch), of seed and epoch"
+            + "; with persistent_workers=True a loader's workers are not seeded anew: leave it out"
+            * bool(getattr(source, "persistent_workers", False))
         )
     if (trial.epochs or 0) > 1 or (trial.iterations is not None and length is not None and length < trial.iterations):
         _first(trial, 2)
@@ -104,7 +115,26 @@ def look(task: Task, host: Host, *, validation: bool = False) -> Look:
         higher_is_better=better,
         has_validation=task.validation is not None,
         metric_seconds=seconds,
+        spawned=_spawned(source, host) if spawned else "",
     )
+
+
+def _spawned(source: Any, host: Host) -> str:
+    """Draw a batch of a loader whose workers are forked by one that is spawned, as on other systems; say what fails."""
+    if not isinstance(source, DataLoader) or not source.num_workers:
+        return ""
+    context: Any = source.multiprocessing_context or multiprocessing
+    if context.get_start_method() != "fork":
+        return ""
+    loader = copy.copy(source)
+    vars(loader)["persistent_workers"] = False  # as an attribute it is read-only
+    loader.num_workers, loader.multiprocessing_context = 1, "spawn"
+    try:
+        with Stream(seed_of(0, "epoch", 1)), host.guest.at_work("a batch of a spawned worker"):
+            next(host.begun(loader))
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def _check_finite(name: str, value: float, host: Host) -> None:

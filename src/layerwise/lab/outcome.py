@@ -87,6 +87,7 @@ class Outcome:
         found: runs that were finished before.
         set_aside: broken files that were renamed.
         failures: runs that failed.
+        alike: every arm's first run failed in the same way, so that no further one was begun.
         skipped: runs that another process works on.
         interrupted: the person stopped it.
         seconds: wall clock time.
@@ -99,6 +100,7 @@ class Outcome:
     found: int = 0
     set_aside: list[Path] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    alike: bool = False
     skipped: list[str] = field(default_factory=list)
     interrupted: bool = False
     seconds: float = 0.0
@@ -108,6 +110,20 @@ class Outcome:
     def planned(self) -> int:
         """Number of runs of the whole plan."""
         return len(self.plan.runs)
+
+    @property
+    def not_begun(self) -> int:
+        """Number of runs that were not begun because those before them had all failed in the same way."""
+        failed = {failure.doing for failure in self.failures}
+        left = [run for run in self.plan.runs if run.key not in self.results.records and run.label not in failed]
+        return len(left) if self.alike else 0
+
+    def causes(self) -> list[list[Failure]]:
+        """Put the failures of one cause together."""
+        found: dict[str, list[Failure]] = {}
+        for failure in self.failures:
+            found.setdefault(failure.kind, []).append(failure)
+        return list(found.values())
 
     @property
     def complete(self) -> bool:

@@ -12,6 +12,7 @@ ignore it: only the master decides, and it asks them to stop.
 from __future__ import annotations
 
 import multiprocessing
+import re
 import signal
 import threading
 import time
@@ -61,6 +62,12 @@ class Failure:
     doing: str
     reason: str
     details: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What failures of one cause have in common: the reason but for its numbers, and the last line of code."""
+        place = re.findall(r'^ *File ".*$', self.details, re.MULTILINE)[-1:]
+        return "\n".join([re.sub(r"0x[0-9a-f]+|\d+", "#", self.reason), *place])
 
 
 class Link:
@@ -128,8 +135,10 @@ def _interrupt_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(connection: Connection, work: Callable[[Any, Link], None]) -> None:
+def _serve(connection: Connection, work: Callable[[Any, Link], None], method: str | None) -> None:
     """Be a worker: do one job after another until told to stop."""
+    # It was spawned, and would spawn the workers of a loader too, whatever the master's default is.
+    multiprocessing.set_start_method(method, force=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     link = Link(connection)
     try:
@@ -158,7 +167,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         # No daemon: those may not start processes, as a person's loader does. Without its master it ends by its pipe.
-        self.process = context.Process(target=_serve, args=(theirs, work), daemon=False)
+        given = (theirs, work, multiprocessing.get_start_method(allow_none=True))
+        self.process = context.Process(target=_serve, args=given, daemon=False)
         resource_tracker.ensure_running()  # begun by start(), it would let interrupts through again
         with _interrupt_blocked():
             self.process.start()
@@ -197,6 +207,7 @@ def run_jobs(
     on_message: Callable[[int, Any], None],
     stop: Callable[[], bool] = lambda: False,
     rest: Callable[[Any, str], NamedJob | None] = lambda job, doing: None,
+    on_failure: Callable[[Failure], None] = lambda failure: None,
 ) -> list[Failure]:
     """Do jobs side by side.
 
@@ -207,11 +218,18 @@ def run_jobs(
         on_message: called in this process with the number of the worker (from 0) and what it sent.
         stop: asked about ten times a second; True stops the workers within about ``STOP_SECONDS``.
         rest: called with a job whose process died and what it was doing; gives the job that is left to be done, if any.
+        on_failure: called with each job that failed, as soon as it has.
 
     Returns:
         The jobs that failed. Jobs that were stopped or never begun are not failures.
     """
-    waiting, failures = deque(jobs), []
+    waiting = deque(jobs)
+    failures: list[Failure] = []
+
+    def fail(failure: Failure) -> None:
+        failures.append(failure)
+        on_failure(failure)
+
     workers: list[_Worker | None] = []
     try:
         workers += [_Worker(work) for _ in range(min(count, len(waiting)))]
@@ -225,7 +243,7 @@ def run_jobs(
                     continue
                 if worker.left is not None:
                     if worker.job is not None or not worker.ready:
-                        failures.append(_death(worker))
+                        fail(_death(worker))
                     left = rest(worker.job, worker.doing) if worker.job is not None else None
                     if left is not None:
                         waiting.appendleft(left)
@@ -244,7 +262,7 @@ def run_jobs(
                     worker.doing = content
                 else:
                     if kind == "failed":
-                        failures.append(Failure(worker.job.name, worker.doing, *content))  # type: ignore[union-attr]
+                        fail(Failure(worker.job.name, worker.doing, *content))  # type: ignore[union-attr]
                     worker.ready = True
                     worker.give(waiting.popleft() if waiting else None)
     finally:

@@ -44,8 +44,8 @@ def opening(outcome: Outcome, workers: int) -> list[str]:
     if left:
         runs = "1 run" if left == 1 else f"{left} runs"
         lines.append(
-            f"{runs} in {workers} process{'es' if workers > 1 else ''}; Ctrl-C keeps what is done, "
-            "and the same command goes on."
+            f"{runs} in {workers} process{'es' if workers > 1 else ''}; Ctrl-C keeps what is done "
+            "for the next start of the command."
         )
     return lines
 

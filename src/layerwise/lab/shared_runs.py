@@ -90,6 +90,7 @@ def lead(
     jobs: int,
     *,
     on_message: Callable[[int, Any], None],
+    on_failure: Callable[[Failure], None],
     stop: Callable[[], bool],
 ) -> list[Failure]:
     """Be the first process: do chains one after another, with the others at every run.
@@ -99,6 +100,7 @@ def lead(
         chains: what to do, in order.
         jobs: has no meaning here.
         on_message: called with 0 and a message of ``work``.
+        on_failure: has no meaning here.
         stop: asked once an update.
 
     Returns:

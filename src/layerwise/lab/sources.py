@@ -1,49 +1,32 @@
-"""Reading and executing the one file of a person's own that is named."""
+"""What stands in the one file of a person's own that is named."""
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import inspect
-import linecache
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.guests import Guest
 
 
-def execute(path: Path, source: bytes, guest: Guest) -> ModuleType:
-    """Execute a file.
+def check(path: Path, source: bytes) -> None:
+    """Refuse a file that is no Python.
 
     Args:
-        path: that it was read from, as its code and tracebacks see it.
+        path: that it was read from.
         source: its bytes.
-        guest: whose code it is.
-
-    Returns:
-        A module with what it defines, made anew in every call.
 
     Raises:
-        UsageError: it is no Python, or raised something.
+        UsageError: it cannot be compiled; the line is named.
     """
-    filename = str(path)
     try:
         # dont_inherit: the statement "from __future__" above is none of the person's.
-        code = compile(source, filename, "exec", dont_inherit=True)
+        compile(source, str(path), "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         raise UsageError(_unreadable(path, error)) from None
-    text = source.decode(errors="replace")
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    module = ModuleType(f"layerwise_task_{hashlib.sha256(source).hexdigest()[:12]}")
-    module.__file__ = filename
-    sys.modules[module.__name__] = module  # so that what it defines can be pickled, as loaders with workers do
-    with guest.at_work("the file"):
-        exec(code, module.__dict__)
-    return module
 
 
 def parameters(function: Callable[..., Any], guest: Guest, name: str) -> tuple[dict[str, Any], bool]:

@@ -1,8 +1,7 @@
 """A person's own task: one function in one file, which gives model, batches, loss and metric. See docs/compare.md.
 
-Only the file that is named is read and executed, in this process and in every worker; its bytes travel to the workers,
-so a file that is changed while a comparison is at work changes nothing of it. What the file itself imports must be
-installed.
+Only the file that is named is read. Its bytes travel to the workers, and every process imports a copy of them, so a
+file that is changed while a comparison is at work changes nothing of it. What the file imports must be installed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.lab import hosting, looking, sources
+from layerwise.lab import hosting, looking, sources, task_files
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError, nearest
 from layerwise.lab.guests import Guest, Stream, seed_everything
@@ -150,7 +149,7 @@ class TaskFile:
     @property
     def guest(self) -> Guest:
         """Whose code it is."""
-        return Guest(self.label, str(self.path))
+        return Guest(self.label, str(self.path), f"{task_files.stem_of(self.source)}.py")
 
     def with_values(self, values: Mapping[str, Value]) -> TaskFile:
         """Give the same task with other values of its parameters, those of a parameter's default left out.
@@ -193,11 +192,12 @@ class TaskFile:
         about = {"task": self.sha256, "function": self.function, "values": dict(self.values)}
         return {**about, "layers_every": layers_every, "measure": measure}
 
-    def build(self, seed: int) -> Task:
-        """Execute the file and call the function, with the global generators of torch, Python and NumPy at the seed.
+    def build(self, seed: int, copies: Path | None = None) -> Task:
+        """Import the file and call the function, with the global generators of torch, Python and NumPy at the seed.
 
         Args:
             seed: of the run.
+            copies: folder of the file's copy; None for one that ends with this process.
 
         Returns:
             The task, checked.
@@ -206,7 +206,7 @@ class TaskFile:
             UsageError: the code raised something, or what it returned cannot be used.
         """
         seed_everything(seed)
-        function = self.found()
+        function = self.found(copies)
         seed_everything(seed)  # whatever the file itself has drawn
         with self.guest.at_work(f"{self.function}(seed={seed})"):
             returned = function(seed=seed, **self.values)
@@ -214,12 +214,13 @@ class TaskFile:
         hosting.check(task, self.guest)
         return task
 
-    def trial(self, configuration: Configuration, device: str = "cpu") -> Trial:
+    def trial(self, configuration: Configuration, device: str = "cpu", copies: Path | None = None) -> Trial:
         """Make what a run trains.
 
         Args:
             configuration: of the run; its ``trial`` is what ``configuration()`` gave.
             device: where the network is trained.
+            copies: as ``build`` takes it.
 
         Returns:
             The trial, ready for its first update.
@@ -231,18 +232,19 @@ class TaskFile:
         if (about.get("task"), about.get("function")) != (self.sha256, self.function):
             raise self.guest.refuse(f"task={about.get('task')!r}: the run is of another file; lay out its plan anew")
         chosen = replace(self, values=about["values"])
-        task = chosen.build(configuration.seed)
+        task = chosen.build(configuration.seed, copies)
         host = hosting.Host(self.guest, configuration.seed, device=device, rate=chosen.settled("lr"))
         trial = host.trial(task, layers_every=about["layers_every"], measure=about["measure"], length=self.length)
         seed_everything(configuration.seed)
         return trial
 
-    def look(self, device: str = "cpu", *, validation: bool = False) -> Look:
+    def look(self, device: str = "cpu", *, validation: bool = False, spawned: bool = False) -> Look:
         """Build the task once, at seed 0, and try each part; the global generators are left as they were.
 
         Args:
             device: where the network is put.
             validation: whether ``validation`` is tried too.
+            spawned: whether a batch is drawn by a spawned worker too, where the loader's are forked.
 
         Returns:
             What was found.
@@ -252,15 +254,22 @@ class TaskFile:
         """
         with Stream(0):
             host = hosting.Host(self.guest, 0, device=device, rate=self.settled("lr"))
-            return looking.look(self.build(0), host, validation=validation)
+            return looking.look(self.build(0), host, validation=validation, spawned=spawned)
 
-    def found(self) -> Callable[..., Any]:
-        """Execute the file anew, so that no run leaves anything to the next, and give the function.
+    def found(self, copies: Path | None = None) -> Callable[..., Any]:
+        """Import the file anew, so that no run leaves anything to the next, and give the function.
+
+        Args:
+            copies: as ``build`` takes it.
 
         Raises:
-            UsageError: the file cannot be executed, or the function is not in it.
+            OSError: the copy cannot be written.
+            UsageError: the file raises something, or the function is not in it.
         """
-        function = getattr(sources.execute(self.path, self.source, self.guest), self.function, None)
+        name = task_files.keep(self.source, self.path, copies)
+        with self.guest.at_work("the file"):
+            module = task_files.import_anew(name)
+        function = getattr(module, self.function, None)
         if not callable(function):
             offered = sources.functions(self.path, self.source)
             raise UsageError(f"{self.path.name} has no function {self.function!r}: {offered}")
@@ -291,6 +300,7 @@ def load(file_and_function: str, values: Mapping[str, Value] | None = None) -> T
         raise UsageError(f"task={file_and_function!r}: {reason}; give FILE:FUNCTION, as my_task.py:task") from None
     if not function:
         raise UsageError(f"task={file_and_function!r} names no function: {sources.functions(path, source)}")
+    sources.check(path, source)
     task_file = TaskFile(path.resolve(), function, source)
     with Stream(0):
         own, taking_any = sources.parameters(task_file.found(), task_file.guest, function)

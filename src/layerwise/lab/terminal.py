@@ -182,17 +182,26 @@ def told_apart(found: Sequence[Verdict]) -> tuple[list[Verdict], list[Verdict]]:
 
 def _say_ends(outcome: Outcome, target: Console, *, quiet: bool) -> None:
     """Say which runs failed, were skipped, or are not finished."""
-    for failure in outcome.failures:
+    for alike in outcome.causes():
+        failure = alike[0]
         job = f" ({failure.job})" if failure.job != failure.doing else ""
         target.print(Text(clean(f"FAILED {failure.doing}{job}: {failure.reason}")))
         if failure.details and not quiet:
             target.print(Text(clean(failure.details)))
+        if len(alike) > 1:
+            target.print(Text(clean(f"FAILED in the same way: {listed([other.doing for other in alike[1:]])}.")))
     for words in outcome.skipped:
         target.print(Text(clean(f"Skipped {words}")))
+    if outcome.not_begun:
+        target.print(Text(f"Not begun: the other {outcome.not_begun} runs, as every arm failed in the same way."))
     count = len(outcome.results.records)
     if not outcome.complete:
         how = "Interrupted" if outcome.interrupted else "Incomplete"
-        rest = "the table is of these; the same command goes on with the rest" if count else "the same command goes on"
+        rest = "the same command goes on"
+        if outcome.failures and not outcome.interrupted:
+            rest = "correct what failed, then start the command again"
+        elif count:
+            rest = "the table is of these; the same command goes on with the rest"
         target.print(Text(f"{how}: {count} of {outcome.planned} runs are finished; {rest}."))
 
 
@@ -224,6 +233,7 @@ def as_json(outcome: Outcome) -> str:
         "set_aside": [str(path) for path in outcome.set_aside],
         "skipped": list(outcome.skipped),
         "failures": [vars(failure) for failure in outcome.failures],
+        "not_begun": outcome.not_begun,
         "headline": headline(outcome),
         "table": results.table().to_dicts(),
         "verdict": [

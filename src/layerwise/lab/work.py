@@ -20,6 +20,7 @@ from layerwise.lab import controls, rule_making, trial
 from layerwise.lab.chains import Advance, Chain, Finished, Skipped, complete
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.engine import Training
+from layerwise.lab.errors import UsageError
 from layerwise.lab.locks import BusyError
 from layerwise.lab.plan import PlannedRun
 from layerwise.lab.pool import Failure
@@ -31,10 +32,15 @@ FACTORS = "factors.jsonl"
 """Recorded factors, in the folder of a run that repeats them."""
 
 
+COPIES = "tasks"
+"""Folder of the copies of tasks' files, beside that of the runs."""
+
+
 def failure_of(job: str, doing: str, error: Exception) -> Failure:
-    """Describe the error that ended a run."""
-    reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return Failure(job, doing, reason, "".join(traceback.format_exception(error)))
+    """Describe the error that ended a run; one that can be corrected says all in its own words."""
+    first, _, more = str(error).partition("\n")
+    details = more if isinstance(error, UsageError) else "".join(traceback.format_exception(error))
+    return Failure(job, doing, f"{type(error).__name__}: {first}", details)
 
 
 @contextmanager
@@ -201,7 +207,7 @@ def _train(
 def make_trial(planned: PlannedRun, configuration: Configuration, chain: Chain) -> Trial:
     """Make what a run trains: a recipe's trial, or a person's own."""
     if planned.task is not None:
-        return planned.task.trial(configuration, chain.device)
+        return planned.task.trial(configuration, chain.device, chain.out / COPIES)
     return trial.build(configuration, chain.data_dir, chain.device)
 
 

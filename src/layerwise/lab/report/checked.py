@@ -61,6 +61,7 @@ def build(label: str, command: str, found: Examination, checkup: Checkup) -> str
         trained=checkup.words,
         faults=found.faults,
         findings=checkup.findings,
+        notes=found.notes,
         layers=[row(layer, checkup.layers) for layer in checkup.layers],
         maps=maps,
         quantities=[key.replace("_", "-") for key, *_ in maps],
@@ -77,7 +78,8 @@ def build(label: str, command: str, found: Examination, checkup: Checkup) -> str
 def headline(found: Examination) -> str:
     """Say in a sentence what came of it."""
     problems = len(found.problems)
-    notes = sum(not finding.serious for finding in found.checkup.findings) if found.checkup else 0
+    findings = found.checkup.findings if found.checkup else ()
+    notes = sum(not finding.serious for finding in findings) + len(found.notes)
     more = f", and {notes} thing{'' if notes == 1 else 's'} to note" if notes else ""
     if not problems:
         return f"No problem was found{more}."

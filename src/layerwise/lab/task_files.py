@@ -1,0 +1,116 @@
+"""The copies of tasks' files: modules of this package, which every process imports.
+
+A task's file is copied once, under its SHA-256, into a folder, which is in ``sys.path`` while the task's code runs.
+multiprocessing hands ``sys.path`` to every process that it starts, whatever the start method, so a loader's worker
+finds what the file defines by the name of its module. ``__file__`` is the file that was named, so that a task finds its
+data beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from functools import cache
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import CodeType, ModuleType
+
+from layerwise.lab.store import read_bytes, write_whole
+
+__path__: list[str] = []  # a package: _Finder finds its modules
+
+folders: list[str] = []
+"""Of the copies that this process imports, the one to look in first at the end."""
+
+PLACE = "LAYERWISE_FILE_"
+"""How the name of an environment variable begins that tells other processes which file a copy is of."""
+
+
+class _Copy(SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType:
+        source = self.get_data(self.path)
+        if stem_of(source) != fullname.rpartition(".")[2]:
+            raise ImportError(f"{self.path} was changed: its SHA-256 is not the one in its name; remove it")
+        return self.source_to_code(source, self.path)  # no bytecode: it would not be checked
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, stem = fullname.rpartition(".")
+        if package != __name__:
+            return None
+        copies = (os.path.join(folder, f"{stem}.py") for folder in (*reversed(folders), *sys.path))
+        copy = next(filter(os.path.isfile, copies), None)
+        if copy is None:
+            return None
+        original = os.environ.get(PLACE + stem, copy)
+        return importlib.util.spec_from_file_location(fullname, original, loader=_Copy(fullname, copy))
+
+
+sys.meta_path.append(_Finder())
+
+
+@cache
+def _temporary() -> TemporaryDirectory[str]:
+    """Make the folder of copies that no run needs: this process removes it when it ends."""
+    return TemporaryDirectory(prefix="layerwise-")
+
+
+@cache
+def _start_method() -> str | None:
+    """Give how processes are started where a task does not say; None for Python's default."""
+    return multiprocessing.get_start_method(allow_none=True)
+
+
+def stem_of(source: bytes) -> str:
+    """Give the name of the copy of a file, without its ending."""
+    return f"task_{hashlib.sha256(source).hexdigest()}"
+
+
+def keep(source: bytes, original: Path, folder: Path | None = None) -> str:
+    """Write the copy of a file unless it is there, and let the processes that this one starts find it.
+
+    Args:
+        source: the file's bytes.
+        original: the file.
+        folder: of the copy; None for one that ends with this process.
+
+    Returns:
+        The name of its module.
+
+    Raises:
+        OSError: the copy cannot be written.
+    """
+    folder = Path(_temporary().name) if folder is None else folder.resolve()
+    stem = stem_of(source)
+    copy = folder / f"{stem}.py"
+    if not copy.is_file() or read_bytes(copy, len(source) + 1) != source:
+        write_whole(copy, source)
+    if str(folder) in folders:
+        folders.remove(str(folder))
+    folders.append(str(folder))
+    os.environ[PLACE + stem] = str(original)
+    return f"{__name__}.{stem}"
+
+
+def import_anew(name: str) -> ModuleType:
+    """Execute a copy anew, so that no run leaves anything to the next, nor a start method that the file has chosen.
+
+    Args:
+        name: of its module.
+
+    Returns:
+        The module.
+    """
+    multiprocessing.set_start_method(_start_method(), force=True)
+    sys.modules.pop(name, None)
+    return importlib.import_module(name)
