@@ -93,8 +93,9 @@ ORIGINAL = "Original Traceback (most recent call last):"
 """Line before the traceback of a loader's worker in the message of its error."""
 
 PICKLED = (
-    "A spawned worker of a loader is sent the data set and the functions by pickle: define them at the top level of {}, "
-    "without lambdas, and open files in the worker; or give the loader multiprocessing_context='fork' or num_workers=0"
+    "A spawned worker of a loader is sent the data set and the functions by pickle: define them at the top level of "
+    "{}, without lambdas, and open files in the worker; or give the loader multiprocessing_context='fork' or "
+    "num_workers=0"
 )
 
 LAYERWISE = os.path.realpath(Path(layerwise.__file__).parents[1])
