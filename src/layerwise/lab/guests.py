@@ -258,7 +258,7 @@ def reseeded(batches: Any, seed: int, epoch: int) -> Any:
     """Let the order of a loader follow from seed and epoch alone, as torch's distributed samplers do.
 
     A generator that was given to a loader goes on from epoch to epoch, so a run that goes on from a checkpoint would
-    see other batches; it is seeded anew for each epoch.
+    see other batches; it is seeded anew for each epoch. So are workers that a loader keeps: they begin anew.
 
     Args:
         batches: a loader, or anything else, which is left alone.
@@ -269,6 +269,7 @@ def reseeded(batches: Any, seed: int, epoch: int) -> Any:
         ``batches``.
     """
     if isinstance(batches, torch.utils.data.DataLoader):
+        vars(batches)["persistent_workers"] = False  # as an attribute it is read-only
         samplers = [batches.sampler, batches.batch_sampler, getattr(batches.batch_sampler, "sampler", None)]
         for holder in (batches, *samplers):
             generator = getattr(holder, "generator", None)

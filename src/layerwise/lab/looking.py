@@ -90,8 +90,6 @@ def look(task: Task, host: Host, *, validation: bool = False, spawned: bool = Fa
             "batches gives other batches when epoch 1 is asked for twice, so a run that goes on from a checkpoint "
             "would see others: draw from torch's, Python's or NumPy's global generator, which the lab seeds for each "
             "epoch, or make the generator inside of batches(epoch), of seed and epoch"
-            + "; with persistent_workers=True a loader's workers are not seeded anew: leave it out"
-            * bool(getattr(source, "persistent_workers", False))
         )
     if (trial.epochs or 0) > 1 or (trial.iterations is not None and length is not None and length < trial.iterations):
         _first(trial, 2)
@@ -127,7 +125,6 @@ def _spawned(source: Any, host: Host) -> str:
     if context.get_start_method() != "fork":
         return ""
     loader = copy.copy(source)
-    vars(loader)["persistent_workers"] = False  # as an attribute it is read-only
     loader.num_workers, loader.multiprocessing_context = 1, "spawn"
     try:
         with Stream(seed_of(0, "epoch", 1)), host.guest.at_work("a batch of a spawned worker"):
