@@ -8,18 +8,20 @@ data beside it.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib
 import importlib.util
 import multiprocessing
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import cache
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import CodeType, ModuleType
 
 from layerwise.lab.store import read_bytes, write_whole
@@ -60,9 +62,11 @@ sys.meta_path.append(_Finder())
 
 
 @cache
-def _temporary() -> TemporaryDirectory[str]:
+def _temporary() -> Path:
     """Make the folder of copies that no run needs: this process removes it when it ends."""
-    return TemporaryDirectory(prefix="layerwise-")
+    path = tempfile.mkdtemp(prefix="layerwise-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
 
 
 @cache
@@ -90,7 +94,7 @@ def keep(source: bytes, original: Path, folder: Path | None = None) -> str:
     Raises:
         OSError: the copy cannot be written.
     """
-    folder = Path(_temporary().name) if folder is None else folder.resolve()
+    folder = _temporary() if folder is None else folder.resolve()
     stem = stem_of(source)
     copy = folder / f"{stem}.py"
     if not copy.is_file() or read_bytes(copy, len(source) + 1) != source:
