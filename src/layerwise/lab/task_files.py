@@ -72,7 +72,9 @@ def _temporary() -> Path:
 @cache
 def _start_method() -> str | None:
     """Give how processes are started where a task does not say; None for Python's default."""
-    return multiprocessing.get_start_method(allow_none=True)
+    default, *_ = multiprocessing.get_all_start_methods()
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    return None if chosen == default else chosen  # None lets the task choose without force
 
 
 def stem_of(source: bytes) -> str:
