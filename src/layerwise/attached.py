@@ -24,7 +24,7 @@ from .replication import check_processes
 from .resolution import Request, Resolution, rates_of, resolve
 from .rules.base import State
 from .rules.questions import is_pair, load_state, needs_of, renewed_state
-from .rules.state import described
+from .rules.state import copied, described
 from .sharding import absent
 from .splits import Split
 from .statistics import NOTHING
@@ -97,6 +97,10 @@ class AttachedRule:
             float("nan") if rate is None else float(rate) * factor
             for rate, factor in zip(rates, self.last_factors(), strict=True)
         ]
+
+    def save(self) -> Any:
+        """Return a copy of the rule's state."""
+        return copied(self.state)
 
     def load(self, saved: Any) -> None:
         """Go on with a saved state of the rule."""

@@ -31,7 +31,7 @@ from .backward_checks import (
     check_own_layer,
     check_wrappers,
 )
-from .closures import evaluate_closure
+from .closures import closure_of, followed, with_closure
 from .hooks import OptimizerHooks
 from .layer_steps import LayerSteps
 from .layers import named_parameters_of, warn_of_integers
@@ -284,13 +284,19 @@ class StepInBackward:
                 self._steps.step(optimizer, unit)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Step with gradients that did not come from a backward, such as those that a person has put there."""
-        args, kwargs = evaluate_closure(args, kwargs, weights_may_move=True)
-        if self.enabled and any(p.grad is not None for p in parameters_of(optimizer.param_groups)):
+        """Step with gradients that did not come from a backward, such as those that the user has set."""
+        closure = closure_of(args, kwargs)
+        if closure is not None:
+            return with_closure(args, kwargs, followed(closure, _evaluate, self, optimizer))
+        self.step_present(optimizer)
+        return args, kwargs
+
+    def step_present(self, optimizer: Optimizer) -> None:
+        """Step with the gradients that are there."""
+        if self._attached and self.enabled and any(p.grad is not None for p in parameters_of(optimizer.param_groups)):
             if self._steps.prepare(optimizer):
                 self._watch(parameters_of(optimizer.param_groups))
             self._step_rest(optimizer)
-        return args, kwargs
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._proven = self._proven or self._begun
@@ -303,6 +309,12 @@ class StepInBackward:
             self._on_parameters.pop(number).remove()
         for number in wanted.keys() - self._on_parameters.keys():
             self._on_parameters[number] = registered(wanted[number], self._on_arrival)
+
+
+def _evaluate(handle: StepInBackward, optimizer: Optimizer, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    loss = closure(*args, **kwargs)
+    handle.step_present(optimizer)
+    return loss
 
 
 _SCALING = "_step_supports_amp_scaling"

@@ -2,70 +2,133 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial, update_wrapper
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-
-def evaluate_closure(
-    args: tuple[Any, ...], kwargs: dict[str, Any], *, weights_may_move: bool = False
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Evaluate the closure of `step`, if there is one, and put its result in its place.
-
-    Hooks run before the closure, which computes the gradients; without this a rule would see those of the step before.
-
-    Args:
-        args: Positional arguments of `step`, the optimizer first.
-        kwargs: Its named arguments.
-        weights_may_move: Whether weights may have changed when `step` evaluates its closure; if not, that raises then.
-
-    Returns:
-        The arguments with a closure that returns the loss.
-    """
-    closure = closure_of(args, kwargs)
-    if closure is None:
-        return args, kwargs
-    with torch.enable_grad():
-        loss = closure()
-    watched = () if weights_may_move else args[:1]
-    parameters = [p for optimizer in watched for group in optimizer.param_groups for p in group["params"]]
-    return with_closure(args, kwargs, _once(loss, parameters))
+from .tensors import local
 
 
-def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
     """Return the closure among the arguments of `step`, the optimizer being the first."""
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if len(args) == 1 and not kwargs:
+        return None
+    name, position = _place_of_closure(cast(Any, type(args[0])))
+    closure = kwargs.get(name, args[position] if len(args) > position else None)
     return closure if callable(closure) else None
 
 
 def with_closure(
-    args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[[], Any]
+    args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[..., Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of `step` with another closure in the place of theirs."""
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": closure}
-    return (*args[:1], closure, *args[2:]), kwargs
+    name, position = _place_of_closure(cast(Any, type(args[0])))
+    if name in kwargs:
+        return args, {**kwargs, name: closure}
+    return (*args[:position], closure, *args[position + 1 :]), kwargs
 
 
-def _once(loss: Any, parameters: Sequence[Tensor]) -> Callable[[], Any]:
-    calls = 0
-    versions = [p._version for p in parameters]
+@cache
+def _place_of_closure(kind: Any) -> tuple[str, int]:
+    """Return the name and the position of the closure among the parameters of an optimizer's `step`."""
+    names = list(inspect.signature(kind.step).parameters)
+    name = next((name for name in names if "closure" in name), "closure")
+    return name, names.index(name) if name in names else 1
 
-    def closure() -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 1:
-            raise RuntimeError(
-                "this optimizer evaluates its closure more than once a step, so the factors of its second evaluation "
-                "are not known; detach the LayerwiseLR adapter, or use a first-order optimizer"
-            )
-        if [p._version for p in parameters] != versions:
-            raise RuntimeError(
-                "this optimizer moves the weights before it evaluates its closure, so the factors would be those of "
-                "other gradients; detach the LayerwiseLR adapter, or call step() without a closure"
-            )
-        return loss
 
-    return closure
+def followed(closure: Callable[..., Any], evaluate: Callable[..., Any], *given: Any) -> Callable[..., Any]:
+    """Return a closure that calls `evaluate(*given, closure, args, kwargs)`, which is kept out of compiled graphs.
+
+    Args:
+        closure: The closure.
+        evaluate: A function that outlives the step, since one that is kept out of graphs takes long to make.
+        *given: Its first arguments.
+    """
+    return update_wrapper(partial(_followed, _outside_graph(evaluate), given, closure), closure)
+
+
+def _followed(evaluate: Callable[..., Any], given: tuple[Any, ...], closure: Any, *args: Any, **kwargs: Any) -> Any:
+    return evaluate(*given, closure, args, kwargs)
+
+
+@cache
+def _outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    return cast(Callable[..., Any], torch.compiler.disable(function))
+
+
+class WatchedGroups(list[dict[str, Any]]):
+    """Parameter groups that call a function before they are read.
+
+    Args:
+        read: The function.
+    """
+
+    def __init__(self, read: Callable[[], None]) -> None:
+        super().__init__()
+        self._read = read
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._read()
+        return super().__iter__()
+
+    def __reversed__(self) -> Iterator[dict[str, Any]]:
+        self._read()
+        return super().__reversed__()
+
+    def __len__(self) -> int:
+        self._read()
+        return super().__len__()
+
+    def __getitem__(self, index: Any) -> Any:
+        self._read()
+        return super().__getitem__(index)
+
+    def __add__(self, other: Any) -> Any:
+        return [*self, *other]
+
+    def __reduce__(self) -> Any:
+        return list, ([*self],)
+
+
+class Kept:
+    """Copies of weights and optimizer state, to go back to if a step is refused after it has begun.
+
+    Args:
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        parameters = _parameters_of(optimizer)
+        self._weights = [(p, local(p).detach().clone()) for p in parameters]
+        self._state = {key: _copied(value) for key, value in optimizer.state.items()}
+
+    @torch.no_grad()
+    def put_back(self, optimizer: Any) -> None:
+        """Give the optimizer and its parameters their values back."""
+        for p, value in self._weights:
+            local(p).copy_(value)
+        optimizer.state.clear()
+        optimizer.state.update(self._state)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(one) for key, one in cast(dict[Any, Any], value).items()}
+    if isinstance(value, list):
+        return [_copied(one) for one in cast(list[Any], value)]
+    return value
+
+
+def versions_of(optimizer: Any) -> Sequence[int]:
+    """Return numbers that change whenever a parameter is written into."""
+    return [p._version for p in _parameters_of(optimizer)]
+
+
+def _parameters_of(optimizer: Any) -> Iterable[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -4,88 +4,33 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
 
-from .closures import closure_of, evaluate_closure, with_closure
-from .factors import Factors
-from .layers import Layer
+from .calls import (
+    MOVED,
+    READ,
+    REENTERED,
+    SCALED,
+    SEVERAL,
+    UNEXPECTED,
+    WITHOUT,
+    Call,
+    Member,
+    Observer,
+    may_be_compiled,
+    running_calls,
+)
+from .closures import Kept, WatchedGroup, WatchedGroups, closure_of, followed, versions_of, with_closure
 from .splits import Split, write_back
-from .tensors import slots_of
+from .tensors import same_objects
 
 # Held weakly, since the optimizer's own hooks keep it: else a model that holds its optimizer would never be freed.
-# By id, since an optimizer may have no hash.
-_hooks_of: dict[int, tuple[weakref.ref[Optimizer], weakref.ref[OptimizerHooks]]] = {}
-
-
-class Member(Protocol):
-    """Something attached to an optimizer."""
-
-    enabled: bool
-
-    @property
-    def layers(self) -> Sequence[Layer]:
-        """The layers."""
-        ...
-
-    @property
-    def factors(self) -> Factors | None:
-        """The factors of the last step that was measured."""
-        ...
-
-    def prepare(self, optimizer: Any) -> None:
-        """Look at what has changed; may raise, and has changed nothing of any member then."""
-        ...
-
-    def measure(self, optimizer: Any, *, late: bool = False) -> None:
-        """Compute this step's factors from the gradients.
-
-        Args:
-            optimizer: The optimizer.
-            late: Whether nobody sees the gradients between here and the update, so that this may be done during it.
-        """
-        ...
-
-    @property
-    def takes_part(self) -> bool:
-        """Whether it is to be asked at this step: it is enabled, or other processes may wait for it."""
-        ...
-
-    @property
-    def acts(self) -> bool:
-        """Whether this step's factors change anything."""
-        ...
-
-    def act(self, view: Any, *, private: bool) -> list[Split]:
-        """Let the factors act on the view; return how its groups were split.
-
-        Args:
-            view: The view.
-            private: Whether nobody but PyTorch's own `step` sees the view's groups.
-        """
-        ...
-
-    def finish(self) -> None:
-        """Act after the step."""
-        ...
-
-
-class Observer(Protocol):
-    """Something attached to an optimizer that watches its steps and changes nothing."""
-
-    def begin(self, optimizer: Any) -> bool:
-        """Take note that a step begins; return whether to be shown it."""
-        ...
-
-    def look(self, optimizer: Any, measured: Sequence[Member]) -> None:
-        """Look at the gradients as they arrived; `measured` are the members whose factors are about to act."""
-        ...
-
-    def end(self, optimizer: Any) -> None:
-        """Take note that the step has been taken; not called if it raised."""
-        ...
+_hooks_of: weakref.WeakKeyDictionary[Optimizer, weakref.ref[OptimizerHooks]] = weakref.WeakKeyDictionary()
+# Bound to the optimizer, these read its groups, not the view's, whose reading has a meaning.
+_OWN_READERS = ("zero_grad", "_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
 
 class OptimizerHooks:
@@ -95,25 +40,26 @@ class OptimizerHooks:
     changed: an exception, a scheduler, another hook or `state_dict()` in the middle of a step meets it as it always is.
 
     All members measure before any of them acts, so that two adapters both see the gradients as they arrived and their
-    factors multiply. Observers look between the two, and again after the step. For them alone the arguments of `step`
-    stay as they are, but for a closure that they look behind: it is called when and as often as `step` calls it.
+    factors multiply. Observers look between the two, and again after the step.
+
+    A closure stays `step`'s to evaluate: when, how often, with which arguments and in which gradient mode it does. The
+    members measure and act as soon as the closure returns. `step` must not have read its groups by then, which torch's
+    own optimizers do not; of other classes the view's groups say when they are read. Groups that are read while the
+    closure has not been evaluated belong to a step that does without it: the members act before they are read.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
-        # One object for all steps: compiled steps are guarded on it.
-        self._view: Any = object.__new__(type(optimizer))
-        self._given: dict[str, Any] = {}
-        self._slots: dict[str, Any] = {}
-        self._acted: Any = None
-        self._active: list[Member] = []
-        self._levels: list[list[Split]] = []
+        # One object for all steps, and another one for a step within a closure: compiled steps are guarded on it.
+        self._views: list[Any] = [object.__new__(type(optimizer))]
+        self._calls: list[Call] = []
         # None of torch's own optimizers writes into its groups (a test holds them to it); looking for it costs.
         self._torch_own = getattr(torch.optim, type(optimizer).__name__, None) is type(optimizer)
         # A step() that calls super().step() runs the hooks once more; the view is how the inner step is told apart.
         own_steps = [kind for kind in type(optimizer).__mro__ if "step" in vars(kind) and kind is not Optimizer]
         self._nests = len(own_steps) > 1
-        self._begun: list[Observer] = []
+        # Until a step has evaluated its closure once and no more, weights and state are copied for a refusal.
+        self._evaluates_once = self._torch_own
         self.members: list[Member] = []
         self.observers: list[Observer] = []
         # Traced into a compiled step the hooks would be silently wrong: the graph reads the groups of the optimizer.
@@ -138,14 +84,13 @@ class OptimizerHooks:
         hooks = cls._of(optimizer)
         if hooks is None:
             hooks = cls(optimizer)
-            key = id(optimizer)
-            _hooks_of[key] = (weakref.ref(optimizer, lambda _: _hooks_of.pop(key, None)), weakref.ref(hooks))
+            _hooks_of[optimizer] = weakref.ref(hooks)
         return hooks
 
     @classmethod
     def _of(cls, optimizer: Optimizer) -> OptimizerHooks | None:
-        found = _hooks_of.get(id(optimizer))
-        return None if found is None or found[0]() is not optimizer else found[1]()
+        found = _hooks_of.get(optimizer)
+        return None if found is None else found()
 
     @classmethod
     def members_of(cls, optimizer: Optimizer) -> list[Member]:
@@ -178,130 +123,304 @@ class OptimizerHooks:
             return
         hooks.drop(attached)
         if not hooks.members and not hooks.observers:
-            del _hooks_of[id(optimizer)]
+            del _hooks_of[optimizer]
 
     def drop(self, attached: Member | Observer) -> None:
         """Forget a member or an observer, and take the hooks off with the last one."""
         self.members = [member for member in self.members if member is not attached]
         self.observers = [observer for observer in self.observers if observer is not attached]
-        self._active = [member for member in self._active if member is not attached]
-        self._begun = [observer for observer in self._begun if observer is not attached]
+        for call in self._calls:
+            call.active = [member for member in call.active if member is not attached]
+            call.begun = [observer for observer in call.begun if observer is not attached]
+            call.rules = [(member, saved) for member, saved in call.rules if member is not attached]
         if not self.members and not self.observers:
             for handle in self._handles:
                 handle.remove()
+            optimizer = self._optimizer()
+            for call in self._calls:  # a step that goes on works on the optimizer itself
+                if call.view is not None and optimizer is not None:
+                    if call.waits:
+                        self._carry_over(call)
+                    call.view.__dict__ = optimizer.__dict__
+            self._calls = []
+
+    # --- Before a step ------------------------------------------------------------------------------------------------
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if optimizer is not self._optimizer():
             return None
-        if self._given:  # an exception in the last step() left no post-hook to clear up
-            self._clear()
-        self._begun = list(self.observers)
-        looking = [observer for observer in self._begun if observer.begin(optimizer)]
+        if self._calls:
+            self._settle_calls(optimizer)
+        # A step within another one is a part of what its observers look at, but not one within a closure.
+        seen = [observer for call in self._calls if not call.waits for observer in call.begun]
+        begun = [observer for observer in self.observers if observer not in seen]
+        looking = [observer for observer in begun if observer.begin(optimizer)]
         active = [member for member in self.members if member.takes_part]
+        if not (active or begun or self._calls):
+            return None
+        closure = closure_of(args, kwargs)
+        # Torch's own evaluate a closure once, before anything else, unless another hook has changed the arguments.
+        known = self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1
+        call = Call(begun, looking)
+        if closure is None:
+            active = self._measure(call, active)
+        elif not known:
+            self.look(call, ())  # again behind the closure, if it is evaluated
+        call.waits = closure is not None
+        if closure is not None and not active and looking:
+            args, kwargs = with_closure(args, kwargs, followed(closure, _look_behind, self, call))
+        if active or self._nests:
+            call.view = view = self._free_view()
+            view.__dict__.clear()
+            call.given = dict(optimizer.__dict__)
+            view.__dict__.update(call.given)
+        if active and closure is not None:
+            if not known:
+                self._prepare_for_any(call)
+            call.versions = versions_of(optimizer)
+            args, kwargs = with_closure(args, kwargs, followed(closure, _evaluate, self, call))
+        elif active:
+            self._act(call, active)
+        self._calls.append(call)
+        return args if call.view is None else (call.view, *args[1:]), kwargs
+
+    def _settle_calls(self, optimizer: Optimizer) -> None:
+        """Forget the calls that an exception has ended, and raise within one that the factors act on.
+
+        An exception in `step` leaves no post-hook to be called, so whether one still runs is seen in the stack.
+        """
+        running = running_calls(self._calls, optimizer)
+        for call in self._calls:
+            if call.view is not None and call not in running:
+                call.view.__dict__.clear()
+        self._calls = list(running)
+        for call, returned in running.items():
+            if returned:
+                self._end(call)  # a hook after `step` takes another one
+        if any(call.active and not call.finished for call in self._calls):
+            raise RuntimeError(REENTERED)
+
+    def _free_view(self) -> Any:
+        used = [call.view for call in self._calls]
+        for view in self._views:
+            if not any(view is one for one in used):
+                return view
+        self._views.append(object.__new__(type(self._optimizer())))
+        return self._views[-1]
+
+    def _measure(self, call: Call, members: list[Member], *, look: bool = True) -> list[Member]:
+        """Let the members measure and the observers look; return the members whose factors change anything."""
+        optimizer = self._optimizer()
+        for member in members:
+            member.prepare(optimizer)
+        for member in members:
+            member.measure(optimizer, late=self._private and len(members) == 1)
+        if look:
+            self.look(call, [member for member in members if member.enabled])
+        return [member for member in members if member.acts]
+
+    @property
+    def _private(self) -> bool:
         # Other hooks are handed the view, but for post-hooks after ours, when its groups are the optimizer's again.
-        private = (
-            self._torch_own
+        optimizer = self._optimizer()
+        return (
+            optimizer is not None
+            and self._torch_own
             and len(optimizer._optimizer_step_pre_hooks) == 1
             and next(iter(optimizer._optimizer_step_post_hooks), None) == self._handles[1].id
         )
-        if active:
-            if kwargs or len(args) > 1:
-                args, kwargs = evaluate_closure(args, kwargs)
-                active = [member for member in self.members if member.takes_part]  # a closure may pause or detach
-            for member in active:
-                member.prepare(optimizer)
-            for member in active:
-                member.measure(optimizer, late=private and len(active) == 1)
-            self._look(looking, [member for member in active if member.enabled])
-            active = [member for member in active if member.acts]
-        elif looking:
-            args, kwargs = self._look_behind_closure(looking, args, kwargs)
-        elif not self._begun:
-            return None
-        if not active and not self._nests:
-            return args, kwargs
-        view = self._view
-        self._given = given = dict(optimizer.__dict__)
-        view.__dict__.update(given)
-        self._slots = slots_of(optimizer)
-        for name, value in self._slots.items():
-            object.__setattr__(view, name, value)
-        levels = [member.act(view, private=private and len(active) == 1) for member in active]
+
+    def look(self, call: Call, measured: Sequence[Member]) -> None:
+        """Let the observers look."""
+        for observer in call.looking:
+            if observer in call.begun:  # a closure may detach
+                observer.look(self._optimizer(), measured)
+
+    def _act(self, call: Call, members: list[Member]) -> None:
+        view, private = call.view, self._private
+        call.active = members
+        levels = [member.act(view, private=private and len(members) == 1) for member in members]
         if not private:
             for level in levels:
                 for split in level:
                     split.remember()
-            self._levels = levels
-        self._active = active
-        self._acted = view.param_groups
-        return (view, *args[1:]), kwargs
+            call.levels = levels
 
-    def _look(self, looking: Sequence[Observer], measured: Sequence[Member]) -> None:
-        for observer in looking:
-            if observer in self._begun:  # a closure may detach
-                observer.look(self._optimizer(), measured)
+    # --- A step with a closure ----------------------------------------------------------------------------------------
 
-    def _look_behind_closure(
-        self, looking: list[Observer], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Let observers look as soon as the gradients are there: now, or when `step` has called its closure once."""
-        closure = closure_of(args, kwargs)
-        if closure is None:
-            self._look(looking, ())
-            return args, kwargs
-        waiting = list(looking)
-        look = cast(Callable[..., None], torch.compiler.disable(self._look))
+    def _prepare_for_any(self, call: Call) -> None:
+        """Be ready for a step that reads groups or moves weights before its closure, or that has no use for one."""
+        optimizer: Any = self._optimizer()
+        if not self._evaluates_once:
+            call.kept = Kept(optimizer)
+            call.rules = [(member, member.save()) for member in self.members]
+        if may_be_compiled(optimizer):
+            return  # the compiler reads groups from plain lists only
 
-        def looked_behind() -> Any:
-            loss = closure()
-            look(waiting, ())
-            waiting.clear()
+        def read() -> None:
+            if call.waits:
+                call.rules = call.rules or [(member, member.save()) for member in self.members]
+                self._act_anew(call, self._measure(call, self._taking_part()))
+                self._hand_out(call)
+            elif call.evaluated:
+                call.read = True
+
+        call.view.param_groups = WatchedGroups(read)
+        for name in _OWN_READERS:
+            if hasattr(optimizer, name):
+                call.given[name] = call.view.__dict__[name] = getattr(optimizer, name)
+
+    def _hand_out(self, call: Call) -> None:
+        """Hand out groups that tell which of them `step` reads before its closure, and uses after it."""
+
+        def note() -> None:
+            call.read = not call.quiet or call.read
+
+        groups: list[dict[str, Any]] = [*call.view.param_groups]
+        call.handed = [WatchedGroup(group, note, READ) for group in groups]
+        by_id = {id(group): handed for group, handed in zip(groups, call.handed, strict=True)}
+        parts: set[int] = set()
+        for level in call.levels:
+            for split in level:
+                parts.update(map(id, split.parts))
+                split.parts = [by_id.get(id(part), part) for part in split.parts]
+        whole = [Split(group, [by_id[id(group)]], [{}]) for group in groups if id(group) not in parts]
+        call.quiet = True
+        for split in whole:
+            split.remember()
+        call.quiet = False
+        call.levels = [*call.levels, whole]
+        call.view.param_groups[:] = call.handed
+
+    def _taking_part(self) -> list[Member]:
+        return [member for member in self.members if member.takes_part]
+
+    def evaluate(self, call: Call, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Evaluate the closure of a step, and let the members measure and act."""
+        optimizer: Any = self._optimizer()
+        moved, again = versions_of(optimizer) != call.versions, call.evaluated > 0
+        if call.active:
+            self._check_again(call, call.active, moved, again)
+        if not call.waits:  # these gradients are measured in place of those before
+            if not call.rules and any(member.save() for member in self.members):
+                self._refuse(call, UNEXPECTED)
+            for member, saved in call.rules:
+                member.load(saved)
+        if call.handed:  # what `step` has written there
+            call.quiet = True
+            for level in reversed(call.levels):
+                write_back(level, type(optimizer).__name__)
+            call.quiet = False
+        loss = closure(*args, **kwargs)
+        call.evaluated += 1
+        if not self.members and not self.observers:  # the closure has detached the last one
             return loss
+        call.versions = versions_of(optimizer)
+        changed = {name: x for name, x in optimizer.__dict__.items() if x is not call.given.get(name, self)}
+        call.given.update(changed)
+        call.view.__dict__.update({name: x for name, x in changed.items() if name != "param_groups"})
+        acting = self._measure(call, self._taking_part())
+        if acting:
+            self._check_again(call, acting, moved, again)
+        self._act_anew(call, acting)
+        return loss
 
-        return with_closure(args, kwargs, looked_behind)
+    def _check_again(self, call: Call, acting: list[Member], moved: bool, again: bool) -> None:
+        """Raise if factors of an evaluation of the closure could not act on the whole step."""
+        places = {member.place for member in acting}
+        if moved:
+            self._refuse(call, SEVERAL if again else MOVED)
+        if call.read and places != {"update"}:
+            self._refuse(call, READ)
+        if call.active and "gradient" in places:
+            self._refuse(call, SCALED)
+
+    def _refuse(self, call: Call, message: str) -> None:
+        if call.kept is not None:
+            call.kept.put_back(self._optimizer())
+            for member, saved in call.rules:
+                member.load(saved)
+        raise RuntimeError(message)
+
+    def _act_anew(self, call: Call, acting: list[Member]) -> None:
+        view, optimizer = call.view, cast(Any, self._optimizer())
+        watched, view.param_groups = view.param_groups, optimizer.param_groups
+        call.waits, levels, call.levels = False, call.levels, []
+        self._act(call, acting)
+        if not isinstance(watched, WatchedGroups):
+            return
+        whole = [split.source for level in levels for split in level]
+        if call.handed and same_objects(whole, view.param_groups):  # nothing was or is divided: they may be used on
+            for group, handed in zip(whole, call.handed, strict=True):
+                handed.refresh(group)
+            call.levels, view.param_groups = levels, call.handed
+        else:
+            for group in call.handed:
+                group.end()
+            call.handed = []
+        watched[:] = view.param_groups
+        view.param_groups = watched
+
+    # --- After a step -------------------------------------------------------------------------------------------------
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if optimizer is not self._optimizer():
             return
-        if args[0] is self._view:
-            self._finish(optimizer)
-        begun, self._begun = self._begun, []
-        for observer in begun:
+        ran_on = None if args[0] is optimizer else args[0]
+        call = next((call for call in reversed(self._calls) if call.view is ran_on), None)
+        if call is not None:
+            self._calls.remove(call)
+            self._end(call)
+        elif any(ran_on is view for view in self._views):  # a step within this one has taken it for one that failed
+            raise RuntimeError(REENTERED)
+
+    def _end(self, call: Call) -> None:
+        if call.finished:
+            return
+        call.finished = True
+        optimizer: Any = self._optimizer()
+        if call.view is not None:
+            self._finish(call)
+        for observer in call.begun:
             observer.end(optimizer)
 
-    def _finish(self, optimizer: Optimizer) -> None:
+    def _finish(self, call: Call) -> None:
         """Let the members act after the step, and hand the optimizer what `step` wrote into the view."""
-        view = self._view
-        for member in reversed(self._active):
+        optimizer: Any = self._optimizer()
+        view = call.view
+        without = call.waits and call.versions and versions_of(optimizer) != call.versions
+        if without and self._measure(call, self._taking_part(), look=False):
+            self._refuse(call, WITHOUT)
+        self._evaluates_once = self._evaluates_once or call.evaluated == 1
+        for member in reversed(call.active):
             member.finish()
         try:
-            for level in reversed(self._levels):
+            for level in reversed(call.levels):
                 write_back(level, type(optimizer).__name__)
         finally:
-            given, written = self._given, view.__dict__
-            for name, value in written.items():
-                if value is not given.get(name) and name not in ("param_groups", "grad_scale"):
-                    optimizer.__dict__[name] = value
-            for name, value in slots_of(view).items():
-                if value is not self._slots.get(name):
-                    object.__setattr__(optimizer, name, value)
-            replaced, divided = view.param_groups is not self._acted, any(self._levels)
-            if replaced and not divided:
-                optimizer.param_groups = view.param_groups
-            self._clear()
+            self._carry_over(call)
+            written = view.__dict__
+            written.clear()
             # Other post-hooks are handed the view; without hooks of its own it keeps nothing alive but what they read.
             for name in ("defaults", "state", "param_groups"):
-                if name in optimizer.__dict__:
-                    written[name] = optimizer.__dict__[name]
-        if replaced and divided:
-            raise RuntimeError(
-                f"{type(optimizer).__name__} has replaced its parameter groups in this step, which was taken with "
-                "per-layer groups, so the new ones are lost; attach with apply='update', which leaves the groups whole"
-            )
+                written[name] = optimizer.__dict__[name]
 
-    def _clear(self) -> None:
-        self._view.__dict__.clear()
-        for name in self._slots:
-            if hasattr(self._view, name):
-                object.__delattr__(self._view, name)
-        self._given, self._slots, self._active, self._levels, self._acted = {}, {}, [], [], None
+    def _carry_over(self, call: Call) -> None:
+        """Hand the optimizer the attributes that `step` has set on the view."""
+        optimizer: Any = self._optimizer()
+        for name, value in call.view.__dict__.items():
+            if value is not call.given.get(name) and name not in ("param_groups", "grad_scale"):
+                optimizer.__dict__[name] = value
+
+
+def _look_behind(hooks: OptimizerHooks, call: Call, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Evaluate the closure of a step that is only watched, and let observers look when it was the first time."""
+    loss = closure(*args, **kwargs)
+    if call.waits:
+        call.waits = False
+        hooks.look(call, ())
+    return loss
+
+
+def _evaluate(hooks: OptimizerHooks, call: Call, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return hooks.evaluate(call, closure, args, kwargs)

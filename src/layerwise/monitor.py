@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from .advice import flattened
 from .arguments import chosen, has_type
-from .hooks import Member, OptimizerHooks
+from .calls import Member
+from .hooks import OptimizerHooks
 from .idle import makes_state_only
 from .layer_statistics import LayerStatistics
 from .layers import Layer, LayerSpecification, as_specification, make_layers, named_parameters_of, warn_of_integers

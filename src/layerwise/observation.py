@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .calls import Member
 from .factors import Factors
-from .hooks import Member
 from .layer_statistics import LayerStatistics
 from .norms import subtract
 from .sharding import settled_gradient
