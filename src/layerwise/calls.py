@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch.optim import Optimizer
 
-from .closures import Kept
+from .closures import Kept, WatchedGroup
 from .factors import Factors
 from .layers import Layer
 from .splits import Split
@@ -27,8 +27,8 @@ SEVERAL = (
     "second evaluation cannot act on the whole step; detach the LayerwiseLR adapter, or use a first-order optimizer"
 )
 READ = (
-    "this optimizer reads its parameter groups before it evaluates its closure, so factors of the new gradients could "
-    "not act in them; use apply='update', or call step() without a closure"
+    "this optimizer reads rates from its parameter groups before it evaluates its closure, so factors of the new "
+    "gradients could not act in them; use apply='update', or call step() without a closure"
 )
 SCALED = (
     "this optimizer evaluates its closure again when apply='gradient' has multiplied the gradients of the first "
@@ -141,7 +141,8 @@ class Call:
         self.levels: list[list[Split]] = []
         # Where `step` has a closure the members measure when it was evaluated, or when the groups are read without.
         self.waits = False
-        self.read = False
+        self.handed: list[WatchedGroup] = []
+        self.read = self.quiet = False
         self.evaluated = 0
         self.versions: Sequence[int] = ()
         self.rules: list[tuple[Member, Any]] = []

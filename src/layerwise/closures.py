@@ -94,6 +94,57 @@ class WatchedGroups(list[dict[str, Any]]):
         return list, ([*self],)
 
 
+class WatchedGroup(dict[str, Any]):
+    """A parameter group that is handed out before the closure is evaluated.
+
+    Args:
+        group: The group.
+        note: Called when a value is read in which layers may differ.
+        stale: What to say when it is used after `end`.
+    """
+
+    def __init__(self, group: dict[str, Any], note: Callable[[], None], stale: str) -> None:
+        super().__init__(group)
+        self._note, self._stale, self._ended = note, stale, False
+
+    def end(self) -> None:
+        """Refuse to be used any more, since other groups stand in its place."""
+        self._ended = True
+
+    def refresh(self, group: dict[str, Any]) -> None:
+        """Take over what the closure has changed in the group."""
+        super().update(group)
+
+    def _read(self, name: str | None = None) -> None:
+        if self._ended:
+            raise RuntimeError(self._stale)
+        if name in (None, "lr", "weight_decay", "dampening"):
+            self._note()
+
+    def __getitem__(self, name: str) -> Any:
+        self._read(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a value."""
+        self._read(name)
+        return super().get(name, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self._read()
+        return super().__iter__()
+
+    def items(self) -> Any:
+        """Return names and values."""
+        self._read()
+        return super().items()
+
+    def values(self) -> Any:
+        """Return the values."""
+        self._read()
+        return super().values()
+
+
 class Kept:
     """Copies of weights and optimizer state, to go back to if a step is refused after it has begun.
 

@@ -123,10 +123,11 @@ class ZeroesFirst(Plain):
 
 
 class LooksFirst(Plain):
-    """Reads its groups before it evaluates the closure, and reads them again after."""
+    """Reads and counts in its groups before it evaluates the closure, and reads them again after."""
 
     def evaluate(self, closure: Any) -> Any:
-        self.count = sum(len(group["params"]) for group in self.param_groups)
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + len(group["params"])
         return super().evaluate(closure)
 
 
@@ -138,11 +139,36 @@ class ByAnotherName(Plain):
         return super().step(loss_closure)
 
 
-RIGHT = (Never, Ignores, EverySecond, Plain, WithArguments, WithoutGradients, TwiceAtOnce, ZeroesFirst, optim.SGD)
+RIGHT = (
+    Never,
+    Ignores,
+    EverySecond,
+    Plain,
+    WithArguments,
+    WithoutGradients,
+    TwiceAtOnce,
+    ZeroesFirst,
+    LooksFirst,
+    optim.SGD,
+)
 
 
 class KeepsGroups(Plain):
-    """Steps with groups and rates that it read before the closure."""
+    """Steps with groups that it read before the closure, and counts there."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        groups = list(self.param_groups)
+        loss = None if closure is None else self.evaluate(closure)
+        for group in groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p -= group["lr"] * p.grad
+        return loss
+
+
+class KeepsRates(Plain):
+    """Steps with rates that it read before the closure."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -198,7 +224,8 @@ def same(actual: Any, expected: Any, tolerance: float = 0.0) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-EVERY = (*RIGHT, LooksFirst, ByAnotherName, KeepsGroups, MovesFirst, Twice)
+KEEPING = (KeepsGroups, KeepsRates)
+EVERY = (*RIGHT, *KEEPING, ByAnotherName, MovesFirst, Twice)
 every_place = pytest.mark.parametrize("apply", ["lr", "update"])
 
 
@@ -244,7 +271,7 @@ def test_factors_act_as_in_permanent_groups(kind: Any, apply: Any, form: str) ->
     assert len(memory.records) == 4
 
 
-@pytest.mark.parametrize("kind", [LooksFirst, KeepsGroups])
+@pytest.mark.parametrize("kind", KEEPING)
 def test_groups_read_before_the_closure_are_right_under_update(kind: Any) -> None:
     bare, model = network(), network()
     expected, calls = train(build(kind, bare, FACTORS), bare)
@@ -255,7 +282,7 @@ def test_groups_read_before_the_closure_are_right_under_update(kind: Any) -> Non
     same(actual[:2], expected[:2], 1e-14)
 
 
-@pytest.mark.parametrize("kind", [LooksFirst, KeepsGroups])
+@pytest.mark.parametrize("kind", KEEPING)
 @pytest.mark.parametrize("gradients", [False, True])
 def test_groups_read_before_the_closure_are_refused_under_lr(kind: Any, gradients: bool) -> None:
     model = network()
@@ -264,7 +291,7 @@ def test_groups_read_before_the_closure_are_refused_under_lr(kind: Any, gradient
         closure()
     layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model, apply="lr")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match=r"reads its parameter groups before .* apply='update'"):
+    with pytest.raises(RuntimeError, match=r"reads rates from its parameter groups before .* apply='update'"):
         optimizer.step(closure)
     same(model.state_dict(), before)
     optimizer.step()  # the other remedy
@@ -385,12 +412,12 @@ def test_a_failing_closure_moves_nothing_and_the_next_step_is_right(kind: Any, a
         )
         closure = Closure(model)
         optimizer.step(closure)
-        before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+        before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
         if fails:
             closure.fails = True
             with pytest.raises(KeyError, match="no batch"):
                 optimizer.step(closure)
-            same([model.state_dict(), optimizer.state_dict()], before)
+            same([model.state_dict(), optimizer.state_dict()["state"]], before)
             closure.fails = False
             closure.calls.pop()
         optimizer.step(closure)
