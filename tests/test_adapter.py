@@ -236,5 +236,6 @@ def test_without_its_optimizer_an_adapter_says_that_there_is_none(setup):
     del optimizer
     with pytest.raises(RuntimeError, match="no longer exists; attach to the one in use"):
         adapter.get_last_lr()
-    assert "on detached" in repr(adapter)
+    assert "on an optimizer that no longer exists" in repr(adapter)
     adapter.detach()
+    assert "on detached" in repr(adapter)

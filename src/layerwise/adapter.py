@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from .advice import flattened
 from .arguments import check_choice
 from .attached import AttachedRule
+from .copying import StaysBehind
 from .hooks import OptimizerHooks
 from .layers import Exclusion, Layer, LayerSpecification, named_parameters_of, warn_of_integers
 from .model import Model
@@ -29,14 +30,16 @@ from .statistics import check_needs
 logger = logging.getLogger("layerwise")
 
 
-class LayerwiseLR:
+class LayerwiseLR(StaysBehind):
     """Gives each layer of a network its own learning rate, on any optimizer.
 
     `lr_l = lr · f_l`, where the rule says how large the layer's factor f_l is at each step and `apply` where it acts.
 
     Attaching registers hooks; the optimizer's `param_groups`, `state_dict()`, `step` and type stay as they are, so that
-    schedulers, gradient scalers, clipping and checkpoints work as without it. The hooks do not travel with a copy or a
-    pickle of the optimizer: attach again there, and carry the state over with `state_dict()`.
+    schedulers, gradient scalers, clipping and checkpoints work as without it. A copy or a pickle of the optimizer has
+    no hooks, and one of a module that holds the adapter has None in its place, with a warning: attach again there, and
+    carry the state over with `state_dict()`. Where an optimizer is made anew, attach to the new one; the adapter of one
+    that is gone raises, and only its `state_dict()` can still be read.
 
     Args:
         optimizer: A `torch.optim.Optimizer`, or a wrapper of Accelerate or Fabric around one. Its parameters may be
@@ -82,6 +85,11 @@ class LayerwiseLR:
         >>> adapter.get_last_lr()
         {'0': 0.2, '2': 0.1}
     """
+
+    _copy_remedy = (
+        "it belongs to one optimizer, whose hooks are not copied either: attach a new one to the copy's optimizer, and "
+        "carry the state over with state_dict() and load_state_dict()"
+    )
 
     def __init__(
         self,
@@ -163,14 +171,25 @@ class LayerwiseLR:
         return list(self._attached.layers)
 
     def get_last_factors(self) -> dict[str, float]:
-        """Return the factor of each layer at the last step; 1 before the first. Waits for the device."""
+        """Return the factor of each layer at the last step; 1 before the first. Waits for the device.
+
+        Those of the last step remain after `detach()`.
+
+        Raises:
+            RuntimeError: The optimizer no longer exists, or the model has other parameters now.
+        """
+        self._attached.check_current()
         return dict(zip(self.layers, self._attached.last_factors(), strict=True))
 
     def get_last_lr(self) -> dict[str, float]:
         """Return the rate of each layer at the last step, `lr · f_l`, f_l of this adapter alone. Waits for the device.
 
         The base rate is that of the parameter group of the layer's first parameter, its weight as a rule.
+
+        Raises:
+            RuntimeError: The optimizer no longer exists, or the model has other parameters now.
         """
+        self._attached.check_current()
         return dict(zip(self.layers, self._attached.last_rates(), strict=True))
 
     def get_last_selection(self) -> dict[str, Selection]:
@@ -181,7 +200,9 @@ class LayerwiseLR:
 
         Raises:
             ValueError: The rule chooses no layers.
+            RuntimeError: The optimizer no longer exists, or the model has other parameters now.
         """
+        self._attached.check_current()
         selection = get_selection(self.rule, self._attached.state)
         if selection is None:
             raise ValueError(f"{described(self.rule)} chooses no layers; GradientAmplification and LayerFreezing do")
@@ -194,7 +215,12 @@ class LayerwiseLR:
         return dict(zip(self.layers, selection, strict=True))
 
     def end_epoch(self) -> None:
-        """Tell rules that count epochs that one has ended; the first is epoch 1. May wait for the device."""
+        """Tell rules that count epochs that one has ended; the first is epoch 1. May wait for the device.
+
+        Raises:
+            RuntimeError: The optimizer no longer exists, or the model has other parameters now.
+        """
+        self._attached.check_current()
         self._attached.state = ended_state(self.rule, self._attached.state)
         self._epoch += 1
 
@@ -220,7 +246,9 @@ class LayerwiseLR:
         Raises:
             TypeError: It is no mapping.
             ValueError: It is of another version, or of other layers; nothing is changed then.
+            RuntimeError: The optimizer no longer exists, or the model has other parameters now.
         """
+        self._attached.check_current()
         check_saved(state_dict, self.rule, self.layers)
         self._attached.load(state_dict["state"])
         self._epoch = state_dict["epoch"]
@@ -249,8 +277,7 @@ class LayerwiseLR:
         self._attached.detach()
 
     def __repr__(self) -> str:
-        holder, found = self._attached.holder(), self._attached.found
-        attached = "detached" if holder is None else type(holder).__name__
+        found, attached = self._attached.found, self._attached.attached_to
         excluded = found.included.count(False)
         parts = [f"{described(self.rule)} on {attached}", f"{len(found.layers)} layers", f"apply={self.apply!r}"]
         if self.apply == "gradient":
@@ -262,12 +289,6 @@ class LayerwiseLR:
         if found.outside:
             parts.append(f"{found.outside} parameters in no layer")
         return f"LayerwiseLR({', '.join(parts)})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(
-            "a LayerwiseLR belongs to one optimizer and cannot be copied or pickled (nor are an optimizer's hooks): "
-            "attach a new one to the copy, and carry the state over with state_dict() and load_state_dict()"
-        )
 
     def _remarks(self, optimizer: Optimizer) -> list[str]:
         """Return what a person should know about this attachment."""

@@ -79,9 +79,30 @@ class AttachedRule:
         """Where the factors act."""
         return cast(PlaceName, self._place_name)
 
-    def holder(self) -> Optimizer | None:
-        """Return the optimizer whose groups hold all parameters; None once it is gone or this is detached."""
-        return self._holder() if self.attached else None
+    @property
+    def attached_to(self) -> str:
+        """The name of the optimizer whose groups hold all parameters, or what has become of it."""
+        if not self.attached:
+            return "detached"
+        holder = self._holder()
+        return "an optimizer that no longer exists" if holder is None else type(holder).__name__
+
+    def check_current(self) -> None:
+        """Raise if training no longer uses the optimizer or the parameters, unless this is detached.
+
+        Raises:
+            RuntimeError: It does not.
+        """
+        if not self.attached:
+            return
+        self._required()
+        model = self._request.model
+        used = set[int]() if model is None else set(map(id, model.parameters()))
+        if used and not any(id(p) in used for layer in self.layers for p in layer.parameters):
+            raise RuntimeError(
+                "the model has other parameters now than the optimizer of this LayerwiseLR, whose steps do not reach "
+                "it; make an optimizer of model.parameters() and attach to that"
+            )
 
     def last_factors(self) -> list[float]:
         """Return each layer's factor at the last step, 1 before the first; waits for the device."""
@@ -289,5 +310,8 @@ class AttachedRule:
     def _required(self) -> Optimizer:
         holder = self._holder()
         if holder is None:
-            raise RuntimeError("the optimizer of this LayerwiseLR no longer exists; attach to the one in use")
+            raise RuntimeError(
+                "the optimizer of this LayerwiseLR no longer exists; attach to the one in use, after each time that it "
+                "is made anew, and carry the state over with state_dict() and load_state_dict() if training goes on"
+            )
         return holder

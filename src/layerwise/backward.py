@@ -32,6 +32,7 @@ from .backward_checks import (
     check_wrappers,
 )
 from .closures import closure_of, followed, with_closure
+from .copying import StaysBehind
 from .hooks import OptimizerHooks
 from .layer_steps import LayerSteps
 from .layers import named_parameters_of, warn_of_integers
@@ -88,8 +89,13 @@ def step_in_backward(optimizer: Any, model: Model | None, rule: Any = None) -> S
     return StepInBackward(optimizer, model, rule)
 
 
-class StepInBackward:
+class StepInBackward(StaysBehind):
     """What `step_in_backward` returns: what it did last, and how to pause or end it."""
+
+    _copy_remedy = (
+        "it belongs to one optimizer, whose hooks are not copied either: call step_in_backward with the copy's "
+        "optimizer and model"
+    )
 
     def __init__(self, optimizer: Any, model: Model | None, rule: Any) -> None:
         inner = unwrap(optimizer)
@@ -150,21 +156,36 @@ class StepInBackward:
         return self._steps.names()
 
     def get_last_factors(self) -> dict[str, float]:
-        """Return the factor of each layer in the last backward; 1 before the first. Waits for the device."""
+        """Return the factor of each layer in the last backward; 1 before the first. Waits for the device.
+
+        Those of the last backward remain after `detach()`.
+
+        Raises:
+            RuntimeError: The optimizer no longer exists.
+        """
+        self._check_current()
         return dict(zip(self.layers, self._steps.last_factors(), strict=True))
 
     def get_last_lr(self) -> dict[str, float]:
         """Return the rate of each layer in the last backward, `lr · f_l`. Waits for the device.
 
         The base rate is that of the parameter group of the layer's first parameter, its weight as a rule.
+
+        Raises:
+            RuntimeError: The optimizer no longer exists.
         """
+        self._check_current()
         return dict(zip(self.layers, self._steps.last_rates(), strict=True))
 
     def end_epoch(self) -> None:
         """Tell a rule that counts epochs that one has ended; the first is epoch 1.
 
         The epoch is not in any checkpoint: after resuming, call this once for each epoch that was done.
+
+        Raises:
+            RuntimeError: The optimizer no longer exists.
         """
+        self._check_current()
         self._steps.end_epoch()
 
     @contextlib.contextmanager
@@ -200,15 +221,10 @@ class StepInBackward:
             vars(optimizer).update(self._scaling)
         self._attached = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(
-            "what step_in_backward returns belongs to one optimizer and cannot be copied or pickled (nor are hooks): "
-            "call step_in_backward with the copy"
-        )
-
     def __repr__(self) -> str:
         optimizer = self._optimizer()
-        name = type(optimizer).__name__ if self._attached and optimizer is not None else "detached"
+        gone = "an optimizer that no longer exists" if self._attached else "detached"
+        name = type(optimizer).__name__ if self._attached and optimizer is not None else gone
         steps = self._steps
         parts = [name if self.rule is None else f"{described(self.rule)} on {name}", f"{len(steps.layers)} layers"]
         if self.rule is not None:
@@ -217,6 +233,12 @@ class StepInBackward:
         outside = steps.outside()
         parts += [f"{excluded} excluded"] * bool(excluded) + [f"{outside} parameters in no layer"] * bool(outside)
         return f"StepInBackward({', '.join(parts + ['paused'] * (not self.enabled))})"
+
+    def _check_current(self) -> None:
+        if self._attached and self._optimizer() is None:
+            raise RuntimeError(
+                "the optimizer of this StepInBackward no longer exists; call step_in_backward with the one in use"
+            )
 
     # --- What the hooks call ------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from .advice import flattened
 from .arguments import chosen, has_type
 from .calls import Member
+from .copying import StaysBehind
 from .hooks import OptimizerHooks
 from .idle import makes_state_only
 from .layer_statistics import LayerStatistics
@@ -33,7 +34,7 @@ from .transfer import fetched
 logger = logging.getLogger("layerwise")
 
 
-class Monitor:
+class Monitor(StaysBehind):
     """Records norms, factors and rates of the layers every N steps, and changes nothing of the training, to the bit.
 
     For each layer l of every N-th step: ‖g_l‖ as it arrived, ‖w_l‖ before the step, ‖Δw_l‖ with Δw_l = w_l after − w_l
@@ -50,6 +51,8 @@ class Monitor:
 
     It works with and without a `LayerwiseLR`, attached before it or after it, and with closures: it looks when the
     optimizer has evaluated its closure for the first time in a step.
+
+    A copy or a pickle of a module that holds a monitor has None in its place, with a warning.
 
     Args:
         optimizer: A `torch.optim.Optimizer`, or a wrapper of Accelerate or Fabric around one.
@@ -77,6 +80,11 @@ class Monitor:
         >>> record.step, record.layers, record.lr
         (1, ('0', '2'), [0.1, 0.1])
     """
+
+    _copy_remedy = (
+        "it belongs to one optimizer, whose hooks are not copied either: make a new one for the copy's optimizer, and "
+        "carry the number of steps over with state_dict() and load_state_dict()"
+    )
 
     def __init__(
         self,
@@ -145,7 +153,13 @@ class Monitor:
         return self._steps - int(self._skipped)
 
     def get_last_record(self) -> Record | None:
-        """Return the last record; None before the first."""
+        """Return the last record; None before the first. It remains after `detach()`.
+
+        Raises:
+            RuntimeError: The optimizer no longer exists.
+        """
+        if self._attached and self._optimizer() is None:
+            raise RuntimeError("the optimizer of this Monitor no longer exists; make a Monitor for the one in use")
         return self._last
 
     def state_dict(self) -> dict[str, int]:
@@ -185,15 +199,10 @@ class Monitor:
 
     def __repr__(self) -> str:
         optimizer = self._optimizer()
-        attached = type(optimizer).__name__ if self._attached and optimizer is not None else "detached"
+        gone = "an optimizer that no longer exists" if self._attached else "detached"
+        attached = type(optimizer).__name__ if self._attached and optimizer is not None else gone
         parts = [attached, f"every {self._every} steps", f"{len(self._layers)} layers", *map(sink_name, self._sinks)]
         return f"Monitor({', '.join(parts)})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(
-            "a Monitor belongs to one optimizer and cannot be copied or pickled (nor are an optimizer's hooks): make a "
-            "new one for the copy, and carry the number of steps over with state_dict() and load_state_dict()"
-        )
 
     # --- What the optimizer's hooks call ------------------------------------------------------------------------------
 

@@ -45,6 +45,10 @@ class Attachments:
         self._step = 0
         self._waiting: Mapping[str, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the adapters behind: a copy attaches its own when its training begins."""
+        return {**self.__dict__, "adapters": [], "_attached": False}
+
     def attach(self, optimizers: Sequence[Any], model: nn.Module, *, epoch: int, step: int) -> bool:
         """Attach to each optimizer, and take over the state that waits, or that of the adapters before.
 

@@ -101,6 +101,10 @@ class LayerwiseCallback(Callback):
         self._trainer: weakref.ref[Trainer] | None = None
         self._stage = "fit"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the Trainer behind: a copy is of none yet."""
+        return {**self.__dict__, "_trainer": None}
+
     @property
     def adapters(self) -> list[LayerwiseLR]:
         """The adapters, one for each optimizer of the Trainer; they can be read after training too."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator
 from typing import Any
 
+from ..copying import StaysBehind
 from .optional import optional
 from .record import Record
 
@@ -17,7 +18,7 @@ MOST = 1000
 """Metrics that MLflow takes in one call."""
 
 
-class MLflow:
+class MLflow(StaysBehind):
     """Logs a record as metrics of an MLflow run, all in one call (one for each thousand of them).
 
     MLflow allows letters, digits, `_`, `-`, `.` and blanks in a layer's name; any other character becomes `_`. A call

@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 
 from ..arguments import has_type
+from ..copying import StaysBehind
 from .optional import optional
 from .record import QUANTITIES, Record
 
 
-class Parquet:
+class Parquet(StaysBehind):
     """Writes a folder of Parquet files, a row a layer and step: `step`, `layer`, and one column a quantity.
 
     Records are gathered, and every `records_per_file` of them become one file `part-000001.parquet`, written beside

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ..copying import StaysBehind
 from .optional import optional
 from .record import Record
 
 
-class TensorBoard:
+class TensorBoard(StaysBehind):
     """Writes one scalar a quantity and layer, `layerwise/QUANTITY/LAYER`, at the record's step.
 
     Needs the package tensorboard, unless it is given a writer.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 from typing import Any
 
+from ..copying import StaysBehind
 from .optional import optional
 from .record import Record
 
@@ -12,7 +13,7 @@ STEP = "layerwise/step"
 """The horizontal axis of the charts."""
 
 
-class WandB:
+class WandB(StaysBehind):
     """Logs a record as one row of a Weights & Biases run, over an axis of its own, `layerwise/step`.
 
     Each record is one `run.log(…)`, which counts W&B's own step on. What you log beside it should therefore not give
