@@ -88,7 +88,8 @@ class WatchedGroups(list[dict[str, Any]]):
         return super().__getitem__(index)
 
     def __add__(self, other: Any) -> Any:
-        return [*self, *other]
+        groups: Any = list(self)
+        return groups + other
 
     def __reduce__(self) -> Any:
         return list, ([*self],)

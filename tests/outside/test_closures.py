@@ -229,7 +229,7 @@ EVERY = (*RIGHT, *KEEPING, ByAnotherName, MovesFirst, Twice)
 every_place = pytest.mark.parametrize("apply", ["lr", "update"])
 
 
-@pytest.mark.parametrize("apply", ["gradient", "lr", "update"])
+@pytest.mark.parametrize("apply", ["gradient", "auto", "update"])
 @pytest.mark.parametrize("kind", EVERY)
 def test_factors_of_one_equal_the_bare_optimizer(kind: Any, apply: Any) -> None:
     bare, model = network(), network()
@@ -256,7 +256,7 @@ def test_a_monitor_changes_no_call_and_records_each_step(kind: Any, adapter: boo
     assert [record.step for record in memory.records] == [n for n in (1, 2, 3, 4) if n % every == 0]
 
 
-@pytest.mark.parametrize(("apply", "form"), [("lr", "positional"), ("update", "named")])
+@pytest.mark.parametrize(("apply", "form"), [("auto", "positional"), ("update", "named")])
 @pytest.mark.parametrize("kind", [*RIGHT, ByAnotherName])
 def test_factors_act_as_in_permanent_groups(kind: Any, apply: Any, form: str) -> None:
     bare, model = network(), network()
