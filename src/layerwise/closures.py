@@ -87,9 +87,9 @@ class WatchedGroups(list[dict[str, Any]]):
         self._read()
         return super().__getitem__(index)
 
-    def __add__(self, other: Any) -> Any:
-        groups: Any = list(self)
-        return groups + other
+    def __add__(self, other: list[Any]) -> list[Any]:
+        self._read()
+        return super().__add__(other)
 
     def __reduce__(self) -> Any:
         return list, ([*self],)
