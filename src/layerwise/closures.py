@@ -85,7 +85,7 @@ class WatchedGroups(list[dict[str, Any]]):
 
     def __getitem__(self, index: Any) -> Any:
         self._read()
-        return super().__getitem__(index)
+        return cast(Any, super().__getitem__(index))
 
     def __add__(self, other: list[Any]) -> list[Any]:
         self._read()
