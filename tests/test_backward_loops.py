@@ -311,8 +311,10 @@ def test_a_handle_whose_optimizer_is_gone_does_nothing() -> None:
     del optimizer
     loss_of(model, 0).backward()
     assert model[0].bias.grad is not None
-    assert handle.get_last_lr() == {"0": 0.05, "2": 0.05}
+    with pytest.raises(RuntimeError, match="no longer exists"):
+        handle.get_last_lr()
     handle.detach()
+    assert handle.get_last_lr() == {"0": 0.05, "2": 0.05}
 
 
 def test_detached_in_the_middle_of_a_backward_it_leaves_the_rest_of_the_gradients() -> None:

@@ -137,6 +137,8 @@ class Call:
     def __init__(self, begun: list[Observer], looking: list[Observer], view: Any = None) -> None:
         self.begun, self.looking, self.view = begun, looking, view
         self.given: dict[str, Any] = {}
+        self.slots: dict[str, Any] = {}
+        self.acted: Any = None
         self.active: list[Member] = []
         self.levels: list[list[Split]] = []
         # Where `step` has a closure the members measure when it was evaluated, or when the groups are read without.
@@ -148,6 +150,13 @@ class Call:
         self.rules: list[tuple[Member, Any]] = []
         self.kept: Kept | None = None
         self.finished = False
+
+    def clear(self) -> None:
+        """Let the view keep nothing."""
+        self.view.__dict__.clear()
+        for name in self.slots:
+            if hasattr(self.view, name):
+                object.__delattr__(self.view, name)
 
 
 def running_calls(calls: Sequence[Call], optimizer: Optimizer) -> dict[Call, bool]:

@@ -25,10 +25,11 @@ from .calls import (
 )
 from .closures import Kept, WatchedGroup, WatchedGroups, closure_of, followed, versions_of, with_closure
 from .splits import Split, write_back
-from .tensors import same_objects
+from .tensors import same_objects, slots_of
 
 # Held weakly, since the optimizer's own hooks keep it: else a model that holds its optimizer would never be freed.
-_hooks_of: weakref.WeakKeyDictionary[Optimizer, weakref.ref[OptimizerHooks]] = weakref.WeakKeyDictionary()
+# By id, since an optimizer may have no hash.
+_hooks_of: dict[int, tuple[weakref.ref[Optimizer], weakref.ref[OptimizerHooks]]] = {}
 # Bound to the optimizer, these read its groups, not the view's, whose reading has a meaning.
 _OWN_READERS = ("zero_grad", "_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
@@ -84,13 +85,14 @@ class OptimizerHooks:
         hooks = cls._of(optimizer)
         if hooks is None:
             hooks = cls(optimizer)
-            _hooks_of[optimizer] = weakref.ref(hooks)
+            key = id(optimizer)
+            _hooks_of[key] = (weakref.ref(optimizer, lambda _: _hooks_of.pop(key, None)), weakref.ref(hooks))
         return hooks
 
     @classmethod
     def _of(cls, optimizer: Optimizer) -> OptimizerHooks | None:
-        found = _hooks_of.get(optimizer)
-        return None if found is None else found()
+        found = _hooks_of.get(id(optimizer))
+        return None if found is None or found[0]() is not optimizer else found[1]()
 
     @classmethod
     def members_of(cls, optimizer: Optimizer) -> list[Member]:
@@ -123,7 +125,7 @@ class OptimizerHooks:
             return
         hooks.drop(attached)
         if not hooks.members and not hooks.observers:
-            del _hooks_of[optimizer]
+            del _hooks_of[id(optimizer)]
 
     def drop(self, attached: Member | Observer) -> None:
         """Forget a member or an observer, and take the hooks off with the last one."""
@@ -172,8 +174,11 @@ class OptimizerHooks:
         if active or self._nests:
             call.view = view = self._free_view()
             view.__dict__.clear()
-            call.given = dict(optimizer.__dict__)
+            call.given, call.slots = dict(optimizer.__dict__), slots_of(optimizer)
             view.__dict__.update(call.given)
+            for name, value in call.slots.items():
+                object.__setattr__(view, name, value)
+            call.acted = view.param_groups
         if active and closure is not None:
             if not known:
                 self._prepare_for_any(call)
@@ -192,7 +197,7 @@ class OptimizerHooks:
         running = running_calls(self._calls, optimizer)
         for call in self._calls:
             if call.view is not None and call not in running:
-                call.view.__dict__.clear()
+                call.clear()
         self._calls = list(running)
         for call, returned in running.items():
             if returned:
@@ -245,6 +250,7 @@ class OptimizerHooks:
                 for split in level:
                     split.remember()
             call.levels = levels
+        call.acted = view.param_groups
 
     # --- A step with a closure ----------------------------------------------------------------------------------------
 
@@ -254,8 +260,8 @@ class OptimizerHooks:
         if not self._evaluates_once:
             call.kept = Kept(optimizer)
             call.rules = [(member, member.save()) for member in self.members]
-        if may_be_compiled(optimizer):
-            return  # the compiler reads groups from plain lists only
+        if may_be_compiled(optimizer) or "param_groups" not in optimizer.__dict__:
+            return  # the compiler reads groups from plain lists only, and a property may compute them
 
         def read() -> None:
             if call.waits:
@@ -265,7 +271,7 @@ class OptimizerHooks:
             elif call.evaluated:
                 call.read = True
 
-        call.view.param_groups = WatchedGroups(read)
+        call.acted = call.view.param_groups = WatchedGroups(read)
         for name in _OWN_READERS:
             if hasattr(optimizer, name):
                 call.given[name] = call.view.__dict__[name] = getattr(optimizer, name)
@@ -344,8 +350,9 @@ class OptimizerHooks:
 
     def _act_anew(self, call: Call, acting: list[Member]) -> None:
         view, optimizer = call.view, cast(Any, self._optimizer())
-        watched, view.param_groups = view.param_groups, optimizer.param_groups
-        call.waits, levels, call.levels = False, call.levels, []
+        watched, call.waits, levels, call.levels = view.param_groups, False, call.levels, []
+        if "param_groups" in optimizer.__dict__:
+            view.param_groups = optimizer.param_groups
         self._act(call, acting)
         if not isinstance(watched, WatchedGroups):
             return
@@ -359,7 +366,7 @@ class OptimizerHooks:
                 group.end()
             call.handed = []
         watched[:] = view.param_groups
-        view.param_groups = watched
+        call.acted = view.param_groups = watched
 
     # --- After a step -------------------------------------------------------------------------------------------------
 
@@ -399,11 +406,19 @@ class OptimizerHooks:
                 write_back(level, type(optimizer).__name__)
         finally:
             self._carry_over(call)
-            written = view.__dict__
-            written.clear()
+            replaced, divided = view.param_groups is not call.acted, any(call.levels)
+            if replaced and not divided:
+                optimizer.param_groups = view.param_groups
+            call.clear()
             # Other post-hooks are handed the view; without hooks of its own it keeps nothing alive but what they read.
             for name in ("defaults", "state", "param_groups"):
-                written[name] = optimizer.__dict__[name]
+                if name in optimizer.__dict__:
+                    view.__dict__[name] = optimizer.__dict__[name]
+        if replaced and divided:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} has replaced its parameter groups in this step, which was taken with "
+                "per-layer groups, so the new ones are lost; attach with apply='update', which leaves the groups whole"
+            )
 
     def _carry_over(self, call: Call) -> None:
         """Hand the optimizer the attributes that `step` has set on the view."""
@@ -411,6 +426,9 @@ class OptimizerHooks:
         for name, value in call.view.__dict__.items():
             if value is not call.given.get(name) and name not in ("param_groups", "grad_scale"):
                 optimizer.__dict__[name] = value
+        for name, value in slots_of(call.view).items():
+            if value is not call.slots.get(name):
+                object.__setattr__(optimizer, name, value)
 
 
 def _look_behind(hooks: OptimizerHooks, call: Call, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
