@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, product
 from typing import Any, cast
 
@@ -47,6 +47,7 @@ CLOSE = {torch.float64: 1e-6, torch.float32: 1e-2}
 MOVED = {torch.float64: 1e-5, torch.float32: 1e-3}
 """The difference that counts as the effect of factors of one half to two."""
 COARSE = 0.05
+HALF = {torch.float16, torch.bfloat16}
 UNDONE = 0.03
 """The part of a shift of the weights that a step may undo: more, and it goes back to weights of its own."""
 SCALELESS = 0.005
@@ -81,6 +82,7 @@ class Verdict:
 
 
 ALONE = "does not read the rates of its parameter groups (in a trial on toy parameters a factor on them did nothing)"
+ONE_RATE = "takes the rate of one of its parameter groups for the parameters of others (in a trial on toy parameters)"
 TOGETHER = (
     "treats the parameters of a group together (in a trial on toy parameters its steps came out differently when the "
     "group was divided)"
@@ -208,7 +210,12 @@ def _attempt(optimizer: Any, construct: bool, wide: bool, way: str) -> Verdict:
     workshop = Workshop(optimizer, dtype, construct=construct, way=way)
     with undisturbed(parameters) as guard:
         try:
-            return Trial(workshop, guard).verdict()
+            verdict = Trial(workshop, guard).verdict()
+            if dtype is not None and not HALF.isdisjoint(p.dtype for p in parameters):
+                # Of half precision only, some keep wide copies of the weights.
+                own = Trial(Workshop(optimizer, None, construct=construct, way=way), guard)
+                verdict = replace(verdict, update=verdict.update or own.against_update())
+            return verdict
         except Exception as error:
             reason = guard.stopped or error
     if isinstance(reason, CommunicatesError):
@@ -263,6 +270,10 @@ class Trial:
         moves = self.moves(neutral, permanent)
         if not moves:
             return {"groups": groups, "lr": ALONE, "permanent": False}
+        for first in (0, 1):
+            every_second = self.run(partial(some, first), permanent=True)
+            if not self.moves(neutral, every_second, first, 2):
+                return {"groups": groups, "lr": ONE_RATE, "permanent": False}
         if groups:
             return {"groups": groups, "lr": None}
         for factors in (both, late):
@@ -394,9 +405,9 @@ class Trial:
             largest = max(largest, apart / way if way else 0.0)
         return largest
 
-    def moves(self, bare: Run, with_factors: Run) -> bool:
-        """Tell whether factors took each toy that moves elsewhere."""
-        for toy in range(len(bare[0])):
+    def moves(self, bare: Run, with_factors: Run, first: int = 0, stride: int = 1) -> bool:
+        """Tell whether factors took each toy that moves elsewhere, of those from `first` on."""
+        for toy in range(first, len(bare[0]), stride):
             way = max(float((step[toy] - bare[0][toy]).abs().max()) for step in bare)
             apart = max(float((a[toy] - b[toy]).abs().max()) for a, b in zip(bare, with_factors, strict=True))
             if way and apart < MOVED.get(bare[0][toy].dtype, COARSE) * way:
@@ -412,6 +423,11 @@ def none(step: int) -> Sequence[float] | None:
 def both(step: int) -> Sequence[float]:
     """Return factors from the first step on, others from `MIDDLE` on."""
     return (EARLY if step < MIDDLE else LATER) * 250
+
+
+def some(first: int, step: int) -> Sequence[float]:
+    """Return factors for every second toy, 1 for the others."""
+    return [factor if toy % 2 == first else 1.0 for toy, factor in enumerate(both(step))]
 
 
 def late(step: int) -> Sequence[float] | None:

@@ -286,6 +286,29 @@ class FirstRate(optim.Optimizer):
                 p.sub_(group["lr"] * p.grad)
 
 
+class RateOfFirst(optim.Optimizer):
+    """Takes the rate of its first group for all."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(self.param_groups[0]["lr"] * p.grad)
+
+
+class RateOfLast(RateOfFirst):
+    """Takes the rate of its last group for all."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(self.param_groups[-1]["lr"] * p.grad)
+
+
 class Opaque:
     """Holds an optimizer where no list or dictionary shows it."""
 
@@ -305,7 +328,7 @@ class Hidden(optim.Optimizer):
         self.held.inner.step()
 
 
-UNREAD = [RelativeStep, EarlyRate, FirstRate, Hidden]
+UNREAD = [RelativeStep, EarlyRate, FirstRate, RateOfFirst, RateOfLast, Hidden]
 
 
 @pytest.mark.parametrize("kind", UNREAD)
@@ -390,6 +413,33 @@ def test_lr_equals_permanent_groups_where_weights_are_kept(kind: Any) -> None:
     found, place = trained(of_all(kind))
     assert place == "lr"
     assert close(found, permanent(kind))
+
+
+class WideCopies(optim.Optimizer):
+    """Steps wide copies of the weights where these are of half precision."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dtype is torch.bfloat16:
+                    wide = self.state[p].setdefault("wide", p.float())
+                    wide.sub_(group["lr"] * p.grad.float())
+                    p.copy_(wide)
+                else:
+                    p.sub_(group["lr"] * p.grad)
+
+
+def test_wide_copies_of_half_precision_are_found() -> None:
+    model = network().bfloat16()
+    with pytest.raises(ValueError, match=r"apply='update' does not work with .*use apply='lr'"):
+        layerwise.LayerwiseLR(WideCopies(model.parameters()), Constant(FACTORS), model, apply="update")
+    assert layerwise.LayerwiseLR(WideCopies(model.parameters()), Constant(FACTORS), model).apply == "lr"
+    model = network()
+    assert layerwise.LayerwiseLR(WideCopies(model.parameters()), Constant(FACTORS), model, apply="update")
 
 
 class SlowAndUnread(Averaged):
