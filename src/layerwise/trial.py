@@ -265,7 +265,7 @@ class Trial:
             permanent = self.run(both, permanent=True)
         except Exception as error:
             self.check()
-            return {"groups": groups, "lr": fails(error), "permanent": False}
+            return {"groups": groups} | ({"lr": fails(error), "permanent": False} if self.takes_groups() else {})
         neutral = self.run(none, permanent=True) if groups else bare
         moves = self.moves(neutral, permanent)
         if not moves:
@@ -288,6 +288,15 @@ class Trial:
             if factors is late and not self.moves(bare, expected):
                 return {"groups": None, "lr": "reads the rates of its parameter groups in its first steps only"}
         return {}
+
+    def takes_groups(self) -> bool:
+        """Tell whether a step at factor 1 can be taken with a group for each toy."""
+        try:
+            self.run(none, permanent=True)
+        except Exception:
+            self.check()
+            return False
+        return True
 
     def against_division(self, bare: Run) -> str | None:
         """Return why groups must stay whole: whether a step at factor 1 comes out differently when they are divided."""
