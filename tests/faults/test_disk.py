@@ -15,7 +15,7 @@ import torch
 import victims
 from made_up import finish, finish_plan, outcome_of, table_plan, table_value
 
-from layerwise.lab import chains, report, work
+from layerwise.lab import chains, files, work
 from layerwise.lab.cli import main
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiment import carry_out, load_finished
@@ -184,7 +184,7 @@ def test_every_error_of_the_system_is_one_line_that_names_the_file(tmp_path, cap
     def broken(path, data, **how):
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr(report.files, "write_whole", broken)
+    monkeypatch.setattr(files, "write_whole", broken)
     assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "pages")]) == 1
     words = capsys.readouterr().err
     assert words.startswith(f"layerwise: {tmp_path}/pages/report/")

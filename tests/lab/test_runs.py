@@ -27,7 +27,16 @@ VALUES = {
     "rate": 0.1,
     "epochs": 2,
 }
-SUMMARY = {"diverged_at": None, "iterations": 3, "finals": {"test_error": 1.0}}
+SUMMARY = {
+    "diverged_at": None,
+    "iterations": 3,
+    "finals": {"test_error": 1.0},
+    "parameters": 10,
+    "layers": ["fc"],
+    "seconds": 2.0,
+    "test_seconds": 1.0,
+    "factor": {"mean": 1.0, "spread": 1.0, "layers": {}},
+}
 
 
 @pytest.fixture

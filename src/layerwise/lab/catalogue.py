@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,7 +21,9 @@ from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiment import load_finished
 from layerwise.lab.meter import Meter
-from layerwise.lab.runs import Record, Runs
+from layerwise.lab.printing import columns, shown
+from layerwise.lab.records import Record
+from layerwise.lab.runs import Runs
 
 if TYPE_CHECKING:
     from layerwise.lab.data.folder import ImageFolder
@@ -119,7 +120,7 @@ def show(names: Sequence[str], out: Path, folder: Path | None, *, as_json: bool,
     if as_json:
         return json.dumps(listed, indent=2) + "\n"
     buffer = io.StringIO()
-    target = Console(file=buffer, width=_width(), highlight=False)
+    target = Console(file=buffer, width=columns(), highlight=False)
     missing: list[str] = []
     for entry in listed:
         target.print(Text(f"{entry['name']}  {entry['title']}"))
@@ -184,11 +185,6 @@ def shortly(time: str) -> str:
     return re.split(r"[;,(]", time)[0].strip().replace(" free cores", " cores")
 
 
-def _width() -> int:
-    """Give the width of the terminal, or what COLUMNS says; 80 where there is neither."""
-    return shutil.get_terminal_size((80, 24)).columns
-
-
 def show_data(name: str, folder: Path | None, *, quiet: bool, as_json: bool, program: str) -> int:
     """Fetch a data set, or list them all.
 
@@ -209,7 +205,7 @@ def show_data(name: str, folder: Path | None, *, quiet: bool, as_json: bool, pro
             sys.stdout.write("".join(f"{each['name']}\n" for each in sets))
             return 0
         lines = [f"{each['name']:15} {'here' if each['present'] else 'not here':9} {each['title']}" for each in sets]
-        more = f"\nLooked for in {target}\nNext:   {program} data mnist"
+        more = f"\nLooked for in {shown(target)}\nNext:   {program} data mnist"
         _say({"folder": str(target), "datasets": sets}, "\n".join([*lines, more]), as_json)
         return 0
     with Downloads(None if quiet or as_json else Console(stderr=True, highlight=False)) as downloads:
@@ -239,7 +235,7 @@ def _got(name: str, target: Path, progress: Callable[..., None]) -> tuple[int, s
 
 
 def _say(found: dict[str, Any], words: str, as_json: bool) -> None:
-    sys.stdout.write((json.dumps(found, indent=2) if as_json else words) + "\n")
+    sys.stdout.write((json.dumps(found, indent=2) if as_json else shown(words, lines=True)) + "\n")
 
 
 class Downloads:

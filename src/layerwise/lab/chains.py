@@ -10,7 +10,7 @@ from typing import Any
 from layerwise.lab import controls
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.plan import PlannedRun
-from layerwise.lab.runs import Record
+from layerwise.lab.records import Record
 from layerwise.lab.snapshots import CHECKPOINT_SECONDS
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import gc
-import io
 import os
 import shlex
 import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from layerwise.lab.errors import UsageError, missing_extra, nearest
+from layerwise.lab.printing import open_streams, shown
 from layerwise.leaving import INTERRUPTED, leaving
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def _carry_out(
         sys.stdout.write(terminal.as_json(outcome) + "\n")
         for failure, *others in outcome.causes():
             more = f" (and {len(others)} more)" if others else ""
-            sys.stderr.write(f"layerwise: {failure.doing}{more}: {failure.reason}\n{failure.details.rstrip()}\n")
+            words = shown(f"{failure.doing}{more}: {failure.reason}")
+            sys.stderr.write(f"layerwise: {words}\n{shown(failure.details.rstrip(), lines=True)}\n")
     else:
         terminal.show(outcome, target, quiet=asked.quiet, next_command=command)
     return outcome.exit_code
@@ -123,7 +124,7 @@ def _demo(asked: options.Demo, arguments: Sequence[str]) -> int:
         if not present:
             following = f"demo amplification --data-dir FOLDER   (it holds CIFAR-10; see {program()} data cifar10)"
             if settings.data_dir is not None:
-                sys.stderr.write(f"layerwise: {settings.data_dir} does not hold CIFAR-10, so this is run on digits5k\n")
+                _complain(f"{settings.data_dir} does not hold CIFAR-10, so this is run on digits5k")
     return _carry_out(asked, _plan_runner(plan), arguments, lambda outcome: f"{program()} {following}")
 
 
@@ -274,52 +275,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0; 1 if a run failed or is left; 2 for a value that cannot be used; 130 if interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without "±" shows "?" instead of failing
+    open_streams()
     try:
-        if arguments == ["--version"]:
-            from layerwise import __version__
-
-            sys.stdout.write(f"layerwise {__version__}\n")
-            return 0
-        from layerwise.lab.options import parse
-
-        asked = parse(arguments or ["--help"])
-        handlers: dict[str, Callable[[Any, Sequence[str]], int]] = {
-            "Demo": _demo,
-            "Run": _run,
-            "Sweep": _sweep,
-            "Compare": _compare,
-            "Doctor": _doctor,
-            "Report": _report,
-            "List": _list,
-            "Data": _data,
-            "Completion": _completion,
-        }
-        name = type(asked).__name__
-        if name not in WITHOUT_TORCH:
-            with leaving():
-                import torch  # noqa: F401
-        with _no_collection() if name in READING else nullcontext():
-            return handlers[name](asked, arguments)
+        try:
+            return _done(arguments)
+        finally:
+            sys.stdout.flush()  # what could not be written is an error here, and none when the process ends
     except UsageError as error:
-        sys.stderr.write(f"layerwise: {error}\n")
+        _complain(error)
         return 2
     except ModuleNotFoundError as error:
         explanation = missing_extra(error)
         if explanation is None:
             raise
-        sys.stderr.write(f"layerwise: {explanation}\n")
+        _complain(explanation)
         return 1
     except BrokenPipeError:
         sys.stdout = None  # who read it has gone, as head does
         return 0
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"layerwise: {place}{error.strerror or error}; runs that are finished are kept\n")
+        _complain(f"{place}{error.strerror or error}; runs that are finished are kept")
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is the very one that cannot be written
+            sys.stdout = None
         return 1
     except KeyboardInterrupt:
         kept = "; what is done is kept, and the same command goes on with the rest"
-        sys.stderr.write(f"\nlayerwise: interrupted{kept if arguments[:1] and arguments[0] in KEEPING else ''}\n")
+        sys.stderr.write("\n")
+        _complain(f"interrupted{kept if arguments[:1] and arguments[0] in KEEPING else ''}")
         return INTERRUPTED
+
+
+def _complain(words: object) -> None:
+    """Write a line to the standard error."""
+    with suppress(OSError, ValueError):  # its reader may have gone
+        sys.stderr.write(f"layerwise: {shown(words)}\n")
+
+
+def _done(arguments: list[str]) -> int:
+    """Do what a command line asks for."""
+    if arguments == ["--version"]:
+        from layerwise import __version__
+
+        sys.stdout.write(f"layerwise {__version__}\n")
+        return 0
+    from layerwise.lab.options import parse
+
+    asked = parse(arguments or ["--help"])
+    handlers: dict[str, Callable[[Any, Sequence[str]], int]] = {
+        "Demo": _demo,
+        "Run": _run,
+        "Sweep": _sweep,
+        "Compare": _compare,
+        "Doctor": _doctor,
+        "Report": _report,
+        "List": _list,
+        "Data": _data,
+        "Completion": _completion,
+    }
+    name = type(asked).__name__
+    if name not in WITHOUT_TORCH:
+        with leaving():
+            import torch  # noqa: F401
+    with _no_collection() if name in READING else nullcontext():
+        return handlers[name](asked, arguments)

@@ -29,7 +29,7 @@ from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.locks import BusyError
 from layerwise.lab.pool import POLL_SECONDS, STOP_SECONDS, Failure
-from layerwise.lab.runs import Runs
+from layerwise.lab.runs import CHECKPOINTS, Runs
 from layerwise.lab.store import versions, write_whole
 
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -203,8 +203,8 @@ def _received(chain: Chain, delivery: Delivery) -> Finished | Skipped:
         with folder.lock():
             if folder.record() is None:
                 write_files(folder.path, delivery.files)
-                for leftover in folder.path.glob("checkpoint*.pt"):  # of an earlier attempt here
-                    leftover.unlink(missing_ok=True)
+                for leftover in CHECKPOINTS:  # of an earlier attempt here
+                    (folder.path / leftover).unlink(missing_ok=True)
     except BusyError as error:
         return Skipped(delivery.finished.key, str(error))
     return delivery.finished

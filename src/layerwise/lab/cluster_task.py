@@ -15,7 +15,7 @@ from layerwise.lab.chains import Advance, Chain, Finished
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs import Runs
-from layerwise.lab.store import versions, write_whole
+from layerwise.lab.store import LARGEST_TABLE, read_bytes, versions, write_whole
 from layerwise.lab.work import do_chain
 
 FILES = ("run.json", "status.json", "metrics.parquet", "record.json")
@@ -124,7 +124,7 @@ class BoardLink:
 
 def files_of(path: Path) -> Files:
     """Read the files of a finished run."""
-    return {name: (path / name).read_bytes() for name in FILES if (path / name).exists()}
+    return {name: read_bytes(path / name, LARGEST_TABLE) for name in FILES if (path / name).exists()}
 
 
 def write_files(path: Path, files: Files) -> None:
@@ -168,8 +168,8 @@ def do_parcel(parcel: Parcel, board: Any) -> tuple[str, str] | None:
 def is_shared(out: Path, token: str) -> bool:
     """Say whether a folder is the one that the driver has put a token into."""
     try:
-        return (out / token).read_text() == token
-    except OSError:
+        return read_bytes(out / token, len(token)) == token.encode()
+    except (OSError, UsageError):
         return False
 
 

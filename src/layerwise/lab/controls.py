@@ -11,7 +11,7 @@ from layerwise import rules
 from layerwise.lab.arms import Control
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
-from layerwise.lab.runs import Record
+from layerwise.lab.records import Record
 
 
 def control_rule(control: Control, record: Record) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -17,8 +16,9 @@ from rich.console import Console
 from layerwise.lab import compare
 from layerwise.lab.examination import Examination
 from layerwise.lab.meter import Meter
+from layerwise.lab.printing import columns, shown
 from layerwise.lab.report import checked
-from layerwise.lab.terminal import clean, finite
+from layerwise.lab.terminal import finite
 
 if TYPE_CHECKING:
     from layerwise.lab import options
@@ -35,10 +35,11 @@ def run(asked: options.Doctor, arguments: Sequence[str], program: str) -> int:
     Returns:
         Exit code: 0, or 1 where there is a problem.
     """
+    label = asked.task.rpartition("/")[2]
+    checked.place_of(label, asked.out)  # before anything is trained
     target = None if asked.json or asked.quiet else Console(stderr=True, highlight=False)
     with Meter(target, "training", "updates") as meter:
         found = compare.doctor(asked.task, steps=asked.steps, seconds=asked.seconds, advance=meter.show)
-    label = asked.task.rpartition("/")[2]
     page = checked.write(label, shlex.join(["layerwise", *arguments]), found, asked.out)
     code = 1 if found.problems else 0
     if asked.json:
@@ -48,13 +49,12 @@ def run(asked: options.Doctor, arguments: Sequence[str], program: str) -> int:
     lines = [*(found.conclusion if asked.quiet else found.lines)]
     if page is not None:
         lines.append(f"{'page':<12}{page}")
-    width = shutil.get_terminal_size().columns
+    how = {"subsequent_indent": " " * 12, "break_long_words": False, "break_on_hyphens": False}
     for line in lines:
-        folded = textwrap.wrap(line, width, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False)
-        sys.stdout.write(clean("\n".join(folded)) + "\n")
+        sys.stdout.write("\n".join(textwrap.wrap(shown(line), columns(), **how)) + "\n")
     if not asked.quiet:
         command = arguments if code else ["compare", asked.task]
-        sys.stdout.write(f"\nNext:   {shlex.join([program, *command])}{'   (when that is mended)' * code}\n")
+        sys.stdout.write(f"\nNext:   {shown(shlex.join([program, *command]))}{'   (when that is mended)' * code}\n")
     return code
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +12,8 @@ from typing import Any
 
 from layerwise.lab.chains import Advance, Chain, Finished, Skipped, complete
 from layerwise.lab.errors import UsageError
+from layerwise.lab.files import OwnFolder, check_page, refuse_links
+from layerwise.lab.locks import locked
 from layerwise.lab.outcome import Display, Outcome, Settings
 from layerwise.lab.plan import Plan, PlannedRun
 from layerwise.lab.pool import Failure, Interrupt, run_jobs
@@ -116,7 +118,7 @@ def carry_out(
     display = display or Display()
     clock = time.perf_counter()
     runs = Runs(settings.out)
-    _check_writable(settings.out)
+    _check_writable(settings.out, plan.name)
     plan = placed(plan, settings)
     outcome = Outcome(plan, settings, load_finished(plan, runs), set_aside=runs.set_aside)
     outcome.found = len(outcome.results.records)
@@ -167,6 +169,7 @@ def carry_out(
         outcome.interrupted = interrupt.requested
     # Runs of one configuration are one run: it may have been done under another name.
     outcome.results.records |= load_finished(plan, runs).records
+    outcome.skipped += outcome.results.leave_out_unreadable()
     failed = {failure.doing for failure in outcome.failures}
     for run in plan.runs:
         if run.key in outcome.results.records or run.label in failed or outcome.interrupted or outcome.alike:
@@ -192,13 +195,15 @@ def _local(chains: Sequence[Chain], jobs: int, **told: Any) -> list[Failure]:
     return run_jobs(do_chain, chains, jobs, rest=lambda chain, doing: chain.rest(doing), **told)
 
 
-def _check_writable(out: Path) -> None:
-    """Refuse a folder that cannot be written, before anything is trained."""
+def _check_writable(out: Path, name: str) -> None:
+    """Refuse a folder in which runs and pages cannot be written, before anything is trained."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe.{os.getpid()}.tmp"
-        probe.write_bytes(b"")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out) as probe:
+            locked(probe, out)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"out={str(out)!r} cannot be written ({reason}): give another folder with --out") from error
+    refuse_links(Runs(out).path, out)
+    OwnFolder(out / name, out)
+    check_page(out / "report.html", out)

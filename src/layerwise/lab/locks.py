@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from layerwise.lab.errors import UsageError
+
 _held: set[IO[str]] = set()
 """Lock files that this process holds. A process forked from it, as a loader's workers are, closes them: it would hold
 them on when this one is gone."""
@@ -36,9 +38,11 @@ def alone_in(folder: Path) -> Iterator[None]:
 
     Raises:
         BusyError: another process is in it.
+        OSError: ``lock`` is a link, or cannot be written.
+        UsageError: files cannot be locked there.
     """
     with open(folder / "lock", "a", opener=_no_link) as stream:
-        if not _locked(stream):
+        if not locked(stream, folder / "lock"):
             raise BusyError(f"{folder}: another process works on this run")
         _held.add(stream)
         try:
@@ -48,12 +52,23 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def _no_link(path: str, flags: int) -> int:
-    """Open a file, unless it is a link, by which somebody could have a file made elsewhere."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    """Open a file, unless it is a link, by which somebody could have a file made elsewhere, or a pipe."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
-def _locked(stream: Any) -> bool:
-    """Take the lock of a file, or say that another process has it."""
+def locked(stream: Any, path: Path) -> bool:
+    """Take the lock of an open file.
+
+    Args:
+        stream: the file.
+        path: what a message calls it.
+
+    Returns:
+        False where another process has it.
+
+    Raises:
+        UsageError: its file system cannot lock files.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -68,4 +83,9 @@ def _locked(stream: Any) -> bool:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise UsageError(
+            f"{path}: files cannot be locked there ({error.strerror or error}), and without locks two processes would "
+            "do one run; give a folder on another file system with --out"
+        ) from error
     return True

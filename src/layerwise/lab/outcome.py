@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from layerwise.lab.devices import check_device
 from layerwise.lab.errors import UsageError
 from layerwise.lab.plan import Plan
+from layerwise.lab.records import Record
 from layerwise.lab.results import Results
-from layerwise.lab.runs import Record
 
 if TYPE_CHECKING:
     from layerwise.lab.pool import Failure

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from layerwise.lab.outcome import Display, Outcome
+from layerwise.lab.printing import shown
 
 PLAIN_LINE_SECONDS = 10.0
 """Seconds between two progress lines where the output is not a terminal."""
@@ -75,7 +76,7 @@ class _Counted(Display):
         self._first: dict[str, float] = {}
         self._updates_before: dict[str, int] = {}
         for line in opening(outcome, workers):
-            self.target.print(line, markup=False)
+            self.say(line)
 
     def advance(self, worker: int, run: str, done: int, total: int | None) -> None:
         """Count the part of a run; what a checkpoint had done before is no work of this time."""
@@ -97,7 +98,7 @@ class _Counted(Display):
 
     def say(self, words: str) -> None:
         """Print a line."""
-        self.target.print(words, markup=False)
+        self.target.print(shown(words), markup=False)
 
     @property
     def rate(self) -> str:
@@ -183,14 +184,14 @@ class BarDisplay(_Counted):
         super().finished(worker, run, result, diverged)
         self._move(worker, run, result)
         if diverged:
-            self.target.print(f"{run} diverged", markup=False)
+            self.say(f"{run} diverged")
 
     def _move(self, worker: int, run: str, note: str) -> None:
         if self._progress is None:
             return
         part = self.parts[run]
         line = self._lines[worker % len(self._lines)]
-        self._progress.update(line, description=f"  {run}", completed=part, note=note)
+        self._progress.update(line, description=f"  {shown(run)}", completed=part, note=shown(note))
         whole = ", ".join(filter(None, (f"{self.count}/{self.total} runs", self.pace)))
         self._progress.update(self._whole, completed=sum(self.parts.values()), note=whole)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.lab.errors import UsageError
+from layerwise.lab.store import LARGEST_NUMBER, LARGEST_TABLE, read_bytes
+from layerwise.plain_files import kind_of
 
 if TYPE_CHECKING:
     import polars
@@ -21,8 +23,13 @@ TOGETHER = 256
 LARGEST_TOGETHER = 1 << 25
 """Bytes of the files that are read by one call."""
 
+LARGEST_STEP = 2**53
+
 LARGEST_ROWS = 100_000_000
 """Rows of a run's table; a million updates of a network of a hundred layers have less."""
+
+ROWS, ROWS_A_BYTE = 1_000_000, 100
+"""Rows of a table of few bytes, and more for each byte: a small file can say that it holds more than any memory."""
 
 
 class Recorder:
@@ -138,39 +145,64 @@ def read_frame(path: Path) -> polars.DataFrame:
     """
     import polars
 
-    content = path.read_bytes()
+    content = read_bytes(path, LARGEST_TABLE)
+    most = _most_rows(len(content))
     try:
-        # One row more than there may be: a small file can say that it holds more than any memory.
-        frame = polars.read_parquet(content, n_rows=LARGEST_ROWS + 1, parallel="none", use_statistics=False)
+        height = polars.scan_parquet(content).select(polars.len()).collect().item()
+        frame = polars.read_parquet(content, n_rows=min(height, most) + 1, parallel="none", use_statistics=False)
     except BaseException as error:  # a file made by hand can make polars panic, which is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{path}: cannot be read ({reason}); remove the run's folder and do it again") from error
-    if dict(frame.schema) != _schema() or frame.height > LARGEST_ROWS:
+    if dict(frame.schema) != _schema() or max(height, frame.height) > most:
         raise UsageError(
-            f"{path}: holds {frame.height} rows of {', '.join(frame.columns)}, not up to {LARGEST_ROWS} of "
+            f"{path}: holds {max(height, frame.height)} rows of {', '.join(frame.columns)}, not up to {most} of "
             f"{', '.join(SCHEMA_COLUMNS)}; remove the run's folder and do it again"
         )
+    if not _plain(frame):
+        raise UsageError(f"{path}: holds numbers that no run has; remove the run's folder and do it again")
     return frame
 
 
-def read_frames(paths: Sequence[Path]) -> Iterable[polars.DataFrame]:
+def _most_rows(size: int) -> int:
+    """Give how many rows a table of so many bytes may have."""
+    return min(LARGEST_ROWS, ROWS + ROWS_A_BYTE * size)
+
+
+def _plain(frame: polars.DataFrame) -> bool:
+    """Tell whether every row has its numbers, and whatever is computed from them can be computed."""
+    import polars
+
+    step, epoch, value = polars.col("step"), polars.col("epoch"), polars.col("value")
+    # Norms may overflow where training diverges; what the whole network has is finite, or the run ends before it.
+    good = (step >= 0) & (step <= LARGEST_STEP) & (epoch >= 0) & polars.col("quantity").is_not_null()
+    good &= polars.col("layer").is_not_null() | (value.abs() <= LARGEST_NUMBER)
+    return bool(frame.select((good & value.is_not_null()).fill_null(False).all()).item())
+
+
+def read_tables(paths: Iterable[Path]) -> tuple[dict[Path, polars.DataFrame], dict[Path, str]]:
     """Read many tables that ``Recorder.frame`` gave, ``TOGETHER`` by one call.
 
     Args:
-        paths: of the Parquet files, each once.
+        paths: of the Parquet files.
 
-    Yields:
-        The tables, in the order of the paths.
-
-    Raises:
-        OSError: one is not there or cannot be read.
-        UsageError: one is damaged, or another table, or has more rows than a run's.
+    Returns:
+        The tables; and of those that cannot be read what is wrong.
     """
-    for some in _batches(paths):
-        # Alone, each says what is wrong with it.
-        yield from _read_together(some) or map(read_frame, some)
+    tables: dict[Path, polars.DataFrame] = {}
+    broken: dict[Path, str] = {}
+    for some in _batches(list(dict.fromkeys(paths))):
+        together = _read_together(some)
+        if together is not None:
+            tables.update(zip(some, together, strict=True))
+            continue
+        for path in some:  # alone, each says what is wrong with it
+            try:
+                tables[path] = read_frame(path)
+            except (OSError, UsageError) as error:
+                broken[path] = str(error)
+    return tables, broken
 
 
 def _batches(paths: Sequence[Path]) -> Iterator[list[Path]]:
@@ -178,7 +210,7 @@ def _batches(paths: Sequence[Path]) -> Iterator[list[Path]]:
     some: list[Path] = []
     size = 0
     for path in paths:
-        length = path.stat().st_size
+        length = _size(path)
         if some and (len(some) == TOGETHER or size + length > LARGEST_TOGETHER):
             yield some
             some, size = [], 0
@@ -192,21 +224,21 @@ def _read_together(paths: Sequence[Path]) -> list[polars.DataFrame] | None:
     """Read some tables by one call; None where that does not go, as one of them is damaged or they are too large."""
     import polars
 
+    if any(kind_of(path) is not None for path in paths):
+        return None
+    most = _most_rows(sum(map(_size, paths)))
     try:
-        whole = polars.scan_parquet(
-            list(paths),
-            schema=_schema(),
-            n_rows=LARGEST_ROWS + 1,
-            parallel="none",
-            use_statistics=False,
-            glob=False,
-            include_file_paths="file",
-        ).collect()
+        scanned = polars.scan_parquet(
+            list(paths), schema=_schema(), parallel="none", use_statistics=False, glob=False, include_file_paths="file"
+        )
+        if scanned.select(polars.len()).collect().item() > most:
+            return None
+        whole = scanned.head(most + 1).collect()
     except BaseException as error:  # as in read_frame
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         return None
-    if whole.height > LARGEST_ROWS:
+    if whole.height > most or not _plain(whole):
         return None
     lengths = dict(whole["file"].rle().struct.unnest().select("value", "len").iter_rows())
     whole, frames, begin = whole.drop("file"), [], 0
@@ -215,3 +247,11 @@ def _read_together(paths: Sequence[Path]) -> list[polars.DataFrame] | None:
         frames.append(whole.slice(begin, length))
         begin += length
     return None if lengths else frames
+
+
+def _size(path: Path) -> int:
+    """Give the bytes of a file; 0 where it is gone."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from layerwise.lab.arms import Arm
+from layerwise.lab.errors import UsageError
 from layerwise.lab.judgement import Comparison, Pair, judge
 from layerwise.lab.plan import PaperValue, Plan
-from layerwise.lab.recorder import read_frames
-from layerwise.lab.runs import Record
+from layerwise.lab.recorder import read_tables
+from layerwise.lab.records import Record
 
 if TYPE_CHECKING:
     import polars
@@ -65,12 +67,13 @@ class Results:
     Attributes:
         plan: what was to be done.
         records: subject, arm and seed -> record.
+        tables: what was read of their numbers, by file.
     """
 
     plan: Plan
     records: dict[Key, Record] = field(default_factory=dict)
     _series: dict[tuple[Key, str], list[tuple[int, float]]] = field(default_factory=dict, repr=False)
-    _metrics: dict[Key, polars.DataFrame] = field(default_factory=dict, repr=False)
+    tables: dict[Path, polars.DataFrame] = field(default_factory=dict, repr=False)
     _compared: tuple[list[Comparison] | None, dict[tuple[str, str], list[tuple[str, int | None, Comparison]]]] = field(
         default=(None, {}), repr=False
     )
@@ -98,12 +101,21 @@ class Results:
 
     def metrics(self, key: Key) -> polars.DataFrame:
         """Give every number of one run; those of all runs are read together, and once."""
-        if key not in self._metrics:
-            left = {key: self.records[key].metrics_file for key in self.records if key not in self._metrics}
-            files = list(dict.fromkeys(left.values()))  # runs of one configuration are one run, under several names
-            frames = dict(zip(files, read_frames(files), strict=True))
-            self._metrics.update({key: frames[file] for key, file in left.items()})
-        return self._metrics[key]
+        file = self.records[key].metrics_file  # runs of one configuration are one run, under several names
+        if file not in self.tables:
+            tables, broken = read_tables(each.metrics_file for each in self.records.values())
+            self.tables.update(tables)
+            if file in broken:
+                raise UsageError(broken[file])
+        return self.tables[file]
+
+    def leave_out_unreadable(self) -> list[str]:
+        """Read every table, and leave the runs out whose table is damaged; say which and why."""
+        left = (each.metrics_file for each in self.records.values() if each.metrics_file not in self.tables)
+        tables, broken = read_tables(left)
+        self.tables.update(tables)
+        self.records = {key: each for key, each in self.records.items() if each.metrics_file not in broken}
+        return list(broken.values())
 
     def series(self, key: Key, quantity: str) -> list[tuple[int, float]]:
         """Give the pairs of step and value of one run; steps are epochs where the plan counts epochs."""

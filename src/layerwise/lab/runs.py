@@ -12,70 +12,38 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import platform
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
+from layerwise.lab.files import refuse_links, remove_leftovers
 from layerwise.lab.locks import BusyError, alone_in
-from layerwise.lab.recorder import Recorder, read_frame
-from layerwise.lab.store import hardware, plain, read_bytes, read_signed, signed, versions, write_whole
-
-if TYPE_CHECKING:
-    import polars
+from layerwise.lab.recorder import Recorder
+from layerwise.lab.records import Record, read_about, read_summary
+from layerwise.lab.store import digest_of, hardware, plain, read_bytes, read_signed, signed, versions, write_whole
+from layerwise.plain_files import parts
 
 MAGIC = b"layerwise checkpoint 1\n"
 DIGEST_LENGTH = 32
 
+CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")
+FACTORS = "factors.jsonl"
+"""Recorded factors, in the folder of a run that repeats them."""
 
-@dataclass(frozen=True)
-class Record:
-    """A finished run.
+NAMES = ("run.json", "status.json", "metrics.parquet", "record.json", *CHECKPOINTS)
+"""What the lab writes into a run's folder, beside ``FACTORS`` and the lock; nothing else there is removed."""
 
-    Attributes:
-        folder: of the run.
-        configuration: what it was.
-        summary: what ``record.json`` holds: ``finals`` (quantity -> last value), ``diverged_at`` (number of updates
-            before the first loss that was not finite, or None), ``iterations``, ``epochs``, ``parameters``, ``seconds``
-            and ``test_seconds`` (over all sessions), ``sessions``, ``processes`` (how many shared it, each once),
-            ``factor`` (mean, spread and means by layer), ``weights`` (SHA-256 of the final weights), ``selections``,
-            ``threads``, ``peak_memory`` (bytes).
-        about: what ``run.json`` holds: versions, hardware, times.
-    """
-
-    folder: Path
-    configuration: Configuration
-    summary: dict[str, Any]
-    about: dict[str, Any]
-
-    @property
-    def diverged(self) -> bool:
-        """The loss was not finite at some update."""
-        return self.summary["diverged_at"] is not None
-
-    @property
-    def metrics_file(self) -> Path:
-        """File with every number of the run."""
-        return self.folder / "metrics.parquet"
-
-    def metrics(self) -> polars.DataFrame:
-        """Read every number of the run: step, epoch, quantity, layer, value."""
-        return read_frame(self.metrics_file)
-
-    def series(self, quantity: str) -> list[tuple[int, float]]:
-        """Give the pairs of step and value of a quantity of the whole network."""
-        import polars
-
-        rows = self.metrics().filter((polars.col("quantity") == quantity) & polars.col("layer").is_null())
-        return list(zip(rows["step"].to_list(), rows["value"].to_list(), strict=True))
+LARGEST_CHECKPOINT = 1 << 38
+"""Bytes of a checkpoint."""
 
 
 @dataclass
@@ -99,10 +67,13 @@ class RunFolder:
 
         Raises:
             BusyError: one is in it.
+            UsageError: it is a link, or its file system cannot lock files.
         """
+        refuse_links(self.path, self.path.parent.parent)
         self.path.mkdir(parents=True, exist_ok=True)
         with alone_in(self.path):
-            for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("*.part")):
+            remove_leftovers(self.path, NAMES, seconds=0.0)
+            for leftover in self.path.glob(f"{FACTORS}.*.part"):
                 leftover.unlink(missing_ok=True)
             self._held = True
             try:
@@ -115,7 +86,8 @@ class RunFolder:
 
         A run that goes on on another machine names that one too, under ``later``.
         """
-        about, here = self._read("run.json"), hardware()
+        found, here = self._read("run.json", read_about), hardware()
+        about = None if found is None else found[1]
         if about is None:
             about = {
                 "configuration": self.configuration.as_json(),
@@ -155,15 +127,13 @@ class RunFolder:
         Raises:
             UsageError: one is whole and yet no state of a training.
         """
-        for name in ("checkpoint.pt", "checkpoint-before.pt"):
+        for name in CHECKPOINTS:
             path = self.path / name
             try:
-                packed = path.read_bytes()
+                content = _content_of(path)
             except FileNotFoundError:
                 continue
-            content = packed[len(MAGIC) + DIGEST_LENGTH :]
-            digest = packed[len(MAGIC) : len(MAGIC) + DIGEST_LENGTH]
-            if packed.startswith(MAGIC) and hashlib.sha256(content).digest() == digest:
+            if content is not None:
                 return _state_of(path, content)
             self._put_aside(path)
         return None
@@ -179,41 +149,44 @@ class RunFolder:
 
     def tidy(self, summary: dict[str, Any]) -> None:
         """Say that the run is finished and remove its checkpoints; again, if it was killed before it could."""
-        left = list(self.path.glob("checkpoint*.pt"))
+        left = [path for name in CHECKPOINTS if os.path.lexists(path := self.path / name)]
         state = "finished" if summary["diverged_at"] is None else "diverged"
-        status = self._read("status.json") if not left else None
+        status = self._read("status.json", lambda folder: read_signed(folder / "status.json")) if not left else None
         if status is None or status.get("state") != state:
             self.say(state, summary["iterations"], summary["iterations"])
         for path in left:
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                path.unlink()
 
     def record(self) -> Record | None:
         """Read the finished run; None if it is not finished, or damaged (then it is set aside)."""
-        about, summary = self._read("run.json"), self._read("record.json")
+        about, summary = self._read("run.json", read_about), self._read("record.json", read_summary)
         if about is None or summary is None:
             return None
-        found = configuration_of(about)
-        if found is None or found.identity != self.configuration.identity:  # somebody has copied files here
+        if about[0].identity != self.configuration.identity:  # somebody has copied files here
             self._put_aside(self.path / "run.json")
             return None
         path = self.path / "metrics.parquet"
         try:
-            digest = hashlib.sha256(read_bytes(path)).hexdigest()
-        except FileNotFoundError:
+            digest = digest_of(path)
+        except (FileNotFoundError, ValueError):
             digest = None
-        if digest != summary.get("metrics_sha256"):
+        if digest != summary["metrics_sha256"]:
             for broken in (path, self.path / "record.json"):
                 self._put_aside(broken)
             return None
-        return Record(self.path, self.configuration, summary, about)
+        return Record(self.path, self.configuration, summary, about[1])
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file that names its own checksum."""
         write_whole(self.path / name, signed(content))
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def _read(self, name: str, read: Callable[[Path], Any]) -> Any:
+        """Read a file of the run; None where it is not there, or damaged, and then it is set aside."""
+        if self.path.is_symlink():
+            return None
         try:
-            return read_signed(f"{self.path}/{name}")
+            return read(self.path)
         except FileNotFoundError:
             return None
         except ValueError:
@@ -226,23 +199,38 @@ class RunFolder:
         Where nothing can be written it stays; it is not taken for whole there either.
         """
         if not self._held:
-            with suppress(BusyError, OSError), self.lock():
+            with suppress(BusyError, OSError, UsageError), self.lock():
                 self._put_aside(path)
             return
         with suppress(FileNotFoundError):
-            path.replace(path.with_name(path.name + ".broken"))
+            aside = path.with_name(path.name + ".broken")
+            for number in count(2):  # what was set aside before stays
+                if not os.path.lexists(aside):
+                    break
+                aside = path.with_name(f"{path.name}.broken-{number}")
+            path.rename(aside)
             self.set_aside.append(path)
 
 
-def configuration_of(about: Mapping[str, Any]) -> Configuration | None:
-    """Give the configuration that a ``run.json`` holds, or None if it is of another form than this version's."""
+def _content_of(path: Path) -> memoryview | None:
+    """Read what stands behind the checksum of a checkpoint, which is compared first; None where it is damaged."""
     try:
-        return Configuration(**about["configuration"])
-    except (KeyError, TypeError):
+        stream = parts(path, LARGEST_CHECKPOINT)
+        first = next(stream, b"")
+        if not first.startswith(MAGIC):
+            return None
+        begin = len(MAGIC) + DIGEST_LENGTH
+        digest = hashlib.sha256(first[begin:])
+        for part in stream:
+            digest.update(part)
+        if digest.digest() != first[len(MAGIC) : begin]:
+            return None
+        return memoryview(read_bytes(path, LARGEST_CHECKPOINT))[begin:]
+    except ValueError:  # no plain file
         return None
 
 
-def _state_of(path: Path, content: bytes) -> dict[str, Any]:
+def _state_of(path: Path, content: memoryview) -> dict[str, Any]:
     """Read the state in a checkpoint; nothing that it names is run, and it takes no more memory than it is long."""
     import torch
 
@@ -285,18 +273,17 @@ class Runs:
         left = (*record.folder.glob("checkpoint*.pt"), *record.folder.glob(".*.tmp"))
         if left:
             folder = RunFolder(record.folder, record.configuration, self.set_aside)
-            with suppress(BusyError, OSError), folder.lock():
+            with suppress(BusyError, OSError, UsageError), folder.lock():
                 folder.tidy(record.summary)
 
     def all(self) -> Iterator[Record]:
         """Give every finished run of this version, in the order of their names."""
         for path in sorted(self.path.glob("*/run.json")):
             try:
-                about = json.loads(path.read_bytes())
-            except ValueError:
+                configuration, _ = read_about(path.parent)
+            except (OSError, ValueError):
                 continue
-            configuration = configuration_of(about) if isinstance(about, dict) else None
-            if configuration is None or configuration.name != path.parent.name:
+            if configuration.name != path.parent.name:
                 continue
             record = RunFolder(path.parent, configuration, self.set_aside).record()
             if record is not None:

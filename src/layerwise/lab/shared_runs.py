@@ -21,7 +21,7 @@ from layerwise.lab.experiment import carry_out
 from layerwise.lab.outcome import Display, Outcome, Settings
 from layerwise.lab.plan import Plan, PlannedRun
 from layerwise.lab.pool import Failure, Interrupt
-from layerwise.lab.runs import Record
+from layerwise.lab.records import Record
 from layerwise.lab.work import Alone, do_chain, do_run
 
 

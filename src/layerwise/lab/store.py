@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import platform
+import re
 import runpy
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -19,15 +18,17 @@ from pathlib import Path
 from typing import IO, Any
 
 import layerwise
-
-LEFTOVER_SECONDS = 3600.0
-"""Age of a half-written file that nobody writes any more."""
-
-SMALL, LARGE = 1 << 16, 1 << 22
-"""Bytes that are read at first, and then, by one call of the system."""
+from layerwise.lab.errors import UsageError
+from layerwise.plain_files import parts, read_plain
 
 LARGEST_JSON = 1 << 26
 """Bytes of a JSON file of a run or a report; a larger one is not read, as it could only be meant to fill the memory."""
+
+LARGEST_TABLE = 1 << 32
+"""Bytes of a run's table."""
+
+LARGEST_NUMBER, DEEPEST = 1e100, 32
+"""Of a JSON file: beyond, means and squares would overflow; and functions that call themselves would not end."""
 
 _sorted = json.JSONEncoder(sort_keys=True).encode
 
@@ -132,18 +133,6 @@ def _made_anew(path: Path) -> IO[bytes]:
     return path.open("xb")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes had begun to write into a folder, long ago: another process may be at work now.
-
-    Args:
-        folder: need not exist.
-    """
-    for path in folder.glob(".*.tmp"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
-                path.unlink()
-
-
 def signed(content: Mapping[str, Any], indent: int | None = 1) -> bytes:
     """Write JSON that names its own checksum.
 
@@ -161,30 +150,87 @@ def signed(content: Mapping[str, Any], indent: int | None = 1) -> bytes:
     return json.dumps({**content, "sha256": _digest(content)}, indent=indent).encode()
 
 
-def read_bytes(path: str | Path, most: float = math.inf) -> bytes:
-    """Read a file, as ``Path.read_bytes`` does with twice the calls of the system: of thousands of files that matters.
+def read_bytes(path: str | Path, most: int, *, links: bool = False) -> bytes:
+    """Read a file that somebody else may have written; every file of a run, of a report and of data comes through here.
 
     Args:
         path: the file.
-        most: bytes to read of it, or a little more.
+        most: bytes that it may have.
+        links: whether it may be a link, as users' own data may be.
 
     Returns:
         Its content.
 
     Raises:
         OSError: it is not there or cannot be read.
+        UsageError: it is no plain file, or larger.
     """
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # Windows has that one
     try:
-        parts, length = [os.read(file, SMALL)], 0
-        while parts[-1] and length < most:
-            length += len(parts[-1])
-            parts.append(os.read(file, LARGE if length >= SMALL else SMALL))
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(file)
-    return b"".join(parts)
+        return read_plain(path, most, links=links)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def digest_of(path: str | Path, most: int = LARGEST_TABLE) -> str:
+    """Give the SHA-256 of a file, which need not fit into memory; arguments and errors are those of ``read_bytes``."""
+    digest = hashlib.sha256()
+    try:
+        for part in parts(path, most):
+            digest.update(part)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return digest.hexdigest()
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; numbers and words in it are such that whatever is done with them raises nothing.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        OSError: it is not there or cannot be read.
+        UsageError: it is no plain file, too large, no JSON in UTF-8, or holds a number that is not finite or beyond
+            ``LARGEST_NUMBER``, half a letter, or more than ``DEEPEST`` brackets in one another.
+    """
+    content = read_bytes(path, LARGEST_JSON)
+    try:
+        text = content.decode()
+        made = _decoded(text)
+        if _ODD.search(text) or text.count("[") + text.count("{") > DEEPEST:
+            _check_plain(made)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0] if isinstance(error, ValueError) else "too many brackets"
+        raise UsageError(f"{path}: damaged: it is no JSON that layerwise writes ({reason})") from None
+    return made
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+_decoded = json.JSONDecoder(parse_constant=_refuse_constant).decode
+_ODD = re.compile(r"\d{19}|[eE]\+?\d{3}|\\u[dD][89abAB]")
+"""Where a number may be too large, or a letter half; nearly no file has any of it."""
+
+
+def _check_plain(made: Any) -> None:
+    """Refuse what ``read_json`` says."""
+    left = [(made, 0)]
+    while left:
+        value, depth = left.pop()
+        if isinstance(value, (dict, list)):
+            if depth == DEEPEST:
+                raise ValueError("too many brackets")
+            inside = [*value, *value.values()] if isinstance(value, dict) else value
+            left += [(each, depth + 1) for each in inside]
+        elif isinstance(value, str):
+            value.encode()
+        elif isinstance(value, (int, float)) and not abs(value) <= LARGEST_NUMBER:
+            raise ValueError(f"a number beyond {LARGEST_NUMBER:g}")
 
 
 def read_signed(path: str | Path) -> dict[str, Any]:
@@ -198,15 +244,11 @@ def read_signed(path: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: it is not there or cannot be read.
-        ValueError: it is damaged, or another file.
+        UsageError: it is damaged, or another file, or what ``read_json`` refuses.
     """
-    text = read_bytes(path, LARGEST_JSON + 1)
-    try:
-        content = json.loads(text) if len(text) <= LARGEST_JSON else None
-    except RecursionError:  # brackets in brackets
-        content = None
+    content = read_json(path)
     if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
-        raise ValueError(f"{path}: damaged: what it says does not have the checksum that it names")
+        raise UsageError(f"{path}: damaged: what it says does not have the checksum that it names")
     return content
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +15,7 @@ from rich.text import Text
 from layerwise.lab.conclusions import note
 from layerwise.lab.judgement import MINIMUM_PAIRS
 from layerwise.lab.outcome import Outcome
+from layerwise.lab.printing import columns, shown
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet
 from layerwise.lab.report.sheets import Entry, Row, Sheet
@@ -30,17 +29,10 @@ NARROWEST = 60
 LONGEST_NAME = 30
 """Letters of an arm's name in a line of a table; longer ones take several lines."""
 
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-
 
 def console() -> Console:
-    """Make a console on the standard output; at most 80 columns are asked for where there is no terminal."""
-    return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 80)
-
-
-def clean(text: str) -> str:
-    """Replace what would move the cursor or change the colours of a terminal."""
-    return CONTROL.sub("?", text)
+    """Make a console on the standard output, as wide as the terminal is or ``COLUMNS`` says; 80 columns in a pipe."""
+    return Console(highlight=False, soft_wrap=False, width=columns())
 
 
 def tables(whole: Sheet, width: int) -> Iterator[Table]:
@@ -56,7 +48,7 @@ def tables(whole: Sheet, width: int) -> Iterator[Table]:
     """
     width = max(width, NARROWEST)
     for title, rows in whole.sections:
-        name = min(LONGEST_NAME, max([len(whole.corner), *(len(clean(row.words)) for row in rows)])) + 2
+        name = min(LONGEST_NAME, max([len(whole.corner), *(len(shown(row.words)) for row in rows)])) + 2
         inside = _widths(whole, rows, inside=True)
         below = _widths(whole, rows, inside=False)
         fits = name + sum(inside) + len(inside) <= width
@@ -68,7 +60,7 @@ def tables(whole: Sheet, width: int) -> Iterator[Table]:
 def _widths(whole: Sheet, rows: Sequence[Row], *, inside: bool) -> list[int]:
     """Give the width of each column."""
     return [
-        max([len(clean(column)), *(len(line) for row in rows for line in _cell(row.entries[place], inside=inside))])
+        max([len(shown(column)), *(len(line) for row in rows for line in _cell(row.entries[place], inside=inside))])
         for place, column in enumerate(whole.columns)
     ]
 
@@ -90,29 +82,31 @@ def _cell(one: Entry, *, inside: bool) -> list[str]:
     """Write a cell: in one line, or with what stands below it."""
     below = [f"{name} {words}".strip() for name, words in one.lines]
     if inside and below:
-        return [clean(f"{one.text} ({', '.join(below)})")]
-    return [clean(line) for line in (one.text, *(words for _, words in one.lines))]
+        return [shown(f"{one.text} ({', '.join(below)})")]
+    return [shown(line) for line in (one.text, *(words for _, words in one.lines))]
 
 
 def _table(whole: Sheet, title: str, rows: Sequence[Row], places: Sequence[int], *, inside: bool) -> Table:
     """Make one table."""
     made = Table(box=None, padding=(0, 1, 0, 0), title_justify="left", title_style="bold")
     if title:
-        made.title = Text(clean(title))
-    made.add_column(Text(clean(whole.corner)), max_width=LONGEST_NAME + 2, overflow="fold")
+        made.title = Text(shown(title))
+    made.add_column(Text(shown(whole.corner)), max_width=LONGEST_NAME + 2, overflow="fold")
     for place in places:
-        made.add_column(Text(clean(whole.columns[place])), justify="right", no_wrap=True)
+        made.add_column(Text(shown(whole.columns[place])), justify="right", no_wrap=True)
     for row in rows:
-        shown = [row.entries[place] for place in places]
-        cells = [_cell(one, inside=inside)[0] for one in shown]
-        made.add_row(Padding(Text(clean(row.words)), (0, 0, 0, 2)), *map(Text, cells))
+        entries = [row.entries[place] for place in places]
+        cells = [_cell(one, inside=inside)[0] for one in entries]
+        made.add_row(Padding(Text(shown(row.words)), (0, 0, 0, 2)), *map(Text, cells))
         if row.remark:
-            made.add_row(Padding(Text(f"({row.remark})"), (0, 0, 0, 4)))
+            made.add_row(Padding(Text(shown(f"({row.remark})")), (0, 0, 0, 4)))
         if not inside:
-            below = dict.fromkeys(name for one in shown for name, _ in one.lines)
+            below = dict.fromkeys(name for one in entries for name, _ in one.lines)
             for name in sorted(below, key=lambda name: name == "paper"):  # the paper's last, else as they come
-                lines = [dict(one.lines).get(name, "") for one in shown]
-                made.add_row(Text("    " + name, style="dim"), *(Text(clean(line), style="dim") for line in lines))
+                lines = [Text(shown(dict(one.lines).get(name, "")), style="dim") for one in entries]
+                made.add_row(
+                    Text("    " + shown(name), style="dim"), *(Text(shown(line), style="dim") for line in lines)
+                )
     return made
 
 
@@ -128,7 +122,7 @@ def show(outcome: Outcome, target: Console, *, quiet: bool = False, next_command
     plan, count = outcome.plan, len(outcome.results.records)
 
     def say(words: str, **style: Any) -> None:
-        target.print(Text(clean(words), **style))
+        target.print(Text(shown(words), **style))
 
     if count:
         whole = sheet(outcome.results)
@@ -147,8 +141,8 @@ def show(outcome: Outcome, target: Console, *, quiet: bool = False, next_command
         say(headline(outcome))
         told, untold = told_apart(verdicts(outcome.results))
         for verdict in told:
-            begin = Text(clean(f"{verdict.subject_words}, {verdict.words}"), style="bold")
-            target.print(begin.append(clean(f": {verdict.conclusion}"), style="not bold"))
+            begin = Text(shown(f"{verdict.subject_words}, {verdict.words}"), style="bold")
+            target.print(begin.append(shown(f": {verdict.conclusion}"), style="not bold"))
             if not quiet and not verdict.grouped:
                 for _, comparison in verdict.rows:
                     say(f"  {capital(comparison.sentence)}")
@@ -165,9 +159,9 @@ def show(outcome: Outcome, target: Console, *, quiet: bool = False, next_command
         took = "no run was needed" if outcome.found == count else f"{outcome.seconds:.0f} s"
         if not quiet:
             took += f"; {outcome.settings.out / 'report.html'} is a copy until the next report"
-        target.print(Text(clean(f"Report: {outcome.report}  ({took})")), soft_wrap=True)
+        target.print(Text(shown(f"Report: {outcome.report}  ({took})")), soft_wrap=True)
     if next_command and not quiet:
-        target.print(Text(clean(f"Next:   {next_command}")), soft_wrap=True)
+        target.print(Text(shown(f"Next:   {next_command}")), soft_wrap=True)
 
 
 def told_apart(found: Sequence[Verdict]) -> tuple[list[Verdict], list[Verdict]]:
@@ -185,13 +179,13 @@ def _say_ends(outcome: Outcome, target: Console, *, quiet: bool) -> None:
     for alike in outcome.causes():
         failure = alike[0]
         job = f" ({failure.job})" if failure.job != failure.doing else ""
-        target.print(Text(clean(f"FAILED {failure.doing}{job}: {failure.reason}")))
+        target.print(Text(shown(f"FAILED {failure.doing}{job}: {failure.reason}")))
         if failure.details and not quiet:
-            target.print(Text(clean(failure.details)))
+            target.print(Text(shown(failure.details, lines=True)))
         if len(alike) > 1:
-            target.print(Text(clean(f"FAILED in the same way: {listed([other.doing for other in alike[1:]])}.")))
+            target.print(Text(shown(f"FAILED in the same way: {listed([other.doing for other in alike[1:]])}.")))
     for words in outcome.skipped:
-        target.print(Text(clean(f"Skipped {words}")))
+        target.print(Text(shown(f"Skipped {words}")))
     if outcome.not_begun:
         target.print(Text(f"Not begun: the other {outcome.not_begun} runs, as every arm failed in the same way."))
     count = len(outcome.results.records)

@@ -25,11 +25,10 @@ from layerwise.lab.locks import BusyError
 from layerwise.lab.plan import PlannedRun
 from layerwise.lab.pool import Failure
 from layerwise.lab.processes import Processes
-from layerwise.lab.runs import Record, RunFolder, Runs
+from layerwise.lab.records import Record
+from layerwise.lab.runs import FACTORS, RunFolder, Runs
+from layerwise.lab.store import LARGEST_TABLE, read_bytes
 from layerwise.lab.trial import StoppedError, Trial
-
-FACTORS = "factors.jsonl"
-"""Recorded factors, in the folder of a run that repeats them."""
 
 
 COPIES = "tasks"
@@ -164,7 +163,7 @@ def _shared_rule(
     def written() -> bytes | None:
         make_rule(configuration, folder, method)
         path = folder.path / FACTORS
-        return path.read_bytes() if path.exists() else None
+        return read_bytes(path, LARGEST_TABLE) if path.exists() else None
 
     factors = processes.from_first(written)
     private = RunFolder(Path(held.enter_context(TemporaryDirectory(prefix="layerwise-"))), configuration)

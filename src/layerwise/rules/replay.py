@@ -44,9 +44,12 @@ def save_factors(file: str | os.PathLike[str], steps: Iterable[Mapping[str, floa
         lines.append(json.dumps([check_factor(row[name], f"step {number}, layer {name!r}") for name in names]))
     partial = Path(f"{os.fspath(file)}.{os.getpid()}.part")
     partial.unlink(missing_ok=True)
-    with partial.open("x", encoding="utf-8") as stream:  # made anew: a link that lies there is not followed
-        stream.write("\n".join(lines) + "\n")
-    partial.replace(file)
+    try:
+        with partial.open("x", encoding="utf-8") as stream:  # made anew: a link that lies there is not followed
+            stream.write("\n".join(lines) + "\n")
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_factors(file: str | os.PathLike[str]) -> tuple[list[str], list[list[float]]]:

@@ -68,17 +68,33 @@ class Parquet(StaysBehind):
         }
         schema = {"step": polars.Int64, "layer": polars.String, **dict.fromkeys(QUANTITIES, polars.Float64)}
         numbers = [int(path.stem[5:]) for path in self.path.glob("part-*.parquet") if path.stem[5:].isdecimal()]
-        whole = self.path / f"part-{max(numbers, default=0) + 1:06}.parquet"
-        temporary = whole.with_name(f".{whole.name}.{os.getpid()}.tmp")
+        temporary = self.path / f".part.parquet.{os.getpid()}.tmp"
         try:
-            with temporary.open("wb") as stream:
+            temporary.unlink(missing_ok=True)
+            with temporary.open("xb") as stream:  # made anew: a link that lies there is not followed
                 polars.DataFrame(columns, schema=schema).write_parquet(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(temporary, whole)
+            self._give_name(temporary, max(numbers, default=0) + 1)
         finally:
             temporary.unlink(missing_ok=True)
         self._gathered = []
+
+    def _give_name(self, temporary: Path, number: int) -> None:
+        """Give a whole file the next free name: another process may have taken the first one meanwhile."""
+        while True:
+            whole = self.path / f"part-{number:06}.parquet"
+            try:
+                os.link(temporary, whole)
+            except FileExistsError:
+                number += 1
+            except OSError:  # a file system without hard links
+                if not os.path.lexists(whole):
+                    os.replace(temporary, whole)
+                    return
+                number += 1
+            else:
+                return
 
     def __repr__(self) -> str:
         return f"Parquet({str(self.path)!r})"

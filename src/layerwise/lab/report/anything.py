@@ -12,6 +12,7 @@ from typing import Any
 from layerwise.lab.arms import Arm
 from layerwise.lab.outcome import Outcome, Settings
 from layerwise.lab.plan import Plan, PlannedRun, Subject
+from layerwise.lab.records import Record
 from layerwise.lab.report.families import grouped
 from layerwise.lab.report.found import RUNS, Found, find
 from layerwise.lab.report.judged import judged
@@ -19,7 +20,6 @@ from layerwise.lab.report.placed import CORE, PLAIN, Placed, arm_key, key_of, la
 from layerwise.lab.report.saved import PLAN, rebuilt
 from layerwise.lab.report.words import FOUND
 from layerwise.lab.results import Key, Results
-from layerwise.lab.runs import Record
 
 NAME = "report"
 """Of the folder of the pages."""
@@ -44,12 +44,12 @@ def gather(folders: Sequence[Path], out: Path) -> Outcome:
     Raises:
         UsageError: a folder is not there, or none holds a finished run.
     """
-    if len(folders) == 1:
-        results = rebuilt(folders[0])
-        if results is not None:
-            # The folder of the pages is called report, whatever the experiment is called: its own stays as it was.
-            results.plan = replace(results.plan, name=NAME)
-            return Outcome(results.plan, Settings(out=out), results, found=len(results.records))
+    own = rebuilt(folders[0]) if len(folders) == 1 else None
+    if own is not None:
+        results, skipped = own
+        # The folder of the pages is called report, whatever the experiment is called: its own stays as it was.
+        results.plan = replace(results.plan, name=NAME)
+        return Outcome(results.plan, Settings(out=out), results, found=len(results.records), skipped=skipped)
     found = find(folders)
     tuning = [record for record in found.records if _tuned(record)]
     records = [record for record in found.records if not _tuned(record)] or tuning
@@ -97,8 +97,8 @@ def gather(folders: Sequence[Path], out: Path) -> Outcome:
         data_title=", ".join(data),
         found=True,
     )
-    results = Results(plan, {key: each.record for key, each in taken.items()})
-    return Outcome(plan, Settings(out=out), results, found=len(taken))
+    results = Results(plan, {key: each.record for key, each in taken.items()}, tables=found.tables)
+    return Outcome(plan, Settings(out=out), results, found=len(taken), skipped=found.skipped)
 
 
 def _tuned(record: Record) -> bool:

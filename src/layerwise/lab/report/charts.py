@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -177,9 +178,9 @@ def curves(results: Results, shown: dict[str, Look], quantity: str, title: str, 
     y = value_axis(cells, title, falling)
     last = max(cell.step for cell in cells)
     marked = len({cell.step for cell in cells}) <= MARKED
-    names = slugs(data)
+    names, of = slugs(data), re.sub(r"[^A-Za-z0-9_]+", "-", quantity)[:60]  # it may be a path
     return {
-        subject: _curves(plan, subject, lines, shown, y, f"{quantity}-{names[subject]}", last=last, marked=marked)
+        subject: _curves(plan, subject, lines, shown, y, f"{of}-{names[subject]}", last=last, marked=marked)
         for subject, lines in data.items()
         if any(lines.values())
     }

@@ -12,8 +12,10 @@ from typing import Any
 import layerwise
 from layerwise.lab.checkup import Checkup
 from layerwise.lab.examination import Examination
+from layerwise.lab.files import check_page
 from layerwise.lab.findings import EXPLODING, FAR, HIGH_RATIO, LOW_RATIO, VANISHING
 from layerwise.lab.layer_numbers import LayerNumbers
+from layerwise.lab.printing import shown
 from layerwise.lab.report.charts import HEIGHT, WIDTH
 from layerwise.lab.report.drawing import Drawing, vega
 from layerwise.lab.report.looks import COLOURS
@@ -42,12 +44,22 @@ def write(label: str, command: str, found: Examination, out: Path) -> Path | Non
 
     Returns:
         The page, in the folder ``doctor``; None where nothing could be trained.
+
+    Raises:
+        UsageError: a file that layerwise has not written lies there.
     """
     if found.checkup is None:
         return None
+    path = place_of(label, out)
+    write_whole(path, shown(build(label, command, found, found.checkup), lines=True).encode())
+    return path
+
+
+def place_of(label: str, out: Path) -> Path:
+    """Give where the page of a task goes; refuse it where a file lies that layerwise has not written."""
     name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in label.replace(".py:", "-"))
     path = out / "doctor" / f"{name}.html"
-    write_whole(path, build(label, command, found, found.checkup).encode("utf-8", errors="replace"))
+    check_page(path, out)
     return path
 
 

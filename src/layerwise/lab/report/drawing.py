@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from layerwise.lab.printing import shown
 from layerwise.lab.report.looks import COLOURS, Look
 from layerwise.lab.report.renderer import renderer
 from layerwise.lab.report.words import capital
@@ -23,8 +24,6 @@ LETTER = 6.3
 
 MARGIN, LINE = 16, 20
 """Of a file, in pixels: around the drawing, and of one line of its title or legend."""
-
-NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Drawing:
         from markupsafe import escape
 
         return (
-            f'<svg role="img" aria-label="{escape(clean(self.label))}" viewBox="0 0 {self.width:g} {self.height:g}" '
+            f'<svg role="img" aria-label="{escape(shown(self.label))}" viewBox="0 0 {self.width:g} {self.height:g}" '
             f'style="max-width:{self.width:g}px">{self.body}</svg>'
         )
 
@@ -66,7 +65,7 @@ class Drawing:
 
         width = max(self.width, 360.0)
         lines, y = [], MARGIN + 4.0
-        for words in wrapped(capital(clean(self.label)), int(width / LETTER)):
+        for words in wrapped(capital(shown(self.label)), int(width / LETTER)):
             lines.append(f'<text x="{MARGIN}" y="{y + 9:g}" font-size="12" fill="var(--ink)">{escape(words)}</text>')
             y += LINE - 4
         drawn, y = _legend(self.legend, width, y + 4) if self.legend else ("", y)
@@ -86,11 +85,6 @@ class Drawing:
     def png(self) -> bytes:
         """The file as pixels, two for one."""
         return renderer().pixels(self.file)
-
-
-def clean(text: str) -> str:
-    """Replace what XML cannot hold, such as control characters in the name of a layer."""
-    return NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def slugs(words: Iterable[str]) -> dict[str, str]:
@@ -121,7 +115,7 @@ def wrapped(text: str, letters: int) -> list[str]:
 
 def shortened(text: str, letters: int) -> str:
     """Cut the middle out of a name that is too long for its place."""
-    text = clean(text)
+    text = shown(text)
     if len(text) <= letters:
         return text
     head = (letters - 1) // 2
@@ -198,7 +192,7 @@ def _cleaned(value: Any) -> Any:
         return {name: _cleaned(each) for name, each in value.items()}
     if isinstance(value, list):
         return [_cleaned(each) for each in value]
-    return clean(value) if isinstance(value, str) else value
+    return shown(value) if isinstance(value, str) else value
 
 
 def _config() -> dict[str, Any]:

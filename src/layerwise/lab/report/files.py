@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerwise.lab.conclusions import note
+from layerwise.lab.files import OwnFolder, check_page, remove_leftovers
 from layerwise.lab.outcome import Outcome
+from layerwise.lab.printing import shown
 from layerwise.lab.report.drawing import Drawing
 from layerwise.lab.report.found import RUNS
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet
-from layerwise.lab.report.page import Page, build, maps_drawn
+from layerwise.lab.report.page import build, maps_drawn
 from layerwise.lab.report.saved import PLAN, as_json
 from layerwise.lab.report.sheets import Entry
 from layerwise.lab.report.verdicts import verdicts
 from layerwise.lab.report.words import FOUND, capital, place_words
-from layerwise.lab.store import remove_leftovers, signed, usable_cores, write_whole
+from layerwise.lab.store import signed, usable_cores, write_whole
 
 if TYPE_CHECKING:
     import polars
@@ -42,18 +44,22 @@ def write_all(
 
     Returns:
         The page. It comes last, so that a page that is there has its tables and figures.
+
+    Raises:
+        UsageError: a place where a file is to be written holds one that layerwise has not written.
     """
     show(0, None)
-    folder, results = outcome.folder, outcome.results
-    for place in (outcome.settings.out, folder, folder / "tables", folder / "figures"):
-        remove_leftovers(place)
-    # Other processes draw the figures: tables are made, and figures written, meanwhile.
+    results, own = outcome.results, OwnFolder(outcome.folder, outcome.settings.out)
+    copy = outcome.settings.out / "report.html"
+    check_page(copy, outcome.settings.out)
+    remove_leftovers(outcome.settings.out, [copy.name])
+    # Other processes draw the figures: tables are made meanwhile.
     pool, beside = ThreadPoolExecutor(usable_cores() + 1), ThreadPoolExecutor(1)
     try:
-        images: list[Future[None]] = []
+        images: list[Future[dict[str, bytes]]] = []
 
         def drawn(drawing: Drawing) -> None:
-            images.append(pool.submit(_image, folder / "figures", drawing))
+            images.append(pool.submit(_image, drawing))
 
         for drawing in maps_drawn(results):  # first, as most figures are maps
             drawn(drawing)
@@ -62,42 +68,46 @@ def write_all(
         sheet(results)
         for key in results.records:
             results.metrics(key)
-        rest = beside.submit(_write_rest, outcome)
+        rest = beside.submit(_rest, outcome)
         page = build(outcome, command, drawn)
+        contents: dict[str, bytes] = {}
         for done, image in enumerate(images):
             show(done, len(images))
             if rest.done():
                 rest.result()
-            image.result()
-        rest.result()
-    finally:  # an interrupt or a full disk does not wait for the figures that are left
+            contents |= image.result()
+        html = _bytes(page.html)
+        # All is there before anything is written, so that one file of somebody else's keeps all as they were.
+        own.write({**contents, **rest.result(), outcome.report.name: html})
+    finally:  # an interrupt does not wait for the figures that are left
         pool.shutdown(cancel_futures=True)
         beside.shutdown()
-    _remove_others(folder / "figures", page)
-    write_whole(outcome.report, _bytes(page.html))
-    write_whole(outcome.settings.out / "report.html", _bytes(page.html))
+    write_whole(copy, html)
     return outcome.report
 
 
-def _write_rest(outcome: Outcome) -> None:
-    """Write what is neither page nor figure."""
-    folder = outcome.folder
-    if outcome.results.records:
-        _tables(outcome)
-    write_whole(folder / "table.md", _bytes(markdown(outcome)))
-    write_whole(folder / PLAN, signed(json.loads(as_json(outcome.plan)), indent=None))
-    write_whole(folder / RUNS, json.dumps(_run_list(outcome), indent=1).encode())
+def _rest(outcome: Outcome) -> dict[str, bytes]:
+    """Make what is neither page nor figure."""
+    return {
+        **(_tables(outcome) if outcome.results.records else {}),
+        "table.md": _bytes(markdown(outcome)),
+        PLAN: signed(json.loads(as_json(outcome.plan)), indent=None),
+        RUNS: json.dumps(_run_list(outcome), indent=1).encode(),
+    }
 
 
 def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", errors="replace")
+    """Write a page, table or drawing, with whatever is not seen in it written out."""
+    return shown(text, lines=True).encode()
 
 
-def _tables(outcome: Outcome) -> None:
-    results, folder = outcome.results, outcome.folder / "tables"
-    write_whole(folder / "table.parquet", _parquet(results.table()))
-    write_whole(folder / "metrics.parquet", _parquet(results.frame()))
-    write_whole(folder / "comparisons.parquet", _parquet(comparison_frame(outcome)))
+def _tables(outcome: Outcome) -> dict[str, bytes]:
+    frames = {
+        "table": outcome.results.table(),
+        "metrics": outcome.results.frame(),
+        "comparisons": comparison_frame(outcome),
+    }
+    return {f"tables/{name}.parquet": _parquet(frame) for name, frame in frames.items()}
 
 
 def _parquet(frame: polars.DataFrame) -> bytes:
@@ -157,18 +167,10 @@ def _run_list(outcome: Outcome) -> dict[str, object]:
     }
 
 
-def _image(folder: Path, drawing: Drawing) -> None:
-    """Write a figure as SVG and PNG."""
-    write_whole(folder / f"{drawing.name}.svg", _bytes(drawing.file), flush=False)
-    write_whole(folder / f"{drawing.name}.png", drawing.png, flush=False)
-
-
-def _remove_others(folder: Path, page: Page) -> None:
-    """Remove the figures of an earlier page."""
-    wanted = {f"{drawing.name}{ending}" for drawing in page.figures for ending in (".svg", ".png")}
-    for path in folder.glob("*.*"):
-        if path.suffix in (".svg", ".png") and path.name not in wanted:
-            path.unlink(missing_ok=True)
+def _image(drawing: Drawing) -> dict[str, bytes]:
+    """Make the files of a figure, SVG and PNG."""
+    place = f"figures/{drawing.name}"
+    return {f"{place}.svg": _bytes(drawing.file), f"{place}.png": drawing.png}
 
 
 def markdown(outcome: Outcome) -> str:

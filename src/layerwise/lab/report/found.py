@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
-from layerwise.lab.runs import Record
-from layerwise.lab.store import read_bytes, read_signed
+from layerwise.lab.recorder import read_tables
+from layerwise.lab.records import Record, read_run
+from layerwise.lab.schema import RUN_LIST, check
+from layerwise.lab.store import read_json
+
+if TYPE_CHECKING:
+    import polars
 
 _sorted = json.JSONEncoder(sort_keys=True).encode
 
@@ -22,57 +25,8 @@ RUNS = "runs.json"
 """File that names the runs of an experiment, by which ``layerwise report`` finds them."""
 
 
-class Form(NamedTuple):
-    """Kinds that a value may be of, and those of what it holds, if that matters."""
-
-    kinds: tuple[type, ...]
-    inside: tuple[type, ...] = ()
-
-
-NOTHING = type(None)
-WORDS, WHOLE, NUMBER = Form((str,)), Form((int,)), Form((int, float))
-
-NEEDED = {
-    "finals": Form((dict,), (int, float, NOTHING)),
-    "diverged_at": Form((int, NOTHING)),
-    "iterations": WHOLE,
-    "layers": Form((list,), (str,)),
-    "seconds": NUMBER,
-    "test_seconds": NUMBER,
-    "factor": Form((dict,)),
-    "parameters": WHOLE,
-}
-"""What the record of a finished run holds at least."""
-
-FACTOR = {"mean": NUMBER, "spread": NUMBER, "layers": Form((dict,), (int, float))}
-"""What it holds of the factors."""
-
-MORE = {
-    "threads": WHOLE,
-    "sessions": WHOLE,
-    "peak_memory": NUMBER,
-    "selections": Form((list,), (dict,)),
-    "place": Form((str, NOTHING)),
-    "decay": Form((str, NOTHING)),
-}
-"""What it may hold besides."""
-
-MORE_FACTOR = {"names": Form((list,), (str,)), "excluded": Form((list,), (str,))}
-
-ABOUT = {"versions": Form((dict,), (str,)), "hardware": Form((dict,)), "python": WORDS, "started": WORDS}
-"""What ``run.json`` holds of where a run was done."""
-
-CONFIGURATION = {
-    "trial": Form((dict,)),
-    "rule": Form((dict, NOTHING)),
-    "apply": WORDS,
-    "decay": WORDS,
-    "threads": WHOLE,
-    "device": WORDS,
-    "source": Form((str, NOTHING)),
-    "seed": WHOLE,
-}
-"""What tells a run from others."""
+MOST_NAMED = 20
+"""Runs that are left out and named; further ones are counted."""
 
 
 @dataclass
@@ -84,12 +38,21 @@ class Found:
         twice: copies of runs, which are counted once.
         unfinished: run folders without a record.
         damaged: run folders whose files do not fit together.
+        left_out: what could not be read, and why.
+        tables: the runs' numbers, by file.
     """
 
     records: list[Record] = field(default_factory=list)
     twice: int = 0
     unfinished: int = 0
     damaged: int = 0
+    left_out: list[tuple[Path, str]] = field(default_factory=list)
+    tables: dict[Path, polars.DataFrame] = field(default_factory=dict, repr=False)
+
+    @property
+    def skipped(self) -> list[str]:
+        """Say what was left out, by name, in at most ``MOST_NAMED`` lines."""
+        return skipped(self.left_out)
 
 
 def find(folders: Sequence[Path]) -> Found:
@@ -108,7 +71,7 @@ def find(folders: Sequence[Path]) -> Found:
     for given in folders:
         if not given.is_dir():
             raise UsageError(f"runs={str(given)!r} is not a folder: give folders that layerwise has written to")
-        for place in _run_folders(given):
+        for place in _run_folders(given, found):
             try:
                 about = os.stat(place)  # tells folders apart by whatever path they were reached
             except OSError:
@@ -119,8 +82,13 @@ def find(folders: Sequence[Path]) -> Found:
                 continue
             seen.add(real)
             _add(found, known, place)
+    found.tables, broken = read_tables(record.metrics_file for record in found.records)
+    found.left_out += [(file, reason) for file, reason in broken.items()]
+    found.damaged += len(broken)
+    found.records = [record for record in found.records if record.metrics_file not in broken]
     if not found.records:
         more = f" ({found.unfinished} are not finished, {found.damaged} are damaged)" if seen else ""
+        more += "".join(f"; left out: {words}" for words in found.skipped[:1])
         raise UsageError(
             f"runs={', '.join(map(str, folders))}: no finished run is below: looked for folders with run.json, "
             f"record.json and metrics.parquet, and for {RUNS} of an experiment{more}; give the folder that --out named"
@@ -128,35 +96,44 @@ def find(folders: Sequence[Path]) -> Found:
     return found
 
 
-def _run_folders(given: Path) -> Iterator[Path]:
+def _run_folders(given: Path, found: Found) -> Iterator[Path]:
     """Give the folders of the runs below a folder, and those that an experiment's list names."""
-    if (given / "run.json").exists():
+    if os.path.lexists(given / "run.json"):
         yield given
         return
-    try:
-        listed = json.loads((given / RUNS).read_bytes())["runs"]
-        yield from (given / each["folder"] for each in listed)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not the folder of an experiment, or of one whose list is damaged: what is below it is taken
+    if os.path.lexists(given / RUNS):
+        try:
+            listed = [each["folder"] for each in run_list(given)]
+        except (OSError, UsageError) as error:
+            listed = []
+            found.left_out.append((given / RUNS, str(error)))
+        for folder in listed:
+            if os.path.isabs(folder) or "\0" in folder:  # it is written relative, wherever the runs are
+                found.left_out.append((Path(folder), f"{given / RUNS} names it by a path that is not relative"))
+            else:
+                yield given / folder
     # A run's own folder is not listed, and none in it is looked at: of thousands that would take long.
-    found, left = [], [os.fspath(given)]
+    places, left = [], [os.fspath(given)]
     while left:
         with suppress(OSError), os.scandir(left.pop()) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    (found if os.path.isfile(f"{entry.path}/run.json") else left).append(entry.path)
-    yield from map(Path, sorted(found))
+                    (places if os.path.lexists(f"{entry.path}/run.json") else left).append(entry.path)
+                elif entry.is_symlink() and os.path.lexists(f"{entry.path}/run.json"):
+                    places.append(entry.path)  # is left out by name
+    yield from map(Path, sorted(places))
 
 
 def _add(found: Found, known: set[str], place: Path) -> None:
     """Add a run, unless it is there already, not finished, or damaged."""
     try:
-        record = read(place)
-    except (OSError, ValueError, KeyError, TypeError):
-        if (place / "record.json").exists():
-            found.damaged += 1
-        else:
+        record = read_run(place)
+    except (OSError, UsageError) as error:
+        if os.path.lexists(place / "run.json") and not os.path.lexists(place / "record.json"):
             found.unfinished += 1
+            return
+        found.damaged += 1
+        found.left_out.append((place, str(error)))
         return
     same = _sorted([record.about["configuration"], record.about.get("versions")])
     if same in known:
@@ -166,42 +143,28 @@ def _add(found: Found, known: set[str], place: Path) -> None:
     found.records.append(record)
 
 
-def read(place: Path) -> Record:
-    """Read one finished run.
+def run_list(folder: Path) -> list[dict[str, Any]]:
+    """Read which runs an experiment has.
 
     Args:
-        place: its folder.
+        folder: of the experiment.
 
     Returns:
-        The run.
+        For each run its folder, and subject, arm and seed where they are told.
 
     Raises:
-        OSError: a file cannot be read.
-        ValueError: the files do not fit together.
-        KeyError: something is missing in them.
-        TypeError: they hold something else.
+        OSError: the list is not there or cannot be read.
+        UsageError: it is damaged.
     """
-    folder = os.fspath(place)  # of thousands of runs, joining paths would take as long as reading them
-    about, summary = read_signed(f"{folder}/run.json"), read_signed(f"{folder}/record.json")
-    configuration = Configuration(**about["configuration"])
-    digest = hashlib.sha256(read_bytes(f"{folder}/metrics.parquet")).hexdigest()
-    if digest != summary["metrics_sha256"]:
-        raise ValueError(f"{place}: record.json does not belong to metrics.parquet")
-    _check(vars(configuration), CONFIGURATION, place)
-    _check(summary, NEEDED, place)
-    _check(summary["factor"], FACTOR, place)
-    for values, forms in ((about, ABOUT), (summary, MORE), (summary["factor"], MORE_FACTOR)):
-        _check(values, {name: form for name, form in forms.items() if name in values}, place)
-    return Record(place, configuration, summary, about)
+    content = read_json(folder / RUNS)
+    check(content, RUN_LIST, folder / RUNS)
+    return content["runs"]
 
 
-def _check(values: Mapping[str, Any], forms: Mapping[str, Form], place: Path) -> None:
-    """Refuse values of another kind than those that layerwise writes, which would end the page with an error later."""
-    for name, form in forms.items():
-        value = values[name]
-        good = isinstance(value, form.kinds)
-        if good and form.inside:
-            inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-            good = all(isinstance(one, form.inside) for one in inside)
-        if not good:
-            raise ValueError(f"{place}: {name}={value!r} is not what a run has there")
+def skipped(left_out: Sequence[tuple[Path, str]]) -> list[str]:
+    """Say what was left out and why; the reason names the file where it is another place."""
+    told = [
+        reason if reason.startswith(str(place)) else f"{place}: {reason}" for place, reason in left_out[:MOST_NAMED]
+    ]
+    more = len(left_out) - len(told)
+    return [*told, *([f"{more} more that could not be read"] if more > 0 else [])]

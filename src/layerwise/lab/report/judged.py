@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from layerwise.lab.plan import QUANTITIES, Quantity
-from layerwise.lab.runs import Record
+from layerwise.lab.records import Record
 
 HIGHER = ("accuracy", "auc", "f1", "recall", "precision", "score", "bleu")
 """Words in the name of a quantity of which more is better."""

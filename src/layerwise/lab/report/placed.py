@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerwise.lab.arms import FACTORS_ALONE, Control
-from layerwise.lab.runs import Record
+from layerwise.lab.records import Record
 
 CORE = (
     "model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -10,17 +11,20 @@ from typing import Any
 
 from layerwise.lab.arms import Arm
 from layerwise.lab.configuration import Configuration
+from layerwise.lab.errors import UsageError
 from layerwise.lab.plan import LAYOUTS, PaperValue, Plan, PlannedRun, Quantity, Subject
-from layerwise.lab.report.found import RUNS, read
+from layerwise.lab.records import Record, read_run
+from layerwise.lab.report.found import RUNS, run_list, skipped
 from layerwise.lab.results import Key, Results
-from layerwise.lab.runs import Record
+from layerwise.lab.schema import PLAN as FORM
+from layerwise.lab.schema import check
 from layerwise.lab.store import read_signed
 
 PLAN = "plan.json"
 """File with the plan of an experiment, from which and the list of runs its page can be made again."""
 
-BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
-"""What reading a file that holds something else may raise; UsageError is a ValueError."""
+BROKEN = (OSError, ValueError, KeyError, TypeError, IndexError)
+"""What reading a plan may raise whose parts do not fit together; UsageError is a ValueError."""
 
 
 def as_json(plan: Plan) -> str:
@@ -60,22 +64,25 @@ def plan_of(content: Mapping[str, Any]) -> Plan:
         TypeError: something is of another kind.
         ValueError: a value out of its range.
     """
+    check(content, FORM, PLAN)
     subjects = tuple(Subject(**row) for row in content["subjects"])
     arms = {
         row["name"]: Arm(**{**row, "subjects": tuple(row["subjects"]), "against": tuple(row["against"])})
         for row in content["arms"]
     }
     names = {subject.name for subject in subjects}
+    if len(names) < len(subjects) or len(arms) < len(content["arms"]):
+        raise ValueError("two subjects or two arms of the plan have one name")
     configurations = [Configuration(**row) for row in content["configurations"]]
     runs = []
     for subject, arm, seed, place in content["runs"]:
-        if subject not in names or not isinstance(seed, int):
-            raise ValueError(f"subject={subject!r}, seed={seed!r}: the plan has no such run")
+        if subject not in names:
+            raise ValueError(f"subject={subject!r}: the plan has no such subject")
         configuration = replace(configurations[place], seed=seed)
         runs.append(PlannedRun(subject=subject, arm=arms[arm], seed=seed, configuration=configuration))
     if content["layout"] not in LAYOUTS:
         raise ValueError(f"layout={content['layout']!r}: the plan has no such layout")
-    made = Plan(
+    return Plan(
         **{
             **{name: value for name, value in content.items() if name != "configurations"},
             "quantity": Quantity(**content["quantity"]),
@@ -87,51 +94,45 @@ def plan_of(content: Mapping[str, Any]) -> Plan:
             **{name: tuple(content[name]) for name in ("columns", "seeds", "claims", "notes")},
         }
     )
-    words = (made.title, made.source, made.scale, made.data_title, made.step_unit, *made.notes, *made.claims)
-    named = [text for each in (*made.subjects, *made.arms) for text in (each.name, each.words)]
-    if not all(isinstance(text, str) for text in (*words, *named)):
-        raise TypeError("the plan holds something else where words belong")
-    return made
 
 
-def rebuilt(folder: Path) -> Results | None:
+def rebuilt(folder: Path) -> tuple[Results, list[str]] | None:
     """Read the plan of an experiment and its finished runs.
 
     Args:
         folder: of the experiment, or any other.
 
     Returns:
-        The results; None where the folder has no plan and list of runs that fit together, or no run is left. What is
-        wrong with a run is no reason to judge by another plan: it is left out, and the plan's notes say so.
+        The results, and what was left out of them, by name; None where the folder has no plan and list of runs that
+        fit together, or no run is left. What is wrong with a run is no reason to judge by another plan.
     """
     try:
         plan = plan_of(read_signed(folder / PLAN))
-        listed = [
-            ((each["subject"], each["arm"], each["seed"]), folder / each["folder"])
-            for each in json.loads((folder / RUNS).read_bytes())["runs"]
-        ]
+        listed = [((each["subject"], each["arm"], each["seed"]), each["folder"]) for each in run_list(folder)]
         planned = {run.key: run for run in plan.runs}
         records: dict[Key, Record] = {}
+        left_out: list[tuple[Path, str]] = []
         for key, place in listed:
-            record = _record(place)
-            if record is not None and key in planned and _fits(record.configuration, planned[key]):
+            try:
+                if os.path.isabs(place):
+                    raise UsageError(f"{folder / RUNS} names it by a path that is not relative")
+                record = read_run(folder / place)
+                if key not in planned or not _fits(record.configuration, planned[key]):
+                    raise UsageError("the plan has no run of this configuration")
                 records[key] = record
+            except (OSError, UsageError) as error:
+                left_out.append((folder / place, str(error)))
     except BROKEN:
         return None
-    if not records:
+    results = Results(plan, records)
+    unreadable = results.leave_out_unreadable()
+    if not results.records:
         return None
-    lost = len(listed) - len(records)
+    lost = len(listed) - len(results.records)
     if lost:
         words = f"{lost} runs that the experiment had finished are gone or damaged, or are of another configuration."
-        plan = replace(plan, notes=(*plan.notes, words))
-    return Results(plan, records)
-
-
-def _record(place: Path) -> Record | None:
-    try:
-        return read(place)
-    except BROKEN:
-        return None
+        results.plan = replace(plan, notes=(*plan.notes, words))
+    return results, [*skipped(left_out), *unreadable]
 
 
 def _fits(configuration: Configuration, planned: PlannedRun) -> bool:

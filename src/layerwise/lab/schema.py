@@ -1,0 +1,243 @@
+"""What the JSON files of runs and reports hold: whatever else is in them is refused before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from layerwise.lab.errors import UsageError
+
+Test = Callable[[Any], bool]
+Form = Any
+"""A test; ``[form]``: a list of such; ``(form, form)``: a list of just these; a dict: names and forms, of which those
+that end in "?" may be missing; or ``Each`` or ``Maybe``."""
+
+
+@dataclass(frozen=True)
+class Each:
+    """A mapping of any names to values of one form."""
+
+    form: Form
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """None, or a value of the form."""
+
+    form: Form
+
+
+def words(value: Any) -> bool:
+    """Tell whether a value is a text."""
+    return isinstance(value, str)
+
+
+def whole(value: Any) -> bool:
+    """Tell whether a value is a whole number of 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def count(value: Any) -> bool:
+    """Tell whether a value is a whole number from 0."""
+    return whole(value) and value >= 0
+
+
+def number(value: Any) -> bool:
+    """Tell whether a value is a number; ``store.read_json`` has refused those that are not finite."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def switch(value: Any) -> bool:
+    """Tell whether a value is True or False."""
+    return isinstance(value, bool)
+
+
+def anything(value: Any) -> bool:
+    """Tell whether a value may stay what it is: always, as it is only printed or compared."""
+    return True
+
+
+RULE = {
+    "name": words,
+    "factors?": Each(number),
+    "selection?": {"name?": words, "threshold?": number, "measure?": words, "sides?": words},
+}
+"""Of a rule what is looked at where runs are put together; its other arguments are only printed."""
+
+CONFIGURATION = {
+    "trial": {"epochs?": Maybe(count), "iterations?": Maybe(count)},
+    "rule?": Maybe(RULE),
+    "apply?": words,
+    "decay?": words,
+    "threads?": count,
+    "device?": words,
+    "source?": Maybe(words),
+    "seed?": count,
+}
+"""What tells a run from others."""
+
+QUANTITY = {"name": words, "words?": words, "unit?": words, "difference_unit?": words, "higher_is_better?": switch}
+
+RUN = {
+    "configuration": CONFIGURATION,
+    "labels?": {
+        "experiment?": words,
+        "subject?": words,
+        "subject_words?": words,
+        "arm?": words,
+        "arm_words?": words,
+        "quantity?": QUANTITY,
+    },
+    "versions?": Each(words),
+    "hardware?": {"processor?": words, "system?": words},
+    "python?": words,
+    "started?": words,
+    "later?": [{}],
+}
+"""``run.json``: what a run is, and where it was done."""
+
+RECORD = {
+    "finals": Each(Maybe(number)),
+    "diverged_at": Maybe(count),
+    "iterations": count,
+    "parameters": count,
+    "layers": [words],
+    "seconds": number,
+    "test_seconds": number,
+    "factor": {
+        "mean": number,
+        "spread": number,
+        "layers": Each(number),
+        "names?": [words],
+        "excluded?": [words],
+    },
+    "metrics_sha256": words,
+    "threads?": count,
+    "sessions?": count,
+    "peak_memory?": number,
+    "place?": Maybe(words),
+    "decay?": Maybe(words),
+    "selections?": [{"epoch": count, "layers": Each((Maybe(number), Maybe(number), switch))}],
+}
+"""``record.json``: what came of a finished run."""
+
+RUN_LIST = {"runs": [{"folder": words, "subject?": words, "arm?": words, "seed?": count}]}
+"""``runs.json``: where the finished runs of an experiment are."""
+
+_ARM = {
+    "name": words,
+    "words": words,
+    "rule": Maybe(RULE),
+    "apply": words,
+    "control": Maybe(words),
+    "of": Maybe(words),
+    "group": words,
+    "value": Maybe(number),
+    "constants": Each(anything),
+    "subjects": [words],
+    "against": [words],
+    "role?": Maybe(words),
+}
+
+PLAN = {
+    "name": words,
+    "title": words,
+    "source": words,
+    "layout": words,
+    "quantity": QUANTITY,
+    "columns": [count],
+    "step_unit": words,
+    "subjects": [
+        {
+            "name": words,
+            "words": words,
+            "constants": Each(anything),
+            "kind": words,
+            "varied": Each(anything),
+            "origin": words,
+        }
+    ],
+    "arms": [_ARM],
+    "seeds": [count],
+    "runs": [(words, words, count, count)],
+    "paper": [
+        {
+            "subject": words,
+            "arm": words,
+            "step": Maybe(count),
+            "mean": Maybe(number),
+            "sd": Maybe(number),
+            "note": words,
+        }
+    ],
+    "claims": [words],
+    "constants": Each((anything, words)),
+    "notes": [words],
+    "scale": words,
+    "data_title": words,
+    "found": switch,
+    "configurations": [CONFIGURATION],
+}
+"""``plan.json``: an experiment."""
+
+
+def check(value: Any, form: Form, place: object) -> None:
+    """Refuse a value that is not of a form.
+
+    Args:
+        value: what a JSON file says.
+        form: what it may be.
+        place: of the file, for the message.
+
+    Raises:
+        UsageError: it is something else; the message names where.
+    """
+    wrong = _wrong(value, form)
+    if wrong is not None:
+        where, found = wrong
+        text = repr(found)
+        text = text if len(text) <= 60 else f"{text[:57]}..."
+        raise UsageError(
+            f"{place}: damaged: {where.lstrip('.') or 'its content'} is {text}, which is not written there"
+        )
+
+
+def _wrong(value: Any, form: Form) -> tuple[str, Any] | None:
+    """Give the place and the value of the first thing that is not as it must be."""
+    if callable(form):
+        return None if form(value) else ("", value)
+    if isinstance(form, Maybe):
+        return None if value is None else _wrong(value, form.form)
+    if isinstance(form, (list, tuple)):
+        if not isinstance(value, list) or (isinstance(form, tuple) and len(value) != len(form)):
+            return "", value
+        forms = form if isinstance(form, tuple) else form * len(value)
+        return _first((f"[{place}]", one, each) for place, (one, each) in enumerate(zip(value, forms, strict=True)))
+    if not isinstance(value, Mapping):
+        return "", value
+    if isinstance(form, Each):
+        return _first((f".{name}", one, form.form) for name, one in value.items())
+    for name, each in form.items():
+        key = name.removesuffix("?")
+        if key not in value:
+            if key == name:
+                return f".{name}", None
+            continue
+        found = _wrong(value[key], each)
+        if found is not None:
+            return f".{key}{found[0]}", found[1]
+    return None
+
+
+def _first(inside: Any) -> tuple[str, Any] | None:
+    """Give the first of some values that is not as it must be."""
+    for place, value, form in inside:
+        if callable(form):
+            if not form(value):
+                return place, value
+            continue
+        found = _wrong(value, form)
+        if found is not None:
+            return place + found[0], found[1]
+    return None
