@@ -257,7 +257,7 @@ def test_a_file_of_brackets_and_one_that_is_too_large_are_damaged(tmp_path, monk
         store.read_signed(tmp_path / "run.json")
     (tmp_path / "run.json").write_bytes(signed({"words": "x" * 1000}))
     monkeypatch.setattr(store, "LARGEST_JSON", 1000)
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="has more than 1,000 bytes"):
         store.read_signed(tmp_path / "run.json")
 
 

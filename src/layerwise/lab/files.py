@@ -39,12 +39,13 @@ LEFTOVER_SECONDS = 3600.0
 HEAD, LARGEST_PAGE = 1 << 12, 1 << 32
 
 
-def refuse_links(folder: Path, above: Path) -> None:
+def refuse_links(folder: Path, above: Path, option: str = "--out") -> None:
     """Refuse a folder that is reached through a link.
 
     Args:
         folder: below ``above``; need not exist.
         above: what the user has named, and may be a link.
+        option: by which it was named.
 
     Raises:
         UsageError: a folder on the way is a link, or something that is no folder.
@@ -56,7 +57,7 @@ def refuse_links(folder: Path, above: Path) -> None:
         if kind != "a folder" and os.path.lexists(place):
             raise UsageError(
                 f"{place}: is {kind or 'a file'}, where the lab writes a folder of its own; remove it, or give another "
-                "folder with --out"
+                f"folder with {option}"
             )
 
 

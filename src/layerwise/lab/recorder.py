@@ -28,7 +28,7 @@ LARGEST_STEP = 2**53
 LARGEST_ROWS = 100_000_000
 """Rows of a run's table; a million updates of a network of a hundred layers have less."""
 
-ROWS, ROWS_A_BYTE = 1_000_000, 100
+ROWS, ROWS_A_BYTE = 1_000_000, 40
 """Rows of a table of few bytes, and more for each byte: a small file can say that it holds more than any memory."""
 
 
@@ -162,7 +162,7 @@ def read_frame(path: Path) -> polars.DataFrame:
         )
     if not _plain(frame):
         raise UsageError(f"{path}: holds numbers that no run has; remove the run's folder and do it again")
-    return frame
+    return frame.select(SCHEMA_COLUMNS)
 
 
 def _most_rows(size: int) -> int:

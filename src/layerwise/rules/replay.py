@@ -13,11 +13,15 @@ from torch import Tensor
 
 from ..arguments import has_type
 from ..layers import Layer
+from ..plain_files import read_plain
 from ..statistics import Statistics, common_device
 from .base import Rule, State
 from .constant import check_factor
 
 FORMAT = "layerwise-factors"
+
+LARGEST = 1 << 32
+"""Bytes of recorded factors."""
 
 
 def save_factors(file: str | os.PathLike[str], steps: Iterable[Mapping[str, float]]) -> None:
@@ -63,16 +67,16 @@ def load_factors(file: str | os.PathLike[str]) -> tuple[list[str], list[list[flo
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not of this format, or damaged; the message names the line.
+        ValueError: The file is not of this format, or damaged; the message names the line. Or it is no plain file.
     """
-    name, lines = os.fspath(file), Path(file).read_bytes().splitlines()
+    name, lines = os.fspath(file), read_plain(file, LARGEST, links=True).splitlines()
     try:
         header = json.loads(lines[0])
         layers: list[str] = header["layers"]
         known = header["format"] == FORMAT and header["version"] == 1 and has_type(layers, list)
         if not known or not all(has_type(x, str) for x in layers) or len(set(layers)) != len(layers):
             raise ValueError(header)
-    except (ValueError, IndexError, KeyError, TypeError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, RecursionError) as error:
         remedy = "write it with layerwise.rules.save_factors"
         raise ValueError(f"file={name!r} does not start with the header of a {FORMAT} file; {remedy}") from error
     steps: list[list[float]] = []
@@ -82,7 +86,7 @@ def load_factors(file: str | os.PathLike[str]) -> tuple[list[str], list[list[flo
             if len(row) != len(layers):
                 raise ValueError(f"{len(row)} factors for {len(layers)} layers")
             steps.append([check_factor(factor, "recorded") for factor in row])
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"file={name!r}, line {number} is damaged ({error}); record the factors again") from error
     if not steps:
         raise ValueError(f"file={name!r} holds no step; record at least one")

@@ -27,6 +27,7 @@ from layerwise.lab.data import Dataset
 from layerwise.lab.data.cifar_forms import CHANNELS, CLASSES, CONTENTS, FORMS, PIXELS, SIDE, TITLES, Form
 from layerwise.lab.data.cifar_pickle import read_batch
 from layerwise.lab.errors import UsageError
+from layerwise.lab.store import read_bytes
 
 
 def _remedy(form: Form) -> str:
@@ -120,7 +121,7 @@ def _from_folder(form: Form, folder: Path) -> Iterator[tuple[str, str, bytes]]:
         path = folder / name
         try:
             _check_size(form, name, str(path), path.stat().st_size)
-            content = path.read_bytes()
+            content = read_bytes(path, path.stat().st_size, links=True)
             _check_md5(form, name, str(path), content)
         except OSError as error:
             reason = error.strerror or str(error)

@@ -13,6 +13,7 @@ import numpy as np
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.store import write_whole
+from layerwise.plain_files import kind_of
 
 
 class Contents:
@@ -56,7 +57,7 @@ def _opened(path: Path, count: int) -> np.ndarray:
     """Open the file, or begin it; one of another length is begun anew."""
     size = 4 * count
     try:
-        if not path.exists() or path.stat().st_size != size:
+        if kind_of(path) is not None or not path.exists() or path.stat().st_size != size:  # no link is written into
             write_whole(path, bytes(size))
         return np.memmap(path, dtype=np.uint32, mode="r+", shape=(count,))
     except OSError as error:

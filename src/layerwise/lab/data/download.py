@@ -17,10 +17,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from layerwise.lab.errors import UsageError
+from layerwise.plain_files import kind_of, parts
 
 TIMEOUT = 30.0
 """Seconds that a server may stay silent."""
@@ -29,6 +31,9 @@ ATTEMPTS = 5
 """Connections made to one mirror for one file, as long as each brings something."""
 
 BLOCK = 1 << 18
+
+LARGEST = 1 << 36
+"""Bytes of a file whose checksum is taken."""
 
 Progress = Callable[[str, int, int], object]
 """Called with the name of the file, the bytes that are there and the bytes of the whole."""
@@ -103,10 +108,16 @@ def checksum(path: Path) -> str:
         MD5, 32 hexadecimal digits.
     """
     digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    for part in parts(path, LARGEST, links=True):
+        digest.update(part)
     return digest.hexdigest()
+
+
+def keep_before(path: Path) -> None:
+    """Rename a file that another one is about to replace: it may be the user's own, of the same name."""
+    if os.path.lexists(path):
+        names = (path.with_name(f"{path.name}.before{f'-{number}' if number > 1 else ''}") for number in count(1))
+        os.rename(path, next(name for name in names if not os.path.lexists(name)))
 
 
 def _expect(response: Any, kept: int, size: int) -> int:
@@ -213,14 +224,18 @@ def fetch_file(
 
     Raises:
         MirrorsError: no server gave it; what arrived is kept.
-        UsageError: it cannot be written.
+        UsageError: it cannot be written, or what an earlier attempt left is no plain file.
     """
     target, part = folder / remote.name, folder / f"{remote.name}.part"
     reasons = {}
+    kind = kind_of(part)
+    if kind is not None:
+        raise UsageError(f"{part}: is {kind}, into which nothing is written; remove it")
     try:
         for url in remote.urls:
             reason = _try(remote, url, part, progress, opener or urllib.request.urlopen)
             if reason is None:
+                keep_before(target)
                 os.replace(part, target)
                 return target
             reasons[url] = reason

@@ -14,6 +14,7 @@ from layerwise.lab import data
 from layerwise.lab.data import cifar, mnist
 from layerwise.lab.data.download import MirrorsError, Progress, RemoteFile, checksum, fetch_file, present_size
 from layerwise.lab.errors import UsageError
+from layerwise.lab.files import refuse_links
 
 _IDX_SERVERS = {
     "mnist": (
@@ -104,8 +105,8 @@ def fetch(
 ) -> Path:
     """Bring a data set into a folder, where ``data.load(name, folder)`` finds it.
 
-    Nothing is fetched if the data set can be read from the folder already. A file whose checksum is wrong is replaced
-    by the right one when that has arrived.
+    Nothing is fetched if the data set can be read from the folder already. A file whose checksum is wrong is renamed
+    to ``NAME.before`` when the right one has arrived.
 
     Args:
         name: ``"mnist"``, ``"fashion-mnist"``, ``"cifar10"`` or ``"cifar100"``.
@@ -129,6 +130,7 @@ def fetch(
         obstacle = _obstacle(name, place)
         if obstacle is not None:
             raise UsageError(f"{error}; first move {obstacle.parent} away, which is read before an archive") from error
+    refuse_links(place, folder, "--data-dir")
     try:
         place.mkdir(parents=True, exist_ok=True)
         missing = [file for file in files if not _intact(name, file, place / file.name)]

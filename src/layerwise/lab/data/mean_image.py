@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from layerwise.lab.store import write_whole
+from layerwise.lab.store import read_bytes, write_whole
 
 DIGEST_LENGTH = 32
 """Bytes of the checksum at the end of a mean image's file."""
@@ -29,8 +29,7 @@ def read_mean(path: Path, side: int) -> np.ndarray | None:
         float32, shape (3, side, side); None if there is no file or it is not one of such an image.
     """
     try:
-        with path.open("rb") as stream:
-            content = stream.read(4 * 3 * side**2 + LARGEST_HEADER)
+        content = read_bytes(path, 4 * 3 * side**2 + LARGEST_HEADER)
         if hashlib.sha256(content[:-DIGEST_LENGTH]).digest() != content[-DIGEST_LENGTH:]:
             return None
         mean = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)

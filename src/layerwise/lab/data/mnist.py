@@ -20,6 +20,7 @@ import torch
 
 from layerwise.lab.data import Dataset
 from layerwise.lab.errors import UsageError
+from layerwise.lab.store import read_bytes
 
 SIDE = 28
 
@@ -105,9 +106,8 @@ def _existing(place: Path, file: str) -> Path | None:
 def _content(path: Path) -> tuple[bytes | None, bytes]:
     """Read a file: what is in it, None if that is not of the right size, and the file as it is."""
     size = CONTENT_SIZES[path.name.removesuffix(".gz") + ".gz"]
-    # No compression makes the content larger than by a thousandth; reading more would only fill the memory.
-    with path.open("rb") as stream:
-        raw = stream.read(size + size // 1000 + 1000)
+    # No compression makes the content larger than by a thousandth.
+    raw = read_bytes(path, size + size // 1000 + 1000, links=True)
     if path.suffix != ".gz":
         return (raw if len(raw) == size else None), raw
     try:
@@ -145,7 +145,7 @@ def recognise(path: Path) -> str | None:
         return None
     try:
         return _owner(path, _content(path)[0])
-    except OSError:
+    except (OSError, UsageError):
         return None
 
 
@@ -210,8 +210,8 @@ def _payload(place: Path, file: str, name: str) -> bytes:
     path, expected = _existing(place, file) or place / file, FILES[name][file]
     try:
         content, raw = _content(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, UsageError) as error:
+        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ")
         raise UsageError(
             f"{path}: {reason}; expected the {TITLES[name]} file with MD5 {expected.md5}; {_remedy(name)}"
         ) from error

@@ -21,10 +21,14 @@ from PIL import Image
 
 from layerwise.lab.data.contents import Contents
 from layerwise.lab.errors import UsageError
+from layerwise.lab.store import read_bytes
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
 """Of the files that count as images, in upper or lower case."""
 
+
+LARGEST_FILE = 1 << 30
+"""Bytes of a photograph."""
 
 FORMATS = ("JPEG", "PNG")
 """What an image may be, whatever its name says."""
@@ -117,7 +121,7 @@ def decoded(path: Path, side: int, check: Callable[[bytes], None] = lambda conte
         UsageError: the file is missing, damaged or cut off, or not what ``check`` expects.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, LARGEST_FILE, links=True)
         check(content)
         # By its content another form would be taken too, as PostScript, for which Pillow starts an interpreter.
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:

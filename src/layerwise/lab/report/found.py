@@ -25,7 +25,7 @@ RUNS = "runs.json"
 """File that names the runs of an experiment, by which ``layerwise report`` finds them."""
 
 
-MOST_NAMED = 20
+MOST_NAMED = 50
 """Runs that are left out and named; further ones are counted."""
 
 

@@ -150,6 +150,8 @@ def grid(results: Results, subject: str, arm: str, quantity: str, columns: int =
     ends = frame["step"].unique().sort().to_list()
     known = set(frame["layer"].unique().to_list())
     names = [name for name in results.layer_names(subject, arm) if name in known]
+    if not names:
+        return None
     lines: dict[str, list[float | None]] = {name: [None] * len(ends) for name in names}
     places = {end: place for place, end in enumerate(ends)}
     for layer, step, value in frame.iter_rows():
@@ -172,7 +174,7 @@ def heat_map(data: Grid, scale: Scale, name: str, label: str, unit: str = "itera
         The drawing: a run of neighbouring cells of one colour is one stroke of that colour's path.
     """
     names, height, left = _names(data.layers)
-    whole = data.ends[-1]
+    whole = max(1, data.ends[-1])
     edges = [0.0, *(round(end / whole * WIDTH, 1) for end in data.ends)]
     strokes: dict[str, list[str]] = {}
     for row, layer in enumerate(data.layers):
@@ -235,9 +237,9 @@ def choices(results: Results, subject: str, arm: str, name: str, label: str) -> 
         for seed, record in results.of(subject, arm).items()
         if record.summary.get("selections")
     }
-    if not runs:
-        return None, ""
     layers = results.layer_names(subject, arm)
+    if not runs or not layers:
+        return None, ""
     epochs = sorted({choice["epoch"] for made in runs.values() for choice in made})
     seeds = list(runs)[: max(1, min(MAP_SEEDS, MOST_COLUMNS // len(epochs)))]
     shown = epochs[:: math.ceil(len(epochs) / MOST_COLUMNS)]
