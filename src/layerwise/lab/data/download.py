@@ -115,7 +115,7 @@ def checksum(path: Path) -> str:
 
 def keep_before(path: Path) -> None:
     """Rename a file that another one is about to replace: it may be the user's own, of the same name."""
-    if os.path.lexists(path):
+    if os.path.lexists(path) and kind_of(path) != "a folder":
         names = (path.with_name(f"{path.name}.before{f'-{number}' if number > 1 else ''}") for number in count(1))
         os.rename(path, next(name for name in names if not os.path.lexists(name)))
 

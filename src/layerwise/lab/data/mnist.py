@@ -211,7 +211,7 @@ def _payload(place: Path, file: str, name: str) -> bytes:
     try:
         content, raw = _content(path)
     except (OSError, UsageError) as error:
-        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ")
+        reason = getattr(error, "strerror", None) or f"damaged: {str(error).removeprefix(f'{path}: ')}"
         raise UsageError(
             f"{path}: {reason}; expected the {TITLES[name]} file with MD5 {expected.md5}; {_remedy(name)}"
         ) from error
