@@ -30,7 +30,6 @@ from layerwise.lab.runs import FACTORS, RunFolder, Runs
 from layerwise.lab.store import LARGEST_TABLE, read_bytes
 from layerwise.lab.trial import StoppedError, Trial
 
-
 COPIES = "tasks"
 """Folder of the copies of tasks' files, beside that of the runs."""
 
