@@ -32,7 +32,7 @@ def _no_hang():
         raise TimeoutError("a reader waits")
 
     before = signal.signal(signal.SIGALRM, ended)
-    signal.alarm(120)
+    signal.alarm(3600)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
@@ -488,6 +488,7 @@ def changed(content, path, value):
 EVIL = (None, True, -1, 10**300, 1e99, "", "x", "../../x", HOSTILE, [], {}, [[]], [None], {"": None}, {"name": 3}, 0)
 
 
+@pytest.mark.faults
 def test_every_value_of_a_run_may_be_anything(method, capsys, monkeypatch):
     """Figures are left out, as they take most of the time; one in ten pages is written with them."""
     from layerwise.lab.report import files
@@ -509,6 +510,7 @@ def test_every_value_of_a_run_may_be_anything(method, capsys, monkeypatch):
         (method / name).write_text(signed(whole))
 
 
+@pytest.mark.faults
 def test_every_value_of_a_plan_may_be_anything(experiment, tmp_path, capsys, monkeypatch):
     from layerwise.lab.report import files
 

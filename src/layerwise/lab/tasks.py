@@ -21,6 +21,7 @@ from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError, nearest
 from layerwise.lab.guests import Guest, Stream, seed_everything
 from layerwise.lab.looking import Look
+from layerwise.lab.store import LARGEST_JSON, read_bytes
 from layerwise.lab.trial import Trial
 from layerwise.lab.values import Value, equal, is_plain, kind_of, like
 
@@ -294,9 +295,9 @@ def load(file_and_function: str, values: Mapping[str, Value] | None = None) -> T
         place, function = file_and_function, ""
     path = Path(place).expanduser()
     try:
-        source = path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or str(error)
+        source = read_bytes(path, LARGEST_JSON, links=True)
+    except (OSError, UsageError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"task={file_and_function!r}: {reason}; give FILE:FUNCTION, as my_task.py:task") from None
     if not function:
         raise UsageError(f"task={file_and_function!r} names no function: {sources.functions(path, source)}")
