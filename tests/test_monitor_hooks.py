@@ -189,12 +189,12 @@ class Decayed(optim.SGD):
 
     def step(self, closure: Any = None) -> Any:
         with torch.no_grad():
-            for p in self.param_groups[0]["params"]:
+            for p in (p for group in self.param_groups for p in group["params"]):
                 p *= 0.5
         for _ in range(self.inner):
             super().step(closure)
         with torch.no_grad():
-            for p in self.param_groups[0]["params"]:
+            for p in (p for group in self.param_groups for p in group["params"]):
                 p *= 0.5
 
 
