@@ -255,7 +255,7 @@ def test_a_whole_step_of_momentum_reads_no_value_from_the_device(imagined_accele
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         optimizer.step()
-    with pytest.raises(DataDependentOutputException):
+    with pytest.warns(UserWarning, match="hold no values"):  # the first reading of all
         adapter.get_last_factors()
 
 

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from .advice import flattened
 from .arguments import check_choice
-from .attached import AttachedRule
+from .attached import STEPS_AS_BARE, AttachedRule
 from .copying import StaysBehind
 from .hooks import OptimizerHooks
-from .layers import Exclusion, Layer, LayerSpecification, named_parameters_of, warn_of_integers
+from .layers import Exclusion, Layer, LayerSpecification, named_parameters_of, warn_of_unmeasured
 from .model import Model
 from .nonfinite import FiniteGradients, OnNonfinite
 from .optimizers import PLACES, PlaceName, acting_optimizer, no_effect, refuse, unwrap
@@ -115,7 +115,8 @@ class LayerwiseLR(StaysBehind):
         rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
         self._request = requested(rule, model, layers=layers, apply=apply, decay=decay, exclude=exclude)
         finite = FiniteGradients() if on_nonfinite == "raise" else None
-        warn_of_integers(named_parameters_of(holder, self._request.model, self._request.layers))
+        named = named_parameters_of(holder, self._request.model, self._request.layers)
+        warn_of_unmeasured(named, STEPS_AS_BARE)
         self._attached = AttachedRule(holder, self._request, finite)
         self._epoch = 1
         self._told = False
@@ -221,7 +222,8 @@ class LayerwiseLR(StaysBehind):
             RuntimeError: The optimizer no longer exists, or the model has other parameters now.
         """
         self._attached.check_current()
-        self._attached.state = ended_state(self.rule, self._attached.state)
+        if self._attached.has_values():
+            self._attached.state = ended_state(self.rule, self._attached.state)
         self._epoch += 1
 
     def state_dict(self) -> dict[str, Any]:

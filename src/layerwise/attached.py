@@ -28,11 +28,12 @@ from .rules.state import copied, described
 from .sharding import absent
 from .splits import Split
 from .statistics import NOTHING
-from .tensors import moved
+from .tensors import has_values, moved, runs_on_fakes, warn_without_values
 from .trial import Verdict, verdict_of
 
 INDEPENDENT = WEIGHT_NORMS | {"learning_rate"}
 """Statistics that do not depend on gradients."""
+STEPS_AS_BARE = "steps are those of the optimizer alone, and factors are 1, until they do"
 
 
 class AttachedRule:
@@ -57,7 +58,7 @@ class AttachedRule:
         self.state: State = {}
         self._request, self._rule, self._finite = request, request.rule, finite
         self._asks = getattr(request.rule, "asks", None)
-        self._idle = False
+        self._idle = self._dry = self._measured = False
         self._place_name: PlaceName | None = None
         self._holder, self._optimizer = weakref.ref(holder), weakref.ref(optimizer)
         verdict = verdict_of(optimizer)
@@ -123,6 +124,11 @@ class AttachedRule:
         """Return a copy of the rule's state."""
         return copied(self.state)
 
+    def has_values(self) -> bool:
+        """Return whether the parameters' values exist."""
+        first = self.found.layers[0].parameters[0]
+        return has_values(first) and not runs_on_fakes(first)
+
     def load(self, saved: Any) -> None:
         """Go on with a saved state of the rule."""
         self.state = load_state(self._rule, saved, self.state)
@@ -151,7 +157,13 @@ class AttachedRule:
         elif self._request.apply == "auto":
             # Again at each step: schedulers and checkpoints can bring momentum.
             self._place_at(automatic_place(optimizer, self._request.preferred, self._request.decay))
-        self._idle = not optimizer.state and makes_state_only(optimizer.param_groups)
+        dry = self.found.dry or runs_on_fakes(self.found.layers[0].parameters[0])
+        if dry and not self._dry:
+            self.factors = self.rates = None
+            if not self.found.dry or self._measured:  # else the constructor has warned
+                warn_without_values(STEPS_AS_BARE, 2)
+        self._dry, self._measured = dry, self._measured or not dry
+        self._idle = dry or (not optimizer.state and makes_state_only(optimizer.param_groups))
         if self._idle:
             return
         if not self._compared:

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .advice import flattened
 from .arrivals import Arrival, are_received, registered
+from .attached import STEPS_AS_BARE
 from .backward_checks import (
     ACCUMULATED,
     ATTACHED_TOO,
@@ -35,7 +36,7 @@ from .closures import closure_of, followed, with_closure
 from .copying import StaysBehind
 from .hooks import OptimizerHooks
 from .layer_steps import LayerSteps
-from .layers import named_parameters_of, warn_of_integers
+from .layers import named_parameters_of, warn_of_unmeasured
 from .memory import LARGE, return_freed_memory
 from .model import Model, as_module
 from .optimizers import unwrap
@@ -111,7 +112,7 @@ class StepInBackward(StaysBehind):
             check_own_layer(rule)
         check_wrappers(parameters)
         self._steps = LayerSteps(inner, model, rule)
-        warn_of_integers(named_parameters_of(inner, as_module(model)))
+        warn_of_unmeasured(named_parameters_of(inner, as_module(model)), STEPS_AS_BARE)
         self.enabled = True
         self._optimizer = weakref.ref(inner)
         self._attached = True

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from .adapter import LayerwiseLR
 from .model import Model
 from .rules.state import is_state
+from .tensors import has_values
 
 logger = logging.getLogger("layerwise")
 
@@ -136,8 +137,8 @@ def reason_not_to(optimizer: Optimizer, parameters: Sequence[Tensor], seconds: f
         return "seconds=0"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "steps of several processes wait for one another, and only this one measures"
-    if any(p.device.type == "meta" for p in parameters):
-        return "tensors on the device 'meta' hold no numbers"
+    if not all(map(has_values, parameters)):
+        return "tensors on the device 'meta', or fake ones, hold no numbers"
     if optimizer_hooks._global_optimizer_pre_hooks or optimizer_hooks._global_optimizer_post_hooks:
         return "hooks on all optimizers would see the steps"
     if seconds is None:
@@ -184,7 +185,7 @@ class Pair:
         self.gradients = [p.grad for p in parameters]
         self.made_up = all(gradient is None for gradient in self.gradients)
         if self.made_up:
-            self.gradients = [random_like(p) if p.requires_grad else None for p in parameters]
+            self.gradients = [random_like(p, seed) if p.requires_grad else None for seed, p in enumerate(parameters)]
         self.bare, self.attached = (self._twin(optimizer, own) for _ in range(2))
         LayerwiseLR(self.attached, rule, model, **(arguments | {"layers": layers}))
         self.synchronised = any(p.device.type != "cpu" for p in parameters)
@@ -223,9 +224,14 @@ class Pair:
             torch.accelerator.synchronize()
 
 
-def random_like(parameter: Tensor) -> Tensor:
-    """Return small random numbers for a gradient; the global generators are not asked."""
-    generator = torch.Generator(parameter.device).manual_seed(parameter.numel())
+def random_like(parameter: Tensor, seed: int) -> Tensor:
+    """Return small random numbers for a gradient; the global generators are not asked.
+
+    Args:
+        parameter: The parameter.
+        seed: Another one for each parameter: equal gradients would give equal factors, and those share a group.
+    """
+    generator = torch.Generator(parameter.device).manual_seed(seed)
     shape = cast(Any, parameter.shape)
     drawn = torch.randn(shape, generator=generator, dtype=parameter.dtype, device=parameter.device)
     return drawn.mul_(0.01)

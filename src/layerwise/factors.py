@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .partition import OUTSIDE
 from .rules.base import finite_or_one
-from .tensors import moved
+from .tensors import has_values, moved, warn_without_values
 
 Item = TypeVar("Item")
 
@@ -84,6 +84,9 @@ class Factors:
 
     def _read(self) -> list[float]:
         raw: Any = self._raw
+        if isinstance(self._raw, Tensor) and not has_values(self._raw):
+            warn_without_values("factors that have to be read are 1", 2)
+            return [1.0] * len(raw)
         numbers: list[float] = raw.tolist() if isinstance(self._raw, Tensor) else list(raw)
         if self._mask is None and all(map(isfinite, numbers)):
             return numbers

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensors import local, several_processes
+from .tensors import has_values, local, several_processes
 
 
 def makes_state_only(groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -31,7 +31,7 @@ def makes_state_only(groups: Sequence[Mapping[str, Any]]) -> bool:
     if any(map(_moves, groups)):
         return False
     gradients = [p.grad for group in groups for p in group["params"] if p.requires_grad]
-    if any(gradient is None or gradient.layout is not torch.strided for gradient in gradients):
+    if any(g is None or g.layout is not torch.strided or not has_values(g) for g in gradients):
         return False
     return not any(bool(local(gradient).detach().count_nonzero()) for gradient in gradients if gradient is not None)
 
@@ -50,4 +50,5 @@ def _called_by_a_checkpoint() -> bool:
 def _moves(group: Mapping[str, Any]) -> bool:
     """Return whether a group's rate is not zero, as far as is known without asking a device."""
     rate = group.get("lr")
-    return rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or bool(rate != 0)
+    unread = isinstance(rate, Tensor) and (rate.device.type != "cpu" or not has_values(rate))
+    return rate is None or unread or bool(rate != 0)

@@ -22,7 +22,7 @@ from .rules.base import State, finite_or_one
 from .rules.questions import ended_state, is_pair, needs_of, renewed_state
 from .rules.state import described
 from .statistics import NOTHING, Statistics
-from .tensors import holds_weights, same_objects
+from .tensors import holds_weights, runs_on_fakes, same_objects
 from .transfer import transferred
 
 BY_LAYER = AS_NUMBERS | {"normalisation_gain"}
@@ -108,9 +108,12 @@ class LayerSteps:
             self._resolve(optimizer)
         self._rates = rates_of(groups)
         self._last = {}
+        self._dry = self._without_values or runs_on_fakes(self.layers[0].parameters[0])
+        if self._dry:
+            self._known = None
         if self.rule is not None:
             self._choose_place(optimizer)
-            if not self._needs:
+            if not self._needs and not self._dry:
                 self._know()
         for unit in self.units:
             unit.arrived, unit.expected = 0, sum(p.requires_grad for p in unit.parameters)
@@ -125,7 +128,7 @@ class LayerSteps:
         for group in view.param_groups:
             group.pop("param_names", None)
         acts = False
-        if self.rule is not None and unit.number != OUTSIDE and self.layers[unit.number].included:
+        if self.rule is not None and not self._dry and unit.number != OUTSIDE and self.layers[unit.number].included:
             factors = self._last[unit.number] = self._factors(unit, view)
             acts = not factors.neutral
             if acts:
@@ -188,6 +191,7 @@ class LayerSteps:
         """Find the layers, and everything that follows from them; change nothing if that fails."""
         found = resolve(optimizer, optimizer, self._request)
         layers, device = found.layers, found.statistics.device
+        self._without_values = found.dry
         if self.rule is not None:
             self._state = renewed_state(self.rule, layers, device, self._state, self.names())
         groups = [group["params"] for group in optimizer.param_groups]

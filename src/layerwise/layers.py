@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .arguments import has_type
 from .model import Owners, clean_name, named_parameters, owner_name
 from .sharding import Piece, stand_in
-from .tensors import holds_weights
+from .tensors import can_be_measured, holds_weights, warn_without_values
 
 LayerName = Callable[[str, Tensor], "str | None"]
 """A function of a parameter's name and the parameter that names its layer, or None for no layer."""
@@ -178,6 +178,8 @@ def named_parameters_of(
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if isinstance(specification, TensorLayers):
         return specification.named(held, model, f"the {len(held)} parameters of this optimizer")
+    if not held:
+        raise ValueError("this optimizer holds no parameters: attach when its parameter groups have been filled")
     if model is None:
         named: list[tuple[str, Tensor]] = []
         for group in optimizer.param_groups:
@@ -242,7 +244,7 @@ def make_layers(
 
     Returns:
         The layers in the order of their first parameter. Parameters without a layer are in none, nor those that hold
-        integers, such as quantised weights.
+        integers, such as quantised weights, or that are on the meta device beside others that are not.
 
     Raises:
         TypeError: The specification, a pattern or what the callable returns has a wrong type.
@@ -257,8 +259,9 @@ def make_layers(
     name_of = _layer_name_function(named_parameters, specification, owners)
     pieces = pieces or {}
     members: dict[str, list[tuple[str, Tensor]]] = {}
+    some_measured = any(map(can_be_measured, named_parameters.values()))
     for name, parameter in named_parameters.items():
-        if not holds_weights(parameter):
+        if not holds_weights(parameter) or (some_measured and not can_be_measured(parameter)):
             continue
         layer = name_of(name, stand_in(parameter, pieces.get(id(parameter))))
         if layer is None:
@@ -280,12 +283,17 @@ def make_layers(
     return layers
 
 
-def warn_of_integers(named_parameters: Mapping[str, Tensor]) -> None:
-    """Warn of parameters in no layer because they hold integers; for a constructor, which the warning points past.
+def warn_of_unmeasured(named_parameters: Mapping[str, Tensor], nothing_measured: str) -> None:
+    """Warn of parameters that cannot be measured; for a constructor, which the warning points past.
 
     Args:
         named_parameters: Name to parameter.
+        nothing_measured: What follows if that is so of all of them.
     """
+    absent = [name for name, p in named_parameters.items() if not can_be_measured(p)]
+    if absent:
+        some = f"{_some(absent, 5, str)} are in no layer, and their factor is 1"
+        warn_without_values(nothing_measured if len(absent) == len(named_parameters) else some, 3)
     names = [f"{name} ({p.dtype})" for name, p in named_parameters.items() if not holds_weights(p)]
     if names:
         warnings.warn(

@@ -19,7 +19,7 @@ from .copying import StaysBehind
 from .hooks import OptimizerHooks
 from .idle import makes_state_only
 from .layer_statistics import LayerStatistics
-from .layers import Layer, LayerSpecification, as_specification, make_layers, named_parameters_of, warn_of_integers
+from .layers import Layer, LayerSpecification, as_specification, make_layers, named_parameters_of, warn_of_unmeasured
 from .model import Model, as_module
 from .observation import Observation
 from .optimizers import refuse_outer, unwrap
@@ -28,10 +28,12 @@ from .resolution import parameters_of
 from .sharding import find_pieces
 from .sinks.delivery import Sink, check_sinks, close, deliver, sink_name
 from .sinks.record import Record
-from .tensors import same_objects, several_processes
-from .transfer import fetched
+from .tensors import can_be_measured, runs_on_fakes, same_objects, several_processes, warn_without_values
+from .transfer import NoValuesError, fetched
 
 logger = logging.getLogger("layerwise")
+
+NOTHING_RECORDED = "steps are counted but not recorded, until they do"
 
 
 class Monitor(StaysBehind):
@@ -107,16 +109,18 @@ class Monitor(StaysBehind):
         self._parameters: list[Tensor] = []
         self._layers: Sequence[Layer] = []
         self._shared: list[tuple[bool, bool]] | bool = False
-        self._steps = 0
+        self._steps = self._measurable = 0
         self._skipped: Tensor | int = 0
         self._fresh = self._compared = False
         self._seen: Observation | None = None
         self._last: Record | None = None
         self._resolve(inner)
         if not self._takes_layers_of_rule(inner):
-            warn_of_integers(named_parameters_of(inner, self._model, chosen(self._specification, None, "module")))
-            for message in flattened(self._layers, chosen(self._specification, None, "module")):
+            specified = chosen(self._specification, None, "module")
+            warn_of_unmeasured(named_parameters_of(inner, self._model, specified), NOTHING_RECORDED)
+            for message in flattened(self._layers, specified):
                 warnings.warn(message, UserWarning, stacklevel=2)
+        self._told = not any(map(can_be_measured, self._parameters))
         self._optimizer = weakref.ref(inner)
         if any(isinstance(other, Monitor) for other in OptimizerHooks.observers_of(inner)):
             logger.warning(
@@ -218,6 +222,10 @@ class Monitor(StaysBehind):
     def look(self, optimizer: Any, measured: Sequence[Member]) -> None:
         """Measure gradients and weights, and keep a copy of the weights."""
         self._resolve(optimizer)
+        members = self._statistics.members
+        if not all(map(can_be_measured, members)) or runs_on_fakes(members[0]):
+            self._tell()
+            return
         self._seen = Observation.of(self._statistics, optimizer, measured)
 
     @torch.no_grad()
@@ -234,7 +242,11 @@ class Monitor(StaysBehind):
         if seen is None:
             return
         values = seen.values()
-        (overflowed,), (skipped,), *numbers = fetched([overflow, self._skipped, *values], cast(Tensor, values[0]))
+        try:
+            (overflowed,), (skipped,), *numbers = fetched([overflow, self._skipped, *values], cast(Tensor, values[0]))
+        except NoValuesError:  # of fake tensors on an accelerator
+            self._tell()
+            return
         self._steps, self._skipped = self._steps - int(skipped), 0
         if not overflowed and self._steps % self._every == 0:
             self._last = seen.record(self._steps, numbers)
@@ -258,9 +270,11 @@ class Monitor(StaysBehind):
         known = bool(layers) and same_objects(layers, self._layers) and same_objects(parameters, self._parameters)
         several = several_processes()
         shared = several and [(hasattr(p, "device_mesh"), getattr(p, "_fsdp_flattened", False)) for p in parameters]
-        known = known and shared == self._shared
+        measurable = sum(map(can_be_measured, parameters))
+        known = known and shared == self._shared and measurable == self._measurable
         if known and not self._statistics.moved_away():
             return
+        self._measurable = measurable
         if not of_rule:
             specification = chosen(self._specification, None, "module")
             pieces = find_pieces(parameters, self._model)
@@ -268,6 +282,11 @@ class Monitor(StaysBehind):
             layers = make_layers(named, specification, self._model, pieces)
         self._parameters, self._layers, self._shared = parameters, layers, shared
         self._statistics = LayerStatistics(layers, ())
+
+    def _tell(self) -> None:
+        if not self._told:
+            self._told = True
+            warn_without_values(NOTHING_RECORDED, 2)
 
     def _takes_layers_of_rule(self, optimizer: Optimizer) -> bool:
         auto = isinstance(self._specification, str) and self._specification == "auto"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .layers import Layer
 from .sharding import Sharing, find_pieces, is_absent, settled_gradient, sharing_of
-from .tensors import as_dense_real, local, moved
+from .tensors import as_dense_real, has_values, local, moved
 
 OnNonfinite = Literal["ignore", "raise"]
 MOST_NAMED = 5
@@ -80,8 +80,10 @@ def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> tuple[list
         for i, p in enumerate(parameters)
         if (g := settled_gradient(p)) is not None
     ]
-    held = [(i, gradient) for i, gradient in held if gradient.numel()]
-    device = local(parameters[0]).device
+    held = [(i, gradient) for i, gradient in held if gradient.numel() and has_values(gradient)]
+    device = held[0][1].device if held and sharing is None else local(parameters[0]).device
+    if not held and sharing is None:
+        return [], False
     flags = torch.zeros(len(parameters), device=device)
     if held:
         largest: Any = torch._foreach_norm([gradient for _, gradient in held], torch.inf)

@@ -30,7 +30,7 @@ from .replication import refuse_stages
 from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
 from .rules.questions import default, needs_of
 from .sharding import find_pieces
-from .tensors import holds_weights, same_objects
+from .tensors import can_be_measured, holds_weights, same_objects
 from .trial import try_again
 
 Decay = Literal["auto", "scaled", "plain"]
@@ -104,6 +104,7 @@ class Resolution:
         mask: The same as a tensor; None if all are included.
         first_group: The group of each layer's first parameter.
         circumstances: What else it follows from.
+        measurable: How many of the parameters can be measured, as those on the meta device cannot.
     """
 
     parameters: list[Tensor]
@@ -118,11 +119,17 @@ class Resolution:
     mask: Tensor | None
     first_group: list[int]
     circumstances: Circumstances
+    measurable: int
 
     @property
     def names(self) -> list[str]:
         """The layers' names."""
         return [layer.name for layer in self.layers]
+
+    @property
+    def dry(self) -> bool:
+        """Whether no parameter can be measured, as in a dry run."""
+        return not self.measurable
 
     @property
     def outside(self) -> int:
@@ -145,6 +152,8 @@ class Resolution:
         made, or when an option of a group has changed that was checked.
         """
         parameters = parameters_of(groups)
+        if self.measurable < len(self.parameters) and sum(map(can_be_measured, parameters)) != self.measurable:
+            return False
         if not same_objects(self.parameters, parameters) or self.statistics.moved_away():
             return False
         if sizes_of(groups) != self.sizes:
@@ -201,6 +210,7 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
         mask=None if all(included) else torch.tensor(included, device=statistics.device),
         first_group=[group_of[id(layer.parameters[0])] for layer in layers],
         circumstances=circumstances_of(groups, parameters, request),
+        measurable=sum(map(can_be_measured, parameters)),
     )
 
 

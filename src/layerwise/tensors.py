@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from operator import is_
 from typing import Any
@@ -30,6 +32,43 @@ def holds_weights(tensor: Tensor) -> bool:
 def is_quantised(tensor: Tensor) -> bool:
     """Return whether a tensor's own class converts it to numbers, as quantised weights of torchao do."""
     return type(tensor).dequantize is not Tensor.dequantize
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor's numbers exist: neither on the meta device nor in a fake tensor."""
+    return tensor.device.type != "meta" and not _is_fake(tensor)
+
+
+def can_be_measured(tensor: Tensor) -> bool:
+    """Return whether statistics of a tensor can be computed.
+
+    Fake tensors on an accelerator are measured as real ones, because there no value is read before the end.
+    """
+    return has_values(tensor) or tensor.device.type not in ("meta", "cpu")
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(local(tensor), module.FakeTensor)
+
+
+def runs_on_fakes(tensor: Tensor) -> bool:
+    """Return whether operations on a tensor on the CPU give fake tensors now."""
+    return tensor.device.type == "cpu" and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def warn_without_values(consequence: str, stacklevel: int) -> None:
+    """Warn that parameters hold no values.
+
+    Args:
+        consequence: What follows from it.
+        stacklevel: As `warnings.warn` takes it, from the caller on.
+    """
+    warnings.warn(
+        f"the optimizer's parameters hold no values (meta device or fake tensors), so {consequence}",
+        UserWarning,
+        stacklevel=stacklevel + 1,
+    )
 
 
 def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .tensors import moved
+from .tensors import has_values, moved
 
 
 def fetched(values: Sequence[Tensor | Sequence[float] | int | None], like: Tensor) -> list[list[float]]:
@@ -30,6 +30,16 @@ def fetched(values: Sequence[Tensor | Sequence[float] | int | None], like: Tenso
     return result
 
 
+class NoValuesError(RuntimeError):
+    """A tensor's values do not exist."""
+
+
 def transferred(tensor: Tensor) -> list[float]:
-    """Return a tensor's values; this waits for the device."""
+    """Return a tensor's values; this waits for the device.
+
+    Raises:
+        NoValuesError: The values do not exist.
+    """
+    if not has_values(tensor):
+        raise NoValuesError
     return cast(list[float], tensor.tolist())

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..layers import Layer
 from ..statistics import Statistics
 from ..sums import DirectionalitySums, Sums
+from ..tensors import has_values
 from .base import Rule, State
 from .selection import Measure, Selection, check_whole, of_kinds
 from .state import is_state, loaded
@@ -113,6 +114,8 @@ class ChoosingRule(Rule):
 
     def get_selection(self, state: State) -> list[Selection]:
         """Return the last choice, a layer each."""
+        if not has_values(state["value"]):
+            return [Selection(math.nan, math.nan, False)] * len(state["value"])
         columns = (state[name].tolist() for name in ("value", "z", "selected"))
         return [Selection(*row) for row in zip(*columns, strict=True)]
 
