@@ -292,8 +292,8 @@ def warn_of_unmeasured(named_parameters: Mapping[str, Tensor], nothing_measured:
     """
     absent = [name for name, p in named_parameters.items() if not can_be_measured(p)]
     if absent:
-        some = f"{_some(absent, 5, str)} are in no layer, and their factor is 1"
-        warn_without_values(nothing_measured if len(absent) == len(named_parameters) else some, 3)
+        beside_others = f"{some(absent, 5, str)} are in no layer, and their factor is 1"
+        warn_without_values(nothing_measured if len(absent) == len(named_parameters) else beside_others, 3)
     names = [f"{name} ({p.dtype})" for name, p in named_parameters.items() if not holds_weights(p)]
     if names:
         warnings.warn(
