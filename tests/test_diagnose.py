@@ -187,6 +187,7 @@ def test_a_rule_that_scales_rates_is_said_to(make_model, told):
     assert line_of(text, "because") == "because   the rule scales rates"
 
 
+@pytest.mark.filterwarnings("ignore:the optimizer's parameters hold no values")
 def test_on_a_device_it_is_told_which_forms_need_no_reading_of_the_rates(make_model, told):
     model = make_model().to("meta")
     note = "note      the rates are read from the device once a step; fused=True or capturable=True avoids it"

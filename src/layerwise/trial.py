@@ -23,6 +23,7 @@ from .known_optimizers import divides_by_gradients as known_to_divide
 from .known_optimizers import reason_against as known_reason
 from .partition import Partition
 from .splits import write_back
+from .tensors import has_values, runs_on_fakes
 from .toys import (
     CannotTryError,
     CommunicatesError,
@@ -126,6 +127,8 @@ def verdict_of(optimizer: Optimizer) -> Verdict | None:
     known = _of_optimizer.get(id(optimizer))
     if known is not None and known[0]() is optimizer:
         return known[1]
+    if any(not has_values(p) or runs_on_fakes(p) for group in optimizer.param_groups for p in group["params"][:1]):
+        return Verdict()  # nothing to try it with, until values exist
     verdict = _tried(optimizer)
     key = id(optimizer)
     _of_optimizer[key] = (weakref.ref(optimizer, lambda _: _of_optimizer.pop(key, None)), verdict)

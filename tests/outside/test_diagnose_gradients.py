@@ -36,7 +36,7 @@ def test_layers_of_one_shape_are_timed_with_gradients_of_their_own():
 
 
 def test_layers_of_one_shape_are_timed_with_parts_of_their_own():
-    parts: set[int] = set()
+    parts: set[int] = set()  # of trials on toys, too
 
     class Counting(torch.optim.AdamW):
         def step(self, closure=None):
@@ -45,7 +45,8 @@ def test_layers_of_one_shape_are_timed_with_parts_of_their_own():
 
     model = stack(48)
     layerwise.diagnose(Counting(model.parameters()), model, LayerAdaptive(), apply="lr", seconds=0.01)
-    assert parts == {1, 48}
+    assert {1, 48} <= parts
+    assert max(parts) == 48
 
 
 def test_the_gradients_made_up_are_the_same_each_time_and_leave_the_generator_alone():

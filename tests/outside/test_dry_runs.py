@@ -240,3 +240,32 @@ def test_an_optimizer_without_parameters_is_refused_by_all_alike(name, named):
     given = model
     optimizer.param_groups[0]["params"].extend(model.parameters())
     attach()
+
+
+class Plain(torch.optim.Optimizer):
+    """An optimizer of another package."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["lr"])
+
+
+@WITHOUT_VALUES
+@pytest.mark.filterwarnings("ignore")
+def test_an_optimizer_of_another_package_steps_without_values_and_then_with_them(where):
+    for place in (WHERE[where], lambda: torch.device("cpu")):
+        with place():
+            model = make_model()
+            optimizer = Plain(model.parameters())
+            adapter = layerwise.LayerwiseLR(optimizer, Constant({"0": 2.0}), model)
+            steps(model, optimizer)
+    assert adapter.get_last_factors() == {"0": 2.0, "1": 1.0}
+    with torch.no_grad():
+        before = make_model()
+        assert torch.allclose(model[0].bias, before[0].bias - 0.4)
+        assert torch.allclose(model[1].bias, before[1].bias - 0.2)
