@@ -134,7 +134,8 @@ class Resolution:
     @property
     def outside(self) -> int:
         """How many parameters belong to no layer, of those that could."""
-        return sum(map(holds_weights, self.parameters)) - len(self.statistics.layer_of)
+        could = [p for p in self.parameters if holds_weights(p) and (self.dry or can_be_measured(p))]
+        return len(could) - len(self.statistics.layer_of)
 
     def others(self, model: nn.Module | None) -> dict[str, Tensor]:
         """Return the parameters that belong to no layer, by the model's names or by their place in the optimizer."""
