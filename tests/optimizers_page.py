@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from other_optimizers import PACKAGES, all_guests
+import packages
+from other_optimizers import PACKAGES, Guest, all_guests, further_guests
 from other_trials import Finding, tried
 
 PLACES = ("lr", "update", "gradient")
+FURTHER = ("lr", "update")
 PAGE = Path(__file__).parents[1] / "docs" / "optimizers.md"
 TEXT = """# Optimizers of other packages
 
-Written by `python tests/optimizers_page.py` with {versions}. It tries every optimizer that these packages offer and
-writes down what it finds; a test compares this page to that.
+Written by `python tests/optimizers_page.py` with {versions}; the packages further down stand
+with their versions. It tries every optimizer that they offer and writes down what it finds; tests compare this page to
+that.
 
 `apply="auto"` takes the place in the second column (for a rule that scales rates; the table in the
 [page on places](places.md#what-auto-takes) has torch's own optimizers). The next three say what comes of each place,
@@ -55,6 +59,16 @@ closure and without.
 * *Moves at factor 0 too*, *factor 0 gives NaN*, *divides by zero*: as a rate of 0 does in a parameter group of its
   own; `"update"`, where it may act, holds such a layer still.
 
+## Further packages
+
+The same at `"lr"` and `"update"`, with other factors at each step and for each layer; bitsandbytes, heavyball and
+torchao in float32, where `"update"` is equal up to 1e-5 of the way that the weights go. `"update"` is refused too where
+the optimizer takes back, in steps at next to no rate, more than a twentieth of a move of the weights made by hand.
+bitsandbytes and torchao keep their states in eight bits or fewer, and `"lr"` is exact with them, bit for bit. heavyball
+and torchao are tried uncompiled (`heavyball.utils.compile_mode = None`, `torch.compiler.set_stance("force_eager")`).
+
+{further}
+
 ## Muon beside another optimizer
 
 `torch.optim.Muon` takes matrices only, so biases and the like go to a second optimizer, with an adapter of its own. A
@@ -64,13 +78,13 @@ parameters *in this optimizer*. The Muon of `pytorch_optimizer` and its relative
 
 ## Optimizers that are in no table
 
-Any other `torch.optim.Optimizer` gets `"lr"`, or `"update"` if its groups have no `"lr"`. That is equal to permanent
-groups as long as `step()` reads the rate from the group it is working on and keeps nothing in groups that depends on
-it. What can be seen is told: values that come out differently for the parts of a group raise a `RuntimeError` after
-that step, which names `apply="update"`; so do closures that are evaluated more than once, or after the weights have
-moved. What cannot be seen is a rate that is not read at all, read later, or taken from the first group: compare
-`adapter.get_last_factors()` with how far each layer goes, or take `apply="update"`. `"update"` in turn is right for
-any optimizer that keeps no copy of its weights from which it computes the next ones.
+Any other `torch.optim.Optimizer` is tried when an adapter is attached to it: some twelve steps of a copy of it on a few
+tiny tensors. Where groups can be divided, and this step's rate acts as that of permanent groups, it gets `"lr"`; else
+`"update"`, if it does not go back to weights of its own; else it is refused, with the reason and what to do. What a
+trial cannot see is what an optimizer begins to do later: values in a group that then come out differently for its parts
+raise a `RuntimeError` after that step, which names `apply="update"`. Numbers that a step keeps in a group, such as a
+count, are the same for all parts and are carried over; where they are tensors on an accelerator, comparing them waits
+for the device once a step.
 """
 
 
@@ -87,18 +101,63 @@ def table(findings: list[Finding], numbers: dict[str, int]) -> str:
     return "\n".join(rows)
 
 
+def title(package: str) -> str:
+    """Return the heading of a further package."""
+    return f"### {packages.PACKAGES[package]} {version(packages.PACKAGES[package])}"
+
+
+def sections() -> dict[str, str]:
+    """Return what the page says of each further package, by heading."""
+    found = re.split(r"^(?=##)", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {text.partition("\n")[0]: text for text in found if text.startswith("### ")}
+
+
+def section(package: str) -> str:
+    """Return what there is to say of a further package; what the page says already, where it is not installed."""
+    if not packages.is_here(package):
+        name = f"### {packages.PACKAGES[package]} "
+        return next((text.rstrip() for heading, text in sections().items() if heading.startswith(name)), "")
+    numbers: dict[str, int] = {}
+    rows = ['| optimizer | `"auto"` | `"lr"` | `"update"` | remarks |', "|---|---|---|---|---|"]
+    for guest in further_guests(package):
+        own = cells(tried(guest))
+        for place, reason in tried(guest).reasons.items():
+            at = 1 + FURTHER.index(place)
+            own[at] = own[at].replace(f"({reason})", f"({numbers.setdefault(reason, len(numbers) + 1)})")
+        rows.append("| " + " | ".join([f"`{guest}`", *own]) + " |")
+    reasons = [f"{number}. It {reason}." for reason, number in numbers.items()]
+    return "\n".join([title(package), "", *rows, *([""] if reasons else []), *reasons])
+
+
+def cells(finding: Finding) -> list[str]:
+    """Return a further optimizer's row behind its name, with the reasons written out."""
+    row = [f'`"{finding.automatic}"`' if finding.automatic else "none"]
+    for place in FURTHER:
+        word = {"refused": "no", None: "–"}.get(finding.places.get(place), finding.places.get(place, "–"))
+        row.append(f"{word} ({finding.reasons[place]})" if place in finding.reasons else word)
+    return [*row, "; ".join(finding.remarks)]
+
+
+def full_row(guest: Guest, text: str) -> list[str]:
+    """Return what a section says of an optimizer, with the reasons written out."""
+    reasons = dict(re.findall(r"^(\d+)\. It (.*)\.$", text, flags=re.MULTILINE))
+    (row,) = re.findall(rf"^\| `{re.escape(str(guest))}` \| (.*) \|$", text, flags=re.MULTILINE)
+    return [re.sub(r"\((\d+)\)$", lambda found: f"({reasons[found[1]]})", cell.strip()) for cell in row.split(" | ")]
+
+
 def versions() -> str:
     """Return the versions that are tried."""
     packages = [f"{name} {version(name)}" for name in PACKAGES.values()]
     return f"{', '.join(packages)} and torch {torch.__version__.partition('+')[0]}"
 
 
-def page() -> str:
-    """Return the page as it should be."""
+def page(*, with_further: bool = True) -> str:
+    """Return the page as it should be, with or without the further packages."""
     numbers: dict[str, int] = {}
     rows = table([tried(guest) for guest in all_guests()], numbers)
     reasons = "\n".join(f"{number}. It {reason}." for reason, number in numbers.items())
-    return TEXT.format(versions=versions(), table=rows, reasons=reasons)
+    further = "\n\n".join(filter(None, map(section, packages.PACKAGES))) if with_further else "{further}"
+    return TEXT.format(versions=versions(), table=rows, reasons=reasons, further=further)
 
 
 if __name__ == "__main__":

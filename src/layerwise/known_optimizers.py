@@ -1,8 +1,8 @@
 """What is known of optimizers of other packages: where a factor cannot act on them, and why.
 
 Classes are named by strings, so that their packages are not imported. Each reason was found by reading and trying, on
-the versions that `docs/optimizers.md` names, and `tests/test_other_optimizers.py` tries all of them again: a reason
-that is missing or unfounded fails there.
+the versions that `docs/optimizers.md` names, and `tests/test_other_optimizers.py` and `tests/test_packages.py` try all
+of them again: a reason that is missing or unfounded fails there.
 """
 
 from __future__ import annotations
@@ -74,6 +74,12 @@ FACTS: tuple[Fact, ...] = (
         _of("pytorch_optimizer", "WSAM"),
     ),
     Fact(
+        "anywhere",
+        "trains wide copies of a few layers at a time, writes them over the weights, and sets one rate for all of "
+        "them; use another optimizer",
+        _of("badam", "BlockOptimizer"),
+    ),
+    Fact(
         "lr",
         "computes its rate from the number of the step and does not read group['lr'] (relative_step=True)",
         _of("pytorch_optimizer", "AdaFactor"),
@@ -85,7 +91,11 @@ FACTS: tuple[Fact, ...] = (
         _of("pytorch_optimizer", "ApolloDQN"),
         only_with="warmup_steps",
     ),
-    Fact("lr", "takes the rate of its first group for every parameter", DISTANCE),
+    Fact(
+        "lr",
+        "takes the rate of its first group for every parameter",
+        DISTANCE | _of("dadaptation", "DAdaptAdaGrad DAdaptAdan"),
+    ),
     Fact("lr", "sets the rates of its groups itself", _of("pytorch_optimizer", "ASGD SWATS")),
     Fact("groups", "keeps its estimate of the distance to the solution in its groups", DISTANCE),
     Fact(
@@ -111,7 +121,8 @@ FACTS: tuple[Fact, ...] = (
         "keeps iterates of its own beside the weights and computes the next weights from them, so that a scaled step "
         "would be undone, or drift away from them",
         SCHEDULE_FREE
-        | _of("pytorch_optimizer", "A2Grad AccSGD DAdaptAdaGrad DAdaptSGD FTRL MADGRAD Ranger Ranger21 SRMM"),
+        | _of("pytorch_optimizer", "A2Grad AccSGD DAdaptAdaGrad DAdaptSGD FTRL MADGRAD Ranger Ranger21 SRMM")
+        | _of("torch_optimizer", "AccSGD"),
     ),
     Fact(
         "update",

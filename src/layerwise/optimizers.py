@@ -359,8 +359,10 @@ def no_effect(optimizer: optim.Optimizer, place: str) -> str | None:
     if place != "gradient" or not (isinstance(optimizer, SCALE_INVARIANT) or divides_by_gradients(optimizer)):
         return None
     after = " after its first five steps" if isinstance(optimizer, optim.RAdam) else ""
-    remedy = automatic_place(optimizer, "lr", "plain")
+    place = automatic_place(optimizer, "lr", "plain")
+    refused = place == "update" and reason_against(optimizer, "update") is not None
+    remedy = "use another optimizer" if refused else f"apply={place!r} scales its step"
     return (
         f"{type(optimizer).__name__} divides by the size of the gradients it has seen, so multiplying the gradient "
-        f"changes next to nothing{after}; apply={remedy!r} scales its step"
+        f"changes next to nothing{after}; {remedy}"
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .splits import can_change
 from .tensors import slots_of
 
 LARGEST = 2**16
@@ -162,6 +163,7 @@ class Workshop:
     def _groups(self, toys: Sequence[Tensor], decay: bool) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = []
         left = iter(toys)
+        shared: dict[int, Any] = {}  # defaults are one object for all groups
         for source, positions in zip(self.optimizer.param_groups, self.positions, strict=True):
             group: dict[str, Any] = {}
             for name, value in source.items():
@@ -172,7 +174,8 @@ class Workshop:
                 elif name in ("weight_decay", "wd") and not decay and not isinstance(value, bool):
                     group[name] = 0.0
                 else:
-                    group[name] = _option(value, len(source["params"]), positions)
+                    made = _option(value, len(source["params"]), positions)
+                    group[name] = shared.setdefault(id(value), made) if can_change(value) else made
             groups.append(group)
         return groups
 

@@ -84,6 +84,7 @@ class Verdict:
 
 ALONE = "does not read the rates of its parameter groups (in a trial on toy parameters a factor on them did nothing)"
 ONE_RATE = "takes the rate of one of its parameter groups for the parameters of others (in a trial on toy parameters)"
+SETS_RATES = "sets the rates of its parameter groups itself (in a trial on toy parameters)"
 TOGETHER = (
     "treats the parameters of a group together (in a trial on toy parameters its steps came out differently when the "
     "group was divided)"
@@ -278,19 +279,28 @@ class Trial:
             if not self.moves(neutral, every_second, first, 2):
                 return {"groups": groups, "lr": ONE_RATE, "permanent": False}
         if groups:
-            return {"groups": groups, "lr": None}
+            return {"groups": groups, "lr": self.against_own_groups(permanent, neutral)}
         for factors in (both, late):
             try:
                 with_step = self.run(factors)
             except Exception:
                 self.check()
-                return {"groups": FOLLOWS_RATE}
+                return {"groups": FOLLOWS_RATE, "lr": self.against_own_groups(permanent, neutral)}
             expected = permanent if factors is both else self.run(late, permanent=True)
             if not self.same(with_step, expected, bare):
                 return {"groups": None, "lr": OTHER_RATE}
             if factors is late and not self.moves(bare, expected):
                 return {"groups": None, "lr": "reads the rates of its parameter groups in its first steps only"}
         return {}
+
+    def against_own_groups(self, permanent: Run, scale: Run) -> str | None:
+        """Return why a step's rate cannot carry a factor even where each toy has a group of its own."""
+        try:
+            result = self.run(both, own=True)
+        except Exception:
+            self.check()
+            return SETS_RATES
+        return None if self.same(result, permanent, scale) else OTHER_RATE
 
     def takes_groups(self) -> bool:
         """Tell whether a step at factor 1 can be taken with a group for each toy."""
@@ -340,6 +350,7 @@ class Trial:
         factors: Callable[[int], Sequence[float] | None] | None,
         *,
         permanent: bool = False,
+        own: bool = False,
         decay: bool = True,
         steps: int = STEPS,
         shift_at: int | None = None,
@@ -350,6 +361,7 @@ class Trial:
         Args:
             factors: Of a step, the toys' factors, or None for whole groups; None leaves the groups as they are.
             permanent: Whether each toy has a group from the beginning, with rates that are set by hand.
+            own: Whether it has one, with rates that come with the step.
             decay: Whether weights decay.
             steps: How many.
             shift_at: The step before which 1 is added to the weights.
@@ -359,7 +371,7 @@ class Trial:
         partition = Partition({id(p): number for number, p in enumerate(twin.toys)})
         rates: list[Any] = []
         order: list[int] = []
-        if permanent:
+        if permanent or own:
             divide(twin, partition, None)
             rates = [group.get("lr") for group in twin.optimizer.param_groups]
             order = [partition.layer_of[id(group["params"][0])] for group in twin.optimizer.param_groups]
