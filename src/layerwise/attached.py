@@ -324,6 +324,7 @@ class AttachedRule:
         if holder is None:
             raise RuntimeError(
                 "the optimizer of this LayerwiseLR no longer exists; attach to the one in use, after each time that it "
-                "is made anew, and carry the state over with state_dict() and load_state_dict() if training goes on"
+                "is made anew, and carry the state over with state_dict() and load_state_dict() if training goes on; "
+                "detach() before it goes keeps the last values"
             )
         return holder

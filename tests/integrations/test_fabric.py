@@ -69,7 +69,9 @@ def expected(rule, optimizer, **arguments):
     model = by_hand.network()
     optimizer = optimizer(model.parameters())
     adapter = layerwise.LayerwiseLR(optimizer, rule, model)
-    return by_hand.train(model, optimizer, adapter, **arguments), adapter
+    trained = by_hand.train(model, optimizer, adapter, **arguments)
+    adapter.detach()  # its last values remain when the optimizer is gone
+    return trained, adapter
 
 
 @every_rule

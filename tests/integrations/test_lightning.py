@@ -106,7 +106,9 @@ def expected(rule, optimizer=by_hand.momentum, **arguments):
     model = by_hand.network()
     optimizer = optimizer(model.parameters())
     adapter = layerwise.LayerwiseLR(optimizer, rule, model)
-    return by_hand.train(model, optimizer, adapter, **arguments), adapter
+    trained = by_hand.train(model, optimizer, adapter, **arguments)
+    adapter.detach()  # its last values remain when the optimizer is gone
+    return trained, adapter
 
 
 def without_prefix(factors):

@@ -739,6 +739,8 @@ def replicas(rank: int, world: int) -> Any:
     for part, placement in zip(parallel, (Shard(0), Replicate()), strict=True):
         for p in list(part.parameters()):
             replace(part, p, distribute_tensor(p.detach(), mesh, [placement]))
+    for adapter in adapters:  # its last values remain when the optimizer is gone
+        adapter.detach()
     optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
     adapters += [layerwise.LayerwiseLR(optimizer, rule, parallel) for rule in rules]
     for p in parallel.parameters():
