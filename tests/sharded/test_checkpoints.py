@@ -54,7 +54,8 @@ def go_on(rank: int, name: str, folder: str, steps: int) -> Any:
 def go_on_to_the_end_of_the_epoch(rank: int, way: str, name: str, folder: str) -> Any:
     """Load what was saved just before the end of the first epoch, and end it."""
     model = WAYS[way](network())
-    adapter = attach(CASES[name], model, CASES[name].optimizer(model.parameters()))
+    optimizer = CASES[name].optimizer(model.parameters())
+    adapter = attach(CASES[name], model, optimizer)
     layerwise.load_checkpoint(adapter, folder)
     adapter.end_epoch()
     return selection_of(adapter)
