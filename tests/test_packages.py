@@ -82,7 +82,7 @@ def assert_remedies_work(guest: Guest, message: str) -> None:
         neutral = [factors(1, 1, 1)] * len(DISTINCT)
         weights = [with_permanent_groups(build(guest, by_layer=True), entries) for entries in (fixed, neutral)]
         assert not same(*weights)
-    assert found or "permanent groups" in message or re.search(r"attach to|use another|without", message)
+    assert found or re.search(r"permanent groups|a group for each layer|attach to|use another|without", message)
 
 
 @by_guest

@@ -312,7 +312,10 @@ def _remedy(optimizer: Any) -> str:
     if reason_against(optimizer, "update") is None:
         return "use apply='update'"
     if why_not_rate(optimizer) is None:
-        return "use apply='lr'"
+        if reason_against(optimizer, "groups") is None:
+            return "use apply='lr'"
+        name = type(optimizer).__name__
+        return f"use apply='lr' with a group for each layer, {name}(layerwise.param_groups(model), …)"
     verdict = verdict_of(optimizer)
     permanent = verdict is None or verdict.permanent
     if divides_by_gradients(optimizer):
