@@ -192,6 +192,7 @@ def test_lazy_modules_are_attached_to_before_they_have_a_size():
     assert all(factor > 1 for factor in adapter.get_last_factors().values())
 
 
+@pytest.mark.filterwarnings("ignore:the optimizer's parameters hold no values")
 def test_parameters_without_memory_are_attached_to():
     with FakeTensorMode():
         model = network()
