@@ -363,7 +363,10 @@ def _watch(event, arguments):
     elif event in ("os.rename", "os.symlink", "os.link"):
         words = os.path.abspath(os.fsdecode(arguments[1]))
     elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate"):
-        words = os.path.abspath(os.fsdecode(arguments[0]))
+        # What a temporary folder is emptied by names files relative to it.
+        inside = arguments[1] if event in ("os.remove", "os.rmdir") and arguments[1] >= 0 else None
+        above = "" if inside is None else os.readlink(f"/proc/self/fd/{inside}")
+        words = os.path.abspath(os.path.join(above, os.fsdecode(arguments[0])))
     elif event in ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto", "urllib.Request"):
         words = repr(arguments[1:])
     elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):

@@ -46,7 +46,7 @@ class Small:
     def __init__(self, log: Path, pause: float = 0.0, ends: str = "") -> None:
         self.log, self.pause, self.ends, self.done = log, pause, ends, 0
 
-    def trial(self, configuration: Configuration, device: str) -> Trial:
+    def trial(self, configuration: Configuration, device: str, copies: Path | None = None) -> Trial:
         """Make the trial of a run."""
         torch.manual_seed(configuration.seed)
         model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.3), nn.Tanh(), nn.Linear(16, 3))

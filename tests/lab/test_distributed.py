@@ -292,7 +292,7 @@ class Guest:
     def __init__(self, ranks):
         self.ranks = ranks
 
-    def trial(self, configuration, device):
+    def trial(self, configuration, device, copies=None):
         calls = []
 
         def loss(network, batch):
