@@ -107,6 +107,7 @@ def with_adapter(
         run.factors.append(None if step in overflows else list(adapter.get_last_factors().values()))
         if (step + 1) % steps_in_an_epoch == 0:
             adapter.end_epoch()
+    adapter.detach()  # its last values remain when the optimizer is gone
     return run.end(optimizer, list(model.parameters())), adapter
 
 

@@ -248,9 +248,7 @@ class LayerwiseLR(StaysBehind):
         Raises:
             TypeError: It is no mapping.
             ValueError: It is of another version, or of other layers; nothing is changed then.
-            RuntimeError: The optimizer no longer exists, or the model has other parameters now.
         """
-        self._attached.check_current()
         check_saved(state_dict, self.rule, self.layers)
         self._attached.load(state_dict["state"])
         self._epoch = state_dict["epoch"]

@@ -41,7 +41,6 @@ READINGS = {
     "get_last_lr": lambda adapter: adapter.get_last_lr(),
     "get_last_selection": lambda adapter: adapter.get_last_selection(),
     "end_epoch": lambda adapter: adapter.end_epoch(),
-    "load_state_dict": lambda adapter: adapter.load_state_dict(adapter.state_dict()),
 }
 
 

@@ -261,7 +261,8 @@ def test_what_can_never_amplify_is_told_when_attached(caplog: pytest.LogCaptureF
 def test_an_epoch_without_steps_is_told(caplog: pytest.LogCaptureFixture) -> None:
     model = Named()
     rule = GradientAmplification(Directionality(threshold=0.5), [Phase(9, True)])
-    adapter = layerwise.LayerwiseLR(sgd(model.parameters()), rule, model)
+    optimizer = sgd(model.parameters())
+    adapter = layerwise.LayerwiseLR(optimizer, rule, model)
     assert "epoch 1" in repr(adapter)
     adapter.end_epoch()
     assert "epoch 1: no step of it counted; was end_epoch() called twice?" in [r.getMessage() for r in caplog.records]

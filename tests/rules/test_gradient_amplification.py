@@ -175,12 +175,13 @@ def test_the_choice_is_that_of_the_reference(dtype: torch.dtype, measure: Any, s
 
 def test_before_anything_is_measured_nothing_is_known() -> None:
     model = network()
-    adapter = layerwise.LayerwiseLR(sgd(model), GradientAmplification(Directionality(), SHORT), model)
+    optimizer, alone = sgd(model), sgd(model)
+    adapter = layerwise.LayerwiseLR(optimizer, GradientAmplification(Directionality(), SHORT), model)
     for value, z, selected in adapter.get_last_selection().values():
         assert math.isnan(value)
         assert math.isnan(z)
         assert selected is False
-    plain = layerwise.LayerwiseLR(sgd(model), LayerAdaptive(), model)
+    plain = layerwise.LayerwiseLR(alone, LayerAdaptive(), model)
     with pytest.raises(ValueError, match="chooses no layers; GradientAmplification and LayerFreezing do"):
         plain.get_last_selection()
 
