@@ -298,6 +298,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         Settings(out=tmp_path / "file")
-    monkeypatch.setattr(experiment.os, "getpid", lambda: "x/y")
+    def refused(**_):
+        raise NotADirectoryError(20, "Not a directory")
+
+    monkeypatch.setattr(experiment.tempfile, "TemporaryFile", refused)
     with pytest.raises(UsageError, match="cannot be written"):
         carry_out(tiny_plan(), Settings(out=tmp_path / "runs"))
