@@ -298,6 +298,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         Settings(out=tmp_path / "file")
+
     def refused(**_):
         raise NotADirectoryError(20, "Not a directory")
 
