@@ -8,6 +8,7 @@ import inspect
 import io
 import random
 import sys
+import threading
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Generator, Mapping, Sequence
@@ -25,6 +26,8 @@ LARGEST = 2**16
 """Numbers in a tensor from which on it is no toy's: copying it would cost memory."""
 SIDE = 4
 """The largest size of a toy in each dimension."""
+MOST_GROUPS = 16
+"""The number of a twin's groups, where the optimizer has more."""
 RATE = 0.01
 """The largest rate of a twin's groups; the others keep their ratio to it."""
 COLLECTIVES = ("c10d", "_c10d_functional", "_dtensor")
@@ -118,7 +121,8 @@ class Workshop:
 
     def __init__(self, optimizer: Optimizer, dtype: torch.dtype | None, *, construct: bool, way: str) -> None:
         self.optimizer, self.construct, self.way = optimizer, construct, way
-        groups = optimizer.param_groups
+        self._numbers = _representatives(optimizer.param_groups)
+        self._sources = groups = [optimizer.param_groups[number] for number in self._numbers]
         most = SIDE if len(groups) <= 8 else 2
         self.positions = [_chosen(group["params"], most) for group in groups]
         self.real = [group["params"][i] for group, found in zip(groups, self.positions, strict=True) for i in found]
@@ -164,7 +168,7 @@ class Workshop:
         groups: list[dict[str, Any]] = []
         left = iter(toys)
         shared: dict[int, Any] = {}  # defaults are one object for all groups
-        for source, positions in zip(self.optimizer.param_groups, self.positions, strict=True):
+        for source, positions in zip(self._sources, self.positions, strict=True):
             group: dict[str, Any] = {}
             for name, value in source.items():
                 if name == "params":
@@ -195,8 +199,8 @@ class Workshop:
         twin: Any = object.__new__(type(source))
         known = dict(zip(map(id, self.real), toys, strict=True))
         memo: dict[int, Any] = {id(source): twin, id(source.state): defaultdict[Any, Any](dict)}
-        for group, made in zip(source.param_groups, groups, strict=True):
-            memo[id(group)] = made
+        memo.update({id(group): made for group, made in zip(self._sources, groups, strict=True)})
+        for group in source.param_groups:
             for p in group["params"]:  # those that are not among the toys, too: lists may hold them all
                 memo[id(p)] = known[id(p)] if id(p) in known else nn.Parameter(torch.zeros(1), requires_grad=False)
         memo[id(source.param_groups)] = groups
@@ -210,6 +214,8 @@ class Workshop:
             elif name in left_out:
                 continue
             else:
+                if type(value) in (list, tuple) and len(value) == len(source.param_groups) > len(groups):
+                    value = type(value)(value[number] for number in self._numbers)  # an entry for each group
                 made = _with_keys(copy.deepcopy(_generator_copy(value), memo), memo)
             object.__setattr__(twin, name, made)
         for name, value in (("state", memo[id(source.state)]), ("param_groups", groups)):
@@ -286,6 +292,24 @@ def attributes_of(optimizer: Any) -> dict[str, Any]:
     return {**vars(optimizer), **slots_of(optimizer)}
 
 
+def _representatives(groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the numbers of the groups to make: all, or of many two of each kind, so that hundreds cost as few do."""
+    if len(groups) <= MOST_GROUPS:
+        return list(range(len(groups)))
+    count: dict[Any, int] = {}
+    found: list[int] = []
+    for number, group in enumerate(groups):
+        options = [
+            (name, repr(value) if isinstance(value, (bool, int, str)) else type(value).__name__)
+            for name, value in group.items()
+        ]
+        kind = (*options, *{(_toy_shape(p), p.requires_grad) for p in group["params"][:SIDE]})
+        count[kind] = count.get(kind, 0) + 1
+        if count[kind] <= 2 and len(found) < MOST_GROUPS:
+            found.append(number)
+    return found
+
+
 def _chosen(parameters: Sequence[Tensor], most: int) -> list[int]:
     """Return the positions of parameters to take after: two of each toy shape, and then the first ones."""
     count: dict[tuple[int, ...], int] = {}
@@ -308,7 +332,7 @@ def _kept(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _toy_values(p: Tensor, dtype: torch.dtype | None, generator: torch.Generator, *, zero_mean: bool) -> Tensor:
-    drawn = torch.randn(_toy_shape(p), generator=generator, dtype=torch.float64)
+    drawn = torch.randn(_toy_shape(p), generator=generator, dtype=torch.float64, device="cpu")
     if zero_mean and drawn.numel() > 1:
         drawn -= drawn.mean()
     device = "cpu" if p.device.type == "meta" else p.device
@@ -356,10 +380,15 @@ def _seed(number: int, parameters: Sequence[Tensor]) -> None:
         sys.modules["numpy"].random.seed(number)
 
 
+# Generators and the console are the whole program's: two threads at a time would put back each other's.
+_one_at_a_time = threading.RLock()
+
+
 @contextlib.contextmanager
 def undisturbed(parameters: Sequence[Tensor]) -> Generator[Guard]:
     """Keep real weights, random generators and the console as they are; a step that compiles itself runs eagerly."""
     devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
+    _one_at_a_time.acquire()
     own, numpy = random.getstate(), sys.modules.get("numpy")
     drawn = numpy.random.get_state() if numpy else None
     guard = Guard(parameters)
@@ -382,3 +411,4 @@ def undisturbed(parameters: Sequence[Tensor]) -> Generator[Guard]:
         for p, before in zip(parameters, data, strict=True):
             if _storage(p) != _storage(before):  # `p.data = …` is no operation that the guard sees
                 p.data = before
+        _one_at_a_time.release()
