@@ -1,4 +1,4 @@
-"""What a trial on toy parameters leaves open about an optimizer, looked at in its first real step."""
+"""Checks in an optimizer's first real step what its trial on toy parameters could not show."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from .trial import Verdict, holds_copies
 
 CLOSE = 1e-6
-"""The relative difference between norms of equal weights on processors of different types."""
+"""The largest relative difference of norms that count as equal."""
 
 
 class FirstSteps:
-    """Raises in the first step where it shows that factors would come out wrong; weights and state stay as they were.
+    """Raises in the first step if factors would act wrongly; weights and state are restored.
 
-    Costs, in the first step only: a collective, where the optimizer's own step communicates and the rule reads
-    gradients; a copy of the parameters, where an optimizer that could not be tried begins without state.
+    The cost falls on the first step only. If the optimizer's own step communicates and the rule reads gradients, it is
+    one collective. If the optimizer could not be tried and has no state yet, it is a copy of the parameters.
 
     Args:
-        name: The optimizer's class.
-        verdict: What the trial found.
+        name: The name of the optimizer's class.
+        verdict: The result of its trial.
         reads_gradients: Whether the rule's factors depend on gradients.
-        under_update: Whether factors act on the finished step.
+        under_update: Whether `apply="update"` is in use.
     """
 
     def __init__(self, name: str, verdict: Verdict, *, reads_gradients: bool, under_update: bool) -> None:
@@ -36,7 +36,7 @@ class FirstSteps:
         self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def before(self, optimizer: Any) -> None:
-        """Look before a step is taken."""
+        """Check before the step."""
         self._before = None
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self._compares:
@@ -53,7 +53,7 @@ class FirstSteps:
 
     @torch.no_grad()
     def after(self, optimizer: Any) -> None:
-        """Look at the state that the first step has made; where it is refused, undo the step."""
+        """Check the state that the first step has created; if it is refused, undo the step."""
         before, self._before = self._before, None
         if before is None:
             return
@@ -73,14 +73,14 @@ class FirstSteps:
         if holds_copies(optimizer, weights):
             raise RuntimeError(
                 f"apply='update' does not work with {self._name}: its state holds copies of the weights, from which it "
-                "may compute the next ones, so a scaled step would be undone, and it cannot be tried on toy parameters "
-                f"({self._verdict.untried}); weights and state are as before this step. For factors that never "
-                "change use permanent groups with rates of their own, "
+                "may compute the next weights, which would undo a scaled step. It cannot be tried on toy parameters "
+                f"({self._verdict.untried}). Weights and state are as before this step. For factors that never "
+                "change, use permanent groups: "
                 f"{self._name}(layerwise.param_groups(model), …)"
             )
 
     def _compare_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Raise on all processes where equal weights have other gradients: the step averages them itself."""
+        """Raise on all processes if equal weights have different gradients, which the step averages itself."""
         plain = [p for p in parameters if not hasattr(p, "device_mesh")]
         own = [(_norm(p), _norm(p.grad)) for p in plain]
         group = self._verdict.process_group
@@ -88,15 +88,15 @@ class FirstSteps:
         torch.distributed.all_gather_object(gathered, own, group=group)
         others = cast("list[list[tuple[float, float]]]", gathered)
         if any(len(one) != len(own) for one in others):
-            return  # each process has parameters of its own
+            return  # the processes hold different parameters
         for number in range(len(own)):
             weights, gradients = ([one[number][kind] for one in others] for kind in range(2))
             if _alike(weights) and not _alike(gradients):
                 raise RuntimeError(
                     f"the processes hold equal weights and different gradients, which {self._name} averages in its "
-                    "step, after the factors have been computed of them: the factors would differ, and the weights "
-                    "drift apart; nothing has changed. Average the gradients before step() "
-                    "(DistributedDataParallel does), or use a rule whose factors do not depend on gradients"
+                    "step. The factors are computed before that, so they would differ, and the weights would drift "
+                    "apart. Nothing has changed. Average the gradients before step() (DistributedDataParallel "
+                    "does), or use a rule whose factors do not depend on gradients"
                 )
 
 
@@ -110,17 +110,17 @@ def _alike(numbers: Sequence[float]) -> bool:
 
 
 class KnownGroups:
-    """All parameters that an optimizer has held which replaces its groups in its step, with their last options.
+    """All parameters, with their latest options, of an optimizer that replaces its groups in its step.
 
     Args:
-        groups: The groups it has.
+        groups: The optimizer's groups.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         self.param_groups: list[dict[str, Any]] = [{**group, "params": list(group["params"])} for group in groups]
 
     def update(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Take over the options of the groups that the optimizer has now, and its new parameters."""
+        """Take over the current groups' options, and parameters that are new."""
         now: dict[int, Mapping[str, Any]] = {id(p): group for group in groups for p in group["params"]}
         known = {id(p) for group in self.param_groups for p in group["params"]}
         for group in self.param_groups:

@@ -1,4 +1,4 @@
-"""A twin of an optimizer on a few toy parameters, on which its step can be tried without touching the real ones."""
+"""Copies of an optimizer (twins) on a few small toy parameters, for trials that leave the real ones alone."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .splits import can_change
-from .tensors import slots_of
+from .tensors import several_processes, slots_of
 
 LARGEST = 2**16
-"""Numbers in a tensor from which on it is no toy's: copying it would cost memory."""
+"""The most elements that a tensor of a twin may have: copying larger ones would cost memory."""
 SIDE = 4
 """The largest size of a toy in each dimension."""
 MOST_GROUPS = 16
 """The number of a twin's groups, where the optimizer has more."""
 RATE = 0.01
-"""The largest rate of a twin's groups; the others keep their ratio to it."""
+"""The largest learning rate of a twin's groups; the other rates keep their ratio to it."""
 COLLECTIVES = ("c10d", "_c10d_functional", "_dtensor")
 
 
 class CannotTryError(Exception):
-    """Says why an optimizer cannot be tried."""
+    """An optimizer cannot be tried, for the reason given."""
 
 
 class CommunicatesError(Exception):
-    """The step has begun to communicate with other processes."""
+    """A step starts to communicate with other processes."""
 
     def __init__(self, group: Any) -> None:
         super().__init__("its step communicates")
@@ -46,10 +46,10 @@ class CommunicatesError(Exception):
 
 
 class Guard(TorchDispatchMode):
-    """Stops a step of a twin that would communicate, or that reaches real weights, before it does.
+    """Raises before a twin's step communicates, or touches the real weights.
 
     Args:
-        real: Tensors that must stay as they are.
+        real: The real weights.
     """
 
     def __init__(self, real: Sequence[Tensor]) -> None:
@@ -59,15 +59,15 @@ class Guard(TorchDispatchMode):
         self.stopped: Exception | None = None
 
     def look_at(self, tensor: Tensor) -> None:
-        """Stop where a tensor is no toy's."""
+        """Raise if a tensor is large or shares memory with the real weights."""
         if tensor.numel() > LARGEST:
             self.stop(CannotTryError("it holds large tensors of its own"))
         if _storage(tensor) in self._real:
-            self.stop(CannotTryError("it reaches its parameters by a way of its own"))
+            self.stop(CannotTryError("it reaches its parameters other than through its parameter groups"))
 
     def stop(self, reason: Exception) -> None:
-        """Stop the step."""
-        self.stopped = reason  # its code may catch what is raised here
+        """Raise the reason, and keep it."""
+        self.stopped = reason  # the step may catch what is raised here
         raise reason
 
 
@@ -83,14 +83,8 @@ def _look_at_operation(self: Guard, func: Any, types: Any, args: Any = (), kwarg
     return func(*args, **kwargs)
 
 
-# Set here because PyTorch wraps a method of the class statement so that it imports its compiler, which takes seconds.
+# Defined outside the class, where PyTorch would wrap it and import the compiler, which takes seconds.
 Guard.__torch_dispatch__ = cast(Any, _look_at_operation)
-
-
-def several_processes() -> bool:
-    """Tell whether this process is one of several that can communicate."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _storage(tensor: Tensor) -> int | None:
@@ -113,10 +107,10 @@ class Workshop:
     """Makes twins of an optimizer, all with equal toy parameters and gradients.
 
     Args:
-        optimizer: The optimizer; only read.
-        dtype: Of floating-point toys; None takes that of each parameter.
-        construct: Whether to build twins by the class's constructor instead of copying attributes.
-        way: How a step is called: `"plain"`, with a `"closure"`, or with gradients that have a `"graph"`.
+        optimizer: The optimizer, which is only read.
+        dtype: The type of floating-point toys; None keeps that of each parameter.
+        construct: Whether twins are built by the constructor, rather than by copying attributes.
+        way: How steps are called: `"plain"`, with a `"closure"`, or after a backward pass that creates a `"graph"`.
     """
 
     def __init__(self, optimizer: Optimizer, dtype: torch.dtype | None, *, construct: bool, way: str) -> None:
@@ -136,7 +130,7 @@ class Workshop:
         self._scale = RATE / max(map(abs, rates), default=1.0) if any(rates) else None
 
     def gradients(self, step: int) -> list[Tensor | None]:
-        """Return the toys' gradients at a step; with a mean of zero, orthogonal to a shift of all numbers."""
+        """Return the toys' gradients at a step. Their mean is zero, so they are orthogonal to a shift."""
         while len(self._gradients) <= step:
             self._gradients.append(
                 [
@@ -150,7 +144,7 @@ class Workshop:
         """Return a new twin.
 
         Args:
-            decay: Whether weights decay.
+            decay: Whether weight decay is on.
         """
         toys: list[Any] = []
         for p, start in zip(self.real, self._start, strict=True):
@@ -160,7 +154,7 @@ class Workshop:
             toys.append(toy)
         groups = self._groups(toys, decay)
         made = self._constructed(groups) if self.construct else self._copied(groups, toys)
-        if callable(getattr(made, "train", None)):  # schedule-free ones step in this mode only
+        if callable(getattr(made, "train", None)):  # schedule-free optimizers step in this mode only
             made.train()
         return Twin(self, made, toys)
 
@@ -201,7 +195,7 @@ class Workshop:
         memo: dict[int, Any] = {id(source): twin, id(source.state): defaultdict[Any, Any](dict)}
         memo.update({id(group): made for group, made in zip(self._sources, groups, strict=True)})
         for group in source.param_groups:
-            for p in group["params"]:  # those that are not among the toys, too: lists may hold them all
+            for p in group["params"]:  # all of them, since attributes may list every parameter
                 memo[id(p)] = known[id(p)] if id(p) in known else nn.Parameter(torch.zeros(1), requires_grad=False)
         memo[id(source.param_groups)] = groups
         for copied, number, dtype in self._copies:
@@ -224,7 +218,7 @@ class Workshop:
         return twin
 
     def _find_copies(self) -> list[tuple[int, int, torch.dtype]]:
-        """Return the ids of copies of the real weights that the optimizer holds, the toys' numbers, and the types."""
+        """Return for each copy of a real weight in the attributes its id, the number of the toy, and its type."""
         found: list[tuple[int, int, torch.dtype]] = []
         for name, value in attributes_of(self.optimizer).items():
             for tensor in tensors_in(value, 3) if name not in ("state", "param_groups") else ():
@@ -236,11 +230,11 @@ class Workshop:
 
 
 class Twin:
-    """An optimizer like another one, with toy parameters.
+    """A copy of an optimizer on toy parameters.
 
     Args:
-        workshop: What made it.
-        optimizer: The twin.
+        workshop: The workshop that made it.
+        optimizer: The copy.
         toys: Its parameters.
     """
 
@@ -252,8 +246,8 @@ class Twin:
         """Take a step.
 
         Args:
-            number: The step's, which says what its gradients and random numbers are.
-            gradient: Multiplies the gradients.
+            number: The number of the step, which determines its gradients and random numbers.
+            gradient: A factor on the gradients.
         """
         way = self.workshop.way
         for p, g in zip(self.toys, self.workshop.gradients(number), strict=True):
@@ -280,7 +274,7 @@ class Twin:
 
 
 def bare_step(kind: Any) -> Any:
-    """Return a class's step without the hooks that PyTorch wraps around it."""
+    """Return a class's `step` without PyTorch's wrapper for hooks."""
     step: Any = kind.step
     while getattr(step, "hooked", False) and hasattr(step, "__wrapped__"):
         step = step.__wrapped__
@@ -288,7 +282,7 @@ def bare_step(kind: Any) -> Any:
 
 
 def attributes_of(optimizer: Any) -> dict[str, Any]:
-    """Return an object's attributes, those in `__slots__` too."""
+    """Return an object's attributes, including those in `__slots__`."""
     return {**vars(optimizer), **slots_of(optimizer)}
 
 
@@ -311,7 +305,7 @@ def _representatives(groups: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def _chosen(parameters: Sequence[Tensor], most: int) -> list[int]:
-    """Return the positions of parameters to take after: two of each toy shape, and then the first ones."""
+    """Return the positions of the parameters that get a toy: two of each toy shape, then the first others."""
     count: dict[tuple[int, ...], int] = {}
     found: list[int] = []
     for position, p in enumerate(parameters):
@@ -350,7 +344,7 @@ def tensors_in(value: Any, depth: int) -> Generator[Tensor]:
 
 
 def _option(value: Any, count: int, positions: Sequence[int]) -> Any:
-    """Return a copy of a group's option; of a list with an entry for each parameter, the toys' entries."""
+    """Return a copy of a group's option. A list with an entry for each parameter keeps the toys' entries."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if type(value) in (list, tuple) and len(value) == count > SIDE:
@@ -363,7 +357,7 @@ def _generator_copy(value: Any) -> Any:
 
 
 def _with_keys(value: Any, memo: Mapping[int, Any]) -> Any:
-    """Return a dictionary by `id(parameter)` as one by the ids of the toys."""
+    """Replace the keys of a dictionary keyed by `id(parameter)` with the ids of the toys."""
     if type(value) is dict:
         entries = cast("dict[Any, Any]", value)
         if entries and all(type(key) is int and key in memo for key in entries):
@@ -372,7 +366,7 @@ def _with_keys(value: Any, memo: Mapping[int, Any]) -> Any:
 
 
 def _seed(number: int, parameters: Sequence[Tensor]) -> None:
-    torch.default_generator.manual_seed(number)  # torch.manual_seed writes down the stack, which takes long
+    torch.default_generator.manual_seed(number)  # torch.manual_seed records the call stack, which is slow
     if parameters and parameters[0].device.type == "cuda":
         torch.cuda.manual_seed_all(number)
     random.seed(number)
@@ -386,7 +380,7 @@ _one_at_a_time = threading.RLock()
 
 @contextlib.contextmanager
 def undisturbed(parameters: Sequence[Tensor]) -> Generator[Guard]:
-    """Keep real weights, random generators and the console as they are; a step that compiles itself runs eagerly."""
+    """Protect the real weights and the random generators, silence output, and run compiled steps eagerly."""
     devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
     _one_at_a_time.acquire()
     own, numpy = random.getstate(), sys.modules.get("numpy")
@@ -409,6 +403,6 @@ def undisturbed(parameters: Sequence[Tensor]) -> Generator[Guard]:
         if numpy and drawn is not None:
             numpy.random.set_state(drawn)
         for p, before in zip(parameters, data, strict=True):
-            if _storage(p) != _storage(before):  # `p.data = …` is no operation that the guard sees
+            if _storage(p) != _storage(before):  # the guard does not see `p.data = …`
                 p.data = before
         _one_at_a_time.release()

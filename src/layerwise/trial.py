@@ -1,8 +1,9 @@
-"""Finds out on toy parameters where a factor can act on an optimizer that is not torch's own.
+"""Tests on small toy parameters where a factor can act on an optimizer of another package.
 
-A class is tried once for each way in which it is set: some twelve steps of a twin on a few tiny tensors, about a tenth
-of a second. What holds there is asked of PyTorch's own rule for rates, parameter groups, alone: whether the groups may
-be taken apart, whether this step's rate acts as permanent groups with that rate do, and whether a scaled step stays.
+Each class is tried once for each setting: runs of twelve steps of a copy (the twin) on a few tiny tensors, 0.1 to
+0.7 s of CPU time. Parameter groups with fixed rates are the reference. The trial answers three questions. May a group
+be divided? Does a rate that changes with each step act as the same rate of a permanent group does? Does a scaled step
+last, or does the optimizer take the weights back?
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .known_optimizers import divides_by_gradients as known_to_divide
 from .known_optimizers import reason_against as known_reason
 from .partition import Partition
 from .splits import write_back
-from .tensors import has_values, runs_on_fakes
+from .tensors import has_values, runs_on_fakes, several_processes
 from .toys import (
     CannotTryError,
     CommunicatesError,
@@ -31,44 +32,49 @@ from .toys import (
     Twin,
     Workshop,
     attributes_of,
-    several_processes,
     tensors_in,
     undisturbed,
 )
 
 STEPS = 12
 MIDDLE = 4
-"""The step at which factors come in a run that begins without."""
+"""The step at which the factors change, or begin."""
 LONG = 60
-"""Steps of a run that looks for slow weights, where the state holds copies of the weights."""
+"""Steps of a run where the state holds copies of the weights, which may act on the weights only every few steps."""
 EARLY, LATER = (0.5, 1.5, 0.75, 1.25), (1.75, 0.6, 1.4, 0.8)
 """The factors of the toys, in turn, before and after `MIDDLE`."""
-CLOSE = {torch.float64: 1e-6, torch.float32: 1e-2}
-"""The difference between two runs that counts as rounding, relative to how far the weights go; else `COARSE`."""
-MOVED = {torch.float64: 1e-5, torch.float32: 1e-3}
-"""The difference that counts as the effect of factors of one half to two."""
+ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-2}
+"""The largest difference of two runs that counts as rounding, relative to how far the weights move.
+
+Other types take `COARSE`.
+"""
+EFFECT = {torch.float64: 1e-5, torch.float32: 1e-3}
+"""The smallest difference that counts as an effect of the factors, relative to how far the weights move."""
 COARSE = 0.05
 HALF = {torch.float16, torch.bfloat16}
-UNDONE = 0.03
-"""The part of a shift of the weights that a step may undo: more, and it goes back to weights of its own."""
+MOST_UNDONE = 0.03
+"""The largest part of a shift of the weights that a step may undo.
+
+An optimizer that undoes more keeps weights of its own.
+"""
 SCALELESS = 0.005
-"""With doubled gradients an optimizer that divides by them goes at most this part of its way elsewhere."""
+"""The largest effect of doubled gradients on an optimizer that divides by them, relative to how far weights move."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of an optimizer; reasons are phrases that follow its name.
+    """The result of a trial. Each reason is a phrase that follows the optimizer's name.
 
     Args:
-        lr: Why a step's rate cannot carry a factor; None if it can.
-        update: Why the finished step cannot.
-        groups: Why parameter groups of several layers must stay whole.
+        lr: Why `apply="lr"` cannot work; None if it can.
+        update: Why `apply="update"` cannot work; None if it can.
+        groups: Why parameter groups must not be divided; None if they may.
         untried: Why the trial could not run; None if it could.
-        permanent: Whether permanent groups with rates of their own act.
-        scaleless: Whether a factor on the gradients means next to nothing.
+        permanent: Whether permanent groups with different rates work.
+        scaleless: Whether a factor on the gradients has almost no effect.
         replaces: Whether a step replaces the parameter groups.
         communicates: Whether a step communicates with other processes.
-        process_group: The process group that it uses first; None for the default one.
+        process_group: The first process group that the step uses; None for the default one.
     """
 
     lr: str | None = None
@@ -82,7 +88,9 @@ class Verdict:
     process_group: Any = None
 
 
-ALONE = "does not read the rates of its parameter groups (in a trial on toy parameters a factor on them did nothing)"
+IGNORES_RATES = (
+    "does not read the rates of its parameter groups (in a trial on toy parameters a factor on them did nothing)"
+)
 ONE_RATE = "takes the rate of one of its parameter groups for the parameters of others (in a trial on toy parameters)"
 SETS_RATES = "sets the rates of its parameter groups itself (in a trial on toy parameters)"
 TOGETHER = (
@@ -96,7 +104,7 @@ OWN_WEIGHTS = (
 COPIES = "keeps copies of the weights, from which it may compute the next ones, and cannot be tried on toy parameters"
 REPLACED = "replaces its parameter groups in its step"
 FOLLOWS_RATE = "keeps numbers in its parameter groups that follow from the rate"
-SHARED_OUT = (
+MAY_PARTITION = (
     "communicates in its step, so the processes may share the parameters of a group out by their positions in it"
 )
 OTHER_RATE = (
@@ -106,7 +114,7 @@ OTHER_RATE = (
 
 
 def reason_against(optimizer: Optimizer, where: Where) -> str | None:
-    """Return why a factor cannot act there, from what is known of the class and from its trial; None if it can."""
+    """Return why a factor cannot act at a place, from the known classes or from a trial; None if it can."""
     reason = known_reason(optimizer, where)
     if reason is None and where != "anywhere" and (verdict := verdict_of(optimizer)) is not None:
         reason = getattr(verdict, where)
@@ -114,7 +122,7 @@ def reason_against(optimizer: Optimizer, where: Where) -> str | None:
 
 
 def divides_by_gradients(optimizer: Optimizer) -> bool:
-    """Tell whether a gradient's scale means next to nothing to this optimizer of another package."""
+    """Tell whether the scale of the gradients has almost no effect on the optimizer."""
     if known_to_divide(optimizer):
         return True
     verdict = verdict_of(optimizer)
@@ -122,14 +130,14 @@ def divides_by_gradients(optimizer: Optimizer) -> bool:
 
 
 def verdict_of(optimizer: Optimizer) -> Verdict | None:
-    """Return what a trial of the optimizer found; None for torch's own."""
+    """Return the result of the optimizer's trial; None for one of PyTorch's own."""
     if not is_foreign(type(optimizer)):
         return None
     known = _of_optimizer.get(id(optimizer))
     if known is not None and known[0]() is optimizer:
         return known[1]
     if any(not has_values(p) or runs_on_fakes(p) for group in optimizer.param_groups for p in group["params"][:1]):
-        return Verdict()  # nothing to try it with, until values exist
+        return Verdict()  # no trial before the parameters have values
     verdict = _tried(optimizer)
     key = id(optimizer)
     _of_optimizer[key] = (weakref.ref(optimizer, lambda _: _of_optimizer.pop(key, None)), verdict)
@@ -137,7 +145,7 @@ def verdict_of(optimizer: Optimizer) -> Verdict | None:
 
 
 def try_again(optimizer: Any) -> None:
-    """Forget what was found of this optimizer, since its groups have changed; a known setting is not tried again."""
+    """Forget the verdict of an optimizer whose groups have changed; verdicts of settings stay cached."""
     _of_optimizer.pop(id(optimizer), None)
 
 
@@ -147,7 +155,7 @@ _of_setting: dict[Any, Verdict] = {}
 
 @lru_cache(maxsize=256)
 def is_foreign(kind: type) -> bool:
-    """Tell whether a class takes its steps in another way than an optimizer of torch."""
+    """Tell whether the step of a class is not that of a PyTorch optimizer."""
     own = [c for c in kind.__mro__ if c.__module__.startswith("torch.")]
     if not own or own[0] is Optimizer:
         return True
@@ -169,13 +177,13 @@ def _tried(optimizer: Any) -> Verdict:
             _attempt(optimizer, construct, wide, way)
             for construct, wide, way in product((False, True), (True, False), ("plain", "closure", "graph"))
         )
-        first = next(verdicts)  # which says why, if none could be tried
+        first = next(verdicts)  # gives the reason if every attempt fails
         _of_setting[key] = next((one for one in chain([first], verdicts) if one.untried is None), first)
     return _of_setting[key]
 
 
 def _setting(optimizer: Optimizer) -> Any:
-    """Return what decides the outcome of a trial."""
+    """Return the cache key: all that a trial's outcome depends on."""
 
     def simple(options: dict[str, Any]) -> tuple[Any, ...]:
         kept = {bool, int, float, str, tuple, type(None)}
@@ -201,13 +209,13 @@ def _setting(optimizer: Optimizer) -> Any:
 
 
 def _attempt(optimizer: Any, construct: bool, wide: bool, way: str) -> Verdict:
-    """Try an optimizer; the verdict says why where that cannot be done.
+    """Try an optimizer; if that fails, the verdict's `untried` says why.
 
     Args:
         optimizer: The optimizer.
         construct: Whether twins are built by the class's constructor.
-        wide: Whether toys are of float64, which tells rounding from a difference.
-        way: How steps are called.
+        wide: Whether toys are float64, which separates rounding from real differences.
+        way: How steps are called, see `Workshop`.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     dtype = torch.float64 if wide and not any(p.is_complex() for p in parameters) else None
@@ -216,14 +224,14 @@ def _attempt(optimizer: Any, construct: bool, wide: bool, way: str) -> Verdict:
         try:
             verdict = Trial(workshop, guard).verdict()
             if dtype is not None and not HALF.isdisjoint(p.dtype for p in parameters):
-                # Of half precision only, some keep wide copies of the weights.
+                # Some optimizers keep float32 copies of the weights only where these are of half precision.
                 own = Trial(Workshop(optimizer, None, construct=construct, way=way), guard)
                 verdict = replace(verdict, update=verdict.update or own.against_update())
             return verdict
         except Exception as error:
             reason = guard.stopped or error
     if isinstance(reason, CommunicatesError):
-        return Verdict(groups=SHARED_OUT, communicates=True, process_group=reason.group)
+        return Verdict(groups=MAY_PARTITION, communicates=True, process_group=reason.group)
     text = str(reason).strip().partition("\n")[0]
     why = text if isinstance(reason, CannotTryError) else f"{type(reason).__name__}: {text}"
     return Verdict(
@@ -234,7 +242,7 @@ def _attempt(optimizer: Any, construct: bool, wide: bool, way: str) -> Verdict:
 
 
 Run = list[list[Tensor]]
-"""The toys after each step, from before the first on."""
+"""The toys before the first step and after each step."""
 
 
 class Trial:
@@ -242,7 +250,7 @@ class Trial:
 
     Args:
         workshop: Makes the twins.
-        guard: Says whether a step was stopped.
+        guard: Stops forbidden operations, and records the reason.
     """
 
     def __init__(self, workshop: Workshop, guard: Guard) -> None:
@@ -251,7 +259,7 @@ class Trial:
         self.copies = False
 
     def verdict(self) -> Verdict:
-        """Return what is found."""
+        """Run the trial."""
         bare = self.run(None)
         if all(torch.equal(a, b) for a, b in zip(bare[0], bare[-1], strict=True)):
             raise CannotTryError("the toy parameters did not move")
@@ -263,67 +271,67 @@ class Trial:
         return replace(verdict, **self.against_rates(bare))
 
     def against_rates(self, bare: Run) -> dict[str, Any]:
-        """Return why groups must stay whole, why rates cannot carry factors, and whether those of permanent ones do."""
+        """Return the fields of the verdict about `apply="lr"` and permanent groups."""
         groups = self.against_division(bare)
         try:
-            permanent = self.run(both, permanent=True)
+            permanent = self.run(in_all_steps, permanent=True)
         except Exception as error:
             self.check()
-            return {"groups": groups} | ({"lr": fails(error), "permanent": False} if self.takes_groups() else {})
-        neutral = self.run(none, permanent=True) if groups else bare
+            return {"groups": groups} | ({"lr": failure_of(error), "permanent": False} if self.takes_groups() else {})
+        neutral = self.run(all_ones, permanent=True) if groups else bare
         moves = self.moves(neutral, permanent)
         if not moves:
-            return {"groups": groups, "lr": ALONE, "permanent": False}
+            return {"groups": groups, "lr": IGNORES_RATES, "permanent": False}
         for first in (0, 1):
-            every_second = self.run(partial(some, first), permanent=True)
+            every_second = self.run(partial(for_every_second, first), permanent=True)
             if not self.moves(neutral, every_second, first, 2):
                 return {"groups": groups, "lr": ONE_RATE, "permanent": False}
         if groups:
             return {"groups": groups, "lr": self.against_own_groups(permanent, neutral)}
-        for factors in (both, late):
+        for factors in (in_all_steps, in_later_steps):
             try:
                 with_step = self.run(factors)
             except Exception:
                 self.check()
                 return {"groups": FOLLOWS_RATE, "lr": self.against_own_groups(permanent, neutral)}
-            expected = permanent if factors is both else self.run(late, permanent=True)
+            expected = permanent if factors is in_all_steps else self.run(in_later_steps, permanent=True)
             if not self.same(with_step, expected, bare):
                 return {"groups": None, "lr": OTHER_RATE}
-            if factors is late and not self.moves(bare, expected):
+            if factors is in_later_steps and not self.moves(bare, expected):
                 return {"groups": None, "lr": "reads the rates of its parameter groups in its first steps only"}
         return {}
 
     def against_own_groups(self, permanent: Run, scale: Run) -> str | None:
-        """Return why a step's rate cannot carry a factor even where each toy has a group of its own."""
+        """Return why `apply="lr"` cannot work even where each toy has a permanent group of its own."""
         try:
-            result = self.run(both, own=True)
+            result = self.run(in_all_steps, own=True)
         except Exception:
             self.check()
             return SETS_RATES
         return None if self.same(result, permanent, scale) else OTHER_RATE
 
     def takes_groups(self) -> bool:
-        """Tell whether a step at factor 1 can be taken with a group for each toy."""
+        """Tell whether steps succeed with a permanent group for each toy, all at factor 1."""
         try:
-            self.run(none, permanent=True)
+            self.run(all_ones, permanent=True)
         except Exception:
             self.check()
             return False
         return True
 
     def against_division(self, bare: Run) -> str | None:
-        """Return why groups must stay whole: whether a step at factor 1 comes out differently when they are divided."""
+        """Return why groups must not be divided: at factor 1 their division changes the steps."""
         try:
-            divided = self.run(none)
+            divided = self.run(all_ones)
         except Exception:
             self.check()
             return TOGETHER
         return None if self.same(divided, bare, bare) else TOGETHER
 
     def against_update(self) -> str | None:
-        """Return why a finished step cannot be scaled: the next steps take the weights back.
+        """Return why a finished step cannot be scaled: later steps take the weights back.
 
-        A shift of the weights must stay. Where the state holds copies of the weights, what uses them may come late.
+        A shift of the weights must last. The run is longer where the state holds copies of the weights.
         """
         steps = LONG if self.copies else STEPS
         bare = self.run(None, decay=False, steps=steps)
@@ -334,12 +342,12 @@ class Trial:
                     continue
                 left = [float((s[toy] - b[toy]).double().mean()) for s, b in zip(shifted, bare, strict=True)][at + 1 :]
                 before = [1.0, *left[:-1]]
-                if min((now - then for now, then in zip(left, before, strict=True)), default=0.0) < -UNDONE:
+                if min((now - then for now, then in zip(left, before, strict=True)), default=0.0) < -MOST_UNDONE:
                     return OWN_WEIGHTS
         return None
 
     def is_scaleless(self) -> bool:
-        """Tell whether with doubled gradients each toy goes the same way, weight decay aside."""
+        """Tell whether doubled gradients leave the steps as they are, without weight decay."""
         bare, doubled = (self.run(None, decay=False, gradient=scale) for scale in (1.0, 2.0))
         return self.distances(doubled, bare, bare) <= SCALELESS
 
@@ -359,11 +367,12 @@ class Trial:
         """Return the toys after each step of a new twin.
 
         Args:
-            factors: Of a step, the toys' factors, or None for whole groups; None leaves the groups as they are.
-            permanent: Whether each toy has a group from the beginning, with rates that are set by hand.
-            own: Whether it has one, with rates that come with the step.
-            decay: Whether weights decay.
-            steps: How many.
+            factors: A function from a step's number to the toys' factors, or to None for undivided groups. None never
+                divides groups.
+            permanent: Whether each toy has a permanent group whose rate is set in place.
+            own: Whether each toy has a permanent group, and factors act as `apply="lr"` does.
+            decay: Whether weight decay is on.
+            steps: The number of steps.
             shift_at: The step before which 1 is added to the weights.
             gradient: Multiplies the gradients.
         """
@@ -406,7 +415,7 @@ class Trial:
         return run
 
     def check(self) -> None:
-        """Raise what the guard has stopped a step for, even where the step has caught it."""
+        """Raise the guard's exception again, in case the step has caught it."""
         if self.guard.stopped is not None:
             raise self.guard.stopped
 
@@ -415,11 +424,11 @@ class Trial:
     def same(self, first: Run, second: Run, scale: Run) -> bool:
         """Tell whether two runs differ by rounding only."""
         dtypes = {t.dtype for t in first[0] if t.is_floating_point() or t.is_complex()}
-        return self.distances(first, second, scale) <= max(CLOSE.get(dtype, COARSE) for dtype in dtypes)
+        return self.distances(first, second, scale) <= max(ROUNDING.get(dtype, COARSE) for dtype in dtypes)
 
     @staticmethod
     def distances(first: Run, second: Run, scale: Run) -> float:
-        """Return the largest difference of a toy in two runs, in units of its way."""
+        """Return the largest difference of a toy between two runs, relative to how far it moves in `scale`."""
         largest = 0.0
         for toy in range(len(first[0])):
             way = max(float((step[toy] - scale[0][toy]).abs().max()) for step in scale)
@@ -430,37 +439,37 @@ class Trial:
         return largest
 
     def moves(self, bare: Run, with_factors: Run, first: int = 0, stride: int = 1) -> bool:
-        """Tell whether factors took each toy that moves elsewhere, of those from `first` on."""
+        """Tell whether factors had an effect on each moving toy, of every `stride`-th toy from `first` on."""
         for toy in range(first, len(bare[0]), stride):
             way = max(float((step[toy] - bare[0][toy]).abs().max()) for step in bare)
             apart = max(float((a[toy] - b[toy]).abs().max()) for a, b in zip(bare, with_factors, strict=True))
-            if way and apart < MOVED.get(bare[0][toy].dtype, COARSE) * way:
+            if way and apart < EFFECT.get(bare[0][toy].dtype, COARSE) * way:
                 return False
         return True
 
 
-def none(step: int) -> Sequence[float] | None:
-    """Return factors of 1, from `MIDDLE` on."""
+def all_ones(step: int) -> Sequence[float] | None:
+    """Return factors of 1 from `MIDDLE` on."""
     return [1.0] * 1000 if step >= MIDDLE else None
 
 
-def both(step: int) -> Sequence[float]:
-    """Return factors from the first step on, others from `MIDDLE` on."""
+def in_all_steps(step: int) -> Sequence[float]:
+    """Return factors from the first step on, which change at `MIDDLE`."""
     return (EARLY if step < MIDDLE else LATER) * 250
 
 
-def some(first: int, step: int) -> Sequence[float]:
-    """Return factors for every second toy, 1 for the others."""
-    return [factor if toy % 2 == first else 1.0 for toy, factor in enumerate(both(step))]
+def for_every_second(first: int, step: int) -> Sequence[float]:
+    """Return factors for every second toy, and 1 for the others."""
+    return [factor if toy % 2 == first else 1.0 for toy, factor in enumerate(in_all_steps(step))]
 
 
-def late(step: int) -> Sequence[float] | None:
+def in_later_steps(step: int) -> Sequence[float] | None:
     """Return factors from `MIDDLE` on."""
     return LATER * 250 if step >= MIDDLE else None
 
 
 def divide(twin: Twin, partition: Partition, factors: Sequence[float] | None) -> list[Any]:
-    """Give each toy a group of its own, as a step with factors does; return how the groups were split."""
+    """Give each toy a group of its own, as `apply="lr"` does; return the splits."""
 
     def alone(of_layer: Any) -> Any:
         return of_layer.items()
@@ -475,7 +484,7 @@ def divide(twin: Twin, partition: Partition, factors: Sequence[float] | None) ->
 
 
 def keeps_copies(optimizer: Any) -> bool:
-    """Tell whether the optimizer holds, in its state or in lists and dictionaries, copies of its parameters."""
+    """Tell whether the optimizer holds copies of its parameters, in its state or in its attributes."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return holds_copies(optimizer, parameters) or any(
         is_copy(tensor, parameters)
@@ -486,7 +495,7 @@ def keeps_copies(optimizer: Any) -> bool:
 
 
 def holds_copies(optimizer: Any, weights: Sequence[Tensor]) -> bool:
-    """Tell whether the optimizer's state holds a tensor with the numbers of some weights."""
+    """Tell whether the optimizer's state holds a copy of one of the weights."""
     return any(
         is_copy(value, weights)
         for held in optimizer.state.values()
@@ -496,18 +505,18 @@ def holds_copies(optimizer: Any, weights: Sequence[Tensor]) -> bool:
 
 
 def is_copy(value: Any, weights: Sequence[Tensor]) -> bool:
-    """Tell whether this is a tensor with the numbers of some weights that is not one of them."""
+    """Tell whether a value is a tensor that equals one of the weights and is another object."""
     if not isinstance(value, Tensor) or value.numel() < 2 or value.is_complex() or any(value is w for w in weights):
         return False
     flat = value.detach().flatten()
-    if bool((flat == flat[0]).all()):  # zeros or ones, as biases begin with too
+    if bool((flat == flat[0]).all()):  # zeros or ones, which biases often begin with
         return False
     return any(
         w.numel() == flat.numel() and torch.equal(flat.to(w.device, w.dtype), w.detach().flatten()) for w in weights
     )
 
 
-def fails(error: Exception) -> str:
-    """Return the reason for which a step failed with rates of its own for each toy."""
+def failure_of(error: Exception) -> str:
+    """Return the reason in words, where a step failed with different rates in its groups."""
     text = str(error).strip().partition("\n")[0]
     return f"cannot step with different rates in its parameter groups ({type(error).__name__}: {text})"
