@@ -1,4 +1,4 @@
-"""What names of parameters leave open about layers, and the value of `layers` that settles it."""
+"""Finds layers that parameter names leave ambiguous, and the value of `layers` that divides or joins them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .layers import Layer, LayerSpecification, some
 from .model import ATTENTION, is_one_layer, owner_name
 
 MOST_PATTERNS = 40
-"""How many patterns are listed; beyond, a function says it."""
+"""The most patterns that are listed; above, the advice is a function."""
 
 DOUBTS = r"LayerDecay takes the depths|all \d+ parameters"
-"""How warnings begin that are about the layers; for those who say the same elsewhere."""
+"""Matches the beginnings of warnings about layers, which `diagnose` reports in its own text instead."""
 
 _FLAT = re.compile(r"^(.*?[^\W_].*?(?:__|[_\-:|]))(?:weight|bias|kernel|gamma|beta|scale)(?:_[gv])?$")
 _RECURRENT = re.compile(r"^(?:weight|bias)_(?:ih|hh|hr)_l\d+(?:_reverse)?$")
@@ -24,12 +24,12 @@ _RECURRENT = re.compile(r"^(?:weight|bias)_(?:ih|hh|hr)_l\d+(?:_reverse)?$")
 
 @dataclass(frozen=True)
 class Divided:
-    """A module that owns parameters beside modules below it that own some, so that they are several layers.
+    """A module that owns parameters and has submodules that own others, so that they are several layers.
 
     Args:
-        layer: The layer of the parameters that it owns.
-        below: The layers of the modules below it.
-        separator: What stands between its name and theirs.
+        layer: The layer of its own parameters.
+        below: The layers of its submodules.
+        separator: The character between its name and theirs.
     """
 
     layer: Layer
@@ -38,7 +38,7 @@ class Divided:
 
     @property
     def pattern(self) -> str:
-        """What matches the parameters of all of them."""
+        """The pattern that matches the parameters of all of them."""
         return f"{escape(self.layer.name)}{self.separator}*"
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Divided:
 
 
 def divided(layers: Sequence[Layer]) -> list[Divided]:
-    """Return the modules that own parameters beside modules below them that own some.
+    """Return the modules that own parameters and have submodules that own others.
 
     Args:
         layers: Layers of `"module"`.
@@ -64,13 +64,13 @@ def divided(layers: Sequence[Layer]) -> list[Divided]:
 
 
 def joining(layers: Sequence[Layer], modules: Sequence[Divided]) -> str:
-    """Return as Python the value of `layers` that makes each of these modules one layer and leaves others as they are.
+    """Return, as Python source, the value of `layers` that makes each of these modules one layer.
 
-    Of those below one another the inner is one, and the rest of the outer.
+    Other layers stay as they are. Of nested modules the inner one is a layer, and the rest of the outer one another.
 
     Args:
         layers: Layers of `"module"`.
-        modules: Modules that own parameters beside modules below; the root alone, or others.
+        modules: The modules to join; either the root alone, or modules without the root.
     """
     swallowed = {id(layer) for one in modules for layer in (one.layer, *one.below)}
     kept = [layer for layer in layers if id(layer) not in swallowed]
@@ -85,13 +85,13 @@ def joining(layers: Sequence[Layer], modules: Sequence[Divided]) -> str:
 
 
 def flattened(layers: Sequence[Layer], specification: LayerSpecification) -> list[str]:
-    """Return warnings of layers that hold what looks like several modules, whose names do not tell them apart.
+    """Return warnings about layers that seem to hold the parameters of several modules.
 
-    These are a network that is one layer in all, and dictionaries of parameters with keys such as `conv1_weight`.
+    These are networks that are one layer in all, and dictionaries of parameters with keys such as `conv1_weight`.
 
     Args:
         layers: The layers.
-        specification: How they were made; only those of `"module"` are looked at.
+        specification: The `layers` argument; only `"module"` is checked.
     """
     if specification != "module":
         return []
@@ -100,13 +100,13 @@ def flattened(layers: Sequence[Layer], specification: LayerSpecification) -> lis
 
 def _looks_flattened(layer: Layer, *, alone: bool) -> bool:
     if any("/" in name for name in layer.parameter_names):
-        return False  # a path: its modules have been found
+        return False  # names of Keras are paths, which give the modules
     last = [name.rpartition(".")[2] for name in layer.parameter_names]
     if isinstance(layer.module, nn.ParameterDict | nn.ParameterList):
         if len(_stems(layer)) > 1:
             return True
     elif layer.module is None:
-        normalised = set(last) <= {"weight0", "weight1", "bias"}  # parametrized, as by weight_norm
+        normalised = set(last) <= {"weight0", "weight1", "bias"}  # parametrized, such as by weight_norm
         if normalised or any(map(ATTENTION.match, layer.parameter_names)) or all(map(_RECURRENT.match, last)):
             return False
     elif is_one_layer(layer.module) or any(
@@ -117,7 +117,7 @@ def _looks_flattened(layer: Layer, *, alone: bool) -> bool:
 
 
 def _stems(layer: Layer) -> dict[str, None]:
-    """Return what stands before `weight` or `bias` in the names, if there are several."""
+    """Return the prefixes before `weight` or `bias` in the names, if there are several."""
     stems = dict.fromkeys(found[1] for name in layer.parameter_names if (found := _FLAT.match(name)))
     return stems if len(stems) > 1 else {}
 
@@ -125,7 +125,7 @@ def _stems(layer: Layer) -> dict[str, None]:
 def _warning(layer: Layer, layers: Sequence[Layer]) -> str:
     number, alone = len(layer.parameters), len(layers) == 1
     if stems := _stems(layer):
-        # Longer ones first, as `layer1_` also begins `layer1_norm_weight`; what has no stem is a layer by itself.
+        # Longer stems first, since `layer1_` also matches `layer1_norm_weight`. A name without a stem is its own layer.
         patterns = [f"{escape(stem)}*" for stem in sorted(stems, key=lambda stem: -len(stem))]
         patterns += [escape(name) for name in layer.parameter_names if not any(map(name.startswith, stems))]
         patterns += _patterns([other for other in layers if other is not layer])
@@ -136,12 +136,12 @@ def _warning(layer: Layer, layers: Sequence[Layer]) -> str:
     keep = "layers=['*'] keeps them one layer" if alone else f"{layer.name + '.*'!r} among them keeps it one layer"
     return (
         f"all {number} parameters{whose} are one layer, because their names ({some(layer.parameter_names, 3)}) do not "
-        f"say which module each belongs to. Pass {remedy}, or other patterns ({keep}, without this warning)"
+        f"show which module each belongs to. Pass {remedy}, or other patterns ({keep}, without this warning)"
     )
 
 
 def _patterns(layers: Sequence[Layer]) -> list[str]:
-    """Return patterns that make the same layers, the deepest first, as an outer one may match what is below."""
+    """Return patterns that make the same layers, deepest first, since an outer pattern may match deeper layers."""
     several = [len({owner_name(name) for name in layer.parameter_names}) > 1 for layer in layers]
     found = [(layer.name, escape(layer.name) + ".*" * more) for layer, more in zip(layers, several, strict=True)]
     return [pattern for _, pattern in sorted(found, key=lambda pair: -pair[0].count("."))]

@@ -15,31 +15,31 @@ from .layers import Layer
 from .splits import Split
 
 REENTERED = (
-    "step() was called within step() of the same optimizer, by a hook or by the step itself, where the factors of a "
-    "LayerwiseLR act on the outer step already; call it after that step has returned, or detach the adapter"
+    "step() was called within step() of the same optimizer, by a hook or by the step itself, while the factors of a "
+    "LayerwiseLR act on the outer step; call it after that step has returned, or detach the adapter"
 )
 MOVED = (
     "this optimizer moves the weights before it evaluates its closure, so the factors would be those of other "
     "gradients; call step() without a closure, or detach the LayerwiseLR adapter"
 )
 SEVERAL = (
-    "this optimizer evaluates its closure more than once a step and moves the weights between, so the factors of its "
-    "second evaluation cannot act on the whole step; detach the LayerwiseLR adapter, or use a first-order optimizer"
+    "this optimizer evaluates its closure more than once a step and moves the weights in between, so the factors of "
+    "the second evaluation cannot act on the whole step; detach the LayerwiseLR adapter, or use a first-order optimizer"
 )
 READ = (
-    "this optimizer reads rates from its parameter groups before it evaluates its closure, so factors of the new "
-    "gradients could not act in them; use apply='update', or call step() without a closure"
+    "this optimizer reads rates from its parameter groups before it evaluates its closure, so the factors of the new "
+    "gradients cannot act; use apply='update', or call step() without a closure"
 )
 SCALED = (
-    "this optimizer evaluates its closure again when apply='gradient' has multiplied the gradients of the first "
+    "this optimizer evaluates its closure again after apply='gradient' has multiplied the gradients of the first "
     "evaluation; use apply='lr' or apply='update'"
 )
 UNEXPECTED = (
-    "this optimizer evaluates its closure several times in this step and once in others, and the rule has taken in the "
-    "gradients of the first time; detach the LayerwiseLR adapter, or use a rule without a state"
+    "this optimizer evaluates its closure several times in this step and once in others, and the rule has already used "
+    "the first gradients; detach the LayerwiseLR adapter, or use a rule without state"
 )
 WITHOUT = (
-    "this optimizer took its step without evaluating its closure, where no factor could act; call step() without a "
+    "this optimizer took its step without evaluating its closure, so no factor could act; call step() without a "
     "closure, or detach the LayerwiseLR adapter"
 )
 
@@ -65,7 +65,7 @@ class Member(Protocol):
         ...
 
     def prepare(self, optimizer: Any) -> None:
-        """Look at what has changed; may raise, and has changed nothing of any member then."""
+        """Check what has changed; it may raise, before any member has changed."""
         ...
 
     def measure(self, optimizer: Any, *, late: bool = False) -> None:
@@ -73,13 +73,13 @@ class Member(Protocol):
 
         Args:
             optimizer: The optimizer.
-            late: Whether nobody sees the gradients between here and the update, so that this may be done during it.
+            late: Whether no other code sees the gradients before the update, so that this may be done during it.
         """
         ...
 
     @property
     def takes_part(self) -> bool:
-        """Whether it is to be asked at this step: it is enabled, or other processes may wait for it."""
+        """Whether it takes part in this step: it is enabled, or other processes may wait for it."""
         ...
 
     @property
@@ -92,7 +92,7 @@ class Member(Protocol):
 
         Args:
             view: The view.
-            private: Whether nobody but PyTorch's own `step` sees the view's groups.
+            private: Whether only PyTorch's own `step` sees the view's groups.
         """
         ...
 
@@ -101,11 +101,11 @@ class Member(Protocol):
         ...
 
     def save(self) -> Any:
-        """Return a copy of what the rule remembers."""
+        """Return a copy of the rule's state."""
         ...
 
     def load(self, saved: Any) -> None:
-        """Go on with what `save` returned."""
+        """Restore what `save` returned."""
         ...
 
 
@@ -113,15 +113,15 @@ class Observer(Protocol):
     """Something attached to an optimizer that watches its steps and changes nothing."""
 
     def begin(self, optimizer: Any) -> bool:
-        """Take note that a step begins; return whether to be shown it."""
+        """Begin a step; return whether `look` should be called for it."""
         ...
 
     def look(self, optimizer: Any, measured: Sequence[Member]) -> None:
-        """Look at the gradients as they arrived; `measured` are the members whose factors are about to act."""
+        """Look at the unchanged gradients; `measured` are the members whose factors are about to act."""
         ...
 
     def end(self, optimizer: Any) -> None:
-        """Take note that the step has been taken; not called if it raised."""
+        """End a step; not called if it raised."""
         ...
 
 
@@ -129,8 +129,8 @@ class Call:
     """One call of `step`, from the hook before it to the hook after it.
 
     Args:
-        begun: The observers that took note of it.
-        looking: Those of them that it is shown to.
+        begun: The observers whose `begin` was called.
+        looking: Those of them whose `look` is to be called.
         view: What it runs on; None for the optimizer itself.
     """
 

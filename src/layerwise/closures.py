@@ -1,4 +1,4 @@
-"""The closure of `step(closure)`, which computes the loss and the gradients."""
+"""Finds and wraps the closure of `step(closure)`, and watches whether a step reads its groups before it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tensors import local
 
 
 def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
-    """Return the closure among the arguments of `step`, the optimizer being the first."""
+    """Return the closure among the arguments of `step`, of which the first is the optimizer; None if there is none."""
     if len(args) == 1 and not kwargs:
         return None
     name, position = _place_of_closure(cast(Any, type(args[0])))
@@ -25,7 +25,7 @@ def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., A
 def with_closure(
     args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[..., Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of `step` with another closure in the place of theirs."""
+    """Return the arguments of `step` with their closure replaced."""
     name, position = _place_of_closure(cast(Any, type(args[0])))
     if name in kwargs:
         return args, {**kwargs, name: closure}
@@ -34,18 +34,18 @@ def with_closure(
 
 @cache
 def _place_of_closure(kind: Any) -> tuple[str, int]:
-    """Return the name and the position of the closure among the parameters of an optimizer's `step`."""
+    """Return the name and the position of the closure in the signature of a class's `step`."""
     names = list(inspect.signature(kind.step).parameters)
     name = next((name for name in names if "closure" in name), "closure")
     return name, names.index(name) if name in names else 1
 
 
 def followed(closure: Callable[..., Any], evaluate: Callable[..., Any], *given: Any) -> Callable[..., Any]:
-    """Return a closure that calls `evaluate(*given, closure, args, kwargs)`, which is kept out of compiled graphs.
+    """Return a closure that calls `evaluate(*given, closure, args, kwargs)` outside of compiled graphs.
 
     Args:
         closure: The closure.
-        evaluate: A function that outlives the step, since one that is kept out of graphs takes long to make.
+        evaluate: A function of a module: it is wrapped once, since `torch.compiler.disable` is slow.
         *given: Its first arguments.
     """
     return update_wrapper(partial(_followed, _outside_graph(evaluate), given, closure), closure)
@@ -61,7 +61,7 @@ def _outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class WatchedGroups(list[dict[str, Any]]):
-    """Parameter groups that call a function before they are read.
+    """A list of parameter groups that calls a function before each access.
 
     Args:
         read: The function.
@@ -96,12 +96,12 @@ class WatchedGroups(list[dict[str, Any]]):
 
 
 class WatchedGroup(dict[str, Any]):
-    """A parameter group that is handed out before the closure is evaluated.
+    """A parameter group that `step` reads before it evaluates its closure.
 
     Args:
         group: The group.
-        note: Called when a value is read in which layers may differ.
-        stale: What to say when it is used after `end`.
+        note: Called when a value is read that may differ between layers.
+        stale: The error message for an access after `end`.
     """
 
     def __init__(self, group: dict[str, Any], note: Callable[[], None], stale: str) -> None:
@@ -109,11 +109,11 @@ class WatchedGroup(dict[str, Any]):
         self._note, self._stale, self._ended = note, stale, False
 
     def end(self) -> None:
-        """Refuse to be used any more, since other groups stand in its place."""
+        """Make each later access raise, because other groups have replaced this one."""
         self._ended = True
 
     def refresh(self, group: dict[str, Any]) -> None:
-        """Take over what the closure has changed in the group."""
+        """Take over values that the closure has changed in the optimizer's group."""
         super().update(group)
 
     def _read(self, name: str | None = None) -> None:
@@ -147,7 +147,7 @@ class WatchedGroup(dict[str, Any]):
 
 
 class Kept:
-    """Copies of weights and optimizer state, to go back to if a step is refused after it has begun.
+    """Copies of weights and optimizer state, which are restored if a step is refused after it has begun.
 
     Args:
         optimizer: The optimizer.
@@ -160,7 +160,7 @@ class Kept:
 
     @torch.no_grad()
     def put_back(self, optimizer: Any) -> None:
-        """Give the optimizer and its parameters their values back."""
+        """Restore weights and optimizer state."""
         for p, value in self._weights:
             local(p).copy_(value)
         optimizer.state.clear()
@@ -178,7 +178,7 @@ def _copied(value: Any) -> Any:
 
 
 def versions_of(optimizer: Any) -> Sequence[int]:
-    """Return numbers that change whenever a parameter is written into."""
+    """Return the version counters of the parameters, which change with each write in place."""
     return [p._version for p in _parameters_of(optimizer)]
 
 

@@ -1,4 +1,4 @@
-"""The one pair of hooks on an optimizer: the view that `step` runs on, and what `step` wrote there."""
+"""The pair of hooks on an optimizer: `step` runs on a copy, and what it writes is carried over."""
 
 from __future__ import annotations
 
@@ -27,43 +27,43 @@ from .closures import Kept, WatchedGroup, WatchedGroups, closure_of, followed, v
 from .splits import Split, write_back
 from .tensors import same_objects, slots_of
 
-# Held weakly, since the optimizer's own hooks keep it: else a model that holds its optimizer would never be freed.
-# By id, since an optimizer may have no hash.
+# Weak references, because the optimizer's hooks keep this object; strong ones would keep a model that holds its
+# optimizer alive. Keyed by id, because an optimizer may not be hashable.
 _hooks_of: dict[int, tuple[weakref.ref[Optimizer], weakref.ref[OptimizerHooks]]] = {}
-# Bound to the optimizer, these read its groups, not the view's, whose reading has a meaning.
+# On the view these methods stay bound to the optimizer, because reading the view's groups may trigger measurement.
 _OWN_READERS = ("zero_grad", "_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
 
 class OptimizerHooks:
     """Runs `step` on a shallow copy of the optimizer, its *view*, on which the members act.
 
-    A pre-hook may replace the arguments of `step`, its `self` among them. The optimizer itself is therefore never
-    changed: an exception, a scheduler, another hook or `state_dict()` in the middle of a step meets it as it always is.
+    A pre-hook may replace the arguments of `step`, including its `self`. So the optimizer itself is never changed: an
+    exception, a scheduler, another hook or `state_dict()` in the middle of a step sees it as usual.
 
-    All members measure before any of them acts, so that two adapters both see the gradients as they arrived and their
-    factors multiply. Observers look between the two, and again after the step.
+    All members measure before any of them acts. So two adapters see the same gradients, and their factors multiply.
+    Observers look between measuring and acting, and again after the step.
 
-    A closure stays `step`'s to evaluate: when, how often, with which arguments and in which gradient mode it does. The
-    members measure and act as soon as the closure returns. `step` must not have read its groups by then, which torch's
-    own optimizers do not; of other classes the view's groups say when they are read. Groups that are read while the
-    closure has not been evaluated belong to a step that does without it: the members act before they are read.
+    `step` evaluates a closure itself, so it decides when, how often, with which arguments and in which gradient mode.
+    The members measure and act as soon as the closure returns. PyTorch's own optimizers read their groups only after
+    that. For other classes the view's groups report when they are read. Where that is before the closure, the members
+    act at once, in case `step` never evaluates it.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
-        # One object for all steps, and another one for a step within a closure: compiled steps are guarded on it.
+        # One view for all steps, since compiled steps guard on the object; a step within a closure gets another one.
         self._views: list[Any] = [object.__new__(type(optimizer))]
         self._calls: list[Call] = []
-        # None of torch's own optimizers writes into its groups (a test holds them to it); looking for it costs.
+        # None of PyTorch's own optimizers writes into its groups (a test checks this), so the comparison is skipped.
         self._torch_own = getattr(torch.optim, type(optimizer).__name__, None) is type(optimizer)
-        # A step() that calls super().step() runs the hooks once more; the view is how the inner step is told apart.
+        # A step() that calls super().step() runs the hooks again. The view identifies the inner call.
         own_steps = [kind for kind in type(optimizer).__mro__ if "step" in vars(kind) and kind is not Optimizer]
         self._nests = len(own_steps) > 1
-        # Until a step has evaluated its closure once and no more, weights and state are copied for a refusal.
+        # Until a step has evaluated its closure exactly once, weights and state are copied for a refusal.
         self._evaluates_once = self._torch_own
         self.members: list[Member] = []
         self.observers: list[Observer] = []
-        # Traced into a compiled step the hooks would be silently wrong: the graph reads the groups of the optimizer.
+        # Hooks traced into a compiled step would be silently wrong: the graph reads the groups of the optimizer.
         outside_graph = cast(Callable[[Any], Any], torch.compiler.disable)
         self._handles = (
             optimizer.register_step_pre_hook(outside_graph(self._before)),
@@ -121,14 +121,14 @@ class OptimizerHooks:
     def remove(cls, optimizer: Optimizer, attached: Member | Observer) -> None:
         """Detach a member or an observer, and the hooks with the last one."""
         hooks = cls._of(optimizer)
-        if hooks is None:  # another program has thrown the optimizer's hooks away
+        if hooks is None:  # other code has removed the optimizer's hooks
             return
         hooks.drop(attached)
         if not hooks.members and not hooks.observers:
             del _hooks_of[id(optimizer)]
 
     def drop(self, attached: Member | Observer) -> None:
-        """Forget a member or an observer, and take the hooks off with the last one."""
+        """Remove a member or an observer, and the hooks with the last one."""
         self.members = [member for member in self.members if member is not attached]
         self.observers = [observer for observer in self.observers if observer is not attached]
         for call in self._calls:
@@ -139,7 +139,7 @@ class OptimizerHooks:
             for handle in self._handles:
                 handle.remove()
             optimizer = self._optimizer()
-            for call in self._calls:  # a step that goes on works on the optimizer itself
+            for call in self._calls:  # a running step continues on the optimizer itself
                 if call.view is not None and optimizer is not None:
                     if call.waits:
                         self._carry_over(call)
@@ -153,7 +153,7 @@ class OptimizerHooks:
             return None
         if self._calls:
             self._settle_calls(optimizer)
-        # A step within another one is a part of what its observers look at, but not one within a closure.
+        # Observers see a step within another one as part of the outer step, unless a closure takes it.
         seen = [observer for call in self._calls if not call.waits for observer in call.begun]
         begun = [observer for observer in self.observers if observer not in seen]
         looking = [observer for observer in begun if observer.begin(optimizer)]
@@ -161,16 +161,16 @@ class OptimizerHooks:
         if not (active or begun or self._calls):
             return None
         closure = closure_of(args, kwargs)
-        # Torch's own evaluate a closure once, before anything else, unless another hook has changed the arguments.
+        # PyTorch's own optimizers evaluate a closure once, first of all. Another hook may have changed the arguments.
         known = self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1
         call = Call(begun, looking)
         if closure is None:
             active = self._measure(call, active)
         elif not known:
-            self.look(call, ())  # again behind the closure, if it is evaluated
+            self.look(call, ())  # and again after the closure, if it is evaluated
         call.waits = closure is not None
         if closure is not None and not active and looking:
-            args, kwargs = with_closure(args, kwargs, followed(closure, _look_behind, self, call))
+            args, kwargs = with_closure(args, kwargs, followed(closure, _observe_closure, self, call))
         if active or self._nests:
             call.view = view = self._free_view()
             view.__dict__.clear()
@@ -190,9 +190,9 @@ class OptimizerHooks:
         return args if call.view is None else (call.view, *args[1:]), kwargs
 
     def _settle_calls(self, optimizer: Optimizer) -> None:
-        """Forget the calls that an exception has ended, and raise within one that the factors act on.
+        """Drop the calls that an exception has ended; raise if factors act on one that still runs.
 
-        An exception in `step` leaves no post-hook to be called, so whether one still runs is seen in the stack.
+        After an exception in `step` no post-hook is called, so the stack shows whether a call still runs.
         """
         running = running_calls(self._calls, optimizer)
         for call in self._calls:
@@ -201,7 +201,7 @@ class OptimizerHooks:
         self._calls = list(running)
         for call, returned in running.items():
             if returned:
-                self._end(call)  # a hook after `step` takes another one
+                self._end(call)  # a hook after `step` calls `step` again
         if any(call.active and not call.finished for call in self._calls):
             raise RuntimeError(REENTERED)
 
@@ -226,7 +226,7 @@ class OptimizerHooks:
 
     @property
     def _private(self) -> bool:
-        # Other hooks are handed the view, but for post-hooks after ours, when its groups are the optimizer's again.
+        # Other hooks get the view. Post-hooks after ours are safe: by then its groups are the optimizer's again.
         optimizer = self._optimizer()
         return (
             optimizer is not None
@@ -238,7 +238,7 @@ class OptimizerHooks:
     def look(self, call: Call, measured: Sequence[Member]) -> None:
         """Let the observers look."""
         for observer in call.looking:
-            if observer in call.begun:  # a closure may detach
+            if observer in call.begun:  # a closure may have detached it
                 observer.look(self._optimizer(), measured)
 
     def _act(self, call: Call, members: list[Member]) -> None:
@@ -255,13 +255,13 @@ class OptimizerHooks:
     # --- A step with a closure ----------------------------------------------------------------------------------------
 
     def _prepare_for_any(self, call: Call) -> None:
-        """Be ready for a step that reads groups or moves weights before its closure, or that has no use for one."""
+        """Prepare for a step that reads groups or moves weights before its closure, or never evaluates it."""
         optimizer: Any = self._optimizer()
         if not self._evaluates_once:
             call.kept = Kept(optimizer)
             call.rules = [(member, member.save()) for member in self.members]
         if may_be_compiled(optimizer) or "param_groups" not in optimizer.__dict__:
-            return  # the compiler reads groups from plain lists only, and a property may compute them
+            return  # the compiler reads only plain lists, and a property may compute the groups
 
         def read() -> None:
             if call.waits:
@@ -277,7 +277,7 @@ class OptimizerHooks:
                 call.given[name] = call.view.__dict__[name] = getattr(optimizer, name)
 
     def _hand_out(self, call: Call) -> None:
-        """Hand out groups that tell which of them `step` reads before its closure, and uses after it."""
+        """Replace the view's groups with ones that report what `step` reads before its closure or keeps after it."""
 
         def note() -> None:
             call.read = not call.quiet or call.read
@@ -302,17 +302,17 @@ class OptimizerHooks:
         return [member for member in self.members if member.takes_part]
 
     def evaluate(self, call: Call, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Evaluate the closure of a step, and let the members measure and act."""
+        """Evaluate the closure of a step; then the members measure and act."""
         optimizer: Any = self._optimizer()
         moved, again = versions_of(optimizer) != call.versions, call.evaluated > 0
         if call.active:
             self._check_again(call, call.active, moved, again)
-        if not call.waits:  # these gradients are measured in place of those before
+        if not call.waits:  # the new gradients replace those measured before
             if not call.rules and any(member.save() for member in self.members):
                 self._refuse(call, UNEXPECTED)
             for member, saved in call.rules:
                 member.load(saved)
-        if call.handed:  # what `step` has written there
+        if call.handed:  # carry over what `step` has written so far
             call.quiet = True
             for level in reversed(call.levels):
                 write_back(level, type(optimizer).__name__)
@@ -332,7 +332,7 @@ class OptimizerHooks:
         return loss
 
     def _check_again(self, call: Call, acting: list[Member], moved: bool, again: bool) -> None:
-        """Raise if factors of an evaluation of the closure could not act on the whole step."""
+        """Raise if the factors of this evaluation could not act on the whole step."""
         places = {member.place for member in acting}
         if moved:
             self._refuse(call, SEVERAL if again else MOVED)
@@ -357,7 +357,7 @@ class OptimizerHooks:
         if not isinstance(watched, WatchedGroups):
             return
         whole = [split.source for level in levels for split in level]
-        if call.handed and same_objects(whole, view.param_groups):  # nothing was or is divided: they may be used on
+        if call.handed and same_objects(whole, view.param_groups):  # no group was or is divided: keep them
             for group, handed in zip(whole, call.handed, strict=True):
                 handed.refresh(group)
             call.levels, view.param_groups = levels, call.handed
@@ -378,7 +378,7 @@ class OptimizerHooks:
         if call is not None:
             self._calls.remove(call)
             self._end(call)
-        elif any(ran_on is view for view in self._views):  # a step within this one has taken it for one that failed
+        elif any(ran_on is view for view in self._views):  # a step within this one took this call for a failed one
             raise RuntimeError(REENTERED)
 
     def _end(self, call: Call) -> None:
@@ -392,7 +392,7 @@ class OptimizerHooks:
             observer.end(optimizer)
 
     def _finish(self, call: Call) -> None:
-        """Let the members act after the step, and hand the optimizer what `step` wrote into the view."""
+        """Let the members act after the step, and carry over to the optimizer what `step` wrote into the view."""
         optimizer: Any = self._optimizer()
         view = call.view
         without = call.waits and call.versions and versions_of(optimizer) != call.versions
@@ -410,18 +410,18 @@ class OptimizerHooks:
             if replaced and not divided:
                 optimizer.param_groups = view.param_groups
             call.clear()
-            # Other post-hooks are handed the view; without hooks of its own it keeps nothing alive but what they read.
+            # Other post-hooks get the view. It keeps only what they read, so that it keeps nothing else alive.
             for name in ("defaults", "state", "param_groups"):
                 if name in optimizer.__dict__:
                     view.__dict__[name] = optimizer.__dict__[name]
         if replaced and divided:
             raise RuntimeError(
-                f"{type(optimizer).__name__} has replaced its parameter groups in this step, which was taken with "
-                "per-layer groups, so the new ones are lost; attach with apply='update', which leaves the groups whole"
+                f"{type(optimizer).__name__} replaced its parameter groups in this step, which used per-layer groups, "
+                "so the new ones are lost; attach with apply='update', which leaves the groups whole"
             )
 
     def _carry_over(self, call: Call) -> None:
-        """Hand the optimizer the attributes that `step` has set on the view."""
+        """Set on the optimizer the attributes that `step` has set on the view."""
         optimizer: Any = self._optimizer()
         for name, value in call.view.__dict__.items():
             if value is not call.given.get(name) and name not in ("param_groups", "grad_scale"):
@@ -431,8 +431,8 @@ class OptimizerHooks:
                 object.__setattr__(optimizer, name, value)
 
 
-def _look_behind(hooks: OptimizerHooks, call: Call, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Evaluate the closure of a step that is only watched, and let observers look when it was the first time."""
+def _observe_closure(hooks: OptimizerHooks, call: Call, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Evaluate the closure of a step that has observers only; they look after the first evaluation."""
     loss = closure(*args, **kwargs)
     if call.waits:
         call.waits = False

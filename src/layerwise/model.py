@@ -1,4 +1,4 @@
-"""What is accepted as a model, and what its parameters and modules are called."""
+"""The models that are accepted, and the clean names of their parameters and modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 Model = nn.Module | Sequence[Any] | Mapping[str, Any]
 """A module, or a list or dictionary of modules."""
 
-# Wrappers put a component of their own into the names: these anywhere, DDP's and AveragedModel's `module` in front.
+# Components that wrappers insert into names, anywhere. `module`, of DDP and AveragedModel, only comes first.
 _WRAPPER = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_module"
     r"|(?:_functional\.)?_torch_params)(?:\.|$)"
@@ -22,7 +22,7 @@ ATTENTION = re.compile(r"^(?:(.*)\.)?(?:in_proj|q_proj|k_proj|v_proj)_weight$")
 
 
 class SeveralModules(nn.Module):
-    """The modules of a list or dictionary side by side, under names that `nn.ModuleDict` might not allow."""
+    """A container of modules whose names `nn.ModuleDict` might refuse."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -31,13 +31,13 @@ class SeveralModules(nn.Module):
 
 
 def as_module(model: Any) -> nn.Module | None:
-    """Return the module, or one that holds those of a list or dictionary under their index or key.
+    """Return the module, or a container of the modules of a list or dictionary, named by index or key.
 
     Args:
         model: A module, a list or dictionary of modules (or of such lists and dictionaries), or None.
 
     Raises:
-        TypeError: It is something else, or holds something else.
+        TypeError: The model is, or holds, anything else.
         ValueError: The list or dictionary is empty.
 
     Example:
@@ -73,13 +73,13 @@ def _as_module(model: Any, where: str) -> nn.Module:
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the model's parameters with their clean names, tied ones once."""
+    """Yield each parameter of the model once, with its clean name."""
     for name, parameter in model.named_parameters():
         yield _clean_in(model, name), parameter
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's modules by their clean names; of a wrapper and what it wraps, the latter."""
+    """Return the model's modules by clean name. A wrapper and its inner module share one; the inner module is kept."""
     found: Iterable[tuple[str, nn.Module]] = cast(Any, model).named_modules()
     return {_clean_in(model, name).rstrip("."): module for name, module in found}
 
@@ -95,14 +95,14 @@ def _clean_in(model: nn.Module, name: str) -> str:
 def clean_name(name: str) -> str:
     """Return a parameter's or module's name without the prefixes that wrappers add.
 
-    DDP, `torch.compile`, FSDP, activation checkpointing, Fabric, Opacus and Keras put a component of their own into the
-    names, and `torch.nn.utils.parametrize` moves `weight` to `parametrizations.weight.original`.
+    DDP, `torch.compile`, FSDP, activation checkpointing, Fabric, Opacus and Keras insert a component into names.
+    `torch.nn.utils.parametrize` moves `weight` to `parametrizations.weight.original`.
 
     Args:
         name: A name as `named_parameters()` gives it.
 
     Returns:
-        The name the same parameter has in the bare model.
+        The name of the same parameter in the bare model.
 
     Example:
         >>> clean_name("module._orig_mod.encoder.parametrizations.weight.original0")
@@ -114,7 +114,7 @@ def clean_name(name: str) -> str:
 def owner_name(parameter_name: str) -> str:
     """Return the clean name of the module that directly owns a parameter.
 
-    The parameters of a parametrization belong to the module that is parametrized. Keras keeps all parameters of a model
+    Parameters of a parametrization belong to the parametrized module. Keras keeps all parameters of a model
     in one dictionary whose keys are paths; the owner is then the path without its last part.
 
     Example:
@@ -126,14 +126,14 @@ def owner_name(parameter_name: str) -> str:
 
 
 class Owners:
-    """Which module a parameter's layer is, by the parameter's name.
+    """Maps a parameter's name to the name of the module that is its layer.
 
-    That is the module that directly owns it, but some classes are one layer with all modules below: torch's
-    MultiheadAttention, whose output projection is a module, and the convolutions of PyTorch Geometric, whose bias is
-    not in the module of the weight. The adapters that PEFT puts into them stay layers of their own.
+    Usually this is the module that directly owns the parameter. Some classes are one layer with all modules below
+    them. `MultiheadAttention` keeps its output projection in a child. Convolutions of PyTorch Geometric keep weight and
+    bias in different modules. Adapters that PEFT inserts into them stay separate layers.
 
     Args:
-        names: Clean names of parameters. They tell of a MultiheadAttention where the model is not known.
+        names: Clean names of parameters. Without a model they identify a `MultiheadAttention`.
         model: The model, or None.
     """
 
@@ -154,7 +154,7 @@ class Owners:
         if not self._whole:
             return self._projections.get(owner, owner)
         result = owner
-        # From the owner up: the outermost such module counts, below no adapter.
+        # Walk up from the owner. The outermost such module counts; an adapter ends the walk.
         while True:
             if owner in self._whole:
                 result = owner
@@ -164,7 +164,7 @@ class Owners:
 
 
 def is_one_layer(module: nn.Module) -> bool:
-    """Tell whether a module is one layer with all that is below it, by its class."""
+    """Tell whether a module of this class is one layer with all modules below it."""
     return isinstance(module, nn.MultiheadAttention) or any(
         one.__name__ == "MessagePassing" and one.__module__.partition(".")[0] == "torch_geometric"
         for one in type(module).__mro__

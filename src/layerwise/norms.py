@@ -1,4 +1,4 @@
-"""Norms of tensors, and of layers out of them, with a constant number of operations."""
+"""Norms of tensors, and of layers made of them, with few operations."""
 
 from __future__ import annotations
 
@@ -15,37 +15,38 @@ from .tensors import FLOAT8, WEIGHTS, as_dense_real, holds_weights, is_quantised
 
 _kind = attrgetter("device", "dtype", "layout")
 SHORT, SHORTEST_ROW = 512, 256
-"""Numbers up to which a norm is good to 1e-6 in float32: each of 8 lanes adds 64 squares."""
+"""The longest and the shortest row. A norm in float32 is accurate to 1e-6: each of 8 lanes adds 64 squares."""
 MIDDLE = 2**13
-"""Numbers up to which a copy in float64 takes less time than the norms of rows."""
+"""The largest number of elements for which a norm in float64 is faster than norms of rows."""
 PIECE, PIECE_ON_DEVICE = 2**18, 2**26
-"""Numbers that are copied at once, where a tensor has gaps or a narrow type."""
+"""The most elements that are copied at once, where a tensor has gaps or a narrow type."""
 MOST_ROWS = 2**19
-"""Rows up to which float64 adds their squares up to 1e-12."""
+"""The most rows whose squares float64 adds with an error below 1e-12."""
 FEW = 8
-"""Tensors up to which reading their norms one by one takes no more operations than to stack them and go on."""
+"""The most tensors for which reading norms one by one takes no more operations than stacking them."""
 NARROW = FLOAT8 | {torch.float16, torch.bfloat16}
 """Types whose squares are formed in float32, because the square of 300 overflows float16."""
 ORDINARY = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-"""Types of which PyTorch has the norms of many tensors in one operation."""
+"""Types for which PyTorch computes the norms of many tensors in one operation."""
 
 
 def tensor_norms(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[int] | None]:
-    """Return the 2-norm of each tensor, kind by kind.
+    """Return the 2-norm of each tensor.
 
-    One `_foreach_norm` for each kind (device, type) of tensor. A sparse tensor is coalesced first, because the norm of
-    repeated entries is not the norm of their sum; a complex one is seen as pairs of reals. Accelerators add up in a
-    tree. The CPU adds up one after another, so sums in float32 are kept short and added up in float64: a norm is good
-    to 1e-6, of float64 tensors to 1e-12, for any size, stride and type. That takes a few operations more for each large
-    tensor, and copies of at most `PIECE` numbers where it has gaps or a narrow type.
+    It takes one `_foreach_norm` for each kind (device, type) of tensor. A sparse tensor is coalesced first, because the
+    norm of repeated entries is not the norm of their sum. A complex one is viewed as pairs of real numbers.
+
+    Accelerators sum in a tree. The CPU sums sequentially, so float32 sums are kept short and added in float64. A norm
+    is accurate to 1e-6, of float64 tensors to 1e-12, for any size, stride and type. This takes a few more operations
+    for each large tensor, and copies of at most `PIECE` elements where it has gaps or a narrow type.
 
     Args:
         tensors: Dense, sparse or complex tensors, at least one.
-        device: Where the result goes.
+        device: The device of the result.
 
     Returns:
-        The norms, shape `[len(tensors)]`, of their own or a wider type, and the position of each one's tensor; None
-        if they are in order.
+        The norms, of shape `[len(tensors)]` and of the tensors' or a wider type, and the position of each norm's
+        tensor, or None if they are in order.
 
     Example:
         >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(0)], torch.device("cpu"))
@@ -68,7 +69,7 @@ def tensor_norms(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tenso
 
 
 def tensor_norm_numbers(tensors: Sequence[Tensor]) -> tuple[list[float], list[int] | None]:
-    """Return the same for tensors on the CPU, in plain numbers.
+    """Return the same as Python numbers, for tensors on the CPU.
 
     Args:
         tensors: As for `tensor_norms`.
@@ -95,7 +96,7 @@ def _some_quantised(tensors: Sequence[Tensor]) -> bool:
 
 
 def _measurable(tensor: Tensor) -> Tensor:
-    """Return an ordinary tensor of the same norm; an empty one for integers, which are no weights."""
+    """Return an ordinary tensor of the same norm; an empty one for integers, which count as no weights."""
     if not holds_weights(tensor):
         return torch.zeros(0, device=tensor.device)
     if is_quantised(tensor):
@@ -104,7 +105,7 @@ def _measurable(tensor: Tensor) -> Tensor:
 
 
 def subtract(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors whose norms are those of `before - after`; those of `before` are overwritten.
+    """Return tensors whose norms are those of `before - after`; `before` is overwritten.
 
     Args:
         before: Copies of tensors.
@@ -155,7 +156,7 @@ def _each_norm(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def absolute_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return Σ|x| of each tensor, on its own device, good to 1e-6.
+    """Return Σ|x| of each tensor, on its own device, accurate to 1e-6.
 
     Args:
         tensors: Dense tensors of real numbers.
@@ -171,22 +172,22 @@ def _absolute_sum(tensor: Tensor) -> Tensor:
     wide = torch.promote_types(tensor.dtype, torch.float32)
     if not tensor.is_cpu:
         return tensor.abs().sum(dtype=wide)
-    # PyTorch's sum adds up in cascades, its norm of this order one number after another.
+    # PyTorch's sum is a cascade; its 1-norm adds one number after another.
     parts = [piece.abs().sum(dtype=wide) for piece in _pieces(tensor)]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dtype=torch.float64)
 
 
 def _norms_of_rows(tensor: Tensor) -> Tensor:
-    """Return the norms of parts of a large tensor on the CPU, a vector of the same norm.
+    """Return a vector with the same norm as a large tensor on the CPU: the norms of its rows.
 
-    Torch's norm of a whole tensor runs on one thread and adds millions of squares up one after another, which costs
-    float32 five digits; the norms of rows run on all threads, and their sums are short.
+    PyTorch's norm of a whole tensor runs on one thread and sums millions of squares sequentially, which costs float32
+    five digits. The norms of rows run on all threads, and their sums are short.
     """
     narrow = tensor.dtype in NARROW
     if tensor.is_contiguous() and not narrow:
         norms = _norms_of_flat_rows(tensor.view(-1))
     else:
-        # In the order of memory: a transposed or a channels_last tensor has no gaps.
+        # In memory order, so that a transposed or channels_last tensor has no gaps.
         tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
         dense = tensor.is_contiguous()
         if dense and not narrow:
@@ -209,12 +210,12 @@ def _norms_of_flat_rows(flat: Tensor) -> Tensor:
 
 @cache
 def _row_length(count: int) -> int:
-    """Return the longest row in which that many numbers can be cut evenly, or one that leaves a rest."""
+    """Return the longest row length that divides this count, or `SHORT`, which leaves a remainder."""
     return next((length for length in range(SHORT, SHORTEST_ROW - 1, -1) if count % length == 0), SHORT)
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield views of a tensor, each of at most `PIECE` numbers."""
+    """Yield views of a tensor of at most `PIECE` elements each, `PIECE_ON_DEVICE` on an accelerator."""
     if tensor.numel() <= (PIECE if tensor.is_cpu else PIECE_ON_DEVICE):
         yield tensor
         return
@@ -224,18 +225,18 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 class JointNorms:
-    """The norms of layers out of those of their tensors: `‖l‖ = sqrt(Σ_i (c_i ‖t_i‖)²)` over the layer's tensors.
+    """Norms of layers from those of their tensors: `‖l‖ = sqrt(Σ_i (c_i ‖t_i‖)²)` over the layer's tensors.
 
     Args:
         layers: The layer of each tensor.
-        scales: c of each tensor; a tensor with c = 0 is left out, so that it may hold what is not finite.
-        like: The layers' zeros: their number, their device, their type.
+        scales: c of each tensor. A tensor with c = 0 is left out, so that it may hold non-finite numbers.
+        like: Zeros, one for each layer, of the device and type of the result.
     """
 
     def __init__(self, layers: Sequence[int], scales: Sequence[float], like: Tensor) -> None:
         self._zeros, self._count = like, len(like)
         self._kept = [(i, layer, scale) for i, (layer, scale) in enumerate(zip(layers, scales, strict=True)) if scale]
-        # Copied to the device here, once: such a copy waits for it.
+        # Copied to the device once, since such a copy waits for the device.
         self._index = torch.tensor([layer for _, layer, _ in self._kept], dtype=torch.long, device=like.device)
         self._positions: Tensor | None = None
         self._scales: Tensor | None = None
@@ -245,7 +246,7 @@ class JointNorms:
             self._scales = torch.tensor([c for _, _, c in self._kept], dtype=like.dtype, device=like.device)
 
     def of(self, norms: Tensor) -> Tensor:
-        """Return the layers' norms from those of the tensors."""
+        """Return the norms of layers from those of tensors."""
         norms = norms.to(self._zeros.dtype)
         if self._positions is not None:
             norms = norms.index_select(0, self._positions)
@@ -254,7 +255,7 @@ class JointNorms:
         return self._zeros.index_add(0, self._index, norms.square()).sqrt_()
 
     def of_numbers(self, norms: Sequence[float]) -> list[float]:
-        """Return the same in plain numbers."""
+        """Return the same as Python numbers."""
         squares = [0.0] * self._count
         for position, layer, scale in self._kept:
             norm = norms[position] * scale

@@ -1,4 +1,4 @@
-"""Reading files that others may have written: a pipe, a device or a file too large to be meant is refused."""
+"""Reads files of unknown origin; pipes, devices and files that are too large are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = {
 
 
 class NotPlainError(ValueError):
-    """What lies there is no plain file, or has more bytes than such a file may have."""
+    """The path is no plain file, or the file is larger than allowed."""
 
 
 def parts(path: str | os.PathLike[str], most: int, *, links: bool = False) -> Iterator[bytes]:
@@ -29,7 +29,7 @@ def parts(path: str | os.PathLike[str], most: int, *, links: bool = False) -> It
 
     Args:
         path: The file.
-        most: Bytes that it may have.
+        most: The most bytes that it may have.
         links: Whether `path` itself may be a link, as to data that several users share.
 
     Yields:
@@ -40,7 +40,7 @@ def parts(path: str | os.PathLike[str], most: int, *, links: bool = False) -> It
         NotPlainError: It is a link, a pipe, a device or a folder, or larger than `most`.
     """
     name = os.fspath(path)
-    # Opening a pipe would wait for a writer; O_BINARY is Windows'.
+    # Without O_NONBLOCK opening a pipe waits for a writer; O_BINARY exists on Windows.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
         file = os.open(name, flags | (0 if links else getattr(os, "O_NOFOLLOW", 0)))
@@ -62,7 +62,7 @@ def parts(path: str | os.PathLike[str], most: int, *, links: bool = False) -> It
                 yield part
             if len(part) < asked and length <= most:
                 return
-        raise NotPlainError(f"{name}: has more than {most:,} bytes, as no such file has")
+        raise NotPlainError(f"{name}: has more than {most:,} bytes, more than such a file may have")
     except OSError as error:
         raise type(error)(error.errno, error.strerror, name) from error
     finally:
@@ -75,7 +75,7 @@ def read_plain(path: str | os.PathLike[str], most: int, *, links: bool = False) 
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """Name what lies at a place where it is no plain file; None for a plain file, and where nothing lies."""
+    """Name the kind of what is at a path; None for a plain file, and if there is nothing."""
     try:
         mode = os.lstat(path).st_mode
     except (OSError, ValueError):

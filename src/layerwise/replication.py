@@ -20,11 +20,11 @@ from .sharding import settled_gradient
 from .tensors import several_processes
 
 ALIKE = 1e-5
-"""Relative difference up to which norms of two processes are those of one gradient."""
+"""The largest relative difference of norms in two processes that count as equal."""
 
 _REMEDY = (
-    "use rules.Constant({layer: factor}) with the factors that the layers have in the whole network, or a rule whose "
-    "factor of a layer follows from that layer alone (own_layer = True), such as LayerAdaptive, LARS or LARC"
+    "use rules.Constant({layer: factor}) with the factors of the whole network, or a rule that computes each factor "
+    "from its own layer (own_layer = True), such as LayerAdaptive, LARS or LARC"
 )
 
 
@@ -40,31 +40,31 @@ def refuse_stages(rule: Any, parameters: Iterable[Tensor]) -> None:
         return
     ours = set(map(id, parameters))
     kinds = {kind, *kind.__subclasses__()}
-    # A stage leaves no mark on its module, so all objects that live are looked at.
+    # A stage leaves no mark on its module, so this searches all live objects.
     for stage in [one for one in gc.get_objects() if type(one) in kinds]:
         if stage.num_stages > 1 and any(id(p) in ours for p in stage.submod.parameters()):
             raise ValueError(
                 f"{described(rule)} compares layers, and this process holds only those of stage {stage.stage_index} of "
-                f"the {stage.num_stages} stages of a pipeline: {_REMEDY}"
+                f"a pipeline of {stage.num_stages} stages: {_REMEDY}"
             )
 
 
 def check_processes(rule: Any, state: State, layers: Sequence[Layer], statistics: LayerStatistics) -> None:
-    """Raise, in all processes, if their factors of what they share would differ.
+    """Raise in all processes if their factors for shared parameters would differ.
 
-    It compares once what each process holds, through the key-value store by which they met. It waits for the device,
-    and up to ten seconds for processes that do not step with this rule; where parameters are shared, a minute.
+    The processes compare once what each of them holds, through the key-value store. This waits for the device. It also
+    waits up to `SECONDS` for processes that do not step with this rule, or `LONGEST` where parameters are shared.
 
     Args:
         rule: The rule.
-        state: What it remembers.
+        state: The rule's state.
         layers: The layers.
-        statistics: Of the layers.
+        statistics: The statistics of the layers.
 
     Raises:
-        ValueError: The processes hold different layers, are in different epochs, or a layer joins what they share with
-            what each holds alone.
-        RuntimeError: A process that shares parameters has attached nothing.
+        ValueError: The processes hold different layers or are in different epochs, or a layer holds both replicated
+            parameters and parameters of one process alone.
+        RuntimeError: A process that shares parameters has attached no adapter.
     """
     if not several_processes():
         return
@@ -76,11 +76,11 @@ def check_processes(rule: Any, state: State, layers: Sequence[Layer], statistics
         alike = {"rule": described(rule), "epoch": _epochs(state)}
         check_members("LayerwiseLR", alike, statistics, needs_all=bool(needs))
     compares = compares_layers(rule)
-    # A rule that gives each layer its own factor may sum gradients for itself, and reads none for its factors.
+    # A rule with own_layer may sum gradients without using them for its factors, so only these needs count.
     reads = bool(needs - {"learning_rate"} if compares else needs & {*NORMS, "normalisation_gain"})
     everywhere = torch.distributed.get_world_size()
     if all(piece is not None and len(piece.ranks) == everywhere for piece in statistics.pieces):
-        return  # all processes hold all of it together
+        return  # all parameters are sharded over all processes
     if not compares and not (reads and any(layer.included and len(layer.parameters) > 1 for layer in layers)):
         return
     own = _table(layers, statistics)
@@ -90,17 +90,17 @@ def check_processes(rule: Any, state: State, layers: Sequence[Layer], statistics
 
 
 def check_members(what: str, alike: Table, statistics: LayerStatistics, *, needs_all: bool) -> None:
-    """Raise, in all processes that share parameters, unless each has attached the same to the same layers.
+    """Raise in all processes that share parameters unless each has attached the same to the same layers.
 
     Args:
-        what: What is attached.
-        alike: What must be equal in all of them, by name.
-        statistics: Of the layers.
+        what: What is attached, such as `"LayerwiseLR"`.
+        alike: The values, by name, that must be equal in all of them.
+        statistics: The statistics of the layers.
         needs_all: Whether a collective follows.
 
     Raises:
-        ValueError: Something is not equal.
-        RuntimeError: One of them has attached nothing, so that the next collective would wait for it forever.
+        ValueError: A value differs.
+        RuntimeError: One of them has attached nothing, so the next collective would hang.
     """
     if not can_compare():
         return
@@ -115,21 +115,21 @@ def check_members(what: str, alike: Table, statistics: LayerStatistics, *, needs
         found = compared(what, table, _united, ranks, LONGEST if needs_all else SECONDS)
         if found is None and needs_all:
             raise RuntimeError(
-                f"the parameters are shared by the processes {list(ranks)}, and within {LONGEST:g} s not all of them "
-                f"have come to the first step with a {what}: make it in every process, since its statistics are sums "
-                "over all of them"
+                f"the processes {list(ranks)} share parameters, and not all of them reached the first step with a "
+                f"{what} within {LONGEST:g} s: create it in every process, because its statistics are sums over all "
+                "of them"
             )
         for name, values in (found or {}).items():
             if len(values) > 1:
                 shown = f" ({', '.join(values)})" if name in own else ""
                 raise ValueError(
-                    f"{what}: {name} differs between the processes that share the parameters{shown}; pass the same in "
-                    "all"
+                    f"{what}: {name} differs between the processes that share the parameters{shown}; pass the same "
+                    "in all of them"
                 )
 
 
 def _epochs(state: State) -> list[int]:
-    """Return the epochs that rules count, of which some take collectives and others none."""
+    """Return the epochs that the rules count, since some epochs need collectives and others none."""
     inner = [_epochs(value) for value in state.values() if is_state(value)]
     own = [value for name, value in state.items() if name == "epoch" and isinstance(value, int)]
     return own + [epoch for epochs in inner for epoch in epochs]
@@ -140,7 +140,7 @@ def _united(before: Table, own: Table) -> Table:
 
 
 def _table(layers: Sequence[Layer], statistics: LayerStatistics) -> Table:
-    """Return the norms of gradient and weight of all that this process holds, by layer and parameter."""
+    """Return the norms of all gradients and weights that this process holds, by layer and parameter."""
     rank, everywhere = torch.distributed.get_rank(), torch.distributed.get_world_size()
     gradients = [settled_gradient(p) for p in statistics.members]
     squares = torch.stack([statistics.squares(gradients), statistics.squares(statistics.members)])
@@ -154,7 +154,7 @@ def _table(layers: Sequence[Layer], statistics: LayerStatistics) -> Table:
             gradient, weight = norms[0][position], norms[1][position]
             position += 1
             shapes.append([layer.name, name, list(whole.shape)])
-            if piece is not None and len(piece.ranks) == everywhere:  # the sums over all processes are alike
+            if piece is not None and len(piece.ranks) == everywhere:  # sums over all processes are equal in each
                 key, gradient, weight = name, 1.0, 1.0
             else:
                 key = name if piece is None else f"{name} (part {piece.ranks.index(rank)} of {len(piece.ranks)})"
@@ -175,12 +175,12 @@ def _merged(before: Table, own: Table) -> Table:
 
 
 def _judge(rule: Any, table: Table, *, compares: bool, reads: bool, several: int) -> None:
-    """Raise if the rule would find different factors in different processes."""
+    """Raise if the rule would compute different factors in different processes."""
     held: dict[str, dict[str, list[float]]] = table["held"]
     if compares and not table["layers"]:
         raise ValueError(
             f"{described(rule)} compares layers, and the processes hold different ones, as the stages of a pipeline "
-            f"or experts do, so each would compare its own alone: {_REMEDY}"
+            f"or experts do. Each process would compare its own layers alone: {_REMEDY}"
         )
     alike: dict[str, list[str]] = {}
     alone: dict[str, list[str]] = {}
@@ -196,24 +196,23 @@ def _judge(rule: Any, table: Table, *, compares: bool, reads: bool, several: int
                 matrices.append(_differ(least, most))
     if compares and alone and not alike and all(matrices):
         raise ValueError(
-            f"{described(rule)} compares layers, and each process holds other weights under the same names, as the "
-            f"stages of a pipeline do, so each would compare its own alone: {_REMEDY}. Networks that have nothing to "
-            "do with each other train without a process group"
+            f"{described(rule)} compares layers, and the processes hold different weights under the same names, as "
+            f"the stages of a pipeline do. Each process would compare its own layers alone: {_REMEDY}. Train "
+            "unrelated networks without a process group"
         )
     if not reads:
         return
     if compares and alike and alone:
         raise ValueError(
-            f"{described(rule)} compares layers, and some parameters are held alike by all processes "
-            f"({_some(alike)}), others by each its own ({_some(alone)}), so what they share would get other factors "
-            f"in each: make the latter DTensors, or {_REMEDY}"
+            f"{described(rule)} compares layers, and some parameters are replicated ({_some(alike)}) while others "
+            f"differ between the processes ({_some(alone)}). The replicated ones would get different factors in "
+            f"each process: make the others DTensors, or {_REMEDY}"
         )
     for layer in alike.keys() & alone.keys():
         raise ValueError(
-            f"layer {layer!r} joins parameters that all processes hold alike ({_some({layer: alike[layer]})}) with "
-            f"parameters of which each holds its own ({_some({layer: alone[layer]})}), so its norm, and with it the "
-            "factor of what they share, would differ between processes: pass layers='parameter', or patterns that "
-            "keep the two apart, or make the latter DTensors"
+            f"layer {layer!r} joins replicated parameters ({_some({layer: alike[layer]})}) with parameters that differ "
+            f"between the processes ({_some({layer: alone[layer]})}). Its norm and its factor would differ between "
+            "processes: pass layers='parameter', or patterns that keep the two apart, or make the latter DTensors"
         )
 
 

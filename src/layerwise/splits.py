@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 NOT_STATE = ("params", "param_names", "lr")
 MOST_NUMBERS = 1024
-"""Tensors in a group up to this size are counters and the like, and each part gets its own copy."""
+"""The largest tensor in a group of which each part gets its own copy; smaller ones are counters and the like."""
 
 
 class Split:
@@ -20,7 +20,7 @@ class Split:
     Args:
         source: The group.
         parts: Groups like it, each with some of its parameters.
-        overrides: For each part the values that differ on purpose.
+        overrides: For each part the values that differ by design.
     """
 
     __slots__ = ("given", "marks", "overrides", "parts", "source")
@@ -31,7 +31,7 @@ class Split:
         self.source, self.parts, self.overrides = source, parts, overrides
 
     def remember(self) -> None:
-        """Give each part its own copy of what `step` may change in place, and take down what the parts hold."""
+        """Give each part its own copy of what `step` may change in place, and record what the parts hold."""
         changeable = [name for name, value in self.source.items() if name != "params" and can_change(value)]
         if changeable and len(self.parts) > 1:
             for part, own in zip(self.parts, self.overrides, strict=True):
@@ -43,7 +43,7 @@ class Split:
         self.marks = [[(name, mark(part[name])) for name in names if name in part] for part in self.parts]
 
     def written(self) -> list[dict[str, Any]]:
-        """Return for each part what is not as `remember` found it."""
+        """Return for each part the values that have changed since `remember`."""
         found: list[dict[str, Any]] = []
         for part, given, marks in zip(self.parts, self.given, self.marks, strict=True):
             written = {name: value for name, value in part.items() if value is not given.get(name)}
@@ -72,7 +72,7 @@ def own_copy(value: Any) -> Any:
 
 
 def mark(value: Any) -> Any:
-    """Return what changes if `step` changes a value in place."""
+    """Return a value that differs after `step` has changed the given one in place."""
     if isinstance(value, Tensor):
         return id(value), value._version
     if isinstance(value, (list, tuple)):
@@ -85,21 +85,21 @@ def mark(value: Any) -> Any:
 
 
 def write_back(splits: Sequence[Split], optimizer: str) -> None:
-    """Carry what `step` wrote into the parts of a group over to the group.
+    """Carry over to each group what `step` wrote into its parts.
 
-    Some optimizers count their steps in their parameter groups. Parts that agree are carried over. Where such a value
-    is a tensor on an accelerator, comparing the parts waits for the device.
+    Some optimizers count their steps in their parameter groups. A value is carried over if all parts agree on it. Where
+    it is a tensor on an accelerator, the comparison waits for the device.
 
     Args:
         splits: The groups and their parts.
         optimizer: Its name, for the message.
 
     Raises:
-        RuntimeError: The parts of one group disagree, so that the group's value is not known; nothing is carried over.
+        RuntimeError: The parts of a group disagree; nothing is carried over.
     """
     agreed = [_agreed(split, optimizer) for split in splits]
     if any(agreed) and len(splits) > 1:
-        # Defaults are one object for all groups. The bare step would change it once for each group.
+        # A default value is one object in all groups, which the bare step would change once for each group.
         held = Counter(id(value) for split in splits for value in split.source.values() if can_change(value))
         for split, values in zip(splits, agreed, strict=True):
             for name in values:
@@ -111,7 +111,7 @@ def write_back(splits: Sequence[Split], optimizer: str) -> None:
 
 
 def _carry(split: Split, name: str, value: Any) -> None:
-    """Give the group a value; into the same object where `step` changed the copy of a part in place."""
+    """Set a value of the group; in place where `step` changed a part's copy in place."""
     kept: Any = split.source.get(name)
     if value is kept:
         return
@@ -129,14 +129,14 @@ def _carry(split: Split, name: str, value: Any) -> None:
 
 
 def _agreed(split: Split, optimizer: str) -> dict[str, Any]:
-    """Return what all parts of a group hold in place of the group's values."""
+    """Return the changed values on which all parts of a group agree."""
     written = split.written()
     names = dict.fromkeys(name for values in written for name in values)
     for name in names:
-        # The bare step sees the group as a whole, and a part without a gradient may have been left out.
+        # The bare step handles the group as a whole, so a part without gradients may be unchanged.
         at_work = [values for part, values in zip(split.parts, written, strict=True) if name in values or _moves(part)]
         values = [values[name] for values in at_work if name in values]
-        # An object that all parts share was changed once for each part, instead of once.
+        # An object that all parts share was changed once for each part instead of once.
         shared = len(split.parts) > 1 and values[0] is split.source.get(name)
         own = any(name in override for override in split.overrides)
         if shared or own or len(values) != len(at_work) or not all(_same(values[0], other) for other in values[1:]):
@@ -150,13 +150,13 @@ def _moves(part: Mapping[str, Any]) -> bool:
 
 def _disagreement(optimizer: str, name: str) -> str:
     return (
-        f"{optimizer} keeps state of its own in param_groups[...][{name!r}], and it came out differently for different "
-        "layers; attach with apply='update', which leaves the groups whole (this step was taken with per-layer groups)"
+        f"{optimizer} keeps its own state in param_groups[...][{name!r}], and this step, with per-layer groups, gave "
+        "it different values for different layers; attach with apply='update', which leaves the groups whole"
     )
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Tell whether two values are equal; of tensors on an accelerator this waits for the device."""
+    """Tell whether two values are equal; for tensors on an accelerator this waits for the device."""
     if first is second:
         return True
     if isinstance(first, Tensor) or isinstance(second, Tensor):
@@ -170,5 +170,5 @@ def _same(first: Any, second: Any) -> bool:
         return held.keys() == wanted.keys() and all(_same(held[key], wanted[key]) for key in held)
     try:
         return bool(first == second) or (first != first and second != second)
-    except ValueError:  # arrays
+    except ValueError:  # the truth of an array is ambiguous
         return False
