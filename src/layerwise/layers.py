@@ -1,4 +1,4 @@
-"""Parameters -> layers: which parameters share one factor, and what that layer is called."""
+"""Groups parameters into layers: parameters of one layer share a factor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Exclusion = Sequence[str] | Callable[[str, Tensor], bool] | None
 
 @dataclass(frozen=True)
 class TensorLayers:
-    """Layers given as tensors, by the layer's name.
+    """Layers given as lists of tensors.
 
     Args:
         tensors: The tensors of each layer.
@@ -35,15 +35,15 @@ class TensorLayers:
     tensors: Mapping[str, tuple[Tensor, ...]]
 
     def named(self, held: Collection[int], model: nn.Module | None, whose: str) -> dict[str, Tensor]:
-        """Return the tensors by their names in the model; by the layer's name those that the model does not own.
+        """Return the tensors by name: their name in the model, or the layer's name if the model does not own them.
 
         Args:
-            held: The ids of the tensors that may be in layers.
+            held: The ids of the tensors that layers may hold.
             model: The model, or None.
-            whose: What holds these, in words.
+            whose: What those tensors are, for the error message.
 
         Raises:
-            ValueError: Another tensor is in a layer.
+            ValueError: A layer holds another tensor.
         """
         known = {} if model is None else {id(p): name for name, p in named_parameters(model)}
         named: list[tuple[str, Tensor]] = []
@@ -52,7 +52,7 @@ class TensorLayers:
                 if id(p) not in held:
                     raise ValueError(
                         f"layers[{layer!r}] holds a tensor of shape {tuple(p.shape)} that is not among {whose}: pass "
-                        "the very tensors, no copies"
+                        "the tensors themselves, not copies"
                     )
                 own = layer if len(tensors) == 1 else f"{layer}.{i}"
                 named.append((known.get(id(p), own), p))
@@ -75,8 +75,8 @@ def as_specification(layers: Any) -> Any:
         layers: What `LayerwiseLR` takes.
 
     Raises:
-        TypeError: The dictionary holds something else than lists of tensors.
-        ValueError: It is empty, a list is empty, or a tensor is in two places.
+        TypeError: The dictionary holds anything but lists of tensors.
+        ValueError: It is empty, a list is empty, or a tensor appears twice.
     """
     if not isinstance(layers, Mapping):
         return layers
@@ -94,7 +94,7 @@ def as_specification(layers: Any) -> Any:
             raise ValueError(f"layers[{layer!r}] holds no tensor; leave the layer out")
         for p in result[layer]:
             if not has_type(p, Tensor):
-                raise TypeError(f"layers[{layer!r}] holds {type(p).__name__}, not tensors; parameters() gives these")
+                raise TypeError(f"layers[{layer!r}] holds {type(p).__name__}, not tensors")
             if id(p) in seen:
                 raise ValueError(
                     f"a tensor of shape {tuple(p.shape)} is in layers[{seen[id(p)]!r}] and layers[{layer!r}]; each "
@@ -114,7 +114,7 @@ class Layer:
         parameter_names: Their names, without the prefixes of wrappers.
         module: The module that owns them, when there is one such module and the model is known.
         included: Whether the layer is not excluded; the factor of an excluded one is 1.
-        pieces: What this process holds of each parameter, where some are shared among processes; else empty.
+        pieces: This process's shard of each parameter, where some are sharded; else empty.
     """
 
     name: str
@@ -125,12 +125,12 @@ class Layer:
     pieces: tuple[Piece | None, ...] = field(default=(), repr=False)
 
     def whole(self) -> list[Tensor]:
-        """Return for each parameter a tensor of its whole shape; the parameter itself, unless FSDP1 has cut it."""
+        """Return for each parameter a tensor of its whole shape: the parameter itself, unless FSDP1 has sharded it."""
         return list(map(stand_in, self.parameters, self.pieces)) if self.pieces else list(self.parameters)
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Tell whether a name matches an fnmatch pattern, upper and lower case being different."""
+    """Tell whether a name matches an fnmatch pattern, case-sensitively."""
     return fnmatchcase(name, pattern)
 
 
@@ -139,8 +139,8 @@ def check_patterns(patterns: Iterable[object], names: Iterable[str], argument: s
 
     Args:
         patterns: fnmatch patterns.
-        names: The names they are meant for.
-        argument: What the message calls the patterns, such as `"exclude"`.
+        names: The names to match.
+        argument: The argument's name for the error message, such as `"exclude"`.
 
     Raises:
         TypeError: A pattern is not a string.
@@ -166,7 +166,7 @@ def named_parameters_of(
     Args:
         optimizer: A `torch.optim.Optimizer`.
         model: The model they belong to; None reads the `param_names` of an optimizer built from `named_parameters()`.
-        specification: How they are to make layers. Tensors by the name of their layer need no model.
+        specification: The `layers` argument. A dictionary of tensors needs no model.
 
     Returns:
         Clean name to parameter, for the parameters of the model that the optimizer holds.
@@ -202,25 +202,25 @@ def named_parameters_of(
 
 
 def _why_none(own: Sequence[Tensor], held: Sequence[Tensor]) -> str:
-    """Return what the tensors that an optimizer holds may be, if none of them is the model's, and what to do."""
+    """Return, for the error message, what the optimizer's tensors may be if none is the model's, and the remedy."""
     if any(hasattr(p, "device_mesh") or hasattr(p, "_fsdp_flattened") for p in (*own, *held)):
         return (
-            "pass the model that the optimizer was built from (after fully_shard, build the optimizer anew, and attach "
-            "before the first forward pass, which replaces a module's parameters until the backward pass)"
+            "pass the model that the optimizer was built from. After fully_shard, build the optimizer again. Attach "
+            "before the first forward pass, which replaces a module's parameters until the backward pass"
         )
     if all(p.numel() <= 1 for p in held) and any(p.numel() > 1 for p in own):
         return (
-            "they hold a number or none, so they are placeholders, and another optimizer takes the step: attach to the "
-            "one that was built from the model's parameters"
+            "they hold at most one number each, so they are placeholders, and another optimizer takes the step: "
+            "attach to the one that was built from the model's parameters"
         )
     if Counter(p.shape for p in own) >= Counter(p.shape for p in held):
         return (
-            "they have the shapes of the model's, so they may be copies, such as float32 master weights, or those of a "
-            "model that was copied. Pass the model that the optimizer was built from; of copies give the optimizer the "
-            "names, [(name, copy), …] as named_parameters() does, and pass no model"
+            "they have the shapes of the model's, so they may be copies, such as float32 master weights, or belong to "
+            "a copy of the model. Pass the model that the optimizer was built from. For copies, build the optimizer "
+            "with names, [(name, copy), …] as named_parameters() does, and pass no model"
         )
     return (
-        "pass the model that the optimizer was built from, or if they are tensors that belong to no module, name them "
+        "pass the model that the optimizer was built from. If they are tensors that belong to no module, name them "
         "with layers={'name': [tensor]} and pass no model"
     )
 
@@ -235,16 +235,16 @@ def make_layers(
 
     Args:
         named_parameters: Clean name to parameter, in the model's order.
-        specification: `"module"` (the module that directly owns a parameter, or one above it that is a layer as a
-            whole, see `Owners`), `"parameter"`, a list of fnmatch patterns (each one is a layer; a parameter goes to
-            the first that matches its name or its module's), a callable `(name, parameter) -> layer name or None`, or
-            tensors by the name of their layer.
-        model: Gives the layers their module, for rules that look at it.
-        pieces: What this process holds of parameters that are shared among processes, by their ids.
+        specification: `"module"` is the module that directly owns a parameter, or one above it that is one layer as a
+            whole (see `Owners`). `"parameter"` makes each parameter a layer. In a list of fnmatch patterns each one is
+            a layer; a parameter goes to the first that matches its name or its module's. Also accepted are a callable
+            `(name, parameter) -> layer name or None`, and `TensorLayers`.
+        model: The model, from which rules get the layers' modules.
+        pieces: This process's shards of sharded parameters, by the parameters' ids.
 
     Returns:
-        The layers in the order of their first parameter. Parameters without a layer are in none, nor those that hold
-        integers, such as quantised weights, or that are on the meta device beside others that are not.
+        The layers in the order of their first parameter. Integer parameters, such as quantised weights, are in no
+        layer. Nor are those on the meta device if others are not.
 
     Raises:
         TypeError: The specification, a pattern or what the callable returns has a wrong type.
@@ -284,11 +284,11 @@ def make_layers(
 
 
 def warn_of_unmeasured(named_parameters: Mapping[str, Tensor], nothing_measured: str) -> None:
-    """Warn of parameters that cannot be measured; for a constructor, which the warning points past.
+    """Warn about parameters that cannot be measured. Called by a constructor; the warning points at its caller.
 
     Args:
         named_parameters: Name to parameter.
-        nothing_measured: What follows if that is so of all of them.
+        nothing_measured: The message if none can be measured.
     """
     absent = [name for name, p in named_parameters.items() if not can_be_measured(p)]
     if absent:
@@ -356,26 +356,26 @@ def _layer_name_function(
 
     def first_match(name: str, parameter: Tensor) -> str | None:
         hits = (p for p in patterns if matches(p, name) or matches(p, owner_name(name)))
-        # Only then by the layer that it has under "module", so that patterns can still divide that one.
+        # The layer under "module" comes last, so that patterns can divide it.
         return next(hits, None) or next((p for p in patterns if matches(p, owners(name))), None)
 
     return first_match
 
 
 def unique_names(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Refuse two parameters with one clean name, which would silently merge."""
+    """Return the parameters by name; raise if two parameters have the same clean name."""
     result: dict[str, Tensor] = {}
     for name, parameter in named:
         if result.setdefault(name, parameter) is not parameter:
             raise ValueError(
-                f"two parameters are called {name!r} once the prefixes of wrappers are gone: rename one, or pass the "
-                "model that holds both"
+                f"two parameters are called {name!r} after the prefixes of wrappers are removed: rename one, or pass "
+                "the model that holds both"
             )
     return result
 
 
 def some(names: Iterable[str], most: int = 8, form: Callable[[str], str] = repr) -> str:
-    """Return the first names in words, and how many there are."""
+    """Return the first names as text, with the total number if there are more."""
     names = list(dict.fromkeys(names))
     shown = ", ".join(form(name) for name in names[:most])
     return shown + (f", … ({len(names)} in all)" if len(names) > most else "")

@@ -56,7 +56,7 @@ every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @every_place
 @every_kind
 @every_rule
-def test_that_step_is_taken_as_without_an_adapter_and_is_nobodys_step(
+def test_that_step_is_taken_as_without_an_adapter_and_does_not_count(
     apply, kind, rule, make_model, train, weights, assert_same_bits
 ):
     ends = []

@@ -1,4 +1,4 @@
-"""Layer-wise decay of the learning rate by depth, as ELECTRA and BEiT fine-tune."""
+"""Layer-wise learning-rate decay by depth, as in the fine-tuning of ELECTRA and BEiT."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def depths(names: Sequence[str]) -> list[int]:
         names: Layer names in the model's order.
 
     Returns:
-        One depth a name, from 0 on, without gaps.
+        One depth for each name, from 0, without gaps.
 
     Example:
         >>> depths(["patch_embed", "blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "norm", "head"])
@@ -56,14 +56,14 @@ def depths(names: Sequence[str]) -> list[int]:
     ]
 
 
-# Layers that are next to the loss by their name, and those next to the input.
+# Names of layers next to the loss, and of layers next to the input.
 _HEAD = re.compile(r"(?:^|_)(?:head|classifier|logits)s?(?:_?\d+)?$|^final")
 _HEAD_WORD = re.compile(r"^(?:fc|out|output|score|cls|readout|predictions|project_out)$")
 _EMBEDDING = re.compile(r"embed(?!_?out)|^(?:stem|wte|wpe)$")
 
 
 def doubts_about_depths(layers: Sequence[Layer], levels: Sequence[int]) -> list[str]:
-    """Return why depths that follow from the layers' names alone may be wrong; nothing where the names are plain.
+    """Return the reasons why depths from the layers' names may be wrong; empty if the names are unambiguous.
 
     Args:
         layers: The layers.
@@ -105,7 +105,7 @@ def _is_head(name: str, *, numbered: bool) -> bool:
 
 
 def _last_head(layers: Sequence[Layer], blocks: Sequence[str | None]) -> set[str]:
-    """Return the blocks of a head that is a numbered chain after all else, as in `classifier.0`, `classifier.3`."""
+    """Return the blocks of a head that is a numbered chain at the end, such as `classifier.0`, `classifier.3`."""
     if blocks[-1] is None:
         return set()
     stack = blocks[-1].rpartition(".")[0]
@@ -120,7 +120,7 @@ def _last_head(layers: Sequence[Layer], blocks: Sequence[str | None]) -> set[str
 
 
 def _has_inner_blocks(names: Sequence[str], blocks: Sequence[str | None]) -> bool:
-    """Tell whether blocks hold numbered blocks of several layers each, or numbers follow one another."""
+    """Tell whether blocks contain numbered blocks of several layers, or two numbers follow each other in a name."""
     inner: dict[str, dict[str, set[str]]] = {}
     for name, block in zip(names, blocks, strict=True):
         rest = name.removeprefix(block).removeprefix(".") if block else ""
@@ -134,7 +134,7 @@ def _has_inner_blocks(names: Sequence[str], blocks: Sequence[str | None]) -> boo
 def _doubts_outside(
     layers: Sequence[Layer], levels: Sequence[int], blocks: Sequence[str | None], stacked: bool
 ) -> list[str]:
-    """Return doubts about layers that share depth 0 or the last one, although the numbered ones are no blocks."""
+    """Return doubts about layers that share the first or last depth while each numbered layer has its own."""
     if not any(blocks) or any(layer.name != block for layer, block in zip(layers, blocks, strict=True) if block):
         return []
     first = next(i for i, block in enumerate(blocks) if block)
@@ -150,7 +150,7 @@ def _doubts_outside(
 
 
 def _doubts_without_numbers(names: Sequence[str]) -> list[str]:
-    """Return doubts where no name holds a number of its own and each layer counts as a depth."""
+    """Return doubts about names without numbered components, where each layer is a depth of its own."""
     members: dict[str, list[str]] = {}
     for name in names:
         parts = name.split(".")
@@ -170,7 +170,7 @@ def _doubts_without_numbers(names: Sequence[str]) -> list[str]:
 
 
 def depth_table(names: Sequence[str], levels: Sequence[int], factors: Sequence[float]) -> list[str]:
-    """Return lines with each depth, its factor and its layers."""
+    """Return a table, one line for each depth: the depth, its factor and its layers."""
     lines = [f"{'depth':>5}  {'factor':<9}  layers"]
     for level in sorted(set(levels)):
         own = [(name or "(root)", f) for name, at, f in zip(names, levels, factors, strict=True) if at == level]
@@ -185,14 +185,14 @@ class LayerDecay(Rule):
 
     f_l = d^(D − depth_l), depth 0 for the embeddings, D for the head (BEiT)
 
-    With `style="electra"` one more power lies between the last block and the head: f_l = d^(D + 1 − depth_l) below the
-    head and 1 for the head. It scales the rate, so decoupled weight decay with it.
+    With `style="electra"` there is one more power between the last block and the head: f_l = d^(D + 1 − depth_l) below
+    the head and 1 for the head. It scales the rate, and so decoupled weight decay too.
 
     Args:
         decay: d, in (0, 1]; ELECTRA uses 0.8 (base) and 0.9 (large), BEiT 0.65 to 0.9.
         style: `"beit"` or `"electra"`.
-        depth: A function from layer name to depth (0 at the input) for networks whose names do not tell; the default
-            is `depths`. Without it a warning with the table of depths says where names leave room for doubt.
+        depth: A function from layer name to depth (0 at the input), for networks whose names do not show it. By
+            default `depths` reads the names, and warns with a table of depths where they are ambiguous.
 
     Raises:
         ValueError: `decay` or `style` is out of its range, or a depth is no whole number of at least 0.
@@ -226,7 +226,7 @@ class LayerDecay(Rule):
         return fixed_factors(layers, self._values(self._levels(layers)))
 
     def doubts(self, layers: Sequence[Layer]) -> list[str]:
-        """Return a warning with the table of depths where `depth` is not given and names leave room for doubt."""
+        """Return a warning with the table of depths if `depth` is not given and the names are ambiguous."""
         if self.depth is not None:
             return []
         reasons = doubts_about_depths(layers, self._levels(layers))
@@ -240,7 +240,7 @@ class LayerDecay(Rule):
         return ["\n".join([text, *self.table(layers)])]
 
     def table(self, layers: Sequence[Layer]) -> list[str]:
-        """Return each depth with its factor and its layers, as lines."""
+        """Return the lines of a table: each depth with its factor and its layers."""
         levels = self._levels(layers)
         return depth_table([layer.name for layer in layers], levels, self._values(levels))
 
