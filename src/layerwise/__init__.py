@@ -37,7 +37,7 @@ _MODULES = {
 }
 
 
-if not TYPE_CHECKING:  # checkers are told of a name that is not there
+if not TYPE_CHECKING:  # so that type checkers report unknown names
 
     def __getattr__(name: str) -> Any:
         """Import the library when something of it is first asked for.

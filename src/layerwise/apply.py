@@ -34,7 +34,7 @@ class Place(Protocol):
             view: The view.
             partition: Which parameters belong to which layer.
             factors: This step's factors.
-            private: Whether nobody but PyTorch's own `step` sees the view's groups.
+            private: Whether only PyTorch's own `step` sees the view's groups.
         """
         ...
 

@@ -172,7 +172,7 @@ class ScalerRefusal:
 
 
 def _alive(*kinds: type) -> list[Any]:
-    gc.collect()  # lest one that is no longer used be found
+    gc.collect()  # so that unused ones are not found
     # Of the types, because isinstance would run the code of proxies.
     return [one for one in gc.get_objects() if issubclass(type(one), kinds)]
 

@@ -13,7 +13,7 @@ from .model import Model, as_module, named_parameters
 def param_groups(model: Model, layers: LayerSpecification = "module") -> list[dict[str, Any]]:
     """Return named parameter groups, one a layer, to build an optimizer from.
 
-    For rates that a person sets by hand and keeps; `LayerwiseLR` needs no such groups. Every parameter of the model
+    For rates that are set by hand and kept; `LayerwiseLR` needs no such groups. Every parameter of the model
     that requires a gradient must be in a layer, so that none is forgotten.
 
     Args:

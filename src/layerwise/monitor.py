@@ -134,7 +134,7 @@ class Monitor(StaysBehind):
         closing = [sink for sink in sinks if hasattr(sink, "close")]
         self._close_sinks = weakref.finalize(self, close, closing)
 
-    # --- What a person asks -------------------------------------------------------------------------------------------
+    # --- Public methods -----------------------------------------------------------------------------------------------
 
     @property
     def every(self) -> int:

@@ -42,7 +42,7 @@ MOST_NUMBERS = 256
 
 @dataclass(frozen=True)
 class Request:
-    """What a person asked for; the arguments of `LayerwiseLR` with `"auto"` replaced where the rule decides.
+    """The arguments of `LayerwiseLR`, with `"auto"` replaced where the rule decides.
 
     Args:
         rule: The rule.
@@ -74,7 +74,7 @@ def requested(
     decay: Decay = "auto",
     exclude: Exclusion | Literal["auto"] = "auto",
 ) -> Request:
-    """Return what a person asked for; the arguments are those of `LayerwiseLR`."""
+    """Return the request; the arguments are those of `LayerwiseLR`."""
     return Request(
         rule=rule,
         model=as_module(model),

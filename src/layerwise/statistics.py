@@ -1,4 +1,4 @@
-"""What a rule is told about the layers at a step."""
+"""The statistics of the layers that a rule gets at a step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Gradients:
 
 
 class Statistics:
-    """What a rule is told about the layers at one step: what it asked for in `needs`, and no more.
+    """The statistics of the layers that a rule gets at one step: those in its `needs`, and no others.
 
     Every tensor but `counts` and the gradients has shape `[n_layers]`, lives on the parameters' device and is float64
     (float32 on devices without float64). Norms are 2-norms over all parameters of the layer together.
@@ -72,7 +72,7 @@ class Statistics:
 
 NEEDS = tuple(Statistics.__annotations__)
 NOTHING = Statistics()
-"""What a rule is told that asks for nothing at this step."""
+"""The statistics for a rule that needs none at this step."""
 
 
 def check_needs(needs: Collection[str]) -> None:

@@ -77,7 +77,7 @@ def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on a device; only a copy to the CPU waits, lest its values be read before they arrive."""
+    """Return the tensor on a device; only a copy to the CPU waits, so that its values are complete."""
     return tensor if tensor.device == device else tensor.to(device, non_blocking=device.type != "cpu")
 
 

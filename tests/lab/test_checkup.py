@@ -218,7 +218,7 @@ def test_the_command_tells_the_finding_the_remedy_and_the_page(write, tmp_path, 
     assert "problem gradients vanish: relative ‖g‖/‖w‖" in words
     assert "(limit 0.0001 of the largest) remedy Replace saturating activations" in words
     assert "page runs/doctor/faulty-task.html" in words
-    assert f"Next: layerwise doctor {name} (when that is mended)" in words
+    assert f"Next: layerwise doctor {name} (once that is fixed)" in words
     page = (tmp_path / "runs" / "doctor" / "faulty-task.html").read_text(encoding="utf-8")
     assert "1 problem was found" in page
     assert "gradients vanish" in page

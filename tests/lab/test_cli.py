@@ -293,7 +293,7 @@ def test_the_doctor_ends_with_1_where_something_is_wrong(capsys, folder):
     assert "cannot be attached" in problem
     assert cli.main(["doctor", "own.py:task"]) == 1
     said = capsys.readouterr().out
-    assert "Next:   layerwise doctor own.py:task   (when that is mended)" in said
+    assert "Next:   layerwise doctor own.py:task   (once that is fixed)" in said
     assert max(map(len, said.splitlines())) <= 80
 
 

@@ -1,4 +1,4 @@
-"""A short training of a person's task with a monitor on every update."""
+"""A short training of a user's task with a monitor on every update."""
 
 from __future__ import annotations
 

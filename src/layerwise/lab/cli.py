@@ -248,7 +248,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def program() -> str:
-    """Give this command as a person can type it: by its path where the shell would not find it."""
+    """Give this command as it can be typed: by its path where the shell would not find it."""
     if shutil.which("layerwise") or not sys.argv[0].endswith("layerwise"):
         return "layerwise"
     return shlex.quote(os.path.relpath(sys.argv[0]))

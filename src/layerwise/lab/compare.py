@@ -1,4 +1,4 @@
-"""Comparing methods on a person's own task: the plan, and what ``layerwise compare`` does."""
+"""Comparing methods on a user's own task: the plan, and what ``layerwise compare`` does."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Layout:
         return {**arm.rule, "selection": dict(arm.rule["selection"]), "phases": phases(self._passes[key])}
 
     def check(self, runs: Sequence[PlannedRun]) -> None:
-        """Attach the rule of each arm once, so that what cannot be attached is told before anything is trained.
+        """Attach the rule of each arm once, so that what cannot be attached is reported before anything is trained.
 
         Raises:
             UsageError: a rule cannot be attached to the task's optimizer.

@@ -18,7 +18,7 @@ ORDERS = ("sequential", "shuffled")
 """Order of the training images: in file order without end, or shuffled anew in every epoch."""
 
 IDENTITY_LENGTH = 12
-"""Letters of a run's identity in its name; 48 bits, so that a million runs are told apart."""
+"""Letters of a run's identity in its name; 48 bits, so that a million runs are distinct."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,7 @@ class Configuration:
     """What one run is; two runs of equal configurations give equal numbers.
 
     Attributes:
-        trial: the constants, or what tells a person's own task from others.
+        trial: the constants, or what identifies a user's own task.
         rule: name and arguments of the rule, as ``rule_making.make_rule`` takes them; None trains without an adapter.
         apply: where its factors act.
         decay: whether they multiply weight decay too, where they act on the gradient.

@@ -54,7 +54,7 @@ def run(asked: options.Doctor, arguments: Sequence[str], program: str) -> int:
         sys.stdout.write("\n".join(textwrap.wrap(shown(line), columns(), **how)) + "\n")
     if not asked.quiet:
         command = arguments if code else ["compare", asked.task]
-        sys.stdout.write(f"\nNext:   {shown(shlex.join([program, *command]))}{'   (when that is mended)' * code}\n")
+        sys.stdout.write(f"\nNext:   {shown(shlex.join([program, *command]))}{'   (once that is fixed)' * code}\n")
     return code
 
 

@@ -287,7 +287,7 @@ class Training:
         self._tick()
         state = self.state_dict()
         if self.processes.count > 1:
-            self._weights()  # a difference is told of before it is written, and not at the end of a long run
+            self._weights()  # reports a difference before it is written, not at the end of a long run
         if self.folder is not None and self.processes.first:
             self.folder.save_checkpoint(state)
             self.folder.say(status, self.position.iteration, self.trial.total, seconds=round(self.seconds, 1))

@@ -1,4 +1,4 @@
-"""Errors that a person at the command line can act on."""
+"""Errors that a user of the command line can act on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``layerwise doctor`` says of a person's own task."""
+"""What ``layerwise doctor`` reports about a user's own task."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def _unsaved(training: Training) -> list[str]:
         torch.save(training.state_dict(), buffer)
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
-    except Exception as error:  # whatever a person's scheduler or optimizer keeps
+    except Exception as error:  # the user's scheduler or optimizer may keep anything
         reason = str(error).strip().partition("\n")[0]
         return [f"a checkpoint cannot be read again, so a stopped run begins anew: {type(error).__name__}: {reason}"]
     return []

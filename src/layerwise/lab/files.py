@@ -1,7 +1,7 @@
-"""Files of the lab: read by one function, removed and overwritten only where the lab has written them itself.
+"""Folders of the lab, in which only files that the lab has written are removed or overwritten.
 
-A folder of the lab's holds ``files.json``, which names each of its files with its checksum. What is not named there is
-somebody else's: it is neither removed nor overwritten. Below the folder that ``--out`` names no link is followed.
+Such a folder holds ``files.json``, which lists each of its files with a checksum. A file that is not listed is never
+removed or overwritten. Below the folder that ``--out`` names, no link is followed.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from layerwise.lab.store import digest_of, read_signed, signed, write_whole
 from layerwise.plain_files import kind_of, parts
 
 FILES = "files.json"
-"""Names what the lab has written into a folder."""
+"""Lists the files that the lab has written into a folder."""
 
 BEFORE = (
     *("report.html", "table.md", "plan.json", "runs.json"),
     *("tables/table.parquet", "tables/metrics.parquet", "tables/comparisons.parquet"),
 )
-"""What a folder of a version that wrote no ``files.json`` holds, beside figures."""
+"""The files, besides figures, of an earlier version that wrote no ``files.json``."""
 
 GENERATOR = b'<meta name="generator" content="layerwise">'
 GENERATOR_BEFORE = (b"style-src 'unsafe-inline'; img-src data:", "· layerwise".encode())
-"""By which a page is known again: one of this version, and one of an earlier version."""
+"""Texts that identify a page of this version, and one of an earlier version."""
 
 LEFTOVER_SECONDS = 3600.0
-"""Age of a half-written file that no process writes any more."""
+"""Age from which a half-written file counts as abandoned."""
 
 HEAD, LARGEST_PAGE = 1 << 12, 1 << 32
 
@@ -43,12 +43,12 @@ def refuse_links(folder: Path, above: Path, option: str = "--out") -> None:
     """Refuse a folder that is reached through a link.
 
     Args:
-        folder: below ``above``; need not exist.
-        above: what the user has named, and may be a link.
-        option: by which it was named.
+        folder: a folder below ``above``; it need not exist.
+        above: the folder that the user has named, which may be a link.
+        option: the option that names it.
 
     Raises:
-        UsageError: a folder on the way is a link, or something that is no folder.
+        UsageError: a part of the path is a link, or is no folder.
     """
     for place in (folder, *folder.parents):
         if place == above:
@@ -56,7 +56,7 @@ def refuse_links(folder: Path, above: Path, option: str = "--out") -> None:
         kind = kind_of(place)
         if kind != "a folder" and os.path.lexists(place):
             raise UsageError(
-                f"{place}: is {kind or 'a file'}, where the lab writes a folder of its own; remove it, or give another "
+                f"{place}: is {kind or 'a file'}, where the lab creates a folder; remove it, or give another "
                 f"folder with {option}"
             )
 
@@ -71,14 +71,14 @@ def is_page(path: Path) -> bool:
 
 
 def check_page(path: Path, above: Path) -> None:
-    """Refuse to overwrite a file that is not a page of the lab's.
+    """Refuse to overwrite a file that is not a page of the lab.
 
     Args:
-        path: where a page is to be written.
+        path: the page to write.
         above: the folder that ``--out`` names.
 
     Raises:
-        UsageError: something else lies there, or a folder on the way is a link.
+        UsageError: another file exists there, or a part of the path is a link.
     """
     refuse_links(path.parent, above)
     if os.path.lexists(path) and not is_page(path):
@@ -89,14 +89,14 @@ def check_page(path: Path, above: Path) -> None:
 
 
 class OwnFolder:
-    """A folder of the lab's own.
+    """A folder that only the lab writes into.
 
     Args:
         path: the folder; need not exist.
         above: the folder that ``--out`` names.
 
     Raises:
-        UsageError: the folder is a link, or holds files and no list of the lab's.
+        UsageError: the folder is a link, or holds files but no valid list of them.
     """
 
     def __init__(self, path: Path, above: Path) -> None:
@@ -105,7 +105,7 @@ class OwnFolder:
         self.names = self._listed()
 
     def _listed(self) -> dict[str, str]:
-        """Read which files are the lab's: name -> checksum."""
+        """Read the list of the lab's files: name -> checksum."""
         other = UsageError(
             f"{self.path}: holds files that layerwise has not written (it has no valid {FILES}); give another folder "
             f"with --out, or move {self.path.name} away"
@@ -117,7 +117,7 @@ class OwnFolder:
         if not held:
             return {}
         if FILES not in held:
-            try:  # as a version before wrote it
+            try:  # a folder of an earlier version
                 if "configurations" in read_signed(self.path / "plan.json"):
                     return {name: "" for name in (*BEFORE, *self._figures()) if _is_inside(name)}
             except (OSError, ValueError):
@@ -133,15 +133,15 @@ class OwnFolder:
         return names
 
     def _figures(self) -> Iterator[str]:
-        """Give the figures of a version before: overwritten where a page has one of the same name, never removed."""
+        """Give the figures of an earlier version, which may be overwritten by figures of the same name."""
         with suppress(OSError):
             yield from (f"figures/{name}" for name in os.listdir(self.path / "figures"))
 
     def check(self, names: Iterable[str]) -> None:
-        """Refuse names at which somebody else's files lie, before anything is written.
+        """Refuse names of files that the lab has not written, before anything is written.
 
         Raises:
-            UsageError: one does, or a folder on the way is a link.
+            UsageError: such a file exists, or a part of the path is a link.
         """
         for name in names:
             path = self.path / name
@@ -154,21 +154,21 @@ class OwnFolder:
                 )
 
     def write(self, contents: Mapping[str, bytes]) -> None:
-        """Write files in their order, and remove what the list of the last time names and this one does not.
+        """Write files in order, and remove those of the previous list that are not among them.
 
         Args:
             contents: name -> content. A name may hold one folder, as ``"figures/a.png"``.
 
         Raises:
-            OSError: one cannot be written.
-            UsageError: as of ``check``.
+            OSError: a file cannot be written.
+            UsageError: as in ``check``.
         """
         self.check(contents)
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         self._list({**self.names, **digests})  # first, so that a killed process leaves no file that is not listed
         self._remove_leftovers()
         for name, content in contents.items():
-            # Figures can be made again: a page and its tables are waited for alone.
+            # Figures can be drawn again, so only a page and its tables are flushed to the disk.
             write_whole(self.path / name, content, flush=not name.startswith("figures/"))
         for name in self.names.keys() - digests.keys():
             self._remove(name)
@@ -179,7 +179,7 @@ class OwnFolder:
         self.names = {**self.names, **names}
 
     def _remove(self, name: str) -> None:
-        """Remove a file, if it is still what was written."""
+        """Remove a file if its content is still what the lab wrote."""
         path = self.path / name
         if kind_of(path.parent) != "a folder" or kind_of(path) is not None:
             return
@@ -188,7 +188,7 @@ class OwnFolder:
                 path.unlink()
 
     def _remove_leftovers(self) -> None:
-        """Remove what killed processes had begun to write, long ago: another process may be at work now."""
+        """Remove old half-written files of killed processes; young ones may belong to a running process."""
         names = [FILES, *self.names]
         for folder in {self.path / PurePosixPath(name).parent for name in names}:
             if kind_of(folder) == "a folder":
@@ -196,12 +196,12 @@ class OwnFolder:
 
 
 def remove_leftovers(folder: Path, names: Iterable[str], seconds: float = LEFTOVER_SECONDS) -> None:
-    """Remove half-written files of given names, and no other file.
+    """Remove half-written files of given names, and no others.
 
     Args:
-        folder: need not exist.
-        names: of the files that were to be written.
-        seconds: age from which no process writes them any more.
+        folder: the folder; it need not exist.
+        names: the names of the complete files.
+        seconds: the age from which they count as abandoned.
     """
     ours, known = re.compile(r"\.(.+)\.\d+\.tmp"), set(names)
     with suppress(OSError), os.scandir(folder) as entries:
@@ -216,7 +216,7 @@ def remove_leftovers(folder: Path, names: Iterable[str], seconds: float = LEFTOV
 
 
 def _is_inside(name: Any) -> bool:
-    """Tell whether a name is one of a file in the folder, or in a folder in it: no path leads out."""
+    """Tell whether a name is that of a file in the folder or in a subfolder, so that no path leads out."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?", name):
         return False
     return not any(part.startswith(".") for part in name.split("/"))

@@ -92,7 +92,7 @@ def find(
         records: of every update in order.
         diverged_at: updates after which the loss was not finite, or None.
         frozen: names of layers whose parameters are not to be trained.
-        ungiven: names of layers to which the loss gives no gradient at all, which is told elsewhere.
+        ungiven: names of layers to which the loss gives no gradient at all, which is reported elsewhere.
 
     Returns:
         Findings, problems before notes.

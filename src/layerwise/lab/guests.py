@@ -93,13 +93,13 @@ ORIGINAL = "Original Traceback (most recent call last):"
 """Line before the traceback of a loader's worker in the message of its error."""
 
 PICKLED = (
-    "A spawned worker of a loader is sent the data set and the functions by pickle: define them at the top level of "
+    "A spawned worker of a loader receives the data set and the functions by pickle: define them at the top level of "
     "{}, without lambdas, and open files in the worker; or give the loader multiprocessing_context='fork' or "
     "num_workers=0"
 )
 
 LAYERWISE = os.path.realpath(Path(layerwise.__file__).parents[1])
-"""Folder that this package is imported from."""
+"""The folder that this package is imported from."""
 
 
 @lru_cache(maxsize=64)
@@ -221,7 +221,7 @@ class Guest:
         return "\n".join([f"{text} (line {frames[-1][0]})", *lines]) + self._of_workers(error)
 
     def _of_workers(self, error: BaseException) -> str:
-        """Say why a loader's worker could not be started, or ""."""
+        """Say why a loader's worker could not start, or ""."""
         words = str(error).lower()
         if isinstance(error, pickle.PicklingError) or "pickle" in words or "can't get local object" in words:
             return f"\n{PICKLED.format(Path(self.filename).name)}"

@@ -11,8 +11,8 @@ from typing import IO, Any
 from layerwise.lab.errors import UsageError
 
 _held: set[IO[str]] = set()
-"""Lock files that this process holds. A process forked from it, as a loader's workers are, closes them: it would hold
-them on when this one is gone."""
+"""Lock files that this process holds. A forked child, such as a loader's worker, closes them, since it would keep the
+locks after this process has ended."""
 
 
 def _close_held() -> None:
@@ -31,13 +31,13 @@ class BusyError(RuntimeError):
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep every other process that asks out of a folder.
+    """Lock a folder against other processes that use this function.
 
     Args:
-        folder: exists; its file ``lock`` stays when it is left.
+        folder: an existing folder; its file ``lock`` stays there afterwards.
 
     Raises:
-        BusyError: another process is in it.
+        BusyError: another process holds the lock.
         OSError: ``lock`` is a link, or cannot be written.
         UsageError: files cannot be locked there.
     """
@@ -52,7 +52,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def _no_link(path: str, flags: int) -> int:
-    """Open a file, unless it is a link, by which somebody could have a file made elsewhere, or a pipe."""
+    """Open a file, but no link, which could create a file elsewhere; opening a pipe does not block."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
@@ -61,7 +61,7 @@ def locked(stream: Any, path: Path) -> bool:
 
     Args:
         stream: the file.
-        path: what a message calls it.
+        path: its path, for the message.
 
     Returns:
         False where another process has it.
@@ -85,7 +85,7 @@ def locked(stream: Any, path: Path) -> bool:
         return False
     except OSError as error:
         raise UsageError(
-            f"{path}: files cannot be locked there ({error.strerror or error}), and without locks two processes would "
-            "do one run; give a folder on another file system with --out"
+            f"{path}: files cannot be locked there ({error.strerror or error}), and without locks two processes could "
+            "do the same run; give a folder on another file system with --out"
         ) from error
     return True

@@ -1,4 +1,4 @@
-"""Trying each part of a person's task once, so that mistakes are told before anything is trained."""
+"""Trying each part of a user's task once, so that mistakes are found before anything is trained."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def look(task: Task, host: Host, *, validation: bool = False, spawned: bool = Fa
 
 
 def _spawned(source: Any, host: Host) -> str:
-    """Draw a batch of a loader whose workers are forked by one that is spawned, as on other systems; say what fails."""
+    """Draw a batch with a spawned worker where a loader's workers are forked; return the error, or ""."""
     if not isinstance(source, DataLoader) or not source.num_workers:
         return ""
     context: Any = source.multiprocessing_context or multiprocessing

@@ -152,7 +152,7 @@ def _serve(connection: Connection, work: Callable[[Any, Link], None], method: st
             except Exception as error:
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
                 ending = ("failed", (reason, traceback.format_exc()))
-            stopped = link.stopped()  # asked before the end is told: what arrives after that is the next job
+            stopped = link.stopped()  # asked before the end is reported: what arrives after that is the next job
             connection.send(ending)
             if stopped:
                 return
@@ -166,7 +166,7 @@ class _Worker:
     def __init__(self, work: Callable[[Any, Link], None]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        # No daemon: those may not start processes, as a person's loader does. Without its master it ends by its pipe.
+        # No daemon: daemons may not start processes, as a task's loader does. Without its master it ends by its pipe.
         given = (theirs, work, multiprocessing.get_start_method(allow_none=True))
         self.process = context.Process(target=_serve, args=given, daemon=False)
         resource_tracker.ensure_running()  # begun by start(), it would let interrupts through again

@@ -1,4 +1,4 @@
-"""Names and words as a terminal, a log or a page may show them."""
+"""Makes text safe for a terminal, a log or a page."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import sys
 from contextlib import suppress
 
 NARROWEST, WIDEST = 20, 1000
-"""Columns that ``COLUMNS`` may ask for; what is beyond is cut to them."""
+"""The least and the most columns that ``COLUMNS`` may set."""
 
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff"
     "\U000e0000-\U000e007f]"
 )
-"""Controls of a terminal, marks that turn the direction of writing or cannot be seen, ends of lines, and surrogates."""
+"""Terminal controls, direction marks, invisible characters, line ends and surrogates."""
 
 
 def shown(text: object, *, lines: bool = False) -> str:
-    r"""Write out what would move the cursor, change colours, turn the direction of writing, or not be seen.
+    r"""Escape control characters, direction marks and invisible characters.
 
     Args:
-        text: any words, as the name of a folder.
-        lines: keep tabs and ends of lines, as of a traceback.
+        text: any text, such as the name of a folder.
+        lines: whether tabs and line ends are kept, as for a traceback.
 
     Example:
         >>> print(shown("a\x1b[31mb\nc"))
@@ -39,14 +39,14 @@ def _written(letter: str) -> str:
 
 
 def columns() -> int:
-    """Give the width of lines: what ``COLUMNS`` says, else the terminal's, else 80 as in a pipe."""
+    """Give the line width: ``COLUMNS`` if set, else the terminal's width, else 80."""
     return min(max(shutil.get_terminal_size((80, 24)).columns, NARROWEST), WIDEST)
 
 
 def open_streams() -> None:
-    """Send what would go to a closed standard output or standard error nowhere, as the program was told by closing it.
+    """Replace a closed standard output or standard error by the null device.
 
-    Their numbers are taken too: the next file that is opened would get them, and with it what is printed.
+    Their file descriptors are taken too. Otherwise the next file that is opened would get them, and receive the output.
     """
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)

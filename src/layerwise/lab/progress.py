@@ -59,7 +59,7 @@ def duration(seconds: float) -> str:
 
 
 class _Counted(Display):
-    """Counts finished runs and the parts of those at work; parts are what the time that is left is told from."""
+    """Counts finished runs and the parts of running ones, from which the remaining time is estimated."""
 
     def __init__(self, target: Console) -> None:
         self.target = target

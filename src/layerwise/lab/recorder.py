@@ -29,7 +29,7 @@ LARGEST_ROWS = 100_000_000
 """Rows of a run's table; a million updates of a network of a hundred layers have less."""
 
 ROWS, ROWS_A_BYTE = 1_000_000, 40
-"""Rows of a table of few bytes, and more for each byte: a small file can say that it holds more than any memory."""
+"""The most rows of a table, and the rows added for each byte: a small file may claim more than fit into memory."""
 
 
 class Recorder:
@@ -161,21 +161,21 @@ def read_frame(path: Path) -> polars.DataFrame:
             f"{', '.join(SCHEMA_COLUMNS)}; remove the run's folder and do it again"
         )
     if not _plain(frame):
-        raise UsageError(f"{path}: holds numbers that no run has; remove the run's folder and do it again")
+        raise UsageError(f"{path}: holds numbers that no run writes; remove the run's folder and run it again")
     return frame.select(SCHEMA_COLUMNS)
 
 
 def _most_rows(size: int) -> int:
-    """Give how many rows a table of so many bytes may have."""
+    """Give the most rows that a table of this many bytes may have."""
     return min(LARGEST_ROWS, ROWS + ROWS_A_BYTE * size)
 
 
 def _plain(frame: polars.DataFrame) -> bool:
-    """Tell whether every row has its numbers, and whatever is computed from them can be computed."""
+    """Tell whether every row is complete, with numbers that later computations can use."""
     import polars
 
     step, epoch, value = polars.col("step"), polars.col("epoch"), polars.col("value")
-    # Norms may overflow where training diverges; what the whole network has is finite, or the run ends before it.
+    # Norms of layers may overflow where training diverges. Values of the whole network are finite, or the run ends.
     good = (step >= 0) & (step <= LARGEST_STEP) & (epoch >= 0) & polars.col("quantity").is_not_null()
     good &= polars.col("layer").is_not_null() | (value.abs() <= LARGEST_NUMBER)
     return bool(frame.select((good & value.is_not_null()).fill_null(False).all()).item())
@@ -197,7 +197,7 @@ def read_tables(paths: Iterable[Path]) -> tuple[dict[Path, polars.DataFrame], di
         if together is not None:
             tables.update(zip(some, together, strict=True))
             continue
-        for path in some:  # alone, each says what is wrong with it
+        for path in some:  # read one by one, for an error message of each
             try:
                 tables[path] = read_frame(path)
             except (OSError, UsageError) as error:

@@ -22,14 +22,14 @@ class Record:
     """A finished run.
 
     Attributes:
-        folder: of the run.
-        configuration: what it was.
-        summary: what ``record.json`` holds: ``finals`` (quantity -> last value), ``diverged_at`` (number of updates
-            before the first loss that was not finite, or None), ``iterations``, ``epochs``, ``parameters``, ``seconds``
+        folder: the folder of the run.
+        configuration: the configuration of the run.
+        summary: the content of ``record.json``: ``finals`` (quantity -> last value), ``diverged_at`` (number of updates
+            before the first non-finite loss, or None), ``iterations``, ``epochs``, ``parameters``, ``seconds``
             and ``test_seconds`` (over all sessions), ``sessions``, ``processes`` (how many shared it, each once),
             ``factor`` (mean, spread and means by layer), ``weights`` (SHA-256 of the final weights), ``selections``,
             ``threads``, ``peak_memory`` (bytes).
-        about: what ``run.json`` holds: versions, hardware, times.
+        about: the content of ``run.json``: versions, hardware, times.
     """
 
     folder: Path
@@ -39,12 +39,12 @@ class Record:
 
     @property
     def diverged(self) -> bool:
-        """The loss was not finite at some update."""
+        """Whether the loss became non-finite."""
         return self.summary["diverged_at"] is not None
 
     @property
     def metrics_file(self) -> Path:
-        """File with every number of the run."""
+        """The file with every number of the run."""
         return self.folder / "metrics.parquet"
 
     def metrics(self) -> polars.DataFrame:
@@ -60,17 +60,17 @@ class Record:
 
 
 def read_about(folder: str | Path) -> tuple[Configuration, dict[str, Any]]:
-    """Read what a run is.
+    """Read the configuration of a run.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
 
     Returns:
-        Its configuration, and what ``run.json`` holds.
+        Its configuration, and the content of ``run.json``.
 
     Raises:
-        OSError: the file is not there or cannot be read.
-        UsageError: it is damaged, or of another version of layerwise.
+        OSError: the file does not exist or cannot be read.
+        UsageError: it is damaged, or from another version of layerwise.
     """
     path = f"{folder}/run.json"
     about = read_signed(path)
@@ -82,7 +82,7 @@ def read_about(folder: str | Path) -> tuple[Configuration, dict[str, Any]]:
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
-    """Read what came of a finished run; errors are those of ``read_about``."""
+    """Read the summary of a finished run; errors are those of ``read_about``."""
     path = f"{folder}/record.json"
     summary = read_signed(path)
     schema.check(summary, schema.RECORD, path)
@@ -90,7 +90,7 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
 
 
 def read_run(place: Path) -> Record:
-    """Read a finished run whose files belong together.
+    """Read a finished run, and check that its files belong together.
 
     Args:
         place: its folder.
@@ -99,10 +99,10 @@ def read_run(place: Path) -> Record:
         The run.
 
     Raises:
-        OSError: a file is not there or cannot be read.
-        UsageError: one is damaged, holds something else or is no plain file, or the folder is a link.
+        OSError: a file does not exist or cannot be read.
+        UsageError: a file is damaged or no plain file, or the folder is a link.
     """
-    folder = os.fspath(place)  # of thousands of runs, joining paths would take as long as reading them
+    folder = os.fspath(place)  # with thousands of runs, joining paths would take as long as reading them
     if os.path.islink(folder):
         raise UsageError(f"{folder}: is a link, not a folder of a run")
     configuration, about = read_about(folder)

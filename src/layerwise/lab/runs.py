@@ -40,7 +40,7 @@ FACTORS = "factors.jsonl"
 """Recorded factors, in the folder of a run that repeats them."""
 
 NAMES = ("run.json", "status.json", "metrics.parquet", "record.json", *CHECKPOINTS)
-"""What the lab writes into a run's folder, beside ``FACTORS`` and the lock; nothing else there is removed."""
+"""The files that the lab writes into a run's folder, besides ``FACTORS`` and the lock; others are never removed."""
 
 LARGEST_CHECKPOINT = 1 << 38
 """Bytes of a checkpoint."""
@@ -163,7 +163,7 @@ class RunFolder:
         about, summary = self._read("run.json", read_about), self._read("record.json", read_summary)
         if about is None or summary is None:
             return None
-        if about[0].identity != self.configuration.identity:  # somebody has copied files here
+        if about[0].identity != self.configuration.identity:  # the files were copied from another run
             self._put_aside(self.path / "run.json")
             return None
         path = self.path / "metrics.parquet"
@@ -182,7 +182,7 @@ class RunFolder:
         write_whole(self.path / name, signed(content))
 
     def _read(self, name: str, read: Callable[[Path], Any]) -> Any:
-        """Read a file of the run; None where it is not there, or damaged, and then it is set aside."""
+        """Read a file of the run; None if it does not exist or is damaged. A damaged file is renamed."""
         if self.path.is_symlink():
             return None
         try:
@@ -204,7 +204,7 @@ class RunFolder:
             return
         with suppress(FileNotFoundError):
             aside = path.with_name(path.name + ".broken")
-            for number in count(2):  # what was set aside before stays
+            for number in count(2):  # files that were renamed before stay
                 if not os.path.lexists(aside):
                     break
                 aside = path.with_name(f"{path.name}.broken-{number}")
@@ -213,7 +213,7 @@ class RunFolder:
 
 
 def _content_of(path: Path) -> memoryview | None:
-    """Read what stands behind the checksum of a checkpoint, which is compared first; None where it is damaged."""
+    """Read the content of a checkpoint after comparing its checksum; None if it is damaged."""
     try:
         stream = parts(path, LARGEST_CHECKPOINT)
         first = next(stream, b"")

@@ -1,4 +1,4 @@
-"""What the JSON files of runs and reports hold: whatever else is in them is refused before it is used."""
+"""Schemas of the JSON files of runs and reports; other content is refused before it is used."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from layerwise.lab.errors import UsageError
 
 Test = Callable[[Any], bool]
 Form = Any
-"""A test; ``[form]``: a list of such; ``(form, form)``: a list of just these; a dict: names and forms, of which those
-that end in "?" may be missing; or ``Each`` or ``Maybe``."""
+"""A schema: one of
+
+* a test;
+* ``[form]``, a list of any length; ``(form, form)``, a list of that length;
+* a dict of names and forms, where a name with "?" may be missing;
+* ``Each`` or ``Maybe``.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,12 @@ def whole(value: Any) -> bool:
 
 
 def count(value: Any) -> bool:
-    """Tell whether a value is a whole number from 0."""
+    """Tell whether a value is a whole number of at least 0."""
     return whole(value) and value >= 0
 
 
 def number(value: Any) -> bool:
-    """Tell whether a value is a number; ``store.read_json`` has refused those that are not finite."""
+    """Tell whether a value is a number; ``store.read_json`` has already refused non-finite ones."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -54,7 +59,7 @@ def switch(value: Any) -> bool:
 
 
 def anything(value: Any) -> bool:
-    """Tell whether a value may stay what it is: always, as it is only printed or compared."""
+    """Accept any value, where it is only printed or compared."""
     return True
 
 
@@ -63,7 +68,7 @@ RULE = {
     "factors?": Each(number),
     "selection?": {"name?": words, "threshold?": number, "measure?": words, "sides?": words},
 }
-"""Of a rule what is looked at where runs are put together; its other arguments are only printed."""
+"""The arguments of a rule that are used to group runs; others are only printed."""
 
 CONFIGURATION = {
     "trial": {"epochs?": Maybe(count), "iterations?": Maybe(count)},
@@ -75,7 +80,7 @@ CONFIGURATION = {
     "source?": Maybe(words),
     "seed?": count,
 }
-"""What tells a run from others."""
+"""The configuration of a run."""
 
 QUANTITY = {"name": words, "words?": words, "unit?": words, "difference_unit?": words, "higher_is_better?": switch}
 
@@ -95,7 +100,7 @@ RUN = {
     "started?": words,
     "later?": [{}],
 }
-"""``run.json``: what a run is, and where it was done."""
+"""``run.json``: the configuration, versions and hardware of a run."""
 
 RECORD = {
     "finals": Each(Maybe(number)),
@@ -120,10 +125,10 @@ RECORD = {
     "decay?": Maybe(words),
     "selections?": [{"epoch": count, "layers": Each((Maybe(number), Maybe(number), switch))}],
 }
-"""``record.json``: what came of a finished run."""
+"""``record.json``: the results of a finished run."""
 
 RUN_LIST = {"runs": [{"folder": words, "subject?": words, "arm?": words, "seed?": count}]}
-"""``runs.json``: where the finished runs of an experiment are."""
+"""``runs.json``: the folders of an experiment's finished runs."""
 
 _ARM = {
     "name": words,
@@ -183,15 +188,15 @@ PLAN = {
 
 
 def check(value: Any, form: Form, place: object) -> None:
-    """Refuse a value that is not of a form.
+    """Refuse a value that does not match a form.
 
     Args:
-        value: what a JSON file says.
-        form: what it may be.
-        place: of the file, for the message.
+        value: the content of a JSON file.
+        form: the form.
+        place: the file, for the message.
 
     Raises:
-        UsageError: it is something else; the message names where.
+        UsageError: it does not match; the message names the place.
     """
     wrong = _wrong(value, form)
     if wrong is not None:
@@ -204,7 +209,7 @@ def check(value: Any, form: Form, place: object) -> None:
 
 
 def _wrong(value: Any, form: Form) -> tuple[str, Any] | None:
-    """Give the place and the value of the first thing that is not as it must be."""
+    """Give the place and the value of the first mismatch; None if there is none."""
     if callable(form):
         return None if form(value) else ("", value)
     if isinstance(form, Maybe):
@@ -231,7 +236,7 @@ def _wrong(value: Any, form: Form) -> tuple[str, Any] | None:
 
 
 def _first(inside: Any) -> tuple[str, Any] | None:
-    """Give the first of some values that is not as it must be."""
+    """Give the first mismatch of several values."""
     for place, value, form in inside:
         if callable(form):
             if not form(value):

@@ -28,7 +28,7 @@ LARGEST_TABLE = 1 << 32
 """Bytes of a run's table."""
 
 LARGEST_NUMBER, DEEPEST = 1e100, 32
-"""Of a JSON file: beyond, means and squares would overflow; and functions that call themselves would not end."""
+"""Limits of a JSON file: the largest number, whose square is still finite, and the deepest nesting."""
 
 _sorted = json.JSONEncoder(sort_keys=True).encode
 
@@ -151,7 +151,7 @@ def signed(content: Mapping[str, Any], indent: int | None = 1) -> bytes:
 
 
 def read_bytes(path: str | Path, most: int, *, links: bool = False) -> bytes:
-    """Read a file that somebody else may have written; every file of a run, of a report and of data comes through here.
+    """Read a file of unknown origin; every file of a run, a report or a data set is read by this function.
 
     Args:
         path: the file.
@@ -183,7 +183,7 @@ def digest_of(path: str | Path, most: int = LARGEST_TABLE) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; numbers and words in it are such that whatever is done with them raises nothing.
+    """Read a JSON file; its numbers and texts are checked, so that later computations do not fail.
 
     Args:
         path: the file.
@@ -214,7 +214,7 @@ def _refuse_constant(name: str) -> None:
 
 _decoded = json.JSONDecoder(parse_constant=_refuse_constant).decode
 _ODD = re.compile(r"\d{19}|[eE]\+?\d{3}|\\u[dD][89abAB]")
-"""Where a number may be too large, or a letter half; nearly no file has any of it."""
+"""Text that may hold a number that is too large, or half a surrogate pair; few files match."""
 
 
 def _check_plain(made: Any) -> None:
@@ -248,7 +248,7 @@ def read_signed(path: str | Path) -> dict[str, Any]:
     """
     content = read_json(path)
     if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
-        raise UsageError(f"{path}: damaged: what it says does not have the checksum that it names")
+        raise UsageError(f"{path}: damaged: its content does not match its checksum")
     return content
 
 

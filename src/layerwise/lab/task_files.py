@@ -1,9 +1,8 @@
-"""The copies of tasks' files: modules of this package, which every process imports.
+"""Copies of task files, which every process imports as modules of this package.
 
-A task's file is copied once, under its SHA-256, into a folder, which is in ``sys.path`` while the task's code runs.
-multiprocessing hands ``sys.path`` to every process that it starts, whatever the start method, so a loader's worker
-finds what the file defines by the name of its module. ``__file__`` is the file that was named, so that a task finds its
-data beside it.
+A task's file is copied once, named by its SHA-256, into a folder that is in ``sys.path`` while the task's code runs.
+``multiprocessing`` passes ``sys.path`` to every process that it starts, with any start method. So a loader's worker can
+import what the file defines. ``__file__`` is the original file, so that a task finds data beside it.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ from types import CodeType, ModuleType
 
 from layerwise.lab.store import read_bytes, write_whole
 
-__path__: list[str] = []  # a package: _Finder finds its modules
+__path__: list[str] = []  # makes this module a package, whose modules _Finder finds
 
 folders: list[str] = []
-"""Of the copies that this process imports, the one to look in first at the end."""
+"""The folders of the copies that this process imports; the last one is searched first."""
 
 PLACE = "LAYERWISE_FILE_"
-"""How the name of an environment variable begins that tells other processes which file a copy is of."""
+"""Prefix of the environment variables that hold the original path of each copy, for other processes."""
 
 
 class _Copy(SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
         source = self.get_data(self.path)
         if stem_of(source) != fullname.rpartition(".")[2]:
-            raise ImportError(f"{self.path} was changed: its SHA-256 is not the one in its name; remove it")
-        return self.source_to_code(source, self.path)  # no bytecode: it would not be checked
+            raise ImportError(f"{self.path} has changed: its SHA-256 does not match its name; remove it")
+        return self.source_to_code(source, self.path)  # no bytecode cache, which would not be checked
 
 
 class _Finder(MetaPathFinder):
@@ -63,7 +62,7 @@ sys.meta_path.append(_Finder())
 
 @cache
 def _temporary() -> Path:
-    """Make the folder of copies that no run needs: this process removes it when it ends."""
+    """Create a folder for copies that no run needs; it is removed when this process ends."""
     path = tempfile.mkdtemp(prefix="layerwise-")
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return Path(path)
@@ -71,24 +70,24 @@ def _temporary() -> Path:
 
 @cache
 def _start_method() -> str | None:
-    """Give how processes are started where a task does not say; None for Python's default."""
+    """Give the start method for tasks that do not set one; None for Python's default."""
     default, *_ = multiprocessing.get_all_start_methods()
     chosen = multiprocessing.get_start_method(allow_none=True)
     return None if chosen == default else chosen  # None lets the task choose without force
 
 
 def stem_of(source: bytes) -> str:
-    """Give the name of the copy of a file, without its ending."""
+    """Give the name of a file's copy, without its ending."""
     return f"task_{hashlib.sha256(source).hexdigest()}"
 
 
 def keep(source: bytes, original: Path, folder: Path | None = None) -> str:
-    """Write the copy of a file unless it is there, and let the processes that this one starts find it.
+    """Write the copy of a file unless it exists, and make it importable in this process and its children.
 
     Args:
-        source: the file's bytes.
+        source: the file's content.
         original: the file.
-        folder: of the copy; None for one that ends with this process.
+        folder: the folder of the copy; None for a temporary one.
 
     Returns:
         The name of its module.
@@ -109,10 +108,10 @@ def keep(source: bytes, original: Path, folder: Path | None = None) -> str:
 
 
 def import_anew(name: str) -> ModuleType:
-    """Execute a copy anew, so that no run leaves anything to the next, nor a start method that the file has chosen.
+    """Execute a copy again, so that no run affects the next, and reset the start method that the file may have set.
 
     Args:
-        name: of its module.
+        name: the name of its module.
 
     Returns:
         The module.

@@ -1,4 +1,4 @@
-"""Values that the parameters of a person's task may have."""
+"""Values that the parameters of a user's task may have."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def _train(
 
 
 def make_trial(planned: PlannedRun, configuration: Configuration, chain: Chain) -> Trial:
-    """Make what a run trains: a recipe's trial, or a person's own."""
+    """Make what a run trains: a recipe's trial, or a user's own task."""
     if planned.task is not None:
         return planned.task.trial(configuration, chain.device, chain.out / COPIES)
     return trial.build(configuration, chain.data_dir, chain.device)

@@ -150,7 +150,7 @@ def run_list(folder: Path) -> list[dict[str, Any]]:
         folder: of the experiment.
 
     Returns:
-        For each run its folder, and subject, arm and seed where they are told.
+        For each run its folder, and subject, arm and seed where they are known.
 
     Raises:
         OSError: the list is not there or cannot be read.

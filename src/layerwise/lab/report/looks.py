@@ -1,4 +1,4 @@
-"""How arms are told apart: by a colour of the page, and by dashes and shapes for those who do not see it."""
+"""How arms are distinguished: by colour, and by dashes and shapes for readers who do not see it."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ BROKEN = (OSError, ValueError, KeyError, TypeError, IndexError)
 
 
 def as_json(plan: Plan) -> str:
-    """Write everything of a plan but a person's tasks.
+    """Write everything of a plan but users' own tasks.
 
     Args:
         plan: the experiment.
