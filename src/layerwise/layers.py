@@ -94,7 +94,7 @@ def as_specification(layers: Any) -> Any:
             raise ValueError(f"layers[{layer!r}] holds no tensor; leave the layer out")
         for p in result[layer]:
             if not has_type(p, Tensor):
-                raise TypeError(f"layers[{layer!r}] holds {type(p).__name__}, not tensors")
+                raise TypeError(f"layers[{layer!r}] holds {type(p).__name__}, not tensors; parameters() gives these")
             if id(p) in seen:
                 raise ValueError(
                     f"a tensor of shape {tuple(p.shape)} is in layers[{seen[id(p)]!r}] and layers[{layer!r}]; each "
