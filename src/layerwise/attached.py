@@ -228,7 +228,7 @@ class AttachedRule:
 
     def _stand_by(self, optimizer: Any) -> None:
         """Enter the collectives that the other processes enter, which may not be paused; change nothing."""
-        if self._asks is not None and not self._asks(self.state):
+        if self.found.statistics.sharing is None or (self._asks is not None and not self._asks(self.state)):
             return
         groups = self._groups
         with absent(), torch.no_grad():
@@ -238,8 +238,9 @@ class AttachedRule:
 
     @property
     def takes_part(self) -> bool:
-        """Whether it has something to do in a step: where parameters are shared among processes also while paused."""
-        return self.enabled or self.found.statistics.sharing is not None
+        """Whether it has something to do in a step: also while paused, where a collective may follow."""
+        compares = self._first is not None and self._first.compares
+        return self.enabled or self.found.statistics.sharing is not None or compares
 
     @property
     def acts(self) -> bool:

@@ -30,7 +30,8 @@ class FirstSteps:
 
     def __init__(self, name: str, verdict: Verdict, *, reads_gradients: bool, under_update: bool) -> None:
         self._name, self._verdict = name, verdict
-        self._compares = verdict.communicates and reads_gradients
+        # A collective, so a process in which the rule is paused enters it too.
+        self.compares = verdict.communicates and reads_gradients
         self._looks_for_copies = verdict.untried is not None and under_update
         self._before: list[tuple[Tensor, Tensor]] | None = None
         self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -39,8 +40,8 @@ class FirstSteps:
         """Check before the step."""
         self._before = None
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if self._compares:
-            self._compares = False
+        if self.compares:
+            self.compares = False
             self._compare_gradients(parameters)
         if not self._looks_for_copies:
             return

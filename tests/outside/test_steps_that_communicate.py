@@ -95,6 +95,13 @@ def in_each_process(rank: int) -> dict[str, Any]:
     assert all(map(torch.equal, before, weights(model)))
     model = network()
     optimizer = Averaging(model.parameters())
+    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model).enabled = rank == 0
+    give_gradients(model, rank)
+    with pytest.raises(RuntimeError, match=r"Average the gradients before step\(\)"):
+        optimizer.step()
+    assert all(map(torch.equal, before, weights(model)))
+    model = network()
+    optimizer = Averaging(model.parameters())
     layerwise.LayerwiseLR(optimizer, factors, model)  # whose factors do not depend on gradients
     give_gradients(model, rank)
     optimizer.step()
