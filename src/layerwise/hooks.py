@@ -153,9 +153,11 @@ class OptimizerHooks:
             return None
         if self._calls:
             self._settle_calls(optimizer)
-        # Observers see a step within another one as part of the outer step, unless a closure takes it.
-        seen = [observer for call in self._calls if not call.waits for observer in call.begun]
-        begun = [observer for observer in self.observers if observer not in seen]
+        begun = list(self.observers)
+        if self._calls:
+            # Observers see a step within another one as part of the outer step, unless a closure takes it.
+            seen = [observer for call in self._calls if not call.waits for observer in call.begun]
+            begun = [observer for observer in begun if observer not in seen]
         looking = [observer for observer in begun if observer.begin(optimizer)]
         active = [member for member in self.members if member.takes_part]
         if not (active or begun or self._calls):
@@ -206,6 +208,8 @@ class OptimizerHooks:
             raise RuntimeError(REENTERED)
 
     def _free_view(self) -> Any:
+        if not self._calls:
+            return self._views[0]
         used = [call.view for call in self._calls]
         for view in self._views:
             if not any(view is one for one in used):
@@ -218,9 +222,10 @@ class OptimizerHooks:
         optimizer = self._optimizer()
         for member in members:
             member.prepare(optimizer)
+        late = len(members) == 1 and self._private
         for member in members:
-            member.measure(optimizer, late=self._private and len(members) == 1)
-        if look:
+            member.measure(optimizer, late=late)
+        if look and call.looking:
             self.look(call, [member for member in members if member.enabled])
         return [member for member in members if member.acts]
 
@@ -374,7 +379,9 @@ class OptimizerHooks:
         if optimizer is not self._optimizer():
             return
         ran_on = None if args[0] is optimizer else args[0]
-        call = next((call for call in reversed(self._calls) if call.view is ran_on), None)
+        call = self._calls[-1] if self._calls else None
+        if call is not None and call.view is not ran_on:
+            call = next((call for call in reversed(self._calls) if call.view is ran_on), None)
         if call is not None:
             self._calls.remove(call)
             self._end(call)
