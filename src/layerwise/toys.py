@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import io
+import logging
 import random
 import sys
 import threading
@@ -374,7 +375,7 @@ def _seed(number: int, parameters: Sequence[Tensor]) -> None:
         sys.modules["numpy"].random.seed(number)
 
 
-# Generators and the console are the whole program's: two threads at a time would put back each other's.
+# Generators, console and log are the whole program's: two threads at a time would put back each other's.
 _one_at_a_time = threading.RLock()
 
 
@@ -387,18 +388,22 @@ def undisturbed(parameters: Sequence[Tensor]) -> Generator[Guard]:
     drawn = numpy.random.get_state() if numpy else None
     guard = Guard(parameters)
     data = [p.data for p in parameters]
+    logged = logging.root.manager.disable
     try:
         with (
             torch.random.fork_rng(devices=devices),
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
             torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext(),
             torch.enable_grad(),
             guard,
         ):
             warnings.simplefilter("ignore")
+            logging.disable()
             yield guard
     finally:
+        logging.disable(logged)
         random.setstate(own)
         if numpy and drawn is not None:
             numpy.random.set_state(drawn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 import threading
@@ -106,6 +107,28 @@ def test_attaching_in_several_threads_restores_console_and_generators() -> None:
     assert places == ["lr"] * 8
     assert torch.equal(torch.get_rng_state(), drawn)
     assert random.getstate() == own
+
+
+def test_what_a_step_writes_and_logs_is_not_heard_at_attachment(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Loud(Plain):
+        def step(self, closure: Any = None) -> None:
+            sys.stdout.write("a step\n")
+            sys.stderr.write("a step\n")
+            logging.getLogger("mine").error("a step")
+            super().step()
+
+    model = network(4)
+    optimizer = Loud(model.parameters())
+    layerwise.LayerwiseLR(optimizer, Constant({"0": 0.5}), model)
+    assert capsys.readouterr() == ("", "")
+    assert caplog.messages == []
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert capsys.readouterr() == ("a step\n", "a step\n")
+    assert caplog.messages == ["a step"]
 
 
 def test_parameters_elsewhere_than_the_default_device_can_be_attached_to() -> None:
