@@ -22,8 +22,8 @@ with their versions. It tries every optimizer that they offer and writes down wh
 that.
 
 `apply="auto"` takes the place in the second column (for a rule that scales rates; the table in the
-[page on places](places.md#what-auto-takes) has torch's own optimizers). The next three say what comes of each place,
-tried on three layers over six steps in float64, the factors changing from step to step:
+[page on places](places.md#what-auto-takes) has torch's own optimizers). The next three columns hold the result for each
+place, on three layers over six steps in float64, with factors that change from step to step:
 
 * **yes**: under `"lr"` equal, bit for bit, to the same optimizer with one permanent parameter group per layer, whose
   rates are set by hand before each step; under `"update"` equal to `w_old + f (w_new − w_old)` made by hand after
@@ -33,8 +33,8 @@ tried on three layers over six steps in float64, the factors changing from step 
   computes over a group is then computed over a layer.
 * **inside**: equal to permanent groups whose rates are set while the inner optimizer steps; what the wrapper itself
   computes from the rates, its weight decay and the weights of its average, follows the rates without factors.
-* **no effect**: right, but the optimizer divides by the size of its gradients: with all of them doubled, no layer
-  goes more than a twentieth of its way elsewhere. The logger `layerwise` warns of it.
+* **no effect**: right, but the optimizer divides by the size of its gradients. Doubling all gradients changes the path
+  of no layer by more than a twentieth. The logger `layerwise` warns about it.
 * **no**: refused before anything changes, for the reason given.
 
 Wherever a factor may act, an attached rule whose factors are all 1 leaves training as it is, bit for bit, with a
@@ -61,11 +61,11 @@ closure and without.
 
 ## Further packages
 
-The same at `"lr"` and `"update"`, with other factors at each step and for each layer; bitsandbytes, heavyball and
-torchao in float32, where `"update"` is equal up to 1e-5 of the way that the weights go. `"update"` is refused too where
-the optimizer takes back, in steps at next to no rate, more than a twentieth of a move of the weights made by hand.
-bitsandbytes and torchao keep their states in eight bits or fewer, and `"lr"` is exact with them, bit for bit. heavyball
-and torchao are tried uncompiled (`heavyball.utils.compile_mode = None`, `torch.compiler.set_stance("force_eager")`).
+The same test at `"lr"` and `"update"`, with different factors at each step and for each layer. bitsandbytes, heavyball
+and torchao run in float32, where `"update"` is equal up to 1e-5 of the distance that the weights move. `"update"` is
+also refused where later steps at a rate near 0 undo more than a twentieth of a shift of the weights. bitsandbytes and
+torchao keep their states in eight bits or fewer, and `"lr"` is exact, bit for bit. heavyball and torchao are tried
+uncompiled (`heavyball.utils.compile_mode = None`, `torch.compiler.set_stance("force_eager")`).
 
 {further}
 
@@ -78,12 +78,12 @@ parameters *in this optimizer*. The Muon of `pytorch_optimizer` and its relative
 
 ## Optimizers that are in no table
 
-Any other `torch.optim.Optimizer` is tried when an adapter is attached to it: some twelve steps of a copy of it on a few
-tiny tensors. Where groups can be divided, and this step's rate acts as that of permanent groups, it gets `"lr"`; else
-`"update"`, if it does not go back to weights of its own; else it is refused, with the reason and what to do. What a
-trial cannot see is what an optimizer begins to do later: values in a group that then come out differently for its parts
-raise a `RuntimeError` after that step, which names `apply="update"`. Numbers that a step keeps in a group, such as a
-count, are the same for all parts and are carried over; where they are tensors on an accelerator, comparing them waits
+Any other `torch.optim.Optimizer` is tried when an adapter is attached to it: runs of twelve steps of a copy of it on a
+few tiny tensors. It gets `"lr"` if its groups can be divided and a rate that changes with each step acts as that of
+permanent groups. Otherwise it gets `"update"`, if later steps do not take the weights back. Else it is refused, with
+the reason and the remedy. A trial cannot show what an optimizer begins to do later. If values in a group then differ
+between its parts, a `RuntimeError` after that step names `apply="update"`. Numbers that a step keeps in a group, such
+as a count, are equal in all parts and are carried over. Where they are tensors on an accelerator, comparing them waits
 for the device once a step.
 """
 

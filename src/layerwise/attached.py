@@ -101,8 +101,8 @@ class AttachedRule:
         used = set[int]() if model is None else set(map(id, model.parameters()))
         if used and not any(id(p) in used for layer in self.layers for p in layer.parameters):
             raise RuntimeError(
-                "the model has other parameters now than the optimizer of this LayerwiseLR, whose steps do not reach "
-                "it; make an optimizer of model.parameters() and attach to that"
+                "the model has other parameters now than the optimizer of this LayerwiseLR, whose steps do not change "
+                "the model; make an optimizer of model.parameters() and attach to it"
             )
 
     def last_factors(self) -> list[float]:
@@ -325,7 +325,7 @@ class AttachedRule:
         if holder is None:
             raise RuntimeError(
                 "the optimizer of this LayerwiseLR no longer exists; attach to the one in use, after each time that it "
-                "is made anew, and carry the state over with state_dict() and load_state_dict() if training goes on; "
-                "detach() before it goes keeps the last values"
+                "is created. To continue training, carry the state over with state_dict() and load_state_dict(). To "
+                "keep the last values, call detach() while the optimizer exists"
             )
         return holder

@@ -16,7 +16,7 @@ Overrides = Callable[[Mapping[str, Any], Any], dict[str, Any]]
 OUTSIDE = -1
 """The layer number of a parameter that belongs to no layer; its factor is 1."""
 MOST_SHARINGS = 2
-"""Ways in which layers share a group before each gets one of its own, where `steady` parts are asked for."""
+"""With `steady`, the most different ways of sharing groups; after that each layer gets its own group."""
 
 
 class Partition:

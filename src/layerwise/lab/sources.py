@@ -1,4 +1,4 @@
-"""What stands in the one file of a person's own that is named."""
+"""The content of the task file that the user names."""
 
 from __future__ import annotations
 
