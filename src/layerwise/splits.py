@@ -150,8 +150,8 @@ def _moves(part: Mapping[str, Any]) -> bool:
 
 def _disagreement(optimizer: str, name: str) -> str:
     return (
-        f"{optimizer} keeps its own state in param_groups[...][{name!r}], and this step, with per-layer groups, gave "
-        "it different values for different layers; attach with apply='update', which leaves the groups whole"
+        f"{optimizer} keeps state of its own in param_groups[...][{name!r}], and this step, with per-layer groups, "
+        "gave it different values for different layers; attach with apply='update', which leaves the groups whole"
     )
 
 
