@@ -41,17 +41,17 @@ def train(epochs, rule=None, monitored=False):
 
     with torch.no_grad():
         right = (model(test_images).argmax(1) == test_labels).float().mean()
-    return 100 * float(right), adapter, monitor
+    return 100 * float(right), optimizer, adapter, monitor
 
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=3)
 epochs = parser.parse_args().epochs
 
-plain, _, _ = train(epochs)
+plain, *_ = train(epochs)
 print(f"plain SGD at 0.01:       {plain:.0f} % of the test digits are right")
 
-adaptive, adapter, monitor = train(epochs, layerwise.rules.LayerAdaptive(), monitored=True)
+adaptive, optimizer, adapter, monitor = train(epochs, layerwise.rules.LayerAdaptive(), monitored=True)
 print(f"with LayerAdaptive:      {adaptive:.0f} %")
 print("rates of the last step: ", {layer: round(rate, 3) for layer, rate in adapter.get_last_lr().items()})
 record = monitor.get_last_record()
@@ -60,5 +60,5 @@ for layer, ratio in zip(record.layers, record.update_ratio, strict=True):
 
 # Is it more than a larger rate? The same training at the mean of the factors, for every layer alike.
 mean = sum(adapter.get_last_factors().values()) / 3
-larger, _, _ = train(epochs, layerwise.rules.Constant({"*": mean}))
+larger, *_ = train(epochs, layerwise.rules.Constant({"*": mean}))
 print(f"plain SGD at {0.01 * mean:.3f}:      {larger:.0f} %")
