@@ -274,7 +274,7 @@ class Sequences(RuleBasedStateMachine):
 
     def _current(self, adapter: Any) -> bool:
         """Tell whether an adapter has taken a step since parameters were added."""
-        return adapter._attached.found.holds(self.optimizer.param_groups)
+        return adapter._attached.found.holds(self.optimizer.param_groups, adapter._attached._request)
 
     def _compare_step(self, stepped: list[Attached]) -> None:
         rates = {name: group["lr"] for name, group in self.shadow.group_of().items()}
