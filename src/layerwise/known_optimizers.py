@@ -97,7 +97,11 @@ FACTS: tuple[Fact, ...] = (
         DISTANCE | _of("dadaptation", "DAdaptAdaGrad DAdaptAdan"),
     ),
     Fact("lr", "sets the rates of its groups itself", _of("pytorch_optimizer", "ASGD SWATS")),
-    Fact("groups", "keeps its estimate of the distance to the solution in its groups", DISTANCE),
+    Fact(
+        "groups",
+        "keeps its estimate of the distance to the solution in its groups",
+        DISTANCE - _of("pytorch_optimizer", "DAdaptAdaGrad DAdaptAdam"),
+    ),
     Fact(
         "groups",
         "keeps in each group the largest rate so far and the weights of its average, which follow from the rate",

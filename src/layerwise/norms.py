@@ -135,24 +135,39 @@ def _odd_difference(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _norms_of_one_kind(tensors: list[Tensor], device: torch.device) -> Tensor:
-    return moved(torch.stack(_each_norm(tensors)), device)
+    parts = _norms_by_length(tensors)
+    # The types of the parts differ: stacking them together would convert the norms one by one.
+    stacked = [torch.stack(norms) for _, norms in parts]
+    if len(stacked) == 1:
+        return moved(stacked[0], device)
+    order = [position for positions, _ in parts for position in positions]
+    places = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
+    return moved(torch.cat([part.double() for part in stacked]).index_select(0, places), device)
 
 
 def _each_norm(tensors: list[Tensor]) -> list[Tensor]:
     """Return the norms of tensors of one kind."""
-    wide = torch.float32 if tensors[0].dtype in NARROW else None
-    if not tensors[0].is_cpu:
-        return list(torch._foreach_norm(tensors, 2, wide))
-    sizes = list(map(Tensor.numel, tensors))
-    long = [i for i, tensor in enumerate(tensors) if sizes[i] > SHORT or not tensor.is_contiguous()]
-    if not long:
-        return list(torch._foreach_norm(tensors, 2, wide))
-    parts = [_norms_of_rows(tensors[i]) if sizes[i] > MIDDLE else tensors[i] for i in long]
-    norms = dict(zip(long, torch._foreach_norm(parts, 2, torch.float64), strict=True))
-    short = [i for i in range(len(tensors)) if i not in norms]
-    if short:
-        norms.update(zip(short, torch._foreach_norm([tensors[i] for i in short], 2, wide), strict=True))
+    parts = _norms_by_length(tensors)
+    if len(parts) == 1:
+        return list(parts[0][1])
+    norms = {position: norm for positions, part in parts for position, norm in zip(positions, part, strict=True)}
     return [norms[i] for i in range(len(tensors))]
+
+
+def _norms_by_length(tensors: list[Tensor]) -> list[tuple[Sequence[int], Sequence[Tensor]]]:
+    """Return positions and norms, first of the tensors that PyTorch's own norm measures to 1e-6, then of the others."""
+    wide = torch.float32 if tensors[0].dtype in NARROW else None
+    every = range(len(tensors))
+    long = [i for i in every if tensors[i].numel() > SHORT or not tensors[i].is_contiguous()]
+    if not long or not tensors[0].is_cpu:
+        return [(every, torch._foreach_norm(tensors, 2, wide))]
+    parts = [_norms_of_rows(t) if t.numel() > MIDDLE else t for t in map(tensors.__getitem__, long)]
+    found: list[tuple[Sequence[int], Sequence[Tensor]]] = [(long, torch._foreach_norm(parts, 2, torch.float64))]
+    if len(long) < len(tensors):
+        others = set(long)
+        short = [i for i in every if i not in others]
+        found.insert(0, (short, torch._foreach_norm([tensors[i] for i in short], 2, wide)))
+    return found
 
 
 def absolute_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
