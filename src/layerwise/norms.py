@@ -149,24 +149,24 @@ def _each_norm(tensors: list[Tensor]) -> list[Tensor]:
     """Return the norms of tensors of one kind."""
     parts = _norms_by_length(tensors)
     if len(parts) == 1:
-        return list(parts[0][1])
+        return parts[0][1]
     norms = {position: norm for positions, part in parts for position, norm in zip(positions, part, strict=True)}
     return [norms[i] for i in range(len(tensors))]
 
 
-def _norms_by_length(tensors: list[Tensor]) -> list[tuple[Sequence[int], Sequence[Tensor]]]:
+def _norms_by_length(tensors: list[Tensor]) -> list[tuple[Sequence[int], list[Tensor]]]:
     """Return positions and norms, first of the tensors that PyTorch's own norm measures to 1e-6, then of the others."""
     wide = torch.float32 if tensors[0].dtype in NARROW else None
     every = range(len(tensors))
     long = [i for i in every if tensors[i].numel() > SHORT or not tensors[i].is_contiguous()]
     if not long or not tensors[0].is_cpu:
-        return [(every, torch._foreach_norm(tensors, 2, wide))]
+        return [(every, list(torch._foreach_norm(tensors, 2, wide)))]
     parts = [_norms_of_rows(t) if t.numel() > MIDDLE else t for t in map(tensors.__getitem__, long)]
-    found: list[tuple[Sequence[int], Sequence[Tensor]]] = [(long, torch._foreach_norm(parts, 2, torch.float64))]
+    found: list[tuple[Sequence[int], list[Tensor]]] = [(long, list(torch._foreach_norm(parts, 2, torch.float64)))]
     if len(long) < len(tensors):
         others = set(long)
         short = [i for i in every if i not in others]
-        found.insert(0, (short, torch._foreach_norm([tensors[i] for i in short], 2, wide)))
+        found.insert(0, (short, list(torch._foreach_norm([tensors[i] for i in short], 2, wide))))
     return found
 
 
