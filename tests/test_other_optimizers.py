@@ -129,6 +129,8 @@ def test_every_name_in_the_list_of_reasons_exists() -> None:
 def test_a_gradient_whose_scale_means_nothing_is_warned_of(guest: Guest) -> None:
     if guest.name in AROUND | SHARPNESS or guest.variant:
         pytest.skip("its inner optimizer decides, or an option")
+    if tried(guest).places["gradient"] == "refused":
+        pytest.skip("it is not attached")
     with surroundings(guest):
         warned = optimizers.no_effect(build(guest).stepped, "gradient") is not None
     assert warned == (tried(guest).places["gradient"] == "no effect")

@@ -649,14 +649,14 @@ def test_thresholds_of_networks_far_apart_are_each_drawn_on_a_scale_of_their_own
 def test_a_figure_that_cannot_be_written_does_not_let_the_others_be_waited_for(table, monkeypatch):
     begun = []
 
-    def full(folder, drawing):
+    def full(drawing):
         begun.append(drawing)
         time.sleep(0.3)
-        raise OSError(28, "No space left on device", str(folder))
+        raise OSError(28, "No space left on device", "figure")
 
     monkeypatch.setattr(files, "usable_cores", lambda: 0)  # one at a time
     monkeypatch.setattr(files, "_image", full)
-    monkeypatch.setattr(files, "_write_rest", lambda outcome: time.sleep(2))
+    monkeypatch.setattr(files, "_rest", lambda outcome: time.sleep(2) or {})
     with pytest.raises(OSError, match="No space left"):
         report.write(table, "")
     assert len(begun) < 5  # of 33: one is at work while the first tells of its error

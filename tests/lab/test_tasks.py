@@ -617,7 +617,7 @@ def test_a_loader_with_a_generator_of_its_own_is_no_mistake(write):
         ("def one(seed):\n    pass\n", "own.py", ["names no function", "own.py:one"]),
         ("def one(seed):\n    pass\n", "own.py:", ["No such file", "FILE:FUNCTION"]),
         ("", "missing.py:task", ["No such file", "FILE:FUNCTION"]),
-        ("", ":task", ["directory", "FILE:FUNCTION"]),
+        ("", ":task", ["is a folder", "FILE:FUNCTION"]),
         ("def task(lr=0.1):\n    pass\n", "own.py:task", ["does not take the seed", "def task(seed, lr=0.1)"]),
         ("def task(seed, width):\n    pass\n", "own.py:task", ["'width' has no default", "width=..."]),
     ],

@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _complain(words: object) -> None:
     """Write a line to the standard error."""
     with suppress(OSError, ValueError):  # its reader may have gone
-        sys.stderr.write(f"layerwise: {shown(words)}\n")
+        sys.stderr.write(f"layerwise: {shown(words, lines=True)}\n")
 
 
 def _done(arguments: list[str]) -> int:

@@ -27,8 +27,8 @@ LARGEST_JSON = 1 << 26
 LARGEST_TABLE = 1 << 32
 """Bytes of a run's table."""
 
-LARGEST_NUMBER, DEEPEST = 1e100, 32
-"""Limits of a JSON file: the largest number, whose square is still finite, and the deepest nesting."""
+LARGEST_NUMBER, DEEPEST = 1e250, 32
+"""Limits of a JSON file: the largest number, far beyond any rate or loss that is tried, and the deepest nesting."""
 
 _sorted = json.JSONEncoder(sort_keys=True).encode
 
