@@ -317,7 +317,12 @@ def leading(processes, chains):
     try:
         if processes.first:
             shared_runs.lead(
-                processes, chains, 1, on_message=lambda worker, message: messages.append(message), stop=lambda: False
+                processes,
+                chains,
+                1,
+                on_message=lambda worker, message: messages.append(message),
+                on_failure=lambda failure: None,
+                stop=lambda: False,
             )
             processes.from_first(lambda: None)
         else:
