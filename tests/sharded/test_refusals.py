@@ -51,7 +51,7 @@ def refuse(rank: int) -> None:
     fully_shard(forward)
     optimizer = momentum(forward.parameters())
     forward(torch.ones(2, 6, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"owns none of .*attach before the first forward pass"):
+    with pytest.raises(ValueError, match=r"owns none of .*Attach before the first forward pass"):
         layerwise.LayerwiseLR(optimizer, LayerAdaptive(), forward)
 
     zero = ZeroRedundancyOptimizer(network().parameters(), torch.optim.SGD, overlap_with_ddp=True, lr=0.1)
