@@ -108,7 +108,7 @@ def compare(*more: str) -> subprocess.CompletedProcess[str]:
 
 
 def finals(out: str) -> dict[str, dict[str, float]]:
-    """Give what came of every run, by the name of its folder."""
+    """Give the result of every run, by the name of its folder."""
     read = [(path, json.loads(path.read_text())) for path in Path(out, "store").glob("*/record.json")]
     return {path.parent.name: record["finals"] for path, record in read}
 

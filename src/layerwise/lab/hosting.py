@@ -186,7 +186,7 @@ class Host:
         return reseeded(source, self.seed, number)
 
     def begun(self, source: Iterable[Any]) -> Iterator[Any]:
-        """Begin to go through batches; what cannot be pickled is told once, by the error."""
+        """Begin to go through batches; an object that cannot be pickled raises here."""
         if not getattr(source, "num_workers", 0):
             return iter(source)
         with warnings.catch_warnings():
