@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .agreement import LONGEST, Table, can_compare, compared
+from .tensors import several_processes
 from .trial import Verdict, holds_copies
 
 CLOSE = 1e-6
@@ -18,8 +20,8 @@ CLOSE = 1e-6
 class FirstSteps:
     """Raises in the first step if factors would act wrongly; weights and state are restored.
 
-    The cost falls on the first step only. If the optimizer's own step communicates and the rule reads gradients, it is
-    one collective. If the optimizer could not be tried and has no state yet, it is a copy of the parameters.
+    The cost falls on the first step only. If the optimizer's own step communicates and the rule reads gradients, the
+    processes compare their norms. If the optimizer could not be tried and has no state yet, it is a copy of the parameters.
 
     Args:
         name: The name of the optimizer's class.
@@ -30,8 +32,8 @@ class FirstSteps:
 
     def __init__(self, name: str, verdict: Verdict, *, reads_gradients: bool, under_update: bool) -> None:
         self._name, self._verdict = name, verdict
-        # A collective, so a process in which the rule is paused enters it too.
-        self.compares = verdict.communicates and reads_gradients
+        # The others wait for it, so a process in which the rule is paused compares too.
+        self.compares = verdict.communicates and reads_gradients and several_processes() and can_compare()
         self._looks_for_copies = verdict.untried is not None and under_update
         self._before: list[tuple[Tensor, Tensor]] | None = None
         self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -83,15 +85,15 @@ class FirstSteps:
     def _compare_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Raise on all processes if equal weights have different gradients, which the step averages itself."""
         plain = [p for p in parameters if not hasattr(p, "device_mesh")]
-        own = [(_norm(p), _norm(p.grad)) for p in plain]
-        group = self._verdict.process_group
-        gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(gathered, own, group=group)
-        others = cast("list[list[tuple[float, float]]]", gathered)
-        if any(len(one) != len(own) for one in others):
-            return  # the processes hold different parameters
-        for number in range(len(own)):
-            weights, gradients = ([one[number][kind] for one in others] for kind in range(2))
+        own = {"norms": [[[norm, norm] for norm in (_norm(p), _norm(p.grad))] for p in plain]}
+        ranks = torch.distributed.get_process_group_ranks(self._verdict.process_group)
+        table = compared(f"gradients of {self._name}", own, _spread, ranks, LONGEST)
+        if table is None:
+            raise RuntimeError(
+                f"{self._name} communicates in its step, and not all of the processes {ranks} reached their first step "
+                f"with a LayerwiseLR within {LONGEST:g} s: create it in every process. Nothing has changed"
+            )
+        for weights, gradients in table["norms"]:
             if _alike(weights) and not _alike(gradients):
                 raise RuntimeError(
                     f"the processes hold equal weights and different gradients, which {self._name} averages in its "
@@ -105,9 +107,21 @@ def _norm(tensor: Tensor | None) -> float:
     return math.nan if tensor is None else float(cast(Any, tensor.detach().double().norm().item()))
 
 
-def _alike(numbers: Sequence[float]) -> bool:
-    known = [number for number in numbers if number == number]
-    return len(known) == len(numbers) and all(math.isclose(known[0], one, rel_tol=CLOSE) for one in known)
+def _spread(before: Table, own: Table) -> Table:
+    """Return the smallest and the largest of each norm; none where the processes hold different parameters."""
+    if len(before["norms"]) != len(own["norms"]):
+        return {"norms": []}
+    pairs = zip(before["norms"], own["norms"], strict=True)
+    return {"norms": [[_wider(a, b) for a, b in zip(*each, strict=True)] for each in pairs]}
+
+
+def _wider(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    both = [*first, *second]
+    return [math.nan, math.nan] if any(map(math.isnan, both)) else [min(both), max(both)]
+
+
+def _alike(range_: Sequence[float]) -> bool:
+    return math.isclose(*range_, rel_tol=CLOSE)
 
 
 class KnownGroups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -53,7 +54,8 @@ def check_processes(rule: Any, state: State, layers: Sequence[Layer], statistics
     """Raise in all processes if their factors for shared parameters would differ.
 
     The processes compare once what each of them holds, through the key-value store. This waits for the device. It also
-    waits up to `SECONDS` for processes that do not step with this rule, or `LONGEST` where parameters are shared.
+    waits up to `SECONDS` for processes that do not step with this rule, and then warns, or `LONGEST` where parameters
+    are shared.
 
     Args:
         rule: The rule.
@@ -81,11 +83,12 @@ def check_processes(rule: Any, state: State, layers: Sequence[Layer], statistics
     everywhere = torch.distributed.get_world_size()
     if all(piece is not None and len(piece.ranks) == everywhere for piece in statistics.pieces):
         return  # all parameters are sharded over all processes
-    if not compares and not (reads and any(layer.included and len(layer.parameters) > 1 for layer in layers)):
-        return
-    own = _table(layers, statistics)
+    judges = compares or (reads and any(layer.included and len(layer.parameters) > 1 for layer in layers))
+    own = _table(layers, statistics) if judges else {"layers": "", "held": {}}
     table = compared(f"held {kind_of(rule)}", own, _merged, None, SECONDS)
-    if table is not None:
+    if table is None:
+        _warn_of_others("LayerwiseLR", everywhere)
+    elif judges:
         _judge(rule, table, compares=compares, reads=reads, several=everywhere)
 
 
@@ -119,6 +122,8 @@ def check_members(what: str, alike: Table, statistics: LayerStatistics, *, needs
                 f"{what} within {LONGEST:g} s: create it in every process, because its statistics are sums over all "
                 "of them"
             )
+        if found is None:
+            _warn_of_others(what, len(ranks))
         for name, values in (found or {}).items():
             if len(values) > 1:
                 shown = f" ({', '.join(values)})" if name in own else ""
@@ -126,6 +131,15 @@ def check_members(what: str, alike: Table, statistics: LayerStatistics, *, needs
                     f"{what}: {name} differs between the processes that share the parameters{shown}; pass the same "
                     "in all of them"
                 )
+
+
+def _warn_of_others(what: str, processes: int) -> None:
+    warnings.warn(
+        f"not all of the {processes} processes reached the first step with a {what} of this rule within {SECONDS:g} s. "
+        "If they hold the same parameters, these drift apart: create it in every process",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _epochs(state: State) -> list[int]:

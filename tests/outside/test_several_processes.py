@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -756,6 +757,29 @@ def test_rules_that_compare_layers_accept_replicas(results):
         factors, weights = result["replicas"]
         assert factors == results[0]["replicas"][0]
         assert all(torch.equal(weights[name], w) for name, w in results[0]["replicas"][1].items())
+
+
+@case
+def adapter_on_one_process_alone(rank: int, world: int) -> Any:
+    """Replicas of which only the first has a rule; nothing needs a collective, so only a warning can tell."""
+    model = DistributedDataParallel(whole_chain())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if rank == 0:
+        layerwise.LayerwiseLR(optimizer, Constant({"*": 0.5}), model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(torch.ones(2, 4, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+    return [str(each.message) for each in told if "LayerwiseLR" in str(each.message)]
+
+
+@pytest.mark.dist
+def test_a_process_that_is_alone_with_its_rule_warns_once(results):
+    first, *others = (result["adapter_on_one_process_alone"] for result in results)
+    assert len(first) == 1, first
+    assert "create it in every process" in first[0]
+    assert others == [[]] * (WORLD - 1)
 
 
 # --- What is checked again when it changes -------------------------------------------------------------------------
