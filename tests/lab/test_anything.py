@@ -38,7 +38,7 @@ def out(tmp_path_factory):
 
 @pytest.fixture
 def table(out, tmp_path):
-    outcome = outcome_of(table_plan(), out, tmp_path / "pages")
+    outcome = outcome_of(table_plan(), out, out)
     report.write(outcome, "layerwise run singh2015-table1")
     return outcome
 
@@ -150,15 +150,15 @@ def shown(html: str) -> str:
     return re.sub(r"<pre><code>.*?</code></pre>", "", html)
 
 
-def test_the_folder_of_an_experiment_gives_its_own_page_again(table, tmp_path):
-    again = anything.gather([table.folder], tmp_path / "again")
+def test_the_folder_of_an_experiment_gives_its_own_page_again(table, out, tmp_path):
+    again = anything.gather([table.folder], out)
     assert again.results.family == table.results.family == 24
     assert again.plan.columns == table.plan.columns
     assert again.plan.paper == table.plan.paper
     assert again.plan.claims == table.plan.claims
     assert shown(build(again, "").html) == shown(build(table, "").html)
-    assert report.write(again, "") == tmp_path / "again" / "report" / "report.html"
-    third = anything.gather([tmp_path / "again" / "report"], tmp_path / "third")
+    assert report.write(again, "") == out / "report" / "report.html"
+    third = anything.gather([out / "report"], tmp_path / "third")
     assert markdown(third) == markdown(table)
 
 

@@ -426,7 +426,8 @@ def experiment(tmp_path_factory):
 
 
 @pytest.mark.parametrize("with_plan", [True, False], ids=["with its plan", "without"])
-def test_absolute_paths_in_a_list_of_runs_are_left_out_by_name(experiment, tmp_path, capsys, monkeypatch, with_plan):
+@pytest.mark.parametrize("way", ["absolute", "relative", "through a link"])
+def test_a_list_of_runs_names_none_that_lie_elsewhere(experiment, tmp_path, capsys, monkeypatch, with_plan, way):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(experiment, "out")
     page = next(path.parent for path in Path("out").glob("*/runs.json"))
@@ -435,13 +436,16 @@ def test_absolute_paths_in_a_list_of_runs_are_left_out_by_name(experiment, tmp_p
     theirs = tmp_path / "elsewhere" / "secret"
     moved = page / listed["runs"][0]["folder"]
     shutil.move(moved, theirs)
-    listed["runs"][0]["folder"] = str(theirs)
+    if way == "through a link":
+        (page.parent / "there").symlink_to(theirs.parent)
+    ways = {"absolute": str(theirs), "relative": "../../elsewhere/secret", "through a link": "../there/secret"}
+    listed["runs"][0]["folder"] = ways[way]
     (page / "runs.json").write_text(json.dumps(listed))
     if not with_plan:
         (page / "plan.json").unlink()
     said = "".join(report(capsys, page).split())
-    assert "elsewhere/secret" in said
-    assert "notrelative" in said
+    assert ways[way].removeprefix("../") in said
+    assert ("notrelative" if way == "absolute" else "givethefolderofthatruntoreportinstead") in said
     assert f"{len(listed['runs']) - 1} of" in Path("page/report/table.md").read_text()
 
 

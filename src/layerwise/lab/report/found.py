@@ -108,10 +108,10 @@ def _run_folders(given: Path, found: Found) -> Iterator[Path]:
             listed = []
             found.left_out.append((given / RUNS, str(error)))
         for folder in listed:
-            if os.path.isabs(folder) or "\0" in folder:  # it is written relative, wherever the runs are
-                found.left_out.append((Path(folder), f"{given / RUNS} names it by a path that is not relative"))
-            else:
-                yield given / folder
+            try:
+                yield listed_place(given, folder)
+            except UsageError as error:
+                found.left_out.append((Path(folder), str(error)))
     # A run's own folder is not listed, and none in it is looked at: of thousands that would take long.
     places, left = [], [os.fspath(given)]
     while left:
@@ -122,6 +122,28 @@ def _run_folders(given: Path, found: Found) -> Iterator[Path]:
                 elif entry.is_symlink() and os.path.lexists(f"{entry.path}/run.json"):
                     places.append(entry.path)  # is left out by name
     yield from map(Path, sorted(places))
+
+
+def listed_place(page: Path, folder: str) -> Path:
+    """Give the folder of a run that an experiment's list names.
+
+    Args:
+        page: folder of the experiment.
+        folder: of the run, as the list names it: relative, and below ``--out``, where the experiment's folder lies.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: it lies elsewhere. A list from somebody else must not gather files of this machine.
+    """
+    if os.path.isabs(folder) or "\0" in folder:
+        raise UsageError(f"{page / RUNS} names it by a path that is not relative")
+    above = os.path.realpath(page.absolute().parent)
+    place = os.path.realpath(page / folder)
+    if os.path.commonpath([above, place]) != above:
+        raise UsageError(f"{page / RUNS} names a run outside of {above}: give the folder of that run to report instead")
+    return page / folder
 
 
 def _add(found: Found, known: set[str], place: Path) -> None:

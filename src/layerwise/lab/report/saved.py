@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.plan import LAYOUTS, PaperValue, Plan, PlannedRun, Quantity, Subject
 from layerwise.lab.records import Record, read_run
-from layerwise.lab.report.found import RUNS, run_list, skipped
+from layerwise.lab.report.found import listed_place, run_list, skipped
 from layerwise.lab.results import Key, Results
 from layerwise.lab.schema import PLAN as FORM
 from layerwise.lab.schema import check
@@ -114,9 +113,7 @@ def rebuilt(folder: Path) -> tuple[Results, list[str]] | None:
         left_out: list[tuple[Path, str]] = []
         for key, place in listed:
             try:
-                if os.path.isabs(place):
-                    raise UsageError(f"{folder / RUNS} names it by a path that is not relative")
-                record = read_run(folder / place)
+                record = read_run(listed_place(folder, place))
                 if key not in planned or not _fits(record.configuration, planned[key]):
                     raise UsageError("the plan has no run of this configuration")
                 records[key] = record
