@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from made_up import finish, table_plan
+from made_up import finish, finish_plan, table_plan
 
-from layerwise.lab import cli
+from layerwise.lab import cli, recipe
 
 COMMAND = "import sys; from layerwise.__main__ import main; sys.argv[0] = 'layerwise'; sys.exit(main())"
 
@@ -71,14 +71,19 @@ def test_an_output_that_is_full_is_one_line():
 def test_lines_are_as_wide_as_columns_says_in_a_pipe(tmp_path, monkeypatch, capsys, width):
     for run in table_plan(seeds=1).runs[:3]:
         finish(tmp_path / "runs", run, 1.5)
+    finish_plan(recipe.load("singh2015-table1").plan("smoke", seeds=1), tmp_path / "smoke", lambda run: 1.5)
     monkeypatch.setenv("COLUMNS", str(width))
     capsys.readouterr()
+    smoke = ["--scale", "smoke", "--seeds", "1", "--jobs", "1", "--out", str(tmp_path / "smoke")]
     for words in (
+        ["run", "singh2015-table1", *smoke],
         ["list", "--out", str(tmp_path)],
         ["report", str(tmp_path / "runs"), "--out", str(tmp_path / "page")],
     ):
         assert cli.main(words) == 0
-        lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("Report:", "Next:"))]
+        out = capsys.readouterr().out
+        assert words[0] != "run" or "15 of 15 runs were finished" in " ".join(out.split())
+        lines = [line for line in out.splitlines() if not line.startswith(("Report:", "Next:"))]
         longest = max(len(line) for line in lines if " -- " not in line and "layerwise " not in line)
         assert longest <= width
         assert width < 100 or longest > 80 or words[0] == "list"
