@@ -6,13 +6,14 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
 import layerwise
 import optimizers_page
 import packages
 from layerwise.rules import Constant
 from other_optimizers import Guest, build, further_guests, surroundings
-from other_trials import DISTINCT, attach, factors, same, trained, tried, with_permanent_groups
+from other_trials import DISTINCT, attach, by_hand, distance, factors, same, trained, tried, with_permanent_groups
 
 pytestmark = [
     # What the packages themselves import is deprecated here and there.
@@ -82,6 +83,15 @@ def assert_remedies_work(guest: Guest, message: str) -> None:
         neutral = [factors(1, 1, 1)] * len(DISTINCT)
         weights = [with_permanent_groups(build(guest, by_layer=True), entries) for entries in (fixed, neutral)]
         assert not same(*weights)
+    if "changes next to nothing" in message:
+        tripled = [factors(3, 3, 3)] * len(DISTINCT)
+        start, bare = build(guest).weights(), trained(build(guest))
+        assert distance(by_hand(build(guest), tripled, "gradient"), bare) < 0.02 * distance(bare, start)
+    if "use another optimizer" in message:
+        run = build(guest)
+        run.stepped = run.target = torch.optim.AdamW(run.model.parameters(), lr=0.01)
+        attach(run, Constant({"third": 3.0}))
+        assert not same(trained(run), build(guest).weights())
     assert found or re.search(r"permanent groups|a group for each layer|attach to|use another|without", message)
 
 

@@ -21,7 +21,7 @@ class FirstSteps:
     """Raises in the first step if factors would act wrongly; weights and state are restored.
 
     The cost falls on the first step only. If the optimizer's own step communicates and the rule reads gradients, the
-    processes compare their norms. If the optimizer could not be tried and has no state yet, it is a copy of the parameters.
+    processes compare their norms. If the optimizer could not be tried and has no state yet, the parameters are copied.
 
     Args:
         name: The name of the optimizer's class.

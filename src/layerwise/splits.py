@@ -151,7 +151,8 @@ def _moves(part: Mapping[str, Any]) -> bool:
 def _disagreement(optimizer: str, name: str) -> str:
     return (
         f"{optimizer} keeps state of its own in param_groups[...][{name!r}], and this step, with per-layer groups, "
-        "gave it different values for different layers; attach with apply='update', which leaves the groups whole"
+        "gave it different values for different layers. The step has moved the weights: go on from a checkpoint, and "
+        "attach with apply='update', which leaves the groups whole"
     )
 
 

@@ -23,9 +23,10 @@ from .known_optimizers import Where
 from .known_optimizers import divides_by_gradients as known_to_divide
 from .known_optimizers import reason_against as known_reason
 from .partition import Partition
-from .splits import write_back
+from .splits import mark, write_back
 from .tensors import has_values, runs_on_fakes, several_processes
 from .toys import (
+    WIDE,
     CannotTryError,
     CommunicatesError,
     Guard,
@@ -39,8 +40,12 @@ from .toys import (
 STEPS = 12
 MIDDLE = 4
 """The step at which the factors change, or begin."""
-LONG = 60
-"""Steps of a run where the state holds copies of the weights, which may act on the weights only every few steps."""
+LONG = 250
+"""Steps of a run where something may show only later.
+
+That is so where the state holds copies of the weights, which may act on the weights only every few steps, and where
+steps change options of a group, which may come to differ between its parts.
+"""
 EARLY, LATER = (0.5, 1.5, 0.75, 1.25), (1.75, 0.6, 1.4, 0.8)
 """The factors of the toys, in turn, before and after `MIDDLE`."""
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-2}
@@ -220,9 +225,10 @@ def _attempt(optimizer: Any, construct: bool, wide: bool, way: str) -> Verdict:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     dtype = torch.float64 if wide and not any(p.is_complex() for p in parameters) else None
     workshop = Workshop(optimizer, dtype, construct=construct, way=way)
+    wide = Workshop(optimizer, dtype, construct=construct, way=way, side=WIDE)
     with undisturbed(parameters) as guard:
         try:
-            verdict = Trial(workshop, guard).verdict()
+            verdict = Trial(workshop, guard, wide).verdict()
             if dtype is not None and not HALF.isdisjoint(p.dtype for p in parameters):
                 # Some optimizers keep float32 copies of the weights only where these are of half precision.
                 own = Trial(Workshop(optimizer, None, construct=construct, way=way), guard)
@@ -251,12 +257,14 @@ class Trial:
     Args:
         workshop: Makes the twins.
         guard: Stops forbidden operations, and records the reason.
+        wide: Makes twins with wider toys.
     """
 
-    def __init__(self, workshop: Workshop, guard: Guard) -> None:
-        self.workshop, self.guard = workshop, guard
+    def __init__(self, workshop: Workshop, guard: Guard, wide: Workshop | None = None) -> None:
+        self.workshop, self.guard, self.wide = workshop, guard, wide
         self.replaces = False
         self.copies = False
+        self.writes_options = False
 
     def verdict(self) -> Verdict:
         """Run the trial."""
@@ -321,12 +329,26 @@ class Trial:
 
     def against_division(self, bare: Run) -> str | None:
         """Return why groups must not be divided: at factor 1 their division changes the steps."""
+        whole = self.run(None, steps=LONG) if self.writes_options else bare
+        if not self.divides(all_ones, whole):
+            return TOGETHER
+        if self.wide is not None and self.wide.side > self.workshop.side:
+            trial = Trial(self.wide, self.guard)
+            try:
+                whole = trial.run(None, steps=3)
+            except Exception:  # some steps on matrices of this size must be compiled
+                self.check()
+            else:
+                return None if trial.divides(ones, whole) else TOGETHER
+        return None
+
+    def divides(self, neutral: Callable[[int], Sequence[float] | None], whole: Run) -> bool:
+        """Tell whether steps with divided groups equal those of a run with whole groups."""
         try:
-            divided = self.run(all_ones)
+            return self.same(self.run(neutral, steps=len(whole) - 1), whole, whole)
         except Exception:
             self.check()
-            return TOGETHER
-        return None if self.same(divided, bare, bare) else TOGETHER
+            return False
 
     def against_update(self) -> str | None:
         """Return why a finished step cannot be scaled: later steps take the weights back.
@@ -377,6 +399,7 @@ class Trial:
             gradient: Multiplies the gradients.
         """
         twin = self.workshop.twin(decay=decay)
+        options = [_options_of(group) for group in twin.optimizer.param_groups]
         partition = Partition({id(p): number for number, p in enumerate(twin.toys)})
         rates: list[Any] = []
         order: list[int] = []
@@ -412,6 +435,8 @@ class Trial:
             run.append(twin.weights())
             if factors is None and number < 3:
                 self.copies |= holds_copies(twin.optimizer, [*run[-2], *run[-1]])
+        if factors is None:
+            self.writes_options |= options != [_options_of(group) for group in twin.optimizer.param_groups]
         return run
 
     def check(self) -> None:
@@ -448,9 +473,14 @@ class Trial:
         return True
 
 
+def ones(step: int) -> Sequence[float]:
+    """Return factors of 1."""
+    return [1.0] * 1000
+
+
 def all_ones(step: int) -> Sequence[float] | None:
     """Return factors of 1 from `MIDDLE` on."""
-    return [1.0] * 1000 if step >= MIDDLE else None
+    return ones(step) if step >= MIDDLE else None
 
 
 def in_all_steps(step: int) -> Sequence[float]:
@@ -466,6 +496,10 @@ def for_every_second(first: int, step: int) -> Sequence[float]:
 def in_later_steps(step: int) -> Sequence[float] | None:
     """Return factors from `MIDDLE` on."""
     return LATER * 250 if step >= MIDDLE else None
+
+
+def _options_of(group: dict[str, Any]) -> Any:
+    return mark({name: value for name, value in group.items() if name not in ("params", "lr")})
 
 
 def divide(twin: Twin, partition: Partition, factors: Sequence[float] | None) -> list[Any]:

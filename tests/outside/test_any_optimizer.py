@@ -222,6 +222,50 @@ class Normed(optim.Optimizer):
                 p.sub_(group["lr"] * p.grad / norm)
 
 
+class StackedAboveASize(optim.Optimizer):
+    """One momentum for all matrices of a group that are large enough."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            large = [p for p in group["params"] if min(p.shape) >= 8]
+            total = sum((p.grad.norm() for p in large), torch.zeros(()))
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad / (total if min(p.shape) >= 8 else 1))
+
+
+class NormedLater(optim.Optimizer):
+    """Counts in its group, and from the thirtieth step on keeps there a norm over the group."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "count": 0, "norm": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["count"] += 1
+            if group["count"] >= 30:
+                group["norm"] = float(torch.stack([p.grad.norm() for p in group["params"]]).norm())
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad / group["norm"])
+
+
+def wide_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in FACTORS)).double()
+
+
+@pytest.mark.parametrize("kind", [StackedAboveASize, NormedLater])
+def test_groups_that_belong_together_only_above_a_size_or_later_stay_whole(kind: Any) -> None:
+    model = wide_network()
+    assert layerwise.LayerwiseLR(kind(model.parameters()), Constant(FACTORS), model).apply == "update"
+    with pytest.raises(ValueError, match="use apply='update'"):
+        layerwise.LayerwiseLR(kind(model.parameters()), Constant(FACTORS), model, apply="lr")
+
+
 JOINED = [Stacked, Zipped, Named, ByPosition, Normed]
 
 
@@ -397,7 +441,14 @@ class SlowWeights(optim.Optimizer):
                     p.copy_(slow)
 
 
-@pytest.mark.parametrize("kind", [Averaged, Master, SlowWeights])
+class SlowerWeights(SlowWeights):
+    """Goes back every two hundred steps."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr, every=200)
+
+
+@pytest.mark.parametrize("kind", [Averaged, Master, SlowWeights, SlowerWeights])
 def test_update_is_refused_where_weights_are_kept(kind: Any) -> None:
     model = network()
     optimizer = kind(list(model.parameters()))
