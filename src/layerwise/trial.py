@@ -1,7 +1,7 @@
 """Tests on small toy parameters where a factor can act on an optimizer of another package.
 
-Each class is tried once for each setting: runs of twelve steps of a copy (the twin) on a few tiny tensors, 0.1 to
-0.7 s of CPU time. Parameter groups with fixed rates are the reference. The trial answers three questions. May a group
+Each class is tried once for each setting: runs of twelve or more steps of a copy (the twin) on a few tiny tensors, 0.1
+to 2 s of CPU time. Parameter groups with fixed rates are the reference. The trial answers three questions. May a group
 be divided? Does a rate that changes with each step act as the same rate of a permanent group does? Does a scaled step
 last, or does the optimizer take the weights back?
 """
