@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+# One thread each: on tensors this small, threads that wait for one another take most of the time. Processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
