@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import multiprocessing
 import multiprocessing.connection
 import pickle
@@ -22,32 +24,67 @@ PRELOAD = [
 ]
 
 
+class World:
+    """Processes that stay from one call to the next, each call being a process group of its own among the first."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.processes: list[Any] = []
+        self.pipes: list[Any] = []
+        self.calls = itertools.count()
+
+    def grow(self, size: int) -> None:
+        """Start processes, forked from one that has imported torch already, until there are so many."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        while len(self.processes) < size:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(len(self.processes), theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.pipes.append(ours)
+
+    def run(self, size: int, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        """Call the function in the first processes, and return what each returned."""
+        self.grow(size)
+        store = str(Path(self.folder.name, str(next(self.calls))))
+        call = pickle.dumps((size, store, function, args))
+        for pipe in self.pipes[:size]:
+            pipe.send_bytes(call)
+        return _results(self.pipes[:size], timeout)
+
+    def end(self, patience: float) -> None:
+        """Let the processes end, which may still have their coverage to write; kill those that do not."""
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(patience)
+            process.kill()
+        self.folder.cleanup()
+
+
+_worlds: list[World] = []
+
+
 def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
     """Call `function(rank, *args)` in `world` processes of one process group; return what each returned.
 
-    The processes are forked from one that has imported torch already. A failure of any of them is raised here.
+    A failure of any of them is raised here, and the next call has new processes.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
-        for rank in range(world):
-            receiver, sender = context.Pipe(duplex=False)
-            arguments = (rank, world, str(Path(folder, "store")), sender, function, args)
-            process = context.Process(target=_work, args=arguments, daemon=True)
-            process.start()
-            sender.close()
-            pipes.append(receiver)
-            processes.append(process)
-        try:
-            results = _results(pipes, timeout)
-            for process in processes:
-                process.join(60)  # it has answered, and may still have its coverage to write
-            return results
-        finally:
-            for process in processes:
-                process.join(5)
-                process.kill()
+    if not _worlds:
+        _worlds.append(World())
+    try:
+        return _worlds[0].run(world, function, args, timeout)
+    except BaseException:
+        _worlds.pop().end(5)
+        raise
+
+
+def end() -> None:
+    """End the processes that wait for a call."""
+    while _worlds:
+        _worlds.pop().end(60)
 
 
 def _results(pipes: list[Any], timeout: float) -> list[Any]:
@@ -66,23 +103,29 @@ def _results(pipes: list[Any], timeout: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _work(rank: int, world: int, store: str, sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _work(rank: int, pipe: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    failure, result = "", None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.distributed.init_process_group(
-                "gloo", store=torch.distributed.FileStore(store, world), rank=rank, world_size=world
-            )
-            result = function(rank, *args)
-    except BaseException:
-        failure = traceback.format_exc()
-    # Not sender.send: it would pass tensors through shared memory, which ends with this process.
-    sender.send_bytes(pickle.dumps((failure, result)))
-    sender.close()
-    if not failure:
+    while True:
+        try:
+            call = pipe.recv_bytes()
+        except (EOFError, ConnectionError):
+            return
+        failure, result = "", None
+        torch.manual_seed(0)
+        logging.disable(logging.NOTSET)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                size, path, function, args = pickle.loads(call)
+                store = torch.distributed.FileStore(path, size)
+                torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+                result = function(rank, *args)
+        except BaseException:
+            failure = traceback.format_exc()
+        # Not pipe.send: it would pass tensors through shared memory, which ends with this process.
+        pipe.send_bytes(pickle.dumps((failure, result)))
+        if failure:
+            return
         torch.distributed.destroy_process_group()
