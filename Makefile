@@ -44,7 +44,7 @@ coverage: .venv/dev ## run the core's tests, and print which of its lines and br
 	$(BIN)/python -m coverage report
 
 faults: .venv/dev ## the long part of the fault suite too: kills, full disks, mutated files, 100,000 steps (hours)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --faults tests/faults
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --faults --full tests/faults
 
 lint: .venv/dev ## check style, types and the direction of imports
 	$(BIN)/ruff check

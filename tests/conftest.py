@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,18 +16,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import layerwise
+from sharded import processes
+
+LONG = {"full": "run everything but the long part of the fault suite", "faults": "run the long part of the fault suite"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", action="store_true", help="run the long part of the fault suite too")
+    for name, words in LONG.items():
+        parser.addoption(f"--{name}", action="store_true", help=words)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--faults"):
-        return
-    long = [item for item in items if item.get_closest_marker("faults")]
-    config.hook.pytest_deselected(items=long)
-    items[:] = [item for item in items if not item.get_closest_marker("faults")]
+    left_out = [name for name in LONG if not config.getoption(f"--{name}")]
+    long = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not any(map(item.get_closest_marker, left_out))]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _processes_end_with_the_tests() -> Iterator[None]:
+    yield
+    processes.end()
 
 
 @pytest.fixture(autouse=True)

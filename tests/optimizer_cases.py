@@ -115,6 +115,12 @@ CASES = [
 ]
 
 
+def aspects(case: Case, *others: Any) -> tuple[Any, ...]:
+    """Return what `pairwise` pairs of a case, and of what else a test is tried with."""
+    settings = [options for options in OPTIONS[case.optimizer] if known(case.optimizer, options)]
+    return case.optimizer, settings.index(case.options), tuple(case.form.items()), *others
+
+
 class Embedded(nn.Module):
     """Three linear layers; with `sparse`, two tables whose gradients are sparse."""
 

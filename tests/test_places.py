@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,9 +14,21 @@ import layerwise
 from layerwise import late
 from layerwise.factors import Factors
 from layerwise.rules import Constant, LayerAdaptive
-from optimizer_cases import CASES, MUON, Case, assert_same_bits, network, relative_difference, take_step, weights
+from optimizer_cases import (
+    CASES,
+    MUON,
+    Case,
+    aspects,
+    assert_same_bits,
+    network,
+    relative_difference,
+    take_step,
+    weights,
+)
+from pairwise import pairwise
 
 SGD_CASES = [case for case in CASES if case.optimizer is optim.SGD]
+TRIED = [(c, p) for c in CASES for p in ("gradient", "lr", "update") if c.optimizer not in (optim.ASGD, optim.Rprop)]
 names = {"ids": str}
 
 
@@ -61,7 +74,16 @@ def keep_on_device(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(late, "PIECE", float("inf"))  # what comes late, comes in numbers
 
 
-@pytest.fixture(params=["numbers", "late", "device"])
+KEPT = ("numbers", "late", "device")
+
+
+def however_kept(names: str, *values: Any, aspects: Any = None) -> pytest.MarkDecorator:
+    """Parametrize a test over the product of the values and the ways to keep factors."""
+    cases = pairwise(itertools.product(*values, KEPT), aspects)
+    return pytest.mark.parametrize((*names.split(), "factors_kept"), cases, ids=str, indirect=["factors_kept"])
+
+
+@pytest.fixture
 def factors_kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test as on the CPU, with each layer measured just before its update, and with tensors as elsewhere."""
     if request.param == "late":
@@ -71,8 +93,7 @@ def factors_kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     return request.param
 
 
-@pytest.mark.parametrize("place", ["gradient", "auto"])
-@pytest.mark.parametrize("case", SGD_CASES, **names)
+@however_kept("case place", SGD_CASES, ["gradient", "auto"], aspects=aspects)
 def test_gradient_on_sgd_and_nag_equals_caffe(case: Case, place: str, factors_kept: str) -> None:
     attached, reference = network(case), network(case)
     optimizer, history = case.make(attached.parameters()), {}
@@ -87,8 +108,12 @@ def test_gradient_on_sgd_and_nag_equals_caffe(case: Case, place: str, factors_ke
         assert relative_difference(weights(attached), weights(reference)) < (1e-7 if rate_in_float32 else 1e-12)
 
 
-@pytest.mark.parametrize("form", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
-@pytest.mark.parametrize("decay", [0.0, 0.05])
+@however_kept(
+    "form decay",
+    [{}, {"foreach": True}, {"foreach": False}, {"fused": True}],
+    [0.0, 0.05],
+    aspects=lambda *all: map(str, all),
+)
 def test_adagrad_equals_equation_12(form: dict[str, Any], decay: float, factors_kept: str) -> None:
     case = Case(optim.Adagrad, {"lr": 0.1, "eps": 1e-8, "weight_decay": decay}, form)
     attached, reference = network(case), network(case)
@@ -112,7 +137,7 @@ def test_adagrad_equals_equation_12(form: dict[str, Any], decay: float, factors_
         assert relative_difference(weights(attached), weights(reference)) < tolerance
 
 
-@pytest.mark.parametrize("case", [c for c in SGD_CASES if c.options.get("weight_decay")], **names)
+@however_kept("case", [c for c in SGD_CASES if c.options.get("weight_decay")], aspects=aspects)
 def test_plain_decay_is_not_scaled(case: Case, factors_kept: str) -> None:
     attached, reference = network(case), network(case)
     optimizer, plain = case.make(attached.parameters()), case.make(reference.parameters())
@@ -129,8 +154,7 @@ def test_plain_decay_is_not_scaled(case: Case, factors_kept: str) -> None:
         assert relative_difference(weights(attached), weights(reference)) < 1e-13
 
 
-@pytest.mark.parametrize("place", ["gradient", "lr", "update"])
-@pytest.mark.parametrize("case", [c for c in CASES if c.optimizer not in (optim.ASGD, optim.Rprop)], **names)
+@pytest.mark.parametrize(("case", "place"), pairwise(TRIED, aspects), **names)
 def test_factors_kept_on_the_device_give_what_numbers_give(
     case: Case, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,13 +189,10 @@ def test_the_gradient_is_left_scaled_when_asked_for_and_alone_when_not() -> None
 
 
 # The bare step of these reads a value by itself; the fused kernels have no form for fake tensors.
-UNFIT = {optim.SparseAdam, optim.Adafactor, optim.ASGD, optim.Rprop, MUON}
-FAKE = [
-    (case, place)
-    for case in CASES
-    for place in ("gradient", "lr", "update")
-    if case.optimizer not in UNFIT and not case.form.get("fused")
-]
+UNFIT = {optim.SparseAdam, optim.Adafactor, MUON}
+FAKE = pairwise(
+    [(case, place) for case, place in TRIED if case.optimizer not in UNFIT and not case.form.get("fused")], aspects
+)
 
 
 def fake_step(case: Case, place: str, *, capturable: bool = False) -> int:
