@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import layerwise
+import pairwise
 from sharded import processes
 
 LONG = {"full": "run everything but the long part of the fault suite", "faults": "run the long part of the fault suite"}
@@ -27,11 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [name for name in LONG if not config.getoption(f"--{name}")]
-    long = [item for item in items if any(map(item.get_closest_marker, left_out))]
-    if long:
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if not any(map(item.get_closest_marker, left_out))]
+    marks = [name for name in LONG if not config.getoption(f"--{name}")]
+    without = {item for item in items if any(map(item.get_closest_marker, marks))}
+    if "full" in marks:
+        without.update(pairwise.left_out(items))
+    config.hook.pytest_deselected(items=[item for item in items if item in without])
+    items[:] = [item for item in items if item not in without]
 
 
 @pytest.fixture(scope="session", autouse=True)

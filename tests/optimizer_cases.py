@@ -84,6 +84,10 @@ class Case:
         """Return the optimizer."""
         return self.optimizer(params, **self.options, **self.form)
 
+    def aspects(self) -> tuple[Any, ...]:
+        """Return what `pairwise` pairs: the class, which of its settings this is, and the form."""
+        return self.optimizer, settings(self.optimizer).index(self.options), tuple(self.form.items())
+
     def __str__(self) -> str:
         options = ",".join(f"{k}={v}" for k, v in self.options.items() if k != "lr")
         form = ",".join(f"{k}" for k in self.form) or "default"
@@ -106,19 +110,12 @@ def known(optimizer: type[optim.Optimizer], options: dict[str, Any]) -> bool:
     return set(options) <= set(inspect.signature(optimizer.__init__).parameters)
 
 
-CASES = [
-    Case(c, options, form)
-    for c, settings in OPTIONS.items()
-    for options in settings
-    if known(c, options)
-    for form in forms(c)
-]
+def settings(optimizer: type[optim.Optimizer]) -> list[dict[str, Any]]:
+    """Return the settings of a class that this version of torch has."""
+    return [options for options in OPTIONS[optimizer] if known(optimizer, options)]
 
 
-def aspects(case: Case, *others: Any) -> tuple[Any, ...]:
-    """Return what `pairwise` pairs of a case, and of what else a test is tried with."""
-    settings = [options for options in OPTIONS[case.optimizer] if known(case.optimizer, options)]
-    return case.optimizer, settings.index(case.options), tuple(case.form.items()), *others
+CASES = [Case(c, options, form) for c in OPTIONS for options in settings(c) for form in forms(c)]
 
 
 class Embedded(nn.Module):

@@ -129,10 +129,10 @@ def section(package: str) -> str:
     return "\n".join([title(package), "", *rows, *([""] if reasons else []), *reasons])
 
 
-def cells(finding: Finding) -> list[str]:
-    """Return a further optimizer's row behind its name, with the reasons written out."""
+def cells(finding: Finding, places: tuple[str, ...] = FURTHER) -> list[str]:
+    """Return an optimizer's row behind its name, with the reasons written out."""
     row = [f'`"{finding.automatic}"`' if finding.automatic else "none"]
-    for place in FURTHER:
+    for place in places:
         word = {"refused": "no", None: "–"}.get(finding.places.get(place), finding.places.get(place, "–"))
         row.append(f"{word} ({finding.reasons[place]})" if place in finding.reasons else word)
     return [*row, "; ".join(finding.remarks)]

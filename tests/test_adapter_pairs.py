@@ -44,6 +44,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(PLACES, PLACES)))
 @pytest.mark.parametrize("rules", PAIRS.values(), ids=PAIRS)
 def test_two_adapters_multiply_at_every_pair_of_places(

@@ -70,6 +70,7 @@ def assert_same(train: Callable[[bool], list[Any]]) -> None:
     torch.testing.assert_close(train(True), train(False), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     ("case", "rule"),
     [

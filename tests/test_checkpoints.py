@@ -147,6 +147,7 @@ def test_a_state_that_is_kept_in_memory_is_changed_by_none_of_those_who_saved_or
 # --- torch.save -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @scheduled
 @every_rule
 @pytest.mark.parametrize("kind", [OPTIMIZERS["SGD"], OPTIMIZERS["AdamW"]], ids=["SGD", "AdamW"])
@@ -212,6 +213,7 @@ def stateful(training: Training, flat: bool = False) -> dict[str, Any]:
     return parts if training.scheduler is None else {**parts, "scheduler": training.scheduler}
 
 
+@pytest.mark.pairwise
 @scheduled
 @every_optimizer
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flattened"])

@@ -232,6 +232,7 @@ CASES = [
 ]
 
 
+@pytest.mark.pairwise
 @every_handling
 @pytest.mark.parametrize(("name", "form", "place", "overflows"), CASES)
 def test_a_scaled_step_is_that_of_a_loop_written_by_hand(name, form, place, handling, overflows):
@@ -244,6 +245,7 @@ def test_a_scaled_step_is_that_of_a_loop_written_by_hand(name, form, place, hand
     assert_same(actual, expected, to_the_bit=same_arithmetic(name, place))
 
 
+@pytest.mark.pairwise
 @every_handling
 @every_place
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "AdamW"])
@@ -277,6 +279,7 @@ def lars(layers: Layers) -> list[float]:
     return [factor if layer[0].ndim > 1 else 1.0 for factor, layer in zip(factors.tolist(), layers, strict=True)]
 
 
+@pytest.mark.pairwise
 @both_half_types
 @every_handling
 @every_place
@@ -312,6 +315,7 @@ class Amplification:
         return [2.0 if flag else 1.0 for flag in chosen]
 
 
+@pytest.mark.pairwise
 @both_half_types
 @every_handling
 @pytest.mark.parametrize("measure", ["G", "G_prime"])
@@ -332,6 +336,7 @@ def test_sums_of_an_epoch_leave_out_skipped_steps_and_are_unscaled(name, place, 
     assert_same(actual, expected, to_the_bit=True)  # a factor of 2 rounds nothing, wherever it acts
 
 
+@pytest.mark.pairwise
 @every_handling
 @pytest.mark.parametrize("form", ["default", "fused"])
 @every_place
@@ -348,6 +353,7 @@ def test_random_layers_are_amplified_under_a_scaler_as_by_hand(name, place, form
     assert_same(actual, expected, to_the_bit=place != "update")
 
 
+@pytest.mark.pairwise
 @every_place
 @pytest.mark.parametrize("form", ["default", "fused"])
 @pytest.mark.parametrize("name", ["SGD without momentum", "Adagrad", "AdamW"])
@@ -376,6 +382,7 @@ def test_a_scaler_that_begins_too_high_finds_its_scale_and_leaves_no_trace(name,
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
+@pytest.mark.pairwise
 @every_place
 @every_form
 @every_optimizer

@@ -222,6 +222,7 @@ def test_an_optimizer_without_a_rate_has_rate_nan(make_model, train):
 BESIDE = [*((case, False) for case in CASES), *((case, True) for case in CASES if not case.form)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(("case", "adapter"), BESIDE, ids=lambda x: str(x) if isinstance(x, Case) else "+adapter" * x)
 def test_every_optimizer_steps_to_the_same_bits_with_and_without(case: Case, adapter: bool):
     results: list[Any] = []

@@ -263,6 +263,7 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
     return model(torch.randn(7, 5, generator=generator)).square().sum()
 
 
+@pytest.mark.pairwise
 @every_company
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("unscale", [False, True], ids=["scaled", "unscaled"])

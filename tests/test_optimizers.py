@@ -20,16 +20,13 @@ from optimizer_cases import (
     OPTIONS,
     REFUSED,
     Case,
-    aspects,
     assert_same_bits,
     network,
     relative_difference,
     take_step,
     weights,
 )
-from pairwise import pairwise
 
-EARLY = [case for case in CASES if case.optimizer not in LATE]
 FACTORS = {"first": 0.5, "second": 1.3, "third": 2.7}
 names = {"ids": str}
 
@@ -42,11 +39,10 @@ def test_the_table_holds_every_optimizer_class() -> None:
     assert set(OPTIONS) | set(REFUSED) == ALL
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     ("case", "place"),
-    pairwise(
-        [(c, p) for c in CASES for p in ("auto", *PLACES) if not (p == "lr" and c.optimizer in LATE)], aspects=aspects
-    ),
+    [(c, p) for c in CASES for p in ("auto", *PLACES) if not (p == "lr" and c.optimizer in LATE)],
     **names,
 )
 def test_factors_of_one_change_nothing_to_the_bit(case: Case, place: str) -> None:
@@ -60,7 +56,8 @@ def test_factors_of_one_change_nothing_to_the_bit(case: Case, place: str) -> Non
     assert_equal_state(optimizer, plain)
 
 
-@pytest.mark.parametrize("case", pairwise(CASES, aspects), **names)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("case", CASES, **names)
 def test_no_optimizer_of_torch_writes_into_its_groups(case: Case) -> None:
     model = network(case)
     optimizer = case.make(model.parameters())
@@ -73,7 +70,8 @@ def test_no_optimizer_of_torch_writes_into_its_groups(case: Case) -> None:
     assert [x._version for group in before for x in group.values() if isinstance(x, torch.Tensor)] == versions
 
 
-@pytest.mark.parametrize("case", pairwise(EARLY, aspects), **names)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("case", [c for c in CASES if c.optimizer not in LATE], **names)
 def test_lr_equals_permanent_groups_to_the_bit_over_100_steps(case: Case) -> None:
     permanent, attached = network(case), network(case)
     factors = factors_for(attached)
@@ -90,7 +88,8 @@ def test_lr_equals_permanent_groups_to_the_bit_over_100_steps(case: Case) -> Non
     assert all(torch.isfinite(p).all() for p in attached.parameters())
 
 
-@pytest.mark.parametrize("case", pairwise(EARLY, aspects), **names)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("case", [c for c in CASES if c.optimizer not in LATE], **names)
 def test_lr_with_adapting_factors_equals_groups_rewritten_by_hand(case: Case) -> None:
     by_hand, attached = network(case), network(case)
     groups = layerwise.param_groups(by_hand)
@@ -104,7 +103,8 @@ def test_lr_with_adapting_factors_equals_groups_rewritten_by_hand(case: Case) ->
         assert_same_bits(weights(attached), weights(by_hand))
 
 
-@pytest.mark.parametrize("case", pairwise(CASES, aspects), **names)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("case", CASES, **names)
 def test_update_scales_the_step_of_the_bare_optimizer(case: Case) -> None:
     attached = network(case)
     factors = factors_for(attached)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from importlib import import_module
 from typing import Any
 
@@ -24,7 +25,22 @@ from other_trials import CHANGING, DISTINCT, DRAWS, JOINED, PULL, Scheduled, att
 from other_trials import with_permanent_groups as permanent  # noqa: E402
 
 GUESTS = [guest for guest in all_guests() if guest.name not in NOT_TRIED]
-by_guest = pytest.mark.parametrize("guest", GUESTS, ids=str)
+# Trying one takes a second or two; those that every run of the tests tries take less, and meet most of the reasons.
+FEW = {
+    *("AdaBound", "AliG", "EmoNavi", "GSAM", "LARS", "Lion", "Lookahead", "PID", "SGDW", "ScheduleFreeSGD", "SignSGD"),
+}
+
+
+def of_guests(guests: list[Guest]) -> Any:
+    """Parametrize a test over optimizers; the tests of one follow each other, for what it was tried for is kept."""
+    cases = [
+        pytest.param(guest, id=str(guest), marks=() if str(guest).partition(".")[2] in FEW else pytest.mark.full)
+        for guest in guests
+    ]
+    return pytest.mark.parametrize("guest", cases, scope="module")
+
+
+by_guest = of_guests(GUESTS)
 
 
 def with_reason(where: Where) -> Any:
@@ -33,7 +49,7 @@ def with_reason(where: Where) -> Any:
     for guest in GUESTS:
         with surroundings(guest):
             found += [guest] if reason_against(build(guest).inner, where) else []
-    return pytest.mark.parametrize("guest", found, ids=str)
+    return of_guests(found)
 
 
 def test_all_that_the_packages_offer_is_tried() -> None:
@@ -200,7 +216,7 @@ def test_without_the_refusal_a_divided_group_would_be_wrong(guest: Guest, monkey
 COUNTING = [name for name in known_optimizers.SCHEDULE_FREE if "RAdam" not in name and "Paper" not in name]
 
 
-@pytest.mark.parametrize("guest", [g for g in GUESTS if str(g) in COUNTING], ids=str)
+@of_guests([g for g in GUESTS if str(g) in COUNTING])
 def test_schedule_free_with_a_group_a_layer_keeps_its_counts_in_each(guest: Guest) -> None:
     with surroundings(guest):
         with pytest.raises(
@@ -224,6 +240,7 @@ NOT_FOUND_BY_TRYING = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "place"), NOT_FOUND_BY_TRYING)
 def test_what_six_steps_of_a_small_network_do_not_show_is_refused(name: str, place: Any) -> None:
     run = build(Guest("pytorch_optimizer", name, {"use_shadow": True} if name.startswith("Emo") else {}))
@@ -231,6 +248,7 @@ def test_what_six_steps_of_a_small_network_do_not_show_is_refused(name: str, pla
         layerwise.LayerwiseLR(run.stepped, LayerAdaptive(), run.model, apply=place)
 
 
+@pytest.mark.full
 def test_under_update_splus_would_average_weights_that_are_never_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     without_reasons(monkeypatch)
     run = build(Guest("pytorch_optimizer", "SPlus"), decay=0.0)
@@ -262,10 +280,31 @@ def test_a_layer_in_muon_and_another_optimizer_has_the_norm_of_its_part_in_each(
 
 
 def test_the_page_says_what_is_found() -> None:
+    text = page()
+    head, tail = optimizers_page.TEXT.format(
+        versions=optimizers_page.versions(), table="{table}", reasons="{reasons}", further="{further}"
+    ).split("{table}")
+    assert text.startswith(head), "run make optimizers-page"
+    remarks, after = tail.partition("{reasons}")[2].split("{further}")
+    assert remarks in text, "run make optimizers-page"
+    assert text.endswith(after), "run make optimizers-page"
+    table = text.removeprefix(head).partition("\n\n")[0]
+    assert re.findall(r"^\| `([^`\"]*)` \|", table, re.M) == [str(guest) for guest in all_guests()]
+    numbers = [int(number) for number in re.findall(r" \((\d+)\) \|", table)]
+    reasons = re.findall(r"^(\d+)\. It .*\.$", text.partition("**Remarks**")[0], re.M)
+    assert list(dict.fromkeys(numbers)) == list(map(int, reasons)) == list(range(1, max(numbers) + 1))
+
+
+@of_guests(all_guests())
+def test_a_row_of_the_page_says_what_is_found(guest: Guest) -> None:
+    text = page().partition("## Further packages")[0]
+    assert optimizers_page.full_row(guest, text) == optimizers_page.cells(tried(guest), optimizers_page.PLACES)
+
+
+def page() -> str:
+    """Return the page, or skip a test where it was written with other versions."""
     text = optimizers_page.PAGE.read_text(encoding="utf-8")
     here = optimizers_page.versions()
     if here not in text:
         pytest.skip(f"docs/optimizers.md was written with other versions than {here}")
-    before, after = optimizers_page.page(with_further=False).split("{further}")
-    assert text.startswith(before), "run python tests/optimizers_page.py"
-    assert text.endswith(after)
+    return text

@@ -27,6 +27,7 @@ SOME = {
     "torch_optimizer": {"A2GradExp", "AdaBound", "Adafactor", "Lookahead", "RAdam", "Ranger", "SWATS"},
     "torchao.optim": {"AdamW8bit"},
 }
+ALWAYS = {"lion_pytorch"}  # a small package, which every run of the tests tries
 GUESTS: list[Any] = []
 for _package in packages.PACKAGES:
     if not packages.is_here(_package):
@@ -35,8 +36,9 @@ for _package in packages.PACKAGES:
         continue
     for _guest in further_guests(_package):
         _few = _guest.name in SOME.get(_package, {_guest.name})
-        GUESTS.append(pytest.param(_guest, id=str(_guest), marks=() if _few else pytest.mark.faults))
-by_guest = pytest.mark.parametrize("guest", GUESTS)
+        _mark = () if _package in ALWAYS else pytest.mark.full if _few else pytest.mark.faults
+        GUESTS.append(pytest.param(_guest, id=str(_guest), marks=_mark))
+by_guest = pytest.mark.parametrize("guest", GUESTS, scope="module")  # the tests of one follow each other: see `tried`
 
 
 @by_guest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -14,21 +13,9 @@ import layerwise
 from layerwise import late
 from layerwise.factors import Factors
 from layerwise.rules import Constant, LayerAdaptive
-from optimizer_cases import (
-    CASES,
-    MUON,
-    Case,
-    aspects,
-    assert_same_bits,
-    network,
-    relative_difference,
-    take_step,
-    weights,
-)
-from pairwise import pairwise
+from optimizer_cases import CASES, MUON, Case, assert_same_bits, network, relative_difference, take_step, weights
 
 SGD_CASES = [case for case in CASES if case.optimizer is optim.SGD]
-TRIED = [(c, p) for c in CASES for p in ("gradient", "lr", "update") if c.optimizer not in (optim.ASGD, optim.Rprop)]
 names = {"ids": str}
 
 
@@ -74,16 +61,7 @@ def keep_on_device(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(late, "PIECE", float("inf"))  # what comes late, comes in numbers
 
 
-KEPT = ("numbers", "late", "device")
-
-
-def however_kept(names: str, *values: Any, aspects: Any = None) -> pytest.MarkDecorator:
-    """Parametrize a test over the product of the values and the ways to keep factors."""
-    cases = pairwise(itertools.product(*values, KEPT), aspects)
-    return pytest.mark.parametrize((*names.split(), "factors_kept"), cases, ids=str, indirect=["factors_kept"])
-
-
-@pytest.fixture
+@pytest.fixture(params=["numbers", "late", "device"])
 def factors_kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test as on the CPU, with each layer measured just before its update, and with tensors as elsewhere."""
     if request.param == "late":
@@ -93,7 +71,9 @@ def factors_kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     return request.param
 
 
-@however_kept("case place", SGD_CASES, ["gradient", "auto"], aspects=aspects)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("place", ["gradient", "auto"])
+@pytest.mark.parametrize("case", SGD_CASES, **names)
 def test_gradient_on_sgd_and_nag_equals_caffe(case: Case, place: str, factors_kept: str) -> None:
     attached, reference = network(case), network(case)
     optimizer, history = case.make(attached.parameters()), {}
@@ -108,12 +88,9 @@ def test_gradient_on_sgd_and_nag_equals_caffe(case: Case, place: str, factors_ke
         assert relative_difference(weights(attached), weights(reference)) < (1e-7 if rate_in_float32 else 1e-12)
 
 
-@however_kept(
-    "form decay",
-    [{}, {"foreach": True}, {"foreach": False}, {"fused": True}],
-    [0.0, 0.05],
-    aspects=lambda *all: map(str, all),
-)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("form", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("decay", [0.0, 0.05])
 def test_adagrad_equals_equation_12(form: dict[str, Any], decay: float, factors_kept: str) -> None:
     case = Case(optim.Adagrad, {"lr": 0.1, "eps": 1e-8, "weight_decay": decay}, form)
     attached, reference = network(case), network(case)
@@ -137,7 +114,8 @@ def test_adagrad_equals_equation_12(form: dict[str, Any], decay: float, factors_
         assert relative_difference(weights(attached), weights(reference)) < tolerance
 
 
-@however_kept("case", [c for c in SGD_CASES if c.options.get("weight_decay")], aspects=aspects)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("case", [c for c in SGD_CASES if c.options.get("weight_decay")], **names)
 def test_plain_decay_is_not_scaled(case: Case, factors_kept: str) -> None:
     attached, reference = network(case), network(case)
     optimizer, plain = case.make(attached.parameters()), case.make(reference.parameters())
@@ -154,7 +132,9 @@ def test_plain_decay_is_not_scaled(case: Case, factors_kept: str) -> None:
         assert relative_difference(weights(attached), weights(reference)) < 1e-13
 
 
-@pytest.mark.parametrize(("case", "place"), pairwise(TRIED, aspects), **names)
+@pytest.mark.pairwise
+@pytest.mark.parametrize("place", ["gradient", "lr", "update"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.optimizer not in (optim.ASGD, optim.Rprop)], **names)
 def test_factors_kept_on_the_device_give_what_numbers_give(
     case: Case, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,10 +169,13 @@ def test_the_gradient_is_left_scaled_when_asked_for_and_alone_when_not() -> None
 
 
 # The bare step of these reads a value by itself; the fused kernels have no form for fake tensors.
-UNFIT = {optim.SparseAdam, optim.Adafactor, MUON}
-FAKE = pairwise(
-    [(case, place) for case, place in TRIED if case.optimizer not in UNFIT and not case.form.get("fused")], aspects
-)
+UNFIT = {optim.SparseAdam, optim.Adafactor, optim.ASGD, optim.Rprop, MUON}
+FAKE = [
+    (case, place)
+    for case in CASES
+    for place in ("gradient", "lr", "update")
+    if case.optimizer not in UNFIT and not case.form.get("fused")
+]
 
 
 def fake_step(case: Case, place: str, *, capturable: bool = False) -> int:
@@ -221,6 +204,7 @@ def fake_network(case: Case, *, capturable: bool = False) -> tuple[list[tuple[st
     return named, case.optimizer(named, **case.options, **case.form, **({"capturable": True} if capturable else {}))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(("case", "place"), FAKE, ids=str)
 def test_no_value_is_read_from_a_cuda_device_except_once_a_step_under_lr(case: Case, place: str) -> None:
     free = place != "lr" or case.optimizer is optim.RAdam

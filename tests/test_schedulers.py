@@ -86,6 +86,7 @@ every_scheduler = pytest.mark.parametrize("name", sorted(RECIPES))
 every_place = pytest.mark.parametrize("apply", ["auto", "gradient", "lr", "update"])
 
 
+@pytest.mark.pairwise
 @every_scheduler
 @both_orders
 @every_place
@@ -109,6 +110,7 @@ def test_the_schedule_really_changes_the_rate_in_this_test(name, make_model, bac
     assert len(set(rates)) > 1
 
 
+@pytest.mark.pairwise
 @every_scheduler
 @both_orders
 def test_the_last_rate_of_a_layer_is_the_scheduled_rate_times_its_factor(name, order, make_model, backward):

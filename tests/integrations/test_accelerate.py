@@ -73,6 +73,7 @@ def train(accelerator, model, optimizer, data, schedule, adapter, *, clip=None, 
             adapter.end_epoch()
 
 
+@pytest.mark.pairwise
 @every_rule
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)

@@ -74,6 +74,7 @@ def expected(rule, optimizer, **arguments):
     return trained, adapter
 
 
+@pytest.mark.pairwise
 @every_rule
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)

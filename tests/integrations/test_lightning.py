@@ -134,6 +134,7 @@ PRECISIONS = {
 }
 
 
+@pytest.mark.pairwise
 @every_rule
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize(("lightnings", "ours"), PRECISIONS.values(), ids=PRECISIONS)
@@ -147,6 +148,7 @@ def test_the_weights_are_those_of_the_loop(lightnings, ours, optimizer, rule, tm
     assert not torch.equal(bare.first.weight, model.first.weight), "the rule must make a difference to be tested"
 
 
+@pytest.mark.pairwise
 @every_rule
 @pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -307,6 +309,7 @@ def run(folder, rule, *, validation, checkpoint=None, saved=None, strategy="auto
     return module.net, callback
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("limit", LIMITS.values(), ids=LIMITS)
 @pytest.mark.parametrize(("saved", "validation"), MOMENTS.values(), ids=MOMENTS)
 def test_resuming_from_any_checkpoint_is_the_uninterrupted_training(

@@ -93,6 +93,7 @@ FORMS = {
 # --- Against the hand-written loop ------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @every_rule
 @pytest.mark.parametrize(("clip", "accumulate", "half"), FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("given", [False, True], ids=["its own AdamW", "momentum that is given"])

@@ -48,6 +48,7 @@ def steps(model, optimizer, count=2):
         optimizer.step()
 
 
+@pytest.mark.pairwise
 @WITHOUT_VALUES
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 @pytest.mark.parametrize(

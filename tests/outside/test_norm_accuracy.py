@@ -50,6 +50,7 @@ TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.comp
 SIZES = (1, 7, 255, 257, 511, 512, 513, 1000, 4095, 4096, 8191, 8193, 9973, 65_537, 262_147, 524_287, 524_288, 524_309)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_equal_and_random_numbers_of_any_count_have_their_norm(size, dtype):
@@ -85,6 +86,7 @@ STRIDES = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64], ids=str)
 def test_a_gradient_of_any_stride_has_its_norm(stride, dtype):

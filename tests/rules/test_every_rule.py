@@ -87,6 +87,7 @@ def through_a_file(value: dict[str, Any]) -> dict[str, Any]:
     return torch.load(buffer, weights_only=True)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_factors_are_one_finite_number_a_layer(rule: Rule, seed: int, dtype: torch.dtype) -> None:
@@ -145,6 +146,7 @@ def test_step_without_gradients_gives_finite_factors(rule: Rule, gradient: float
         assert all(math.isfinite(value) for values in bits(model) for value in values)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("carried", [through_memory, through_a_file])
 def test_run_continues_to_the_bit_from_a_state_taken_in_the_middle(

@@ -64,6 +64,7 @@ def two_groups(model: nn.Module) -> tuple[Groups, dict[int, float], dict[int, fl
     return groups, decays, rates
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("layers", ["parameter", "module"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -87,6 +88,7 @@ def test_lars_factors_are_those_of_the_reference(
     assert_close(factors_of(LARS(**options), found, groups), expected, TOLERANCE[dtype])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("layers", ["parameter", "module"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -94,6 +94,7 @@ def train(rank: int, model: Any, optimizer: Any, adapter: Any, steps: range) -> 
             adapter.end_epoch()
 
 
+@pytest.mark.pairwise
 @pytest.mark.dist
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 4), (1, 3)])
