@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "decisions"
 PAGES = sorted(path.name for path in FOLDER.glob("[0-9]*.md"))

@@ -16,6 +16,8 @@ import torch
 import layerwise
 from documents import PAGES, ROOT, agrees, blocks
 
+pytestmark = pytest.mark.full
+
 OPTIONAL = {"accelerate", "lightning", "peft", "polars", "ray", "tensorboard", "transformers", "tyro"}
 NOT_RUN = {"docs/sharded.md": 1}
 """How many blocks of a page are not run by any test; a new one is added here, with its reason on the page."""

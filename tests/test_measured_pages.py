@@ -9,6 +9,8 @@ import pytest
 
 from documents import ROOT
 
+pytestmark = pytest.mark.full
+
 MADE = ROOT / "docs" / "reproductions"
 TABLE_1, TABLE_2 = (
     (MADE / name / "README.md").read_text(encoding="utf-8")

@@ -18,6 +18,8 @@ import layerwise
 pytest.importorskip("hatchling", reason="hatchling, which builds the package, is not installed")
 packaging_requirements = pytest.importorskip("packaging.requirements", reason="packaging is not installed")
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[1]
 NOT_SHIPPED = (".ci/", ".github/")
 

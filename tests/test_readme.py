@@ -14,6 +14,8 @@ from documents import ROOT, code_of
 from layerwise.statistics import NEEDS
 from optimizer_cases import ALL, CASES, LATE, REFUSED, Case, network
 
+pytestmark = pytest.mark.full
+
 PLACES = (ROOT / "docs" / "places.md").read_text(encoding="utf-8")
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.full
+
 SITE = Path(__file__).parents[1] / "site"
 PAGES = [path.name for path in sorted(SITE.glob("*.html"))] + ["api/rules.html", "benchmarks/index.html"]
 

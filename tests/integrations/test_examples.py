@@ -12,6 +12,8 @@ import pytest
 
 import layerwise
 
+pytestmark = pytest.mark.full
+
 FOLDER = Path(__file__).parents[2] / "examples"
 NEEDS = {
     "lightning_trainer": ["lightning", "mlxtend", "polars"],

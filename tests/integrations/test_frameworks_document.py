@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 
 import layerwise
 
+pytestmark = pytest.mark.full
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "frameworks.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"## ([^\n]+)\n\n<!--[^\n]*-->\n```python\n(.*?)```", TEXT, re.S))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from lab_helpers import runs_in_process
 
 from layerwise.lab import chains, work
 from layerwise.lab.experiment import load_finished
@@ -37,6 +38,13 @@ def carried_out(tmp_path: Path, one_thread: None) -> Callable[..., Outcome]:
         return Outcome(plan, Settings(out=out, data_dir=data_dir), load_finished(plan, Runs(out)))
 
     return do
+
+
+@pytest.fixture
+def in_process() -> Iterator[None]:
+    """Let experiments do their runs in this process, where workers are not what is tested."""
+    with runs_in_process():
+        yield
 
 
 @pytest.fixture

@@ -1,12 +1,16 @@
 """A small experiment, and a LeNet written once more by hand."""
 
+import contextlib
+import itertools
 import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch.nn import functional
 
-from layerwise.lab import recipe
+from layerwise.lab import chains, experiment, recipe, work
 from layerwise.lab.data import digits
 from layerwise.lab.models.lenet import LeNet
 from layerwise.lab.plan import Plan
@@ -20,6 +24,37 @@ def tiny_plan(seeds: int = 1, **constants: Any) -> Plan:
     changed = {**smoke["constants"], **short, **constants}
     content = {**read.content, "scales": {"smoke": {**smoke, "constants": changed, "columns": [4, 8]}}}
     return recipe.Recipe("tiny", content).plan("smoke", seeds=seeds)
+
+
+class Here:
+    """The link of a worker that is this very process."""
+
+    def __init__(self, on_message: Callable[[int, Any], None], stop: Callable[[], bool]) -> None:
+        self.on_message, self.stopped = on_message, stop
+
+    def doing(self, name: str) -> None:
+        """Be told what is worked on."""
+
+    def send(self, message: object) -> None:
+        """Pass a message on, from the first worker."""
+        self.on_message(0, message)
+
+
+def do_here(jobs: Sequence[chains.Chain], count: int, *, on_message: Any, stop: Any, on_failure: Any) -> list[Any]:
+    """Do the chains of an experiment in this process, one after another."""
+    for chain in itertools.takewhile(lambda _: not stop(), jobs):
+        work.do_chain(chain, Here(on_message, stop))
+    return []
+
+
+@contextlib.contextmanager
+def runs_in_process() -> Iterator[None]:
+    """Let experiments do their runs in this process."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "_local", do_here)
+        yield
+    torch.set_num_threads(threads)
 
 
 def hand_written_lenet(solver, *, adaptive, iterations, batch_size, seed):

@@ -208,6 +208,7 @@ def test_a_mix_counts_every_comparison_and_says_that_they_were_chosen_after_the_
     assert words in markdown(outcome)
 
 
+@pytest.mark.full
 def test_a_mix_names_the_experiments_that_its_runs_are_of(carried_out, tmp_path):
     for name in ("one", "other"):
         carried_out(replace(tiny_plan(seeds=1), name=name), tmp_path / name)

@@ -21,6 +21,8 @@ from made_up import (
 
 from layerwise.lab import report
 
+pytestmark = pytest.mark.full
+
 HOSTILE = '"><script>alert("x")</script>'
 HOSTILE_WORD = "<img/src=x onerror=alert(1)>" + "w" * 90
 

@@ -162,7 +162,7 @@ def test_a_missing_dependency_names_the_extra(capsys, monkeypatch):
     assert "pip install -e '.[lab]'  in the clone" in capsys.readouterr().err
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("in_process")
 def test_a_recipe_is_run_its_report_written_and_nothing_repeated(capsys, folder):
     arguments = ["run", "tiny", "--scale", "smoke", "--seeds", "2"]
     assert cli.main([*arguments, "--json"]) == 0
@@ -214,7 +214,7 @@ def test_a_recipe_is_run_its_report_written_and_nothing_repeated(capsys, folder)
     assert (folder / "gathered" / "report.html").stat().st_size > 0
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("in_process")
 def test_a_sweep_tries_every_combination(capsys, folder):
     arguments = ["sweep", "tiny", "--scale", "smoke", "--seeds", "1", "--vary", "rate=0.01,0.02"]
     assert cli.main([*arguments, "--vary", "momentum=0,0.9", "--json"]) == 0
@@ -223,7 +223,7 @@ def test_a_sweep_tries_every_combination(capsys, folder):
     assert len(list((folder / "runs" / "store").iterdir())) == 12
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("in_process")
 def test_a_demo_ends_with_what_to_try_next(capsys):
     assert cli.main(["demo", "--seeds", "1"]) == 0
     assert "Next: layerwise run singh2015-table1 --scale full --data-dir FOLDER" in words_of(capsys)

@@ -25,6 +25,8 @@ from layerwise.lab.pool import Failure
 from layerwise.lab.runs import Runs
 from layerwise.lab.trial import Trial
 
+pytestmark = pytest.mark.full
+
 HERE = Path(__file__).parent
 
 

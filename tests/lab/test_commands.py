@@ -135,6 +135,7 @@ def test_times_are_short_in_the_list():
     )
 
 
+@pytest.mark.full
 def test_the_doctor_shows_rate_and_time_left_in_a_terminal_and_leaves_nothing_of_it(folder):
     text, code = in_terminal(["doctor", "slow.py:task", "--steps", "60"], folder)
     assert code == 0
@@ -144,6 +145,7 @@ def test_the_doctor_shows_rate_and_time_left_in_a_terminal_and_leaves_nothing_of
     assert max(len(line) for line in last.splitlines()) <= 80
 
 
+@pytest.mark.full
 def test_in_a_pipe_there_are_plain_lines_and_no_escapes(folder):
     ended = in_pipe(["doctor", "slow.py:task", "--steps", "60"], folder)
     assert ended.returncode == 0, ended.stderr
@@ -152,6 +154,7 @@ def test_in_a_pipe_there_are_plain_lines_and_no_escapes(folder):
     assert max(map(len, ended.stdout.splitlines())) <= 80
 
 
+@pytest.mark.full
 @pytest.mark.dist
 def test_a_comparison_shows_rate_and_time_left_and_no_colour_where_none_is_wanted(folder):
     (folder / "short.py").write_text(TASK.replace("pause=0.0", "pause=0.02"), encoding="utf-8")
@@ -232,13 +235,13 @@ def test_a_report_does_without_torch(tmp_path):
         finish(tmp_path / "runs", run, 1.5 + 0.1 * run.seed)
     assert any(run.arm.control for run in plan.runs)  # whose names need the versions at work
     program = COMMAND.replace("sys.exit(main())", "code = main(); sys.exit(code if 'torch' not in sys.modules else 9)")
-    for folder in ("runs", "page/report"):
-        words = ["report", folder, "--out", "page", "--quiet"]
+    for folder in ("runs", "runs/report"):
+        words = ["report", folder, "--out", "runs", "--quiet"]
         result = subprocess.run(
             [sys.executable, "-c", program, *words], cwd=tmp_path, env=environment(), capture_output=True, text=True
         )
         assert (result.returncode, result.stderr) == (0, "")
-    assert (tmp_path / "page" / "report" / "report.html").stat().st_size > 10_000
+    assert (tmp_path / "runs" / "report" / "report.html").stat().st_size > 10_000
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as on POSIX")

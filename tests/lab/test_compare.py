@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from lab_helpers import runs_in_process
 
 from layerwise.lab import chains, compare, examination, methods, progress, report, tasks, tuning
 from layerwise.lab.arms import FACTORS_ALONE
@@ -253,6 +254,7 @@ def test_controls_of_a_method_that_diverges_at_once_are_carried_out_too(bowl, tm
     assert all(record.diverged for record in outcome.results.records.values())
 
 
+@pytest.mark.full
 def test_the_example_through_workers_is_the_example_in_this_process(tmp_path, carried_out):
     asked = {"arms": ["layer-adaptive", "shuffled"], "seeds": 1}
     task_file = tasks.load(f"{EXAMPLE}:task")
@@ -267,7 +269,8 @@ def test_the_example_through_workers_is_the_example_in_this_process(tmp_path, ca
     assert (again.found, again.complete) == (4, True)
 
 
-def test_a_mistake_in_a_worker_fails_the_run_with_the_persons_words(bowl, tmp_path):
+@pytest.mark.usefixtures("in_process")
+def test_a_mistake_in_a_task_fails_the_run_in_its_words(bowl, tmp_path):
     path = Path(bowl.rpartition(":")[0])
     path.write_text(QUADRATIC.replace("lambda model, batch: model.height()", "shrink"), encoding="utf-8")
     with path.open("a", encoding="utf-8") as stream:
@@ -288,6 +291,7 @@ def test_a_mistake_in_a_worker_fails_the_run_with_the_persons_words(bowl, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_loaders_may_have_workers_of_their_own(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(
@@ -332,12 +336,13 @@ class Told(Display):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """Tune the bowl through workers and compare: three seeds, one worker."""
+    """Tune the bowl and compare: three seeds."""
     folder = tmp_path_factory.mktemp("bowl")
     (folder / "bowl.py").write_text(QUADRATIC, encoding="utf-8")
     name, settings = f"{folder / 'bowl.py'}:task", Settings(out=folder / "runs", jobs=1)
     told = Told()
-    outcome = compare.run(name, seeds=3, tune={"lr": GRID}, settings=settings, display=told)
+    with runs_in_process():
+        outcome = compare.run(name, seeds=3, tune={"lr": GRID}, settings=settings, display=told)
     assert not outcome.failures, outcome.failures[0].details
     # All runs of the tuning are found again, so that this trains nothing.
     again = tuning.tune(tasks.load(name), {"lr": GRID}, settings=settings)
@@ -406,6 +411,7 @@ def test_the_notes_say_what_was_tried_and_chosen(tuned):
     assert "Warning: plain" not in text
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_setting_that_diverges_is_the_worst_and_of_equal_ones_the_first_is_taken(bowl, tmp_path):
     settings = Settings(out=tmp_path / "runs", jobs=1)
     grid = {"lr": [1e200, 1.0, 3.0], "kind": ["plain", "other"]}

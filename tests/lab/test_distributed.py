@@ -29,6 +29,8 @@ from layerwise.lab.pool import Failure
 from layerwise.lab.runs import RunFolder, Runs
 from layerwise.lab.trial import StoppedError, build
 
+pytestmark = pytest.mark.full
+
 LENET = {
     "data": "digits5k",
     "test_count": 60,

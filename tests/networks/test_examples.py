@@ -20,6 +20,8 @@ from layerwise.lab.runs import Runs
 
 from .conftest import ROOT
 
+pytestmark = pytest.mark.full
+
 EXAMPLES = ROOT / "examples"
 PAGE = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
 ROWS = {

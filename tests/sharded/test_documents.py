@@ -14,6 +14,8 @@ import pytest
 
 import layerwise
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "sharded.py"
 
