@@ -1,4 +1,4 @@
-"""The fault suite: its quick part runs with all tests, its long part with --faults."""
+"""The fault suite: its quick part runs with --full, its long part with --faults beside it."""
 
 from __future__ import annotations
 

@@ -26,6 +26,8 @@ from torch import Tensor, nn, optim
 
 import layerwise
 
+pytestmark = pytest.mark.full
+
 taken = 0
 """Steps of machines since the program began."""
 

@@ -22,6 +22,8 @@ from layerwise.lab.experiment import carry_out, load_finished
 from layerwise.lab.outcome import Settings
 from layerwise.lab.runs import Runs
 
+pytestmark = pytest.mark.full
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs mount")
 
 

@@ -37,6 +37,8 @@ from layerwise.lab.report import anything, found, saved
 from layerwise.lab.runs import MAGIC, RunFolder, Runs
 from layerwise.lab.store import signed, write_whole
 
+pytestmark = pytest.mark.full
+
 
 class Hostile:
     """Pickles into a command that makes a file."""

@@ -22,6 +22,7 @@ from layerwise.lab.outcome import Settings
 from layerwise.lab.runs import Runs
 
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.dist,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL"),
 ]

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import layerwise
 from layerwise.rules import Directionality, GradientAmplification, LayerAdaptive, Phase
 
+pytestmark = pytest.mark.full
+
 EPOCH = 250
 Step = Callable[[int], None]
 

@@ -17,6 +17,8 @@ from layerwise.lab.report import anything, charts, files, layers, page
 from layerwise.lab.runs import Runs
 from layerwise.lab.store import read_signed, signed
 
+pytestmark = pytest.mark.full
+
 _opened: Counter[str] | None = None
 
 

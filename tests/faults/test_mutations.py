@@ -29,6 +29,8 @@ from layerwise.lab.report import anything, found, saved
 from layerwise.lab.runs import RunFolder, Runs
 from layerwise.lab.store import signed
 
+pytestmark = pytest.mark.full
+
 
 def each_size(test):
     """Run a test with few changed files, and in the long part with many."""

@@ -21,6 +21,8 @@ from layerwise.layers import Layer
 from layerwise.rules import Directionality, GradientAmplification, Phase
 from layerwise.sums import LARGEST
 
+pytestmark = pytest.mark.full
+
 READS_GRADIENTS = {"layer-adaptive", "LARS", "LARC", "LARC unclipped", "chain"}
 
 

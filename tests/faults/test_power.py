@@ -22,7 +22,7 @@ from test_kill import CHECKPOINTS, TRAINING, done, same_as_whole, server, told, 
 
 from layerwise.lab.report.saved import rebuilt
 
-pytestmark = [pytest.mark.dist, pytest.mark.skipif(sys.platform != "linux", reason="needs mount")]
+pytestmark = [pytest.mark.full, pytest.mark.dist, pytest.mark.skipif(sys.platform != "linux", reason="needs mount")]
 
 SHUTDOWN = 0x8004587D
 """EXT4_IOC_SHUTDOWN."""

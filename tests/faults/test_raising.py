@@ -15,6 +15,8 @@ from hypothesis import settings
 import layerwise
 from layerwise.rules import LayerAdaptive
 
+pytestmark = pytest.mark.full
+
 
 def check_raising(dtype: torch.dtype, rule: str, kind: str, place: str, faults: list[Fault]) -> None:
     """Step where the gradients are finite, meet an error where not; in the end all is as if those had not been."""

@@ -22,6 +22,7 @@ from layerwise.lab.report.page import build
 from layerwise.lab.runs import Runs
 
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.dist,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
 ]

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import polars
@@ -143,12 +144,24 @@ def test_epochs_are_counted_tested_and_ended():
     [
         (LENET, None, "auto"),
         (LENET, {"name": "LayerAdaptive"}, "lr"),
-        ({**LENET, "solver": "caffe-adagrad", "momentum": 0.0}, {"name": "LayerAdaptive"}, "lr"),
         (RESNET, AMPLIFICATION, "auto"),
-        ({**RESNET, "solver": "adamw", "rate": 0.01, "momentum": 0.0}, {"name": "LARS"}, "auto"),
-        ({**RESNET, "train_count": 50, "batch_size": 25}, {"name": "LayerAdaptive"}, "auto"),
+        pytest.param(
+            {**LENET, "solver": "caffe-adagrad", "momentum": 0.0},
+            {"name": "LayerAdaptive"},
+            "lr",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            {**RESNET, "solver": "adamw", "rate": 0.01, "momentum": 0.0},
+            {"name": "LARS"},
+            "auto",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            {**RESNET, "train_count": 50, "batch_size": 25}, {"name": "LayerAdaptive"}, "auto", marks=pytest.mark.full
+        ),
     ],
-    ids=["plain", "layer-adaptive", "adagrad", "amplification", "adamw and lars", "whole epochs"],
+    ids=["plain", "layer-adaptive", "amplification", "adagrad", "adamw and lars", "whole epochs"],
 )
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(tmp_path, constants, rule, apply):
     whole = training_of(constants, rule, apply)
@@ -293,5 +306,6 @@ def test_a_rule_object_can_be_used_as_it_is():
 def test_runs_in_this_process_leave_the_log_as_loud_as_it_was(carried_out):
     logger = logging.getLogger("layerwise")
     level = logger.level
-    carried_out(tiny_plan())
+    plan = tiny_plan()
+    carried_out(replace(plan, runs=plan.runs[:1]))
     assert logger.level == level

@@ -80,6 +80,7 @@ def first(tmp_path_factory):
     return carry_out(plan, Settings(out=out, jobs=2), told), told
 
 
+@pytest.mark.full
 @pytest.mark.dist
 def test_all_runs_are_done_once_and_a_second_call_repeats_nothing(first):
     outcome, told = first
@@ -92,6 +93,7 @@ def test_all_runs_are_done_once_and_a_second_call_repeats_nothing(first):
     assert {path: path.stat().st_mtime_ns for path in outcome.settings.out.rglob("*.parquet")} == before
 
 
+@pytest.mark.full
 @pytest.mark.dist
 def test_what_a_kill_has_left_beside_a_finished_run_goes_with_the_next_call(first):
     outcome, _ = first
@@ -108,6 +110,7 @@ def test_what_a_kill_has_left_beside_a_finished_run_goes_with_the_next_call(firs
     assert (told["state"], told["iteration"]) == (said["state"], said["iteration"])
 
 
+@pytest.mark.full
 @pytest.mark.dist
 def test_runs_side_by_side_are_those_of_one_process_to_the_bit(first, carried_out, tmp_path):
     outcome, _ = first
@@ -118,6 +121,7 @@ def test_runs_side_by_side_are_those_of_one_process_to_the_bit(first, carried_ou
     assert len(set(ours.values())) == 15
 
 
+@pytest.mark.full
 @pytest.mark.dist
 def test_a_damaged_run_is_named_and_repeated_to_the_same_numbers(first):
     outcome, _ = first
@@ -132,6 +136,7 @@ def test_a_damaged_run_is_named_and_repeated_to_the_same_numbers(first):
     assert again.results.records["sgd", "layer-adaptive", 0].summary["weights"] == record.summary["weights"]
 
 
+@pytest.mark.full
 @pytest.mark.dist
 @posix
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
@@ -157,6 +162,7 @@ def test_an_interrupt_keeps_finished_runs_and_checkpoints_the_others(tmp_path, n
     assert all(state["iteration"] > 0 for state in stopped)
 
 
+@pytest.mark.full
 @pytest.mark.dist
 @posix
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, carried_out):
@@ -184,6 +190,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, carried_o
         assert record.metrics().equals(expected.results.records[key].metrics())
 
 
+@pytest.mark.full
 @pytest.mark.dist
 @posix
 def test_two_at_once_never_do_the_same_run(tmp_path):
@@ -198,7 +205,8 @@ def test_two_at_once_never_do_the_same_run(tmp_path):
     assert set(sessions) == {1}
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path, one_thread):
+@pytest.mark.usefixtures("in_process")
+def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path):
     plan = tiny_plan()
     broken = [
         replace(run, configuration=replace(run.configuration, rule={"name": "LARS", "eta": 1}))
@@ -215,6 +223,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path, one_thread)
     assert set(outcome.results.records) == {("nag", "plain", 0)}
 
 
+@pytest.mark.full
 @pytest.mark.dist
 def test_the_number_of_processes_changes_no_bit(first, tmp_path):
     plan = tiny_plan(seeds=1)
@@ -224,7 +233,7 @@ def test_the_number_of_processes_changes_no_bit(first, tmp_path):
     assert {record.summary["threads"] for record in one.results.records.values()} == {1}
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("in_process")
 def test_other_threads_are_other_runs(tmp_path):
     plan = tiny_plan(seeds=1)
     plan = replace(plan, runs=tuple(run for run in plan.runs if run.key == ("sgd", "plain", 0)))
@@ -233,7 +242,7 @@ def test_other_threads_are_other_runs(tmp_path):
     assert [outcome.results.records["sgd", "plain", 0].summary["threads"] for outcome in both] == [1, 2]
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("in_process")
 def test_a_failing_control_leaves_the_others_of_its_chain(tmp_path):
     plan = tiny_plan(seeds=1)
     runs = [
@@ -256,7 +265,7 @@ def slower(configuration):
     return replace(configuration, trial={**configuration.trial, "factors_every": 2})
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("in_process")
 def test_runs_of_one_configuration_are_one_run(tmp_path):
     plan = tiny_plan(seeds=1)
     (plain,) = [run for run in plan.runs if run.key == ("sgd", "plain", 0)]
