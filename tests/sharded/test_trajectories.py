@@ -27,12 +27,18 @@ RUNS = [
     ("FSDP1", 3),
     ("FSDP1, NO_SHARD", 2),
 ]
+NAMES = list(CASES)
+PARTS = []  # each way has a rule or two in every run of the tests, and each rule a way
+for number, (way, world) in enumerate(RUNS):
+    few, told = NAMES[number :: len(RUNS)], f"{way}, {world} processes"
+    rest = [name for name in NAMES if name not in few]
+    PARTS.append(pytest.param(way, world, few, id=told))
+    PARTS.append(pytest.param(way, world, rest, id=f"{told}, the other rules", marks=pytest.mark.full))
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("way", "world"), RUNS, ids=[f"{way}, {world} processes" for way, world in RUNS])
-def test_a_trajectory_is_that_of_one_process_to_rounding(way, world):
-    names = list(CASES)
+@pytest.mark.parametrize(("way", "world", "names"), PARTS)
+def test_a_trajectory_is_that_of_one_process_to_rounding(way, world, names):
     results = run(world, train, way, names)
     for name in names:
         weights, factors, selection = train_alone(CASES[name])
