@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,6 +46,17 @@ def _processes_end_with_the_tests() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_every_test() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what has been imported stays, and is not gone through again by each collection
+
+
+@pytest.fixture
+def few_objects() -> None:
+    """Let tests that go through all objects find those alone that are made from here on: it takes a second else."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

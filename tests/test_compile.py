@@ -405,6 +405,7 @@ def test_a_compiled_step_under_a_gradient_scaler_skips_and_unscales(name, place)
     assert_close(*models)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("what", ["the step", "the model"])

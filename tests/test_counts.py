@@ -7,6 +7,8 @@ from benchmarks import memory
 from benchmarks.counts import KINDS, LAYERS, step
 from benchmarks.steps import counted
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 # On a CUDA device, more than the bare step: "gradient" measures (11) and multiplies (1 for all); "lr" measures and
 # steps the group of each layer apart, at what the optimizer takes for a group; "update" copies 20 tensors.
 MORE = {

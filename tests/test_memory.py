@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,13 +11,7 @@ from torch import nn, optim
 import layerwise
 from layerwise.rules import LARS, Constant, LayerAdaptive
 
-
-@pytest.fixture(autouse=True)
-def _what_was_there_before_is_not_looked_at() -> Iterator[None]:
-    """Going through all objects of a long run of tests would take seconds each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("few_objects")
 
 
 def bytes_kept(*, place: str | None, rule: object = None, momentum: float = 0.9) -> int:

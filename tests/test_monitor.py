@@ -333,6 +333,7 @@ def test_a_record_takes_one_transfer_from_the_device_and_other_steps_none(apply,
     assert transfers == [6 + 2 + 2] * 2
 
 
+@pytest.mark.usefixtures("few_objects")
 def test_no_copy_of_the_parameters_is_kept_between_steps():
     def bytes_alive() -> int:
         gc.collect()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import shutil
 
@@ -25,13 +24,7 @@ every_rule = pytest.mark.parametrize("rule", by_hand.RULES.values(), ids=by_hand
 AMPLIFICATION = by_hand.RULES["GradientAmplification"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_garbage_collection():
-    """The Trainer collects garbage before it trains, which takes as long as all else here while modules count."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("few_objects")  # the Trainer collects garbage before it trains
 
 
 class Model(nn.Module):
