@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo demo-amplification test coverage faults lint docs bench bench-page optimizers-page licences-page lock audit clean
+.PHONY: help demo demo-amplification test test-all coverage faults lint docs bench bench-page optimizers-page licences-page lock audit clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,8 +33,11 @@ demo: .venv/lab ## train LeNet on real digits, with and without per-layer rates,
 demo-amplification: .venv/lab ## train a narrow ResNet with and without amplified gradients, and write runs/report.html
 	$(BIN)/layerwise demo amplification
 
-test: .venv/dev ## run the tests
+test: .venv/dev ## run the tests without their long matrices, documents and faults (five minutes on two cores)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-all: .venv/dev ## run all tests but the long part of the fault suite (a quarter of an hour on two cores)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --full
 
 # In one process: pytest-xdist kills workers that take more than ten seconds to end, and with them what they measured.
 coverage: .venv/dev ## run the core's tests, and print which of its lines and branches they do not reach; below 90 % it fails
