@@ -406,7 +406,6 @@ def test_a_compiled_step_under_a_gradient_scaler_skips_and_unscales(name, place)
 
 
 @pytest.mark.full
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("what", ["the step", "the model"])
 def test_code_that_is_really_compiled_gives_the_same_numbers(what, tmp_path, monkeypatch):

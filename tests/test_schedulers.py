@@ -110,7 +110,6 @@ def test_the_schedule_really_changes_the_rate_in_this_test(name, make_model, bac
     assert len(set(rates)) > 1
 
 
-@pytest.mark.pairwise
 @every_scheduler
 @both_orders
 def test_the_last_rate_of_a_layer_is_the_scheduled_rate_times_its_factor(name, order, make_model, backward):

@@ -290,7 +290,6 @@ def test_a_mistake_in_a_task_fails_the_run_in_its_words(bowl, tmp_path):
     assert outcome.exit_code == 1
 
 
-@pytest.mark.slow
 @pytest.mark.full
 def test_loaders_may_have_workers_of_their_own(tmp_path):
     path = tmp_path / "own.py"

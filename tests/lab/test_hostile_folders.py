@@ -547,6 +547,7 @@ def test_recorded_factors_that_are_no_plain_file_are_refused(tmp_path, monkeypat
     assert rules.Replay("link.jsonl").file == "link.jsonl"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("make", [pipe, zeros, listening, huge])
 @pytest.mark.parametrize(
     "name",

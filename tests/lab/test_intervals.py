@@ -113,6 +113,7 @@ def test_the_table_of_coverage_is_complete():
     assert {row[:2] for row in TABLE} == {(name, count) for name in DRAW for count in ("5", "7", "10")}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[0]}-{row[1]}")
 def test_the_intervals_cover_as_often_as_the_table_says(row):
     name, count, claims = row[0], int(row[1]), [float(claim) for claim in row[2:]]

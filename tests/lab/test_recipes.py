@@ -406,6 +406,7 @@ def part(plan: Plan, subject: str, names: tuple[str, ...]) -> Plan:
     return replace(plan, subjects=kept, arms=tuple(arm for arm in plan.arms if arm.name in names), runs=runs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "subject", "names"),
     [

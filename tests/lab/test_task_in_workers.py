@@ -120,8 +120,8 @@ def finals(out: str) -> dict[str, dict[str, float]]:
     "how",
     [
         FORK,
-        pytest.param(SPAWN, marks=pytest.mark.slow),
-        pytest.param(FORKSERVER, marks=pytest.mark.slow),
+        pytest.param(SPAWN, marks=pytest.mark.full),
+        pytest.param(FORKSERVER, marks=pytest.mark.full),
     ],
     ids=["fork", "spawn", "forkserver"],
 )
@@ -133,7 +133,7 @@ def test_a_data_set_of_the_file_is_drawn_by_workers(write, capfd, how):
     assert "does not fork" not in said
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_spawned_and_forked_workers_give_the_same_numbers(write):
     path = write(SPAWN, drawn="0.01 * torch.rand(())")
     original = path.read_bytes()
@@ -207,7 +207,7 @@ def test_notes_are_on_the_page_and_in_the_json(write, capfd):
     assert "1 thing to note" in Path("runs", "doctor", "own-task.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("how", [FORK, pytest.param(SPAWN, marks=pytest.mark.slow)], ids=["fork", "spawn"])
+@pytest.mark.parametrize("how", [FORK, pytest.param(SPAWN, marks=pytest.mark.full)], ids=["fork", "spawn"])
 def test_an_error_in_a_worker_points_into_the_file(write, capfd, how):
     path = write(how, place="raise KeyError('gone')")
     code, said = doctor(capfd)

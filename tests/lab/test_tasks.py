@@ -263,6 +263,7 @@ else:
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("start", "inside", "package"),
     [

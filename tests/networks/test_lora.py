@@ -228,6 +228,7 @@ def test_what_is_told_of_an_optimizer_of_everything_puts_the_frozen_layers_last_
     assert " ".join(rows[6]) == "… and 13 more (most=19 lists all)"
 
 
+@pytest.mark.full
 def test_adapters_teach_a_network_of_english_to_read_programs_while_its_base_stays_as_it_was():
     program = text.of(inspect.getsource(inspect))
     tests = text.windows(program.test, 64, 65, torch.Generator().manual_seed(1))

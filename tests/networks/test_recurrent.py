@@ -114,6 +114,7 @@ def test_a_size_below_one_is_named(name):
         RecurrentClassifier(0, **{name: 0})
 
 
+@pytest.mark.full
 def test_on_real_digits_it_beats_a_linear_classifier(digits, linear_accuracy, shown):
     model = RecurrentClassifier(0)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -115,6 +115,7 @@ def test_patches_that_do_not_fill_the_image_are_refused():
         VisionTransformer(0, patch=8)
 
 
+@pytest.mark.full
 def test_on_real_digits_it_beats_a_linear_classifier(digits, linear_accuracy):
     model = VisionTransformer(0, width=32)
     optimizer = torch.optim.AdamW(model.parameters())

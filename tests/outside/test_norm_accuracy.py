@@ -50,7 +50,6 @@ TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.comp
 SIZES = (1, 7, 255, 257, 511, 512, 513, 1000, 4095, 4096, 8191, 8193, 9973, 65_537, 262_147, 524_287, 524_288, 524_309)
 
 
-@pytest.mark.pairwise
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_equal_and_random_numbers_of_any_count_have_their_norm(size, dtype):
@@ -86,7 +85,6 @@ STRIDES = {
 }
 
 
-@pytest.mark.pairwise
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64], ids=str)
 def test_a_gradient_of_any_stride_has_its_norm(stride, dtype):
@@ -111,6 +109,7 @@ def test_half_precision_overflows_at_no_size():
         assert recorded_norm(gradient) == pytest.approx(3e4 * math.sqrt(size), rel=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("constant", [True, False], ids=["constant", "random"])
 def test_a_large_embedding_under_lars_has_its_factor_and_its_norms(constant):
     torch.manual_seed(0)
@@ -132,7 +131,7 @@ def test_a_large_embedding_under_lars_has_its_factor_and_its_norms(constant):
     assert record.update_norm == [pytest.approx(exact_norm(weight.detach() - before), rel=1e-6)]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_hundred_million_numbers_have_their_norm(dtype):
     gradient = torch.full((10**8 + 7,), 0.1, dtype=dtype)

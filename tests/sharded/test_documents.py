@@ -36,7 +36,6 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "layers.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
 @pytest.mark.dist
 def test_the_program_of_the_page_saves_and_goes_on(tmp_path):
     page = (ROOT / "docs" / "sharded.md").read_text(encoding="utf-8")
@@ -48,7 +47,6 @@ def test_the_program_of_the_page_saves_and_goes_on(tmp_path):
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["2 ['0', '2']"] * 2
 
 
-@pytest.mark.slow
 @pytest.mark.dist
 def test_the_example_goes_on_with_another_number_of_processes_and_its_records_are_those_of_one(tmp_path):
     pytest.importorskip("mlxtend")
