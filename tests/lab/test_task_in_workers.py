@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from layerwise.lab import cli
+from sharded import processes
 
 TASK = """
 from __future__ import annotations
@@ -126,6 +127,7 @@ def finals(out: str) -> dict[str, dict[str, float]]:
     ids=["fork", "spawn", "forkserver"],
 )
 def test_a_data_set_of_the_file_is_drawn_by_workers(write, capfd, how):
+    processes.end()  # else a server that forks for other tests may be there already, which knows nothing of the file
     write(how)
     code, said = doctor(capfd)
     assert code == 0, said

@@ -11,6 +11,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,10 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 3
 
 
 def end() -> None:
-    """End the processes that wait for a call."""
+    """End the processes that wait for a call, and the one that they are forked from."""
     while _worlds:
         _worlds.pop().end(60)
+    forkserver._forkserver._stop()
 
 
 def _results(pipes: list[Any], timeout: float) -> list[Any]:
