@@ -60,8 +60,9 @@ lint: .venv/dev ## check style, types and the direction of imports
 	touch $@
 
 # Not --quiet: it would keep the warnings from --strict, too.
-docs: .venv/docs ## build the documentation into site/ (to read it: python -m http.server -d site)
+docs: .venv/docs .venv/dev ## build the documentation into site/ (to read it: python -m http.server -d site), and test it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --full tests/docs
 
 .venv/bench: .venv/lab
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench

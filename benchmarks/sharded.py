@@ -1,6 +1,6 @@
 """What attaching adds to a step on sharded parameters: FSDP2, gloo, one to four processes on this machine.
 
-How many collectives a step takes is no matter of time: `tests/sharded/test_collectives.py` counts them.
+How many collectives a step takes is no matter of time: `tests/process/sharded/test_collectives.py` counts them.
 """
 
 from __future__ import annotations

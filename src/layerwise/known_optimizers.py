@@ -1,8 +1,8 @@
 """What is known of optimizers of other packages: where a factor cannot act on them, and why.
 
 Classes are named by strings, so that their packages are not imported. Each reason was found by reading and trying, on
-the versions that `docs/optimizers.md` names, and `tests/test_other_optimizers.py` and `tests/test_packages.py` try all
-of them again: a reason that is missing or unfounded fails there.
+the versions that `docs/optimizers.md` names, and `test_other_optimizers.py` and `test_packages.py` in `tests/core/` try
+all of them again: a reason that is missing or unfounded fails there.
 """
 
 from __future__ import annotations

@@ -428,7 +428,7 @@ def test_a_weight_that_is_needed_further_down_makes_autograd_raise() -> None:
 
 
 def test_the_programs_of_its_page_run() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "step-in-backward.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "step-in-backward.md").read_text(encoding="utf-8")
     namespace: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.S):
         exec(block, namespace)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_fused import ADAGRAD_TAKES_A_TENSOR, CASES, everything, made, train
 from torch import nn, optim
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -16,7 +17,6 @@ from layerwise.factors import Factors
 from layerwise.layer_statistics import LayerStatistics
 from layerwise.rules import LARC, LARS, Constant, LayerAdaptive
 from layerwise.rules.elementwise import ElementwiseRule
-from test_fused import ADAGRAD_TAKES_A_TENSOR, CASES, everything, made, train
 
 RULES = [LayerAdaptive(), LARS(), LARC(clip=False), LARC()]
 MAKERS: dict[str, Callable[[Any], optim.Optimizer]] = {

@@ -625,7 +625,7 @@ def test_a_wrong_argument_is_told_of_before_anything_is_attached(arguments, erro
 
 # --- What the documentation says --------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "monitor.md").read_text(encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.full
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "decisions"
 PAGES = sorted(path.name for path in FOLDER.glob("[0-9]*.md"))
 TITLES = {name: (FOLDER / name).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for name in PAGES}

@@ -15,7 +15,7 @@ import pytest
 
 pytestmark = pytest.mark.full
 
-SITE = Path(__file__).parents[1] / "site"
+SITE = Path(__file__).parents[2] / "site"
 PAGES = [path.name for path in sorted(SITE.glob("*.html"))] + ["api/rules.html", "benchmarks/index.html"]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.full
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "support.md").read_text()
 ROWS = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| feature")]
 TEST = re.compile(r"\[\w+\]\(\.\./(tests/[\w/]+\.py)#(\w+)\)")

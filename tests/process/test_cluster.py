@@ -27,7 +27,7 @@ from layerwise.lab.trial import Trial
 
 pytestmark = pytest.mark.full
 
-HERE = Path(__file__).parent
+HERE, TESTS = Path(__file__).parent, Path(__file__).parents[1]
 
 
 class Guest:
@@ -77,7 +77,7 @@ def guest_chain(out, what, threads=1, **more):
 def ray():
     """Start Ray once; ``run_chains`` joins what it finds."""
     with pytest.MonkeyPatch.context() as patch:
-        places = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        places = [str(HERE), str(TESTS / "lab"), str(TESTS), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))  # so that workers find this file
         imported = pytest.importorskip("ray")
         one = guest_chain(Path(), "wait")
@@ -224,7 +224,7 @@ if __name__ == "__main__":
 def test_a_cluster_is_joined_and_left(tmp_path, ray):
     script = tmp_path / "join.py"
     script.write_text(JOIN)
-    places = os.pathsep.join([str(HERE), str(HERE.parent)])
+    places = os.pathsep.join([str(HERE), str(TESTS / "lab"), str(TESTS)])
     address = ray.get_runtime_context().gcs_address
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "out"), address],

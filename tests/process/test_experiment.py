@@ -10,6 +10,7 @@ import textwrap
 import time
 from dataclasses import replace
 
+import lab_helpers
 import pytest
 import torch
 from lab_helpers import tiny_plan
@@ -46,7 +47,7 @@ if __name__ == "__main__":
 
 def script_of(tmp_path, iterations):
     path = tmp_path / "experiment.py"
-    path.write_text(textwrap.dedent(SCRIPT).format(tests=os.path.dirname(__file__), iterations=iterations))
+    path.write_text(textwrap.dedent(SCRIPT).format(tests=os.path.dirname(lab_helpers.__file__), iterations=iterations))
     return path
 
 

@@ -20,7 +20,7 @@ packaging_requirements = pytest.importorskip("packaging.requirements", reason="p
 
 pytestmark = pytest.mark.full
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOT_SHIPPED = (".ci/", ".github/")
 
 
