@@ -40,9 +40,9 @@ test-all: .venv/dev ## run all tests but the long part of the fault suite (a qua
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --full
 
 # In one process: pytest-xdist kills workers that take more than ten seconds to end, and with them what they measured.
-coverage: .venv/dev ## run the core's tests, and print which of its lines and branches they do not reach; below 90 % it fails
+coverage: .venv/dev ## print which lines and branches of the core `make test` does not reach; below 90 % it fails
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest --ignore tests/lab --ignore tests/faults --ignore src/layerwise/lab
+	$(BIN)/python -m coverage run -m pytest --ignore tests/lab --ignore tests/process/lab --ignore src/layerwise/lab
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 

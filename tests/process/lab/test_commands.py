@@ -19,7 +19,7 @@ from layerwise.lab import cli, options
 from layerwise.lab.catalogue import shortly
 from layerwise.lab.recipe import load, names
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COMMAND = "import sys; from layerwise.__main__ import main; sys.argv[0] = 'layerwise'; sys.exit(main())"
 # Of a program that a shell has put in the background, children ignore Ctrl-C.
 HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -27,7 +27,7 @@ from layerwise.lab.trial import Trial
 
 pytestmark = pytest.mark.full
 
-HERE, TESTS = Path(__file__).parent, Path(__file__).parents[1]
+HERE, TESTS = Path(__file__).parent, Path(__file__).parents[2]
 
 
 class Guest:

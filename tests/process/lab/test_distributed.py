@@ -448,7 +448,7 @@ def torchrun(folder, *arguments, **more):
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     command += ["--master-port", str(free_port()), str(script), *map(str, arguments)]
-    places = os.pathsep.join([str(Path(__file__).parents[1] / "lab"), str(Path(__file__).parents[1])])
+    places = os.pathsep.join([str(Path(__file__).parents[2] / "lab"), str(Path(__file__).parents[2])])
     return subprocess.Popen(
         command, env={**os.environ, "PYTHONPATH": places}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
