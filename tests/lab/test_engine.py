@@ -303,7 +303,7 @@ def test_a_rule_object_can_be_used_as_it_is():
     assert SimpleNamespace(**training.run()).place == "lr"
 
 
-def test_runs_in_this_process_leave_the_log_as_loud_as_it_was(carried_out):
+def test_runs_in_this_process_leave_the_log_level(carried_out):
     logger = logging.getLogger("layerwise")
     level = logger.level
     plan = tiny_plan()

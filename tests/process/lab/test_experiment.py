@@ -207,7 +207,7 @@ def test_two_at_once_never_do_the_same_run(tmp_path):
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path):
+def test_a_failing_run_is_named_and_the_others_done(tmp_path):
     plan = tiny_plan()
     broken = [
         replace(run, configuration=replace(run.configuration, rule={"name": "LARS", "eta": 1}))
