@@ -13,12 +13,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from sharded import processes
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import layerwise
 import pairwise
-from sharded import processes
 
 LONG = {"full": "run everything but the long part of the fault suite", "faults": "run the long part of the fault suite"}
 

@@ -11,11 +11,20 @@ from itertools import compress
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, optim
 
+from ._writes import ScaledWrites
 from .factors import Factors
 from .fused import DealtRate, can_be_dealt
-from .optimizers import PlaceName, damps_history, decay_is_coupled, has_decay, takes_tensor_rate
+from .optimizers import (
+    PlaceName,
+    damps_history,
+    decay_is_coupled,
+    has_decay,
+    is_capturing,
+    takes_tensor_rate,
+    writes_are_scaled,
+)
 from .partition import OUTSIDE, Overrides, Partition
 from .sharding import settled_gradient
 from .splits import Split
@@ -26,6 +35,9 @@ HALF = (torch.float16, torch.bfloat16)
 
 class Place(Protocol):
     """Where a factor acts."""
+
+    reads: bool = True
+    """Whether factors are read from a device, once a step. If not, they cost a launch for each tensor."""
 
     def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
         """Act before the step; return how the view's groups were split.
@@ -100,14 +112,36 @@ def foreseen_form(group: Mapping[str, Any]) -> dict[str, Any]:
     return {"foreach": False} if open_question and group["params"][0].is_cpu else {}
 
 
-class LearningRate:
+def begin_scaling(view: Any, partition: Partition, factors: Factors) -> ScaledWrites:
+    """Begin to scale what the step writes."""
+    mode = ScaledWrites((p for group in view.param_groups for p in group["params"]), view.state)
+    members = partition.members(view)
+    if is_capturing(view):
+        mode.scale((p, factors.each(p)[layer]) for p, layer in members)
+    else:
+        numbers = factors.read()
+        mode.scale((p, numbers[layer]) for p, layer in members if numbers[layer] != 1)
+    mode.begin()
+    return mode
+
+
+class LearningRate(Place):
     """`lr_l = lr · f_l`, for this step.
 
-    Where the optimizer takes a tensor as rate, the rates stay on the device; else they are read there, once a step.
+    On accelerators what the step writes is scaled, which gives the same numbers. Elsewhere, and where other hooks or
+    adapters take part in the step, groups are divided: with tensors as rates where the optimizer takes them.
     """
 
+    def __init__(self) -> None:
+        self._mode: ScaledWrites | None = None
+
     def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
-        """Divide the view's groups by rate."""
+        """Scale what the step writes, or divide the view's groups by rate."""
+        self._mode = None  # of a step that failed
+        # Adafactor takes the smaller one of its rate and another.
+        if private and factors.on_device and not isinstance(view, optim.Adafactor) and writes_are_scaled(view):
+            self._mode = begin_scaling(view, partition, factors)
+            return []
         on_device = (
             factors.on_device
             and all(takes_tensor_rate(view, group) for group in view.param_groups)
@@ -140,14 +174,17 @@ class LearningRate:
             return {"lr": rate * factor}
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Let the step write as it does alone."""
+        mode, self._mode = self._mode, None
+        if mode is not None:
+            mode.end()
 
 
 SMALLEST_DIVISOR = 1e-3
 """Factors below this are applied to the gradient itself where the decay is to stay plain: λ/f would lose digits."""
 
 
-class Gradient:
+class Gradient(Place):
     """`g_l ← f_l g_l` before the optimizer sees it, and `f_l λ w` of coupled weight decay when it is scaled.
 
     Args:
@@ -201,9 +238,10 @@ class Gradient:
             return {}
         return {"weight_decay": group["weight_decay"] * factor}
 
-    @staticmethod
-    def _on_device(view: Any, members: Sequence[tuple[Tensor, int]], factors: Factors, scaled: bool) -> list[Split]:
-        """Form f (g + λw) in the gradients, since a number f λ would have to be read from the device."""
+    def _on_device(
+        self, view: Any, members: Sequence[tuple[Tensor, int]], factors: Factors, scaled: bool
+    ) -> list[Split]:
+        """Form f (g + λw) in the gradients, because f λ in the groups would divide them by layer."""
         splits: list[Split] = []
         if scaled:
             scale = getattr(view, "grad_scale", None)
@@ -220,15 +258,24 @@ class Gradient:
                     sign = -1 if group.get("maximize") else 1  # with maximize, step() takes -g before it adds λw
                     alpha = sign * group["weight_decay"]
                     gradients: list[Any] = list(map(settled_gradient, inside))
-                    torch._foreach_add_(gradients, list(map(local, inside)), alpha=alpha)
+                    weights: list[Any] = list(map(local, inside))
+                    torch._foreach_add_(gradients, weights, alpha=alpha)
                     splits.append(Split(group, [{**group, "weight_decay": 0.0}], [{"weight_decay": 0.0}]))
                     groups += splits[-1].parts
                 else:
                     groups.append(group)
             view.param_groups = groups
-        if members:
-            gradients = [local(cast(Tensor, p.grad)) for p, _ in members]
-            torch._foreach_mul_(gradients, [factors.each(p)[layer] for p, layer in members])
+        if self.reads and not is_capturing(view):
+            numbers = factors.read()
+            scales: list[Any] = [numbers[layer] for _, layer in members]
+        else:  # no kernel takes several factors from the device
+            scales = [factors.each(p)[layer] for p, layer in members]
+        of_kind: dict[Any, list[int]] = {}
+        for position, (p, _) in enumerate(members):  # a kernel takes tensors of one type
+            of_kind.setdefault((p.dtype, p.device), []).append(position)
+        for positions in of_kind.values():
+            gradients = [local(cast(Tensor, members[i][0].grad)) for i in positions]
+            torch._foreach_mul_(gradients, [scales[i] for i in positions])
         return splits
 
     def _begin_history(self, view: Any, present: Sequence[Tensor]) -> None:
@@ -252,15 +299,24 @@ class Gradient:
         return {"dampening": 1 - factor, "weight_decay": group["weight_decay"] / factor}
 
 
-class Update:
-    """`w ← w_old + f_l (w_new − w_old)` after the step; keeps a copy of the parameters from before it, during it."""
+class Update(Place):
+    """`w ← w_old + f_l (w_new − w_old)`.
+
+    On accelerators what the step writes is scaled. Elsewhere, and where other hooks or adapters take part in the step,
+    a copy of the parameters is kept during it.
+    """
 
     def __init__(self) -> None:
+        self._mode: ScaledWrites | None = None
         self._kept: tuple[list[Tensor], list[Tensor], list[Any]] | None = None
 
     @torch.no_grad()
     def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
-        """Copy the parameters whose update will be scaled."""
+        """Scale what the step writes, or copy the parameters whose update will be scaled."""
+        self._mode = self._kept = None  # of a step that failed
+        if private and factors.on_device and writes_are_scaled(view):
+            self._mode = begin_scaling(view, partition, factors)
+            return []
         members = partition.members(view)
         numbers = factors.numbers
         if numbers is not None:
@@ -277,6 +333,9 @@ class Update:
     @torch.no_grad()
     def finish(self) -> None:
         """Move from the old values towards the new ones, or past them."""
+        mode, self._mode = self._mode, None
+        if mode is not None:
+            mode.end()
         if self._kept is not None and self._kept[0]:
             parameters, old, weights = self._kept
             # From the old values, because 1 - f of a small f would be 1 in half precision.

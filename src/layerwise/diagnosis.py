@@ -19,8 +19,8 @@ from .optimizers import (
     SCALE_INVARIANT,
     acting_optimizer,
     decay_is_coupled,
+    is_capturing,
     no_effect,
-    takes_tensor_rate,
     unwrap,
     why_not_rate,
 )
@@ -216,12 +216,8 @@ def _notes(adapter: LayerwiseLR, optimizer: Optimizer) -> list[str]:
     if integers:
         notes.append(f"{_count(len(integers), 'parameter tensor')} of integers (quantised weights) in no layer")
     device = next(p for group in optimizer.param_groups for p in group["params"]).device.type
-    if (
-        adapter.apply == "lr"
-        and device != "cpu"
-        and not all(takes_tensor_rate(optimizer, g) for g in optimizer.param_groups)
-    ):
-        notes.append("the rates are read from the device once a step; fused=True or capturable=True avoids it")
+    if device != "cpu" and not is_capturing(optimizer):
+        notes.append("factors are read from the device once a step; capturable=True avoids it, at a launch a tensor")
     if adapter.apply != "gradient" and any(
         group.get("weight_decay") and decay_is_coupled(optimizer, group) is False for group in optimizer.param_groups
     ):

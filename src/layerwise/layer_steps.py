@@ -216,6 +216,7 @@ class LayerSteps:
             self._choice = chosen_now
             self.place: str = chosen_now[0]
             self._place = make_place(chosen_now[0], self.decay, automatic=chosen_now[1])
+            self._place.reads = False  # a reading for each layer would wait in the middle of backward
 
 
 def _by_group(parameters: Sequence[Tensor], group_of: dict[int, int]) -> list[tuple[int, list[Tensor]]]:

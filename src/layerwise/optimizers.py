@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn, optim
 
+from ._writes import is_compiled, writes_can_be_scaled
 from .tensors import slots_of
 from .trial import divides_by_gradients, is_foreign, reason_against, verdict_of
 
@@ -212,6 +213,21 @@ def takes_tensor_rate(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> b
     if isinstance(optimizer, optim.RMSprop | optim.Adadelta):
         return bool(for_each)
     return isinstance(optimizer, optim.Adam | optim.AdamW | optim.NAdam | optim.Adamax)  # up to 2.6 AdamW is no Adam
+
+
+def is_capturing(optimizer: optim.Optimizer) -> bool:
+    """Tell whether no value may be read in a step, because it is captured in a CUDA graph, or can be."""
+    return any(group.get("capturable") for group in optimizer.param_groups)
+
+
+def writes_are_scaled(optimizer: optim.Optimizer) -> bool:
+    """Tell whether a step of one of PyTorch's optimizers has its writes scaled: on accelerators.
+
+    There a parameter group for each factor costs launches. Not where the compiler traces the step: it traces no mode.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    on_accelerator = any(p.device.type not in ("cpu", "meta") for p in parameters)
+    return on_accelerator and writes_can_be_scaled() and not is_compiled()
 
 
 def damps_history(optimizer: optim.Optimizer) -> bool:

@@ -84,7 +84,7 @@ def check_processes(rule: Any, state: State, layers: Sequence[Layer], statistics
     if all(piece is not None and len(piece.ranks) == everywhere for piece in statistics.pieces):
         return  # all parameters are sharded over all processes
     judges = compares or (reads and any(layer.included and len(layer.parameters) > 1 for layer in layers))
-    own = _table(layers, statistics) if judges else {"layers": "", "held": {}}
+    own: Table = _table(layers, statistics) if judges else {"layers": "", "held": {}}
     table = compared(f"held {kind_of(rule)}", own, _merged, None, SECONDS)
     if table is None:
         _warn_of_others("LayerwiseLR", everywhere)

@@ -225,10 +225,10 @@ def _attempt(optimizer: Any, construct: bool, wide: bool, way: str) -> Verdict:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     dtype = torch.float64 if wide and not any(p.is_complex() for p in parameters) else None
     workshop = Workshop(optimizer, dtype, construct=construct, way=way)
-    wide = Workshop(optimizer, dtype, construct=construct, way=way, side=WIDE)
+    wider = Workshop(optimizer, dtype, construct=construct, way=way, side=WIDE)
     with undisturbed(parameters) as guard:
         try:
-            verdict = Trial(workshop, guard, wide).verdict()
+            verdict = Trial(workshop, guard, wider).verdict()
             if dtype is not None and not HALF.isdisjoint(p.dtype for p in parameters):
                 # Some optimizers keep float32 copies of the weights only where these are of half precision.
                 own = Trial(Workshop(optimizer, None, construct=construct, way=way), guard)

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerwise
+from layerwise.factors import Factors
 from layerwise.layer_statistics import AS_NUMBERS, LayerStatistics
 from layerwise.layers import Layer, make_layers
 from layerwise.statistics import NEEDS
@@ -247,7 +248,9 @@ def test_no_statistic_reads_a_value_from_the_device(imagined_accelerator, need):
 
 
 @pytest.mark.parametrize("apply", ["auto", "gradient", "update"])
-def test_a_whole_step_of_momentum_reads_no_value_from_the_device(imagined_accelerator, apply):
+def test_a_whole_step_of_momentum_reads_the_factors_alone_from_the_device(imagined_accelerator, apply, monkeypatch):
+    reads: list[int] = []
+    monkeypatch.setattr(Factors, "read", lambda self: reads.append(1) or [1.5] * 2)
     model = nn.Sequential(OnDevice(4, 3), OnDevice(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     adapter = layerwise.LayerwiseLR(optimizer, layerwise.rules.LayerAdaptive(), model, apply=apply)
@@ -255,8 +258,8 @@ def test_a_whole_step_of_momentum_reads_no_value_from_the_device(imagined_accele
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         optimizer.step()
-    with pytest.warns(UserWarning, match="hold no values"):  # the first reading of all
-        adapter.get_last_factors()
+    assert len(reads) == 2
+    assert list(adapter.get_last_factors().values()) == [1.5, 1.5]
 
 
 @given(SHAPES, st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from sharded.processes import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -29,7 +30,6 @@ from layerwise.rules import (
     Phase,
     bounds,
 )
-from sharded.processes import run
 
 WORLD = 4
 CASES: dict[str, Callable[[int, int], Any]] = {}

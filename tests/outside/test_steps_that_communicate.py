@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from sharded.processes import run
 from torch import Tensor, nn, optim
 
 import layerwise
 from layerwise.rules import Constant, LayerAdaptive
-from sharded.processes import run
 
 
 class SharedOut(optim.Optimizer):

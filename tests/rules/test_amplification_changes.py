@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layerwise
+from layerwise.factors import Factors
 from layerwise.rules import (
     AllLayers,
     Constant,
@@ -111,7 +112,8 @@ def test_sums_of_parameters_with_underscores_are_saved() -> None:
     assert found[0] == found[1]
 
 
-def test_a_chain_with_factors_of_the_device_works_on_an_accelerator() -> None:
+def test_a_chain_with_factors_of_the_device_works_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Factors, "read", lambda self: [2.5] * 3)
     with FakeTensorMode():
         named = {f"{i}.weight": nn.Parameter(torch.empty(3, 3, device="cuda")) for i in range(3)}
         optimizer = torch.optim.SGD(named.items(), lr=0.1, momentum=0.9)

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from sharded.cases import loss_of, momentum, network
+from sharded.processes import run
+from sharded.training import fsdp2
 from torch.distributed.tensor.debug import CommDebugMode
 
 import layerwise
 from layerwise.reference import layer_adaptive
 from layerwise.rules import LayerAdaptive
-from sharded.cases import loss_of, momentum, network
-from sharded.processes import run
-from sharded.training import fsdp2
 
 WORLD = 4
 

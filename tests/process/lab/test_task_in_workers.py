@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from sharded import processes
 
 from layerwise.lab import cli
-from sharded import processes
 
 TASK = """
 from __future__ import annotations

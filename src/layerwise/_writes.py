@@ -1,0 +1,537 @@
+"""Scales what `optimizer.step()` writes into the parameters.
+
+While `step` runs, a `TorchFunctionMode` sees each PyTorch call that Python makes. A call that writes into a parameter,
+`p ← p + d`, is made with `f d` in place of `d`. Parameter groups and state stay as they are, and the number of
+operations does not grow with the number of layers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache, partial
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .tensors import local
+
+Factor: TypeAlias = "float | Tensor"
+"""A number; or a 0-dim tensor on the parameter's device, which is never read but costs a launch for each parameter."""
+
+FEW = 8
+"""Distinct factors up to which one call for each costs less than a temporary."""
+SMALL = 65_536
+"""Elements below which a launch costs more than its work."""
+PIECE = 2**26
+"""Bytes of a temporary; a larger one is only made for a single tensor."""
+HALF = (torch.float16, torch.bfloat16)
+
+_CALLS = {
+    "add_": "add",
+    "sub_": "add",
+    "mul_": "multiply",
+    "div_": "multiply",
+    "addcdiv_": "addc",
+    "addcmul_": "addc",
+    "lerp_": "lerp",
+    "copy_": "lerp",
+}
+_FUSED = ("_fused_sgd_", "_fused_adam_", "_fused_adamw_", "_fused_adagrad_")
+_HANDED_OUT = ("numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage")
+KINDS: dict[Any, str | None] = {
+    **{getattr(Tensor, name): kind for name, kind in _CALLS.items()},
+    **{getattr(torch, f"_foreach_{name}"): kind for name, kind in _CALLS.items()},
+    **{getattr(torch, name): "fused" for name in _FUSED if hasattr(torch, name)},
+    **{getattr(Tensor, name): "handed out" for name in _HANDED_OUT},
+    cast(Any, Tensor.data).__set__: "data",
+}
+"""How each function writes; None if it does not. `kind_of` adds those that it has not met before."""
+_UNKNOWN = "unknown"
+_OF_ONE = frozenset({"add", "multiply", "addc", "lerp"})
+_PLAIN = frozenset({Tensor, Parameter})
+
+
+class CannotScaleError(RuntimeError):
+    """A step writes into a parameter unseen, or in a way that has no factor."""
+
+
+def kind_of(func: Any) -> str | None:
+    """Return how a function writes that `KINDS` does not name."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("_record_function_enter_new"):
+        return "begin"
+    if name == "_record_function_exit._RecordFunction":
+        return "end"
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return "operator" if _is_mutable(func) else None
+    in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+    return "other" if in_place or name == "__setitem__" else None
+
+
+def _is_mutable(operator: Any) -> bool:
+    overload = getattr(operator, operator.overloads()[0]) if hasattr(operator, "overloads") else operator
+    return overload._schema.is_mutable
+
+
+class ScaledWrites(TorchFunctionMode):
+    """Scales the writes of one step. `begin` and `end` enclose the step; an exception in `step` ends it too.
+
+    Args:
+        parameters: All parameters of the optimizer.
+        state: The optimizer's state.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], state: Mapping[Any, Any]) -> None:
+        super().__init__()
+        self._parameters = list(parameters)
+        self._state = state
+        self._factors: dict[int, Factor] = {id(p): 1.0 for p in self._parameters}
+        self._sharing: dict[int, list[Tensor]] = {}
+        for p in self._parameters:
+            self._keep(p)
+        self._overlap = any(len(sharing) > 1 for sharing in self._sharing.values())
+        self._versions: dict[int, int] = {}
+        self._ranges = 0
+        self._ended = False
+
+    def _keep(self, p: Tensor) -> None:
+        """Remember whose memory this is."""
+        storage = storage_of(p)
+        if storage is not None:
+            self._sharing.setdefault(storage, []).append(p)
+
+    def _shares(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Return the parameters whose memory a tensor has."""
+        try:
+            storage = (tensor if type(tensor) in _PLAIN else local(tensor)).untyped_storage()._cdata
+        except (NotImplementedError, RuntimeError, AttributeError):  # sparse
+            return ()
+        return self._sharing.get(storage, ())
+
+    def scale(self, factors: Iterable[tuple[Tensor, Factor]]) -> None:
+        """Set the factors of parameters; those of the others are 1."""
+        self._factors.update((id(p), factor) for p, factor in factors)
+
+    def begin(self) -> None:
+        """Scale writes from here on."""
+        self._versions = {id(p): p._version for p in self._parameters}
+        self.__enter__()
+
+    def end(self) -> None:
+        """Let writes be as they are again.
+
+        Raises:
+            CannotScaleError: A parameter was written by code that the mode does not see.
+        """
+        self.remove()
+        self._expect(self._parameters, memory=True)
+
+    def remove(self) -> None:
+        """Take the mode off the stack, wherever it is there."""
+        above: list[Any] = []
+        self._ended = True
+        while torch._C._len_torch_function_stack() and (top := torch.overrides._pop_mode()) is not self:
+            above.append(top)
+        for mode in reversed(above):
+            cast(Any, torch.overrides)._push_mode(mode)
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Make a call, with the factors in it where it writes into parameters."""
+        kind = KINDS.get(func, _UNKNOWN)
+        if kind is None and not kwargs:  # most calls
+            return func(*args)
+        kwargs = kwargs or {}
+        if kind in _OF_ONE and args and type(first := args[0]) in _PLAIN and not self._ended:
+            return self._write_one(kind, func, first, args, kwargs)
+        if kind is _UNKNOWN:
+            kind = KINDS[func] = kind_of(func)
+        if kind is None:
+            if kwargs.get("out") is None:
+                return func(*args, **kwargs)
+            kind = "out"
+        if self._ended:
+            return func(*args, **kwargs)
+        if kind in ("begin", "end"):
+            return self._range(kind, func, args, kwargs)
+        return self._write(kind, func, self._written(kind, args, kwargs), args, kwargs)
+
+    def _write(self, kind: str, func: Any, written: list[Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """Make a call that writes, with the factors of the parameters whose memory it writes into."""
+        owners, factors, each_of_one = self._owners(written)
+        if kind == "data" and owners:
+            return self._data(func, owners[0], factors[0], args)
+        if not owners or all(map(_is_one, factors)):
+            result = func(*args, **kwargs)
+        elif kind == "handed out":
+            raise CannotScaleError(f"{func.__name__} hands out a parameter's memory, where writes are not seen")
+        else:
+            self._expect(owners)
+            scaled = getattr(self, f"_{kind}") if each_of_one else self._other
+            result = scaled(func, owners, factors, args, kwargs)
+        if self._overlap:  # parameters of one buffer count their versions together
+            owners = [other for p in owners for other in (p, *self._shares(p))]
+        self._versions.update([(id(p), p._version) for p in owners])
+        return result
+
+    def _write_one(self, kind: Any, func: Any, first: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Write into one tensor: what most calls of a step do, so in few lines, because Python is most of the cost."""
+        key = id(first)
+        factor = self._factors.get(key)
+        if factor is None:
+            shared = self._shares(first)
+            if not shared:  # optimizer state, temporaries
+                return func(*args, **kwargs)
+            return self._write(kind, func, [first], args, kwargs)
+        if self._overlap:
+            return self._write(kind, func, [first], args, kwargs)
+        if first._version != self._versions[key]:
+            self._expect([first])
+        if _is_one(factor):
+            result = func(*args, **kwargs)
+        else:
+            result = getattr(self, f"_{kind}")(func, [first], [factor], args, kwargs)
+        self._versions[key] = first._version
+        return result
+
+    # --- What is written ----------------------------------------------------------------------------------------------
+
+    def _range(self, kind: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """Follow the profiler's ranges: the end of one that began before this mode is that of `step` itself.
+
+        It is seen only where `step` has raised, because `end` is called before it otherwise.
+        """
+        self._ranges += 1 if kind == "begin" else -1
+        result = func(*args, **kwargs)
+        return result if self._ranges >= 0 else _Remover([self])
+
+    @staticmethod
+    def _written(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Return the tensors that a call may write into."""
+        if kind == "operator":  # which of its arguments it writes into, its schema says; all are looked at
+            given: list[Any] = [*args, *kwargs.values()]
+            return [
+                tensor
+                for one in given
+                for tensor in cast("Sequence[Any]", one if type(one) in (list, tuple) else [one])
+            ]
+        first = kwargs["out"] if kind == "out" else args[0] if args else kwargs.get("self", kwargs.get("input"))
+        return list(cast("Sequence[Any]", first)) if isinstance(first, (list, tuple)) else [first]
+
+    def _owners(self, written: Sequence[Any]) -> tuple[list[Tensor], list[Any], bool]:
+        """Return the parameters whose memory tensors are, their factors, and whether each tensor is of exactly one."""
+        factors = [self._factors.get(id(tensor)) for tensor in written]
+        if None not in factors:
+            return list(written), factors, True
+        owners: dict[int, Tensor] = {}
+        each_of_one = True
+        for tensor in written:
+            shared: Sequence[Tensor] = ()
+            if isinstance(tensor, Tensor):
+                shared = [tensor] if id(tensor) in self._factors else self._shares(tensor)
+            owners.update((id(p), p) for p in shared)
+            each_of_one &= len(shared) == 1
+        return list(owners.values()), [self._factors[key] for key in owners], each_of_one
+
+    def _expect(self, parameters: Iterable[Tensor], *, memory: bool = False) -> None:
+        """Raise if a parameter was written since its last write that was seen."""
+        for p in parameters:
+            moved = memory and storage_of(p) is not None and not self._shares(p)
+            if moved or p._version != self._versions[id(p)]:
+                raise CannotScaleError(
+                    f"a parameter of shape {tuple(p.shape)} was written by code that PyTorch does not see"
+                )
+
+    # --- The calls, with factors --------------------------------------------------------------------------------------
+    # Each is called as (function, parameters, factors, arguments, keyword arguments).
+
+    def _multiply(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> Any:
+        """`p s = p + (s − 1) p`, so the factor makes `1 + f (s − 1)` of s."""
+        scale = _argument(args, kwargs, 1, ("other", "scalar", "scalars"))
+        many, divides = _is_list(args, kwargs), "div" in func.__name__
+        if kwargs.get("rounding_mode") is not None:
+            return self._other(func, ps, fs, args, kwargs)
+        scales = [
+            s.to(p.dtype) if isinstance(s, Tensor) and not (s.is_floating_point() or s.is_complex()) else s
+            for p, s in zip(ps, _listed(scale, len(ps), many=many), strict=True)
+        ]
+        scales = [1 / s if divides else s for s in scales]
+        if any(isinstance(f, Tensor) for f in fs) and all(isinstance(s, (int, float)) for s in scales):
+            # On the stacked factors, because each operation on one of them is a launch.
+            less = torch.tensor([s - 1 for s in scales], dtype=torch.float64).to(fs[0].device, fs[0].dtype)
+            scaled: list[Any] = list((1 + torch.stack(fs) * less).unbind())
+        else:
+            scaled = [s if _is_one(f) else 1 + f * (s - 1) for f, s in zip(fs, scales, strict=True)]
+        written = args[0] if args else kwargs["self"]
+        return torch._foreach_mul_(written, scaled) if many else Tensor.mul_(written, scaled[0])
+
+    def _lerp(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> Any:
+        """`p + w (q − p)`; `copy_` is the case w = 1."""
+        many, copies = _is_list(args, kwargs), "copy" in func.__name__
+        target = _argument(args, kwargs, 1, ("end", "tensors1", "other", "src"))
+        weight = 1.0 if copies else _argument(args, kwargs, 2, ("weight", "weights", "scalar"))
+        targets = list(target) if many else [target]
+        self._refuse_state(ps, targets)
+        written: Any = args[0] if args else kwargs["self"]
+        for w, q in zip(written if many else [written], targets, strict=True):
+            alike = isinstance(q, Tensor) and w.shape == q.shape and w.dtype == q.dtype and w.device == q.device
+            if not alike or not w.is_floating_point():
+                return self._other(func, ps, fs, args, kwargs)
+        weights = [f * w for f, w in zip(fs, _listed(weight, len(ps), many=many), strict=True)]
+        return torch._foreach_lerp_(written, targets, weights) if many else Tensor.lerp_(written, target, weights[0])
+
+    def _addc(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> Any:
+        """`p + v a b` or `p + v a / b`."""
+        many, written = _is_list(args, kwargs), args[0] if args else kwargs["self"]
+        first = _argument(args, kwargs, 1, ("tensor1", "tensors1"))
+        if not many and not isinstance(first, Tensor):  # the old order: value, tensor1, tensor2
+            first, second, value = args[2], args[3], args[1]
+        else:
+            second = _argument(args, kwargs, 2, ("tensor2", "tensors2"))
+            value = _argument(args, kwargs, 3, ("value", "scalars"), 1)
+        if any(isinstance(f, Tensor) for f in fs):
+            scaled: Any = torch._foreach_mul(cast(Any, first), fs) if many else first * fs[0]
+            return func(written, scaled, second, value) if many else func(written, scaled, second, value=value)
+        values = [f * v for f, v in zip(fs, _listed(value, len(ps), many=many), strict=True)]
+        return func(written, first, second, values) if many else func(written, first, second, value=values[0])
+
+    def _add(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> Any:
+        """`p ± α d`."""
+        many, written = _is_list(args, kwargs), args[0] if args else kwargs["self"]
+        change = _argument(args, kwargs, 1, ("other", "scalar", "scalars"))
+        if not many and len(args) == 3:  # the old order: alpha, other
+            alpha, change = (change, args[2]) if not isinstance(change, Tensor) else (args[2], change)
+        else:
+            alpha = kwargs.get("alpha", 1)
+        if not many:
+            if isinstance(change, Tensor) and isinstance(fs[0], Tensor):
+                return func(written, change * fs[0], alpha=alpha)
+            if (
+                isinstance(change, Tensor) and written.dtype in HALF and written.is_cpu
+            ):  # alpha would be rounded to half
+                return func(written, change.float() * (alpha * fs[0]))
+            if isinstance(change, Tensor):
+                return func(written, change, alpha=alpha * fs[0])
+            return func(written, fs[0] * change, alpha=alpha)
+        if not isinstance(change, (list, tuple)) or not all(isinstance(d, Tensor) for d in cast("list[Any]", change)):
+            return func(written, [f * alpha * d for f, d in zip(fs, _listed(change, len(ps), many=True), strict=True)])
+        return self._add_lists(func, list(written), list(cast("list[Tensor]", change)), alpha, fs)
+
+    @staticmethod
+    def _add_lists(func: Any, ps: list[Tensor], changes: list[Tensor], alpha: Any, fs: list[Any]) -> None:
+        """`p ± α d` for lists, where the kernel takes one α for all."""
+        if any(isinstance(f, Tensor) for f in fs):
+            for at in _pieces(changes):
+                some = torch._foreach_mul([changes[i] for i in at], [fs[i] for i in at])
+                func([ps[i] for i in at], some, alpha=alpha)
+        elif ps[0].is_cpu and type(ps[0]) in (Tensor, Parameter):  # where a call for lists is a loop
+            single = getattr(Tensor, func.__name__.removeprefix("_foreach_"))
+            for p, d, f in zip(ps, changes, fs, strict=True):
+                if p.dtype in HALF and f != 1:
+                    single(p, d.float() * (alpha * f))
+                else:
+                    single(p, d, alpha=alpha * f)
+        elif len(by := _by_factor(fs)) <= FEW:
+            for f, at in by.items():
+                func([ps[i] for i in at], [changes[i] for i in at], alpha=alpha * f)
+        else:
+            for at in _pieces(changes):
+                some = torch._foreach_mul([changes[i] for i in at], [alpha * fs[i] for i in at])
+                func([ps[i] for i in at], some)
+
+    def _fused(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> None:
+        """Call a fused kernel, which takes one rate, once for each factor; small tensors of many factors together."""
+        lists, rate, by = [list(map(local, one)) for one in args] if _alike_shards(args) else args, kwargs["lr"], None
+
+        def call(at: Iterable[int], rate: Any) -> None:
+            func(*([one[i] for i in at] if one else [] for one in lists), **{**kwargs, "lr": rate})
+
+        by, together = _by_factor(fs), list[int]()
+        if len(by) > FEW and not ps[0].is_cpu and not any(isinstance(f, Tensor) for f in fs):
+            together = [i for i, p in enumerate(lists[0]) if p.numel() < SMALL and p.dtype not in HALF]
+            apart = set(range(len(ps))).difference(together)
+            by = {f: large for f, at in by.items() if (large := [i for i in at if i in apart])}
+        for f, at in by.items():
+            call(at, rate * f)
+        if together:  # a copy of small tensors; half precision would lose digits
+            new = [lists[0][i] for i in together]
+            old = torch._foreach_clone(new)
+            call(together, rate)
+            torch._foreach_lerp_(old, new, [fs[i] for i in together])
+            torch._foreach_copy_(new, old)
+
+    def _data(self, func: Any, p: Tensor, f: Factor, args: Any) -> None:
+        """`p.data = q`."""
+        old, new = p.detach(), args[1]
+        if storage_of(new) == storage_of(old):
+            func(*args)
+            return
+        if not _is_one(f):
+            self._expect([p])
+            self._refuse_state([p], [new])
+            if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:
+                raise CannotScaleError("a parameter's data is replaced by that of another shape, type or device")
+            new = torch.lerp(old, new.detach(), f)
+        replaced = storage_of(old)
+        if replaced is not None:  # freed memory may come back as another tensor's
+            self._sharing.pop(replaced, None)
+        func(p, new)
+        self._keep(p)
+        self._versions[id(p)] = p._version
+
+    def _other(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> Any:
+        """Make any other write, and go to `p_old + f (p_new − p_old)`; this copies the parameters for the call."""
+        old = [local(p.detach()).clone() for p in ps]
+        result = func(*args, **kwargs)
+        for p, before, f in zip(ps, old, fs, strict=True):
+            now = local(p.detach())
+            now.copy_(torch.lerp(before, now, f) if now.is_floating_point() else before + f * (now - before))
+        return result
+
+    _operator = _out = _other
+
+    def _refuse_state(self, ps: Sequence[Tensor], sources: Sequence[Any]) -> None:
+        """Raise if a parameter is fetched from the state, which then holds the position itself."""
+        for p, source in zip(ps, sources, strict=True):
+            held: Any = self._state.get(p, {})
+            values: Iterable[Any] = cast("dict[Any, Any]", held).values() if isinstance(held, dict) else ()
+            kept = {storage_of(value) for value in values if isinstance(value, Tensor)}
+            if isinstance(source, Tensor) and storage_of(source) in kept - {None}:
+                raise CannotScaleError("its weights are computed from weights of its own, which it keeps in its state")
+
+
+class _Remover(list[ScaledWrites]):
+    """Removes its mode when the call that returned it is over: within that call PyTorch would put it back."""
+
+    def __del__(self) -> None:
+        self[0].remove()
+
+
+def storage_of(tensor: Any) -> int | None:
+    """Return what two tensors have in common exactly when they share memory; None for sparse tensors."""
+    try:
+        return local(tensor).untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError, AttributeError):
+        return None
+
+
+def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, names: Sequence[str], default: Any = None):
+    return args[position] if len(args) > position else next((kwargs[n] for n in names if n in kwargs), default)
+
+
+def _is_list(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return isinstance(args[0] if args else kwargs.get("self"), (list, tuple))
+
+
+def _listed(value: Any, count: int, *, many: bool) -> list[Any]:
+    """Return one value for each tensor: of a list, of a 1-dim CPU tensor, or the same for all."""
+    if many and isinstance(value, (list, tuple)):
+        return list(cast("Sequence[Any]", value))
+    if many and isinstance(value, Tensor) and value.ndim == 1:
+        return cast("list[Any]", value.tolist())
+    return [value] * count
+
+
+def _is_one(factor: Any) -> bool:
+    return isinstance(factor, (int, float)) and factor == 1
+
+
+def _by_factor(factors: Sequence[Any]) -> dict[Any, list[int]]:
+    """Return the positions of each distinct factor."""
+    found: dict[Any, list[int]] = {}
+    for position, factor in enumerate(factors):
+        found.setdefault(factor, []).append(position)
+    return found
+
+
+def _pieces(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Return positions in pieces of at most `PIECE` bytes, or of one tensor."""
+    pieces: list[list[int]] = []
+    size = PIECE
+    for position, tensor in enumerate(tensors):
+        own = tensor.numel() * tensor.element_size()
+        if size + own > PIECE or not pieces:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(position)
+        size += own
+    return pieces
+
+
+def _alike_shards(lists: Sequence[Sequence[Tensor]]) -> bool:
+    """Tell whether a kernel may work on this process's shards: those of each parameter are sharded as it is.
+
+    A call with DTensors resolves their sharding anew each time, which takes 0.1 ms.
+    """
+    if not any(hasattr(parameter, "placements") for parameter in lists[0]):
+        return False
+    for parameter, *others in zip(*filter(None, lists), strict=True):
+        placements = getattr(parameter, "placements", None)
+        # A count of steps is no shard: each process has all of it.
+        if any(other.ndim and getattr(other, "placements", None) != placements for other in others):
+            return False
+    return True
+
+
+def is_compiled() -> bool:
+    """Tell whether the step that begins now runs inside a function that `torch.compile` has made."""
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_code is not _STEP:
+        frame = frame.f_back
+    while frame is not None and frame.f_code.co_filename != _COMPILER:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _nothing(optimizer: Any) -> None:
+    pass
+
+
+_COMPILER = torch.compile.__code__.co_filename.replace("__init__.py", "_dynamo/eval_frame.py")
+_STEP = cast(Any, torch.optim.Optimizer.profile_hook_step)(_nothing).__code__
+"""The code that PyTorch puts around the `step` of each class; it runs the hooks."""
+
+
+def _call(function: Callable[[], None], *_: Any) -> None:
+    function()
+
+
+@cache
+def writes_can_be_scaled() -> bool:
+    """Tell whether this PyTorch lets writes be scaled, by a step on two numbers and one that raises."""
+    with _disable_current_modes():  # under fake tensors no value could be read
+        return _try_on_two_numbers()
+
+
+def _try_on_two_numbers() -> bool:
+    parameters = [Parameter(torch.zeros(1, device="cpu")) for _ in range(2)]
+    for p in parameters:
+        p.grad = torch.ones(1, device="cpu")
+    depth = torch._C._len_torch_function_stack()
+
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Callable[[], Any] | None = None) -> None:
+            raise ZeroDivisionError
+
+    try:
+        for kind in (torch.optim.SGD, Failing):
+            optimizer = kind(parameters, lr=1.0)
+            mode = ScaledWrites(parameters, optimizer.state)
+            mode.scale([(parameters[0], 0.5)])
+            optimizer.register_step_pre_hook(partial(_call, mode.begin))
+            optimizer.register_step_post_hook(partial(_call, mode.end))
+            with suppress(ZeroDivisionError):
+                optimizer.step()
+            if torch._C._len_torch_function_stack() != depth:
+                mode.remove()
+                return False
+    except (RuntimeError, TypeError, AttributeError):
+        return False
+    return [p.item() for p in parameters] == [-0.5, -1.0]

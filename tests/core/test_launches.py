@@ -1,0 +1,117 @@
+"""What CUDA would launch in a step: with an adapter a constant number more, whatever the number of layers.
+
+Counted on fake tensors. A `_foreach_` call is one launch only where the kernel for lists takes it: tensors of equal
+sizes, strides and types, and numbers as scalars. Elsewhere it is one for each tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn, optim
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import layerwise
+from layerwise.factors import Factors
+from layerwise.rules import LARS, LayerAdaptive
+
+MOST = 24
+WITHOUT_A_LAUNCH = {
+    *("detach", "view", "unbind", "select", "alias", "expand", "slice", "unsqueeze", "squeeze", "t", "transpose"),
+    *("permute", "as_strided", "_unsafe_view", "split", "split_with_sizes", "_reshape_alias", "empty", "empty_like"),
+    *("empty_strided", "lift_fresh", "device"),
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts what CUDA would launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        if name.startswith("_foreach_"):
+            given = [*args, *kwargs.values()]
+            lists = [one for one in given if isinstance(one, (list, tuple)) and one and isinstance(one[0], Tensor)]
+            self.count += 1 if are_alike(lists) else len(lists[0])
+        elif name not in WITHOUT_A_LAUNCH:
+            self.count += 1
+        return func(*args, **kwargs)
+
+
+def are_alike(lists: list[list[Tensor]]) -> bool:
+    """Tell whether the kernel for lists takes them."""
+    kinds = {(t.dtype, t.device) for one in lists for t in one}
+    forms = [[(t.shape, t.stride()) for t in one] for one in lists]
+    return len(kinds) == 1 and all(form == forms[0] for form in forms)
+
+
+def launches(make: Callable[[Any], optim.Optimizer], layers: int, rule: Any) -> int:
+    """Return the launches of the third step, with a rule or without."""
+    with FakeTensorMode():
+        named = [(f"{i}.weight", nn.Parameter(torch.empty(8, 8, device="cuda"))) for i in range(layers)]
+        optimizer = make(named)
+        if rule is not None:
+            layerwise.LayerwiseLR(optimizer, rule)
+        for _ in range(3):
+            for _, p in named:
+                p.grad = torch.empty_like(p)
+            with Launches() as mode:
+                optimizer.step()
+    return mode.count
+
+
+@pytest.fixture(autouse=True)
+def _factors_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the one transfer of a step give factors that all differ."""
+    monkeypatch.setattr(Factors, "read", lambda self: [1 + 0.001 * i for i in range(len(self._included))])
+
+
+FOREACH: dict[str, Callable[[Any], optim.Optimizer]] = {
+    "SGD": lambda p: optim.SGD(p, foreach=True),
+    "SGD decay": lambda p: optim.SGD(p, weight_decay=0.1, foreach=True),
+    "SGD momentum": lambda p: optim.SGD(p, momentum=0.9, foreach=True),
+    "SGD momentum decay": lambda p: optim.SGD(p, momentum=0.9, weight_decay=0.1, foreach=True),
+    "SGD Nesterov": lambda p: optim.SGD(p, momentum=0.9, nesterov=True, foreach=True),
+    "Adagrad": lambda p: optim.Adagrad(p, foreach=True),
+    "Adam": lambda p: optim.Adam(p, weight_decay=0.1, foreach=True),
+    "AdamW": lambda p: optim.AdamW(p, foreach=True),
+    "Adamax": lambda p: optim.Adamax(p, foreach=True),
+    "NAdam": lambda p: optim.NAdam(p, foreach=True),
+    "RAdam": lambda p: optim.RAdam(p, foreach=True),
+    "RMSprop": lambda p: optim.RMSprop(p, momentum=0.9, foreach=True),
+    "Adadelta": lambda p: optim.Adadelta(p, foreach=True),
+}
+
+
+@pytest.mark.parametrize("layers", [10, 160, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", FOREACH)
+def test_an_attached_step_launches_a_constant_number_more(name: str, layers: int) -> None:
+    surplus = launches(FOREACH[name], layers, LayerAdaptive()) - launches(FOREACH[name], layers, None)
+    assert surplus <= MOST
+
+
+@pytest.mark.parametrize("rule", [LayerAdaptive(), LARS()], ids=repr)
+@pytest.mark.parametrize("name", ["SGD momentum decay", "AdamW"])
+def test_the_number_does_not_grow_with_the_layers(name: str, rule: Any) -> None:
+    surplus = [launches(FOREACH[name], n, rule) - launches(FOREACH[name], n, None) for n in (20, 200)]
+    assert surplus[0] == surplus[1] <= (MOST if isinstance(rule, LayerAdaptive) else 36)  # LARS compares more norms
+
+
+def test_many_small_tensors_share_a_fused_call() -> None:
+    make = lambda p: optim.AdamW(p, fused=True)  # noqa: E731
+    assert launches(make, 160, LayerAdaptive()) - launches(make, 160, None) <= MOST
+
+
+@pytest.mark.parametrize("kind", [optim.NAdam, optim.RMSprop, optim.Adam])
+def test_a_capturable_step_launches_one_more_for_each_tensor(kind: Any) -> None:
+    make = lambda p: kind(p, capturable=True, foreach=True)  # noqa: E731
+    for layers in (10, 160):
+        assert launches(make, layers, LayerAdaptive()) - launches(make, layers, None) <= layers + MOST
