@@ -26,7 +26,6 @@ from .partition import Partition
 from .splits import mark, write_back
 from .tensors import has_values, runs_on_fakes, several_processes
 from .toys import (
-    WIDE,
     CannotTryError,
     CommunicatesError,
     Guard,
@@ -225,10 +224,9 @@ def _attempt(optimizer: Any, construct: bool, wide: bool, way: str) -> Verdict:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     dtype = torch.float64 if wide and not any(p.is_complex() for p in parameters) else None
     workshop = Workshop(optimizer, dtype, construct=construct, way=way)
-    wider = Workshop(optimizer, dtype, construct=construct, way=way, side=WIDE)
     with undisturbed(parameters) as guard:
         try:
-            verdict = Trial(workshop, guard, wider).verdict()
+            verdict = Trial(workshop, guard).verdict()
             if dtype is not None and not HALF.isdisjoint(p.dtype for p in parameters):
                 # Some optimizers keep float32 copies of the weights only where these are of half precision.
                 own = Trial(Workshop(optimizer, None, construct=construct, way=way), guard)
@@ -257,11 +255,10 @@ class Trial:
     Args:
         workshop: Makes the twins.
         guard: Stops forbidden operations, and records the reason.
-        wide: Makes twins with wider toys.
     """
 
-    def __init__(self, workshop: Workshop, guard: Guard, wide: Workshop | None = None) -> None:
-        self.workshop, self.guard, self.wide = workshop, guard, wide
+    def __init__(self, workshop: Workshop, guard: Guard) -> None:
+        self.workshop, self.guard = workshop, guard
         self.replaces = False
         self.copies = False
         self.writes_options = False
@@ -329,26 +326,13 @@ class Trial:
 
     def against_division(self, bare: Run) -> str | None:
         """Return why groups must not be divided: at factor 1 their division changes the steps."""
-        whole = self.run(None, steps=LONG) if self.writes_options else bare
-        if not self.divides(all_ones, whole):
-            return TOGETHER
-        if self.wide is not None and self.wide.side > self.workshop.side:
-            trial = Trial(self.wide, self.guard)
-            try:
-                whole = trial.run(None, steps=3)
-            except Exception:  # some steps on matrices of this size must be compiled
-                self.check()
-            else:
-                return None if trial.divides(ones, whole) else TOGETHER
-        return None
-
-    def divides(self, neutral: Callable[[int], Sequence[float] | None], whole: Run) -> bool:
-        """Tell whether steps with divided groups equal those of a run with whole groups."""
         try:
-            return self.same(self.run(neutral, steps=len(whole) - 1), whole, whole)
+            # Options that come to differ between the parts of a group raise. Rounding grows in so many steps.
+            divided = self.run(all_ones, steps=LONG if self.writes_options else STEPS)
         except Exception:
             self.check()
-            return False
+            return TOGETHER
+        return None if self.same(divided[: len(bare)], bare, bare) else TOGETHER
 
     def against_update(self) -> str | None:
         """Return why a finished step cannot be scaled: later steps take the weights back.
@@ -473,14 +457,9 @@ class Trial:
         return True
 
 
-def ones(step: int) -> Sequence[float]:
-    """Return factors of 1."""
-    return [1.0] * 1000
-
-
 def all_ones(step: int) -> Sequence[float] | None:
     """Return factors of 1 from `MIDDLE` on."""
-    return ones(step) if step >= MIDDLE else None
+    return [1.0] * 1000 if step >= MIDDLE else None
 
 
 def in_all_steps(step: int) -> Sequence[float]:
