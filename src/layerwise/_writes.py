@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .tensors import local
+from .tensors import local, pieces_of
 
 Factor: TypeAlias = "float | Tensor"
 """A number; or a 0-dim tensor on the parameter's device, which is never read but costs a launch for each parameter."""
@@ -31,6 +31,9 @@ SMALL = 65_536
 PIECE = 2**26
 """Bytes of a temporary; a larger one is only made for a single tensor."""
 HALF = (torch.float16, torch.bfloat16)
+_NAMES = ("_fused_sgd_", "_fused_adam_", "_fused_adamw_", "_fused_adagrad_")
+FUSED = frozenset(getattr(torch, name) for name in _NAMES if hasattr(torch, name))
+"""The fused kernels, which take one rate a call."""
 
 _CALLS = {
     "add_": "add",
@@ -42,12 +45,11 @@ _CALLS = {
     "lerp_": "lerp",
     "copy_": "lerp",
 }
-_FUSED = ("_fused_sgd_", "_fused_adam_", "_fused_adamw_", "_fused_adagrad_")
 _HANDED_OUT = ("numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage")
 KINDS: dict[Any, str | None] = {
     **{getattr(Tensor, name): kind for name, kind in _CALLS.items()},
     **{getattr(torch, f"_foreach_{name}"): kind for name, kind in _CALLS.items()},
-    **{getattr(torch, name): "fused" for name in _FUSED if hasattr(torch, name)},
+    **dict.fromkeys(FUSED, "fused"),
     **{getattr(Tensor, name): "handed out" for name in _HANDED_OUT},
     cast(Any, Tensor.data).__set__: "data",
 }
@@ -108,11 +110,8 @@ class ScaledWrites(TorchFunctionMode):
 
     def _shares(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return the parameters whose memory a tensor has."""
-        try:
-            storage = (tensor if type(tensor) in _PLAIN else local(tensor)).untyped_storage()._cdata
-        except (NotImplementedError, RuntimeError, AttributeError):  # sparse
-            return ()
-        return self._sharing.get(storage, ())
+        storage = storage_of(tensor)
+        return () if storage is None else self._sharing.get(storage, ())
 
     def scale(self, factors: Iterable[tuple[Tensor, Factor]]) -> None:
         """Set the factors of parameters; those of the others are 1."""
@@ -313,9 +312,8 @@ class ScaledWrites(TorchFunctionMode):
         if not many:
             if isinstance(change, Tensor) and isinstance(fs[0], Tensor):
                 return func(written, change * fs[0], alpha=alpha)
-            if (
-                isinstance(change, Tensor) and written.dtype in HALF and written.is_cpu
-            ):  # alpha would be rounded to half
+            # On the CPU alpha would be rounded to half precision.
+            if isinstance(change, Tensor) and written.dtype in HALF and written.is_cpu:
                 return func(written, change.float() * (alpha * fs[0]))
             if isinstance(change, Tensor):
                 return func(written, change, alpha=alpha * fs[0])
@@ -348,7 +346,7 @@ class ScaledWrites(TorchFunctionMode):
 
     def _fused(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> None:
         """Call a fused kernel, which takes one rate, once for each factor; small tensors of many factors together."""
-        lists, rate, by = [list(map(local, one)) for one in args] if _alike_shards(args) else args, kwargs["lr"], None
+        lists, rate = pieces_of(args), kwargs["lr"]
 
         def call(at: Iterable[int], rate: Any) -> None:
             func(*([one[i] for i in at] if one else [] for one in lists), **{**kwargs, "lr": rate})
@@ -414,11 +412,11 @@ class _Remover(list[ScaledWrites]):
         self[0].remove()
 
 
-def storage_of(tensor: Any) -> int | None:
-    """Return what two tensors have in common exactly when they share memory; None for sparse tensors."""
+def storage_of(tensor: Tensor) -> int | None:
+    """Return what two tensors have in common exactly when they share memory; None for those without one memory."""
     try:
         return local(tensor).untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError, AttributeError):
+    except RuntimeError:  # sparse
         return None
 
 
@@ -465,25 +463,10 @@ def _pieces(tensors: Sequence[Tensor]) -> list[list[int]]:
     return pieces
 
 
-def _alike_shards(lists: Sequence[Sequence[Tensor]]) -> bool:
-    """Tell whether a kernel may work on this process's shards: those of each parameter are sharded as it is.
-
-    A call with DTensors resolves their sharding anew each time, which takes 0.1 ms.
-    """
-    if not any(hasattr(parameter, "placements") for parameter in lists[0]):
-        return False
-    for parameter, *others in zip(*filter(None, lists), strict=True):
-        placements = getattr(parameter, "placements", None)
-        # A count of steps is no shard: each process has all of it.
-        if any(other.ndim and getattr(other, "placements", None) != placements for other in others):
-            return False
-    return True
-
-
 def is_compiled() -> bool:
     """Tell whether the step that begins now runs inside a function that `torch.compile` has made."""
     frame: Any = sys._getframe()
-    while frame is not None and frame.f_code is not _STEP:
+    while frame is not None and frame.f_code is not STEP:
         frame = frame.f_back
     while frame is not None and frame.f_code.co_filename != _COMPILER:
         frame = frame.f_back
@@ -495,7 +478,7 @@ def _nothing(optimizer: Any) -> None:
 
 
 _COMPILER = torch.compile.__code__.co_filename.replace("__init__.py", "_dynamo/eval_frame.py")
-_STEP = cast(Any, torch.optim.Optimizer.profile_hook_step)(_nothing).__code__
+STEP = cast(Any, torch.optim.Optimizer.profile_hook_step)(_nothing).__code__
 """The code that PyTorch puts around the `step` of each class; it runs the hooks."""
 
 

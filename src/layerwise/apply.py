@@ -267,6 +267,7 @@ class Gradient(Place):
             view.param_groups = groups
         if self.reads and not is_capturing(view):
             numbers = factors.read()
+            members = [(p, layer) for p, layer in members if numbers[layer] != 1]
             scales: list[Any] = [numbers[layer] for _, layer in members]
         else:  # no kernel takes several factors from the device
             scales = [factors.each(p)[layer] for p, layer in members]

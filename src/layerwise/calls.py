@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, cast
 
-import torch
 from torch.optim import Optimizer
 
+from ._writes import STEP
 from .closures import Kept, WatchedGroup
 from .factors import Factors
 from .layers import Layer
@@ -181,30 +181,11 @@ def running_calls(calls: Sequence[Call], optimizer: Optimizer) -> dict[Call, boo
     return running
 
 
-def may_be_compiled(optimizer: Optimizer) -> bool:
-    """Tell whether a step of the optimizer runs inside a function that `torch.compile` has made."""
-    frame = next((frame for frame in _steps() if _runs_on(frame, optimizer)), None)
-    while frame is not None:
-        if frame.f_code.co_filename == _COMPILER:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _nothing(optimizer: Any) -> None:
-    pass
-
-
-_COMPILER = torch.compile.__code__.co_filename.replace("__init__.py", "_dynamo/eval_frame.py")
-_STEP = cast(Any, Optimizer.profile_hook_step)(_nothing).__code__
-"""The code that torch puts around the `step` of each class; it runs the hooks."""
-
-
 def _steps() -> Iterator[Any]:
     """Yield the frames of the steps that run now, in any thread."""
     for frame in sys._current_frames().values():
         while frame is not None:
-            if frame.f_code is _STEP:
+            if frame.f_code is STEP:
                 yield frame
             frame = frame.f_back
 

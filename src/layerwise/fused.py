@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
-from .tensors import local
+from ._writes import FUSED
+from .tensors import pieces_of
 
-NAMES = ("_fused_sgd_", "_fused_adam_", "_fused_adamw_", "_fused_adagrad_")
-KERNELS = frozenset(getattr(torch, name) for name in NAMES if hasattr(torch, name))
 Deal = Callable[[Sequence[Tensor]], Iterable[tuple[Sequence[int], Mapping[str, Any]]]]
 """The parameters of a kernel's call, to parts of them: their positions, and the options in which their call differs."""
 
@@ -48,7 +47,7 @@ class DealtRate(Tensor):
         """Make one call for each part, where the function is a fused kernel; else do what any tensor does."""
         options = kwargs or {}
         dealt = options.get("lr")
-        if func not in KERNELS or not isinstance(dealt, cls):
+        if func not in FUSED or not isinstance(dealt, cls):
             plain: Any = super()
             return plain.__torch_function__(func, types, args, options)
         pieces = pieces_of(args)
@@ -57,21 +56,6 @@ class DealtRate(Tensor):
             lists = [[tensors[i] for i in positions] if tensors else [] for tensors in pieces]
             func(*lists, **{**options, "lr": dealt.rate, **own})
         return None
-
-
-def pieces_of(lists: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
-    """Return this process's pieces of sharded tensors, where those of each parameter are shared as it is.
-
-    The kernels take number by number. A call with sharded tensors finds out anew how they are shared: 0.1 ms each time.
-    """
-    if not any(hasattr(parameter, "placements") for parameter in lists[0]):
-        return lists
-    for parameter, *others in zip(*filter(None, lists), strict=True):
-        shared = getattr(parameter, "placements", None)
-        # A count of steps is no piece: each process has all of it.
-        if any(other.ndim and getattr(other, "placements", None) != shared for other in others):
-            return lists
-    return [list(map(local, tensors)) for tensors in lists]
 
 
 def can_be_dealt(optimizer: optim.Optimizer) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch.optim import Optimizer
 
+from ._writes import is_compiled
 from .calls import (
     MOVED,
     READ,
@@ -20,7 +21,6 @@ from .calls import (
     Call,
     Member,
     Observer,
-    may_be_compiled,
     running_calls,
 )
 from .closures import Kept, WatchedGroup, WatchedGroups, closure_of, followed, versions_of, with_closure
@@ -265,7 +265,7 @@ class OptimizerHooks:
         if not self._evaluates_once:
             call.kept = Kept(optimizer)
             call.rules = [(member, member.save()) for member in self.members]
-        if may_be_compiled(optimizer) or "param_groups" not in optimizer.__dict__:
+        if is_compiled() or "param_groups" not in optimizer.__dict__:
             return  # the compiler reads only plain lists, and a property may compute the groups
 
         def read() -> None:

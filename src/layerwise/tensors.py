@@ -113,3 +113,18 @@ def several_processes() -> bool:
     """Return whether this process belongs to a process group of several."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def pieces_of(lists: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+    """Return this process's pieces of sharded tensors, where those of each parameter are shared as it is.
+
+    The kernels take number by number. A call with sharded tensors finds out anew how they are shared: 0.1 ms each time.
+    """
+    if not any(hasattr(parameter, "placements") for parameter in lists[0]):
+        return lists
+    for parameter, *others in zip(*filter(None, lists), strict=True):
+        shared = getattr(parameter, "placements", None)
+        # A count of steps is no piece: each process has all of it.
+        if any(other.ndim and getattr(other, "placements", None) != shared for other in others):
+            return lists
+    return [list(map(local, tensors)) for tensors in lists]
