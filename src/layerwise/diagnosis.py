@@ -23,6 +23,7 @@ from .optimizers import (
     no_effect,
     unwrap,
     why_not_rate,
+    writes_are_scaled,
 )
 from .rules import LayerAdaptive
 from .rules.questions import default, doubts_of, needs_of, table_of
@@ -140,7 +141,7 @@ def _describe(
     problems += [doubt.partition("\n")[0] for doubt in doubts]
     problems += [cost.error] if isinstance(cost, Failure) else []
     lines += ["", f"acts on   {adapter.apply!r}: {_where(adapter, optimizer)}"]
-    lines += [f"because   {_why(adapter, optimizer, automatic)}", f"costs     {_cost(adapter)}"]
+    lines += [f"because   {_why(adapter, optimizer, automatic)}", f"costs     {_cost(adapter, optimizer)}"]
     lines.append(f"measured  {'' if isinstance(cost, Cost) else 'not: '}{cost}")
     lines += [f"problem   {problem}" for problem in problems] or ["problems  none found"]
     lines += [f"note      {note}" for note in _notes(adapter, optimizer)]
@@ -182,16 +183,19 @@ def _why(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> str:
     return f"for {name} as it is set, the same as multiplying the gradient, for less"
 
 
-def _cost(adapter: LayerwiseLR) -> str:
+def _cost(adapter: LayerwiseLR, optimizer: Optimizer) -> str:
     needs = needs_of(adapter.rule)
     costs = ["one reading of the gradients"] if "gradient_norm" in needs else []
     if "gradients" in needs:
         costs.append("in epochs of analysis one number a parameter for G, two for G′, or those of the sample")
-    costs += {
-        "gradient": ["scaling the gradients, unless SGD's dampening can carry the factor"],
-        "lr": ["a parameter group for each factor"],
-        "update": ["a copy of the parameters during the step"],
-    }[adapter.apply]
+    if adapter.apply == "gradient":
+        costs.append("scaling the gradients, unless SGD's dampening can carry the factor")
+    elif writes_are_scaled(optimizer) and not (adapter.apply == "lr" and isinstance(optimizer, Adafactor)):
+        costs.append("a look at each call of the step, whatever the number of layers")
+    elif adapter.apply == "lr":
+        costs.append("a parameter group for each factor")
+    else:
+        costs.append("a copy of the parameters during the step")
     return ", ".join(costs)
 
 

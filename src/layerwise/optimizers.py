@@ -221,13 +221,14 @@ def is_capturing(optimizer: optim.Optimizer) -> bool:
 
 
 def writes_are_scaled(optimizer: optim.Optimizer) -> bool:
-    """Tell whether a step of one of PyTorch's optimizers has its writes scaled: on accelerators.
+    """Tell whether a step has its writes scaled: those of PyTorch's own optimizers on accelerators.
 
     There a parameter group for each factor costs launches. Not where the compiler traces the step: it traces no mode.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     on_accelerator = any(p.device.type not in ("cpu", "meta") for p in parameters)
-    return on_accelerator and writes_can_be_scaled() and not is_compiled()
+    known = not is_foreign(cast(Any, type(optimizer)))
+    return known and on_accelerator and writes_can_be_scaled() and not is_compiled()
 
 
 def damps_history(optimizer: optim.Optimizer) -> bool:

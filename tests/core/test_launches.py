@@ -115,3 +115,11 @@ def test_a_capturable_step_launches_one_more_for_each_tensor(kind: Any) -> None:
     make = lambda p: kind(p, capturable=True, foreach=True)  # noqa: E731
     for layers in (10, 160):
         assert launches(make, layers, LayerAdaptive()) - launches(make, layers, None) <= layers + MOST
+
+
+@pytest.mark.parametrize("kind", [optim.AdamW, optim.ASGD])
+def test_what_a_step_costs_on_an_accelerator_is_told(kind: Any) -> None:
+    with FakeTensorMode():
+        named = [(f"{i}.weight", nn.Parameter(torch.empty(8, 8, device="cuda"))) for i in range(3)]
+        text = layerwise.diagnose(kind(named), seconds=0)
+    assert "a look at each call of the step" in text
