@@ -27,6 +27,8 @@ LARGEST = 2**16
 """The most elements that a tensor of a twin may have: copying larger ones would cost memory."""
 SIDE = 4
 """The largest size of a toy in each dimension."""
+WIDE = 64
+"""The largest size of a wide toy in its first two dimensions: some steps join only matrices above a size."""
 MOST_GROUPS = 16
 """The number of a twin's groups, where the optimizer has more."""
 RATE = 0.01
@@ -112,17 +114,23 @@ class Workshop:
         dtype: The type of floating-point toys; None keeps that of each parameter.
         construct: Whether twins are built by the constructor, rather than by copying attributes.
         way: How steps are called: `"plain"`, with a `"closure"`, or after a backward pass that creates a `"graph"`.
+        side: The largest size of a toy in its first two dimensions.
     """
 
-    def __init__(self, optimizer: Optimizer, dtype: torch.dtype | None, *, construct: bool, way: str) -> None:
+    def __init__(
+        self, optimizer: Optimizer, dtype: torch.dtype | None, *, construct: bool, way: str, side: int = SIDE
+    ) -> None:
         self.optimizer, self.construct, self.way = optimizer, construct, way
+        self.side = max(
+            [SIDE, *(min(side, *p.shape[:2]) for g in optimizer.param_groups for p in g["params"] if p.ndim)]
+        )
         self._numbers = _representatives(optimizer.param_groups)
         self._sources = groups = [optimizer.param_groups[number] for number in self._numbers]
         most = SIDE if len(groups) <= 8 else 2
         self.positions = [_chosen(group["params"], most) for group in groups]
         self.real = [group["params"][i] for group, found in zip(groups, self.positions, strict=True) for i in found]
         generator = torch.Generator().manual_seed(0)
-        self._start = [_toy_values(p, dtype, generator, zero_mean=False) for p in self.real]
+        self._start = [_toy_values(p, dtype, generator, self.side, zero_mean=False) for p in self.real]
         self._generator = generator
         self._copies = self._find_copies()
         self._dtype = dtype
@@ -135,7 +143,9 @@ class Workshop:
         while len(self._gradients) <= step:
             self._gradients.append(
                 [
-                    0.1 * _toy_values(p, self._dtype, self._generator, zero_mean=True) if p.requires_grad else None
+                    0.1 * _toy_values(p, self._dtype, self._generator, self.side, zero_mean=True)
+                    if p.requires_grad
+                    else None
                     for p in self.real
                 ]
             )
@@ -318,16 +328,18 @@ def _chosen(parameters: Sequence[Tensor], most: int) -> list[int]:
     return sorted(found)
 
 
-def _toy_shape(parameter: Tensor) -> tuple[int, ...]:
-    return tuple(max(1, min(SIDE, size)) for size in parameter.shape)
+def _toy_shape(parameter: Tensor, side: int = SIDE) -> tuple[int, ...]:
+    return tuple(max(1, min(side if i < 2 else SIDE, size)) for i, size in enumerate(parameter.shape))
 
 
 def _kept(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and own.is_floating_point else own
 
 
-def _toy_values(p: Tensor, dtype: torch.dtype | None, generator: torch.Generator, *, zero_mean: bool) -> Tensor:
-    drawn = torch.randn(_toy_shape(p), generator=generator, dtype=torch.float64, device="cpu")
+def _toy_values(
+    p: Tensor, dtype: torch.dtype | None, generator: torch.Generator, side: int, *, zero_mean: bool
+) -> Tensor:
+    drawn = torch.randn(_toy_shape(p, side), generator=generator, dtype=torch.float64, device="cpu")
     if zero_mean and drawn.numel() > 1:
         drawn -= drawn.mean()
     device = "cpu" if p.device.type == "meta" else p.device

@@ -26,6 +26,7 @@ from .partition import Partition
 from .splits import mark, write_back
 from .tensors import has_values, runs_on_fakes, several_processes
 from .toys import (
+    WIDE,
     CannotTryError,
     CommunicatesError,
     Guard,
@@ -45,6 +46,8 @@ LONG = 250
 That is so where the state holds copies of the weights, which may act on the weights only every few steps, and where
 steps change options of a group, which may come to differ between its parts.
 """
+WIDE_STEPS = 3
+"""Steps of a run on wide toys."""
 EARLY, LATER = (0.5, 1.5, 0.75, 1.25), (1.75, 0.6, 1.4, 0.8)
 """The factors of the toys, in turn, before and after `MIDDLE`."""
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-2}
@@ -224,9 +227,10 @@ def _attempt(optimizer: Any, construct: bool, wide: bool, way: str) -> Verdict:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     dtype = torch.float64 if wide and not any(p.is_complex() for p in parameters) else None
     workshop = Workshop(optimizer, dtype, construct=construct, way=way)
+    wider = Workshop(optimizer, dtype, construct=construct, way=way, side=WIDE)
     with undisturbed(parameters) as guard:
         try:
-            verdict = Trial(workshop, guard).verdict()
+            verdict = Trial(workshop, guard, wider if wider.side > workshop.side else None).verdict()
             if dtype is not None and not HALF.isdisjoint(p.dtype for p in parameters):
                 # Some optimizers keep float32 copies of the weights only where these are of half precision.
                 own = Trial(Workshop(optimizer, None, construct=construct, way=way), guard)
@@ -255,10 +259,11 @@ class Trial:
     Args:
         workshop: Makes the twins.
         guard: Stops forbidden operations, and records the reason.
+        wider: Makes twins with wider toys; None where the toys are as wide as the parameters.
     """
 
-    def __init__(self, workshop: Workshop, guard: Guard) -> None:
-        self.workshop, self.guard = workshop, guard
+    def __init__(self, workshop: Workshop, guard: Guard, wider: Workshop | None = None) -> None:
+        self.workshop, self.guard, self.wider = workshop, guard, wider
         self.replaces = False
         self.copies = False
         self.writes_options = False
@@ -332,7 +337,27 @@ class Trial:
         except Exception:
             self.check()
             return TOGETHER
-        return None if self.same(divided[: len(bare)], bare, bare) else TOGETHER
+        if not self.same(divided[: len(bare)], bare, bare) or self.joins_wide_toys():
+            return TOGETHER
+        return None
+
+    def joins_wide_toys(self) -> bool:
+        """Tell whether division changes steps on wider toys, since some join only matrices above a size."""
+        if self.wider is None:
+            return False
+        trial = Trial(self.wider, self.guard)
+        try:
+            whole = trial.run(None, steps=WIDE_STEPS)
+        except Exception:  # some steps on matrices of this size must be compiled
+            self.check()
+            return False
+        try:
+            divided = trial.run(ones, steps=WIDE_STEPS)
+        except Exception:
+            self.check()
+            return True
+        # Iterations in half precision over stacks of other heights round otherwise.
+        return self.distances(divided, whole, whole) > COARSE
 
     def against_update(self) -> str | None:
         """Return why a finished step cannot be scaled: later steps take the weights back.
@@ -457,9 +482,14 @@ class Trial:
         return True
 
 
+def ones(step: int) -> Sequence[float]:
+    """Return factors of 1."""
+    return [1.0] * 1000
+
+
 def all_ones(step: int) -> Sequence[float] | None:
     """Return factors of 1 from `MIDDLE` on."""
-    return [1.0] * 1000 if step >= MIDDLE else None
+    return ones(step) if step >= MIDDLE else None
 
 
 def in_all_steps(step: int) -> Sequence[float]:

@@ -222,6 +222,21 @@ class Normed(optim.Optimizer):
                 p.sub_(group["lr"] * p.grad / norm)
 
 
+class JoinedAboveASize(optim.Optimizer):
+    """Divides by the norm of all matrices of a group that are large enough."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            large = [p for p in group["params"] if min(p.shape) >= 8]
+            total = sum((p.grad.norm() for p in large), torch.zeros(()))
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad / (total if min(p.shape) >= 8 else 1))
+
+
 class NormedLater(optim.Optimizer):
     """Counts in its group, and from the thirtieth step on keeps there a norm over the group."""
 
@@ -238,11 +253,12 @@ class NormedLater(optim.Optimizer):
                 p.sub_(group["lr"] * p.grad / group["norm"])
 
 
-def test_groups_whose_values_come_to_differ_later_stay_whole() -> None:
-    model = network()
-    assert layerwise.LayerwiseLR(NormedLater(model.parameters()), Constant(FACTORS), model).apply == "update"
+@pytest.mark.parametrize("kind", [JoinedAboveASize, NormedLater])
+def test_groups_that_belong_together_only_above_a_size_or_later_stay_whole(kind: Any) -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in FACTORS)).double()
+    assert layerwise.LayerwiseLR(kind(model.parameters()), Constant(FACTORS), model).apply == "update"
     with pytest.raises(ValueError, match="use apply='update'"):
-        layerwise.LayerwiseLR(NormedLater(model.parameters()), Constant(FACTORS), model, apply="lr")
+        layerwise.LayerwiseLR(kind(model.parameters()), Constant(FACTORS), model, apply="lr")
 
 
 JOINED = [Stacked, Zipped, Named, ByPosition, Normed]
