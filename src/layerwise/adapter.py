@@ -18,7 +18,8 @@ from .hooks import OptimizerHooks
 from .layers import Exclusion, Layer, LayerSpecification, named_parameters_of, warn_of_unmeasured
 from .model import Model
 from .nonfinite import FiniteGradients, OnNonfinite
-from .optimizers import PLACES, PlaceName, acting_optimizer, no_effect, refuse, unwrap
+from .optimizers import PLACES, PlaceName, acting_optimizer, refuse, unwrap
+from .places import no_effect
 from .resolution import Decay, requested
 from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds

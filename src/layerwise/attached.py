@@ -19,7 +19,8 @@ from .late import LateFactors
 from .layer_statistics import WEIGHT_NORMS
 from .layers import Layer
 from .nonfinite import FiniteGradients
-from .optimizers import PlaceName, acting_optimizer, automatic_place, check_backward_is_over
+from .optimizers import PlaceName, acting_optimizer, check_backward_is_over
+from .places import automatic_place
 from .replication import check_processes
 from .resolution import Request, Resolution, rates_of, resolve
 from .rules.base import State

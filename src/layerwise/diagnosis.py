@@ -15,16 +15,8 @@ from .cost import Cost, Failure, check_seconds, measured_cost
 from .hooks import OptimizerHooks
 from .layers import Layer, as_specification
 from .model import Model, as_module, named_parameters
-from .optimizers import (
-    SCALE_INVARIANT,
-    acting_optimizer,
-    decay_is_coupled,
-    is_capturing,
-    no_effect,
-    unwrap,
-    why_not_rate,
-    writes_are_scaled,
-)
+from .optimizers import SCALE_INVARIANT, acting_optimizer, decay_is_coupled, is_capturing, unwrap, writes_are_scaled
+from .places import no_effect, why_not_rate
 from .rules import LayerAdaptive
 from .rules.questions import default, doubts_of, needs_of, table_of
 from .tensors import holds_weights

@@ -15,8 +15,9 @@ from .factors import Factors
 from .layer_statistics import AS_NUMBERS, LayerStatistics
 from .layers import Layer
 from .model import Model
-from .optimizers import automatic_place, damps_history
+from .optimizers import damps_history
 from .partition import OUTSIDE, Partition
+from .places import automatic_place
 from .resolution import circumstances_of, parameters_of, rates_of, requested, resolve
 from .rules.base import State, finite_or_one
 from .rules.questions import ended_state, is_pair, needs_of, renewed_state

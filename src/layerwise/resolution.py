@@ -24,8 +24,9 @@ from .layers import (
     named_parameters_of,
 )
 from .model import Model, as_module, named_parameters
-from .optimizers import PlaceName, automatic_place, check_groups, check_place, refuse
+from .optimizers import PlaceName, refuse
 from .partition import Partition
+from .places import automatic_place, check_groups, check_place
 from .replication import refuse_stages
 from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
 from .rules.questions import default, needs_of

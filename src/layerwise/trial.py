@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain, product
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from .known_optimizers import Where
 from .known_optimizers import divides_by_gradients as known_to_divide
 from .known_optimizers import reason_against as known_reason
+from .optimizers import is_foreign
 from .partition import Partition
 from .splits import mark, write_back
 from .tensors import has_values, runs_on_fakes, several_processes
@@ -158,23 +159,6 @@ def try_again(optimizer: Any) -> None:
 
 _of_optimizer: dict[int, tuple[weakref.ref[Any], Verdict]] = {}
 _of_setting: dict[Any, Verdict] = {}
-
-
-@lru_cache(maxsize=256)
-def is_foreign(kind: type) -> bool:
-    """Tell whether the step of a class is not that of a PyTorch optimizer."""
-    own = [c for c in kind.__mro__ if c.__module__.startswith("torch.")]
-    if not own or own[0] is Optimizer:
-        return True
-    inner = {name for c in own for name, value in vars(c).items() if callable(value) and name[0] == "_" != name[1]}
-    parts = {*inner, "step", "param_groups", "state"}
-    return any(_unwrapped(getattr(kind, name, None)) is not _unwrapped(getattr(own[0], name, None)) for name in parts)
-
-
-def _unwrapped(function: Any) -> Any:
-    while getattr(function, "hooked", False) and hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function
 
 
 def _tried(optimizer: Any) -> Verdict:

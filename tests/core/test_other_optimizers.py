@@ -12,8 +12,8 @@ import torch
 from torch import nn, optim
 
 import layerwise
-from layerwise import known_optimizers, optimizers
-from layerwise.known_optimizers import FACTS, SCALE_INVARIANT, Where, reason_against
+from layerwise.known_optimizers import FACTS, SCALE_INVARIANT, SCHEDULE_FREE, Where, reason_against
+from layerwise.places import no_effect
 from layerwise.rules import Constant, LayerAdaptive
 
 pytorch_optimizer = pytest.importorskip("pytorch_optimizer", reason="pytorch-optimizer is not installed")
@@ -148,7 +148,7 @@ def test_a_gradient_whose_scale_means_nothing_is_warned_of(guest: Guest) -> None
     if tried(guest).places["gradient"] == "refused":
         pytest.skip("it is not attached")
     with surroundings(guest):
-        warned = optimizers.no_effect(build(guest).stepped, "gradient") is not None
+        warned = no_effect(build(guest).stepped, "gradient") is not None
     assert warned == (tried(guest).places["gradient"] == "no effect")
 
 
@@ -213,7 +213,7 @@ def test_without_the_refusal_a_divided_group_would_be_wrong(guest: Guest, monkey
 
 
 # RAdam's greatest rate has more in it, and that of the form after the paper is not kept.
-COUNTING = [name for name in known_optimizers.SCHEDULE_FREE if "RAdam" not in name and "Paper" not in name]
+COUNTING = [name for name in SCHEDULE_FREE if "RAdam" not in name and "Paper" not in name]
 
 
 @of_guests([g for g in GUESTS if str(g) in COUNTING])

@@ -1,0 +1,157 @@
+"""Where a factor may act on an optimizer: what `"auto"` stands for, and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import optim
+
+from .optimizers import LATE_RATE, SCALE_INVARIANT, PlaceName, _momentum, decay_is_coupled, has_decay
+from .trial import divides_by_gradients, reason_against, verdict_of
+
+
+def automatic_place(optimizer: Any, preferred: str, decay: str) -> PlaceName:
+    """Return where a factor acts when `apply="auto"`.
+
+    Args:
+        optimizer: The optimizer.
+        preferred: `"gradient"` for a rule whose method multiplies the gradient, `"lr"` for one that scales the rate.
+        decay: `"scaled"` or `"plain"`.
+
+    Returns:
+        `"update"` for optimizers whose rate cannot carry a factor (`why_not_rate`), such as ASGD and Rprop, or whose
+        groups must stay whole; `"gradient"` for SGD when the method asks for it and the rate would not give the same
+        numbers; else `"lr"`, which is exact for every other optimizer and never the silent no-op that `"gradient"` is
+        under Adam.
+    """
+    if preferred == "gradient" and type(optimizer) is optim.SGD and any(map(_momentum, optimizer.param_groups)):
+        return "gradient"  # the commonest case first: this is asked at each step
+    if why_not_rate(optimizer) is not None or (
+        # Whole groups are safe for any layers; where both would fail, the error names the way out through the rate.
+        reason_against(optimizer, "groups") is not None and reason_against(optimizer, "update") is None
+    ):
+        return "update"
+    if preferred == "gradient" and isinstance(optimizer, optim.SGD):
+        if any(map(_momentum, optimizer.param_groups)):
+            return "gradient"
+        if decay == "plain" and has_decay(optimizer):
+            return "gradient"
+    return "lr"
+
+
+def why_not_rate(optimizer: optim.Optimizer) -> str | None:
+    """Return why a step's rate cannot carry a factor, as a phrase that follows the optimizer's name; None if it can."""
+    if isinstance(optimizer, LATE_RATE):
+        if isinstance(optimizer, optim.ASGD):
+            return "computes its step size one step ahead, so a factor would arrive one step late"
+        return "reads its rate only when it creates its step sizes, so later factors would be lost"
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        return "has no 'lr' in its parameter groups"
+    if isinstance(inspect.getattr_static(type(optimizer), "param_groups", None), property):
+        return "computes its param_groups (a property), which a step therefore cannot be given others in place of"
+    return reason_against(optimizer, "lr")
+
+
+def check_place(optimizer: optim.Optimizer, place: str, decay: str, *, decay_given: bool) -> None:
+    """Raise where a factor cannot act at this place of this optimizer.
+
+    Args:
+        optimizer: The optimizer.
+        place: `"gradient"`, `"lr"` or `"update"`.
+        decay: `"scaled"` or `"plain"`.
+        decay_given: Whether the user chose it.
+
+    Raises:
+        ValueError: The combination would give wrong numbers; the message says why and what to use.
+    """
+    name = type(optimizer).__name__
+    if place == "lr":
+        reason = why_not_rate(optimizer)
+        if reason is not None:
+            raise ValueError(f"apply='lr' does not work with {name}: it {reason}; {_remedy(optimizer)}")
+    elif any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError(
+            f"apply={place!r} changes tensors in place, which cuts the graph of {name}(differentiable=True); use "
+            "apply='lr' (the factors themselves count as constants)"
+        )
+    if place == "update":
+        reason = reason_against(optimizer, "update")
+        if reason is not None:
+            rate = why_not_rate(optimizer)
+            too = f", and apply='lr' does not either: it {rate}" if rate is not None else ""
+            raise ValueError(f"apply='update' does not work with {name}: it {reason}{too}; {_remedy(optimizer)}")
+    if place == "gradient" and decay == "scaled" and not decay_given:
+        unknown = [
+            g for g in optimizer.param_groups if g.get("weight_decay") and decay_is_coupled(optimizer, g) is None
+        ]
+        if unknown:
+            raise ValueError(
+                f"apply='gradient': whether the weight decay of {name} is part of the gradient is not known; pass "
+                "decay='scaled' if it is and the factor shall multiply it, else decay='plain'"
+            )
+
+
+def _remedy(optimizer: Any) -> str:
+    """Return what to do where a factor cannot act on the rate, or on the update."""
+    if reason_against(optimizer, "update") is None:
+        return "use apply='update'"
+    if why_not_rate(optimizer) is None:
+        if reason_against(optimizer, "groups") is None:
+            return "use apply='lr'"
+        name = type(optimizer).__name__
+        return f"use apply='lr' with a group for each layer, {name}(layerwise.param_groups(model), …)"
+    verdict = verdict_of(optimizer)
+    permanent = verdict is None or verdict.permanent
+    if divides_by_gradients(optimizer):
+        gradient = "use another optimizer (apply='gradient' changes next to nothing, since it divides by its gradients)"
+    else:
+        gradient = "use apply='gradient'"
+    if permanent and all(group.get("lr") is not None for group in optimizer.param_groups):
+        name = type(optimizer).__name__
+        return (
+            f"{gradient}, or for factors that never change permanent groups with rates of their own, "
+            f"{name}(layerwise.param_groups(model), …)"
+        )
+    return gradient
+
+
+def check_groups(optimizer: Any, place: str, decay: str, layer_of: Mapping[int, int]) -> None:
+    """Raise where parameter groups would be divided by layer that must stay whole.
+
+    Args:
+        optimizer: The optimizer.
+        place: `"gradient"`, `"lr"` or `"update"`.
+        decay: `"scaled"` or `"plain"`.
+        layer_of: The `id` of each parameter that belongs to a layer, to the layer's number.
+
+    Raises:
+        ValueError: A group holds several layers, and the optimizer is known to need it whole.
+    """
+    reason = reason_against(optimizer, "groups")
+    if reason is None or not (place == "lr" or (place == "gradient" and decay == "scaled" and has_decay(optimizer))):
+        return
+    for group in optimizer.param_groups:
+        if len({layer_of.get(id(p)) for p in group["params"]}) > 1:
+            name = type(optimizer).__name__
+            other = ", or use apply='update'" if reason_against(optimizer, "update") is None else ""
+            raise ValueError(
+                f"apply={place!r} divides the parameter groups by layer, and {name} {reason}; build it with a group "
+                f"for each layer, {name}(layerwise.param_groups(model), …)"
+                + (", or pass decay='plain'" if place == "gradient" else other)
+            )
+
+
+def no_effect(optimizer: optim.Optimizer, place: str) -> str | None:
+    """Return a sentence when a factor at this place changes next to nothing, else None."""
+    if place != "gradient" or not (isinstance(optimizer, SCALE_INVARIANT) or divides_by_gradients(optimizer)):
+        return None
+    after = " after its first five steps" if isinstance(optimizer, optim.RAdam) else ""
+    place = automatic_place(optimizer, "lr", "plain")
+    refused = place == "update" and reason_against(optimizer, "update") is not None
+    remedy = "use another optimizer" if refused else f"apply={place!r} scales its step"
+    return (
+        f"{type(optimizer).__name__} divides by the size of the gradients it has seen, so multiplying the gradient "
+        f"changes next to nothing{after}; {remedy}"
+    )
