@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from ._writes import is_compiled, writes_can_be_scaled
-from .known_optimizers import reason_against
+from .known_optimizers import reason_against as known_reason
 from .tensors import slots_of
 
 PlaceName = Literal["gradient", "lr", "update"]
@@ -77,7 +77,7 @@ def refuse(optimizer: optim.Optimizer) -> None:
         ValueError: LBFGS; an optimizer that steps another one's groups; one known to take its step in a way that
             no factor can follow.
     """
-    reason = reason_against(optimizer, "anywhere")
+    reason = known_reason(optimizer, "anywhere")
     if reason is not None:
         raise ValueError(f"{type(optimizer).__name__} {reason}")
     refuse_outer(optimizer)

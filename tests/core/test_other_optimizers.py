@@ -12,7 +12,9 @@ import torch
 from torch import nn, optim
 
 import layerwise
-from layerwise.known_optimizers import FACTS, SCALE_INVARIANT, SCHEDULE_FREE, Where, reason_against
+from layerwise.known_optimizers import FACTS, SCALE_INVARIANT, SCHEDULE_FREE, Where
+from layerwise.known_optimizers import reason_against as known_reason
+from layerwise.optimizers import decay_is_coupled, has_decay
 from layerwise.places import no_effect
 from layerwise.rules import Constant, LayerAdaptive
 
@@ -48,7 +50,7 @@ def with_reason(where: Where) -> Any:
     found = []
     for guest in GUESTS:
         with surroundings(guest):
-            found += [guest] if reason_against(build(guest).inner, where) else []
+            found += [guest] if known_reason(build(guest).inner, where) else []
     return of_guests(found)
 
 
@@ -93,10 +95,10 @@ def test_the_form_for_each_with_a_closure_equals_permanent_groups_too(guest: Gue
 def test_scaled_decay_is_that_of_permanent_groups_or_refused(guest: Guest) -> None:
     with surroundings(guest):
         run, reference, rule = build(guest), build(guest, by_layer=True), Scheduled(entries(guest))
-        coupled = {optimizers.decay_is_coupled(run.inner, group) for group in run.inner.param_groups}
-        if tried(guest).places["gradient"] == "refused" or coupled == {False} or not optimizers.has_decay(run.inner):
+        coupled = {decay_is_coupled(run.inner, group) for group in run.inner.param_groups}
+        if tried(guest).places["gradient"] == "refused" or coupled == {False} or not has_decay(run.inner):
             pytest.skip("refused, or no decay that could be in the gradient")
-        if reason_against(run.inner, "groups"):
+        if known_reason(run.inner, "groups"):
             with pytest.raises(ValueError, match="pass decay='plain'"):
                 attach(run, rule, apply="gradient", decay="scaled")
             return
@@ -136,7 +138,7 @@ def test_a_refusal_changes_nothing_and_tells_what_to_do(guest: Guest) -> None:
 
 
 def test_every_name_in_the_list_of_reasons_exists() -> None:
-    names = SCALE_INVARIANT.union(*(fact.names for fact in FACTS))
+    names = SCALE_INVARIANT_NAMES.union(*(fact.names for fact in FACTS))
     missing = {name for name in names if not hasattr(import_module(name.partition(".")[0]), name.partition(".")[2])}
     assert not missing
 
@@ -162,7 +164,8 @@ def test_update_is_refused_exactly_where_the_optimizer_goes_back_to_weights_of_i
 
 
 def without_reasons(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(optimizers, "reason_against", lambda optimizer, where: None)
+    for name in ("optimizers.known_reason", "_places.allowed.reason_against"):
+        patch.setattr(f"layerwise.{name}", lambda optimizer, where: None)
 
 
 @with_reason("lr")
