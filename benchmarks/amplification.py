@@ -16,7 +16,7 @@ import layerwise
 from layerwise.lab.models.lenet import LeNet
 from layerwise.lab.models.resnet import ResNet
 from layerwise.rules import AllLayers, Directionality, GradientAmplification, Phase, RandomLayers
-from layerwise.sums import buffer_bytes
+from layerwise.rules.directionality import buffer_bytes
 
 Row = dict[str, float]
 

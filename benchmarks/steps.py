@@ -9,7 +9,7 @@ from torch import nn, optim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerwise
-from layerwise.hooks import OptimizerHooks
+from layerwise._hooks import OptimizerHooks
 from layerwise.rules import LARS, Constant, LayerAdaptive
 
 from .networks import resnet50_parameters, resnet101_parameters, small_layers, transformer_parameters, with_gradients

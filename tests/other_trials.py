@@ -12,9 +12,9 @@ from torch import Tensor
 
 import layerwise
 import packages
+from layerwise._places.allowed import why_not_rate
+from layerwise._places.trial import reason_against
 from layerwise.optimizers import PLACES, PlaceName
-from layerwise.places import why_not_rate
-from layerwise.trial import reason_against
 from layerwise.rules import Constant, LayerAdaptive, Rule
 from other_optimizers import AROUND, NOT_TRIED, SHARPNESS, Guest, Run, build, draws_random_numbers, surroundings
 

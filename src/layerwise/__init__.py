@@ -7,9 +7,9 @@ if TYPE_CHECKING:
     from . import rules, sinks
     from .adapter import LayerwiseLR
     from .backward import step_in_backward
-    from .checkpoints import load_checkpoint
+    from .checkpoint import load_checkpoint
     from .diagnosis import diagnose
-    from .groups import param_groups
+    from .layers import param_groups
     from .monitor import Monitor
 
 __version__ = "0.1.0"
@@ -29,8 +29,8 @@ _MODULES = {
     "LayerwiseLR": "adapter",
     "Monitor": "monitor",
     "diagnose": "diagnosis",
-    "load_checkpoint": "checkpoints",
-    "param_groups": "groups",
+    "load_checkpoint": "checkpoint",
+    "param_groups": "layers",
     "rules": "rules",
     "sinks": "sinks",
     "step_in_backward": "backward",

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .tensors import local, pieces_of
+from ._tensors import local, pieces_of
 
 Factor: TypeAlias = "float | Tensor"
 """A number; or a 0-dim tensor on the parameter's device, which is never read but costs a launch for each parameter."""

@@ -1,21 +1,187 @@
-"""Groups parameters into layers: parameters of one layer share a factor."""
+"""From parameters to layers: what counts as a model, names, patterns, permanent groups."""
 
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from .arguments import has_type
-from .model import Owners, clean_name, named_parameters, owner_name
+from ._arguments import has_type
+from ._tensors import can_be_measured, holds_weights, warn_without_values
 from .sharding import Piece, stand_in
-from .tensors import can_be_measured, holds_weights, warn_without_values
+
+Model = nn.Module | Sequence[Any] | Mapping[str, Any]
+"""A module, or a list or dictionary of modules."""
+
+# Components that wrappers insert into names, anywhere. `module`, of DDP and AveragedModel, only comes first.
+_WRAPPER = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_module"
+    r"|(?:_functional\.)?_torch_params)(?:\.|$)"
+)
+_LEADING = re.compile(r"^(?:module(?:\.|$))+")
+_PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original(\d*)$")
+ATTENTION = re.compile(r"^(?:(.*)\.)?(?:in_proj|q_proj|k_proj|v_proj)_weight$")
+
+
+class SeveralModules(nn.Module):
+    """A container of modules whose names `nn.ModuleDict` might refuse."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.parts = dict(modules)
+        self._modules.update(modules)  # `add_module` refuses the names of methods
+
+
+def as_module(model: Any) -> nn.Module | None:
+    """Return the module, or a container of the modules of a list or dictionary, named by index or key.
+
+    Args:
+        model: A module, a list or dictionary of modules (or of such lists and dictionaries), or None.
+
+    Raises:
+        TypeError: The model is, or holds, anything else.
+        ValueError: The list or dictionary is empty.
+
+    Example:
+        >>> critics = as_module([nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)])
+        >>> [name for name, _ in critics.named_parameters()]
+        ['0.weight', '1.weight']
+    """
+    return None if model is None else _as_module(model, "model")
+
+
+def _as_module(model: Any, where: str) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, Tensor):
+        raise TypeError(
+            f"{where} is a tensor, not a torch.nn.Module: name bare tensors with layers={{'name': [tensor]}}"
+        )
+    if isinstance(model, Mapping):
+        parts = cast("Mapping[Any, Any]", model)
+    elif isinstance(model, list | tuple):
+        parts = {str(i): part for i, part in enumerate(cast("Sequence[Any]", model))}
+    else:
+        raise TypeError(
+            f"{where} must be a torch.nn.Module{' or None' * (where == 'model')}, or a list or dict of modules, as "
+            f"torch.nn.ModuleList and ModuleDict take them, not {type(model).__name__}"
+        )
+    if not parts:
+        raise ValueError(f"{where}={model!r} holds no module")
+    for key in parts:
+        if not isinstance(key, str) or not key or "." in key:
+            raise TypeError(f"{where} has the key {key!r}; keys must be strings without dots, and not empty")
+    return SeveralModules({key: _as_module(part, f"{where}[{key!r}]") for key, part in parts.items()})
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter of the model once, with its clean name."""
+    for name, parameter in model.named_parameters():
+        yield _clean_in(model, name), parameter
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's modules by clean name. A wrapper and its inner module share one; the inner module is kept."""
+    found: Iterable[tuple[str, nn.Module]] = cast(Any, model).named_modules()
+    return {_clean_in(model, name).rstrip("."): module for name, module in found}
+
+
+def _clean_in(model: nn.Module, name: str) -> str:
+    if isinstance(model, SeveralModules) and name:
+        key, _, rest = name.partition(".")
+        part = model.parts[key]
+        return f"{key}.{_clean_in(part, rest)}".rstrip(".")
+    return clean_name(name)
+
+
+def clean_name(name: str) -> str:
+    """Return a parameter's or module's name without the prefixes that wrappers add.
+
+    DDP, `torch.compile`, FSDP, activation checkpointing, Fabric, Opacus and Keras insert a component into names.
+    `torch.nn.utils.parametrize` moves `weight` to `parametrizations.weight.original`.
+
+    Args:
+        name: A name as `named_parameters()` gives it.
+
+    Returns:
+        The name of the same parameter in the bare model.
+
+    Example:
+        >>> clean_name("module._orig_mod.encoder.parametrizations.weight.original0")
+        'encoder.weight0'
+    """
+    return _PARAMETRIZED.sub(r"\1\2", _LEADING.sub("", _WRAPPER.sub("", name)))
+
+
+def owner_name(parameter_name: str) -> str:
+    """Return the clean name of the module that directly owns a parameter.
+
+    Parameters of a parametrization belong to the parametrized module. Keras keeps all parameters of a model
+    in one dictionary whose keys are paths; the owner is then the path without its last part.
+
+    Example:
+        >>> owner_name("encoder.0.weight"), owner_name("weight"), owner_name("encoder/dense/kernel")
+        ('encoder.0', '', 'encoder/dense')
+    """
+    owner = parameter_name[: max(parameter_name.rfind("."), parameter_name.rfind("/"), 0)]
+    return re.split(r"(?:^|\.)parametrizations(?:\.|$)", owner, maxsplit=1)[0]
+
+
+class Owners:
+    """Maps a parameter's name to the name of the module that is its layer.
+
+    Usually this is the module that directly owns the parameter. Some classes are one layer with all modules below
+    them. `MultiheadAttention` keeps its output projection in a child. Convolutions of PyTorch Geometric keep weight and
+    bias in different modules. Adapters that PEFT inserts into them stay separate layers.
+
+    Args:
+        names: Clean names of parameters. Without a model they identify a `MultiheadAttention`.
+        model: The model, or None.
+    """
+
+    def __init__(self, names: Iterable[str], model: nn.Module | None) -> None:
+        self.modules = {} if model is None else named_modules(model)
+        self._whole = {name for name, module in self.modules.items() if is_one_layer(module)}
+        self._adapters = {
+            f"{name}.{child}".lstrip(".")
+            for name, module in self.modules.items()
+            for child in getattr(module, "adapter_layer_names", ())
+        }
+        attentions = [found[1] or "" for name in names if model is None and (found := ATTENTION.match(name))]
+        self._projections = {f"{name}.out_proj".lstrip("."): name for name in attentions}
+
+    def __call__(self, parameter_name: str) -> str:
+        """Return the clean name of the module whose layer a parameter belongs to."""
+        owner = owner_name(parameter_name)
+        if not self._whole:
+            return self._projections.get(owner, owner)
+        result = owner
+        # Walk up from the owner. The outermost such module counts; an adapter ends the walk.
+        while True:
+            if owner in self._whole:
+                result = owner
+            if not owner or owner in self._adapters:
+                return result
+            owner = owner.rpartition(".")[0]
+
+
+def is_one_layer(module: nn.Module) -> bool:
+    """Tell whether a module of this class is one layer with all modules below it."""
+    return isinstance(module, nn.MultiheadAttention) or any(
+        one.__name__ == "MessagePassing" and one.__module__.partition(".")[0] == "torch_geometric"
+        for one in type(module).__mro__
+    )
+
+
+# --- Layers ----------------------------------------------------------------------------------------------------------
 
 LayerName = Callable[[str, Tensor], "str | None"]
 """A function of a parameter's name and the parameter that names its layer, or None for no layer."""
@@ -379,3 +545,193 @@ def some(names: Iterable[str], most: int = 8, form: Callable[[str], str] = repr)
     names = list(dict.fromkeys(names))
     shown = ", ".join(form(name) for name in names[:most])
     return shown + (f", … ({len(names)} in all)" if len(names) > most else "")
+
+
+# --- Advice ----------------------------------------------------------------------------------------------------------
+
+MOST_PATTERNS = 40
+"""The most patterns that are listed; above, the advice is a function."""
+
+DOUBTS = r"LayerDecay takes the depths|all \d+ parameters"
+"""Matches the beginnings of warnings about layers, which `diagnose` reports in its own text instead."""
+
+_FLAT = re.compile(r"^(.*?[^\W_].*?(?:__|[_\-:|]))(?:weight|bias|kernel|gamma|beta|scale)(?:_[gv])?$")
+_RECURRENT = re.compile(r"^(?:weight|bias)_(?:ih|hh|hr)_l\d+(?:_reverse)?$")
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A module that owns parameters and has submodules that own others, so that they are several layers.
+
+    Args:
+        layer: The layer of its own parameters.
+        below: The layers of its submodules.
+        separator: The character between its name and theirs.
+    """
+
+    layer: Layer
+    below: tuple[Layer, ...]
+    separator: str
+
+    @property
+    def pattern(self) -> str:
+        """The pattern that matches the parameters of all of them."""
+        return f"{escape(self.layer.name)}{self.separator}*"
+
+    def __str__(self) -> str:
+        own = some([name.rpartition(".")[2] for name in self.layer.parameter_names], 3, str)
+        below = some([layer.name for layer in self.below], 3, str)
+        return f"{self.layer.name or '(root)'!r} owns {own}, beside {below}: several layers"
+
+
+def divided(layers: Sequence[Layer]) -> list[Divided]:
+    """Return the modules that own parameters and have submodules that own others.
+
+    Args:
+        layers: Layers of `"module"`.
+    """
+    found: list[Divided] = []
+    for layer in layers:
+        for separator in (".", "/") if layer.name else ("",):
+            prefix = layer.name + separator
+            below = tuple(other for other in layers if other is not layer and other.name.startswith(prefix))
+            if below:
+                found.append(Divided(layer, below, separator))
+    return found
+
+
+def joining(layers: Sequence[Layer], modules: Sequence[Divided]) -> str:
+    """Return, as Python source, the value of `layers` that makes each of these modules one layer.
+
+    Other layers stay as they are. Of nested modules the inner one is a layer, and the rest of the outer one another.
+
+    Args:
+        layers: Layers of `"module"`.
+        modules: The modules to join; either the root alone, or modules without the root.
+    """
+    swallowed = {id(layer) for one in modules for layer in (one.layer, *one.below)}
+    kept = [layer for layer in layers if id(layer) not in swallowed]
+    whole = [layer for layer in kept if len({owner_name(name) for name in layer.parameter_names}) > 1]
+    patterns = {one.layer.name: one.pattern for one in modules}
+    patterns |= {layer.name: f"{escape(layer.name)}.*" if layer in whole else escape(layer.name) for layer in kept}
+    deepest = sorted(patterns, key=lambda name: -name.count("."))
+    if len(deepest) <= MOST_PATTERNS or any("/" in name for name in deepest):
+        return repr([patterns[name] for name in deepest])
+    joined = tuple(name for name in deepest if patterns[name].endswith(".*"))
+    return f"lambda name, parameter: next((m for m in {joined!r} if name.startswith(m + '.')), name.rpartition('.')[0])"
+
+
+def flattened(layers: Sequence[Layer], specification: LayerSpecification) -> list[str]:
+    """Return warnings about layers that seem to hold the parameters of several modules.
+
+    These are networks that are one layer in all, and dictionaries of parameters with keys such as `conv1_weight`.
+
+    Args:
+        layers: The layers.
+        specification: The `layers` argument; only `"module"` is checked.
+    """
+    if specification != "module":
+        return []
+    return [_warning(layer, layers) for layer in layers if _looks_flattened(layer, alone=len(layers) == 1)]
+
+
+def _looks_flattened(layer: Layer, *, alone: bool) -> bool:
+    if any("/" in name for name in layer.parameter_names):
+        return False  # names of Keras are paths, which give the modules
+    last = [name.rpartition(".")[2] for name in layer.parameter_names]
+    if isinstance(layer.module, nn.ParameterDict | nn.ParameterList):
+        if len(_stems(layer)) > 1:
+            return True
+    elif layer.module is None:
+        normalised = set(last) <= {"weight0", "weight1", "bias"}  # parametrized, such as by weight_norm
+        if normalised or any(map(ATTENTION.match, layer.parameter_names)) or all(map(_RECURRENT.match, last)):
+            return False
+    elif is_one_layer(layer.module) or any(
+        one.__module__.startswith("torch.nn.modules.") and one is not nn.Module for one in type(layer.module).__mro__
+    ):
+        return False
+    return alone and (len(last) > 2 or sum(p.ndim > 1 for p in layer.whole()) > 1)
+
+
+def _stems(layer: Layer) -> dict[str, None]:
+    """Return the prefixes before `weight` or `bias` in the names, if there are several."""
+    stems = dict.fromkeys(found[1] for name in layer.parameter_names if (found := _FLAT.match(name)))
+    return stems if len(stems) > 1 else {}
+
+
+def _warning(layer: Layer, layers: Sequence[Layer]) -> str:
+    number, alone = len(layer.parameters), len(layers) == 1
+    if stems := _stems(layer):
+        # Longer stems first, since `layer1_` also matches `layer1_norm_weight`. A name without a stem is its own layer.
+        patterns = [f"{escape(stem)}*" for stem in sorted(stems, key=lambda stem: -len(stem))]
+        patterns += [escape(name) for name in layer.parameter_names if not any(map(name.startswith, stems))]
+        patterns += _patterns([other for other in layers if other is not layer])
+        remedy = f"layers={patterns!r}"
+    else:
+        remedy = "layers='parameter'"
+    whose = "" if alone else f" of {layer.name!r}"
+    keep = "layers=['*'] keeps them one layer" if alone else f"{layer.name + '.*'!r} among them keeps it one layer"
+    return (
+        f"all {number} parameters{whose} are one layer, because their names ({some(layer.parameter_names, 3)}) do not "
+        f"show which module each belongs to. Pass {remedy}, or other patterns ({keep}, without this warning)"
+    )
+
+
+def _patterns(layers: Sequence[Layer]) -> list[str]:
+    """Return patterns that make the same layers, deepest first, since an outer pattern may match deeper layers."""
+    several = [len({owner_name(name) for name in layer.parameter_names}) > 1 for layer in layers]
+    found = [(layer.name, escape(layer.name) + ".*" * more) for layer, more in zip(layers, several, strict=True)]
+    return [pattern for _, pattern in sorted(found, key=lambda pair: -pair[0].count("."))]
+
+
+# --- Permanent groups ------------------------------------------------------------------------------------------------
+
+
+def param_groups(model: Model, layers: LayerSpecification = "module") -> list[dict[str, Any]]:
+    """Return named parameter groups, one a layer, to build an optimizer from.
+
+    For rates that are set by hand and kept; `LayerwiseLR` needs no such groups. Every parameter of the model
+    that requires a gradient must be in a layer, so that none is forgotten.
+
+    Args:
+        model: The network, or a list or dictionary of networks, whose names then begin with their index or key.
+        layers: As in `LayerwiseLR`: `"module"`, `"parameter"`, a list of patterns, a callable or a dictionary
+            of tensors.
+
+    Returns:
+        Groups `{"params": [...], "param_names": [...], "name": layer}` in the model's order; a parameter that does not
+        require a gradient is left out.
+
+    Raises:
+        TypeError: `model` is no module, nor a list or dictionary of modules, or `layers` has the wrong type.
+        ValueError: `layers` is unknown, matches nothing, or leaves a parameter out.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> groups = param_groups(model)
+        >>> groups[0]["lr"] = 0.01
+        >>> optimizer = torch.optim.SGD(groups, lr=0.1)
+        >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
+        [('0', 0.01), ('2', 0.1)]
+    """
+    module = as_module(model)
+    if module is None:
+        raise TypeError("model must be a torch.nn.Module, or a list or dict of them, not None")
+    named = unique_names((name, p) for name, p in named_parameters(module) if p.requires_grad)
+    if not named:
+        raise ValueError(f"model={type(model).__name__} has no parameter that requires a gradient")
+    specification = as_specification(layers)
+    if isinstance(specification, TensorLayers):
+        specification.named({id(p) for p in named.values()}, module, "the model's parameters that require a gradient")
+    found = make_layers(named, specification, module)
+    for message in flattened(found, specification):
+        warnings.warn(message, UserWarning, stacklevel=2)
+    missing = named.keys() - {name for layer in found for name in layer.parameter_names}
+    if missing:
+        raise ValueError(f"layers={layers!r} leaves out {sorted(missing)}; add a pattern such as '*' for the rest")
+    return [
+        {"params": list(layer.parameters), "param_names": list(layer.parameter_names), "name": layer.name}
+        for layer in found
+    ]

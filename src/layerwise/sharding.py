@@ -1,17 +1,86 @@
-"""Which piece of each parameter this process holds, and one collective that puts the layers' sums together."""
+"""Which shard of a parameter this process holds, collectives over shards, and comparisons between processes."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable, Sequence
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import timedelta
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .tensors import local, moved
+from ._tensors import local, moved
+
+SECONDS = 10.0
+"""Time to wait for processes that may not take part."""
+
+LONGEST = 60.0
+"""Time to wait for processes without which the next collective would hang."""
+
+Table = dict[str, Any]
+_counts: tuple[Any, Counter[str]] = (None, Counter())
+
+
+def compared(
+    kind: str, own: Table, merge: Callable[[Table, Table], Table], ranks: Sequence[int] | None, seconds: float
+) -> Table | None:
+    """Return the merged table of all processes; None if one of them does not arrive in time.
+
+    The processes exchange their tables through the process group's key-value store. Unlike a collective, it can time
+    out. Each process merges its table into that of the process before it, so each writes one table. Either all of them
+    get the last table, or none does.
+
+    Args:
+        kind: What is compared. The n-th comparison of a kind is matched with the n-th in the other processes.
+        own: This process's table, as JSON can hold it.
+        merge: Merges two tables.
+        ranks: The processes; None for all.
+        seconds: The time to wait for them.
+    """
+    global _counts
+    distributed = torch.distributed
+    store: Any = distributed.distributed_c10d._get_default_store()
+    several = distributed.get_world_size() if ranks is None else len(ranks)
+    if _counts[0] is not store:  # a new process group
+        _counts = (store, Counter())
+    among = hashlib.sha256(json.dumps([kind, ranks]).encode()).hexdigest()[:16]
+    _counts[1][among] += 1
+    key = f"layerwise/{among}/{_counts[1][among]}"
+    ticket = store.add(f"{key}/came", 1)
+    try:
+        if 1 < ticket <= several:
+            store.wait([f"{key}/{ticket - 1}"], timedelta(seconds=seconds))
+            own = merge(json.loads(store.get(f"{key}/{ticket - 1}")), own)
+        store.set(f"{key}/{ticket}", json.dumps(own))
+        if ticket == several:
+            store.compare_set(f"{key}/verdict", "", "all")
+        store.wait([f"{key}/verdict"], timedelta(seconds=seconds))
+    except RuntimeError:  # a timeout; the first process to report it decides for all
+        store.compare_set(f"{key}/verdict", "", "missing")
+    if store.get(f"{key}/verdict") != b"all":
+        return None
+    return json.loads(store.get(f"{key}/{several}"))
+
+
+def can_compare() -> bool:
+    """Return whether there is a store. MPI has none, and a fake process group has no other processes."""
+    distributed = torch.distributed
+    store: Any = distributed.distributed_c10d._get_default_store()
+    return store is not None and distributed.get_backend() != "fake"
+
+
+def digest(value: Any) -> str:
+    """Return a short hash of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+# --- Shards ----------------------------------------------------------------------------------------------------------
 
 _absent: ContextVar[bool] = ContextVar("absent", default=False)
 
@@ -246,3 +315,93 @@ def settled_gradient(parameter: Any) -> Tensor | None:
     if gradient.placements != parameter.placements:
         gradient = parameter.grad = gradient.redistribute(parameter.device_mesh, parameter.placements)
     return local(gradient)
+
+
+# --- Buffers of shards -----------------------------------------------------------------------------------------------
+
+
+class Buffers:
+    """What is known of the buffers of some parameters.
+
+    Args:
+        parameters: The parameters.
+        pieces: What this process holds of each; None for all of it.
+        samples: How many numbers of each are kept; None for all.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], pieces: Sequence[Piece | None], samples: Sequence[int | None]
+    ) -> None:
+        self._parameters, self._pieces, self._samples = parameters, pieces, samples
+
+    def zeros(self, i: int, gradient: Tensor) -> Tensor:
+        """Return zeros like a parameter's gradient, at least float32.
+
+        Those of a DTensor are one too, so that a distributed checkpoint can share them out anew.
+        """
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        parameter = cast(Any, self._parameters[i])
+        if not hasattr(parameter, "device_mesh"):
+            return torch.zeros_like(gradient, dtype=dtype)
+        if not parameter.is_complex():
+            return torch.zeros_like(parameter.detach(), dtype=dtype)
+        from torch.distributed.tensor import DTensor
+
+        shape, zeros = self.shape(i), torch.zeros_like(gradient, dtype=dtype)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+        )
+
+    def shape(self, i: int) -> torch.Size:
+        """Return the shape of a parameter's buffer; of a DTensor, that of all of it."""
+        parameter, sample = self._parameters[i], self._samples[i]
+        if sample is not None:
+            return torch.Size([sample])
+        return torch.Size([*parameter.shape, 2]) if parameter.is_complex() else parameter.shape
+
+    def loaded(self, i: int, buffer: Any, name: str, *, scalar: bool) -> Tensor:
+        """Return a copy of a saved buffer, shared among processes as its parameter is now.
+
+        Args:
+            i: The number of its parameter.
+            buffer: What was saved: a tensor, or a DTensor of any mesh.
+            name: What messages call it.
+            scalar: Whether it is one number instead of a buffer like the parameter.
+
+        Raises:
+            ValueError: It is no tensor, has another shape, or is the shard of another process.
+        """
+        wanted = torch.Size() if scalar else self.shape(i)
+        if not isinstance(buffer, Tensor) or buffer.shape != wanted:
+            found = tuple(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
+            raise ValueError(f"the saved sums of {name!r} have shape {found}, here {tuple(wanted)}; same rule?")
+        if hasattr(buffer, "device_mesh"):
+            check_own_shard(buffer, name)  # whatever is computed of it has forgotten whose it was
+        saved, parameter, piece = cast(Any, buffer.detach()), cast(Any, self._parameters[i]), self._pieces[i]
+        shared = hasattr(parameter, "device_mesh") and not scalar
+        if hasattr(saved, "device_mesh"):
+            if shared and saved.device_mesh == parameter.device_mesh and saved.placements == parameter.placements:
+                return saved.clone()
+            saved = saved.full_tensor()
+        return piece.of(saved.to(parameter.device), parameter) if shared and piece is not None else saved.clone()
+
+
+def check_own_shard(saved: Any, name: str) -> None:
+    """Raise unless a DTensor from a file is the shard that this process would hold.
+
+    Raises:
+        ValueError: It was written by another process, whose shard it still is.
+    """
+    there = torch.distributed.is_initialized() and (saved.device_mesh.mesh == torch.distributed.get_rank()).nonzero()
+    coordinate = saved.device_mesh.get_coordinate()
+    if there is False or coordinate is None or there.tolist() != [list(coordinate)]:
+        raise ValueError(
+            f"the saved sums of {name!r} are the shard of another process, as torch.save writes it: save with "
+            "torch.distributed.checkpoint and load with layerwise.load_checkpoint, or let each process save its own"
+        )
+
+
+def number_count(tensor: Tensor) -> int:
+    """Return how many real numbers a tensor holds."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn, optim
 from torch.utils.checkpoint import checkpoint
 
 import layerwise
-from layerwise import resolution
+from layerwise import adapter as attaching
 from layerwise.rules import (
     LARC,
     LARS,
@@ -296,7 +296,7 @@ def test_sparse_gradients(make: Any, rule: Any, momentum: float) -> None:
 
 @pytest.mark.parametrize("rule", [LayerAdaptive(), LARC(), chain(LARS(), LayerAdaptive())], ids=str)
 def test_factors_as_tensors_as_for_many_layers_or_an_accelerator(make_model, backward, monkeypatch, rule: Any) -> None:
-    monkeypatch.setattr(resolution, "MOST_NUMBERS", 0)
+    monkeypatch.setattr(attaching, "MOST_NUMBERS", 0)
 
     def train(in_backward: bool) -> list[Any]:
         model = make_model()

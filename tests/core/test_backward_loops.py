@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import layerwise
-from layerwise import resolution
+from layerwise import adapter as attaching
 from layerwise.rules import LARS, LayerAdaptive
 
 
@@ -357,7 +357,7 @@ def test_a_parameter_that_has_left_the_optimizer_keeps_its_gradient(group: int) 
 @pytest.mark.parametrize("few", [True, False], ids=["numbers", "tensors"])
 def test_factors_under_a_scale_that_a_person_has_set_are_those_of_the_true_gradients(few: bool, monkeypatch) -> None:
     if not few:
-        monkeypatch.setattr(resolution, "MOST_NUMBERS", 0)
+        monkeypatch.setattr(attaching, "MOST_NUMBERS", 0)
     model, plain = network(), network()
     for net in (model, plain):
         optimizer = momentum(net, fused=True)

@@ -190,7 +190,7 @@ def test_what_a_rule_says_of_its_needs_is_true(tmp_path: Path, name: str) -> Non
         return
     model = random_network(0)
     layers = layers_of(model)
-    statistics = layerwise.layer_statistics.LayerStatistics(layers, rule.needs)
+    statistics = layerwise.statistics.LayerStatistics(layers, rule.needs)
     state = rule.init(layers, torch.device("cpu"))
     groups = one_group(model, weight_decay=0.01)
     before = rule.factors(statistics.compute(groups), state)[0].clone()

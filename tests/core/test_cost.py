@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import layerwise
-from layerwise import cost
-from layerwise.cost import Cost, measured_cost
+from layerwise import diagnosis
+from layerwise.diagnosis import Cost, measured_cost
 from layerwise.rules import BackMatching, LayerAdaptive
 
 
@@ -29,7 +29,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(cost, "time", made)
+    monkeypatch.setattr(diagnosis, "time", made)
     return made
 
 
@@ -77,7 +77,7 @@ def test_there_is_one_pair_however_slow_a_step_is_and_an_end_however_fast(make_m
     fast = slow_kind(clock, 1e-9)
     found = measured_cost(fast(model.parameters(), lr=0.1), model, SlowRule(clock, 0.0), 1.0)
     assert isinstance(found, Cost)
-    assert found.pairs == cost.MOST_PAIRS
+    assert found.pairs == diagnosis.MOST_PAIRS
 
 
 class Noisy(torch.optim.SGD):
@@ -128,7 +128,7 @@ def test_nothing_changes_to_the_bit(make_model, backward, assert_same_bits, kind
     assert after[1:] == before[1:]
     assert all(p.grad is grad for p, grad in zip(model.parameters(), held, strict=True))
     assert len(optimizer._optimizer_step_pre_hooks) == 2
-    assert not layerwise.hooks.OptimizerHooks.others(optimizer, adapter._attached)
+    assert not layerwise._hooks.OptimizerHooks.others(optimizer, adapter._attached)
 
 
 def test_a_backward_that_waits_still_works_afterwards(make_model):
@@ -185,9 +185,9 @@ def test_large_copies_are_made_only_where_they_are_asked_for(make_model, monkeyp
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     size = 2 * sum(p.numel() for p in model.parameters()) * 8
-    monkeypatch.setattr(cost, "MOST_BYTES", size)
+    monkeypatch.setattr(diagnosis, "MOST_BYTES", size)
     assert isinstance(measured_cost(optimizer, model, LayerAdaptive()), Cost)
-    monkeypatch.setattr(cost, "MOST_BYTES", size - 1)
+    monkeypatch.setattr(diagnosis, "MOST_BYTES", size - 1)
     assert "the copies would take" in str(measured_cost(optimizer, model, LayerAdaptive()))
     assert isinstance(measured_cost(optimizer, model, LayerAdaptive(), 0.01), Cost)
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn, optim
 
 import layerwise
+from layerwise import _tensors as memory
 from layerwise import backward as stepping
-from layerwise import memory
 from layerwise.rules import Constant
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn, optim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerwise
-from layerwise import apply, fused, late
+from layerwise import _fused as fused
+from layerwise import apply
 from layerwise.rules import Constant, LayerAdaptive
 
 CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -150,7 +151,7 @@ def test_other_hooks_see_groups_with_plain_rates():
 
 
 def test_a_post_hook_that_was_there_before_sees_plain_rates_and_this_steps_factors(monkeypatch):
-    monkeypatch.setattr(late, "PIECE", 1)
+    monkeypatch.setattr(apply, "PIECE", 1)
     model = network()
     optimizer = optim.AdamW(model.parameters(), lr=0.05, fused=True)
     seen: list[Any] = []

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerwise
-from layerwise.factors import Factors
+from layerwise.apply import Factors
 from layerwise.rules import LARS, LayerAdaptive
 
 MOST = 24

@@ -14,10 +14,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerwise
-from layerwise.factors import Factors
-from layerwise.layer_statistics import AS_NUMBERS, LayerStatistics
+from layerwise.apply import Factors
 from layerwise.layers import Layer, make_layers
-from layerwise.statistics import NEEDS
+from layerwise.statistics import AS_NUMBERS, NEEDS, LayerStatistics
 from slow_norms import arrays, layer_norm
 
 NORMS = ("gradient_norm", "weight_norm", "matrix_norm", "decay_norm")

@@ -9,8 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
-from layerwise.layers import check_patterns, make_layers, named_parameters_of
-from layerwise.model import clean_name, owner_name
+from layerwise.layers import check_patterns, clean_name, make_layers, named_parameters_of, owner_name
 
 
 def layers_of(model, specification="module", names_from=None):

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn, optim
 
 import layerwise
-from layerwise import late, reference
-from layerwise.factors import Factors
+import reference
+from layerwise import apply
+from layerwise.apply import Factors
 from layerwise.rules import LARS, Constant, Directionality, GradientAmplification, LayerAdaptive, Phase, RandomLayers
 
 OPTIMIZERS: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
@@ -258,7 +259,7 @@ def test_factors_that_stay_on_the_device_are_unscaled_there(name, place, handlin
         self._numbers = None
 
     monkeypatch.setattr(Factors, "__init__", keep)
-    monkeypatch.setattr(late, "PIECE", float("inf"))
+    monkeypatch.setattr(apply, "PIECE", float("inf"))
     actual, _ = with_adapter(name, "fused", LayerAdaptive(), place, handling, torch.float16, (3,))
     monkeypatch.undo()
     expected = by_hand(

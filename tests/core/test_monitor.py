@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerwise
-from layerwise import Monitor, sinks, transfer
-from layerwise.factors import Factors
+from layerwise import Monitor, _tensors, sinks
+from layerwise.apply import Factors
 from layerwise.rules import LARS, Constant, LayerAdaptive
 from layerwise.sinks.record import QUANTITIES, Record
 from optimizer_cases import CASES, Case, network, take_step
@@ -316,7 +316,7 @@ def test_a_record_takes_one_transfer_from_the_device_and_other_steps_none(apply,
         transfers.append(len(tensor))
         return [0.0] * 2 + [1.0] * (len(tensor) - 2)  # that nothing was skipped, then norms and factors
 
-    monkeypatch.setattr(transfer, "transferred", count)
+    monkeypatch.setattr(_tensors, "transferred", count)
     monkeypatch.setattr(Factors, "read", lambda self: [1.5] * 2)  # once a step, without a monitor too
     with FakeTensorMode():
         shapes = {"a.weight": (6, 5), "a.bias": (6,), "b.weight": (4, 6)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerwise.norms import FEW, tensor_norm_numbers, tensor_norms
+from layerwise._norms import FEW, tensor_norm_numbers, tensor_norms
 from slow_norms import arrays, layer_norm
 
 

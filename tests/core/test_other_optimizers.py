@@ -12,10 +12,16 @@ import torch
 from torch import nn, optim
 
 import layerwise
-from layerwise.known_optimizers import FACTS, SCALE_INVARIANT, SCHEDULE_FREE, Where
-from layerwise.known_optimizers import reason_against as known_reason
-from layerwise.optimizers import decay_is_coupled, has_decay
-from layerwise.places import no_effect
+from layerwise._places.allowed import no_effect
+from layerwise.optimizers import (
+    FACTS,
+    SCALE_INVARIANT_NAMES,
+    SCHEDULE_FREE,
+    Where,
+    decay_is_coupled,
+    has_decay,
+    known_reason,
+)
 from layerwise.rules import Constant, LayerAdaptive
 
 pytorch_optimizer = pytest.importorskip("pytorch_optimizer", reason="pytorch-optimizer is not installed")

@@ -10,8 +10,8 @@ from torch import Tensor, nn, optim
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layerwise
-from layerwise import late
-from layerwise.factors import Factors
+from layerwise import apply
+from layerwise.apply import Factors
 from layerwise.rules import Constant, LayerAdaptive
 from optimizer_cases import CASES, MUON, Case, assert_same_bits, network, relative_difference, take_step, weights
 
@@ -58,14 +58,14 @@ def keep_on_device(patch: pytest.MonkeyPatch) -> None:
         self._numbers = None
 
     patch.setattr(Factors, "__init__", keep)
-    patch.setattr(late, "PIECE", float("inf"))  # what comes late, comes in numbers
+    patch.setattr(apply, "PIECE", float("inf"))  # what comes late, comes in numbers
 
 
 @pytest.fixture(params=["numbers", "late", "device"])
 def factors_kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test as on the CPU, with each layer measured just before its update, and with tensors as elsewhere."""
     if request.param == "late":
-        monkeypatch.setattr(late, "PIECE", 1)
+        monkeypatch.setattr(apply, "PIECE", 1)
     if request.param == "device":
         keep_on_device(monkeypatch)
     return request.param

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerwise.samples import samples_of
+from layerwise.rules.directionality import samples_of
 
 
 def test_sampled_weights_lie_on_all_positions_of_a_kernel():

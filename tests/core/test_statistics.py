@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerwise.layer_statistics import LayerStatistics
 from layerwise.layers import Layer
-from layerwise.statistics import NEEDS, check_needs
+from layerwise.statistics import NEEDS, LayerStatistics, check_needs
 
 
 def test_only_what_is_needed_is_computed_and_reading_the_rest_names_the_remedy():

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from layerwise import reference
+import reference
 from layerwise.layers import Layer
-from layerwise.rules.measured import z_scores
+from layerwise.rules.directionality import DirectionalitySums, buffer_bytes, z_scores
 from layerwise.statistics import Gradients
-from layerwise.sums import DirectionalitySums, buffer_bytes
 
 MEASURES = ["G", "G_prime"]
 both = pytest.mark.parametrize("measure", MEASURES)

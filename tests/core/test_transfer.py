@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from layerwise import transfer
-from layerwise.transfer import fetched
+from layerwise import _tensors
+from layerwise._tensors import fetched
 
 LIKE = torch.zeros((), dtype=torch.float64)
 
@@ -53,6 +53,6 @@ def test_all_tensors_are_read_together_and_no_number_is_among_them(monkeypatch: 
         lengths.append(tensor.numel())
         return tensor.tolist()
 
-    monkeypatch.setattr(transfer, "transferred", counted)
+    monkeypatch.setattr(_tensors, "transferred", counted)
     fetched([torch.ones(3), [1.0] * 5, None, torch.tensor(2.0), 9], LIKE)
     assert lengths == [4]

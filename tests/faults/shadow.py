@@ -1,4 +1,4 @@
-"""What must be true of an attached optimizer, slow and explicit: `layerwise.reference`, and a group a parameter.
+"""What must be true of an attached optimizer, slow and explicit: `reference`, and a group a parameter.
 
 The shadow trains a network of its own with a bare optimizer that has a group for every parameter. Before each step it
 writes the products of the factors into gradients, decays and rates by hand, and after it into the weights.
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn, optim
 
-from layerwise import reference, rules
+import reference
+from layerwise import rules
 
 PHASES = [(1, False, 2.0), (3, True, 3.0), (4, False, 2.0), (7, True, 0.5)]
 THRESHOLD, FREEZING = 0.3, 0.6

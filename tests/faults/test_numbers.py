@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import layerwise
-from layerwise import reference
+import reference
 from layerwise.layers import Layer
 from layerwise.rules import Directionality, GradientAmplification, Phase
-from layerwise.sums import LARGEST
+from layerwise.rules.directionality import LARGEST
 
 pytestmark = pytest.mark.full
 

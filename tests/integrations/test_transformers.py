@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, SequentialSampler
 
 import layerwise
-from layerwise.hooks import OptimizerHooks
+from layerwise._hooks import OptimizerHooks
 from layerwise.rules import Constant, LayerAdaptive
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from layerwise import reference
+import reference
 from layerwise.lab.models.graph import GraphNetwork, normalised
 from layerwise.lab.models.recurrent import RecurrentClassifier
 from layerwise.lab.models.transformer import TransformerLanguageModel

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import layerwise
-from layerwise import reference
+import reference
 from layerwise.lab.data import text
 from layerwise.lab.errors import UsageError
 from layerwise.lab.models.transformer import TransformerLanguageModel

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import layerwise
-from layerwise import reference
+import reference
 from layerwise.lab.errors import UsageError
 from layerwise.lab.models.vit import VisionTransformer
 from layerwise.rules import LayerAdaptive, LayerDecay

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerwise.layer_statistics import LayerStatistics
 from layerwise.layers import Layer, make_layers
 from layerwise.rules import Rule
-from layerwise.statistics import Statistics
+from layerwise.statistics import LayerStatistics, Statistics
 
 SEEDS = [0, 1, 2, 3]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layerwise
-from layerwise.factors import Factors
+from layerwise.apply import Factors
 from layerwise.rules import (
     AllLayers,
     Constant,

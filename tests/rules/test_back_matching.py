@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import layerwise
-from layerwise import reference
-from layerwise.reference import back_matching as back_matching_of
-from layerwise.reference.back_matching import Kind
+import reference
 from layerwise.rules import BackMatching, LayerAdaptive
+from reference import back_matching as back_matching_of
+from reference.back_matching import Kind
 
 from .samples import SEEDS, TOLERANCE, assert_close, factors_of, layers_of, network, one_group
 

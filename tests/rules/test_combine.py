@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import layerwise
-from layerwise import reference
-from layerwise.layer_statistics import LayerStatistics
+import reference
 from layerwise.rules import (
     LARS,
     BackMatching,
@@ -31,7 +30,7 @@ from layerwise.rules import (
 )
 from layerwise.rules.base import State
 from layerwise.rules.lars import one_dimensional
-from layerwise.statistics import Statistics
+from layerwise.statistics import LayerStatistics, Statistics
 
 from .samples import SEEDS, assert_close, factors_of, gradients_of, layers_of, network, one_group
 

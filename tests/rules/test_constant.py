@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import layerwise
-from layerwise import reference
+import reference
 from layerwise.rules import Constant
 
 from .samples import bits, factors_of, layers_of, network, one_group, quadratic_step

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import layerwise
-from layerwise.resolution import MOST_NUMBERS
+from layerwise.adapter import MOST_NUMBERS
 from layerwise.rules import LARC, LARS, ElementwiseRule, LayerAdaptive
 from layerwise.rules.base import State, finite_or_one
 from layerwise.rules.elementwise import is_elementwise, log1p, minimum, where
@@ -92,7 +92,7 @@ def test_an_attached_rule_trains_alike_by_numbers_and_by_tensors(
     rule: ElementwiseRule, layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     factors, weights = steps(network(layers), rule)
-    monkeypatch.setattr("layerwise.resolution.MOST_NUMBERS", 0)
+    monkeypatch.setattr("layerwise.adapter.MOST_NUMBERS", 0)
     expected_factors, expected_weights = steps(network(layers), rule)
     for step, expected in zip(factors, expected_factors, strict=True):
         assert step == pytest.approx(expected, rel=1e-14)

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 import layerwise
-from layerwise.layer_statistics import LayerStatistics
 from layerwise.rules import (
     LARC,
     LARS,
@@ -32,7 +31,7 @@ from layerwise.rules import (
     chain,
     save_factors,
 )
-from layerwise.statistics import NEEDS
+from layerwise.statistics import NEEDS, LayerStatistics
 
 from .samples import SEEDS, bits, layers_of, network, one_group, quadratic_step
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import layerwise
-from layerwise import reference
+import reference
 from layerwise.rules import (
     PARAMS_1,
     PARAMS_2,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import layerwise
-from layerwise import reference
+import reference
 from layerwise.rules import LARC, LARS
 from layerwise.statistics import Statistics
 

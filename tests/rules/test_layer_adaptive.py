@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import layerwise
-from layerwise import reference
+import reference
 from layerwise.rules import LayerAdaptive
 
 from .samples import (

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import layerwise
-from layerwise import reference
+import reference
 from layerwise.layers import Layer
 from layerwise.rules import LayerDecay
 from layerwise.rules.layer_decay import depths

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import layerwise
-from layerwise import reference
+import reference
 from layerwise.rules import LayerFreezing
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import layerwise
-from layerwise import reference
+import reference
 from layerwise.layers import Layer
 from layerwise.rules import LayerAdaptive, Replay, load_factors, save_factors
 from layerwise.statistics import Statistics

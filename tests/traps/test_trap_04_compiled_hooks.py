@@ -10,7 +10,7 @@ import torch._dynamo as dynamo
 from torch import Tensor, optim
 
 import layerwise
-from layerwise import reference
+import reference
 from layerwise.rules import LayerAdaptive
 
 pytestmark = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import layerwise
-from layerwise.hooks import OptimizerHooks
+from layerwise._hooks import OptimizerHooks
 from layerwise.optimizers import unwrap
 from layerwise.rules import LayerAdaptive
 

@@ -12,8 +12,8 @@ from sharded.training import fsdp2
 from torch.distributed.tensor.debug import CommDebugMode
 
 import layerwise
-from layerwise.reference import layer_adaptive
 from layerwise.rules import LayerAdaptive
+from reference import layer_adaptive
 
 WORLD = 4
 

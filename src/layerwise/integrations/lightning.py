@@ -8,11 +8,10 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..adapter import LayerwiseLR
+from ..adapter import Decay, LayerwiseLR
 from ..layers import Exclusion, LayerSpecification
-from ..nonfinite import OnNonfinite
 from ..optimizers import PlaceName
-from ..resolution import Decay
+from ..statistics import OnNonfinite
 from .attachments import Attachments
 
 if TYPE_CHECKING:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..adapter import LayerwiseLR
+from ..adapter import Decay, LayerwiseLR
 from ..layers import Exclusion, LayerSpecification
-from ..nonfinite import OnNonfinite
 from ..optimizers import PlaceName
-from ..resolution import Decay
+from ..statistics import OnNonfinite
 from .attachments import Attachments
 
 try:

@@ -20,7 +20,7 @@ from layerwise.lab.guests import Stream
 from layerwise.lab.layer_numbers import LayerNumbers, numbers_of
 from layerwise.lab.tasks import TaskFile
 from layerwise.lab.trial import StoppedError
-from layerwise.model import clean_name
+from layerwise.layers import clean_name
 from layerwise.sinks import Memory, Record
 
 STEPS = 100

@@ -16,9 +16,9 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from layerwise._arguments import kind_of, parts
 from layerwise.lab.errors import UsageError
 from layerwise.lab.store import digest_of, read_signed, signed, write_whole
-from layerwise.plain_files import kind_of, parts
 
 FILES = "files.json"
 """Lists the files that the lab has written into a folder."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from layerwise._norms import subtract, tensor_norms
 from layerwise.layers import Layer, make_layers, named_parameters_of
-from layerwise.norms import subtract, tensor_norms
 
 
 class LayerMeasures:

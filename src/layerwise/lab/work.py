@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from layerwise import rules
-from layerwise.advice import DOUBTS
 from layerwise.lab import controls, rule_making, trial
 from layerwise.lab.chains import Advance, Chain, Finished, Skipped, complete
 from layerwise.lab.configuration import Configuration
@@ -29,6 +28,7 @@ from layerwise.lab.records import Record
 from layerwise.lab.runs import FACTORS, RunFolder, Runs
 from layerwise.lab.store import LARGEST_TABLE, read_bytes
 from layerwise.lab.trial import StoppedError, Trial
+from layerwise.layers import DOUBTS
 
 COPIES = "tasks"
 """Folder of the copies of tasks' files, beside that of the runs."""

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layers import Layer
-from ..model import is_one_layer
+from ..layers import Layer, is_one_layer
 from ..statistics import Statistics, common_device
 from .base import Rule, State, is_number
 

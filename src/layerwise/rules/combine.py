@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import has_type
+from .._arguments import has_type
+from .._tensors import moved
 from ..layers import Layer
 from ..statistics import Statistics
-from ..tensors import moved
 from .base import Rule, State, finite_or_one
 from .questions import (
     check_rule,

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..arguments import has_type
+from .._arguments import has_type
 from ..layers import Layer, check_patterns, matches
 from ..statistics import Statistics, common_device
 from .base import Rule, State, is_number

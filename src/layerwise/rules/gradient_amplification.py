@@ -10,10 +10,10 @@ from itertools import pairwise
 
 import torch
 
-from ..arguments import has_type
+from .._arguments import has_type
 from ..layers import Layer
 from .base import State, is_number
-from .measured import ChoosingRule, candidates_of
+from .directionality import ChoosingRule, candidates_of
 from .selection import AllLayers, LayerChoice, Measure, check_flag, check_whole
 
 logger = logging.getLogger("layerwise")

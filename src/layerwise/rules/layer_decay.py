@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..arguments import has_type
+from .._arguments import has_type
 from ..layers import Layer, some
 from ..statistics import Statistics
 from .base import Rule, State, is_number

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .base import State, is_number
-from .measured import ChoosingRule
+from .directionality import ChoosingRule
 from .selection import Measure, check_kinds, check_measure, check_whole
 
 logger = logging.getLogger("layerwise")

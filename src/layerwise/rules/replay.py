@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..arguments import has_type
+from .._arguments import has_type, read_plain
 from ..layers import Layer
-from ..plain_files import read_plain
 from ..statistics import Statistics, common_device
 from .base import Rule, State
 from .constant import check_factor

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ..arguments import has_type
+from .._arguments import has_type
 from ..layers import Layer
 from .base import is_number
 

@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 
 from torch import Tensor
 
-from ..arguments import has_type
-from ..tensors import moved
+from .._arguments import has_type
+from .._tensors import moved
 from .base import State
 
 logger = logging.getLogger("layerwise")

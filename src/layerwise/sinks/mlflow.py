@@ -10,7 +10,7 @@ import time
 from collections.abc import Generator
 from typing import Any
 
-from ..copying import StaysBehind
+from .._arguments import StaysBehind
 from .optional import optional
 from .record import Record
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..arguments import has_type
-from ..copying import StaysBehind
+from .._arguments import StaysBehind, has_type
 from .optional import optional
 from .record import QUANTITIES, Record
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 from typing import Any
 
-from ..copying import StaysBehind
+from .._arguments import StaysBehind
 from .optional import optional
 from .record import Record
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from layerwise._arguments import kind_of
 from layerwise.lab.errors import UsageError
 from layerwise.lab.store import write_whole
-from layerwise.plain_files import kind_of
 
 
 class Contents:

@@ -1,12 +1,14 @@
-"""Small questions to tensors and lists of them."""
+"""Small questions to tensors, reading many values at once, and memory given back to the system."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import islice
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -128,3 +130,57 @@ def pieces_of(lists: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
         if any(other.ndim and getattr(other, "placements", None) != shared for other in others):
             return lists
     return [list(map(local, tensors)) for tensors in lists]
+
+
+# --- Reading many values ---------------------------------------------------------------------------------------------
+
+
+def fetched(values: Sequence[Tensor | Sequence[float] | int | None], like: Tensor) -> list[list[float]]:
+    """Return tensors as lists of numbers, all of them in one transfer from the device.
+
+    Args:
+        values: Tensors; or numbers, which stay what they are. None is one 0.
+        like: Of the device and the type in which they travel.
+    """
+    flat = [moved(v.detach().reshape(-1), like.device).to(like.dtype) for v in values if isinstance(v, Tensor)]
+    numbers = iter(transferred(torch.cat(flat)))
+    result: list[list[float]] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            result.append(list(islice(numbers, value.numel())))
+        else:
+            result.append(list(value) if isinstance(value, Sequence) else [float(value or 0)])
+    return result
+
+
+class NoValuesError(RuntimeError):
+    """A tensor's values do not exist."""
+
+
+def transferred(tensor: Tensor) -> list[float]:
+    """Return a tensor's values; this waits for the device.
+
+    Raises:
+        NoValuesError: The values do not exist.
+    """
+    if not has_values(tensor):
+        raise NoValuesError
+    return cast(list[float], tensor.tolist())
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+
+LARGE = 2**20
+"""Bytes from which on a freed tensor is worth returning."""
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def return_freed_memory() -> None:
+    """Return to the system what has been freed on the CPU, where the C library is glibc; else do nothing.
+
+    A gap between tensors in use stays with the process, and takes no tensor of the same size, whose alignment needs
+    some bytes more. Returned pages cost nothing until the gap is used again. It takes about a millisecond.
+    """
+    if _trim is not None:
+        _trim(0)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
+from ._tensors import pieces_of
 from ._writes import FUSED
-from .tensors import pieces_of
 
 Deal = Callable[[Sequence[Tensor]], Iterable[tuple[Sequence[int], Mapping[str, Any]]]]
 """The parameters of a kernel's call, to parts of them: their positions, and the options in which their call differs."""

@@ -1,11 +1,44 @@
-"""Reads files of unknown origin; pipes, devices and files that are too large are refused."""
+"""Checks of arguments and of files, and what copies of public objects hold."""
 
 from __future__ import annotations
 
+import copy
 import errno
+import inspect
 import os
 import stat
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+
+def has_type(value: object, kind: type | tuple[type, ...]) -> bool:
+    """Tell whether an argument has the type that its annotation promises, which not everybody's tools hold them to."""
+    return isinstance(value, kind)
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise unless a value is one of the allowed words.
+
+    Raises:
+        TypeError: It is no string.
+        ValueError: It is another word.
+    """
+    words = ", ".join(map(repr, allowed))
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={value!r} ({type(value).__name__}) must be one of {words}")
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; allowed: {words}")
+
+
+def chosen(argument: Any, preferred: Any, otherwise: Any) -> Any:
+    """Return the argument, or for `"auto"` what the rule prefers, or else the common choice."""
+    if not (isinstance(argument, str) and argument == "auto"):
+        return argument
+    return otherwise if preferred is None else preferred
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
 
 BLOCK = 1 << 22
 """Bytes of a further call of the system; a file's own length is asked for at first."""
@@ -81,3 +114,32 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
     except (OSError, ValueError):
         return None
     return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "something else")
+
+
+# --- Copies ----------------------------------------------------------------------------------------------------------
+
+
+class StaysBehind:
+    """An object whose copy or pickle is None, so that a module or trainer that holds one can be copied.
+
+    The first copy of each object warns and names the remedy.
+    """
+
+    _copy_remedy: ClassVar[str] = "make a new one for the copy"
+    _copy_warned = False
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # used by both `copy` and `pickle`
+        """Return how the copy is made, which is None."""
+        if not self._copy_warned:
+            self._copy_warned = True
+            here = inspect.currentframe()
+            level, frame = 2, None if here is None else here.f_back
+            while frame is not None and frame.f_code.co_filename == copy.__file__:  # point at the line that copies
+                level, frame = level + 1, frame.f_back
+            warnings.warn(
+                f"a {type(self).__name__} is not copied or pickled: the copy holds None in its place; "
+                f"{self._copy_remedy}",
+                UserWarning,
+                stacklevel=level,
+            )
+        return type(None), ()

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .agreement import LONGEST, Table, can_compare, compared
-from .tensors import several_processes
+from .._tensors import several_processes
+from ..sharding import LONGEST, Table, can_compare, compared
 from .trial import Verdict, holds_copies
 
 CLOSE = 1e-6

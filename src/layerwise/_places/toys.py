@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .splits import can_change
-from .tensors import several_processes, slots_of
+from .._tensors import several_processes, slots_of
+from ..apply import can_change
 
 LARGEST = 2**16
 """The most elements that a tensor of a twin may have: copying larger ones would cost memory."""

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from layerwise import LayerwiseLR, reference
+import reference
+from layerwise import LayerwiseLR
 from layerwise.rules import LARS, Constant, LayerAdaptive
 
 STEPS = 25

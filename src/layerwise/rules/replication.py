@@ -11,14 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .agreement import LONGEST, SECONDS, Table, can_compare, compared, digest
-from .layer_statistics import NORMS, LayerStatistics
-from .layers import Layer
-from .rules.base import State
-from .rules.questions import compares_layers, needs_of
-from .rules.state import described, is_state, kind_of
-from .sharding import settled_gradient
-from .tensors import several_processes
+from .._tensors import several_processes
+from ..layers import Layer
+from ..sharding import LONGEST, SECONDS, Table, can_compare, compared, digest, settled_gradient
+from ..statistics import NORMS, LayerStatistics
+from .base import State
+from .questions import compares_layers, needs_of
+from .state import described, is_state, kind_of
 
 ALIKE = 1e-5
 """The largest relative difference of norms in two processes that count as equal."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensors import FLOAT8, WEIGHTS, as_dense_real, holds_weights, is_quantised, moved
+from ._tensors import FLOAT8, WEIGHTS, as_dense_real, holds_weights, is_quantised, moved
 
 _kind = attrgetter("device", "dtype", "layout")
 SHORT, SHORTEST_ROW = 512, 256

@@ -1,21 +1,79 @@
-"""Sums of gradients over an epoch, and the directionality ratios G and G′ that follow from them."""
+"""Sums of gradients over an epoch, and the directionality ratios G and G′ of layers."""
 
 from __future__ import annotations
 
+import logging
+import math
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .arguments import has_type
-from .buffers import Buffers, number_count
-from .layers import Layer
-from .norms import absolute_sums
-from .samples import samples_of
-from .sharding import Sharing, sharing_of
-from .statistics import Gradients
-from .tensors import as_dense_real, local, moved
+from .._arguments import has_type
+from .._norms import absolute_sums
+from .._tensors import as_dense_real, has_values, local, moved
+from ..layers import Layer
+from ..sharding import Buffers, Sharing, number_count, sharing_of
+from ..statistics import Gradients, Statistics
+from .base import Rule, State
+from .selection import Measure, Selection, check_whole, of_kinds
+from .state import is_state, loaded
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The weights that stand for one parameter: number k · step mod n of its n weights, for k from 0.
+
+    Args:
+        count: How many weights are taken.
+        step: Near n/φ (φ the golden ratio) and without a common divisor with n: no weight twice, none of the channels
+            or positions in a kernel left out.
+    """
+
+    count: int
+    step: int
+
+    def of(self, gradient: Tensor, parameter: Tensor) -> Tensor:
+        """Return the gradient of these weights; the positions are those in the parameter's memory."""
+        if gradient.shape == parameter.shape and gradient.stride() != parameter.stride():
+            gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+        # The positions are computed anew: kept, they would take as much memory as the sums.
+        positions = torch.arange(self.count, device=gradient.device).mul_(self.step).remainder_(gradient.numel())
+        dense = gradient if _fills_its_memory(gradient) else gradient.contiguous()
+        return dense.as_strided((gradient.numel(),), (1,)).index_select(0, positions)
+
+
+def samples_of(layer: Sequence[Tensor], most: int | None) -> list[Sample | None]:
+    """Return for each parameter of a layer the weights that stand for it; None for all.
+
+    Args:
+        layer: Tensors of the parameters' whole shapes.
+        most: How many weights stand for the layer, about; None for all.
+    """
+    total = sum(map(number_count, layer))
+    if most is None or total <= most:
+        return [None] * len(layer)
+    samples: list[Sample | None] = []
+    for numbers in map(number_count, layer):
+        step = max(1, round(numbers * (math.sqrt(5) - 1) / 2))
+        while math.gcd(step, numbers) > 1:
+            step += 1
+        samples.append(Sample(min(numbers, max(1, round(most * numbers / total))), step))
+    return samples
+
+
+def _fills_its_memory(tensor: Tensor) -> bool:
+    """Tell whether a tensor has no gaps."""
+    return tensor.is_contiguous() or (
+        sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        == tensor.numel()
+    )
+
+
+# --- Sums ------------------------------------------------------------------------------------------------------------
 
 Sums = dict[str, Any]
 """Empty, or `signed`, `absolute`, `received`: tensors by parameter, for a checkpoint to hold; and `iterations`."""
@@ -300,3 +358,187 @@ def buffer_bytes(sums: Mapping[str, Any]) -> int:
     tensors = (value for value in sums.values() if isinstance(value, Tensor))
     inner = (value for value in sums.values() if has_type(value, dict))
     return sum(x.numel() * x.element_size() for x in tensors) + sum(map(buffer_bytes, inner))
+
+
+# --- Rules that measure over an epoch --------------------------------------------------------------------------------
+
+logger = logging.getLogger("layerwise")
+
+
+class ChoosingRule(Rule):
+    """A rule that gives the chosen layers one factor and all others 1, and chooses at the ends of epochs.
+
+    The state holds the epoch, the last choice with what it was made from, and in an epoch of measuring the sums of
+    gradients, whose buffers are changed in place. The factors are known without asking a device.
+    """
+
+    needs = ("gradients",)
+    default_layers = "module"
+
+    def init(self, layers: Sequence[Layer], device: torch.device) -> State:
+        """Return the state at the beginning of epoch 1."""
+        measure, sample = self._measures()
+        unknown = torch.full((len(layers),), math.nan, dtype=torch.float64, device="cpu")
+        of_kind = of_kinds(layers, self._kinds())
+        state: State = {
+            "epoch": 1,
+            "draw": 0,
+            "sums": {},
+            "summing": False,
+            "value": unknown,
+            "z": unknown.clone(),
+            "selected": torch.zeros(len(layers), dtype=torch.bool, device="cpu"),
+            "_layers": tuple(layers),
+            "_of_kind": of_kind,
+            "_sums": DirectionalitySums(
+                layers, each_weight=measure == "G_prime", sample=sample, measured=None if all(of_kind) else of_kind
+            ),
+        }
+        return self.derived(self._entered(state))
+
+    def derived(self, state: State) -> State:
+        """Return the state with what follows from the rest: this epoch's factors, and whether it measures."""
+        factor = torch.tensor(self._factor(state["epoch"]), dtype=torch.float64, device="cpu")
+        factors = torch.where(state["selected"].cpu(), factor, 1.0)
+        measuring = self._measuring(state["epoch"])
+        sums: Sums = state["sums"] if measuring else {}
+        return {
+            **state,
+            "sums": sums,
+            "summing": bool(sums),
+            "_factors": factors,
+            "_measuring": measuring,
+        }
+
+    def asks(self, state: State) -> bool:
+        """Tell whether this epoch's steps need the statistics in `needs`."""
+        return state["_measuring"]
+
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Return this epoch's factors; add the gradients to the sums when it is one of measuring."""
+        if state["_measuring"]:
+            sums = state["_sums"].add(state["sums"], statistics.gradients)
+            state = {**state, "sums": sums, "summing": bool(sums)}
+        return state["_factors"], state
+
+    def end_epoch(self, state: State) -> State:
+        """Choose layers if this epoch was one of measuring, and begin the next. Waits for the device."""
+        if state["epoch"] == 1 and state["draw"]:
+            self._log(state, "from the start")
+        if state["_measuring"]:
+            values, received = state["_sums"].ratios(state["sums"])
+            live = [x and y for x, y in zip(candidates_of(state), received, strict=True)]
+            values = [self._score(value) if inside else math.nan for value, inside in zip(values, live, strict=True)]
+            z = z_scores(values, live, self._ddof())
+            shown = [one if inside else math.nan for one, inside in zip(z, live, strict=True)]
+            state = {
+                **state,
+                "sums": {},
+                "value": torch.tensor(values, dtype=torch.float64, device="cpu"),
+                "z": torch.tensor(shown, dtype=torch.float64, device="cpu"),
+            }
+            if not any(live):
+                logger.warning("epoch %d: no step of it counted; was end_epoch() called twice?", state["epoch"])
+            state = self._chosen(state, live, values, z)
+        return self.derived(self._entered({**state, "epoch": state["epoch"] + 1}))
+
+    def load(self, saved: State, state: State) -> State:
+        """Return the state with what was saved; the sums of an epoch of measuring may be there or not."""
+        if not is_state(saved) or not is_state(saved.get("sums")):
+            raise ValueError("state['sums'] is missing in the file; was it saved for the same rule?")
+        rest = loaded({"summing": False, **saved, "sums": {}}, {**state, "sums": {}}, "state")
+        if rest["summing"] and not saved["sums"]:
+            raise ValueError(
+                "the sums of an epoch of analysis that was saved half done are missing: load() of a checkpoint "
+                "in torch.distributed reads only what is there already; call layerwise.load_checkpoint(adapter, folder)"
+            )
+        check_whole("epoch of the saved state", rest["epoch"], 1)
+        check_whole("draw of the saved state", rest["draw"], 0)
+        return self.derived({**rest, "sums": state["_sums"].loaded(saved["sums"])})
+
+    def get_selection(self, state: State) -> list[Selection]:
+        """Return the last choice, a layer each."""
+        if not has_values(state["value"]):
+            return [Selection(math.nan, math.nan, False)] * len(state["value"])
+        columns = (state[name].tolist() for name in ("value", "z", "selected"))
+        return [Selection(*row) for row in zip(*columns, strict=True)]
+
+    def _select(self, state: State, selected: Sequence[bool], why: str) -> State:
+        """Return the state with a new choice, and log it."""
+        chosen = torch.tensor(list(selected), dtype=torch.bool, device="cpu")
+        state = {**state, "selected": chosen, "draw": state["draw"] + 1}
+        if "_factors" in state:  # a choice made in init may not be the one that stays
+            self._log(state, why)
+        return state
+
+    def _log(self, state: State, why: str) -> None:
+        names = [layer.name or "(root)" for layer, x in zip(state["_layers"], state["selected"], strict=True) if x]
+        if names:
+            among = sum(candidates_of(state))
+            logger.info("epoch %d: %d of %d layers chosen (%s): %s", state["epoch"], len(names), among, why, names)
+        else:
+            logger.warning("epoch %d: no layer is chosen (%s), so all keep factor 1", state["epoch"], why)
+
+    def _entered(self, state: State) -> State:
+        """Return the state at the beginning of its epoch; a place to choose without measuring."""
+        return state
+
+    def _score(self, value: float) -> float:
+        return value
+
+    def _ddof(self) -> int:
+        return 0
+
+    @abstractmethod
+    def _measures(self) -> tuple[Measure | None, int | None]:
+        """Return what is measured, on how many weights a layer."""
+
+    @abstractmethod
+    def _kinds(self) -> Sequence[str] | None:
+        """Return the kinds of layers that may be chosen."""
+
+    @abstractmethod
+    def _measuring(self, epoch: int) -> bool:
+        """Tell whether an epoch is one of measuring."""
+
+    @abstractmethod
+    def _factor(self, epoch: int) -> float:
+        """Return the factor of the chosen layers in an epoch."""
+
+    @abstractmethod
+    def _chosen(self, state: State, live: Sequence[bool], values: Sequence[float], z: Sequence[float]) -> State:
+        """Return the state with the choice that follows from what was measured."""
+
+
+def candidates_of(state: State) -> list[bool]:
+    """Tell which layers may be chosen now: of the kinds, not excluded, and with a parameter to train."""
+    trained = [layer.included and any(p.requires_grad for p in layer.parameters) for layer in state["_layers"]]
+    return [x and y for x, y in zip(state["_of_kind"], trained, strict=True)]
+
+
+def z_scores(values: Sequence[float], live: Sequence[bool], ddof: int = 0) -> list[float]:
+    """Return how many standard deviations each layer's value lies from the mean of the live layers.
+
+    ẑ_l = (v_l − mean) / σ, and 0 where σ = 0, where fewer than two layers are live, and for layers that are not
+
+    Args:
+        values: One a layer.
+        live: Which layers count.
+        ddof: 0 for the population's σ, 1 for the sample's.
+
+    Example:
+        >>> z_scores([1.0, 3.0, 9.0], [True, True, False])
+        [-1.0, 1.0, 0.0]
+
+    Reference:
+        Basodi, Pusuluri, Xiao, Pan 2023, arXiv 2305.18445, equation 6.
+    """
+    counted = [value for value, inside in zip(values, live, strict=True) if inside]
+    if len(counted) < 2:
+        return [0.0] * len(values)
+    mean = math.fsum(counted) / len(counted)
+    sigma = math.sqrt(math.fsum((value - mean) ** 2 for value in counted) / (len(counted) - ddof))
+    # Equal values leave rounding dust of float32, which is no spread.
+    if sigma <= 1e-6 * max(map(abs, counted)):
+        return [0.0] * len(values)
+    return [(value - mean) / sigma if inside else 0.0 for value, inside in zip(values, live, strict=True)]

@@ -2,30 +2,425 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial, update_wrapper
+from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from ._writes import is_compiled
-from .calls import (
-    MOVED,
-    READ,
-    REENTERED,
-    SCALED,
-    SEVERAL,
-    UNEXPECTED,
-    WITHOUT,
-    Call,
-    Member,
-    Observer,
-    running_calls,
+from ._tensors import has_values, local, same_objects, several_processes, slots_of
+from ._writes import STEP, is_compiled
+from .apply import Factors, Split, write_back
+from .layers import Layer
+
+
+def makes_state_only(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a step of an optimizer without state is one of rates and gradients that are all zero.
+
+    `torch.distributed.checkpoint` takes such a step before it reads or writes a state: it gives every parameter a
+    gradient of zeros and sets the rates to 0.
+
+    Where several processes train, only its caller tells it from a step of a warm-up that starts at 0. A process may
+    hold zeros of a gradient that is not zero elsewhere, so its own values decide nothing for the others. Nor can the
+    processes ask each other: a checkpoint may take the step in one process alone, where that process has no state. The
+    caller is the same in all processes that take part. One process reads values, where all rates are zero.
+
+    Args:
+        groups: The parameter groups.
+    """
+    if several_processes():
+        return _called_by_a_checkpoint()
+    if any(map(_moves, groups)):
+        return False
+    gradients = [p.grad for group in groups for p in group["params"] if p.requires_grad]
+    if any(g is None or g.layout is not torch.strided or not has_values(g) for g in gradients):
+        return False
+    return not any(bool(local(gradient).detach().count_nonzero()) for gradient in gradients if gradient is not None)
+
+
+def _called_by_a_checkpoint() -> bool:
+    module: Any = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    caller = getattr(getattr(module, "_init_optim_state", None), "__code__", None)
+    if caller is None:
+        return False
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not caller:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _moves(group: Mapping[str, Any]) -> bool:
+    """Return whether a group's rate is not zero, as far as is known without asking a device."""
+    rate = group.get("lr")
+    unread = isinstance(rate, Tensor) and (rate.device.type != "cpu" or not has_values(rate))
+    return rate is None or unread or bool(rate != 0)
+
+
+# --- Closures --------------------------------------------------------------------------------------------------------
+
+
+def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+    """Return the closure among the arguments of `step`, of which the first is the optimizer; None if there is none."""
+    if len(args) == 1 and not kwargs:
+        return None
+    name, position = _place_of_closure(cast(Any, type(args[0])))
+    closure = kwargs.get(name, args[position] if len(args) > position else None)
+    return closure if callable(closure) else None
+
+
+def with_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[..., Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of `step` with their closure replaced."""
+    name, position = _place_of_closure(cast(Any, type(args[0])))
+    if name in kwargs:
+        return args, {**kwargs, name: closure}
+    return (*args[:position], closure, *args[position + 1 :]), kwargs
+
+
+@cache
+def _place_of_closure(kind: Any) -> tuple[str, int]:
+    """Return the name and the position of the closure in the signature of a class's `step`."""
+    names = list(inspect.signature(kind.step).parameters)
+    name = next((name for name in names if "closure" in name), "closure")
+    return name, names.index(name) if name in names else 1
+
+
+def followed(closure: Callable[..., Any], evaluate: Callable[..., Any], *given: Any) -> Callable[..., Any]:
+    """Return a closure that calls `evaluate(*given, closure, args, kwargs)` outside of compiled graphs.
+
+    Args:
+        closure: The closure.
+        evaluate: A function of a module: it is wrapped once, since `torch.compiler.disable` is slow.
+        *given: Its first arguments.
+    """
+    return update_wrapper(partial(_followed, _outside_graph(evaluate), given, closure), closure)
+
+
+def _followed(evaluate: Callable[..., Any], given: tuple[Any, ...], closure: Any, *args: Any, **kwargs: Any) -> Any:
+    return evaluate(*given, closure, args, kwargs)
+
+
+@cache
+def _outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    return cast(Callable[..., Any], torch.compiler.disable(function))
+
+
+class WatchedGroups(list[dict[str, Any]]):
+    """A list of parameter groups that calls a function before each access.
+
+    Args:
+        read: The function.
+    """
+
+    def __init__(self, read: Callable[[], None]) -> None:
+        super().__init__()
+        self._read = read
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._read()
+        return super().__iter__()
+
+    def __reversed__(self) -> Iterator[dict[str, Any]]:
+        self._read()
+        return super().__reversed__()
+
+    def __len__(self) -> int:
+        self._read()
+        return super().__len__()
+
+    def __getitem__(self, index: Any) -> Any:
+        self._read()
+        return cast(Any, super().__getitem__(index))
+
+    def __add__(self, other: list[Any]) -> list[Any]:
+        self._read()
+        return super().__add__(other)
+
+    def __reduce__(self) -> Any:
+        return list, ([*self],)
+
+
+class WatchedGroup(dict[str, Any]):
+    """A parameter group that `step` reads before it evaluates its closure.
+
+    Args:
+        group: The group.
+        note: Called when a value is read that may differ between layers.
+        stale: The error message for an access after `end`.
+    """
+
+    def __init__(self, group: dict[str, Any], note: Callable[[], None], stale: str) -> None:
+        super().__init__(group)
+        self._note, self._stale, self._ended = note, stale, False
+
+    def end(self) -> None:
+        """Make each later access raise, because other groups have replaced this one."""
+        self._ended = True
+
+    def refresh(self, group: dict[str, Any]) -> None:
+        """Take over values that the closure has changed in the optimizer's group."""
+        super().update(group)
+
+    def _read(self, name: str | None = None) -> None:
+        if self._ended:
+            raise RuntimeError(self._stale)
+        if name in (None, "lr", "weight_decay", "dampening"):
+            self._note()
+
+    def __getitem__(self, name: str) -> Any:
+        self._read(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a value."""
+        self._read(name)
+        return super().get(name, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self._read()
+        return super().__iter__()
+
+    def items(self) -> Any:
+        """Return names and values."""
+        self._read()
+        return super().items()
+
+    def values(self) -> Any:
+        """Return the values."""
+        self._read()
+        return super().values()
+
+
+class Kept:
+    """Copies of weights and optimizer state, which are restored if a step is refused after it has begun.
+
+    Args:
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        parameters = _parameters_of(optimizer)
+        self._weights = [(p, local(p).detach().clone()) for p in parameters]
+        self._state = {key: _copied(value) for key, value in optimizer.state.items()}
+
+    @torch.no_grad()
+    def put_back(self, optimizer: Any) -> None:
+        """Restore weights and optimizer state."""
+        for p, value in self._weights:
+            local(p).copy_(value)
+        optimizer.state.clear()
+        optimizer.state.update(self._state)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(one) for key, one in cast(dict[Any, Any], value).items()}
+    if isinstance(value, list):
+        return [_copied(one) for one in cast(list[Any], value)]
+    return value
+
+
+def versions_of(optimizer: Any) -> Sequence[int]:
+    """Return the version counters of the parameters, which change with each write in place."""
+    return [p._version for p in _parameters_of(optimizer)]
+
+
+def _parameters_of(optimizer: Any) -> Iterable[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+# --- One call of `step` ----------------------------------------------------------------------------------------------
+
+REENTERED = (
+    "step() was called within step() of the same optimizer, by a hook or by the step itself, while the factors of a "
+    "LayerwiseLR act on the outer step; call it after that step has returned, or detach the adapter"
 )
-from .closures import Kept, WatchedGroup, WatchedGroups, closure_of, followed, versions_of, with_closure
-from .splits import Split, write_back
-from .tensors import same_objects, slots_of
+MOVED = (
+    "this optimizer moves the weights before it evaluates its closure, so the factors would be those of other "
+    "gradients; call step() without a closure, or detach the LayerwiseLR adapter"
+)
+SEVERAL = (
+    "this optimizer evaluates its closure more than once a step and moves the weights in between, so the factors of "
+    "the second evaluation cannot act on the whole step; detach the LayerwiseLR adapter, or use a first-order optimizer"
+)
+READ = (
+    "this optimizer reads rates from its parameter groups before it evaluates its closure, so the factors of the new "
+    "gradients cannot act; use apply='update', or call step() without a closure"
+)
+SCALED = (
+    "this optimizer evaluates its closure again after apply='gradient' has multiplied the gradients of the first "
+    "evaluation; use apply='lr' or apply='update'"
+)
+UNEXPECTED = (
+    "this optimizer evaluates its closure several times in this step and once in others, and the rule has already used "
+    "the first gradients; detach the LayerwiseLR adapter, or use a rule without state"
+)
+WITHOUT = (
+    "this optimizer took its step without evaluating its closure, so no factor could act; call step() without a "
+    "closure, or detach the LayerwiseLR adapter"
+)
+
+
+class Member(Protocol):
+    """Something attached to an optimizer."""
+
+    enabled: bool
+
+    @property
+    def place(self) -> str:
+        """Where the factors act."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """The layers."""
+        ...
+
+    @property
+    def factors(self) -> Factors | None:
+        """The factors of the last step that was measured."""
+        ...
+
+    def prepare(self, optimizer: Any) -> None:
+        """Check what has changed; it may raise, before any member has changed."""
+        ...
+
+    def measure(self, optimizer: Any, *, late: bool = False) -> None:
+        """Compute this step's factors from the gradients.
+
+        Args:
+            optimizer: The optimizer.
+            late: Whether no other code sees the gradients before the update, so that this may be done during it.
+        """
+        ...
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether it takes part in this step: it is enabled, or other processes may wait for it."""
+        ...
+
+    @property
+    def acts(self) -> bool:
+        """Whether this step's factors change anything."""
+        ...
+
+    def act(self, view: Any, *, private: bool) -> list[Split]:
+        """Let the factors act on the view; return how its groups were split.
+
+        Args:
+            view: The view.
+            private: Whether only PyTorch's own `step` sees the view's groups.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Act after the step."""
+        ...
+
+    def save(self) -> Any:
+        """Return a copy of the rule's state."""
+        ...
+
+    def load(self, saved: Any) -> None:
+        """Restore what `save` returned."""
+        ...
+
+
+class Observer(Protocol):
+    """Something attached to an optimizer that watches its steps and changes nothing."""
+
+    def begin(self, optimizer: Any) -> bool:
+        """Begin a step; return whether `look` should be called for it."""
+        ...
+
+    def look(self, optimizer: Any, measured: Sequence[Member]) -> None:
+        """Look at the unchanged gradients; `measured` are the members whose factors are about to act."""
+        ...
+
+    def end(self, optimizer: Any) -> None:
+        """End a step; not called if it raised."""
+        ...
+
+
+class Call:
+    """One call of `step`, from the hook before it to the hook after it.
+
+    Args:
+        begun: The observers whose `begin` was called.
+        looking: Those of them whose `look` is to be called.
+        view: What it runs on; None for the optimizer itself.
+    """
+
+    def __init__(self, begun: list[Observer], looking: list[Observer], view: Any = None) -> None:
+        self.begun, self.looking, self.view = begun, looking, view
+        self.given: dict[str, Any] = {}
+        self.slots: dict[str, Any] = {}
+        self.acted: Any = None
+        self.active: list[Member] = []
+        self.levels: list[list[Split]] = []
+        # Where `step` has a closure the members measure when it was evaluated, or when the groups are read without.
+        self.waits = False
+        self.handed: list[WatchedGroup] = []
+        self.read = self.quiet = False
+        self.evaluated = 0
+        self.versions: Sequence[int] = ()
+        self.rules: list[tuple[Member, Any]] = []
+        self.kept: Kept | None = None
+        self.finished = False
+
+    def clear(self) -> None:
+        """Let the view keep nothing."""
+        self.view.__dict__.clear()
+        for name in self.slots:
+            if hasattr(self.view, name):
+                object.__delattr__(self.view, name)
+
+
+def running_calls(calls: Sequence[Call], optimizer: Optimizer) -> dict[Call, bool]:
+    """Return the calls that still run, in any thread, and whether `step` itself has returned.
+
+    Args:
+        calls: Those that no hook after the step has ended.
+        optimizer: The optimizer, of which a further step begins now.
+    """
+    frames = list(_steps())
+    on_optimizer = sum(_runs_on(frame, optimizer) for frame in frames) - 1
+    running: dict[Call, bool] = {}
+    for call in calls:
+        if call.view is None:
+            on_optimizer -= 1
+            if on_optimizer >= 0:
+                running[call] = False
+        else:
+            frame = next((frame for frame in frames if _runs_on(frame, call.view)), None)
+            if frame is not None:
+                running[call] = "out" in frame.f_locals
+    return running
+
+
+def _steps() -> Iterator[Any]:
+    """Yield the frames of the steps that run now, in any thread."""
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            if frame.f_code is STEP:
+                yield frame
+            frame = frame.f_back
+
+
+def _runs_on(frame: Any, optimizer: Any) -> bool:
+    args = frame.f_locals.get("args")
+    return isinstance(args, tuple) and len(cast("tuple[Any, ...]", args)) > 0 and args[0] is optimizer
+
+
+# --- The hooks -------------------------------------------------------------------------------------------------------
 
 # Weak references, because the optimizer's hooks keep this object; strong ones would keep a model that holds its
 # optimizer alive. Keyed by id, because an optimizer may not be hashable.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import optim
 
-from .optimizers import LATE_RATE, SCALE_INVARIANT, PlaceName, _momentum, decay_is_coupled, has_decay
+from ..optimizers import LATE_RATE, SCALE_INVARIANT, PlaceName, _momentum, decay_is_coupled, has_decay
 from .trial import divides_by_gradients, reason_against, verdict_of
 
 

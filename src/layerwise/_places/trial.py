@@ -19,24 +19,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .known_optimizers import Where
-from .known_optimizers import divides_by_gradients as known_to_divide
-from .known_optimizers import reason_against as known_reason
-from .optimizers import is_foreign
-from .partition import Partition
-from .splits import mark, write_back
-from .tensors import has_values, runs_on_fakes, several_processes
-from .toys import (
-    WIDE,
-    CannotTryError,
-    CommunicatesError,
-    Guard,
-    Twin,
-    Workshop,
-    attributes_of,
-    tensors_in,
-    undisturbed,
-)
+from .._tensors import has_values, runs_on_fakes, several_processes
+from ..apply import Partition, mark, write_back
+from ..optimizers import Where, is_foreign, known_reason, known_to_divide
+from .toys import WIDE, CannotTryError, CommunicatesError, Guard, Twin, Workshop, attributes_of, tensors_in, undisturbed
 
 STEPS = 12
 MIDDLE = 4
