@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._tensors import has_values, local, same_objects, several_processes, slots_of
-from ._writes import STEP, is_compiled
-from .apply import Factors, Split, write_back
+from ._writes import STEP, Factor, ScaledWrites, is_compiled
+from .apply import Factors, Split, Writes, write_back
 from .layers import Layer
 
 
@@ -312,12 +312,13 @@ class Member(Protocol):
         """Whether this step's factors change anything."""
         ...
 
-    def act(self, view: Any, *, private: bool) -> list[Split]:
+    def act(self, view: Any, *, private: bool, writes: Writes) -> list[Split]:
         """Let the factors act on the view; return how its groups were split.
 
         Args:
             view: The view.
             private: Whether only PyTorch's own `step` sees the view's groups.
+            writes: Scales what the step writes.
         """
         ...
 
@@ -366,10 +367,11 @@ class Call:
         self.acted: Any = None
         self.active: list[Member] = []
         self.levels: list[list[Split]] = []
+        self.writes: ScaledWrites | None = None
         # Where `step` has a closure the members measure when it was evaluated, or when the groups are read without.
         self.waits = False
         self.handed: list[WatchedGroup] = []
-        self.read = self.quiet = False
+        self.read = self.quiet = self.read_early = False
         self.evaluated = 0
         self.versions: Sequence[int] = ()
         self.rules: list[tuple[Member, Any]] = []
@@ -458,6 +460,7 @@ class OptimizerHooks:
         self._evaluates_once = self._torch_own
         self.members: list[Member] = []
         self.observers: list[Observer] = []
+        self._deferred: tuple[int, Any] | None = None
         # Hooks traced into a compiled step would be silently wrong: the graph reads the groups of the optimizer.
         outside_graph = cast(Callable[[Any], Any], torch.compiler.disable)
         self._handles = (
@@ -535,6 +538,8 @@ class OptimizerHooks:
                 handle.remove()
             optimizer = self._optimizer()
             for call in self._calls:  # a running step continues on the optimizer itself
+                if call.writes is not None:
+                    call.writes.remove()
                 if call.view is not None and optimizer is not None:
                     if call.waits:
                         self._carry_over(call)
@@ -546,6 +551,7 @@ class OptimizerHooks:
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if optimizer is not self._optimizer():
             return None
+        self._come_first(optimizer)
         if self._calls:
             self._settle_calls(optimizer)
         begun = list(self.observers)
@@ -595,6 +601,8 @@ class OptimizerHooks:
         for call in self._calls:
             if call.view is not None and call not in running:
                 call.clear()
+                if call.writes is not None:
+                    call.writes.remove()
         self._calls = list(running)
         for call, returned in running.items():
             if returned:
@@ -626,14 +634,37 @@ class OptimizerHooks:
 
     @property
     def _private(self) -> bool:
-        # Other hooks get the view. Post-hooks after ours are safe: by then its groups are the optimizer's again.
+        # Other pre-hooks get the view. Post-hooks are safe: by then its groups are the optimizer's again.
         optimizer = self._optimizer()
-        return (
-            optimizer is not None
-            and self._torch_own
-            and len(optimizer._optimizer_step_pre_hooks) == 1
-            and next(iter(optimizer._optimizer_step_post_hooks), None) == self._handles[1].id
-        )
+        return optimizer is not None and self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1
+
+    def _come_first(self, optimizer: Optimizer) -> None:
+        """Let our hook be the first after the step, so that all others see what the factors have made of it."""
+        if self._deferred is not None:  # of a step in which another hook has raised
+            last, hook = self._deferred
+            if last in optimizer._optimizer_step_pre_hooks:
+                optimizer._optimizer_step_pre_hooks[last] = hook
+            self._deferred = None
+        hooks, own = cast(Any, optimizer._optimizer_step_post_hooks), self._handles[1].id
+        if own in hooks and next(iter(hooks)) != own:
+            hooks.move_to_end(own, last=False)
+
+    def _begin_writes(self, mode: ScaledWrites, *, in_step: bool) -> None:
+        """Scale writes from now on; before the step, once the other hooks have run, whose writes are their own."""
+        hooks: Any = cast(Any, self._optimizer())._optimizer_step_pre_hooks
+        last = next(reversed(hooks))
+        if in_step or last == self._handles[0].id:
+            mode.begin()
+            return
+        hook = hooks[last]
+
+        def begin_after(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hooks[last], self._deferred = hook, None
+            result = hook(optimizer, args, kwargs)
+            mode.begin()
+            return result
+
+        hooks[last], self._deferred = begin_after, (last, hook)
 
     def look(self, call: Call, measured: Sequence[Member]) -> None:
         """Let the observers look."""
@@ -643,8 +674,16 @@ class OptimizerHooks:
 
     def _act(self, call: Call, members: list[Member]) -> None:
         view, private = call.view, self._private
-        call.active = members
-        levels = [member.act(view, private=private and len(members) == 1) for member in members]
+        call.active, call.writes = members, None
+
+        def writes(factors: Iterable[tuple[Tensor, Factor]]) -> None:
+            if call.writes is None:
+                call.writes = ScaledWrites((p for group in view.param_groups for p in group["params"]), view.state)
+            call.writes.scale(factors)
+
+        levels = [member.act(view, private=private and len(members) == 1, writes=writes) for member in members]
+        if call.writes is not None:
+            self._begin_writes(call.writes, in_step=call.evaluated > 0 or call.read_early)
         if not private:
             for level in levels:
                 for split in level:
@@ -665,6 +704,7 @@ class OptimizerHooks:
 
         def read() -> None:
             if call.waits:
+                call.read_early = True
                 call.rules = call.rules or [(member, member.save()) for member in self.members]
                 self._act_anew(call, self._measure(call, self._taking_part()))
                 self._hand_out(call)
@@ -717,6 +757,8 @@ class OptimizerHooks:
             for level in reversed(call.levels):
                 write_back(level, type(optimizer).__name__)
             call.quiet = False
+        if call.writes is not None:
+            call.writes.remove()
         loss = closure(*args, **kwargs)
         call.evaluated += 1
         if not self.members and not self.observers:  # the closure has detached the last one
@@ -801,9 +843,11 @@ class OptimizerHooks:
         if without and self._measure(call, self._taking_part(), look=False):
             self._refuse(call, WITHOUT)
         self._evaluates_once = self._evaluates_once or call.evaluated == 1
-        for member in reversed(call.active):
-            member.finish()
         try:
+            if call.writes is not None:
+                call.writes.end()
+            for member in reversed(call.active):
+                member.finish()
             for level in reversed(call.levels):
                 write_back(level, type(optimizer).__name__)
         finally:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from ._arguments import StaysBehind, check_choice, chosen
 from ._fused import can_be_dealt
 from ._hooks import OptimizerHooks, makes_state_only
-from ._places.allowed import automatic_place, check_groups, check_place, no_effect
+from ._places.allowed import automatic_place, check_groups, check_place, no_effect, scales_writes
 from ._places.first_steps import FirstSteps, KnownGroups
 from ._places.trial import Verdict, try_again, verdict_of
 from ._tensors import (
@@ -29,7 +29,7 @@ from ._tensors import (
     same_objects,
     warn_without_values,
 )
-from .apply import Factors, LateFactors, Partition, Pieces, Place, Split, make_pieces, make_place
+from .apply import Factors, LateFactors, Partition, Pieces, Place, Split, Writes, make_pieces, make_place
 from .layers import (
     Exclusion,
     Layer,
@@ -509,11 +509,13 @@ class AttachedRule:
         """Whether any factor of this step is not 1, as far as is known without asking the device."""
         return self.enabled and not self._idle and (self.factors is None or not self.factors.neutral)
 
-    def act(self, view: Any, *, private: bool) -> list[Split]:
+    def act(self, view: Any, *, private: bool, writes: Writes) -> list[Split]:
         """Let this step's factors act on the view."""
         assert self.factors is not None  # measured
         acting = view if self._known is None else self._known
-        return self._place.act(acting, self.found.partition, self.factors, private=private)
+        scaled = scales_writes(self._optimizer(), self.place)
+        partition = self.found.partition
+        return self._place.act(acting, partition, self.factors, private=private, writes=writes if scaled else None)
 
     def finish(self) -> None:
         """Act after the step."""

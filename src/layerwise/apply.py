@@ -10,11 +10,11 @@ from math import isfinite
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
 from ._fused import DealtRate, can_be_dealt
 from ._tensors import has_values, local, moved, same_objects, warn_without_values
-from ._writes import ScaledWrites
+from ._writes import Factor
 from .layers import Layer
 from .optimizers import (
     PlaceName,
@@ -23,7 +23,6 @@ from .optimizers import (
     has_decay,
     is_capturing,
     takes_tensor_rate,
-    writes_are_scaled,
 )
 from .rules.base import finite_or_one
 from .rules.elementwise import ElementwiseRule
@@ -484,13 +483,25 @@ class LateFactors(Factors):
 HALF = (torch.float16, torch.bfloat16)
 
 
+Writes = Callable[[Iterable[tuple[Tensor, Factor]]], None]
+"""Takes factors of parameters, by which what the step writes into them is multiplied."""
+
+
 class Place(Protocol):
     """Where a factor acts."""
 
     reads: bool = True
     """Whether factors are read from a device, once a step. If not, they cost a launch for each tensor."""
 
-    def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
+    def act(
+        self,
+        view: Any,
+        partition: Partition,
+        factors: Factors,
+        *,
+        private: bool = False,
+        writes: Writes | None = None,
+    ) -> list[Split]:
         """Act before the step; return how the view's groups were split.
 
         Args:
@@ -498,6 +509,7 @@ class Place(Protocol):
             partition: Which parameters belong to which layer.
             factors: This step's factors.
             private: Whether only PyTorch's own `step` sees the view's groups.
+            writes: Scales what the step writes; None where that is not possible.
         """
         ...
 
@@ -563,35 +575,36 @@ def foreseen_form(group: Mapping[str, Any]) -> dict[str, Any]:
     return {"foreach": False} if open_question and group["params"][0].is_cpu else {}
 
 
-def begin_scaling(view: Any, partition: Partition, factors: Factors) -> ScaledWrites:
-    """Begin to scale what the step writes."""
-    mode = ScaledWrites((p for group in view.param_groups for p in group["params"]), view.state)
-    members = partition.members(view)
-    if is_capturing(view):
-        mode.scale((p, factors.each(p)[layer]) for p, layer in members)
+def scale_writes(writes: Writes, view: Any, partition: Partition, factors: Factors) -> None:
+    """Scale what the step writes, with numbers that are read once, or without a read where steps are captured."""
+    layer_of = partition.layer_of
+    members = [(p, layer_of[id(p)]) for group in view.param_groups for p in group["params"] if id(p) in layer_of]
+    if factors.on_device and is_capturing(view):
+        writes((p, factors.each(p)[layer]) for p, layer in members)
     else:
         numbers = factors.read()
-        mode.scale((p, numbers[layer]) for p, layer in members if numbers[layer] != 1)
-    mode.begin()
-    return mode
+        writes((p, numbers[layer]) for p, layer in members if numbers[layer] != 1)
 
 
 class LearningRate(Place):
     """`lr_l = lr · f_l`, for this step.
 
-    On accelerators what the step writes is scaled, which gives the same numbers. Elsewhere, and where other hooks or
-    adapters take part in the step, groups are divided: with tensors as rates where the optimizer takes them.
+    Groups are divided, with tensors as rates where the factors are on the device and the optimizer takes them. Or what
+    the step writes is scaled, which gives the same numbers.
     """
 
-    def __init__(self) -> None:
-        self._mode: ScaledWrites | None = None
-
-    def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
-        """Scale what the step writes, or divide the view's groups by rate."""
-        self._mode = None  # of a step that failed
-        # Adafactor takes the smaller one of its rate and another.
-        if private and factors.on_device and not isinstance(view, optim.Adafactor) and writes_are_scaled(view):
-            self._mode = begin_scaling(view, partition, factors)
+    def act(
+        self,
+        view: Any,
+        partition: Partition,
+        factors: Factors,
+        *,
+        private: bool = False,
+        writes: Writes | None = None,
+    ) -> list[Split]:
+        """Divide the view's groups by rate, or scale what the step writes."""
+        if writes is not None:
+            scale_writes(writes, view, partition, factors)
             return []
         on_device = (
             factors.on_device
@@ -625,10 +638,7 @@ class LearningRate(Place):
             return {"lr": rate * factor}
 
     def finish(self) -> None:
-        """Let the step write as it does alone."""
-        mode, self._mode = self._mode, None
-        if mode is not None:
-            mode.end()
+        """Nothing is left to do."""
 
 
 SMALLEST_DIVISOR = 1e-3
@@ -648,7 +658,15 @@ class Gradient(Place):
         self.decay, self.in_place = decay, in_place
         self._started: tuple[Any, Any, list[Tensor]] | None = None
 
-    def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
+    def act(
+        self,
+        view: Any,
+        partition: Partition,
+        factors: Factors,
+        *,
+        private: bool = False,
+        writes: Writes | None = None,
+    ) -> list[Split]:
         """Scale the gradients, or what the optimizer multiplies them by."""
         self._started = None  # of a step that failed
         if not self.in_place and not factors.on_device and damps_history(view):
@@ -754,20 +772,27 @@ class Gradient(Place):
 class Update(Place):
     """`w ← w_old + f_l (w_new − w_old)`.
 
-    On accelerators what the step writes is scaled. Elsewhere, and where other hooks or adapters take part in the step,
-    a copy of the parameters is kept during it.
+    What the step writes is scaled. Where its writes cannot be seen, a copy of the parameters is kept during the step:
+    in compiled steps, and in those of other packages that communicate or could not be tried.
     """
 
     def __init__(self) -> None:
-        self._mode: ScaledWrites | None = None
         self._kept: tuple[list[Tensor], list[Tensor], list[Any]] | None = None
 
     @torch.no_grad()
-    def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
+    def act(
+        self,
+        view: Any,
+        partition: Partition,
+        factors: Factors,
+        *,
+        private: bool = False,
+        writes: Writes | None = None,
+    ) -> list[Split]:
         """Scale what the step writes, or copy the parameters whose update will be scaled."""
-        self._mode = self._kept = None  # of a step that failed
-        if private and factors.on_device and writes_are_scaled(view):
-            self._mode = begin_scaling(view, partition, factors)
+        self._kept = None  # of a step that failed
+        if writes is not None:
+            scale_writes(writes, view, partition, factors)
             return []
         members = partition.members(view)
         numbers = factors.numbers
@@ -785,9 +810,6 @@ class Update(Place):
     @torch.no_grad()
     def finish(self) -> None:
         """Move from the old values towards the new ones, or past them."""
-        mode, self._mode = self._mode, None
-        if mode is not None:
-            mode.end()
         if self._kept is not None and self._kept[0]:
             parameters, old, weights = self._kept
             # From the old values, because 1 - f of a small f would be 1 in half precision.

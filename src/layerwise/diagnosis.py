@@ -22,12 +22,12 @@ from torch.optim import Adafactor, Optimizer
 
 from ._arguments import chosen
 from ._hooks import OptimizerHooks
-from ._places.allowed import no_effect, why_not_rate
+from ._places.allowed import no_effect, scales_writes, why_not_rate
 from ._places.trial import reason_against, verdict_of
 from ._tensors import has_values, holds_weights
 from .adapter import LayerwiseLR
 from .layers import DOUBTS, Layer, Model, as_module, as_specification, divided, flattened, joining, named_parameters
-from .optimizers import SCALE_INVARIANT, acting_optimizer, decay_is_coupled, is_capturing, unwrap, writes_are_scaled
+from .optimizers import SCALE_INVARIANT, acting_optimizer, decay_is_coupled, is_capturing, unwrap
 from .rules import LayerAdaptive
 from .rules.questions import default, doubts_of, needs_of, table_of
 from .rules.state import is_state
@@ -421,7 +421,7 @@ def _cost(adapter: LayerwiseLR, optimizer: Optimizer) -> str:
         costs.append("in epochs of analysis one number a parameter for G, two for G′, or those of the sample")
     if adapter.apply == "gradient":
         costs.append("scaling the gradients, unless SGD's dampening can carry the factor")
-    elif writes_are_scaled(optimizer) and not (adapter.apply == "lr" and isinstance(optimizer, Adafactor)):
+    elif scales_writes(optimizer, adapter.apply):
         costs.append("a look at each call of the step, whatever the number of layers")
     elif adapter.apply == "lr":
         costs.append("a parameter group for each factor")

@@ -53,13 +53,16 @@ def are_alike(lists: list[list[Tensor]]) -> bool:
     return len(kinds) == 1 and all(form == forms[0] for form in forms)
 
 
-def launches(make: Callable[[Any], optim.Optimizer], layers: int, rule: Any) -> int:
-    """Return the launches of the third step, with a rule or without."""
+def launches(make: Callable[[Any], optim.Optimizer], layers: int, rule: Any, *, hooks: bool = False) -> int:
+    """Return the launches of the third step, with a rule or without; `hooks` adds two of another program."""
     with FakeTensorMode():
         named = [(f"{i}.weight", nn.Parameter(torch.empty(8, 8, device="cuda"))) for i in range(layers)]
         optimizer = make(named)
         if rule is not None:
             layerwise.LayerwiseLR(optimizer, rule)
+        if hooks:
+            optimizer.register_step_pre_hook(lambda *_: None)
+            optimizer.register_step_post_hook(lambda *_: None)
         for _ in range(3):
             for _, p in named:
                 p.grad = torch.empty_like(p)
@@ -108,6 +111,12 @@ def test_the_number_does_not_grow_with_the_layers(name: str, rule: Any) -> None:
 def test_many_small_tensors_share_a_fused_call() -> None:
     make = lambda p: optim.AdamW(p, fused=True)  # noqa: E731
     assert launches(make, 160, LayerAdaptive()) - launches(make, 160, None) <= MOST
+
+
+@pytest.mark.parametrize("name", ["SGD momentum decay", "AdamW"])
+def test_the_hooks_of_another_program_add_no_launch(name: str) -> None:
+    alone, beside = (launches(FOREACH[name], 20, LayerAdaptive(), hooks=hooks) for hooks in (False, True))
+    assert alone == beside
 
 
 @pytest.mark.parametrize("kind", [optim.NAdam, optim.RMSprop, optim.Adam])
