@@ -9,7 +9,7 @@ last, or does the optimizer take the weights back?
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, product
@@ -44,6 +44,8 @@ ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 Other types take `COARSE`.
 """
+EQUAL = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""The largest such difference between scaled writes and another way of scaling."""
 EFFECT = {torch.float64: 1e-5, torch.float32: 1e-3}
 """The smallest difference that counts as an effect of the factors, relative to how far the weights move."""
 COARSE = 0.05
@@ -274,16 +276,17 @@ class Trial:
         if writes is None:
             return False
         try:
-            if not self.same(writes, self.run(in_all_steps, steps=len(writes) - 1, **way), bare):
+            if not self.same(writes, self.run(in_all_steps, steps=len(writes) - 1, **way), bare, EQUAL):
                 return False
             ways: list[dict[str, Any]] = [{"how": "writes"}, way, {"factors": None}]
+            run: Any = self.run
             large, other, alone = (
-                self.run(**{"factors": in_all_steps, "steps": LARGE_STEPS, "large": True, **one}) for one in ways
+                run(**{"factors": in_all_steps, "steps": LARGE_STEPS, "large": True, **one}) for one in ways
             )
         except Exception:
             self.check()
             return False
-        return self.same(large, other, alone)
+        return self.same(large, other, alone, EQUAL)
 
     def against_rates(self, bare: Run) -> dict[str, Any]:
         """Return the fields of the verdict about `apply="lr"` and permanent groups."""
@@ -472,10 +475,10 @@ class Trial:
 
     # --- Comparisons --------------------------------------------------------------------------------------------------
 
-    def same(self, first: Run, second: Run, scale: Run) -> bool:
+    def same(self, first: Run, second: Run, scale: Run, limits: Mapping[torch.dtype, float] = ROUNDING) -> bool:
         """Tell whether two runs differ by rounding only."""
         dtypes = {t.dtype for t in first[0] if t.is_floating_point() or t.is_complex()}
-        return self.distances(first, second, scale) <= max(ROUNDING.get(dtype, COARSE) for dtype in dtypes)
+        return self.distances(first, second, scale) <= max(limits.get(dtype, COARSE) for dtype in dtypes)
 
     @staticmethod
     def distances(first: Run, second: Run, scale: Run) -> float:
