@@ -376,7 +376,7 @@ class Call:
         self.versions: Sequence[int] = ()
         self.rules: list[tuple[Member, Any]] = []
         self.kept: Kept | None = None
-        self.finished = False
+        self.finished = self.private = False
 
     def clear(self) -> None:
         """Let the view keep nothing."""
@@ -453,6 +453,7 @@ class OptimizerHooks:
         self._calls: list[Call] = []
         # None of PyTorch's own optimizers writes into its groups (a test checks this), so the comparison is skipped.
         self._torch_own = getattr(torch.optim, type(optimizer).__name__, None) is type(optimizer)
+        self._has_slots = any(vars(kind).get("__slots__") for kind in type(optimizer).__mro__)
         # A step() that calls super().step() runs the hooks again. The view identifies the inner call.
         own_steps = [kind for kind in type(optimizer).__mro__ if "step" in vars(kind) and kind is not Optimizer]
         self._nests = len(own_steps) > 1
@@ -551,7 +552,8 @@ class OptimizerHooks:
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if optimizer is not self._optimizer():
             return None
-        self._come_first(optimizer)
+        if self._deferred is not None or next(iter(optimizer._optimizer_step_post_hooks), -1) != self._handles[1].id:
+            self._come_first(optimizer)
         if self._calls:
             self._settle_calls(optimizer)
         begun = list(self.observers)
@@ -560,10 +562,10 @@ class OptimizerHooks:
             seen = [observer for call in self._calls if not call.waits for observer in call.begun]
             begun = [observer for observer in begun if observer not in seen]
         looking = [observer for observer in begun if observer.begin(optimizer)]
-        active = [member for member in self.members if member.takes_part]
+        active = self._taking_part()
         if not (active or begun or self._calls):
             return None
-        closure = closure_of(args, kwargs)
+        closure = None if len(args) == 1 and not kwargs else closure_of(args, kwargs)
         # PyTorch's own optimizers evaluate a closure once, first of all. Another hook may have changed the arguments.
         known = self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1
         call = Call(begun, looking)
@@ -575,12 +577,14 @@ class OptimizerHooks:
         if closure is not None and not active and looking:
             args, kwargs = with_closure(args, kwargs, followed(closure, _observe_closure, self, call))
         if active or self._nests:
-            call.view = view = self._free_view()
+            call.view = view = self._free_view() if self._calls else self._views[0]
             view.__dict__.clear()
-            call.given, call.slots = dict(optimizer.__dict__), slots_of(optimizer)
+            call.given = dict(optimizer.__dict__)
             view.__dict__.update(call.given)
-            for name, value in call.slots.items():
-                object.__setattr__(view, name, value)
+            if self._has_slots:
+                call.slots = slots_of(optimizer)
+                for name, value in call.slots.items():
+                    object.__setattr__(view, name, value)
             call.acted = view.param_groups
         if active and closure is not None:
             if not known:
@@ -611,8 +615,6 @@ class OptimizerHooks:
             raise RuntimeError(REENTERED)
 
     def _free_view(self) -> Any:
-        if not self._calls:
-            return self._views[0]
         used = [call.view for call in self._calls]
         for view in self._views:
             if not any(view is one for one in used):
@@ -625,15 +627,19 @@ class OptimizerHooks:
         optimizer = self._optimizer()
         for member in members:
             member.prepare(optimizer)
-        late = len(members) == 1 and self._private
+        call.private = self._is_private()
         for member in members:
-            member.measure(optimizer, late=late)
+            member.measure(optimizer, late=call.private and len(members) == 1)
         if look and call.looking:
             self.look(call, [member for member in members if member.enabled])
-        return [member for member in members if member.acts]
+        acting: list[Member] = []
+        for member in members:
+            if member.acts:
+                acting.append(member)
+        return acting
 
-    @property
-    def _private(self) -> bool:
+    def _is_private(self) -> bool:
+        """Tell whether only PyTorch's own `step` sees the view's groups."""
         # Other pre-hooks get the view. Post-hooks are safe: by then its groups are the optimizer's again.
         optimizer = self._optimizer()
         return optimizer is not None and self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1
@@ -646,7 +652,7 @@ class OptimizerHooks:
                 optimizer._optimizer_step_pre_hooks[last] = hook
             self._deferred = None
         hooks, own = cast(Any, optimizer._optimizer_step_post_hooks), self._handles[1].id
-        if own in hooks and next(iter(hooks)) != own:
+        if own in hooks:
             hooks.move_to_end(own, last=False)
 
     def _begin_writes(self, mode: ScaledWrites, *, in_step: bool) -> None:
@@ -673,7 +679,7 @@ class OptimizerHooks:
                 observer.look(self._optimizer(), measured)
 
     def _act(self, call: Call, members: list[Member]) -> None:
-        view, private = call.view, self._private
+        view, private = call.view, call.private and len(members) == 1
         call.active, call.writes = members, None
 
         def writes(factors: Iterable[tuple[Tensor, Factor]]) -> None:
@@ -681,7 +687,9 @@ class OptimizerHooks:
                 call.writes = ScaledWrites((p for group in view.param_groups for p in group["params"]), view.state)
             call.writes.scale(factors)
 
-        levels = [member.act(view, private=private and len(members) == 1, writes=writes) for member in members]
+        levels: list[list[Split]] = []
+        for member in members:
+            levels.append(member.act(view, private=private, writes=writes))
         if call.writes is not None:
             self._begin_writes(call.writes, in_step=call.evaluated > 0 or call.read_early)
         if not private:
@@ -739,7 +747,11 @@ class OptimizerHooks:
         call.view.param_groups[:] = call.handed
 
     def _taking_part(self) -> list[Member]:
-        return [member for member in self.members if member.takes_part]
+        found: list[Member] = []
+        for member in self.members:
+            if member.takes_part:
+                found.append(member)
+        return found
 
     def evaluate(self, call: Call, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Evaluate the closure of a step; then the members measure and act."""
@@ -872,7 +884,7 @@ class OptimizerHooks:
         for name, value in call.view.__dict__.items():
             if value is not call.given.get(name) and name not in ("param_groups", "grad_scale"):
                 optimizer.__dict__[name] = value
-        for name, value in slots_of(call.view).items():
+        for name, value in slots_of(call.view).items() if self._has_slots else ():
             if value is not call.slots.get(name):
                 object.__setattr__(optimizer, name, value)
 

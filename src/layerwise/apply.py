@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from math import isfinite
+from operator import is_
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -228,6 +229,9 @@ class Partition:
 
     def members_of_layers(self, parameters: Sequence[Tensor]) -> dict[int, list[Tensor]]:
         """Return each layer's parameters in a list, under the same numbers."""
+        cached = self._cached.get(id(parameters[0]) if parameters else 0)
+        if cached is not None and len(cached[0]) == len(parameters) and all(map(is_, cached[0], parameters)):
+            return cached[2]
         return self._of(parameters)[2]
 
     def _of(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], dict[int, list[int]], dict[int, list[Tensor]]]:
@@ -299,13 +303,14 @@ class Factors:
         mask: The same as a tensor beside `raw`; None if all are included.
     """
 
-    def __init__(self, raw: Tensor | Sequence[float], included: Sequence[bool], mask: Tensor | None) -> None:
+    def __init__(self, raw: Tensor | list[float], included: Sequence[bool], mask: Tensor | None) -> None:
         self._raw, self._included, self._mask = raw, included, mask
         self._tensor: Tensor | None = None
         self._each: dict[torch.device, tuple[Tensor, ...]] = {}
-        self._numbers: list[float] | None = None
-        if not isinstance(raw, Tensor) or raw.device.type == "cpu":
-            self._numbers = self._read()
+        if isinstance(raw, Tensor):
+            self._numbers = self._read() if raw.device.type == "cpu" else None
+        else:
+            self._numbers = raw if mask is None and all(map(isfinite, raw)) else self._read()
         # Nothing has to act then, and the optimizer steps as it is.
         self.neutral = self._numbers is not None and self._numbers.count(1.0) == len(self._numbers)
 
@@ -325,7 +330,7 @@ class Factors:
         Args:
             of_layer: Layer's number to what belongs to it; the factor of `OUTSIDE` is 1.
         """
-        return gathered(self.read(), of_layer.items())
+        return gathered(self.read() if self._numbers is None else self._numbers, of_layer.items())
 
     @property
     def tensor(self) -> Tensor:
@@ -553,9 +558,18 @@ def divide(view: Any, partition: Partition, factors: Factors, overrides: Overrid
     """
     if not private:
         return partition.split(view, factors.buckets, overrides, steady=True)
-    if not can_be_dealt(view):
-        return partition.split(view, factors.buckets, lambda group, f: {**foreseen_form(group), **overrides(group, f)})
-    view.param_groups = [dealt(group, partition, factors, overrides) for group in view.param_groups]
+    groups: list[dict[str, Any]] = view.param_groups
+    if groups[0].get("fused") and can_be_dealt(view):
+        view.param_groups = [dealt(group, partition, factors, overrides) for group in groups]
+        return []
+    view.param_groups = parts = []
+    for group in groups:
+        parameters = group["params"]
+        # Torch's own optimizers would find the form anew for each part: on the CPU it is foreach=False.
+        unset = parameters and parameters[0].is_cpu and group.get("foreach", False) is None and not group.get("fused")
+        form = {"foreach": False} if unset else {}
+        for factor, part in factors.buckets(partition.members_of_layers(parameters)):
+            parts.append({**group, **form, "params": part, **overrides(group, factor)})
     return []
 
 
@@ -567,12 +581,6 @@ def dealt(group: dict[str, Any], partition: Partition, factors: Factors, overrid
             yield positions, overrides(group, factor)
 
     return {**group, "lr": DealtRate.of(group["lr"], deal)}
-
-
-def foreseen_form(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what torch's own optimizers would find out anew for each part of a group: on the CPU none is for each."""
-    open_question = group.get("foreach", False) is None and not group.get("fused") and group["params"]
-    return {"foreach": False} if open_question and group["params"][0].is_cpu else {}
 
 
 def scale_writes(writes: Writes, view: Any, partition: Partition, factors: Factors) -> None:
@@ -752,7 +760,11 @@ class Gradient(Place):
         """Let the momentum begin from zero, in a copy of the state."""
         state = view.state
         # Parameters in no layer too: while the view has a state of its own, what step() begins there is begun for all.
-        fresh = [p for p in present if state.get(p, {}).get("momentum_buffer") is None]
+        fresh: list[Tensor] = []
+        for p in present:
+            own = state.get(p)
+            if own is None or own.get("momentum_buffer") is None:
+                fresh.append(p)
         if fresh:  # step() would start from a copy of g + λw; from zero it starts from f (g + λw)
             view.state = state.copy()  # the optimizer's own changes only when the step has been taken
             for p in fresh:

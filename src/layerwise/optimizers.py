@@ -406,10 +406,12 @@ def damps_history(optimizer: optim.Optimizer) -> bool:
     Its history is `v ← μv + (1 − dampening)(g + λw)`, so a factor inside the momentum can act through the dampening and
     leave the gradient alone.
     """
-    return type(optimizer).step is optim.SGD.step and all(
-        group["momentum"] != 0 and not (group["nesterov"] or group["dampening"] or group["differentiable"])
-        for group in optimizer.param_groups
-    )
+    if type(optimizer).step is not optim.SGD.step:
+        return False
+    for group in optimizer.param_groups:
+        if not group["momentum"] or group["nesterov"] or group["dampening"] or group["differentiable"]:
+            return False
+    return True
 
 
 @lru_cache(maxsize=256)

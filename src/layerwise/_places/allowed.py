@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import optim
 
-from .._writes import is_compiled, writes_can_be_scaled
+from .._writes import writes_can_be_scaled
 from ..optimizers import (
     LATE_RATE,
     SCALE_INVARIANT,
@@ -153,10 +153,10 @@ def check_groups(optimizer: Any, place: str, decay: str, layer_of: Mapping[int, 
 
 
 def scales_writes(optimizer: Any, place: str) -> bool:
-    """Tell whether factors act by scaling what the step writes.
+    """Tell whether factors act by scaling what a step writes, unless it is compiled.
 
     For `"lr"` that is so on accelerators, where a group for each factor costs launches; for `"update"` wherever writes
-    are seen. The compiler cannot trace it. For an optimizer of another package its trial must have shown that it works.
+    are seen. The compiler cannot trace that. An optimizer of another package must have passed its trial.
     """
     verdict = verdict_of(optimizer)
     if place == "gradient" or any(group.get("differentiable") for group in optimizer.param_groups):
@@ -166,7 +166,7 @@ def scales_writes(optimizer: Any, place: str) -> bool:
     else:  # Adafactor takes the smaller one of its rate and another
         seen = not isinstance(optimizer, optim.Adafactor) if verdict is None else verdict.scales_rate
         scaled = seen and is_on_accelerator(optimizer)
-    return scaled and writes_can_be_scaled() and not is_compiled()
+    return scaled and writes_can_be_scaled()
 
 
 def no_effect(optimizer: optim.Optimizer, place: str) -> str | None:
