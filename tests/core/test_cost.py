@@ -206,14 +206,14 @@ def test_hooks_on_all_optimizers_are_not_called(make_model):
 
 
 @pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
-def test_a_time_out_of_its_range_is_refused(make_model, seconds):
+def test_seconds_out_of_range_are_refused(make_model, seconds):
     model = make_model()
     with pytest.raises(ValueError, match="at least 0; 0 measures nothing"):
         layerwise.diagnose(torch.optim.SGD(model.parameters()), model, seconds=seconds)
 
 
 @pytest.mark.parametrize("seconds", ["1", True])
-def test_what_is_no_time_is_refused(make_model, seconds):
+def test_seconds_of_the_wrong_type_are_refused(make_model, seconds):
     model = make_model()
     with pytest.raises(TypeError, match="must be a number of seconds"):
         layerwise.diagnose(torch.optim.SGD(model.parameters()), model, seconds=seconds)

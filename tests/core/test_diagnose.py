@@ -49,7 +49,7 @@ def test_the_layers_are_listed_with_their_size_rate_and_decay(make_model, told):
     ],
     ids=["momentum", "plain descent", "Adam", "Rprop"],
 )
-def test_where_the_factor_acts_and_what_it_costs_is_told(make_model, told, kind, options, place, reason):
+def test_it_prints_where_the_factor_acts_and_its_cost(make_model, told, kind, options, place, reason):
     model = make_model()
     text = told(kind(model.parameters(), lr=0.1, **options), model)
     assert line_of(text, "acts on").startswith(f"acts on   {place!r}: ")
@@ -64,7 +64,7 @@ def test_the_rule_and_its_arguments_decide(make_model, told):
     assert "acts on   'update'" in text
 
 
-def test_what_is_outside_frozen_missing_or_without_effect_is_told(told):
+def test_it_prints_parameters_outside_frozen_missing_or_without_effect(told):
     model = nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 1), "aside": nn.Linear(1, 1)})
     model["body"].requires_grad_(False)
     stranger = nn.Parameter(torch.zeros(1))
@@ -78,20 +78,20 @@ def test_what_is_outside_frozen_missing_or_without_effect_is_told(told):
     assert "none found" not in text
 
 
-def test_the_decoupled_decay_that_a_factor_scales_is_told(make_model, told):
+def test_it_notes_decoupled_decay_that_a_factor_scales(make_model, told):
     model = make_model()
     assert "decoupled weight decay" in told(torch.optim.AdamW(model.parameters()), model)
     assert "decoupled weight decay" not in told(torch.optim.AdamW(model.parameters(), weight_decay=0), model)
 
 
-def test_a_long_list_is_cut_and_says_how_to_see_the_rest(told):
+def test_a_long_list_is_cut_and_names_the_argument(told):
     model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(50)))
     optimizer = torch.optim.SGD(model.parameters())
     assert "… and 10 more (most=50 lists all)" in told(optimizer, model)
     assert "more (most=" not in told(optimizer, model, most=50)
 
 
-def test_frozen_layers_do_not_push_the_others_out_of_a_cut_list(told):
+def test_frozen_layers_come_last_in_a_cut_list(told):
     model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(50)))
     model[:48].requires_grad_(False)
     text = told(torch.optim.SGD(model.parameters()), model, most=3)
@@ -124,7 +124,7 @@ def test_the_root_layer_has_a_name_that_can_be_read(told):
     ],
     ids=["LBFGS", "the rate of Rprop", "an unknown layer", "a rule class"],
 )
-def test_what_cannot_be_attached_is_told_and_does_not_raise(make_model, told, kind, arguments, words):
+def test_what_cannot_be_attached_is_printed_and_does_not_raise(make_model, told, kind, arguments, words):
     model = make_model()
     text = told(kind(model.parameters()), model, **arguments)
     assert "cannot be attached" in text
@@ -162,7 +162,7 @@ def test_nothing_changes_not_even_beside_an_adapter(make_model, train, weights, 
     assert not bare._optimizer_step_post_hooks
 
 
-def test_a_rule_that_counts_epochs_says_what_it_waits_for_and_what_its_analysis_takes(make_model, told):
+def test_a_rule_that_counts_epochs_notes_end_epoch_and_its_analysis(make_model, told):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     text = told(optimizer, model, GradientAmplification(Directionality()))
@@ -181,14 +181,14 @@ def test_beside_an_adapter_it_does_not_say_to_attach_another(told):
     assert (told(optimizer, model, seconds=0) + "\n").endswith(next_line)
 
 
-def test_a_rule_that_scales_rates_is_said_to(make_model, told):
+def test_the_reason_for_a_rule_that_scales_rates(make_model, told):
     model = make_model()
     text = told(torch.optim.SGD(model.parameters(), lr=0.1), model, Constant({"0": 2.0}))
     assert line_of(text, "because") == "because   the rule scales rates"
 
 
 @pytest.mark.filterwarnings("ignore:the optimizer's parameters hold no values")
-def test_on_a_device_it_names_the_form_that_reads_no_factors(make_model, told):
+def test_on_a_device_it_names_the_capturable_form(make_model, told):
     model = make_model().to("meta")
     note = "note      factors are read from the device once a step; capturable=True avoids it, at a launch a tensor"
     assert note in told(torch.optim.AdamW(model.parameters()), model).splitlines()

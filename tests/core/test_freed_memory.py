@@ -19,7 +19,7 @@ from layerwise import backward as stepping
 from layerwise.rules import Constant
 
 
-def test_freed_memory_is_returned_in_the_first_iteration_after_large_layers_only(monkeypatch: Any) -> None:
+def test_only_large_layers_return_memory_in_the_first_iteration(monkeypatch: Any) -> None:
     returned: list[int] = []
     monkeypatch.setattr(stepping, "return_freed_memory", lambda: returned.append(1))
     model = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, memory.LARGE // 8), nn.Linear(memory.LARGE // 8, 1))
@@ -73,7 +73,7 @@ class OtherLibrary:
 
 
 @pytest.mark.parametrize("system", ["darwin", "win32"])
-def test_on_another_system_the_c_library_is_not_even_looked_for(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_systems_do_not_load_the_c_library(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows has none under this name: `ctypes.CDLL(None)` raises there, and the import would fail."""
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(TypeError("as Windows says")))
