@@ -54,7 +54,8 @@ def test_it_prints_where_the_factor_acts_and_its_cost(make_model, told, kind, op
     text = told(kind(model.parameters(), lr=0.1, **options), model)
     assert line_of(text, "acts on").startswith(f"acts on   {place!r}: ")
     assert reason in line_of(text, "because")
-    assert ("a copy of the parameters" in line_of(text, "costs")) == (place == "update")
+    assert ("scaled writes" in line_of(text, "route")) == (place == "update")
+    assert "1 pass over the gradients" in line_of(text, "costs")
 
 
 def test_the_rule_and_its_arguments_decide(make_model, told):
