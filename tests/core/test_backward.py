@@ -53,20 +53,20 @@ RULES: dict[str, Callable[[], Any]] = {
 
 
 def attached(in_backward: bool, optimizer: optim.Optimizer, model: nn.Module | None, rule: Any) -> Any:
-    """Step in backward, or as it is compared with."""
+    """Attach a step in backward, or the adapter that it is compared with."""
     if in_backward:
         return layerwise.step_in_backward(optimizer, model, rule)
     return None if rule is None else layerwise.LayerwiseLR(optimizer, rule, model)
 
 
 def everything(model: nn.Module, optimizer: optim.Optimizer, handle: Any) -> list[Any]:
-    """All numbers that training has left behind."""
-    told = [] if handle is None or handle.rule is None else [handle.get_last_factors(), handle.get_last_lr()]
-    return [[p.detach().clone() for p in model.parameters()], optimizer.state_dict()["state"], *told]
+    """Return the weights, the optimizer state, and the last factors and rates."""
+    last = [] if handle is None or handle.rule is None else [handle.get_last_factors(), handle.get_last_lr()]
+    return [[p.detach().clone() for p in model.parameters()], optimizer.state_dict()["state"], *last]
 
 
 def assert_same(train: Callable[[bool], list[Any]]) -> None:
-    """Train once as ever and once in backward, and compare to the bit."""
+    """Train with the ordinary step and in backward, and compare to the bit."""
     torch.testing.assert_close(train(True), train(False), rtol=0, atol=0, equal_nan=True)
 
 
@@ -121,7 +121,7 @@ def test_equation_9_of_singh_inside_caffes_momentum_by_hand(make_model) -> None:
 
 
 class Observed:
-    """Takes down, whenever a gradient arrives, which parameters hold one."""
+    """Records which parameters hold a gradient whenever one arrives."""
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {p: name for name, p in model.named_parameters()}
@@ -275,7 +275,7 @@ def test_parameters_added_moved_between_groups_or_in_no_layer(make_model, backwa
 @pytest.mark.parametrize(("make", "momentum"), [(optim.SGD, 0.0), (optim.SGD, 0.9), (optim.Adagrad, 0.0)])
 @pytest.mark.parametrize("rule", [None, LayerAdaptive(), Constant({"*": 3.0})], ids=lambda r: type(r).__name__)
 def test_sparse_gradients(make: Any, rule: Any, momentum: float) -> None:
-    """To rounding with momentum: whether another gradient is sparse, which decides its form, is not known."""
+    """With momentum up to rounding: the form depends on whether other gradients are sparse, which is not known yet."""
     options = {"momentum": momentum} if momentum else {}
 
     def train(in_backward: bool) -> list[Any]:
@@ -318,7 +318,7 @@ class InverseNorm(ElementwiseRule):
 
 
 class HalfNorm(Rule):
-    """f_l = ‖w_l‖ / 2, which says for itself that no layer needs another."""
+    """f_l = ‖w_l‖ / 2; it declares that no layer needs another."""
 
     needs = ("weight_norm",)
     own_layer = True

@@ -22,7 +22,7 @@ from layerwise.rules import LARS, LayerAdaptive
 
 
 class GradientForm(LayerAdaptive):
-    """One that acts on the gradient without momentum too, where the rate would have to be read."""
+    """Acts on the gradient without momentum too, where `"lr"` would have to read the rate."""
 
     default_decay = "plain"
 
@@ -231,7 +231,7 @@ def test_gradients_set_by_hand_step_with_the_rule(rule: Any, in_closure: bool) -
 
 
 class Fails(torch.autograd.Function):
-    """Fails on the way back."""
+    """Raises in its backward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What stepping in backward refuses, before it has done any harm."""
+"""What stepping in backward refuses before any weight changes."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def replay(folder: Path) -> Replay:
 
 
 class Mean(Rule):
-    """A rule that needs the other layers, and does not say that it does not."""
+    """Needs the other layers, and does not declare `own_layer`."""
 
     def factors(self, statistics: Any, state: Any) -> Any:
         return statistics.gradient_norm / statistics.gradient_norm.mean(), state
@@ -143,7 +143,7 @@ class Mixed(ElementwiseRule):
 
 
 class Counting(ElementwiseRule):
-    """One that asks whether the step counts, which all the layers decide."""
+    """Needs `counts`, which depends on all layers."""
 
     needs = ("gradient_norm", "counts")
 
@@ -251,7 +251,7 @@ class Twice(nn.Module):
 
 
 def test_a_reentrant_checkpoint_below_layers_that_have_stepped() -> None:
-    """Its gradients are another part of those that the weight has been stepped with."""
+    """The weight has stepped with a part of its gradient."""
     model = Twice()
     optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     layerwise.step_in_backward(optimizer, model)
@@ -477,7 +477,7 @@ def test_parameters_of_fsdp1_are_refused(use_orig_params: bool) -> None:
 
 
 class Returning(Rule):
-    """A rule that returns what it is told to, with or without a look at the gradients."""
+    """Returns a given result, with or without statistics."""
 
     own_layer = True
 

@@ -1,4 +1,4 @@
-"""Memory that has been freed and that the process still holds: when it is returned, and where that cannot be done."""
+"""Returning freed memory to the system: when it is done, and where it is not possible."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ print(before - held())
     assert int(child.stdout) > 25  # MB of 32
 
 
-def imported_anew() -> ModuleType:
-    """Return the module as a program finds it that starts here."""
+def imported_again() -> ModuleType:
+    """Import the module again, as a new process does."""
     spec = importlib.util.spec_from_file_location("memory_of_another_system", memory.__file__)
     assert spec is not None
     assert spec.loader is not None
@@ -77,13 +77,13 @@ def test_other_systems_do_not_load_the_c_library(system: str, monkeypatch: pytes
     """Windows has none under this name: `ctypes.CDLL(None)` raises there, and the import would fail."""
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(TypeError("as Windows says")))
-    assert imported_anew().return_freed_memory() is None
+    assert imported_again().return_freed_memory() is None
 
 
 def test_a_c_library_that_cannot_return_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", OtherLibrary)
-    module = imported_anew()
+    module = imported_again()
     assert module._trim is None
     module.return_freed_memory()
 
