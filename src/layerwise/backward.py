@@ -31,7 +31,7 @@ from .optimizers import damps_history, unwrap
 from .rules.base import State
 from .rules.questions import check_rule, doubts_of, ended_state, is_pair, needs_of, own_layer, renewed_state
 from .rules.state import described
-from .statistics import AS_NUMBERS, NOTHING, LayerStatistics, Statistics, check_needs
+from .statistics import NOTHING, LayerStatistics, Statistics, check_needs
 
 logger = logging.getLogger("layerwise")
 
@@ -116,6 +116,24 @@ def step_in_backward(optimizer: Any, model: Model | None, rule: Any = None) -> S
     return StepInBackward(optimizer, model, rule)
 
 
+def _of_one(factor: Tensor | Sequence[float]) -> Factors:
+    """Return one layer's factor."""
+    return Factors(factor, (True,), None)
+
+
+@dataclass(eq=False)
+class _Unit:
+    """Parameters that step together: those of a layer, or one that is in none."""
+
+    layer: int | None  # its number
+    parameters: Sequence[Tensor]
+    groups: list[tuple[int, list[Tensor]]]  # numbers of parameter groups, each with the unit's parameters there
+    partition: Partition
+    statistics: LayerStatistics | None = None  # for a rule that needs some, and a layer that is not excluded
+    expected: int = 0  # gradients in this backward, at most
+    arrived: int = 0
+
+
 class StepInBackward(StaysBehind):
     """What `step_in_backward` returns: what it did last, and how to pause or end it."""
 
@@ -135,7 +153,16 @@ class StepInBackward(StaysBehind):
         if rule is not None:
             _check_rule(rule)
         _check_wrappers(parameters)
-        self._steps = _LayerSteps(inner, model, rule)
+        self._rule: Any = rule
+        self._request = requested(rule, model)
+        self._needs = [] if rule is None else [name for name in needs_of(rule) if name not in ("counts", "gradients")]
+        self._state: State = {}
+        self._rates = rates_of(inner.param_groups)
+        # Without its wrappers, whose hooks are for a whole step.
+        self._step: Callable[[Any], Any] = inspect.unwrap(type(inner).step)
+        self._place_of = ("", False)
+        self._resolve(inner)
+        self._choose_place(inner)
         warn_of_unmeasured(named_parameters_of(inner, as_module(model)), STEPS_AS_BARE)
         self.enabled = True
         # The optimizer owns this object through its hooks, and the parameters hold it weakly.
@@ -157,8 +184,8 @@ class StepInBackward(StaysBehind):
         self._amp_flag = vars(inner).get(AMP_FLAG)
         vars(inner)[AMP_FLAG] = _Unscaling()
         if rule is not None:
-            found = self._steps.found
-            for message in flattened(found.layers, self._steps.request.layers) + doubts_of(rule, found.layers):
+            found = self._found
+            for message in flattened(found.layers, self._request.layers) + doubts_of(rule, found.layers):
                 warnings.warn(message, UserWarning, stacklevel=3)
             if found.outside:
                 logger.warning(
@@ -170,12 +197,12 @@ class StepInBackward(StaysBehind):
     @property
     def rule(self) -> Any:
         """The rule, or None."""
-        return self._steps.request.rule
+        return self._rule
 
     @property
     def layers(self) -> list[str]:
         """The layers' names, in the model's order; `""` is the root module."""
-        return self._steps.found.names
+        return self._found.names
 
     def get_last_factors(self) -> dict[str, float]:
         """Return the factor of each layer in the last backward; 1 before the first. Waits for the device.
@@ -186,7 +213,7 @@ class StepInBackward(StaysBehind):
             RuntimeError: The optimizer no longer exists.
         """
         self._check_current()
-        return {name: factors.read()[0] for name, factors in zip(self.layers, self._steps.factors, strict=True)}
+        return {name: factors.read()[0] for name, factors in zip(self.layers, self._factors, strict=True)}
 
     def get_last_lr(self) -> dict[str, float]:
         """Return the rate of each layer in the last backward, `lr · f_l`. Waits for the device.
@@ -196,7 +223,7 @@ class StepInBackward(StaysBehind):
         Raises:
             RuntimeError: The optimizer no longer exists.
         """
-        rates = [float(self._steps.rates[group]) for group in self._steps.found.first_group]
+        rates = [float(self._rates[group]) for group in self._found.first_group]
         factors = self.get_last_factors().items()
         return {name: rate * factor for rate, (name, factor) in zip(rates, factors, strict=True)}
 
@@ -209,7 +236,7 @@ class StepInBackward(StaysBehind):
             RuntimeError: The optimizer no longer exists.
         """
         self._check_current()
-        self._steps.state = ended_state(self.rule, self._steps.state)
+        self._state = ended_state(self._rule, self._state)
 
     @contextlib.contextmanager
     def paused(self) -> Generator[StepInBackward]:
@@ -246,21 +273,20 @@ class StepInBackward(StaysBehind):
         self._attached = False
 
     def __repr__(self) -> str:
-        optimizer, steps, found = self._optimizer(), self._steps, self._steps.found
+        optimizer, found, ruled = self._optimizer(), self._found, self._rule is not None
         name = "an optimizer that no longer exists" if optimizer is None else type(optimizer).__name__
         name = name if self._attached else "detached"
-        parts = [name if self.rule is None else f"{described(self.rule)} on {name}", f"{len(found.layers)} layers"]
-        if self.rule is not None:
-            parts.append(f"apply={steps.place!r}")
-            if steps.place == "gradient":
-                parts.append(f"decay={steps.request.decay!r}")
-        if excluded := found.included.count(False):
-            parts.append(f"{excluded} excluded")
-        if found.outside:
-            parts.append(f"{found.outside} parameters in no layer")
-        if not self.enabled:
-            parts.append("paused")
-        return f"StepInBackward({', '.join(parts)})"
+        excluded = found.included.count(False)
+        parts = [
+            f"{described(self._rule)} on {name}" if ruled else name,
+            f"{len(found.layers)} layers",
+            f"apply={self._place_of[0]!r}" if ruled else "",
+            f"decay={self._request.decay!r}" if ruled and self._place_of[0] == "gradient" else "",
+            f"{excluded} excluded" if excluded else "",
+            f"{found.outside} parameters in no layer" if found.outside else "",
+            "" if self.enabled else "paused",
+        ]
+        return f"StepInBackward({', '.join(filter(None, parts))})"
 
     def _check_current(self) -> None:
         if self._attached and self._optimizer() is None:
@@ -283,12 +309,12 @@ class StepInBackward(StaysBehind):
                 except Exception:
                     parameter.grad = None  # so that optimizer.step() finds nothing of a refused backward
                     raise
-            unit = self._steps.unit_of.get(id(parameter))
+            unit = self._unit_of.get(id(parameter))
             if unit is None:
                 return  # the parameter has left the optimizer
             unit.arrived += 1
             if unit.arrived == unit.expected:
-                self._steps.step(optimizer, unit)
+                self._step_unit(optimizer, unit)
                 # The first backward allocates the optimizer's state between freed gradients, and leaves gaps.
                 if not self._proven and sum(p.nbytes for p in unit.parameters) >= LARGE:
                     return_freed_memory()
@@ -312,7 +338,7 @@ class StepInBackward(StaysBehind):
             _check_loss()
         if self._begun:
             logger.warning("the last backward failed half-way; the layers that it had reached have been updated")
-        self._steps.begin(optimizer)
+        self._read(optimizer)
         self._task, self._begun, self._finished = task, True, False
         end = partial(self._on_end)  # autograd alone holds this object, until the backward has ended or failed
         self._running = weakref.ref(end)
@@ -323,7 +349,7 @@ class StepInBackward(StaysBehind):
         optimizer = self._optimizer()
         if optimizer is not None and self._attached:
             with self._lock:
-                self._steps.step_rest(optimizer)
+                self._step_rest(optimizer)
                 self._finished = True
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -343,18 +369,18 @@ class StepInBackward(StaysBehind):
         """Step with the gradients that are there."""
         if self._attached and self.enabled and any(p.grad is not None for p in parameters_of(optimizer.param_groups)):
             self._follow(optimizer)
-            self._steps.begin(optimizer)
-            self._steps.step_rest(optimizer)
+            self._read(optimizer)
+            self._step_rest(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._proven = self._proven or self._begun
         self._begun = False
 
     def _follow(self, optimizer: Optimizer) -> bool:
-        """Find layers and hooks anew where the optimizer has changed; return whether it has."""
-        if self._steps.found.holds(optimizer.param_groups, self._steps.request):
+        """Find layers and register hooks again where the optimizer has changed; return whether it has."""
+        if self._found.holds(optimizer.param_groups, self._request):
             return False
-        self._steps.resolve(optimizer)
+        self._resolve(optimizer)
         self._watch(parameters_of(optimizer.param_groups))
         return True
 
@@ -370,6 +396,110 @@ class StepInBackward(StaysBehind):
             self._on_parameters[number] = p.register_post_accumulate_grad_hook(self._on_arrival)
             p.requires_grad_(trained)
             _STEPPED[number] = self
+
+    # --- The step of one layer ----------------------------------------------------------------------------------------
+
+    def _resolve(self, optimizer: Optimizer) -> None:
+        """Find the layers, and everything that follows from them; change nothing if that fails."""
+        found = resolve(optimizer, optimizer, self._request)
+        if self._rule is not None:
+            before = self._found.names if self._state else []
+            self._state = renewed_state(self._rule, found.layers, found.statistics.device, self._state, before)
+        group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+
+        def unit(layer: int | None, parameters: Sequence[Tensor]) -> _Unit:
+            groups: dict[int, list[Tensor]] = {}
+            for p in parameters:
+                groups.setdefault(group_of[id(p)], []).append(p)
+            return _Unit(layer, parameters, sorted(groups.items()), Partition({id(p): 0 for p in parameters}))
+
+        self._units = [unit(i, layer.parameters) for i, layer in enumerate(found.layers)]
+        for own, layer in zip(self._units, found.layers, strict=True):
+            if self._needs and layer.included:
+                own.statistics = LayerStatistics([layer], self._needs)
+        self._units += [unit(None, [p]) for p in found.parameters if id(p) not in found.statistics.layer_of]
+        self._unit_of = {id(p): own for own in self._units for p in own.parameters}
+        self._found: Resolution = found
+        self._raw: tuple[Tensor, int] | None = None
+        self._factors = self._known = [_of_one([1.0])] * len(found.layers)
+
+    def _read(self, optimizer: Optimizer) -> None:
+        """Read what holds for all layers of one backward: rates, place, and factors that need no statistics."""
+        found = self._found
+        self._rates = rates_of(optimizer.param_groups)
+        self._dry = found.dry or runs_on_fakes(found.layers[0].parameters[0])
+        self._factors = [_of_one([1.0])] * len(found.layers)
+        if self._rule is not None:
+            self._choose_place(optimizer)
+            if not self._needs and not self._dry:
+                raw, self._state = self._checked(self._rule.factors(NOTHING, self._state))
+                # On an accelerator reading them waits.
+                if self._raw is None or self._raw[0] is not raw or self._raw[1] != raw._version:
+                    self._known = [_of_one([f]) for f in Factors(raw, found.included, found.mask).read()]
+                    self._raw = (raw, raw._version)
+                self._factors = self._known
+        for unit in self._units:
+            unit.arrived, unit.expected = 0, sum(p.requires_grad for p in unit.parameters)
+
+    def _step_unit(self, optimizer: Optimizer, unit: _Unit) -> None:
+        """Update the unit's parameters as `optimizer.step()` would, and free their gradients; without grad mode."""
+        view: Any = object.__new__(type(optimizer))
+        vars(view).update(vars(optimizer))
+        groups = optimizer.param_groups
+        view.param_groups = [{**groups[number], "params": parameters} for number, parameters in unit.groups]
+        for group in view.param_groups:
+            group.pop("param_names", None)
+        factors = self._factors_of(unit, view)
+        if not factors.neutral:
+            self._place.act(view, unit.partition, factors)
+        self._step(view)
+        if not factors.neutral:
+            self._place.finish()
+        for p in unit.parameters:
+            p.grad = None
+
+    @torch.no_grad()
+    def _step_rest(self, optimizer: Optimizer) -> None:
+        """Step the units that have gradients left."""
+        for unit in self._units:
+            if any(p.grad is not None for p in unit.parameters):
+                self._step_unit(optimizer, unit)
+
+    def _factors_of(self, unit: _Unit, view: Any) -> Factors:
+        """Return the unit's factor, from its statistics where the rule needs some."""
+        if unit.layer is None:
+            return _of_one([1.0])
+        if unit.statistics is None or self._dry:
+            return self._factors[unit.layer]
+        # The user may have set a scale of the loss; a GradScaler is refused.
+        groups, grad_scale = view.param_groups, getattr(view, "grad_scale", None)
+        factor: Tensor | list[float]
+        if self._found.in_numbers is not None:
+            factor = self._found.in_numbers.numbers(unit.statistics.numbers(groups, grad_scale))
+        else:
+            own = unit.statistics.compute(groups, grad_scale)
+            # The values in the place of other layers do not matter.
+            every = {name: getattr(own, name).expand(len(self._factors)) for name in self._needs}
+            raw, _ = self._checked(self._rule.factors(Statistics(**every), self._state))
+            factor = raw.narrow(0, unit.layer, 1)
+        self._factors[unit.layer] = _of_one(factor)
+        return self._factors[unit.layer]
+
+    def _checked(self, result: Any) -> tuple[Tensor, State]:
+        if is_pair(result) and isinstance(result[0], Tensor) and result[0].shape == (len(self._factors),):
+            return result
+        raise TypeError(
+            f"{described(self._rule)}.factors must return (factors, state), factors of shape [{len(self._factors)}]"
+        )
+
+    def _choose_place(self, optimizer: Optimizer) -> None:
+        """Choose where a factor acts as `LayerwiseLR` does; at each backward, since schedulers can bring momentum."""
+        request = self._request
+        chosen = (automatic_place(optimizer, request.preferred, request.decay), damps_history(optimizer))
+        if chosen != self._place_of:
+            self._place_of = chosen
+            self._place = make_place(chosen[0], request.decay, automatic=chosen[1])
+            self._place.reads = False  # reading a factor for each layer would wait in the middle of backward
 
 
 def _weak(method: Callable[..., None]) -> Callable[..., None]:
@@ -389,152 +519,6 @@ class _Unscaling:
 
     def __bool__(self) -> bool:
         raise RuntimeError(UNSCALES)
-
-
-# --- The step of one layer -------------------------------------------------------------------------------------------
-
-PER_LAYER = AS_NUMBERS | {"normalisation_gain"}
-"""The statistics that hold one number a layer."""
-
-
-def _of_one(factor: Tensor | Sequence[float]) -> Factors:
-    """Return one layer's factor."""
-    return Factors(factor, (True,), None)
-
-
-@dataclass(eq=False)
-class _Unit:
-    """Parameters that step together: those of a layer, or one that is in none."""
-
-    layer: int | None  # its number
-    parameters: Sequence[Tensor]
-    groups: list[tuple[int, list[Tensor]]]  # numbers of parameter groups, each with the unit's parameters there
-    partition: Partition
-    statistics: LayerStatistics | None = None  # for a rule that needs some, and a layer that is not excluded
-    expected: int = 0  # gradients in this backward, at most
-    arrived: int = 0
-
-
-class _LayerSteps:
-    """Steps of single layers, which together are the optimizer's step with a `LayerwiseLR` of the same rule.
-
-    `rates` are those of the parameter groups in the last backward, and `factors` those of the layers.
-    """
-
-    found: Resolution
-
-    def __init__(self, optimizer: Optimizer, model: Model | None, rule: Any) -> None:
-        self.request = requested(rule, model)
-        self.state: State = {}
-        self.rates = rates_of(optimizer.param_groups)
-        self._needs = [] if rule is None else [name for name in needs_of(rule) if name in PER_LAYER]
-        self._place_of: tuple[str, bool] | None = None
-        # Without its wrappers, whose hooks are for a whole step.
-        self._step: Callable[[Any], Any] = inspect.unwrap(type(optimizer).step)
-        self.resolve(optimizer)
-        self._choose_place(optimizer)
-
-    def resolve(self, optimizer: Optimizer) -> None:
-        """Find the layers, and everything that follows from them; change nothing if that fails."""
-        found, rule = resolve(optimizer, optimizer, self.request), self.request.rule
-        if rule is not None:
-            before = self.found.names if self.state else []
-            self.state = renewed_state(rule, found.layers, found.statistics.device, self.state, before)
-        group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-
-        def unit(layer: int | None, parameters: Sequence[Tensor]) -> _Unit:
-            groups: dict[int, list[Tensor]] = {}
-            for p in parameters:
-                groups.setdefault(group_of[id(p)], []).append(p)
-            return _Unit(layer, parameters, sorted(groups.items()), Partition({id(p): 0 for p in parameters}))
-
-        self.units = [unit(i, layer.parameters) for i, layer in enumerate(found.layers)]
-        if self._needs:
-            for own, layer in zip(self.units, found.layers, strict=True):
-                own.statistics = LayerStatistics([layer], self._needs) if layer.included else None
-        self.units += [unit(None, [p]) for p in found.parameters if id(p) not in found.statistics.layer_of]
-        self.unit_of = {id(p): own for own in self.units for p in own.parameters}
-        self.found, self._raw = found, None
-        self.factors = self._known = [_of_one([1.0])] * len(found.layers)
-
-    def begin(self, optimizer: Optimizer) -> None:
-        """Read what holds for all layers of one backward: rates, place, and factors that need no statistics."""
-        found, rule = self.found, self.request.rule
-        self.rates = rates_of(optimizer.param_groups)
-        self._dry = found.dry or runs_on_fakes(found.layers[0].parameters[0])
-        self.factors = [_of_one([1.0])] * len(found.layers)
-        if rule is not None:
-            self._choose_place(optimizer)
-            if not self._needs and not self._dry:
-                raw, self.state = self._checked(rule.factors(NOTHING, self.state))
-                # On an accelerator reading them waits.
-                if self._raw is None or self._raw[0] is not raw or self._raw[1] != raw._version:
-                    self._known = [_of_one([f]) for f in Factors(raw, found.included, found.mask).read()]
-                    self._raw = (raw, raw._version)
-                self.factors = self._known
-        for unit in self.units:
-            unit.arrived, unit.expected = 0, sum(p.requires_grad for p in unit.parameters)
-
-    def step(self, optimizer: Optimizer, unit: _Unit) -> None:
-        """Update the unit's parameters as `optimizer.step()` would, and free their gradients; without grad mode."""
-        view: Any = object.__new__(type(optimizer))
-        vars(view).update(vars(optimizer))
-        groups = optimizer.param_groups
-        view.param_groups = [{**groups[number], "params": parameters} for number, parameters in unit.groups]
-        for group in view.param_groups:
-            group.pop("param_names", None)
-        factors = self._factors_of(unit, view)
-        if not factors.neutral:
-            self._place.act(view, unit.partition, factors)
-        self._step(view)
-        if not factors.neutral:
-            self._place.finish()
-        for p in unit.parameters:
-            p.grad = None
-
-    @torch.no_grad()
-    def step_rest(self, optimizer: Optimizer) -> None:
-        """Step the units that have gradients left."""
-        for unit in self.units:
-            if any(p.grad is not None for p in unit.parameters):
-                self.step(optimizer, unit)
-
-    def _factors_of(self, unit: _Unit, view: Any) -> Factors:
-        """Return the unit's factor, from its statistics where the rule needs some."""
-        if unit.layer is None:
-            return _of_one([1.0])
-        if unit.statistics is None or self._dry:
-            return self.factors[unit.layer]
-        # The user may have set a scale of the loss; a GradScaler is refused.
-        groups, grad_scale = view.param_groups, getattr(view, "grad_scale", None)
-        factor: Tensor | list[float]
-        if self.found.in_numbers is not None:
-            factor = self.found.in_numbers.numbers(unit.statistics.numbers(groups, grad_scale))
-        else:
-            own = unit.statistics.compute(groups, grad_scale)
-            # The values in the place of other layers do not matter.
-            every = {name: getattr(own, name).expand(len(self.factors)) for name in self._needs}
-            raw, _ = self._checked(self.request.rule.factors(Statistics(**every), self.state))
-            factor = raw.narrow(0, unit.layer, 1)
-        self.factors[unit.layer] = _of_one(factor)
-        return self.factors[unit.layer]
-
-    def _checked(self, result: Any) -> tuple[Tensor, State]:
-        if is_pair(result) and isinstance(result[0], Tensor) and result[0].shape == (len(self.factors),):
-            return result
-        raise TypeError(
-            f"{described(self.request.rule)}.factors must return (factors, state), factors of shape "
-            f"[{len(self.factors)}]"
-        )
-
-    def _choose_place(self, optimizer: Optimizer) -> None:
-        """Choose where a factor acts as `LayerwiseLR` does; at each backward, since schedulers can bring momentum."""
-        request = self.request
-        chosen = (automatic_place(optimizer, request.preferred, request.decay), damps_history(optimizer))
-        if chosen != self._place_of:
-            self._place_of, self.place = chosen, chosen[0]
-            self._place = make_place(chosen[0], request.decay, automatic=chosen[1])
-            self._place.reads = False  # reading a factor for each layer would wait in the middle of backward
 
 
 # --- Checks ----------------------------------------------------------------------------------------------------------

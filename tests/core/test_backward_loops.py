@@ -330,9 +330,9 @@ def test_a_model_on_another_device_is_resolved_again() -> None:
     model = network()
     optimizer = momentum(model)
     handle = layerwise.step_in_backward(optimizer, model, LayerAdaptive())
-    handle._steps.found.statistics.device = torch.device("meta")
+    handle._found.statistics.device = torch.device("meta")
     loss_of(model, 0).backward()
-    assert handle._steps.found.statistics.device == torch.device("cpu")
+    assert handle._found.statistics.device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("group", [0, 1])
