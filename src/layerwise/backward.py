@@ -333,12 +333,12 @@ class StepInBackward(StaysBehind):
         if OptimizerHooks.has_any(optimizer):
             raise RuntimeError(ATTACHED_TOO)
         _check_options(optimizer)  # loading a state can change them
-        if self._follow(optimizer) or not self._proven:
+        if self._resolve_changed(optimizer) or not self._proven:
             _check_wrappers(parameters_of(optimizer.param_groups))
             _check_loss()
         if self._begun:
             logger.warning("the last backward failed half-way; the layers that it had reached have been updated")
-        self._read(optimizer)
+        self._prepare(optimizer)
         self._task, self._begun, self._finished = task, True, False
         end = partial(self._on_end)  # autograd alone holds this object, until the backward has ended or failed
         self._running = weakref.ref(end)
@@ -368,15 +368,15 @@ class StepInBackward(StaysBehind):
     def _step_present(self, optimizer: Optimizer) -> None:
         """Step with the gradients that are there."""
         if self._attached and self.enabled and any(p.grad is not None for p in parameters_of(optimizer.param_groups)):
-            self._follow(optimizer)
-            self._read(optimizer)
+            self._resolve_changed(optimizer)
+            self._prepare(optimizer)
             self._step_rest(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._proven = self._proven or self._begun
         self._begun = False
 
-    def _follow(self, optimizer: Optimizer) -> bool:
+    def _resolve_changed(self, optimizer: Optimizer) -> bool:
         """Find layers and register hooks again where the optimizer has changed; return whether it has."""
         if self._found.holds(optimizer.param_groups, self._request):
             return False
@@ -423,8 +423,8 @@ class StepInBackward(StaysBehind):
         self._raw: tuple[Tensor, int] | None = None
         self._factors = self._known = [_of_one([1.0])] * len(found.layers)
 
-    def _read(self, optimizer: Optimizer) -> None:
-        """Read what holds for all layers of one backward: rates, place, and factors that need no statistics."""
+    def _prepare(self, optimizer: Optimizer) -> None:
+        """Read what all layers of a backward share: rates, place, and factors that need no statistics."""
         found = self._found
         self._rates = rates_of(optimizer.param_groups)
         self._dry = found.dry or runs_on_fakes(found.layers[0].parameters[0])
@@ -433,7 +433,7 @@ class StepInBackward(StaysBehind):
             self._choose_place(optimizer)
             if not self._needs and not self._dry:
                 raw, self._state = self._checked(self._rule.factors(NOTHING, self._state))
-                # On an accelerator reading them waits.
+                # Reading them waits for an accelerator, so unchanged ones are not read again.
                 if self._raw is None or self._raw[0] is not raw or self._raw[1] != raw._version:
                     self._known = [_of_one([f]) for f in Factors(raw, found.included, found.mask).read()]
                     self._raw = (raw, raw._version)
