@@ -131,4 +131,4 @@ def test_what_a_step_costs_on_an_accelerator_is_told(kind: Any) -> None:
     with FakeTensorMode():
         named = [(f"{i}.weight", nn.Parameter(torch.empty(8, 8, device="cuda"))) for i in range(3)]
         text = layerwise.diagnose(kind(named), seconds=0)
-    assert "a look at each call of the step" in text
+    assert "route     scaled writes: " in text
