@@ -383,7 +383,7 @@ class AttachedRule:
     def last_factors(self) -> list[float]:
         """Return each layer's factor at the last step, 1 before the first; waits for the device."""
         self._forget_failed()
-        return [1.0] * len(self.found.layers) if self.factors is None else self.factors.read()
+        return [1.0] * len(self.found.layers) if self.factors is None else self.factors.last()
 
     def last_rates(self) -> list[float]:
         """Return each layer's rate at the last step; NaN where a group has none. Waits for the device."""

@@ -356,6 +356,12 @@ class Factors:
             self._numbers = self._read()
         return self._numbers
 
+    def last(self) -> list[float]:
+        """Return the numbers after the step and keep none: a replayed CUDA graph writes others into the same tensor."""
+        kept, numbers = self._numbers, self.read()
+        self._numbers = kept
+        return numbers
+
     def complete(self) -> None:
         """Compute what has not been asked for yet."""
 
