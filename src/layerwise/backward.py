@@ -116,7 +116,7 @@ def step_in_backward(optimizer: Any, model: Model | None, rule: Any = None) -> S
     return StepInBackward(optimizer, model, rule)
 
 
-def _of_one(factor: Tensor | Sequence[float]) -> Factors:
+def _of_one(factor: Tensor | list[float]) -> Factors:
     """Return one layer's factor."""
     return Factors(factor, (True,), None)
 
