@@ -258,7 +258,7 @@ class Layer:
 
     def whole(self) -> list[Tensor]:
         """Return for each parameter a tensor of its whole shape: the parameter itself, unless FSDP1 has sharded it."""
-        return list(map(stand_in, self.parameters, self.shards))
+        return list(map(stand_in, self.parameters, self.shards) if any(self.shards) else self.parameters)
 
 
 def matches(pattern: str, name: str) -> bool:
