@@ -1,4 +1,4 @@
-"""Checks of arguments and of files, and what copies of public objects hold."""
+"""Checks of arguments, reading of plain files, and copies of public objects."""
 
 from __future__ import annotations
 
@@ -13,17 +13,12 @@ from typing import Any, ClassVar
 
 
 def has_type(value: object, kind: type | tuple[type, ...]) -> bool:
-    """Tell whether an argument has the type that its annotation promises, which not everybody's tools hold them to."""
+    """Return whether an argument has the type of its annotation, which type checkers take for granted."""
     return isinstance(value, kind)
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise unless a value is one of the allowed words.
-
-    Raises:
-        TypeError: It is no string.
-        ValueError: It is another word.
-    """
+    """Raise unless a value is one of the allowed words."""
     words = ", ".join(map(repr, allowed))
     if not isinstance(value, str):
         raise TypeError(f"{name}={value!r} ({type(value).__name__}) must be one of {words}")
@@ -32,7 +27,7 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def chosen(argument: Any, preferred: Any, otherwise: Any) -> Any:
-    """Return the argument, or for `"auto"` what the rule prefers, or else the common choice."""
+    """Return the argument, or for `"auto"` the rule's preference, or else the common choice."""
     if not (isinstance(argument, str) and argument == "auto"):
         return argument
     return otherwise if preferred is None else preferred
@@ -41,7 +36,7 @@ def chosen(argument: Any, preferred: Any, otherwise: Any) -> Any:
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 BLOCK = 1 << 22
-"""Bytes of a further call of the system; a file's own length is asked for at first."""
+"""Most bytes of one read."""
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -58,18 +53,15 @@ class NotPlainError(ValueError):
 
 
 def parts(path: str | os.PathLike[str], most: int, *, links: bool = False) -> Iterator[bytes]:
-    """Read a plain file part by part.
+    """Read a plain file of at most `most` bytes in parts; a small file comes in one.
 
     Args:
         path: The file.
         most: The most bytes that it may have.
         links: Whether `path` itself may be a link, as to data that several users share.
 
-    Yields:
-        Its content; what is small comes in one part.
-
     Raises:
-        OSError: It is not there or cannot be read.
+        OSError: The file does not exist or cannot be read.
         NotPlainError: It is a link, a pipe, a device or a folder, or larger than `most`.
     """
     name = os.fspath(path)
@@ -84,18 +76,17 @@ def parts(path: str | os.PathLike[str], most: int, *, links: bool = False) -> It
         raise NotPlainError(f"{name}: is {kind}, not a plain file") from error
     try:
         about = os.fstat(file)
-        if not stat.S_ISREG(about.st_mode):
-            raise NotPlainError(f"{name}: is {KINDS.get(stat.S_IFMT(about.st_mode), 'something else')}, not a file")
+        if kind := _kind(about.st_mode):
+            raise NotPlainError(f"{name}: is {kind}, not a file")
         length = 0
-        while about.st_size <= most and length <= most:
-            asked = min(max(about.st_size - length, 0) + 1, BLOCK)
-            part = os.read(file, asked)
+        # One byte more than the file's length, since it may have grown.
+        while about.st_size <= most and (part := os.read(file, min(about.st_size + 1, BLOCK))):
             length += len(part)
-            if part and length <= most:
-                yield part
-            if len(part) < asked and length <= most:
-                return
-        raise NotPlainError(f"{name}: has more than {most:,} bytes, more than such a file may have")
+            if length > most:
+                break
+            yield part
+        if max(length, about.st_size) > most:
+            raise NotPlainError(f"{name}: has more than {most:,} bytes, more than such a file may have")
     except OSError as error:
         raise type(error)(error.errno, error.strerror, name) from error
     finally:
@@ -108,11 +99,14 @@ def read_plain(path: str | os.PathLike[str], most: int, *, links: bool = False) 
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """Name the kind of what is at a path; None for a plain file, and if there is nothing."""
+    """Return the kind of what is at a path; None for a plain file, and if there is nothing."""
     try:
-        mode = os.lstat(path).st_mode
+        return _kind(os.lstat(path).st_mode)
     except (OSError, ValueError):
         return None
+
+
+def _kind(mode: int) -> str | None:
     return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "something else")
 
 
@@ -129,7 +123,7 @@ class StaysBehind:
     _copy_warned = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # used by both `copy` and `pickle`
-        """Return how the copy is made, which is None."""
+        """Return how to make a copy, which is None."""
         if not self._copy_warned:
             self._copy_warned = True
             here = inspect.currentframe()
