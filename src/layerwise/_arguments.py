@@ -26,6 +26,14 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; allowed: {words}")
 
 
+def check_count(name: str, value: object, remedy: str = "") -> None:
+    """Raise unless a value is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be a whole number of at least 1")
+    if value < 1:
+        raise ValueError(f"{name}={value!r} must be at least 1{remedy}")
+
+
 def chosen(argument: Any, preferred: Any, otherwise: Any) -> Any:
     """Return the argument, or for `"auto"` the rule's preference, or else the common choice."""
     if not (isinstance(argument, str) and argument == "auto"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .._arguments import StaysBehind, has_type
+from .._arguments import StaysBehind, check_count
 from .optional import optional
 from .record import QUANTITIES, Record
 
@@ -39,10 +39,7 @@ class Parquet(StaysBehind):
     """
 
     def __init__(self, path: str | os.PathLike[str], records_per_file: int = 20) -> None:
-        if not has_type(records_per_file, int) or isinstance(records_per_file, bool):
-            raise TypeError(f"records_per_file={records_per_file!r} must be a whole number of at least 1")
-        if records_per_file < 1:
-            raise ValueError(f"records_per_file={records_per_file!r} must be at least 1")
+        check_count("records_per_file", records_per_file)
         self._polars = optional("polars", "Parquet", "polars")
         self.path = Path(path).absolute()  # the program may change its folder
         self.records_per_file = records_per_file
