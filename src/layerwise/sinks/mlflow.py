@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import re
 import time
-from collections.abc import Generator
 from typing import Any
 
 from .._arguments import StaysBehind
-from .optional import optional
+from .delivery import optional
 from .record import Record
 
 MOST = 1000
@@ -50,15 +48,17 @@ class MLflow(StaysBehind):
             run = getattr(getattr(run, "info", None), "run_id", run)
             if not isinstance(run, str):
                 raise TypeError(f"run={run!r} must be a run of MLflow, the id of one, or None")
-        with same_random_numbers():
+        state = random.getstate()  # MLflow draws its names from Python's random numbers
+        try:
             mlflow = optional("mlflow", "MLflow", "mlflow-skinny")
-            place = None if tracking_uri is None else os.fspath(tracking_uri)
-            self._client = optional("mlflow.tracking", "MLflow", "mlflow-skinny").MlflowClient(place)
-            self._metric = optional("mlflow.entities", "MLflow", "mlflow-skinny").Metric
+            self._client = mlflow.MlflowClient(None if tracking_uri is None else os.fspath(tracking_uri))
+            self._metric = mlflow.entities.Metric
             if run is None and tracking_uri is None and mlflow.active_run() is not None:
                 run = mlflow.active_run().info.run_id
             self._own = run is None
             self.run_id: str = self._new_run(experiment) if run is None else run
+        finally:
+            random.setstate(state)
 
     def __call__(self, record: Record) -> None:
         """Log a record."""
@@ -82,20 +82,10 @@ class MLflow(StaysBehind):
 
 
 def legal_name(layer: str) -> str:
-    """Return a layer's name with `_` for each character that MLflow does not allow, or takes for a folder.
+    """Return a layer's name with `_` for each character that MLflow refuses or reads as a folder.
 
     Example:
         >>> legal_name("blocks.*/attention")
         'blocks.__attention'
     """
     return re.sub(r"[^\w.\- ]", "_", layer)
-
-
-@contextlib.contextmanager
-def same_random_numbers() -> Generator[None]:
-    """Leave Python's random numbers as they were: MLflow draws its names from them."""
-    state = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(state)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
 from .._arguments import StaysBehind, check_count
-from .optional import optional
+from .delivery import optional
 from .record import QUANTITIES, Record
 
 
@@ -77,20 +78,18 @@ class Parquet(StaysBehind):
         self._gathered = []
 
     def _give_name(self, temporary: Path, number: int) -> None:
-        """Give a whole file the next free name: another process may have taken the first one meanwhile."""
-        while True:
-            whole = self.path / f"part-{number:06}.parquet"
+        """Give a whole file the next free name; another process may have taken the first one."""
+        for candidate in itertools.count(number):
+            whole = self.path / f"part-{candidate:06}.parquet"
+            if os.path.lexists(whole):
+                continue
             try:
                 os.link(temporary, whole)
             except FileExistsError:
-                number += 1
+                continue
             except OSError:  # a file system without hard links
-                if not os.path.lexists(whole):
-                    os.replace(temporary, whole)
-                    return
-                number += 1
-            else:
-                return
+                os.replace(temporary, whole)
+            return
 
     def __repr__(self) -> str:
         return f"Parquet({str(self.path)!r})"

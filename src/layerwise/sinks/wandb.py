@@ -6,7 +6,7 @@ import atexit
 from typing import Any
 
 from .._arguments import StaysBehind
-from .optional import optional
+from .delivery import optional
 from .record import Record
 
 STEP = "layerwise/step"
