@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _callback_class() -> Any:
-    """Return Lightning's class, from whichever of its two packages is there, one that is imported already first."""
+    """Return Lightning's class, from whichever of its two packages is installed; an imported one comes first."""
     packages = ("lightning.pytorch", "pytorch_lightning")
     for package in sorted(packages, key=lambda name: name not in sys.modules):
         try:
@@ -46,21 +46,21 @@ class LayerwiseCallback(Callback):
     accumulation, clipping, mixed precision and schedulers work as without it. The gradients are those that the
     optimizer gets: accumulated, unscaled, clipped.
 
-    Every `log_every` steps the Trainer's loggers get `layerwise/lr/LAYER` and `layerwise/factor/LAYER`, for which the
-    numbers are read from the device.
+    Every `log_every` steps the Trainer's loggers get `layerwise/lr/LAYER` and `layerwise/factor/LAYER`. Their
+    values are read from the device.
 
     All optimizers get the same rule and arguments. For different ones, attach a `LayerwiseLR` to each in
     `configure_optimizers`, and save its state in `on_save_checkpoint`. Give one callback to a Trainer; several rules
     are a `layerwise.rules.chain`.
 
     Args:
-        rule: How large the factors are; one of `layerwise.rules`, or an object like them.
-        layers: As for `layerwise.LayerwiseLR`, and so the following.
+        rule: Computes the factors; one of `layerwise.rules`, or your own.
+        layers: As for `layerwise.LayerwiseLR`, as are the next five.
         apply: Where the factor acts.
-        decay: Whether it multiplies coupled weight decay too.
+        decay: Whether the factor multiplies coupled weight decay too.
         exclude: Layers left at factor 1.
-        bounds: A clamp of the factors.
-        on_nonfinite: What a gradient that is not finite does.
+        bounds: Clamp of the factors.
+        on_nonfinite: What a non-finite gradient does.
         log_every: Optimizer steps from one log to the next; None for none.
 
     Raises:
@@ -101,7 +101,7 @@ class LayerwiseCallback(Callback):
         self._stage = "fit"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the Trainer behind: a copy is of none yet."""
+        """Leave the Trainer out: a copy has none yet."""
         return {**self.__dict__, "_trainer": None}
 
     @property
@@ -153,9 +153,9 @@ class LayerwiseCallback(Callback):
         return self._attachments.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over the adapters' states, at once or when training begins.
+        """Load the adapters' states, at once or when training begins.
 
-        Lightning also hands them over when a checkpoint is validated or tested, which is no training to go on with.
+        Lightning also calls this when it validates or tests a checkpoint; the states are ignored then.
         """
         if self._stage == "fit":
             self._attachments.load_state_dict(state_dict)

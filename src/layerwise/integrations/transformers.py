@@ -41,23 +41,23 @@ class LayerwiseCallback(TrainerCallback):
     state as `layerwise.pt` in the folder of each checkpoint, and detaches when training has ended. The gradients are
     those that the optimizer gets: accumulated and clipped.
 
-    Resuming: the Trainer does not tell its callbacks which folder it resumes from. It is looked for where
-    `TrainingArguments.resume_from_checkpoint` says, else in `output_dir`. To resume from elsewhere set that argument
-    too; a rule that remembers something raises an error otherwise.
+    Resuming: callbacks do not get the folder that the Trainer resumes from. This one looks for it in
+    `TrainingArguments.resume_from_checkpoint`, else in `output_dir`. To resume from elsewhere, set that argument too.
+    Otherwise a rule that keeps a state raises an error.
 
     Every `log_every` steps `layerwise/lr/LAYER` and `layerwise/factor/LAYER` join the Trainer's next log and its
-    `state.log_history`, for which the numbers are read from the device. Callbacks that stand before this one, such as
-    the one that writes for TensorBoard, have had the log by then: put this one in front with
-    `trainer.callback_handler.callbacks.insert(0, callback)` for them to get it too.
+    `state.log_history`. Their values are read from the device. Callbacks before this one, such as TensorBoard's, get
+    the log without them. To change that, put this one in front with
+    `trainer.callback_handler.callbacks.insert(0, callback)`.
 
     Args:
-        rule: How large the factors are; one of `layerwise.rules`, or an object like them.
-        layers: As for `layerwise.LayerwiseLR`, and so the following.
+        rule: Computes the factors; one of `layerwise.rules`, or your own.
+        layers: As for `layerwise.LayerwiseLR`, as are the next five.
         apply: Where the factor acts.
-        decay: Whether it multiplies coupled weight decay too.
+        decay: Whether the factor multiplies coupled weight decay too.
         exclude: Layers left at factor 1.
-        bounds: A clamp of the factors.
-        on_nonfinite: What a gradient that is not finite does.
+        bounds: Clamp of the factors.
+        on_nonfinite: What a non-finite gradient does.
         log_every: Optimizer steps from one log to the next; None for none. Not more often than the Trainer logs.
 
     Raises:
