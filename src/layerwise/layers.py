@@ -345,7 +345,9 @@ def make_layers(
     model: nn.Module | None = None,
     shards: Mapping[int, Shard] | None = None,
 ) -> list[Layer]:
-    """Group named parameters into layers.
+    """Group named parameters into layers, in the order of their first parameter.
+
+    Integer parameters, such as quantised weights, are in no layer. Nor are those on the meta device if others are not.
 
     Args:
         named_parameters: Clean name to parameter, in the model's order.
@@ -354,10 +356,6 @@ def make_layers(
             `TensorLayers`.
         model: The model, from which rules get the layers' modules.
         shards: This process's shards of sharded parameters, by the parameters' ids.
-
-    Returns:
-        The layers in the order of their first parameter. Integer parameters, such as quantised weights, are in no
-        layer. Nor are those on the meta device if others are not.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -607,8 +605,8 @@ def _warning(layer: Layer, layers: Sequence[Layer]) -> str:
 def param_groups(model: Model, layers: LayerSpecification = "module") -> list[dict[str, Any]]:
     """Return named parameter groups, one a layer, to build an optimizer from.
 
-    For rates that are set by hand and kept; `LayerwiseLR` needs no such groups. Every parameter of the model
-    that requires a gradient must be in a layer, so that none is forgotten.
+    Use it for rates that are set by hand and kept; `LayerwiseLR` needs no such groups. Every parameter of the model
+    that requires a gradient must be in a layer.
 
     Args:
         model: The network, or a list or dictionary of networks, whose names then begin with their index or key.
@@ -620,7 +618,7 @@ def param_groups(model: Model, layers: LayerSpecification = "module") -> list[di
         require a gradient is left out.
 
     Raises:
-        TypeError: `model` is no module, nor a list or dictionary of modules, or `layers` has the wrong type.
+        TypeError: `model` is neither a module nor a list or dictionary of modules, or `layers` has the wrong type.
         ValueError: `layers` is unknown, matches nothing, or leaves a parameter out.
 
     Example:

@@ -196,9 +196,14 @@ class LayerStatistics:
             found_inf: Above zero when a gradient scaler found them non-finite.
         """
         needs = self.needs
-        # BackMatching's gains are no norms; so few rules ask for them that they go the way of the shared ones.
-        alone = self.sharing is None and "normalisation_gain" not in needs
-        values: dict[str, Any] = self._norms(groups) if alone else self._sums(groups)
+        values: dict[str, Any]
+        # BackMatching's gains are no norms. Few rules need them, so they are summed as those of shards are.
+        if self.sharing is not None or "normalisation_gain" in needs:
+            values = self._sums(groups)
+        else:
+            values = self._joined(groups, partial(tensor_norms, device=self.device), JointNorms.of)
+            if self._measures_gradients and "gradient_norm" not in values:
+                values["gradient_norm"] = self._zeros.clone()
         if "gradients" in needs:
             gradients = [p.grad if self.sharing is None else settled_gradient(p) for p in self.members]
             values["gradients"] = Gradients(gradients, grad_scale, found_inf)
@@ -245,13 +250,6 @@ class LayerStatistics:
                 self._indices.clear()
             self._indices[key] = torch.tensor(key, dtype=torch.long, device=self.device)
         return self._indices[key]
-
-    def _norms(self, groups: Groups) -> dict[str, Tensor]:
-        """Return the norms in `needs` when this process holds all of every parameter."""
-        values = self._joined(groups, partial(tensor_norms, device=self.device), JointNorms.of)
-        if self._measures_gradients and "gradient_norm" not in values:
-            values["gradient_norm"] = self._zeros.clone()
-        return values
 
     def _sums(self, groups: Groups) -> dict[str, Tensor]:
         """Return the norms and gains in `needs`, out of sums over processes: one collective for all of them."""
