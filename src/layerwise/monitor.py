@@ -1,4 +1,4 @@
-"""Watch the layers of a network learn, without changing anything."""
+"""Records what each layer does while a network trains, without changing anything."""
 
 from __future__ import annotations
 
@@ -112,34 +112,34 @@ def _rate_of(rate: Any) -> Tensor | list[float]:
 
 
 class Monitor(StaysBehind):
-    """Records norms, factors and rates of the layers every N steps, and changes nothing of the training, to the bit.
+    """Records norms, factors and rates of the layers every N steps, and leaves the training unchanged, bit for bit.
 
     For each layer l of every N-th step: ‖g_l‖ as it arrived, ‖w_l‖ before the step, ‖Δw_l‖ with Δw_l = w_l after − w_l
     before, the factor f_l of the adapters on the optimizer, the rate lr · f_l, and ‖Δw_l‖ / ‖w_l‖; see
     `layerwise.sinks.Record`.
 
-    A step that is not recorded costs a counter. One that is costs readings of gradients, weights and updates, a copy of
-    the parameters while the optimizer steps, and one transfer of all numbers from the device, which waits for it. No
-    random number is drawn.
+    A step that is not recorded only increments a counter. A recorded step reads gradients, weights and updates once,
+    keeps a copy of the parameters while the optimizer steps, and moves all numbers from the device in one transfer,
+    which waits for it. No random number is drawn.
 
     Steps are counted from 1, and those whose number is a multiple of `every` are recorded. Steps that raise are not
-    counted, nor those that a gradient scaler skips, nor the one of rate and gradient 0 by which distributed checkpoints
-    begin an optimizer's state.
+    counted, nor those that a gradient scaler skips, nor the step with zero rate and gradient by which distributed
+    checkpoints create optimizer state.
 
-    It works with and without a `LayerwiseLR`, attached before it or after it, and with closures: it looks when the
+    It works with and without a `LayerwiseLR`, attached before or after it, and with closures: it measures when the
     optimizer has evaluated its closure for the first time in a step.
 
-    A copy or a pickle of a module that holds a monitor has None in its place, with a warning.
+    If a module holds a monitor, a copy or a pickle of the module holds None in its place, with a warning.
 
     Args:
         optimizer: A `torch.optim.Optimizer`, or a wrapper of Accelerate or Fabric around one.
         model: Names the layers, as in `LayerwiseLR`. None takes the names of an optimizer built from
-            `model.named_parameters()`; neither is needed where the layers are an adapter's.
+            `model.named_parameters()`; neither is needed if the layers are an adapter's.
         every: The number of steps from one record to the next; at least 1.
         sinks: Where records go: callables that take a `Record`, such as those of `layerwise.sinks`. One that raises is
-            dropped with one message in the log, and training goes on. In training by several processes each makes a
-            monitor, and only one gives it sinks.
-        layers: As in `LayerwiseLR`. `"auto"`: those of the adapter if just one is attached to the optimizer, else
+            dropped with one message in the log, and training goes on. With several processes, each makes a monitor and
+            only one passes sinks.
+        layers: As in `LayerwiseLR`. `"auto"` takes those of the adapter if just one is attached to the optimizer, else
             `"module"`. Parameters without a layer are not measured.
 
     Raises:
@@ -236,18 +236,18 @@ class Monitor(StaysBehind):
         return self._last
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of steps, so that a run that is resumed counts on."""
+        """Return the number of steps, so that a resumed run continues the count."""
         return {"version": 1, "steps": self.steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Count on from a saved number of steps.
+        """Continue the count from a saved number of steps.
 
         Args:
             state_dict: What `state_dict()` returned.
 
         Raises:
             TypeError: It is no mapping.
-            ValueError: It is something else; nothing is changed then.
+            ValueError: It is no state of a Monitor; nothing is changed then.
         """
         if not has_type(state_dict, Mapping):
             raise TypeError(f"state_dict must be what state_dict() returned, not {type(state_dict).__name__}")
@@ -257,7 +257,7 @@ class Monitor(StaysBehind):
         self._steps, self._skipped, self._compared = steps, 0, False
 
     def detach(self) -> None:
-        """Take the hooks off and close the sinks. A second call does nothing."""
+        """Remove the hooks and close the sinks. A second call does nothing."""
         optimizer = self._optimizer()
         if self._attached and optimizer is not None:
             OptimizerHooks.remove(optimizer, self)

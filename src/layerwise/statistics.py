@@ -51,11 +51,11 @@ class Statistics:
         decay_norm: ‖λ w_l‖, the norm of the weight-decay term, with each parameter's own λ.
         learning_rate: The layer's rate in its parameter group (the largest one, where a layer spans several groups).
         counts: Bool scalar: whether this is a step to count. Steps that a gradient scaler skips, steps with a
-            gradient that is not finite and steps whose gradients are all zero are not.
+            non-finite gradient and steps whose gradients are all zero are not.
         gradients: The gradients, which a rule must not change.
 
     Raises:
-        AttributeError: A statistic is read that was not asked for.
+        AttributeError: A statistic is read that is not in the rule's `needs`.
     """
 
     gradient_norm: Tensor
@@ -70,9 +70,9 @@ class Statistics:
     def __init__(self, **statistics: Any) -> None:
         vars(self).update(statistics)
 
-    def __getattr__(self, name: str) -> Any:  # only called for what is not there
+    def __getattr__(self, name: str) -> Any:  # only called for missing attributes
         if name in NEEDS:
-            raise AttributeError(f"the rule reads statistics.{name} without asking for it; add {name!r} to its needs")
+            raise AttributeError(f"statistics.{name} is not in the rule's needs; add {name!r} to them")
         raise AttributeError(f"there is no statistic {name!r}; there are {', '.join(NEEDS)}")
 
 

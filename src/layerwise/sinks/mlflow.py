@@ -17,17 +17,17 @@ MOST = 1000
 
 
 class MLflow(StaysBehind):
-    """Logs a record as metrics of an MLflow run, all in one call (one for each thousand of them).
+    """Logs a record as metrics of an MLflow run, in one call per thousand metrics.
 
-    MLflow allows letters, digits, `_`, `-`, `.` and blanks in a layer's name; any other character becomes `_`. A call
-    to a server is waited for. Needs the package mlflow or mlflow-skinny.
+    MLflow allows letters, digits, `_`, `-`, `.` and blanks in a layer's name; any other character becomes `_`. The step
+    waits for the server. Needs the package mlflow or mlflow-skinny.
 
     Args:
-        run: A run or the id of one, which stays open. None takes the active run, or if there is none makes one, which
-            ends with the sink.
-        tracking_uri: A server, a folder or a database; None takes MLflow's own setting. Recent versions take a folder
-            only if the environment says `MLFLOW_ALLOW_FILE_STORE=true`.
-        experiment: The name of a new run's experiment, which is made if needed.
+        run: A run or the id of one, which stays open. None takes the active run, or creates one that ends with the sink
+            if there is none.
+        tracking_uri: A server, a folder or a database; None takes MLflow's own setting. Recent versions accept a folder
+            only with `MLFLOW_ALLOW_FILE_STORE=true` in the environment.
+        experiment: The name of a new run's experiment, which is created if needed.
 
     Raises:
         ImportError: MLflow is not installed.
@@ -68,7 +68,7 @@ class MLflow(StaysBehind):
             self._client.log_batch(self.run_id, metrics=metrics[first : first + MOST])
 
     def close(self) -> None:
-        """End the run if it was made here."""
+        """End the run if this sink created it."""
         if self._own:
             self._client.set_terminated(self.run_id)
 

@@ -12,21 +12,21 @@ from .record import QUANTITIES, Record
 
 
 class Parquet(StaysBehind):
-    """Writes a folder of Parquet files, a row a layer and step: `step`, `layer`, and one column a quantity.
+    """Writes a folder of Parquet files, one row per layer and step: `step`, `layer`, and one column per quantity.
 
-    Records are gathered, and every `records_per_file` of them become one file `part-000001.parquet`, written beside
-    under a name that begins with a dot and then renamed. So each file is whole, may be read while training goes on,
-    and never changes again; a run that is killed loses at most the records of the file that was not begun. A folder
-    that holds files already gets further ones, as a resumed run needs it; a step that was repeated is there twice, the
-    later file's last. Needs the package polars.
+    Every `records_per_file` records become one file `part-000001.parquet`. It is written under a name that begins with
+    a dot and then renamed. So each file is whole, may be read while training goes on, and never changes again. A killed
+    run loses at most the records that are not in a file yet. A folder that already holds files gets further ones, as a
+    resumed run needs it. A step that was repeated appears twice, and the later file holds the later one. Needs the
+    package polars.
 
     Args:
-        path: The folder; made if needed. Read `FOLDER/*.parquet`.
+        path: The folder; created if needed. Read `FOLDER/*.parquet`.
         records_per_file: How many records make a file; at least 1.
 
     Raises:
         ImportError: polars is not installed.
-        OSError: The folder cannot be made.
+        OSError: The folder cannot be created.
         TypeError: `records_per_file` is no whole number.
         ValueError: `records_per_file` is less than 1.
 
@@ -68,7 +68,7 @@ class Parquet(StaysBehind):
         temporary = self.path / f".part.parquet.{os.getpid()}.tmp"
         try:
             temporary.unlink(missing_ok=True)
-            with temporary.open("xb") as stream:  # made anew: a link that lies there is not followed
+            with temporary.open("xb") as stream:  # a new file: an existing link is not followed
                 polars.DataFrame(columns, schema=schema).write_parquet(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
