@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from ..adapter import LayerwiseLR
+from ..adapter import Decay, LayerwiseLR
+from ..layers import Exclusion, LayerSpecification
+from ..optimizers import PlaceName
 from ..rules.questions import check_rule
 from ..rules.selection import check_whole
 from ..rules.state import is_state
 from ..sinks.record import ROOT, distinct
+from ..statistics import OnNonfinite
 
 logger = logging.getLogger("layerwise")
 
@@ -150,6 +153,34 @@ class Attachments:
                 step,
                 self.rule,
             )
+
+
+class Attaching:
+    """The arguments of every callback; a framework's class of callbacks comes after it among the base classes."""
+
+    def __init__(
+        self,
+        rule: Any,
+        *,
+        layers: LayerSpecification | Literal["auto"] = "auto",
+        apply: PlaceName | Literal["auto"] = "auto",
+        decay: Decay = "auto",
+        exclude: Exclusion | Literal["auto"] = "auto",
+        bounds: tuple[float, float] | None = None,
+        on_nonfinite: OnNonfinite = "ignore",
+        log_every: int | None = 50,
+    ) -> None:
+        super().__init__()
+        self._attachments = Attachments(
+            rule,
+            log_every,
+            layers=layers,
+            apply=apply,
+            decay=decay,
+            exclude=exclude,
+            bounds=bounds,
+            on_nonfinite=on_nonfinite,
+        )
 
 
 def _load(adapters: Sequence[LayerwiseLR], state: Mapping[str, Any]) -> None:

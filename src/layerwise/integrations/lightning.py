@@ -6,13 +6,10 @@ import importlib
 import sys
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from ..adapter import Decay, LayerwiseLR
-from ..layers import Exclusion, LayerSpecification
-from ..optimizers import PlaceName
-from ..statistics import OnNonfinite
-from .attachments import Attachments
+from ..adapter import LayerwiseLR
+from .attachments import Attaching
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -38,7 +35,7 @@ if not TYPE_CHECKING:
     Callback = _callback_class()
 
 
-class LayerwiseCallback(Callback):
+class LayerwiseCallback(Attaching, Callback):
     """Attaches a rule to every optimizer of a Lightning Trainer.
 
     It attaches when training begins, ends the rule's epochs with the Trainer's, logs, keeps the rule's state in the
@@ -74,31 +71,8 @@ class LayerwiseCallback(Callback):
         []
     """
 
-    def __init__(
-        self,
-        rule: Any,
-        *,
-        layers: LayerSpecification | Literal["auto"] = "auto",
-        apply: PlaceName | Literal["auto"] = "auto",
-        decay: Decay = "auto",
-        exclude: Exclusion | Literal["auto"] = "auto",
-        bounds: tuple[float, float] | None = None,
-        on_nonfinite: OnNonfinite = "ignore",
-        log_every: int | None = 50,
-    ) -> None:
-        super().__init__()
-        self._attachments = Attachments(
-            rule,
-            log_every,
-            layers=layers,
-            apply=apply,
-            decay=decay,
-            exclude=exclude,
-            bounds=bounds,
-            on_nonfinite=on_nonfinite,
-        )
-        self._trainer: weakref.ref[Trainer] | None = None
-        self._stage = "fit"
+    _trainer: weakref.ref[Trainer] | None = None
+    _stage = "fit"
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the Trainer out: a copy has none yet."""

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adapter import Decay, LayerwiseLR
-from ..layers import Exclusion, LayerSpecification
-from ..optimizers import PlaceName
-from ..statistics import OnNonfinite
-from .attachments import Attachments
+from ..adapter import LayerwiseLR
+from .attachments import Attaching
 
 try:
     from transformers import TrainerCallback
@@ -34,7 +31,7 @@ STATE_FILE = "layerwise.pt"
 """Where the rule's state is kept in the folder of a checkpoint."""
 
 
-class LayerwiseCallback(TrainerCallback):
+class LayerwiseCallback(Attaching, TrainerCallback):
     """Attaches a rule to the optimizer of a Hugging Face Trainer.
 
     It attaches when training begins, ends the rule's epochs with the Trainer's, adds to its logs, keeps the rule's
@@ -71,29 +68,7 @@ class LayerwiseCallback(TrainerCallback):
         True
     """
 
-    def __init__(
-        self,
-        rule: Any,
-        *,
-        layers: LayerSpecification | Literal["auto"] = "auto",
-        apply: PlaceName | Literal["auto"] = "auto",
-        decay: Decay = "auto",
-        exclude: Exclusion | Literal["auto"] = "auto",
-        bounds: tuple[float, float] | None = None,
-        on_nonfinite: OnNonfinite = "ignore",
-        log_every: int | None = 50,
-    ) -> None:
-        self._attachments = Attachments(
-            rule,
-            log_every,
-            layers=layers,
-            apply=apply,
-            decay=decay,
-            exclude=exclude,
-            bounds=bounds,
-            on_nonfinite=on_nonfinite,
-        )
-        self._epoch = 0
+    _epoch = 0
 
     @property
     def adapter(self) -> LayerwiseLR | None:
