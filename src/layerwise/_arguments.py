@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import errno
-import inspect
 import os
 import stat
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -134,10 +134,9 @@ class StaysBehind:
         """Return how to make a copy, which is None."""
         if not self._copy_warned:
             self._copy_warned = True
-            here = inspect.currentframe()
-            level, frame = 2, None if here is None else here.f_back
-            while frame is not None and frame.f_code.co_filename == copy.__file__:  # point at the line that copies
-                level, frame = level + 1, frame.f_back
+            level = 2
+            while sys._getframe(level - 1).f_code.co_filename == copy.__file__:  # point at the line that copies
+                level += 1
             warnings.warn(
                 f"a {type(self).__name__} is not copied or pickled: the copy holds None in its place; "
                 f"{self._copy_remedy}",

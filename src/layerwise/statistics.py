@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from operator import attrgetter, is_
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -426,14 +426,14 @@ class FiniteGradients:
         A step with `found_inf` is not checked: a gradient scaler lets the optimizer skip it if needed.
         """
         if found_inf is None and self._parameters:
-            broken, elsewhere = _broken(self._parameters, self._sharing)
-            if broken or elsewhere:
+            broken = _broken(self._parameters, self._sharing)
+            if broken is not None:
                 raise FloatingPointError(_message(self.steps + 1, self._layers, broken))
         self.steps += not is_absent()
 
 
-def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> tuple[list[int], bool]:
-    """Return the positions of parameters with a non-finite gradient, and whether another process may hold one.
+def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> list[int] | None:
+    """Return the positions of non-finite gradients, none if only other processes hold them; None if all are finite.
 
     Waits for the device.
     """
@@ -445,7 +445,7 @@ def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> tuple[list
             if dense.numel() and has_values(dense):
                 held.append((i, dense))
     if not held and sharing is None:
-        return [], False
+        return None
     device = held[0][1].device if sharing is None else local(parameters[0]).device
     flags = torch.zeros(len(parameters) + (sharing is not None), device=device)
     if held:
@@ -457,9 +457,9 @@ def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> tuple[list
         flags[-1] = flags.max()
         flags = sharing.sum(flags[None])[0]
         if not flags[-1] > 0:  # none, or NaN: a process is paused, and then none raises
-            return [], False
-    broken: Any = (flags[: len(parameters)] > 0).nonzero().flatten()
-    return broken.tolist(), sharing is not None
+            return None
+    broken = cast("list[int]", (flags[: len(parameters)] > 0).nonzero().flatten().tolist())
+    return broken if broken or sharing is not None else None
 
 
 def _message(step: int, layers: Sequence[Layer], broken: Sequence[int]) -> str:

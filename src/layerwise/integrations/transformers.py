@@ -48,7 +48,7 @@ class LayerwiseCallback(Attaching, TrainerCallback):
     `trainer.callback_handler.callbacks.insert(0, callback)`.
 
     Args:
-        rule: Computes the factors; one of `layerwise.rules`, or your own.
+        rule: Computes the factors; one of `layerwise.rules`, or a `Rule` of your own.
         layers: As for `layerwise.LayerwiseLR`, as are the next five.
         apply: Where the factor acts.
         decay: Whether the factor multiplies coupled weight decay too.
