@@ -293,8 +293,8 @@ class Member(Protocol):
         """Check what has changed; it may raise, before any member has changed."""
         ...
 
-    def measure(self, optimizer: Any, *, late: bool = False) -> None:
-        """Compute this step's factors from the gradients.
+    def measure(self, optimizer: Any, *, late: bool = False) -> bool:
+        """Compute this step's factors from the gradients; return whether they change anything.
 
         Args:
             optimizer: The optimizer.
@@ -305,11 +305,6 @@ class Member(Protocol):
     @property
     def takes_part(self) -> bool:
         """Whether it takes part in this step: it is enabled, or other processes may wait for it."""
-        ...
-
-    @property
-    def acts(self) -> bool:
-        """Whether this step's factors change anything."""
         ...
 
     def act(self, view: Any, *, private: bool, writes: Writes) -> list[Split]:
@@ -376,7 +371,10 @@ class Call:
         self.versions: Sequence[int] = ()
         self.rules: list[tuple[Member, Any]] = []
         self.kept: Kept | None = None
-        self.finished = self.private = False
+        self.finished = False
+        # Whether only PyTorch's own `step` sees the view's groups. Other pre-hooks get the view; after the step its
+        # groups are the optimizer's again.
+        self.private = False
 
     def clear(self) -> None:
         """Let the view keep nothing."""
@@ -561,7 +559,7 @@ class OptimizerHooks:
             # Observers see a step within another one as part of the outer step, unless a closure takes it.
             seen = [observer for call in self._calls if not call.waits for observer in call.begun]
             begun = [observer for observer in begun if observer not in seen]
-        looking = [observer for observer in begun if observer.begin(optimizer)]
+        looking = [observer for observer in begun if observer.begin(optimizer)] if begun else []
         active = self._taking_part()
         if not (active or begun or self._calls):
             return None
@@ -569,6 +567,7 @@ class OptimizerHooks:
         # PyTorch's own optimizers evaluate a closure once, first of all. Another hook may have changed the arguments.
         known = self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1
         call = Call(begun, looking)
+        call.private = known
         if closure is None:
             active = self._measure(call, active)
         elif not known:
@@ -627,22 +626,13 @@ class OptimizerHooks:
         optimizer = self._optimizer()
         for member in members:
             member.prepare(optimizer)
-        call.private = self._is_private()
+        late, acting = call.private and len(members) == 1, list[Member]()
         for member in members:
-            member.measure(optimizer, late=call.private and len(members) == 1)
+            if member.measure(optimizer, late=late):
+                acting.append(member)
         if look and call.looking:
             self.look(call, [member for member in members if member.enabled])
-        acting: list[Member] = []
-        for member in members:
-            if member.acts:
-                acting.append(member)
         return acting
-
-    def _is_private(self) -> bool:
-        """Tell whether only PyTorch's own `step` sees the view's groups."""
-        # Other pre-hooks get the view. Post-hooks are safe: by then its groups are the optimizer's again.
-        optimizer = self._optimizer()
-        return optimizer is not None and self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1
 
     def _come_first(self, optimizer: Optimizer) -> None:
         """Let our hook be the first after the step, so that all others see what the factors have made of it."""
@@ -749,7 +739,7 @@ class OptimizerHooks:
     def _taking_part(self) -> list[Member]:
         found: list[Member] = []
         for member in self.members:
-            if member.takes_part:
+            if member.enabled or member.takes_part:
                 found.append(member)
         return found
 

@@ -30,6 +30,9 @@ ORDINARY = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float6
 """Types for which PyTorch computes the norms of many tensors in one operation."""
 
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
 def tensor_norms(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[int] | None]:
     """Return the 2-norms of tensors, at least one, and the position of each norm's tensor (None if they are in order).
 
@@ -67,6 +70,9 @@ def tensor_norm_numbers(tensors: Sequence[Tensor]) -> tuple[list[float], list[in
     """
     kinds = set(map(_kind, tensors)) if len(tensors) <= FEW else ()
     if len(kinds) == 1 and _all_ordinary(tensors, kinds):
+        parts = _norms_by_length(tensors)
+        if len(parts) == 1:
+            return list(map(Tensor.item, parts[0][1])), None
         return list(map(Tensor.item, _each_norm(list(tensors)))), None
     norms, order = tensor_norms(tensors, torch.device("cpu"))
     every: Any = norms
@@ -75,8 +81,11 @@ def tensor_norm_numbers(tensors: Sequence[Tensor]) -> tuple[list[float], list[in
 
 def _all_ordinary(tensors: Sequence[Tensor], kinds: Iterable[tuple[torch.device, torch.dtype, torch.layout]]) -> bool:
     """Return whether PyTorch computes the norms of all these tensors in one operation for each kind."""
-    dense = all(dtype in ORDINARY and layout is torch.strided for _, dtype, layout in kinds)
-    return dense and all(kind.dequantize is Tensor.dequantize for kind in set(map(type, tensors)))
+    for _, dtype, layout in kinds:
+        if dtype not in ORDINARY or layout is not torch.strided:
+            return False
+    classes = set(map(type, tensors))
+    return classes <= _PLAIN or all(one.dequantize is Tensor.dequantize for one in classes)
 
 
 def _measurable(tensor: Tensor) -> Tensor:
@@ -136,13 +145,16 @@ def _each_norm(tensors: list[Tensor]) -> list[Tensor]:
     return [norms[i] for i in range(len(tensors))]
 
 
-def _norms_by_length(tensors: list[Tensor]) -> list[tuple[Sequence[int], list[Tensor]]]:
+def _norms_by_length(tensors: Sequence[Tensor]) -> list[tuple[Sequence[int], list[Tensor]]]:
     """Return positions and norms, first of the tensors that PyTorch's own norm measures to 1e-6, then of the others."""
     wide = torch.float32 if tensors[0].dtype in NARROW else None
     every = range(len(tensors))
-    long = [i for i in every if tensors[i].numel() > SHORT or not tensors[i].is_contiguous()]
+    long: list[int] = []
+    for i, tensor in enumerate(tensors):
+        if tensor.numel() > SHORT or not tensor.is_contiguous():
+            long.append(i)
     if not long or not tensors[0].is_cpu:
-        return [(every, list(torch._foreach_norm(tensors, 2, wide)))]
+        return [(every, list(torch._foreach_norm(list(tensors), 2, wide)))]
     parts = [_norms_of_rows(t) if t.numel() > MIDDLE else t for t in map(tensors.__getitem__, long)]
     found: list[tuple[Sequence[int], list[Tensor]]] = [(long, list(torch._foreach_norm(parts, 2, torch.float64)))]
     if len(long) < len(tensors):

@@ -428,7 +428,8 @@ class AttachedRule:
             check_backward_is_over(optimizer)
         if self._before_late is not None:
             self._forget_failed()
-        self._now = groups = self._groups
+        holder = self._holder()
+        self._now = groups = self._groups if holder is None or self._known is not None else holder.param_groups
         if not self.found.holds(groups, self._request):
             self._take(resolve(optimizer, self._source, self._request))
             self._now = self._groups
@@ -451,8 +452,8 @@ class AttachedRule:
         if self._first is not None:
             self._first.before(optimizer)
 
-    def measure(self, optimizer: Any, *, late: bool = False) -> None:
-        """Compute this step's factors from the gradients as they arrived.
+    def measure(self, optimizer: Any, *, late: bool = False) -> bool:
+        """Compute this step's factors from the gradients as they arrived; return whether any of them may not be 1.
 
         Args:
             optimizer: The optimizer.
@@ -460,22 +461,22 @@ class AttachedRule:
         """
         groups, self._now = self._now, []
         if self._idle:
-            return
+            return False
         found, grad_scale = self.found, getattr(optimizer, "grad_scale", None)
         if not self.enabled:
             self._stand_by(optimizer)
-            return
+            return False
         # A fused kernel that unscales writes into the gradients.
         if late and found.pieces is not None and grad_scale is None and can_be_dealt(optimizer):
             self._before_late = (self.factors, self.rates)
             self.factors = LateFactors(found.pieces, groups)
             self.rates = rates_of(groups)
-            return
+            return True
         if found.in_numbers is not None:
             numbers = found.in_numbers.numbers(found.statistics.numbers(groups, grad_scale))
             self.factors = Factors(numbers, found.included, found.mask)
             self.rates = rates_of(groups)
-            return
+            return not self.factors.neutral
         if self._asks is not None and not self._asks(self.state):
             result = self._rule.factors(NOTHING, self.state)
         else:
@@ -501,6 +502,7 @@ class AttachedRule:
             self.factors = Factors(raw, found.included, found.mask)
             self._last_raw = (raw, raw._version)
         self.rates = rates_of(groups)
+        return self.factors is None or not self.factors.neutral
 
     def _stand_by(self, optimizer: Any) -> None:
         """Enter the collectives that the other processes enter, which may not be paused; change nothing."""
@@ -517,11 +519,6 @@ class AttachedRule:
         """Whether it has something to do in a step: also while paused, where a collective may follow."""
         compares = self._first is not None and self._first.compares
         return self.enabled or self.found.statistics.sharing is not None or compares
-
-    @property
-    def acts(self) -> bool:
-        """Whether any factor of this step is not 1, as far as is known without asking the device."""
-        return self.enabled and not self._idle and (self.factors is None or not self.factors.neutral)
 
     def act(self, view: Any, *, private: bool, writes: Writes) -> list[Split]:
         """Let this step's factors act on the view."""
@@ -552,8 +549,7 @@ class AttachedRule:
     @property
     def _groups(self) -> list[dict[str, Any]]:
         """The groups with all parameters."""
-        holder = self._holder()
-        return self._source.param_groups if holder is None or self._known is not None else holder.param_groups
+        return self._source.param_groups
 
     def _first_steps(self, optimizer: Optimizer, verdict: Verdict) -> FirstSteps:
         return FirstSteps(

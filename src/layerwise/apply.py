@@ -11,7 +11,7 @@ from operator import is_
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from ._fused import DealtRate, can_be_dealt
 from ._tensors import has_values, local, moved, same_objects, warn_without_values
@@ -19,7 +19,6 @@ from ._writes import Factor
 from .layers import Layer
 from .optimizers import (
     PlaceName,
-    damps_history,
     decay_is_coupled,
     has_decay,
     is_capturing,
@@ -330,7 +329,12 @@ class Factors:
         Args:
             of_layer: Layer's number to what belongs to it; the factor of `OUTSIDE` is 1.
         """
-        return gathered(self.read() if self._numbers is None else self._numbers, of_layer.items())
+        numbers = self.read() if self._numbers is None else self._numbers
+        found: dict[float, list[Item]] = {}
+        for layer, items in of_layer.items():
+            factor = 1.0 if layer == OUTSIDE else numbers[layer]
+            found[factor] = found[factor] + items if factor in found else items
+        return iter(found.items())
 
     @property
     def tensor(self) -> Tensor:
@@ -529,19 +533,6 @@ class Place(Protocol):
         ...
 
 
-def strided_gradients(view: Any) -> list[Tensor] | None:
-    """Return the parameters that have a gradient, in a layer or not; None if one of the gradients is sparse."""
-    present: list[Tensor] = []
-    for group in view.param_groups:
-        for p in group["params"]:
-            gradient = p.grad
-            if gradient is not None:
-                if gradient.layout is not torch.strided:
-                    return None
-                present.append(p)
-    return present
-
-
 def scale_in_place(gradients: Sequence[Any], factors: Sequence[float]) -> None:
     """Multiply gradients by numbers.
 
@@ -659,6 +650,20 @@ SMALLEST_DIVISOR = 1e-3
 """Factors below this are applied to the gradient itself where the decay is to stay plain: λ/f would lose digits."""
 
 
+def damps_history(optimizer: optim.Optimizer) -> bool:
+    """Tell whether this is torch's SGD with momentum, not Nesterov's and without dampening, in every group.
+
+    Its history is `v ← μv + (1 − dampening)(g + λw)`, so a factor inside the momentum can act through the dampening and
+    leave the gradient alone.
+    """
+    if type(optimizer).step is not optim.SGD.step:
+        return False
+    for group in optimizer.param_groups:
+        if not group["momentum"] or group["nesterov"] or group["dampening"] or group["differentiable"]:
+            return False
+    return True
+
+
 class Gradient(Place):
     """`g_l ← f_l g_l` before the optimizer sees it, and `f_l λ w` of coupled weight decay when it is scaled.
 
@@ -686,9 +691,7 @@ class Gradient(Place):
         if not self.in_place and not factors.on_device and damps_history(view):
             # The dampening multiplies g + λw, so to leave the decay plain λ is divided by f, which must not be small.
             possible = self.decay == "scaled" or not has_decay(view) or min(factors.read()) >= SMALLEST_DIVISOR
-            present = strided_gradients(view) if possible else None
-            if present is not None:
-                self._begin_history(view, present)
+            if possible and self._begin_history(view):
                 return divide(view, partition, factors, self._dampening, private=private)
         return self._in_gradients(view, partition, factors, private=private)
 
@@ -762,21 +765,28 @@ class Gradient(Place):
             torch._foreach_mul_(gradients, [scales[i] for i in positions])
         return splits
 
-    def _begin_history(self, view: Any, present: Sequence[Tensor]) -> None:
-        """Let the momentum begin from zero, in a copy of the state."""
+    def _begin_history(self, view: Any) -> bool:
+        """Let the momentum begin from zero, in a copy of the state; return False where a gradient is sparse."""
         state = view.state
         # Parameters in no layer too: while the view has a state of its own, what step() begins there is begun for all.
         fresh: list[Tensor] = []
-        for p in present:
-            own = state.get(p)
-            if own is None or own.get("momentum_buffer") is None:
-                fresh.append(p)
+        for group in view.param_groups:
+            for p in group["params"]:
+                gradient = p.grad
+                if gradient is None:
+                    continue
+                if gradient.layout is not torch.strided:
+                    return False
+                own = state.get(p)
+                if own is None or own.get("momentum_buffer") is None:
+                    fresh.append(p)
         if fresh:  # step() would start from a copy of g + λw; from zero it starts from f (g + λw)
             view.state = state.copy()  # the optimizer's own changes only when the step has been taken
             for p in fresh:
                 zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
                 view.state[p] = {**state.get(p, {}), "momentum_buffer": zeros}
             self._started = (view, state, fresh)
+        return True
 
     def _dampening(self, group: Mapping[str, Any], factor: float) -> dict[str, Any]:
         """Return the options under which `1 − dampening` is f."""

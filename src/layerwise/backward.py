@@ -25,9 +25,9 @@ from ._hooks import OptimizerHooks, closure_of, followed, with_closure
 from ._places.allowed import automatic_place
 from ._tensors import LARGE, return_freed_memory, runs_on_fakes
 from .adapter import STEPS_AS_BARE, Resolution, parameters_of, rates_of, requested, resolve
-from .apply import Factors, Partition, make_place
+from .apply import Factors, Partition, damps_history, make_place
 from .layers import Model, as_module, flattened, named_parameters_of, warn_of_unmeasured
-from .optimizers import damps_history, unwrap
+from .optimizers import unwrap
 from .rules.base import State
 from .rules.questions import check_rule, doubts_of, ended_state, is_pair, needs_of, own_layer, renewed_state
 from .rules.state import described

@@ -15,11 +15,11 @@ from ._places.allowed import no_effect, scales_writes, why_not_rate
 from ._places.trial import reason_against, verdict_of
 from ._tensors import holds_weights
 from .adapter import LayerwiseLR
+from .apply import damps_history
 from .layers import DOUBTS, Layer, Model, as_module, as_specification, divided, flattened, joining, named_parameters
 from .optimizers import (
     SCALE_INVARIANT,
     acting_optimizer,
-    damps_history,
     decay_is_coupled,
     is_capturing,
     unwrap,

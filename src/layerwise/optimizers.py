@@ -400,20 +400,6 @@ def is_on_accelerator(optimizer: optim.Optimizer) -> bool:
     return any(p.device.type not in ("cpu", "meta") for p in parameters)
 
 
-def damps_history(optimizer: optim.Optimizer) -> bool:
-    """Tell whether this is torch's SGD with momentum, not Nesterov's and without dampening, in every group.
-
-    Its history is `v ← μv + (1 − dampening)(g + λw)`, so a factor inside the momentum can act through the dampening and
-    leave the gradient alone.
-    """
-    if type(optimizer).step is not optim.SGD.step:
-        return False
-    for group in optimizer.param_groups:
-        if not group["momentum"] or group["nesterov"] or group["dampening"] or group["differentiable"]:
-            return False
-    return True
-
-
 @lru_cache(maxsize=256)
 def is_foreign(kind: type) -> bool:
     """Tell whether the step of a class is not that of a PyTorch optimizer."""

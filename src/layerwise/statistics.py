@@ -153,7 +153,7 @@ MOST_INDICES = 64
 """Patterns of missing gradients that are kept; a mixture of experts has another one at almost every step."""
 Groups = Sequence[Mapping[str, Any]]
 _Norms = TypeVar("_Norms", Tensor, list[float])
-_requires_grad = attrgetter("requires_grad")
+_requires_grad, _gradient = attrgetter("requires_grad"), attrgetter("grad")
 
 
 class LayerStatistics:
@@ -308,7 +308,7 @@ class LayerStatistics:
         values: dict[str, _Norms] = {}
         if self._measures_gradients:
             owners = self.members
-            gradients: list[Any] = [p.grad for p in owners]
+            gradients: list[Any] = list(map(_gradient, owners))
             if any(map(is_, gradients, repeat(None))):
                 owners = [p for p in owners if p.grad is not None]
                 gradients = [p.grad for p in owners]
@@ -354,7 +354,8 @@ class LayerStatistics:
     ) -> JointNorms:
         """Return what joins the norms of the owners' tensors to those of layers; made anew only when these change."""
         known = self._joint.get(name)
-        if known is None or known[1] != order or known[2] != scales or not same_objects(known[0], owners):
+        same = known is not None and (known[0] is owners or same_objects(known[0], owners))
+        if known is None or not same or known[1] != order or known[2] != scales:
             positions = order or range(len(owners))
             joint = JointNorms(
                 [self.layer_of[id(owners[i])] for i in positions],
