@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .base import is_number
@@ -19,7 +20,9 @@ def one_dimensional(name: str, parameter: Tensor) -> bool:
 
 def usable(gradient: Value, weight: Value) -> Any:
     """Tell where a trust ratio is to be used: where ‖g‖ and ‖w‖ are above zero and finite."""
-    return (weight > 0) & (gradient > 0) & (weight < math.inf) & (gradient < math.inf)
+    if isinstance(gradient, Tensor) and isinstance(weight, Tensor):  # NaN stays, and is neither
+        return (torch.minimum(gradient, weight) > 0) & (torch.maximum(gradient, weight) < math.inf)
+    return 0 < weight < math.inf and 0 < gradient < math.inf
 
 
 class TrustRatio(ElementwiseRule):
