@@ -25,8 +25,7 @@ from .optimizers import (
     takes_tensor_rate,
     writes_are_scaled,
 )
-from .rules.base import finite_or_one
-from .rules.elementwise import ElementwiseRule
+from .rules.base import ElementwiseRule, finite_or_one
 from .sharding import settled_gradient
 from .statistics import Groups, LayerStatistics
 

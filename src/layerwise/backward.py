@@ -36,9 +36,9 @@ from .adapter import STEPS_AS_BARE, circumstances_of, parameters_of, rates_of, r
 from .apply import OUTSIDE, Factors, Partition, make_place
 from .layers import Layer, Model, as_module, flattened, named_parameters_of, warn_of_unmeasured
 from .optimizers import damps_history, unwrap
-from .rules.base import State, finite_or_one
-from .rules.questions import check_rule, doubts_of, ended_state, is_pair, needs_of, own_layer, renewed_state
-from .rules.state import described
+from .rules.base import Rule, check_rule, finite_or_one, is_pair
+from .rules.constant import Constant
+from .rules.state import State, described
 from .statistics import AS_NUMBERS, NOTHING, LayerStatistics, Statistics, check_needs
 
 
@@ -175,15 +175,15 @@ def check_options(optimizer: optim.Optimizer) -> None:
             raise ValueError(f"{name}({option}=True) {reason}; use {option}=False with step_in_backward")
 
 
-def check_own_layer(rule: Any) -> None:
+def check_own_layer(rule: Rule) -> None:
     """Raise unless each layer's factor follows from that layer alone.
 
     Raises:
         ValueError: The rule needs other layers, or does not say that it needs none.
     """
-    if own_layer(rule):
+    if rule.needs_own_layer_only():
         return
-    needs = set(needs_of(rule))
+    needs = set(rule.needs)
     if "counts" in needs:
         reason = "it counts the steps whose gradients are finite in every layer"
     elif "gradients" in needs:
@@ -325,8 +325,8 @@ class LayerSteps:
 
     def __init__(self, optimizer: Optimizer, model: Model | None, rule: Any) -> None:
         self.rule = rule
-        self._needs = [name for name in needs_of(rule) if name in BY_LAYER] if rule is not None else []
-        self._request = requested(rule, model)
+        self._needs = [name for name in rule.needs if name in BY_LAYER] if rule is not None else []
+        self._request = requested(Constant({"*": 1.0}) if rule is None else rule, model)
         self.decay, self.specification = self._request.decay, self._request.layers
         self.layers: list[Layer] = []
         self._state: State = {}
@@ -408,7 +408,8 @@ class LayerSteps:
 
     def end_epoch(self) -> None:
         """Tell a rule that counts epochs that one has ended."""
-        self._state = ended_state(self.rule, self._state)
+        if self.rule is not None:
+            self._state = self.rule.end_epoch(self._state)
 
     def _factors(self, unit: Unit, view: Any) -> Factors:
         if not self._needs:
@@ -443,7 +444,7 @@ class LayerSteps:
         layers, device = found.layers, found.statistics.device
         self._without_values = found.dry
         if self.rule is not None:
-            self._state = renewed_state(self.rule, layers, device, self._state, self.names())
+            self._state = self.rule.renewed(layers, device, self._state, self.names())
         groups = [group["params"] for group in optimizer.param_groups]
         group_of = {id(p): number for number, parameters in enumerate(groups) for p in parameters}
         members = [(i, layer.parameters) for i, layer in enumerate(layers)]
@@ -539,8 +540,7 @@ class StepInBackward(StaysBehind):
         if OptimizerHooks.has_any(inner):
             raise ValueError(ATTACHED_TOO)
         if rule is not None:
-            check_rule(rule)
-            check_needs(needs_of(rule))
+            check_needs(check_rule(rule).needs)
             check_own_layer(rule)
         check_wrappers(parameters)
         self._steps = LayerSteps(inner, model, rule)
@@ -569,9 +569,8 @@ class StepInBackward(StaysBehind):
         vars(inner)[_SCALING] = ScalerRefusal()
         outside = self._steps.outside()
         if rule is not None:
-            for message in flattened(self._steps.layers, self._steps.specification) + doubts_of(
-                rule, self._steps.layers
-            ):
+            layers = self._steps.layers
+            for message in flattened(layers, self._steps.specification) + rule.doubts(layers):
                 warnings.warn(message, UserWarning, stacklevel=3)
         if outside and rule is not None:
             logger.warning(f"{outside} of the optimizer's {len(parameters)} parameters are in no layer: factor 1")

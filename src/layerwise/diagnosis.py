@@ -29,7 +29,7 @@ from .adapter import LayerwiseLR
 from .layers import DOUBTS, Layer, Model, as_module, as_specification, divided, flattened, joining, named_parameters
 from .optimizers import SCALE_INVARIANT, acting_optimizer, decay_is_coupled, is_capturing, unwrap, writes_are_scaled
 from .rules import LayerAdaptive
-from .rules.questions import default, doubts_of, needs_of, table_of
+from .rules.base import Rule
 from .rules.state import is_state
 
 logger = logging.getLogger("layerwise")
@@ -334,7 +334,7 @@ def _describe(
     adapter: LayerwiseLR,
     optimizer: Optimizer,
     model: nn.Module | None,
-    rule: Any,
+    rule: Rule,
     most: int,
     cost: Cost | Failure | str,
     *,
@@ -362,13 +362,13 @@ def _describe(
         )
     if len(layers) > most:
         lines.append(f"… and {len(layers) - most} more (most={len(layers)} lists all)")
-    if table := table_of(rule, layers):
+    if table := rule.table(layers):
         lines += ["", *table]
     inside = {id(p) for p in tensors}
     outside = [p for p in _weights_of(optimizer) if id(p) not in inside]
     problems = _problems(adapter, optimizer, model, len(outside))
     # Without their tables, which stand above.
-    doubts = flattened(layers, chosen(specification, default(rule, "layers"), "module")) + doubts_of(rule, layers)
+    doubts = flattened(layers, chosen(specification, rule.default_layers, "module")) + rule.doubts(layers)
     problems += [doubt.partition("\n")[0] for doubt in doubts]
     problems += [cost.error] if isinstance(cost, Failure) else []
     lines += ["", f"acts on   {adapter.apply!r}: {_where(adapter, optimizer)}"]
@@ -376,7 +376,7 @@ def _describe(
     lines.append(f"measured  {'' if isinstance(cost, Cost) else 'not: '}{cost}")
     lines += [f"problem   {problem}" for problem in problems] or ["problems  none found"]
     lines += [f"note      {note}" for note in _notes(adapter, optimizer)]
-    if chosen(specification, default(rule, "layers"), "module") == "module":
+    if chosen(specification, rule.default_layers, "module") == "module":
         lines += [f"note      {note}" for note in _divided(layers)]
     if isinstance(cost, Failure):
         lines.append("next      what the problem names; attached as it is, the first step would fail")
@@ -407,7 +407,7 @@ def _why(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> str:
     verdict = verdict_of(optimizer)
     if verdict is not None and verdict.untried is None:
         return f"{name} follows the rates of its parameter groups in a trial on toy parameters"
-    if default(adapter.rule, "place") != "gradient":
+    if adapter.rule.default_place != "gradient":
         return "the rule scales rates"
     if isinstance(optimizer, SCALE_INVARIANT):
         return f"{name} divides out what multiplies the gradient, and is exact in its rate"
@@ -415,7 +415,7 @@ def _why(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> str:
 
 
 def _cost(adapter: LayerwiseLR, optimizer: Optimizer) -> str:
-    needs = needs_of(adapter.rule)
+    needs = adapter.rule.needs
     costs = ["one reading of the gradients"] if "gradient_norm" in needs else []
     if "gradients" in needs:
         costs.append("in epochs of analysis one number a parameter for G, two for G′, or those of the sample")

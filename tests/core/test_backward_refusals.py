@@ -31,7 +31,6 @@ from layerwise.rules import (
     chain,
     save_factors,
 )
-from layerwise.rules.questions import own_layer
 from rules.samples import layers_of, one_group
 from rules.samples import network as random_network
 from rules.test_every_rule import RULES
@@ -185,7 +184,7 @@ NEEDING_OTHERS = ("BackMatching", "Replay", "LayerFreezing", "chain", "bounds")
 def test_what_a_rule_says_of_its_needs_is_true(tmp_path: Path, name: str) -> None:
     """Other gradients and weights in one layer change no other layer's factor, if the rule says so."""
     rule = RULES[name](tmp_path)
-    assert own_layer(rule) == (name not in NEEDING_OTHERS)
+    assert rule.needs_own_layer_only() == (name not in NEEDING_OTHERS)
     if name in NEEDING_OTHERS:
         return
     model = random_network(0)

@@ -25,6 +25,7 @@ from layerwise.rules import (
     LayerFreezing,
     Phase,
     RandomLayers,
+    Rule,
     bounds,
     chain,
 )
@@ -277,7 +278,7 @@ def test_the_optimizers_part_is_that_of_a_bare_optimizer(kind, flat, start, go_o
 # --- The rule's arguments -------------------------------------------------------------------------------------------
 
 
-class Unnamed:
+class Unnamed(Rule):
     """A rule without a `repr` of its own."""
 
     def factors(self, statistics, state):

@@ -40,7 +40,6 @@ def test_every_rule_has_a_reference_of_its_name() -> None:
         "base",
         "directionality",
         "elementwise",
-        "questions",
         "replication",
         "selection",
         "state",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter import LayerwiseLR
-from ..rules.questions import check_rule
+from ..rules.base import check_rule
 from ..rules.selection import check_whole
 from ..rules.state import is_state
 from ..sinks.record import ROOT, distinct

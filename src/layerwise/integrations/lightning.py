@@ -54,7 +54,7 @@ class LayerwiseCallback(Callback):
     are a `layerwise.rules.chain`.
 
     Args:
-        rule: How large the factors are; one of `layerwise.rules`, or an object like them.
+        rule: How large the factors are; one of `layerwise.rules`, or a `Rule` of your own.
         layers: As for `layerwise.LayerwiseLR`, and so the following.
         apply: Where the factor acts.
         decay: Whether it multiplies coupled weight decay too.

@@ -51,7 +51,7 @@ class LayerwiseCallback(TrainerCallback):
     `trainer.callback_handler.callbacks.insert(0, callback)` for them to get it too.
 
     Args:
-        rule: How large the factors are; one of `layerwise.rules`, or an object like them.
+        rule: How large the factors are; one of `layerwise.rules`, or a `Rule` of your own.
         layers: As for `layerwise.LayerwiseLR`, and so the following.
         apply: Where the factor acts.
         decay: Whether it multiplies coupled weight decay too.

@@ -18,9 +18,9 @@ from .._tensors import as_dense_real, has_values, local, moved
 from ..layers import Layer
 from ..sharding import Buffers, Sharing, number_count, sharing_of
 from ..statistics import Gradients, Statistics
-from .base import Rule, State
-from .selection import Measure, Selection, check_whole, of_kinds
-from .state import is_state, loaded
+from .base import Rule, Selection
+from .selection import Measure, check_whole, of_kinds
+from .state import State, is_state, loaded
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import torch
 
 from .._arguments import has_type
 from ..layers import Layer
-from .base import State, is_number
+from .base import is_number
 from .directionality import ChoosingRule, candidates_of
 from .selection import AllLayers, LayerChoice, Measure, check_flag, check_whole
+from .state import State
 
 logger = logging.getLogger("layerwise")
 

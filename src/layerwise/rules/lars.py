@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import is_number
-from .elementwise import ElementwiseRule, Value, minimum, where
+from .base import ElementwiseRule, is_number
+from .elementwise import Value, minimum, where
 
 
 def one_dimensional(name: str, parameter: Tensor) -> bool:

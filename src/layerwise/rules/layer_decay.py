@@ -14,8 +14,9 @@ from torch import Tensor
 from .._arguments import has_type
 from ..layers import Layer, some
 from ..statistics import Statistics
-from .base import Rule, State, is_number
+from .base import Rule, is_number
 from .constant import fixed_factors
+from .state import State
 
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
 

@@ -7,9 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import State, is_number
+from .base import is_number
 from .directionality import ChoosingRule
 from .selection import Measure, check_kinds, check_measure, check_whole
+from .state import State
 
 logger = logging.getLogger("layerwise")
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from .._arguments import has_type, read_plain
 from ..layers import Layer
 from ..statistics import Statistics, common_device
-from .base import Rule, State
+from .base import Rule
 from .constant import check_factor
+from .state import State
 
 FORMAT = "layerwise-factors"
 

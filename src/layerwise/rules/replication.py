@@ -15,9 +15,8 @@ from .._tensors import several_processes
 from ..layers import Layer
 from ..sharding import LONGEST, SECONDS, Table, can_compare, compared, digest, settled_gradient
 from ..statistics import NORMS, LayerStatistics
-from .base import State
-from .questions import compares_layers, needs_of
-from .state import described, is_state, kind_of
+from .base import Rule
+from .state import State, described, is_state
 
 ALIKE = 1e-5
 """The largest relative difference of norms in two processes that count as equal."""
@@ -28,7 +27,7 @@ _REMEDY = (
 )
 
 
-def refuse_stages(rule: Any, parameters: Iterable[Tensor]) -> None:
+def refuse_stages(rule: Rule, parameters: Iterable[Tensor]) -> None:
     """Raise if a rule that compares layers is attached to a stage of a pipeline.
 
     Raises:
@@ -36,7 +35,7 @@ def refuse_stages(rule: Any, parameters: Iterable[Tensor]) -> None:
     """
     module = sys.modules.get("torch.distributed.pipelining.stage")
     kind: Any = getattr(module, "_PipelineStageBase", None)
-    if kind is None or not compares_layers(rule):
+    if kind is None or not rule.depends_on_other_layers():
         return
     ours = set(map(id, parameters))
     kinds = {kind, *kind.__subclasses__()}
@@ -49,7 +48,7 @@ def refuse_stages(rule: Any, parameters: Iterable[Tensor]) -> None:
             )
 
 
-def check_processes(rule: Any, state: State, layers: Sequence[Layer], statistics: LayerStatistics) -> None:
+def check_processes(rule: Rule, state: State, layers: Sequence[Layer], statistics: LayerStatistics) -> None:
     """Raise in all processes if their factors for shared parameters would differ.
 
     The processes compare once what each of them holds, through the key-value store. This waits for the device. It also
@@ -72,11 +71,11 @@ def check_processes(rule: Any, state: State, layers: Sequence[Layer], statistics
     refuse_stages(rule, statistics.members)
     if not can_compare():
         return
-    needs = set(needs_of(rule))
+    needs = set(rule.needs)
     if statistics.sharing is not None:
         alike = {"rule": described(rule), "epoch": _epochs(state)}
         check_members("LayerwiseLR", alike, statistics, needs_all=bool(needs))
-    compares = compares_layers(rule)
+    compares = rule.depends_on_other_layers()
     # A rule with own_layer may sum gradients without using them for its factors, so only these needs count.
     reads = bool(needs - {"learning_rate"} if compares else needs & {*NORMS, "normalisation_gain"})
     everywhere = torch.distributed.get_world_size()
@@ -84,7 +83,7 @@ def check_processes(rule: Any, state: State, layers: Sequence[Layer], statistics
         return  # all parameters are sharded over all processes
     judges = compares or (reads and any(layer.included and len(layer.parameters) > 1 for layer in layers))
     own: Table = _table(layers, statistics) if judges else {"layers": "", "held": {}}
-    table = compared(f"held {kind_of(rule)}", own, _merged, None, SECONDS)
+    table = compared(f"held {rule.rule_kind}", own, _merged, None, SECONDS)
     if table is None:
         _warn_of_others("LayerwiseLR", everywhere)
     elif judges:
@@ -187,7 +186,7 @@ def _merged(before: Table, own: Table) -> Table:
     return {"layers": own["layers"] if before["layers"] == own["layers"] else "", "held": held}
 
 
-def _judge(rule: Any, table: Table, *, compares: bool, reads: bool, several: int) -> None:
+def _judge(rule: Rule, table: Table, *, compares: bool, reads: bool, several: int) -> None:
     """Raise if the rule would compute different factors in different processes."""
     held: dict[str, dict[str, list[float]]] = table["held"]
     if compares and not table["layers"]:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -25,17 +25,6 @@ KINDS: dict[str, tuple[type[nn.Module], ...]] = {
 
 MEASURES = ("G", "G_prime")
 Measure = Literal["G", "G_prime"]
-
-
-class Selection(NamedTuple):
-    """What is known of one layer: its measured value, how many σ that is from the mean, and whether it was chosen.
-
-    `value` and `z` are NaN where nothing has been measured.
-    """
-
-    value: float
-    z: float
-    selected: bool
 
 
 class LayerChoice(ABC):
