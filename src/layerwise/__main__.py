@@ -2,7 +2,7 @@
 
 import sys
 
-from layerwise.leaving import leaving
+from layerwise.lab.errors import leaving
 
 
 def main() -> int:

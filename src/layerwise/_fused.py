@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
-from ._tensors import pieces_of
+from ._tensors import shards_of
 from ._writes import FUSED
 
 Deal = Callable[[Sequence[Tensor]], Iterable[tuple[Sequence[int], Mapping[str, Any]]]]
@@ -50,10 +50,10 @@ class DealtRate(Tensor):
         if func not in FUSED or not isinstance(dealt, cls):
             plain: Any = super()
             return plain.__torch_function__(func, types, args, options)
-        pieces = pieces_of(args)
+        shards = shards_of(args)
         for positions, own in dealt.deal(args[0]):
             # A list that these options have no use for is empty.
-            lists = [[tensors[i] for i in positions] if tensors else [] for tensors in pieces]
+            lists = [[tensors[i] for i in positions] if tensors else [] for tensors in shards]
             func(*lists, **{**options, "lr": dealt.rate, **own})
         return None
 

@@ -93,7 +93,7 @@ def as_dense_real(tensor: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the piece of a tensor that this process holds: itself, unless it is sharded (a DTensor)."""
+    """Return the shard of a tensor that this process holds: itself, unless it is sharded (a DTensor)."""
     to_local: Any = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
@@ -117,8 +117,8 @@ def several_processes() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def pieces_of(lists: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
-    """Return this process's pieces of sharded tensors, where those of each parameter are shared as it is.
+def shards_of(lists: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+    """Return this process's shards of sharded tensors, if those of each parameter are sharded as it is.
 
     The kernels take number by number. A call with sharded tensors finds out anew how they are shared: 0.1 ms each time.
     """
@@ -126,7 +126,7 @@ def pieces_of(lists: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
         return lists
     for parameter, *others in zip(*filter(None, lists), strict=True):
         shared = getattr(parameter, "placements", None)
-        # A count of steps is no piece: each process has all of it.
+        # A count of steps is no shard: each process has all of it.
         if any(other.ndim and getattr(other, "placements", None) != shared for other in others):
             return lists
     return [list(map(local, tensors)) for tensors in lists]

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ._tensors import local, pieces_of
+from ._tensors import local, shards_of
 
 Factor: TypeAlias = "float | Tensor"
 """A number; or a 0-dim tensor on the parameter's device, which is never read but costs a launch for each parameter."""
@@ -346,7 +346,7 @@ class ScaledWrites(TorchFunctionMode):
 
     def _fused(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> None:
         """Call a fused kernel, which takes one rate, once for each factor; small tensors of many factors together."""
-        lists, rate = pieces_of(args), kwargs["lr"]
+        lists, rate = shards_of(args), kwargs["lr"]
 
         def call(at: Iterable[int], rate: Any) -> None:
             func(*([one[i] for i in at] if one else [] for one in lists), **{**kwargs, "lr": rate})

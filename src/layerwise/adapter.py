@@ -50,7 +50,7 @@ from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds
 from .rules.replication import check_processes, refuse_stages
 from .rules.state import State, check_saved, copied, described
-from .sharding import absent, find_pieces
+from .sharding import absent, find_shards
 from .statistics import (
     AS_NUMBERS,
     NOTHING,
@@ -209,7 +209,7 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
     refuse_stages(rule, parameters_of(groups))
     named = named_parameters_of(holder, request.model, request.layers)
     parameters = parameters_of(groups)
-    layers = make_layers(named, request.layers, request.model, find_pieces(parameters, request.model))
+    layers = make_layers(named, request.layers, request.model, find_shards(parameters, request.model))
     included = included_layers(layers, request.exclude)
     layers = [replace(layer, included=inside) for layer, inside in zip(layers, included, strict=True)]
     automatic = automatic_place(optimizer, request.preferred, request.decay)

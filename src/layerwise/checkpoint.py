@@ -54,11 +54,12 @@ def load_checkpoint(adapter: LayerwiseLR, checkpoint: Any, key: str = "adapter")
     if not paths:
         held = sorted({str(path[0]) for path in planned.values()})
         raise ValueError(f"the checkpoint holds no key={key!r}; it holds {', '.join(held) or 'nothing'}")
-    cut = any(piece is not None and piece.span is not None for layer in adapter.layer_table() for piece in layer.pieces)
+    shards = [shard for layer in adapter.layer_table() for shard in layer.shards if shard is not None]
+    cut = any(shard.span is not None for shard in shards)
     if cut and any("sums" in path for path in paths.values()):
         raise ValueError(
             "the checkpoint holds the sums of half an epoch, and FullyShardedDataParallel has cut the parameters into "
-            "pieces that a distributed checkpoint cannot tell apart: save adapter.state_dict() in each process by "
+            "shards that a distributed checkpoint cannot tell apart: save adapter.state_dict() in each process by "
             "itself, save at the end of an epoch, or use fully_shard"
         )
     parameters = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ._arguments import has_type
 from ._tensors import can_be_measured, holds_weights, warn_without_values
-from .sharding import Piece, stand_in
+from .sharding import Shard, stand_in
 
 Model = nn.Module | Sequence[Any] | Mapping[str, Any]
 """A module, or a list or dictionary of modules."""
@@ -280,7 +280,7 @@ class Layer:
         parameter_names: Their names, without the prefixes of wrappers.
         module: The module that owns them, when there is one such module and the model is known.
         included: Whether the layer is not excluded; the factor of an excluded one is 1.
-        pieces: This process's shard of each parameter, where some are sharded; else empty.
+        shards: This process's shard of each parameter; None, also in place of all of them, for one that is not sharded.
     """
 
     name: str
@@ -288,11 +288,15 @@ class Layer:
     parameter_names: tuple[str, ...] = ()
     module: nn.Module | None = field(default=None, repr=False)
     included: bool = True
-    pieces: tuple[Piece | None, ...] = field(default=(), repr=False)
+    shards: tuple[Shard | None, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.shards:
+            object.__setattr__(self, "shards", (None,) * len(self.parameters))
 
     def whole(self) -> list[Tensor]:
         """Return for each parameter a tensor of its whole shape: the parameter itself, unless FSDP1 has sharded it."""
-        return list(map(stand_in, self.parameters, self.pieces)) if self.pieces else list(self.parameters)
+        return list(map(stand_in, self.parameters, self.shards))
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -395,7 +399,7 @@ def make_layers(
     named_parameters: Mapping[str, Tensor],
     specification: LayerSpecification,
     model: nn.Module | None = None,
-    pieces: Mapping[int, Piece] | None = None,
+    shards: Mapping[int, Shard] | None = None,
 ) -> list[Layer]:
     """Group named parameters into layers.
 
@@ -406,7 +410,7 @@ def make_layers(
             a layer; a parameter goes to the first that matches its name or its module's. Also accepted are a callable
             `(name, parameter) -> layer name or None`, and `TensorLayers`.
         model: The model, from which rules get the layers' modules.
-        pieces: This process's shards of sharded parameters, by the parameters' ids.
+        shards: This process's shards of sharded parameters, by the parameters' ids.
 
     Returns:
         The layers in the order of their first parameter. Integer parameters, such as quantised weights, are in no
@@ -423,13 +427,13 @@ def make_layers(
     """
     owners = Owners(named_parameters, model)
     name_of = _layer_name_function(named_parameters, specification, owners)
-    pieces = pieces or {}
+    shards = shards or {}
     members: dict[str, list[tuple[str, Tensor]]] = {}
     some_measured = any(map(can_be_measured, named_parameters.values()))
     for name, parameter in named_parameters.items():
         if not holds_weights(parameter) or (some_measured and not can_be_measured(parameter)):
             continue
-        layer = name_of(name, stand_in(parameter, pieces.get(id(parameter))))
+        layer = name_of(name, stand_in(parameter, shards.get(id(parameter))))
         if layer is None:
             continue
         if not has_type(layer, str):
@@ -444,8 +448,8 @@ def make_layers(
             own = {owners(name) for name, _ in entries}
         module = owners.modules.get(own.pop()) if len(own) == 1 else None
         parameters = tuple(p for _, p in entries)
-        held = tuple(pieces.get(id(p)) for p in parameters) if pieces else ()
-        layers.append(Layer(layer, parameters, tuple(n for n, _ in entries), module, pieces=held))
+        held = tuple(shards.get(id(p)) for p in parameters)
+        layers.append(Layer(layer, parameters, tuple(n for n, _ in entries), module, shards=held))
     return layers
 
 

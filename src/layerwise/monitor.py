@@ -42,7 +42,7 @@ from .layers import (
 )
 from .optimizers import refuse_outer, unwrap
 from .rules.replication import check_members
-from .sharding import find_pieces, settled_gradient
+from .sharding import find_shards, settled_gradient
 from .sinks.delivery import Sink, check_sinks, close, deliver, sink_name
 from .sinks.record import Record, ratio
 from .statistics import LayerStatistics
@@ -389,9 +389,9 @@ class Monitor(StaysBehind):
         self._measurable = measurable
         if not of_rule:
             specification = chosen(self._specification, None, "module")
-            pieces = find_pieces(parameters, self._model)
+            shards = find_shards(parameters, self._model)
             named = named_parameters_of(optimizer, self._model, specification)
-            layers = make_layers(named, specification, self._model, pieces)
+            layers = make_layers(named, specification, self._model, shards)
         self._parameters, self._layers, self._shared = parameters, layers, shared
         self._statistics = LayerStatistics(layers, ())
 

@@ -1,4 +1,4 @@
-"""Which shard of a parameter this process holds, collectives over shards, and comparisons between processes."""
+"""Comparisons between processes, which shard of a parameter this process holds, and sums over processes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ._tensors import local, moved
 
+# --- Comparisons between processes -----------------------------------------------------------------------------------
+
 SECONDS = 10.0
 """Time to wait for processes that may not take part."""
 
@@ -32,24 +34,16 @@ def compared(
 ) -> Table | None:
     """Return the merged table of all processes; None if one of them does not arrive in time.
 
-    The processes exchange their tables through the process group's key-value store. Unlike a collective, it can time
-    out. Each process merges its table into that of the process before it, so each writes one table. Either all of them
-    get the last table, or none does.
-
-    Args:
-        kind: What is compared. The n-th comparison of a kind is matched with the n-th in the other processes.
-        own: This process's table, as JSON can hold it.
-        merge: Merges two tables.
-        ranks: The processes; None for all.
-        seconds: The time to wait for them.
+    The processes exchange tables of JSON through the process group's key-value store. Unlike a collective, it can time
+    out. Each process merges its table into that of the process before it. All of them get the last table, or none does.
+    The n-th comparison of a kind among some ranks (None for all) is matched with the n-th in the other processes.
     """
     global _counts
-    distributed = torch.distributed
-    store: Any = distributed.distributed_c10d._get_default_store()
-    several = distributed.get_world_size() if ranks is None else len(ranks)
+    store = _store()
+    several = torch.distributed.get_world_size() if ranks is None else len(ranks)
     if _counts[0] is not store:  # a new process group
         _counts = (store, Counter())
-    among = hashlib.sha256(json.dumps([kind, ranks]).encode()).hexdigest()[:16]
+    among = digest([kind, ranks])
     _counts[1][among] += 1
     key = f"layerwise/{among}/{_counts[1][among]}"
     ticket = store.add(f"{key}/came", 1)
@@ -70,9 +64,11 @@ def compared(
 
 def can_compare() -> bool:
     """Return whether there is a store. MPI has none, and a fake process group has no other processes."""
-    distributed = torch.distributed
-    store: Any = distributed.distributed_c10d._get_default_store()
-    return store is not None and distributed.get_backend() != "fake"
+    return _store() is not None and torch.distributed.get_backend() != "fake"
+
+
+def _store() -> Any:
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def digest(value: Any) -> str:
@@ -82,44 +78,19 @@ def digest(value: Any) -> str:
 
 # --- Shards ----------------------------------------------------------------------------------------------------------
 
-_absent: ContextVar[bool] = ContextVar("absent", default=False)
-
-
-@contextlib.contextmanager
-def absent(yes: bool = True) -> Generator[None]:
-    """Take part in the collectives of other processes without a share: inside, the sums of all processes are NaN.
-
-    Factors that follow from them are 1, and a step with them does not count. So a process that is paused keeps the
-    others waiting for nothing, and none of them acts alone.
-
-    Args:
-        yes: Whether to do so.
-    """
-    token = _absent.set(yes)
-    try:
-        yield
-    finally:
-        _absent.reset(token)
-
-
-def is_absent() -> bool:
-    """Return whether this process takes part without a share."""
-    return _absent.get()
-
 
 @dataclass(frozen=True, eq=False)
-class Piece:
-    """The piece of a parameter that this process holds.
+class Shard:
+    """The shard of a parameter that this process holds.
 
     Args:
         shape: Shape of the whole parameter.
-        copies: How many of the processes hold this same piece.
-        groups: The process groups to sum over, one after another: one, but for a mesh of several dimensions that is
-            only a part of all processes.
+        copies: How many of the processes hold this same shard.
+        groups: The process groups to sum over, in turn. There are several for a mesh of several dimensions that is only
+            a part of all processes.
         device_type: Where these groups communicate.
         ranks: The processes that share the parameter.
-        span: Of a parameter that is cut in its flattened form (FSDP1), the first number of the piece and the one after
-            its last.
+        span: First and last position plus 1 in the flattened parameter, where FSDP1 has cut it.
     """
 
     shape: torch.Size
@@ -130,7 +101,7 @@ class Piece:
     span: tuple[int, int] | None = None
 
     def of(self, whole: Tensor, like: Tensor) -> Tensor:
-        """Return the piece of another whole tensor of this shape, in the form of the parameter `like`."""
+        """Return the shard of another whole tensor of this shape, in the form of the parameter `like`."""
         if self.span is not None:
             return whole.flatten()[slice(*self.span)]
         from torch.distributed.tensor import DTensor, Replicate
@@ -141,21 +112,19 @@ class Piece:
         return same.redistribute(mesh, parameter.placements)
 
 
-def find_pieces(parameters: Iterable[Tensor], model: nn.Module | None) -> dict[int, Piece]:
-    """Return the piece of each parameter that is shared among processes, by the parameter's id.
+def find_shards(parameters: Iterable[Tensor], model: nn.Module | None) -> dict[int, Shard]:
+    """Return the shard of each parameter that processes share, by the parameter's id.
 
-    Args:
-        parameters: Parameters, of which DTensors (FSDP2, tensor parallel) know how they are shared.
-        model: Knows it of the parameters of FSDP1.
+    A DTensor (FSDP2, tensor parallel) holds its sharding; for FSDP1 only the model does.
 
     Raises:
         ValueError: A parameter is shared in a way in which its norm is not defined, or cannot be known.
     """
     parameters = list(parameters)
-    pieces = {id(p): _piece_of_dtensor(p) for p in parameters if hasattr(p, "device_mesh")}
+    shards = {id(p): _shard_of_dtensor(p) for p in parameters if hasattr(p, "device_mesh")}
     flattened = [p for p in parameters if getattr(p, "_fsdp_flattened", False)]
     if not flattened:
-        return pieces
+        return shards
     if any(getattr(p, "_is_flat_param", False) for p in flattened):
         raise ValueError(
             "FullyShardedDataParallel has merged the layers' parameters into flat ones, so there are no layers left: "
@@ -163,151 +132,62 @@ def find_pieces(parameters: Iterable[Tensor], model: nn.Module | None) -> dict[i
         )
     if model is None:
         raise ValueError(
-            "these parameters are pieces of FullyShardedDataParallel's, which only the model knows: pass model=, the "
-            "wrapped model"
+            "these parameters are shards of FullyShardedDataParallel, and only the model holds their shapes: pass "
+            "model=, the wrapped model"
         )
-    known = dict(_pieces_of_fsdp(model))
+    known = dict(_shards_of_fsdp(model))
     if missing := [p for p in flattened if id(p) not in known]:
         raise ValueError(
-            f"{len(missing)} of the optimizer's parameters are pieces of FullyShardedDataParallel's that are not in "
+            f"{len(missing)} of the optimizer's parameters are shards of FullyShardedDataParallel that are not in "
             "this model: pass the wrapped model itself"
         )
-    return {**pieces, **{id(p): piece for p in flattened if (piece := known[id(p)]) is not None}}
+    return {**shards, **{id(p): shard for p in flattened if (shard := known[id(p)]) is not None}}
 
 
-def _piece_of_dtensor(parameter: Any) -> Piece:
+def _shard_of_dtensor(parameter: Any) -> Shard:
     mesh, copies = parameter.device_mesh, 1
     for size, placement in zip(mesh.shape, parameter.placements, strict=True):
         if placement.is_partial():
             raise ValueError(f"a parameter with placements {parameter.placements} is a sum over processes; reduce it")
         copies *= size if placement.is_replicate() else 1
-    ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
-    return Piece(parameter.shape, copies, _groups_of(mesh), mesh.device_type, ranks)
+    # No group is made here, since all processes would have to take part in that.
+    everywhere = mesh.ndim > 1 and mesh.size() == torch.distributed.get_world_size()
+    groups = (torch.distributed.group.WORLD,) if everywhere else tuple(mesh.get_all_groups())
+    return Shard(parameter.shape, copies, groups, mesh.device_type, tuple(sorted(mesh.mesh.flatten().tolist())))
 
 
-def _groups_of(mesh: Any) -> tuple[Any, ...]:
-    """Return groups over which to sum in turn; none is made, since all processes would have to take part in that."""
-    if mesh.ndim > 1 and mesh.size() == torch.distributed.get_world_size():
-        return (torch.distributed.group.WORLD,)
-    return tuple(mesh.get_all_groups())
-
-
-def _pieces_of_fsdp(model: nn.Module) -> Iterable[tuple[int, Piece | None]]:
-    """Yield the piece of each parameter of FSDP1; None where each process holds all of it."""
+def _shards_of_fsdp(model: nn.Module) -> Iterable[tuple[int, Shard | None]]:
+    """Yield the shard of each parameter of FSDP1; None where each process holds all of it."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     for module in FullyShardedDataParallel.fsdp_modules(model):
         handle: Any = getattr(module, "_handle", None)
         if handle is None or handle.flat_param._params is None:  # the latter without use_orig_params
             continue
-        flat = handle.flat_param
+        flat, group = handle.flat_param, handle.process_group
         if any(extension is not None for extension in flat._param_extensions):
             raise ValueError(
                 "FullyShardedDataParallel over tensor parallel parameters hides how these are shared; use fully_shard"
             )
+        ranks = tuple(sorted(torch.distributed.get_process_group_ranks(group)))
         for p, shape, where in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
-            if not handle.uses_sharded_strategy:
-                yield id(p), None
-                continue
             span = (where.intra_param_start_idx, where.intra_param_end_idx + 1) if where.in_shard else (0, 0)
-            group = handle.process_group
-            ranks = tuple(sorted(torch.distributed.get_process_group_ranks(group)))
-            yield id(p), Piece(shape, 1, (group,), handle.device.type, ranks, span)
+            sharded = handle.uses_sharded_strategy
+            yield id(p), Shard(shape, 1, (group,), handle.device.type, ranks, span) if sharded else None
 
 
-class Sharing:
-    """Sums over processes of numbers of which each process knows its share.
-
-    Processes that hold different parameters meet in some meshes only. All go through their meshes in one order, the
-    small ones first, so that none waits for a process that waits for it.
-
-    Args:
-        pieces: For each number the piece of a parameter that it belongs to; None for what every process knows whole.
-    """
-
-    def __init__(self, pieces: Sequence[Piece | None]) -> None:
-        self.pieces = list(pieces)
-        self._positions: dict[tuple[tuple[Any, ...], str], list[int]] = {}
-        shared = [(i, piece) for i, piece in enumerate(self.pieces) if piece is not None]
-        for i, piece in sorted(shared, key=lambda one: (len(one[1].ranks), one[1].ranks)):
-            self._positions.setdefault((piece.groups, piece.device_type), []).append(i)
-        self._ready: tuple[torch.device, Tensor, list[tuple[Any, torch.device, Tensor | None]]] | None = None
-
-    def sum(self, shares: Tensor) -> Tensor:
-        """Return the sums over all processes; one collective for each distinct set of processes.
-
-        Every process has to call this, also with zeros only.
-
-        Args:
-            shares: What this process contributes, shape `[k, n_pieces]`; changed in place.
-        """
-        if self._ready is None or self._ready[0] != shares.device:
-            self._ready = self._prepared(shares)
-        _, weights, collectives = self._ready
-        if is_absent():
-            shares.fill_(torch.nan)
-        shares *= weights
-        for groups, device, positions in collectives:
-            part = moved(shares if positions is None else shares.index_select(1, positions), device)
-            for group in groups:
-                torch.distributed.all_reduce(part, group=group)
-            part = moved(part, shares.device)
-            shares = part if positions is None else shares.index_copy_(1, positions, part)
-        return shares
-
-    def flagged(self, flags: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which flags are set in any process, and whether any flag of any process is.
-
-        What is set in one mesh is carried on to the next ones, so that processes hear of a parameter that they do not
-        hold. As many collectives as `sum` takes.
-
-        Args:
-            flags: 1 or 0 for each number, shape `[n_pieces]`; changed in place.
-        """
-        if self._ready is None or self._ready[0] != flags.device:
-            self._ready = self._prepared(flags[None])
-        some = flags.max()
-        if is_absent():
-            some = torch.full_like(some, torch.nan)
-        for groups, device, positions in self._ready[2]:
-            part = flags if positions is None else flags.index_select(0, positions)
-            part = moved(torch.cat([part, some[None]]), device)
-            for group in groups:
-                torch.distributed.all_reduce(part, group=group)
-            part = moved(part, flags.device)
-            flags = part[:-1] if positions is None else flags.index_copy_(0, positions, part[:-1])
-            some = part[-1]
-        return flags, some
-
-    def _prepared(self, shares: Tensor) -> tuple[torch.device, Tensor, list[tuple[Any, torch.device, Tensor | None]]]:
-        """Copy to the device once what every step needs there."""
-        device = shares.device
-        copies = [1.0 if piece is None else 1 / piece.copies for piece in self.pieces]
-        collectives: list[tuple[Any, torch.device, Tensor | None]] = []
-        for (groups, device_type), positions in self._positions.items():
-            every = len(positions) == len(self.pieces)
-            index = None if every else torch.tensor(positions, dtype=torch.long, device=device)
-            collectives.append((groups, device if device.type == device_type else torch.device(device_type), index))
-        return device, torch.tensor(copies, dtype=shares.dtype, device=device), collectives
-
-
-def stand_in(parameter: Tensor, piece: Piece | None) -> Tensor:
-    """Return a tensor of the whole parameter's shape, for a question about it: the parameter, if it still has it."""
-    if piece is None or piece.span is None:
+def stand_in(parameter: Tensor, shard: Shard | None) -> Tensor:
+    """Return a tensor of the whole parameter's shape: the parameter, unless FSDP1 has cut it."""
+    if shard is None or shard.span is None:
         return parameter
-    return torch.empty(piece.shape, dtype=parameter.dtype, device="meta", requires_grad=parameter.requires_grad)
-
-
-def sharing_of(pieces: Sequence[Piece | None]) -> Sharing | None:
-    """Return how numbers of these pieces add up over processes; None if no parameter is shared."""
-    return Sharing(pieces) if any(piece is not None for piece in pieces) else None
+    return torch.empty(shard.shape, dtype=parameter.dtype, device="meta", requires_grad=parameter.requires_grad)
 
 
 def settled_gradient(parameter: Any) -> Tensor | None:
-    """Return this process's piece of a parameter's gradient.
+    """Return this process's shard of a parameter's gradient.
 
-    Under sequence parallelism some gradients arrive as sums that are still to be formed. They are formed here, and left
-    so: the optimizer would do it again.
+    Under sequence parallelism some gradients arrive as partial sums. They are reduced here and stay so, because the
+    optimizer would do it again.
     """
     gradient = parameter.grad
     if gradient is None or not hasattr(gradient, "placements"):
@@ -317,27 +197,116 @@ def settled_gradient(parameter: Any) -> Tensor | None:
     return local(gradient)
 
 
+# --- Sums over processes ---------------------------------------------------------------------------------------------
+
+_absent: ContextVar[bool] = ContextVar("absent", default=False)
+
+
+def is_absent() -> bool:
+    """Return whether this process takes part in collectives without a share."""
+    return _absent.get()
+
+
+@contextlib.contextmanager
+def absent(yes: bool = True) -> Generator[None]:
+    """Take part in the collectives of other processes without a share: inside, the sums of all processes are NaN.
+
+    Factors computed from NaN are 1, and the step does not count. So a paused process keeps no other waiting, and none
+    of them acts alone.
+    """
+    token = _absent.set(yes)
+    try:
+        yield
+    finally:
+        _absent.reset(token)
+
+
+class Sharing:
+    """Sums over processes of numbers of which each process knows its share.
+
+    Processes that hold different parameters share only some meshes. All go through their meshes in one order, the small
+    ones first, so that no two of them wait for each other.
+
+    Args:
+        shards: For each number the shard of the parameter that it belongs to; None for a number that every process
+            knows whole.
+        flag: Whether there is a last number that is summed over each mesh in turn, so that it reaches every process.
+    """
+
+    def __init__(self, shards: Sequence[Shard | None], *, flag: bool = False) -> None:
+        self._copies = [1 if shard is None else shard.copies for shard in shards] + [1] * flag
+        self._positions: dict[tuple[tuple[Any, ...], str], list[int]] = {}
+        shared = [(i, shard) for i, shard in enumerate(shards) if shard is not None]
+        for i, shard in sorted(shared, key=lambda one: (len(one[1].ranks), one[1].ranks)):
+            self._positions.setdefault((shard.groups, shard.device_type), []).append(i)
+        for positions in self._positions.values():
+            positions += [len(shards)] * flag
+        self._device: torch.device | None = None
+        self._weights: Tensor | None = None
+        self._collectives: list[tuple[tuple[Any, ...], torch.device, Tensor | None]] = []
+
+    def sum(self, shares: Tensor) -> Tensor:
+        """Return the sums over all processes; one collective for each distinct set of processes.
+
+        Every process has to call this, also with zeros only.
+
+        Args:
+            shares: What this process contributes, one column for each number; changed in place.
+        """
+        if self._device != shares.device:
+            self._prepare(shares)
+        if is_absent():
+            shares.fill_(torch.nan)
+        if self._weights is not None:
+            shares *= self._weights
+        for groups, device, positions in self._collectives:
+            part = moved(shares if positions is None else shares.index_select(1, positions), device)
+            for group in groups:
+                torch.distributed.all_reduce(part, group=group)
+            part = moved(part, shares.device)
+            shares = part if positions is None else shares.index_copy_(1, positions, part)
+        return shares
+
+    def _prepare(self, shares: Tensor) -> None:
+        """Copy to the device once what every step needs there."""
+        device = self._device = shares.device
+        if any(copies != 1 for copies in self._copies):
+            weights = [1 / copies for copies in self._copies]
+            self._weights = torch.tensor(weights, dtype=shares.dtype, device=device)
+        self._collectives = []
+        for (groups, device_type), positions in self._positions.items():
+            every = len(positions) == len(self._copies)
+            index = None if every else torch.tensor(positions, dtype=torch.long, device=device)
+            there = device if device.type == device_type else torch.device(device_type)
+            self._collectives.append((groups, there, index))
+
+
+def sharing_of(shards: Sequence[Shard | None], *, flag: bool = False) -> Sharing | None:
+    """Return how numbers of these shards add up over processes; None if no parameter is shared."""
+    return Sharing(shards, flag=flag) if any(shards) else None
+
+
 # --- Buffers of shards -----------------------------------------------------------------------------------------------
 
 
 class Buffers:
-    """What is known of the buffers of some parameters.
+    """Makes and loads buffers in the form of some parameters.
 
     Args:
         parameters: The parameters.
-        pieces: What this process holds of each; None for all of it.
+        shards: This process's shard of each; None for all of it.
         samples: How many numbers of each are kept; None for all.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], pieces: Sequence[Piece | None], samples: Sequence[int | None]
+        self, parameters: Sequence[Tensor], shards: Sequence[Shard | None], samples: Sequence[int | None]
     ) -> None:
-        self._parameters, self._pieces, self._samples = parameters, pieces, samples
+        self._parameters, self._shards, self._samples = parameters, shards, samples
 
     def zeros(self, i: int, gradient: Tensor) -> Tensor:
-        """Return zeros like a parameter's gradient, at least float32.
+        """Return zeros like the gradient of parameter i, at least float32.
 
-        Those of a DTensor are one too, so that a distributed checkpoint can share them out anew.
+        Those of a DTensor are a DTensor too, so that a distributed checkpoint can reshard them.
         """
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         parameter = cast(Any, self._parameters[i])
@@ -361,12 +330,12 @@ class Buffers:
         return torch.Size([*parameter.shape, 2]) if parameter.is_complex() else parameter.shape
 
     def loaded(self, i: int, buffer: Any, name: str, *, scalar: bool) -> Tensor:
-        """Return a copy of a saved buffer, shared among processes as its parameter is now.
+        """Return a copy of a saved buffer, sharded as parameter i is now.
 
         Args:
-            i: The number of its parameter.
+            i: The number of the parameter.
             buffer: What was saved: a tensor, or a DTensor of any mesh.
-            name: What messages call it.
+            name: The parameter's name for messages.
             scalar: Whether it is one number instead of a buffer like the parameter.
 
         Raises:
@@ -377,22 +346,18 @@ class Buffers:
             found = tuple(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
             raise ValueError(f"the saved sums of {name!r} have shape {found}, here {tuple(wanted)}; same rule?")
         if hasattr(buffer, "device_mesh"):
-            check_own_shard(buffer, name)  # whatever is computed of it has forgotten whose it was
-        saved, parameter, piece = cast(Any, buffer.detach()), cast(Any, self._parameters[i]), self._pieces[i]
-        shared = hasattr(parameter, "device_mesh") and not scalar
+            _check_own_shard(buffer, name)  # the result of detach() no longer says whose shard it was
+        saved, parameter, shard = cast(Any, buffer.detach()), cast(Any, self._parameters[i]), self._shards[i]
+        sharded = hasattr(parameter, "device_mesh") and not scalar
         if hasattr(saved, "device_mesh"):
-            if shared and saved.device_mesh == parameter.device_mesh and saved.placements == parameter.placements:
+            if sharded and saved.device_mesh == parameter.device_mesh and saved.placements == parameter.placements:
                 return saved.clone()
             saved = saved.full_tensor()
-        return piece.of(saved.to(parameter.device), parameter) if shared and piece is not None else saved.clone()
+        return shard.of(saved.to(parameter.device), parameter) if sharded and shard is not None else saved.clone()
 
 
-def check_own_shard(saved: Any, name: str) -> None:
-    """Raise unless a DTensor from a file is the shard that this process would hold.
-
-    Raises:
-        ValueError: It was written by another process, whose shard it still is.
-    """
+def _check_own_shard(saved: Any, name: str) -> None:
+    """Raise unless a DTensor from a file is the shard that this process would hold."""
     there = torch.distributed.is_initialized() and (saved.device_mesh.mesh == torch.distributed.get_rank()).nonzero()
     coordinate = saved.device_mesh.get_coordinate()
     if there is False or coordinate is None or there.tolist() != [list(coordinate)]:

@@ -16,7 +16,7 @@ from ._arguments import has_type
 from ._norms import JointNorms, tensor_norm_numbers, tensor_norms
 from ._tensors import as_dense_real, has_values, local, moved, same_objects
 from .layers import Layer
-from .sharding import Sharing, find_pieces, is_absent, settled_gradient, sharing_of
+from .sharding import Sharing, find_shards, is_absent, settled_gradient, sharing_of
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Gradients:
     """The mini-batch gradients themselves, as they arrived.
 
     Args:
-        tensors: Of each parameter of each layer, in order; None where there is none. Of a parameter that is shared
-            among processes, this process's piece.
+        tensors: Of each parameter of each layer, in order; None where there is none. Of a sharded
+            parameter, this process's shard.
         scale: The factor by which a gradient scaler left them multiplied, if it did.
         skipped: Above zero when the gradient scaler lets the optimizer skip this step, if it has one.
     """
@@ -118,7 +118,7 @@ def check_alike(layers: Sequence[Layer], needs: Collection[str]) -> None:
     for layer in layers:
         module: Any = layer.module
         batch = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
-        if batch and module.running_var is not None and not any(layer.pieces):
+        if batch and module.running_var is not None and not any(layer.shards):
             raise ValueError(
                 f"layer {layer.name!r} keeps a running variance of its own in each process, so the processes would "
                 "find other factors each and drift apart; use torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)"
@@ -154,15 +154,14 @@ def gain_shares(layers: Sequence[Layer], like: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gain_share(layer: Layer, i: int, dtype: torch.dtype) -> Tensor:
     module: Any = layer.module
-    weight, piece = layer.parameters[i], layer.pieces[i] if layer.pieces else None
+    weight, shard = layer.parameters[i], layer.shards[i]
     variance: Tensor | None = getattr(module, "running_var", None)
     gains = local(weight.detach()).to(dtype).square()
     if variance is not None:
-        variance = (
-            moved(variance, weight.device) if piece is None else moved(local(piece.of(variance, weight)), gains.device)
-        )
+        own = variance if shard is None else local(shard.of(variance, weight))
+        variance = moved(own, gains.device)
         gains = gains / (variance.to(dtype) + module.eps)
-    return gains.sum() / (weight.numel() if piece is None else piece.shape.numel())
+    return gains.sum() / (weight.numel() if shard is None else shard.shape.numel())
 
 
 # --- Measuring -------------------------------------------------------------------------------------------------------
@@ -200,8 +199,8 @@ class LayerStatistics:
         self.members = [p for layer in layers for p in layer.parameters]
         self.layer_of = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters}
         self.device, self.dtype = common_device(layers)
-        self.pieces = [piece for layer in layers for piece in layer.pieces or [None] * len(layer.parameters)]
-        self.sharing = sharing_of(self.pieces)
+        self.shards = [shard for layer in layers for shard in layer.shards]
+        self.sharing = sharing_of(self.shards)
         self.paused: Tensor | None = None
         self._zeros = torch.zeros(self.count, dtype=self.dtype, device=self.device)
         self._indices: dict[tuple[int, ...], Tensor] = {}
@@ -471,8 +470,8 @@ class FiniteGradients:
         none = [Layer("(in no layer)", tuple(others.values()), tuple(others))] if others else []
         self._layers = [*layers, *none]
         self._parameters = [p for layer in self._layers for p in layer.parameters]
-        pieces = find_pieces(self._parameters, model)
-        self._sharing = sharing_of([pieces.get(id(p)) for p in self._parameters])
+        shards = find_shards(self._parameters, model)
+        self._sharing = sharing_of([shards.get(id(p)) for p in self._parameters], flag=True)
 
     @torch.no_grad()
     def check(self, found_inf: Tensor | None = None) -> None:
@@ -492,33 +491,33 @@ class FiniteGradients:
 
 
 def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> tuple[list[int], bool]:
-    """Return the positions of the parameters with a gradient that is not finite, and whether any process has one.
+    """Return the positions of parameters with a non-finite gradient, and whether another process may hold one.
 
     Waits for the device.
     """
-    held = [
-        (i, as_dense_real(local(g.detach())))
-        for i, p in enumerate(parameters)
-        if (g := settled_gradient(p)) is not None
-    ]
-    held = [(i, gradient) for i, gradient in held if gradient.numel() and has_values(gradient)]
-    device = held[0][1].device if held and sharing is None else local(parameters[0]).device
+    held: list[tuple[int, Tensor]] = []
+    for i, p in enumerate(parameters):
+        gradient = settled_gradient(p)
+        if gradient is not None:
+            dense = as_dense_real(gradient.detach())
+            if dense.numel() and has_values(dense):
+                held.append((i, dense))
     if not held and sharing is None:
         return [], False
-    flags = torch.zeros(len(parameters), device=device)
+    device = held[0][1].device if sharing is None else local(parameters[0]).device
+    flags = torch.zeros(len(parameters) + (sharing is not None), device=device)
     if held:
         largest: Any = torch._foreach_norm([gradient for _, gradient in held], torch.inf)
         positions = torch.tensor([i for i, _ in held], device=device)
         finite = torch.stack([moved(one.isfinite(), device) for one in largest])
-        flags[positions] = (~finite).float()
-    elsewhere = False
+        flags[positions] = torch.where(finite, 0.0, 1.0)
     if sharing is not None:
-        flags, some = sharing.flagged(flags)
-        if not some > 0:  # none, or NaN: a process is paused, and then none raises
+        flags[-1] = flags.max()
+        flags = sharing.sum(flags[None])[0]
+        if not flags[-1] > 0:  # none, or NaN: a process is paused, and then none raises
             return [], False
-        elsewhere = True
-    broken: Any = (flags > 0).nonzero().flatten()
-    return broken.tolist(), elsewhere
+    broken: Any = (flags[: len(parameters)] > 0).nonzero().flatten()
+    return broken.tolist(), sharing is not None
 
 
 def _message(step: int, layers: Sequence[Layer], broken: Sequence[int]) -> str:

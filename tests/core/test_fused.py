@@ -280,10 +280,10 @@ def test_only_what_is_shared_alike_is_taken_in_pieces():
             distribute_tensor(torch.ones(4, 3), mesh, [Replicate()], src_data_rank=None),
         )
         count = torch.ones(())
-        taken = fused.pieces_of([[shard[0]], [shard[1]], [shard[2]], [], [count]])
+        taken = fused.shards_of([[shard[0]], [shard[1]], [shard[2]], [], [count]])
         assert [[tuple(x.shape) for x in tensors] for tensors in taken] == [[(2, 3)], [(2, 3)], [(2, 3)], [], [()]]
         for other in (whole, replicated):
             lists = [[shard[0]], [shard[1]], [other], [], [count]]
-            assert fused.pieces_of(lists) is lists
+            assert fused.shards_of(lists) is lists
     finally:
         distributed.destroy_process_group()

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from layerwise.leaving import INTERRUPTED, leaving
+from layerwise.lab.errors import INTERRUPTED, leaving
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are sent as on POSIX")
 
@@ -57,7 +57,7 @@ def test_in_another_thread_nothing_changes(default):
 def test_an_interrupt_ends_the_program_without_a_word():
     program = """
 import os, signal, time
-from layerwise.leaving import leaving
+from layerwise.lab.errors import leaving
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with leaving():
     os.kill(os.getpid(), signal.SIGINT)

@@ -13,9 +13,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from layerwise.lab.errors import UsageError, missing_extra, nearest
+from layerwise.lab.errors import INTERRUPTED, UsageError, leaving, missing_extra, nearest
 from layerwise.lab.printing import open_streams, shown
-from layerwise.leaving import INTERRUPTED, leaving
 
 if TYPE_CHECKING:
     from layerwise.lab import options

@@ -1,12 +1,19 @@
-"""Errors that a user of the command line can act on."""
+"""Errors that a user of the command line can act on, and Ctrl-C while modules are imported."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 
 LAB_MODULES = ("PIL", "jinja2", "mlxtend", "numpy", "platformdirs", "polars", "rich", "scipy", "tyro", "vl_convert")
 """Top-level modules of the extra ``lab`` in pyproject.toml."""
+
+INTERRUPTED = 130
+"""Exit code of a program that Ctrl-C ends, as shells report it."""
 
 
 class UsageError(ValueError):
@@ -44,3 +51,21 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
     if module not in LAB_MODULES:
         return None
     return f"the lab needs the module {module!r}, which is not installed: run  pip install -e '.[lab]'  in the clone"
+
+
+@contextmanager
+def leaving() -> Generator[None]:
+    """Let Ctrl-C end the program silently while modules are imported.
+
+    A `KeyboardInterrupt` would rise inside an import, which may show a traceback or take it for another error. If the
+    signal is ignored, or has a handler of the program's own, nothing changes.
+    """
+    main = threading.current_thread() is threading.main_thread()  # only this thread can set handlers
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -124,8 +124,8 @@ class DirectionalitySums:
         ]
         # A state's own entries that begin with an underscore are not saved; a parameter's name may begin with one.
         self._keys = [f"/{name}" for name in names]
-        pieces = [piece for layer in layers for piece in layer.pieces or [None] * len(layer.parameters)]
-        self._pieces, self._sharing = pieces, sharing_of(pieces)
+        self._shards = [shard for layer in layers for shard in layer.shards]
+        self._sharing = sharing_of(self._shards)
         if sample is not None and self._sharing is not None:
             raise ValueError(
                 f"sample={sample!r}: the parameters are sharded, and which weights stand for a layer depends on the "
@@ -136,7 +136,7 @@ class DirectionalitySums:
             number_count(whole) if taken is None else taken.count
             for whole, taken in zip((p for layer in layers for p in layer.whole()), self._samples, strict=True)
         ]
-        self._buffers = Buffers(self._parameters, pieces, [None if s is None else s.count for s in self._samples])
+        self._buffers = Buffers(self._parameters, self._shards, [None if s is None else s.count for s in self._samples])
         inside = [True] * len(layers) if measured is None else measured
         self._measured = [flag for size, flag in zip(self._sizes, inside, strict=True) for _ in range(size)]
 
@@ -230,7 +230,7 @@ class DirectionalitySums:
     def _fraction(self, sums: Sums, i: int) -> tuple[float, float, bool]:
         """Return what a parameter adds above and below the fraction bar, and whether it received a gradient.
 
-        The first and the last are those of the piece that this process holds, the second of the whole parameter.
+        The first and the last are those of the shard that this process holds, the second of the whole parameter.
         """
         key = self._keys[i]
         below = float(self._counts[i]) if self.each_weight else 0.0
@@ -252,8 +252,8 @@ class DirectionalitySums:
         """
         return [
             (i, as_dense_real(local(p.detach())))
-            for i, (p, piece) in enumerate(zip(self._parameters, self._pieces, strict=True))
-            if piece is not None and i not in held and self._measured[i] and p.requires_grad
+            for i, (p, shard) in enumerate(zip(self._parameters, self._shards, strict=True))
+            if shard is not None and i not in held and self._measured[i] and p.requires_grad
         ]
 
     def _joined(self, every: Sequence[tuple[int, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:

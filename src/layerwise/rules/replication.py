@@ -79,7 +79,7 @@ def check_processes(rule: Rule, state: State, layers: Sequence[Layer], statistic
     # A rule with own_layer may sum gradients without using them for its factors, so only these needs count.
     reads = bool(needs - {"learning_rate"} if compares else needs & {*NORMS, "normalisation_gain"})
     everywhere = torch.distributed.get_world_size()
-    if all(piece is not None and len(piece.ranks) == everywhere for piece in statistics.pieces):
+    if all(shard is not None and len(shard.ranks) == everywhere for shard in statistics.shards):
         return  # all parameters are sharded over all processes
     judges = compares or (reads and any(layer.included and len(layer.parameters) > 1 for layer in layers))
     own: Table = _table(layers, statistics) if judges else {"layers": "", "held": {}}
@@ -107,9 +107,9 @@ def check_members(what: str, alike: Table, statistics: LayerStatistics, *, needs
         return
     shared: dict[tuple[int, ...], list[str]] = {}
     names = (f"{layer.name}:{name}" for layer in statistics.layers for name in layer.parameter_names)
-    for name, piece in zip(names, statistics.pieces, strict=True):
-        if piece is not None:
-            shared.setdefault(piece.ranks, []).append(name)
+    for name, shard in zip(names, statistics.shards, strict=True):
+        if shard is not None:
+            shared.setdefault(shard.ranks, []).append(name)
     own = {name: [repr(value)] for name, value in alike.items()}
     for ranks in sorted(shared, key=lambda ranks: (len(ranks), ranks)):
         table = {**own, "names of layers": [digest(shared[ranks])]}
@@ -162,14 +162,14 @@ def _table(layers: Sequence[Layer], statistics: LayerStatistics) -> Table:
     position = 0
     for layer in layers:
         for i, (name, whole) in enumerate(zip(layer.parameter_names, layer.whole(), strict=True)):
-            piece = statistics.pieces[position]
+            shard = statistics.shards[position]
             gradient, weight = norms[0][position], norms[1][position]
             position += 1
             shapes.append([layer.name, name, list(whole.shape)])
-            if piece is not None and len(piece.ranks) == everywhere:  # sums over all processes are equal in each
+            if shard is not None and len(shard.ranks) == everywhere:  # sums over all processes are equal in each
                 key, gradient, weight = name, 1.0, 1.0
             else:
-                key = name if piece is None else f"{name} (part {piece.ranks.index(rank)} of {len(piece.ranks)})"
+                key = name if shard is None else f"{name} (part {shard.ranks.index(rank)} of {len(shard.ranks)})"
             if layer.included:
                 matrix = float(layer.parameters[i].ndim > 1)
                 held.setdefault(layer.name, {})[key] = [gradient, gradient, weight, weight, matrix, 1]

@@ -194,7 +194,7 @@ def test_an_fsdp1_module_without_parameters_of_its_own_does_not_hide_those_below
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     (layer,) = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model).layer_table()
     assert (layer.name, layer.parameter_names) == ("0", ("0.weight", "0.bias"))
-    assert [(tuple(piece.shape), piece.span) for piece in layer.pieces if piece] == [((2, 4), (0, 3)), ((2,), (0, 0))]
+    assert [(tuple(shard.shape), shard.span) for shard in layer.shards if shard] == [((2, 4), (0, 3)), ((2,), (0, 0))]
 
 
 @pytest.mark.usefixtures("four")
