@@ -13,8 +13,8 @@ import torch
 from .._arguments import has_type
 from ..layers import Layer
 from .base import is_number
-from .directionality import ChoosingRule, candidates_of
-from .selection import AllLayers, LayerChoice, Measure, check_flag, check_whole
+from .directionality import ChoosingRule, candidates_of, with_choice
+from .selection import AllLayers, LayerChoice, check_flag, check_whole
 from .state import State
 
 logger = logging.getLogger("layerwise")
@@ -129,35 +129,26 @@ class GradientAmplification(ChoosingRule):
         return None
 
     def amplified(self, epoch: int) -> bool:
-        """Tell whether the chosen layers are amplified in an epoch."""
+        """Return whether the chosen layers are amplified in an epoch."""
         found = self.phase_of(epoch)
-        return found is not None and found[0].amplify and not (self._waits() and epoch == found[1])
+        return found is not None and found[0].amplify and not (self.selection.after_analysis and epoch == found[1])
 
-    def analysed(self, epoch: int) -> bool:
-        """Tell whether gradients are measured in an epoch."""
+    def measured(self, epoch: int) -> bool:
+        """Return whether gradients are measured in an epoch."""
         found = self.phase_of(epoch)
         if self.selection.measure is None or found is None or not found[0].amplify:
             return False
         phase, first = found
         if epoch == first:
             return True
-        renewed, every = epoch + 1 - first, self.selection.reselect
-        return every is not None and renewed % every == 0 and epoch < phase.until
+        every = self.selection.reselect
+        return every is not None and (epoch + 1 - first) % every == 0 and epoch < phase.until
 
-    def _waits(self) -> bool:
-        return self.selection.measure is not None or self.selection.waits
+    analysed = measured  # the paper's word
 
-    def _measures(self) -> tuple[Measure | None, int | None]:
-        return self.selection.measure, self.selection.sample
-
-    def _kinds(self) -> Sequence[str] | None:
-        return self.selection.kinds
-
-    def _ddof(self) -> int:
-        return self.selection.ddof
-
-    def _measuring(self, epoch: int) -> bool:
-        return self.analysed(epoch)
+    @property
+    def _choice(self) -> LayerChoice:
+        return self.selection
 
     def _factor(self, epoch: int) -> float:
         found = self.phase_of(epoch)
@@ -167,11 +158,11 @@ class GradientAmplification(ChoosingRule):
         found = self.phase_of(state["epoch"])
         if self.selection.measure is not None or found is None or not found[0].amplify:
             return state
-        if state["epoch"] != found[1] and not self.selection.every_epoch:
+        if state["epoch"] != found[1] and self.selection.redraw != "epoch":
             return state
         selected = self.selection.choose(candidates_of(state), [], state["draw"])
-        return self._select(state, selected, type(self.selection).__name__)
+        return with_choice(state, selected, type(self.selection).__name__)
 
     def _chosen(self, state: State, live: Sequence[bool], values: Sequence[float], z: Sequence[float]) -> State:
         why = f"{self.selection!r}, largest z {max(z):.2f}" if z else repr(self.selection)
-        return self._select(state, self.selection.choose(live, z, state["draw"]), why)
+        return with_choice(state, self.selection.choose(live, z, state["draw"]), why)

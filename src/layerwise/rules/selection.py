@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -30,9 +30,8 @@ Measure = Literal["G", "G_prime"]
 class LayerChoice(ABC):
     """A way to choose layers.
 
-    * `kinds`: the kinds of layers that may be chosen, of `KINDS`; None for every layer.
-    * `measure`: `"G"` or `"G_prime"` where the choice needs an epoch of measuring, else None.
-    * `waits`: whether the first epoch of each amplified phase stays plain.
+    The attributes are the arguments of `Directionality`, `RandomLayers` and `AllLayers`. `measure` is None where the
+    choice needs no epoch of measuring.
     """
 
     kinds: Sequence[str] | None = None
@@ -40,8 +39,8 @@ class LayerChoice(ABC):
     sample: int | None = None
     reselect: int | None = None
     ddof: int = 0
-    waits: bool = True
-    every_epoch: ClassVar[bool] = False
+    redraw: Literal["phase", "epoch"] = "phase"
+    after_analysis: bool = True
 
     @abstractmethod
     def choose(self, candidates: Sequence[bool], z: Sequence[float], draw: int) -> list[bool]:
@@ -93,7 +92,6 @@ class AllLayers(LayerChoice):
     def __post_init__(self) -> None:
         check_kinds(self.kinds)
         check_flag("after_analysis", self.after_analysis)
-        object.__setattr__(self, "waits", self.after_analysis)
 
     def choose(self, candidates: Sequence[bool], z: Sequence[float], draw: int) -> list[bool]:
         """Return the candidates."""
@@ -140,8 +138,6 @@ class RandomLayers(LayerChoice):
         if self.redraw not in ("phase", "epoch"):
             raise ValueError(f"redraw={self.redraw!r} must be 'phase' or 'epoch'")
         check_flag("after_analysis", self.after_analysis)
-        object.__setattr__(self, "waits", self.after_analysis)
-        object.__setattr__(self, "every_epoch", self.redraw == "epoch")
 
     def choose(self, candidates: Sequence[bool], z: Sequence[float], draw: int) -> list[bool]:
         """Return a draw without replacement."""
