@@ -758,7 +758,9 @@ class LayerwiseLR(StaysBehind):
         self._attached.check_current()
         selection = self.rule.get_selection(self._attached.state)
         if selection is None:
-            raise ValueError(f"{described(self.rule)} chooses no layers; GradientAmplification and LayerFreezing do")
+            raise ValueError(
+                f"{described(self.rule)} chooses no layers; attach a rule that does, such as GradientAmplification"
+            )
         if self._epoch == 1 and self._attached.rates is not None and not any(one.selected for one in selection):
             if not self._told:
                 logger.warning(
