@@ -1,7 +1,7 @@
 """A hook of mkdocs: the table of rules, their entries in the API and in the navigation follow from their docstrings.
 
-`<!-- rules -->` on a page stands for the table in `rules.md` and for the entries in `api/rules.md`. A rule that has a page
-`rules/its-name.md` is linked to it, any other one to its entry in the API.
+`<!-- rules -->` stands for the table in `rules.md` and for the entries in `api/rules.md`. The table links a rule to its
+page `rules/its-name.md`, or where there is none to its entry in the API.
 """
 
 from __future__ import annotations
@@ -20,12 +20,8 @@ DOCS = Path(__file__).parent
 def every_rule() -> list[str]:
     """Return the names of the public rules, but for the classes that rules derive from."""
     bases = (rules.Rule, rules.ElementwiseRule)
-    public = {name: getattr(rules, name) for name in sorted(rules.__all__, key=str.casefold)}
-    return [
-        name
-        for name, kind in public.items()
-        if isinstance(kind, type) and issubclass(kind, bases) and kind not in bases
-    ]
+    kinds = {name: getattr(rules, name) for name in sorted(rules.__all__, key=str.casefold)}
+    return [name for name, k in kinds.items() if isinstance(k, type) and issubclass(k, bases) and k not in bases]
 
 
 def page_of(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""A rule that is exported and has a row in `tests/rule_cases.py` gets every common test, its place in the lab and pages."""
+"""A rule that is exported and has a row in `tests/rule_cases.py` has every common test, its pages and the lab."""
 
 from __future__ import annotations
 
@@ -69,9 +69,8 @@ import new_row
 import rule_pages
 from layerwise.lab.rule_making import make_rule
 
-assert "| [`InverseNorm()`](api/rules.md#layerwise.rules.InverseNorm) | A rule of the tests. | f_l = 1 / ‖g_l‖ | Nobody 2026 |" in (
-    rule_pages.expanded("rules.md", "<!-- rules -->")
-)
+row = "| [`InverseNorm()`](api/rules.md#layerwise.rules.InverseNorm) | A rule of the tests. | f_l = 1 / ‖g_l‖ |"
+assert row + " Nobody 2026 |" in rule_pages.expanded("rules.md", "<!-- rules -->")
 assert "::: layerwise.rules.InverseNorm" in rule_pages.expanded("api/rules.md", "<!-- rules -->")
 assert make_rule({"name": "InverseNorm", "scale": 2.0}, seed=0).scale == 2.0
 """
