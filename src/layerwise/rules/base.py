@@ -30,8 +30,9 @@ class Rule(ABC):
     """A map from the layers' statistics to one factor a layer.
 
     A rule is pure: it keeps nothing but what it returns as state, reads no tensor's value and works on tensors of shape
-    `[n_layers]` on the parameters' device. A factor that is not finite acts as 1, so that a layer with a zero or broken
-    gradient does what the optimizer alone would do. A negative one is not refused: that layer goes up its gradient.
+    `[n_layers]` on the parameters' device. A factor that is not finite acts as 1, so that a layer whose gradient is
+    zero or non-finite does what the optimizer alone would do. A negative one is not refused: that layer goes up its
+    gradient.
 
     The class attributes say what `"auto"` means for the rule in `LayerwiseLR`; None leaves it to the others of a
     `chain`.
@@ -219,17 +220,14 @@ def check_elementwise(rule: ElementwiseRule) -> None:
         "write it with operators (x ** 0.5 for a root) and with log1p, minimum and where of "
         "layerwise.rules.elementwise, or make it a Rule, whose factors(statistics, state) gets tensors only"
     )
-    try:
-        rule.factor(*(2.0 for _ in rule.needs))
-    except ArithmeticError:  # a tensor has infinity or NaN there
-        pass
-    except Exception as error:
-        raise TypeError(f"{rule!r}.factor cannot take the numbers of one layer ({error}); {remedy}") from error
-    layers = torch.tensor([1.0, 2.0], dtype=torch.float64, device="cpu")
-    try:
-        result = rule.factor(*(layers.clone() for _ in rule.needs))
-    except Exception as error:
-        raise TypeError(f"{rule!r}.factor cannot take tensors of several layers ({error}); {remedy}") from error
+    layers, result = torch.tensor([1.0, 2.0], dtype=torch.float64, device="cpu"), None
+    for words, value in (("the numbers of one layer", 2.0), ("tensors of several layers", layers)):
+        try:
+            result = rule.factor(*[value] * len(rule.needs))
+        except ArithmeticError:  # Python's numbers cannot form what a tensor has as infinity or NaN
+            continue
+        except Exception as error:
+            raise TypeError(f"{rule!r}.factor cannot take {words} ({error}); {remedy}") from error
     if not isinstance(result, Tensor) or result.shape != layers.shape:
         raise TypeError(f"{rule!r}.factor returns {result!r} for tensors of two layers, not one factor each; {remedy}")
 

@@ -38,7 +38,6 @@ class _Combined(Rule):
             yield str(i), rule, state[str(i)]
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
-        """Return the rules' states."""
         return {str(i): rule.init(layers, device) for i, rule in enumerate(self.rules)}
 
     def _factors_of_each(self, statistics: Statistics, state: State) -> tuple[list[Tensor], State]:
@@ -46,17 +45,14 @@ class _Combined(Rule):
         return [factors for factors, _ in results.values()], {key: new for key, (_, new) in results.items()}
 
     def end_epoch(self, state: State) -> State:
-        """Return the rules' states for the next epoch."""
         return {key: rule.end_epoch(own) for key, rule, own in self._each(state)}
 
     def load(self, saved: Any, state: State) -> State:
-        """Return the rules' states with the saved ones in their place."""
         if not is_state(saved) or sorted(saved) != sorted(state):
             raise ValueError(f"the file does not hold a state for each of the {len(self.rules)} rules; attach the same")
         return {key: rule.load(saved[key], own) for key, rule, own in self._each(state)}
 
     def derived(self, state: State) -> State:
-        """Return the rules' states with what follows from the rest of each."""
         return {key: rule.derived(own) for key, rule, own in self._each(state)}
 
     def get_selection(self, state: State) -> list[Selection] | None:
@@ -65,26 +61,21 @@ class _Combined(Rule):
         return next((selection for selection in found if selection is not None), None)
 
     def remarks(self, layers: Sequence[Layer]) -> list[str]:
-        """Return the warnings of all rules."""
         return [remark for rule in self.rules for remark in rule.remarks(layers)]
 
     def doubts(self, layers: Sequence[Layer]) -> list[str]:
-        """Return the doubts of all rules."""
         return [doubt for rule in self.rules for doubt in rule.doubts(layers)]
 
     def table(self, layers: Sequence[Layer]) -> list[str]:
-        """Return the rules' tables, one below the other."""
         return [line for rule in self.rules for line in rule.table(layers)]
 
 
 class _Chain(_Combined):
     @property
     def rule_kind(self) -> str:
-        """The kinds of its rules."""
         return f"chain({', '.join(rule.rule_kind for rule in self.rules)})"
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
-        """Return the product of the rules' factors."""
         each, state = self._factors_of_each(statistics, state)
         # Some rules know their factors on the host; copying so few to the device waits for nothing.
         device = next((factors.device for factors in each if factors.device.type != "cpu"), each[0].device)
@@ -101,17 +92,14 @@ class _Bounds(_Combined):
 
     @property
     def rule_kind(self) -> str:
-        """The kind of its rule."""
         return f"bounds({self.rules[0].rule_kind})"
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
-        """Return the rule's factors, clamped."""
         (factors,), state = self._factors_of_each(statistics, state)
         return finite_or_one(factors).clamp(self.low, self.high), state
 
     def remarks(self, layers: Sequence[Layer]) -> list[str]:
-        """Return nothing if there is an upper bound: rules warn only of factors without one."""
-        return super().remarks(layers) if self.high == math.inf else []
+        return super().remarks(layers) if self.high == math.inf else []  # rules warn only of factors without a bound
 
     def __repr__(self) -> str:
         return f"bounds({self.rules[0]!r}, {self.low:g}, {self.high:g})"
