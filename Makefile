@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo demo-amplification test test-all coverage faults lint docs bench bench-page optimizers-page licences-page lock audit clean
+.PHONY: help demo demo-amplification test test-all coverage faults lint docs bench bench-page gpu optimizers-page licences-page lock audit clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -73,6 +73,10 @@ bench: .venv/bench ## measure what attaching and the lab cost (PARTS="steps peer
 
 bench-page: .venv/bench ## the same, and write docs/benchmarks
 	$(BIN)/python -m benchmarks $(PARTS) --page docs/benchmarks
+
+# Installs nothing, since a build of PyTorch for the GPU is there already.
+gpu: ## with PYTHON, whose torch must find a GPU: test and measure on it, and write docs/benchmarks/accelerator.md
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu --page docs/benchmarks
 
 optimizers-page: .venv/dev ## try the optimizers of other packages and write docs/optimizers.md
 	$(BIN)/python tests/optimizers_page.py

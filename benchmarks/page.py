@@ -35,7 +35,8 @@ Made by `make bench-page` on {machine}.
 "Ratio" is the time with layerwise over the time without, measured in turn in one process: the median of the
 rounds that a part names, with its quartiles. Absolute times are this machine's. [notes.md](notes.md) tells what was
 tried, what it gave, and what stands between these numbers and the limit. Nothing has been
-measured on a GPU: where there is one, `python -m benchmarks.accelerator --page docs/benchmarks` fills that table.
+measured on a GPU: where there is one, `make gpu PYTHON=…` writes `accelerator.md` beside this page, with a Python whose
+PyTorch finds it.
 """
 
 

@@ -1,29 +1,24 @@
-"""Checks of arguments and of files, and what copies of public objects hold."""
+"""Checks of arguments, reading of plain files, and copies of public objects."""
 
 from __future__ import annotations
 
 import copy
 import errno
-import inspect
 import os
 import stat
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 
 def has_type(value: object, kind: type | tuple[type, ...]) -> bool:
-    """Tell whether an argument has the type that its annotation promises, which not everybody's tools hold them to."""
+    """Return whether an argument has the type of its annotation, which type checkers take for granted."""
     return isinstance(value, kind)
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise unless a value is one of the allowed words.
-
-    Raises:
-        TypeError: It is no string.
-        ValueError: It is another word.
-    """
+    """Raise unless a value is one of the allowed words."""
     words = ", ".join(map(repr, allowed))
     if not isinstance(value, str):
         raise TypeError(f"{name}={value!r} ({type(value).__name__}) must be one of {words}")
@@ -31,8 +26,16 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; allowed: {words}")
 
 
+def check_count(name: str, value: object, remedy: str = "") -> None:
+    """Raise unless a value is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be a whole number of at least 1")
+    if value < 1:
+        raise ValueError(f"{name}={value!r} must be at least 1{remedy}")
+
+
 def chosen(argument: Any, preferred: Any, otherwise: Any) -> Any:
-    """Return the argument, or for `"auto"` what the rule prefers, or else the common choice."""
+    """Return the argument, or for `"auto"` the rule's preference, or else the common choice."""
     if not (isinstance(argument, str) and argument == "auto"):
         return argument
     return otherwise if preferred is None else preferred
@@ -41,7 +44,7 @@ def chosen(argument: Any, preferred: Any, otherwise: Any) -> Any:
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 BLOCK = 1 << 22
-"""Bytes of a further call of the system; a file's own length is asked for at first."""
+"""Most bytes of one read."""
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -58,18 +61,15 @@ class NotPlainError(ValueError):
 
 
 def parts(path: str | os.PathLike[str], most: int, *, links: bool = False) -> Iterator[bytes]:
-    """Read a plain file part by part.
+    """Read a plain file of at most `most` bytes in parts; a small file comes in one.
 
     Args:
         path: The file.
         most: The most bytes that it may have.
         links: Whether `path` itself may be a link, as to data that several users share.
 
-    Yields:
-        Its content; what is small comes in one part.
-
     Raises:
-        OSError: It is not there or cannot be read.
+        OSError: The file does not exist or cannot be read.
         NotPlainError: It is a link, a pipe, a device or a folder, or larger than `most`.
     """
     name = os.fspath(path)
@@ -84,18 +84,17 @@ def parts(path: str | os.PathLike[str], most: int, *, links: bool = False) -> It
         raise NotPlainError(f"{name}: is {kind}, not a plain file") from error
     try:
         about = os.fstat(file)
-        if not stat.S_ISREG(about.st_mode):
-            raise NotPlainError(f"{name}: is {KINDS.get(stat.S_IFMT(about.st_mode), 'something else')}, not a file")
+        if kind := _kind(about.st_mode):
+            raise NotPlainError(f"{name}: is {kind}, not a file")
         length = 0
-        while about.st_size <= most and length <= most:
-            asked = min(max(about.st_size - length, 0) + 1, BLOCK)
-            part = os.read(file, asked)
+        # One byte more than the file's length, since it may have grown.
+        while about.st_size <= most and (part := os.read(file, min(about.st_size + 1, BLOCK))):
             length += len(part)
-            if part and length <= most:
-                yield part
-            if len(part) < asked and length <= most:
-                return
-        raise NotPlainError(f"{name}: has more than {most:,} bytes, more than such a file may have")
+            if length > most:
+                break
+            yield part
+        if max(length, about.st_size) > most:
+            raise NotPlainError(f"{name}: has more than {most:,} bytes, more than such a file may have")
     except OSError as error:
         raise type(error)(error.errno, error.strerror, name) from error
     finally:
@@ -108,11 +107,14 @@ def read_plain(path: str | os.PathLike[str], most: int, *, links: bool = False) 
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """Name the kind of what is at a path; None for a plain file, and if there is nothing."""
+    """Return the kind of what is at a path; None for a plain file, and if there is nothing."""
     try:
-        mode = os.lstat(path).st_mode
+        return _kind(os.lstat(path).st_mode)
     except (OSError, ValueError):
         return None
+
+
+def _kind(mode: int) -> str | None:
     return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "something else")
 
 
@@ -129,13 +131,12 @@ class StaysBehind:
     _copy_warned = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # used by both `copy` and `pickle`
-        """Return how the copy is made, which is None."""
+        """Return how to make a copy, which is None."""
         if not self._copy_warned:
             self._copy_warned = True
-            here = inspect.currentframe()
-            level, frame = 2, None if here is None else here.f_back
-            while frame is not None and frame.f_code.co_filename == copy.__file__:  # point at the line that copies
-                level, frame = level + 1, frame.f_back
+            level = 2
+            while sys._getframe(level - 1).f_code.co_filename == copy.__file__:  # point at the line that copies
+                level += 1
             warnings.warn(
                 f"a {type(self).__name__} is not copied or pickled: the copy holds None in its place; "
                 f"{self._copy_remedy}",

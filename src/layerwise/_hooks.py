@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._tensors import has_values, local, same_objects, several_processes, slots_of
-from ._writes import STEP, is_compiled
-from .apply import Factors, Split, write_back
+from ._writes import STEP, Factor, ScaledWrites, is_compiled
+from .apply import Factors, Split, Writes, write_back
 from .layers import Layer
 
 
@@ -312,12 +312,13 @@ class Member(Protocol):
         """Whether this step's factors change anything."""
         ...
 
-    def act(self, view: Any, *, private: bool) -> list[Split]:
+    def act(self, view: Any, *, private: bool, writes: Writes) -> list[Split]:
         """Let the factors act on the view; return how its groups were split.
 
         Args:
             view: The view.
             private: Whether only PyTorch's own `step` sees the view's groups.
+            writes: Scales what the step writes.
         """
         ...
 
@@ -366,15 +367,16 @@ class Call:
         self.acted: Any = None
         self.active: list[Member] = []
         self.levels: list[list[Split]] = []
+        self.writes: ScaledWrites | None = None
         # Where `step` has a closure the members measure when it was evaluated, or when the groups are read without.
         self.waits = False
         self.handed: list[WatchedGroup] = []
-        self.read = self.quiet = False
+        self.read = self.quiet = self.read_early = False
         self.evaluated = 0
         self.versions: Sequence[int] = ()
         self.rules: list[tuple[Member, Any]] = []
         self.kept: Kept | None = None
-        self.finished = False
+        self.finished = self.private = False
 
     def clear(self) -> None:
         """Let the view keep nothing."""
@@ -451,6 +453,7 @@ class OptimizerHooks:
         self._calls: list[Call] = []
         # None of PyTorch's own optimizers writes into its groups (a test checks this), so the comparison is skipped.
         self._torch_own = getattr(torch.optim, type(optimizer).__name__, None) is type(optimizer)
+        self._has_slots = any(vars(kind).get("__slots__") for kind in type(optimizer).__mro__)
         # A step() that calls super().step() runs the hooks again. The view identifies the inner call.
         own_steps = [kind for kind in type(optimizer).__mro__ if "step" in vars(kind) and kind is not Optimizer]
         self._nests = len(own_steps) > 1
@@ -458,6 +461,7 @@ class OptimizerHooks:
         self._evaluates_once = self._torch_own
         self.members: list[Member] = []
         self.observers: list[Observer] = []
+        self._deferred: tuple[int, Any] | None = None
         # Hooks traced into a compiled step would be silently wrong: the graph reads the groups of the optimizer.
         outside_graph = cast(Callable[[Any], Any], torch.compiler.disable)
         self._handles = (
@@ -535,6 +539,8 @@ class OptimizerHooks:
                 handle.remove()
             optimizer = self._optimizer()
             for call in self._calls:  # a running step continues on the optimizer itself
+                if call.writes is not None:
+                    call.writes.remove()
                 if call.view is not None and optimizer is not None:
                     if call.waits:
                         self._carry_over(call)
@@ -546,6 +552,8 @@ class OptimizerHooks:
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if optimizer is not self._optimizer():
             return None
+        if self._deferred is not None or next(iter(optimizer._optimizer_step_post_hooks), -1) != self._handles[1].id:
+            self._come_first(optimizer)
         if self._calls:
             self._settle_calls(optimizer)
         begun = list(self.observers)
@@ -554,10 +562,10 @@ class OptimizerHooks:
             seen = [observer for call in self._calls if not call.waits for observer in call.begun]
             begun = [observer for observer in begun if observer not in seen]
         looking = [observer for observer in begun if observer.begin(optimizer)]
-        active = [member for member in self.members if member.takes_part]
+        active = self._taking_part()
         if not (active or begun or self._calls):
             return None
-        closure = closure_of(args, kwargs)
+        closure = None if len(args) == 1 and not kwargs else closure_of(args, kwargs)
         # PyTorch's own optimizers evaluate a closure once, first of all. Another hook may have changed the arguments.
         known = self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1
         call = Call(begun, looking)
@@ -569,12 +577,14 @@ class OptimizerHooks:
         if closure is not None and not active and looking:
             args, kwargs = with_closure(args, kwargs, followed(closure, _observe_closure, self, call))
         if active or self._nests:
-            call.view = view = self._free_view()
+            call.view = view = self._free_view() if self._calls else self._views[0]
             view.__dict__.clear()
-            call.given, call.slots = dict(optimizer.__dict__), slots_of(optimizer)
+            call.given = dict(optimizer.__dict__)
             view.__dict__.update(call.given)
-            for name, value in call.slots.items():
-                object.__setattr__(view, name, value)
+            if self._has_slots:
+                call.slots = slots_of(optimizer)
+                for name, value in call.slots.items():
+                    object.__setattr__(view, name, value)
             call.acted = view.param_groups
         if active and closure is not None:
             if not known:
@@ -595,6 +605,8 @@ class OptimizerHooks:
         for call in self._calls:
             if call.view is not None and call not in running:
                 call.clear()
+                if call.writes is not None:
+                    call.writes.remove()
         self._calls = list(running)
         for call, returned in running.items():
             if returned:
@@ -603,8 +615,6 @@ class OptimizerHooks:
             raise RuntimeError(REENTERED)
 
     def _free_view(self) -> Any:
-        if not self._calls:
-            return self._views[0]
         used = [call.view for call in self._calls]
         for view in self._views:
             if not any(view is one for one in used):
@@ -617,23 +627,50 @@ class OptimizerHooks:
         optimizer = self._optimizer()
         for member in members:
             member.prepare(optimizer)
-        late = len(members) == 1 and self._private
+        call.private = self._is_private()
         for member in members:
-            member.measure(optimizer, late=late)
+            member.measure(optimizer, late=call.private and len(members) == 1)
         if look and call.looking:
             self.look(call, [member for member in members if member.enabled])
-        return [member for member in members if member.acts]
+        acting: list[Member] = []
+        for member in members:
+            if member.acts:
+                acting.append(member)
+        return acting
 
-    @property
-    def _private(self) -> bool:
-        # Other hooks get the view. Post-hooks after ours are safe: by then its groups are the optimizer's again.
+    def _is_private(self) -> bool:
+        """Tell whether only PyTorch's own `step` sees the view's groups."""
+        # Other pre-hooks get the view. Post-hooks are safe: by then its groups are the optimizer's again.
         optimizer = self._optimizer()
-        return (
-            optimizer is not None
-            and self._torch_own
-            and len(optimizer._optimizer_step_pre_hooks) == 1
-            and next(iter(optimizer._optimizer_step_post_hooks), None) == self._handles[1].id
-        )
+        return optimizer is not None and self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1
+
+    def _come_first(self, optimizer: Optimizer) -> None:
+        """Let our hook be the first after the step, so that all others see what the factors have made of it."""
+        if self._deferred is not None:  # of a step in which another hook has raised
+            last, hook = self._deferred
+            if last in optimizer._optimizer_step_pre_hooks:
+                optimizer._optimizer_step_pre_hooks[last] = hook
+            self._deferred = None
+        hooks, own = cast(Any, optimizer._optimizer_step_post_hooks), self._handles[1].id
+        if own in hooks:
+            hooks.move_to_end(own, last=False)
+
+    def _begin_writes(self, mode: ScaledWrites, *, in_step: bool) -> None:
+        """Scale writes from now on; before the step, once the other hooks have run, whose writes are their own."""
+        hooks: Any = cast(Any, self._optimizer())._optimizer_step_pre_hooks
+        last = next(reversed(hooks))
+        if in_step or last == self._handles[0].id:
+            mode.begin()
+            return
+        hook = hooks[last]
+
+        def begin_after(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hooks[last], self._deferred = hook, None
+            result = hook(optimizer, args, kwargs)
+            mode.begin()
+            return result
+
+        hooks[last], self._deferred = begin_after, (last, hook)
 
     def look(self, call: Call, measured: Sequence[Member]) -> None:
         """Let the observers look."""
@@ -642,9 +679,19 @@ class OptimizerHooks:
                 observer.look(self._optimizer(), measured)
 
     def _act(self, call: Call, members: list[Member]) -> None:
-        view, private = call.view, self._private
-        call.active = members
-        levels = [member.act(view, private=private and len(members) == 1) for member in members]
+        view, private = call.view, call.private and len(members) == 1
+        call.active, call.writes = members, None
+
+        def writes(factors: Iterable[tuple[Tensor, Factor]]) -> None:
+            if call.writes is None:
+                call.writes = ScaledWrites((p for group in view.param_groups for p in group["params"]), view.state)
+            call.writes.scale(factors)
+
+        levels: list[list[Split]] = []
+        for member in members:
+            levels.append(member.act(view, private=private, writes=writes))
+        if call.writes is not None:
+            self._begin_writes(call.writes, in_step=call.evaluated > 0 or call.read_early)
         if not private:
             for level in levels:
                 for split in level:
@@ -665,6 +712,7 @@ class OptimizerHooks:
 
         def read() -> None:
             if call.waits:
+                call.read_early = True
                 call.rules = call.rules or [(member, member.save()) for member in self.members]
                 self._act_anew(call, self._measure(call, self._taking_part()))
                 self._hand_out(call)
@@ -699,7 +747,11 @@ class OptimizerHooks:
         call.view.param_groups[:] = call.handed
 
     def _taking_part(self) -> list[Member]:
-        return [member for member in self.members if member.takes_part]
+        found: list[Member] = []
+        for member in self.members:
+            if member.takes_part:
+                found.append(member)
+        return found
 
     def evaluate(self, call: Call, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Evaluate the closure of a step; then the members measure and act."""
@@ -717,6 +769,8 @@ class OptimizerHooks:
             for level in reversed(call.levels):
                 write_back(level, type(optimizer).__name__)
             call.quiet = False
+        if call.writes is not None:
+            call.writes.remove()
         loss = closure(*args, **kwargs)
         call.evaluated += 1
         if not self.members and not self.observers:  # the closure has detached the last one
@@ -801,9 +855,11 @@ class OptimizerHooks:
         if without and self._measure(call, self._taking_part(), look=False):
             self._refuse(call, WITHOUT)
         self._evaluates_once = self._evaluates_once or call.evaluated == 1
-        for member in reversed(call.active):
-            member.finish()
         try:
+            if call.writes is not None:
+                call.writes.end()
+            for member in reversed(call.active):
+                member.finish()
             for level in reversed(call.levels):
                 write_back(level, type(optimizer).__name__)
         finally:
@@ -828,7 +884,7 @@ class OptimizerHooks:
         for name, value in call.view.__dict__.items():
             if value is not call.given.get(name) and name not in ("param_groups", "grad_scale"):
                 optimizer.__dict__[name] = value
-        for name, value in slots_of(call.view).items():
+        for name, value in slots_of(call.view).items() if self._has_slots else ():
             if value is not call.slots.get(name):
                 object.__setattr__(optimizer, name, value)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from math import sqrt
 from operator import attrgetter
@@ -18,35 +18,25 @@ SHORT, SHORTEST_ROW = 512, 256
 """The longest and the shortest row. A norm in float32 is accurate to 1e-6: each of 8 lanes adds 64 squares."""
 MIDDLE = 2**13
 """The largest number of elements for which a norm in float64 is faster than norms of rows."""
-PIECE, PIECE_ON_DEVICE = 2**18, 2**26
+CHUNK, CHUNK_ON_DEVICE = 2**18, 2**26
 """The most elements that are copied at once, where a tensor has gaps or a narrow type."""
 MOST_ROWS = 2**19
 """The most rows whose squares float64 adds with an error below 1e-12."""
 FEW = 8
 """The most tensors for which reading norms one by one takes no more operations than stacking them."""
 NARROW = FLOAT8 | {torch.float16, torch.bfloat16}
-"""Types whose squares are formed in float32, because the square of 300 overflows float16."""
+"""Types whose squares are computed in float32, because the square of 300 overflows float16."""
 ORDINARY = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Types for which PyTorch computes the norms of many tensors in one operation."""
 
 
 def tensor_norms(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[int] | None]:
-    """Return the 2-norm of each tensor.
+    """Return the 2-norms of tensors, at least one, and the position of each norm's tensor (None if they are in order).
 
-    It takes one `_foreach_norm` for each kind (device, type) of tensor. A sparse tensor is coalesced first, because the
-    norm of repeated entries is not the norm of their sum. A complex one is viewed as pairs of real numbers.
-
-    Accelerators sum in a tree. The CPU sums sequentially, so float32 sums are kept short and added in float64. A norm
-    is accurate to 1e-6, of float64 tensors to 1e-12, for any size, stride and type. This takes a few more operations
-    for each large tensor, and copies of at most `PIECE` elements where it has gaps or a narrow type.
-
-    Args:
-        tensors: Dense, sparse or complex tensors, at least one.
-        device: The device of the result.
-
-    Returns:
-        The norms, of shape `[len(tensors)]` and of the tensors' or a wider type, and the position of each norm's
-        tensor, or None if they are in order.
+    It takes one `_foreach_norm` for each kind (device, type) of tensor. A norm is accurate to 1e-6, of float64 tensors
+    to 1e-12, for any size, stride and type. Accelerators sum in a tree. The CPU sums sequentially, so float32 sums are
+    kept short and added in float64. This takes a few more operations for each large tensor, and copies of at most
+    `CHUNK` elements if it has gaps or a narrow type.
 
     Example:
         >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(0)], torch.device("cpu"))
@@ -54,7 +44,7 @@ def tensor_norms(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tenso
     """
     dense = list(tensors)
     kinds = set(map(_kind, dense))
-    if not all(map(_is_ordinary, kinds)) or _some_quantised(dense):
+    if not _all_ordinary(dense, kinds):
         dense = list(map(_measurable, dense))
         kinds = set(map(_kind, dense))
     if len(kinds) == 1:
@@ -69,30 +59,24 @@ def tensor_norms(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tenso
 
 
 def tensor_norm_numbers(tensors: Sequence[Tensor]) -> tuple[list[float], list[int] | None]:
-    """Return the same as Python numbers, for tensors on the CPU.
-
-    Args:
-        tensors: As for `tensor_norms`.
+    """Return what `tensor_norms` does as Python numbers, for tensors on the CPU.
 
     Example:
         >>> tensor_norm_numbers([torch.tensor([3.0, 4.0]), torch.zeros(0)])
         ([5.0, 0.0], None)
     """
     kinds = set(map(_kind, tensors)) if len(tensors) <= FEW else ()
-    if len(kinds) == 1 and all(map(_is_ordinary, kinds)) and not _some_quantised(tensors):
+    if len(kinds) == 1 and _all_ordinary(tensors, kinds):
         return list(map(Tensor.item, _each_norm(list(tensors)))), None
     norms, order = tensor_norms(tensors, torch.device("cpu"))
     every: Any = norms
     return every.tolist(), order
 
 
-def _is_ordinary(kind: tuple[torch.device, torch.dtype, torch.layout]) -> bool:
-    _, dtype, layout = kind
-    return dtype in ORDINARY and layout is torch.strided
-
-
-def _some_quantised(tensors: Sequence[Tensor]) -> bool:
-    return any(kind.dequantize is not Tensor.dequantize for kind in set(map(type, tensors)))
+def _all_ordinary(tensors: Sequence[Tensor], kinds: Iterable[tuple[torch.device, torch.dtype, torch.layout]]) -> bool:
+    """Return whether PyTorch computes the norms of all these tensors in one operation for each kind."""
+    dense = all(dtype in ORDINARY and layout is torch.strided for _, dtype, layout in kinds)
+    return dense and all(kind.dequantize is Tensor.dequantize for kind in set(map(type, tensors)))
 
 
 def _measurable(tensor: Tensor) -> Tensor:
@@ -107,19 +91,17 @@ def _measurable(tensor: Tensor) -> Tensor:
 def subtract(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors whose norms are those of `before - after`; `before` is overwritten.
 
-    Args:
-        before: Copies of tensors.
-        after: The tensors.
-
     Example:
         >>> subtract([torch.tensor([3.0])], [torch.tensor([1.0])])
         [tensor([2.])]
     """
     result = list(before)
-    odd = [i for i, new in enumerate(after) if new.dtype not in WEIGHTS - FLOAT8 or is_quantised(new)]
-    for i in odd:
-        result[i] = _odd_difference(before[i], after[i])
-    plain = sorted(set(range(len(result))) - set(odd))
+    plain: list[int] = []
+    for i, new in enumerate(after):
+        if new.dtype in WEIGHTS - FLOAT8 and not is_quantised(new):
+            plain.append(i)
+        else:
+            result[i] = _odd_difference(before[i], new)
     if plain:
         torch._foreach_sub_([result[i] for i in plain], [after[i] for i in plain])
     return result
@@ -130,7 +112,7 @@ def _odd_difference(before: Tensor, after: Tensor) -> Tensor:
         return after
     if is_quantised(after):
         return _each_norm([before.dequantize() - after.dequantize()])[0]
-    pairs = zip(_pieces(before), _pieces(after), strict=True)
+    pairs = zip(_chunks(before), _chunks(after), strict=True)
     return torch.stack([_each_norm([old.float() - new.float()])[0] for old, new in pairs])
 
 
@@ -171,10 +153,7 @@ def _norms_by_length(tensors: list[Tensor]) -> list[tuple[Sequence[int], list[Te
 
 
 def absolute_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return Σ|x| of each tensor, on its own device, accurate to 1e-6.
-
-    Args:
-        tensors: Dense tensors of real numbers.
+    """Return Σ|x| of each dense real tensor, on its own device, accurate to 1e-6.
 
     Example:
         >>> absolute_sums([torch.tensor([3.0, -4.0])])
@@ -188,7 +167,7 @@ def _absolute_sum(tensor: Tensor) -> Tensor:
     if not tensor.is_cpu:
         return tensor.abs().sum(dtype=wide)
     # PyTorch's sum is a cascade; its 1-norm adds one number after another.
-    parts = [piece.abs().sum(dtype=wide) for piece in _pieces(tensor)]
+    parts = [chunk.abs().sum(dtype=wide) for chunk in _chunks(tensor)]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dtype=torch.float64)
 
 
@@ -208,7 +187,7 @@ def _norms_of_rows(tensor: Tensor) -> Tensor:
         if dense and not narrow:
             return _norms_of_rows(tensor)
         wide = torch.float32 if narrow else tensor.dtype
-        copies = (piece.to(wide).contiguous().view(-1) for piece in _pieces(tensor.view(-1) if dense else tensor))
+        copies = (chunk.to(wide).contiguous().view(-1) for chunk in _chunks(tensor.view(-1) if dense else tensor))
         norms = torch.cat(list(map(_norms_of_flat_rows, copies)))
     return norms if norms.numel() <= MOST_ROWS else _norms_of_rows(norms.double())
 
@@ -229,14 +208,14 @@ def _row_length(count: int) -> int:
     return next((length for length in range(SHORT, SHORTEST_ROW - 1, -1) if count % length == 0), SHORT)
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield views of a tensor of at most `PIECE` elements each, `PIECE_ON_DEVICE` on an accelerator."""
-    if tensor.numel() <= (PIECE if tensor.is_cpu else PIECE_ON_DEVICE):
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield views of a tensor of at most `CHUNK` elements each, `CHUNK_ON_DEVICE` on an accelerator."""
+    if tensor.numel() <= (CHUNK if tensor.is_cpu else CHUNK_ON_DEVICE):
         yield tensor
         return
     longest = max(range(tensor.ndim), key=tensor.size)
     for half in tensor.tensor_split(2, longest):
-        yield from _pieces(half)
+        yield from _chunks(half)
 
 
 class JointNorms:

@@ -1,4 +1,4 @@
-"""Small questions to tensors, reading many values at once, and memory given back to the system."""
+"""Properties of tensors, reading many values in one transfer, and returning freed memory to the system."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ FLOAT8 = frozenset(
     for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
     if hasattr(torch, name)
 )
-"""Types that can be converted, and nothing else."""
+"""Types that support conversion only."""
 WEIGHTS = FLOAT8 | {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.complex32, torch.complex64, torch.complex128),
 }
-"""Types whose numbers are weights. Integers are codes of quantised weights, which only their layer can read."""
+"""Types of weights. Integers are codes of quantised weights, which only their layer can read."""
 
 
 def holds_weights(tensor: Tensor) -> bool:
-    """Return whether a tensor's numbers are weights, which have a norm."""
+    """Return whether a tensor holds weights, which have a norm."""
     return tensor.dtype in WEIGHTS
 
 
 def is_quantised(tensor: Tensor) -> bool:
-    """Return whether a tensor's own class converts it to numbers, as quantised weights of torchao do."""
+    """Return whether a tensor's class has its own `dequantize`, as quantised weights of torchao do."""
     return type(tensor).dequantize is not Tensor.dequantize
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Return whether a tensor's numbers exist: neither on the meta device nor in a fake tensor."""
-    return tensor.device.type != "meta" and not _is_fake(tensor)
+    """Return whether a tensor holds values: it is neither on the meta device nor a fake tensor."""
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    return tensor.device.type != "meta" and not (fakes and isinstance(local(tensor), fakes.FakeTensor))
 
 
 def can_be_measured(tensor: Tensor) -> bool:
@@ -49,23 +50,13 @@ def can_be_measured(tensor: Tensor) -> bool:
     return has_values(tensor) or tensor.device.type not in ("meta", "cpu")
 
 
-def _is_fake(tensor: Tensor) -> bool:
-    module = sys.modules.get("torch._subclasses.fake_tensor")
-    return module is not None and isinstance(local(tensor), module.FakeTensor)
-
-
 def runs_on_fakes(tensor: Tensor) -> bool:
     """Return whether operations on a tensor on the CPU give fake tensors now."""
     return tensor.device.type == "cpu" and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def warn_without_values(consequence: str, stacklevel: int) -> None:
-    """Warn that parameters hold no values.
-
-    Args:
-        consequence: What follows from it.
-        stacklevel: As `warnings.warn` takes it, from the caller on.
-    """
+    """Warn that parameters hold no values, with the consequence; `stacklevel` counts from the caller."""
     warnings.warn(
         f"the optimizer's parameters hold no values (meta device or fake tensors), so {consequence}",
         UserWarning,
@@ -74,7 +65,7 @@ def warn_without_values(consequence: str, stacklevel: int) -> None:
 
 
 def same_objects(first: Sequence[Any], second: Sequence[Any]) -> bool:
-    """Tell whether two sequences hold the very same objects."""
+    """Return whether two sequences hold the very same objects."""
     return first is second or (len(first) == len(second) and all(map(is_, first, second)))
 
 
@@ -120,7 +111,7 @@ def several_processes() -> bool:
 def shards_of(lists: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
     """Return this process's shards of sharded tensors, if those of each parameter are sharded as it is.
 
-    The kernels take number by number. A call with sharded tensors finds out anew how they are shared: 0.1 ms each time.
+    The kernels are elementwise. A call with DTensors derives their sharding again, which takes 0.1 ms.
     """
     if not any(hasattr(parameter, "placements") for parameter in lists[0]):
         return lists
@@ -136,11 +127,9 @@ def shards_of(lists: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
 
 
 def fetched(values: Sequence[Tensor | Sequence[float] | int | None], like: Tensor) -> list[list[float]]:
-    """Return tensors as lists of numbers, all of them in one transfer from the device.
+    """Return tensors as lists of numbers, in one transfer with the device and dtype of `like`.
 
-    Args:
-        values: Tensors; or numbers, which stay what they are. None is one 0.
-        like: Of the device and the type in which they travel.
+    Numbers stay as they are; None is one 0.
     """
     flat = [moved(v.detach().reshape(-1), like.device).to(like.dtype) for v in values if isinstance(v, Tensor)]
     numbers = iter(transferred(torch.cat(flat)))
@@ -158,11 +147,7 @@ class NoValuesError(RuntimeError):
 
 
 def transferred(tensor: Tensor) -> list[float]:
-    """Return a tensor's values; this waits for the device.
-
-    Raises:
-        NoValuesError: The values do not exist.
-    """
+    """Return a tensor's values; this waits for the device. Raises NoValuesError if it has none."""
     if not has_values(tensor):
         raise NoValuesError
     return cast(list[float], tensor.tolist())
@@ -177,10 +162,10 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linu
 
 
 def return_freed_memory() -> None:
-    """Return to the system what has been freed on the CPU, where the C library is glibc; else do nothing.
+    """Return freed CPU memory to the system, if the C library is glibc. This takes about a millisecond.
 
-    A gap between tensors in use stays with the process, and takes no tensor of the same size, whose alignment needs
-    some bytes more. Returned pages cost nothing until the gap is used again. It takes about a millisecond.
+    Otherwise a gap between tensors in use stays with the process, and cannot hold a tensor of the same size, because of
+    its alignment. Returned pages cost nothing until the gap is used again.
     """
     if _trim is not None:
         _trim(0)

@@ -8,6 +8,7 @@ operations does not grow with the number of layers.
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -94,10 +95,9 @@ class ScaledWrites(TorchFunctionMode):
         self._parameters = list(parameters)
         self._state = state
         self._factors: dict[int, Factor] = {id(p): 1.0 for p in self._parameters}
-        self._sharing: dict[int, list[Tensor]] = {}
+        self._memory: dict[int, _Memory] = {}
         for p in self._parameters:
             self._keep(p)
-        self._overlap = any(len(sharing) > 1 for sharing in self._sharing.values())
         self._versions: dict[int, int] = {}
         self._ranges = 0
         self._ended = False
@@ -106,20 +106,29 @@ class ScaledWrites(TorchFunctionMode):
         """Remember whose memory this is."""
         storage = storage_of(p)
         if storage is not None:
-            self._sharing.setdefault(storage, []).append(p)
+            self._memory.setdefault(storage, _Memory()).add(p)
 
-    def _shares(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Return the parameters whose memory a tensor has."""
-        storage = storage_of(tensor)
-        return () if storage is None else self._sharing.get(storage, ())
+    def _owners_of(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Return the parameters whose memory a tensor has, or a part of it."""
+        memory = self._memory.get(cast(int, storage_of(tensor)))
+        return () if memory is None else memory.overlapping(tensor)
 
     def scale(self, factors: Iterable[tuple[Tensor, Factor]]) -> None:
-        """Set the factors of parameters; those of the others are 1."""
-        self._factors.update((id(p), factor) for p, factor in factors)
+        """Multiply the factors of parameters, which are 1 at first, by these."""
+        for p, factor in factors:
+            own = self._factors.get(id(p))
+            if own is None:
+                self._parameters.append(p)
+                self._keep(p)
+            self._factors[id(p)] = factor if own is None or _is_one(own) else own * factor
 
     def begin(self) -> None:
-        """Scale writes from here on."""
-        self._versions = {id(p): p._version for p in self._parameters}
+        """Scale writes from here on, unless it was removed before."""
+        if self._ended:
+            return
+        # Parameters in one storage may count their versions together.
+        alone = (p for p in self._parameters if len(self._memory.get(cast(int, storage_of(p)), _NONE).owners) < 2)
+        self._versions = {id(p): p._version for p in alone}
         self.__enter__()
 
     def end(self) -> None:
@@ -153,9 +162,12 @@ class ScaledWrites(TorchFunctionMode):
         if kind is _UNKNOWN:
             kind = KINDS[func] = kind_of(func)
         if kind is None:
-            if kwargs.get("out") is None:
+            if kwargs.get("out") is not None:
+                kind = "out"
+            elif kwargs.get("inplace") is True:  # of torch.nn.functional
+                kind = "other"
+            else:
                 return func(*args, **kwargs)
-            kind = "out"
         if self._ended:
             return func(*args, **kwargs)
         if kind in ("begin", "end"):
@@ -164,7 +176,7 @@ class ScaledWrites(TorchFunctionMode):
 
     def _write(self, kind: str, func: Any, written: list[Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Make a call that writes, with the factors of the parameters whose memory it writes into."""
-        owners, factors, each_of_one = self._owners(written)
+        owners, factors, each_of_one, touched = self._owners(written)
         if kind == "data" and owners:
             return self._data(func, owners[0], factors[0], args)
         if not owners or all(map(_is_one, factors)):
@@ -175,9 +187,7 @@ class ScaledWrites(TorchFunctionMode):
             self._expect(owners)
             scaled = getattr(self, f"_{kind}") if each_of_one else self._other
             result = scaled(func, owners, factors, args, kwargs)
-        if self._overlap:  # parameters of one buffer count their versions together
-            owners = [other for p in owners for other in (p, *self._shares(p))]
-        self._versions.update([(id(p), p._version) for p in owners])
+        self._versions.update([(id(p), p._version) for p in touched if id(p) in self._versions])
         return result
 
     def _write_one(self, kind: Any, func: Any, first: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -185,19 +195,18 @@ class ScaledWrites(TorchFunctionMode):
         key = id(first)
         factor = self._factors.get(key)
         if factor is None:
-            shared = self._shares(first)
-            if not shared:  # optimizer state, temporaries
+            if storage_of(first) not in self._memory:  # optimizer state, temporaries
                 return func(*args, **kwargs)
             return self._write(kind, func, [first], args, kwargs)
-        if self._overlap:
-            return self._write(kind, func, [first], args, kwargs)
-        if first._version != self._versions[key]:
+        known = self._versions.get(key)
+        if known is not None and first._version != known:
             self._expect([first])
         if _is_one(factor):
             result = func(*args, **kwargs)
         else:
             result = getattr(self, f"_{kind}")(func, [first], [factor], args, kwargs)
-        self._versions[key] = first._version
+        if known is not None:
+            self._versions[key] = first._version
         return result
 
     # --- What is written ----------------------------------------------------------------------------------------------
@@ -224,26 +233,33 @@ class ScaledWrites(TorchFunctionMode):
         first = kwargs["out"] if kind == "out" else args[0] if args else kwargs.get("self", kwargs.get("input"))
         return list(cast("Sequence[Any]", first)) if isinstance(first, (list, tuple)) else [first]
 
-    def _owners(self, written: Sequence[Any]) -> tuple[list[Tensor], list[Any], bool]:
-        """Return the parameters whose memory tensors are, their factors, and whether each tensor is of exactly one."""
+    def _owners(self, written: Sequence[Any]) -> tuple[list[Tensor], list[Any], bool, Iterable[Tensor]]:
+        """Find whose memory is written.
+
+        Returns:
+            The parameters, their factors, whether each tensor is of exactly one, and all that share their storage.
+        """
         factors = [self._factors.get(id(tensor)) for tensor in written]
         if None not in factors:
-            return list(written), factors, True
+            return list(written), factors, True, written
         owners: dict[int, Tensor] = {}
+        touched: list[Tensor] = []
         each_of_one = True
         for tensor in written:
+            memory = self._memory.get(cast(int, storage_of(tensor))) if isinstance(tensor, Tensor) else None
             shared: Sequence[Tensor] = ()
-            if isinstance(tensor, Tensor):
-                shared = [tensor] if id(tensor) in self._factors else self._shares(tensor)
+            if memory is not None:
+                touched += memory.owners if len(memory.owners) == 1 else ()
+                shared = [tensor] if id(tensor) in self._factors else memory.overlapping(tensor)
             owners.update((id(p), p) for p in shared)
             each_of_one &= len(shared) == 1
-        return list(owners.values()), [self._factors[key] for key in owners], each_of_one
+        return list(owners.values()), [self._factors[key] for key in owners], each_of_one, touched
 
     def _expect(self, parameters: Iterable[Tensor], *, memory: bool = False) -> None:
         """Raise if a parameter was written since its last write that was seen."""
         for p in parameters:
-            moved = memory and storage_of(p) is not None and not self._shares(p)
-            if moved or p._version != self._versions[id(p)]:
+            moved = memory and storage_of(p) is not None and not self._owners_of(p)
+            if moved or p._version != self._versions.get(id(p), p._version):
                 raise CannotScaleError(
                     f"a parameter of shape {tuple(p.shape)} was written by code that PyTorch does not see"
                 )
@@ -379,13 +395,16 @@ class ScaledWrites(TorchFunctionMode):
             new = torch.lerp(old, new.detach(), f)
         replaced = storage_of(old)
         if replaced is not None:  # freed memory may come back as another tensor's
-            self._sharing.pop(replaced, None)
+            self._memory.pop(replaced, None)
         func(p, new)
         self._keep(p)
-        self._versions[id(p)] = p._version
+        if id(p) in self._versions:
+            self._versions[id(p)] = p._version
 
     def _other(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> Any:
         """Make any other write, and go to `p_old + f (p_new − p_old)`; this copies the parameters for the call."""
+        if any(len(self._owners_of(p)) > 1 for p in ps):
+            raise CannotScaleError("it writes into memory that several parameters share, each of which has a factor")
         old = [local(p.detach()).clone() for p in ps]
         result = func(*args, **kwargs)
         for p, before, f in zip(ps, old, fs, strict=True):
@@ -405,6 +424,37 @@ class ScaledWrites(TorchFunctionMode):
                 raise CannotScaleError("its weights are computed from weights of its own, which it keeps in its state")
 
 
+class _Memory:
+    """The parameters in one storage, by where they begin: some optimizers keep them and their state in one buffer."""
+
+    def __init__(self) -> None:
+        self.owners: list[Tensor] = []
+        self._ranges: list[tuple[int, int]] = []
+        self._longest = 0
+
+    def add(self, p: Tensor) -> None:
+        """Add a parameter."""
+        begin, end = range_of(p)
+        at = bisect_left(self._ranges, (begin, end))
+        self._ranges.insert(at, (begin, end))
+        self.owners.insert(at, p)
+        self._longest = max(self._longest, end - begin)
+
+    def overlapping(self, tensor: Tensor) -> list[Tensor]:
+        """Return the parameters that share numbers with a tensor of this storage."""
+        begin, end = range_of(tensor)
+        at = bisect_left(self._ranges, (begin - self._longest, 0))
+        found: list[Tensor] = []
+        while at < len(self._ranges) and self._ranges[at][0] < end:
+            if self._ranges[at][1] > begin:
+                found.append(self.owners[at])
+            at += 1
+        return found
+
+
+_NONE = _Memory()
+
+
 class _Remover(list[ScaledWrites]):
     """Removes its mode when the call that returned it is over: within that call PyTorch would put it back."""
 
@@ -418,6 +468,16 @@ def storage_of(tensor: Tensor) -> int | None:
         return local(tensor).untyped_storage()._cdata
     except RuntimeError:  # sparse
         return None
+
+
+def range_of(tensor: Tensor) -> tuple[int, int]:
+    """Return the bytes of its storage between which a tensor lies."""
+    own = local(tensor)
+    begin = int(own.storage_offset()) * own.element_size()
+    if not own.numel():
+        return begin, begin
+    span = 1 + sum((size - 1) * stride for size, stride in zip(own.shape, own.stride(), strict=True))
+    return begin, begin + int(span) * own.element_size()
 
 
 def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, names: Sequence[str], default: Any = None):
@@ -464,13 +524,16 @@ def _pieces(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def is_compiled() -> bool:
-    """Tell whether the step that begins now runs inside a function that `torch.compile` has made."""
+    """Tell whether the step that begins now runs inside a function that `torch.compile` has made.
+
+    The nearest frame of the compiler decides: inside `torch.compiler.disable` nothing is compiled.
+    """
     frame: Any = sys._getframe()
     while frame is not None and frame.f_code is not STEP:
         frame = frame.f_back
     while frame is not None and frame.f_code.co_filename != _COMPILER:
         frame = frame.f_back
-    return frame is not None
+    return frame is not None and "DisableContext" not in getattr(frame.f_code, "co_qualname", "")
 
 
 def _nothing(optimizer: Any) -> None:

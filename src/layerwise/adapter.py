@@ -8,6 +8,8 @@ import warnings
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any, Literal, cast
 
 import torch
@@ -17,7 +19,7 @@ from torch.optim import Optimizer
 from ._arguments import StaysBehind, check_choice, chosen
 from ._fused import can_be_dealt
 from ._hooks import OptimizerHooks, makes_state_only
-from ._places.allowed import automatic_place, check_groups, check_place, no_effect
+from ._places.allowed import automatic_place, check_groups, check_place, no_effect, scales_writes
 from ._places.first_steps import FirstSteps, KnownGroups
 from ._places.trial import Verdict, try_again, verdict_of
 from ._tensors import (
@@ -26,10 +28,10 @@ from ._tensors import (
     holds_weights,
     moved,
     runs_on_fakes,
-    same_objects,
     warn_without_values,
 )
-from .apply import Factors, LateFactors, Partition, Pieces, Place, Split, make_pieces, make_place
+from ._writes import is_compiled
+from .apply import Factors, LateFactors, Partition, Pieces, Place, Split, Writes, make_pieces, make_place
 from .layers import (
     Exclusion,
     Layer,
@@ -63,8 +65,12 @@ from .statistics import (
 )
 
 Decay = Literal["auto", "scaled", "plain"]
-Circumstances = tuple[int, tuple[list[type], list[bool]], list[bool], list[tuple[bool, bool]]]
-"""Number of processes, 0 without a process group; how each parameter is shared; which are trained; groups' options."""
+Circumstances = tuple[int, list[tuple[type, bool]], list[bool], list[tuple[bool, bool, bool]]]
+"""Number of processes, 0 without a process group; how each parameter is shared; which are trained; groups' options.
+
+Schedulers and checkpoints can bring momentum and weight decay.
+"""
+_params_of = itemgetter("params")
 MOST_NUMBERS = 256
 """Layers up to which plain numbers cost less than tensor operations; on the CPU, for elementwise rules."""
 
@@ -181,14 +187,16 @@ class Resolution:
         It is not when a parameter was added, replaced, cut up by FSDP1, or moved to a device, when a process group was
         made, or when an option of a group has changed that was checked.
         """
-        parameters = parameters_of(groups)
+        parameters = list(chain.from_iterable(map(_params_of, groups)))
         if self.measurable < len(self.parameters) and sum(map(can_be_measured, parameters)) != self.measurable:
             return False
-        if not same_objects(self.parameters, parameters) or self.statistics.moved_away():
-            return False
-        if sizes_of(groups) != self.sizes:
-            return False
-        return circumstances_of(groups, parameters, request) == self.circumstances
+        return (
+            len(parameters) == len(self.parameters)
+            and all(map(is_, parameters, self.parameters))
+            and list(map(len, map(_params_of, groups))) == self.sizes
+            and self.statistics.members[0].device == self.statistics.device
+            and circumstances_of(groups, parameters, request) == self.circumstances
+        )
 
 
 def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolution:
@@ -251,14 +259,14 @@ def circumstances_of(
     distributed = torch.distributed
     processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 0
     # FSDP1 keeps the parameters and cuts what they hold; swap_tensors makes DTensors of them.
-    several: Sequence[Tensor] = parameters if processes else ()
-    shared = (list(map(type, several)), [bool(getattr(p, "_fsdp_flattened", False)) for p in several])
+    shared = [(type(p), bool(getattr(p, "_fsdp_flattened", False))) for p in parameters] if processes else []
     asked = callable(request.layers) or callable(request.exclude)
     trained = [p.requires_grad for p in parameters] if asked else []
-    options = [
-        (isinstance(decay := group.get("weight_decay"), Tensor) or bool(decay), bool(group.get("differentiable")))
-        for group in groups
-    ]
+    options: list[tuple[bool, bool, bool]] = []
+    for group in groups:
+        decay = group.get("weight_decay")
+        decays = isinstance(decay, Tensor) or bool(decay)
+        options.append((decays, bool(group.get("differentiable")), bool(group.get("momentum"))))
     return processes, shared, trained, options
 
 
@@ -274,7 +282,11 @@ def parameters_of(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
 
 def rates_of(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Return each group's rate; a tensor is copied, since schedulers write into it."""
-    return [rate.detach().clone() if isinstance(rate := group.get("lr"), Tensor) else rate for group in groups]
+    rates: list[Any] = []
+    for group in groups:
+        rate = group.get("lr")
+        rates.append(rate.detach().clone() if isinstance(rate, Tensor) else rate)
+    return rates
 
 
 # --- The rule on its optimizer ---------------------------------------------------------------------------------------
@@ -307,6 +319,7 @@ class AttachedRule:
         self._request, self._rule, self._finite = request, request.rule, finite
         self._idle = self._dry = self._measured = False
         self._place_name: PlaceName | None = None
+        self._now: list[dict[str, Any]] = []
         self._holder, self._optimizer = weakref.ref(holder), weakref.ref(optimizer)
         verdict = verdict_of(optimizer)
         may_replace = verdict is not None and (verdict.replaces or verdict.untried is not None)
@@ -355,7 +368,7 @@ class AttachedRule:
     def last_factors(self) -> list[float]:
         """Return each layer's factor at the last step, 1 before the first; waits for the device."""
         self._forget_failed()
-        return [1.0] * len(self.found.layers) if self.factors is None else self.factors.read()
+        return [1.0] * len(self.found.layers) if self.factors is None else self.factors.last()
 
     def last_rates(self) -> list[float]:
         """Return each layer's rate at the last step; NaN where a group has none. Waits for the device."""
@@ -396,15 +409,16 @@ class AttachedRule:
 
     def prepare(self, optimizer: Any) -> None:
         """See what has changed since the last step, and raise before anything else does if a gradient is not finite."""
-        check_backward_is_over(optimizer)
-        self._forget_failed()
-        self._required()
-        if not self.found.holds(self._groups, self._request):
+        if torch._C._current_graph_task_id() != -1:
+            check_backward_is_over(optimizer)
+        if self._before_late is not None:
+            self._forget_failed()
+        self._now = groups = self._groups
+        if not self.found.holds(groups, self._request):
             self._take(resolve(optimizer, self._source, self._request))
-        elif self._request.apply == "auto":
-            # Again at each step: schedulers and checkpoints can bring momentum.
-            self._place_at(automatic_place(optimizer, self._request.preferred, self._request.decay))
-        dry = self.found.dry or runs_on_fakes(self.found.layers[0].parameters[0])
+            self._now = self._groups
+        faked = torch._C._len_torch_dispatch_stack() > 0 and runs_on_fakes(self.found.layers[0].parameters[0])
+        dry = faked or not self.found.measurable
         if dry and not self._dry:
             self.factors = self.rates = None
             if not self.found.dry or self._measured:  # else the constructor has warned
@@ -429,9 +443,9 @@ class AttachedRule:
             optimizer: The optimizer.
             late: Whether nothing happens between here and the update, so that factors may be computed during it.
         """
+        groups, self._now = self._now, []
         if self._idle:
             return
-        groups = self._groups
         found, grad_scale = self.found, getattr(optimizer, "grad_scale", None)
         if not self.enabled:
             self._stand_by(optimizer)
@@ -494,11 +508,12 @@ class AttachedRule:
         """Whether any factor of this step is not 1, as far as is known without asking the device."""
         return self.enabled and not self._idle and (self.factors is None or not self.factors.neutral)
 
-    def act(self, view: Any, *, private: bool) -> list[Split]:
+    def act(self, view: Any, *, private: bool, writes: Writes) -> list[Split]:
         """Let this step's factors act on the view."""
         assert self.factors is not None  # measured
         acting = view if self._known is None else self._known
-        return self._place.act(acting, self.found.partition, self.factors, private=private)
+        scales = writes if self._scales and not is_compiled() else None
+        return self._place.act(acting, self.found.partition, self.factors, private=private, writes=scales)
 
     def finish(self) -> None:
         """Act after the step."""
@@ -522,7 +537,8 @@ class AttachedRule:
     @property
     def _groups(self) -> list[dict[str, Any]]:
         """The groups with all parameters."""
-        return self._source.param_groups
+        holder = self._holder()
+        return self._source.param_groups if holder is None or self._known is not None else holder.param_groups
 
     def _first_steps(self, optimizer: Optimizer, verdict: Verdict) -> FirstSteps:
         return FirstSteps(
@@ -541,7 +557,9 @@ class AttachedRule:
         self.found = found
         if self._finite is not None:
             self._finite.look_at(found.layers, found.others(self._request.model), self._request.model)
-        self._place_at(found.place)
+        if found.place != self._place_name:
+            self._place_name, self._place = found.place, self._made_place(found.place)
+        self._scales = scales_writes(self._optimizer(), found.place)
         self._compared = False
         self._last_raw: tuple[Tensor, int] | None = None
         self.rates: list[Any] | None = None
@@ -552,11 +570,6 @@ class AttachedRule:
         """Go back to the factors of the last step, where those of a later one were to come during it and it failed."""
         if self._before_late is not None:
             (self.factors, self.rates), self._before_late = self._before_late, None
-
-    def _place_at(self, name: PlaceName) -> None:
-        if name != self._place_name:
-            self._place_name = name
-            self._place = self._made_place(name)
 
     def _made_place(self, name: PlaceName) -> Place:
         return make_place(name, self._request.decay, automatic=self._request.apply == "auto")

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from math import isfinite
+from operator import is_
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
 from ._fused import DealtRate, can_be_dealt
 from ._tensors import has_values, local, moved, same_objects, warn_without_values
-from ._writes import ScaledWrites
+from ._writes import Factor
 from .layers import Layer
 from .optimizers import (
     PlaceName,
@@ -23,7 +24,6 @@ from .optimizers import (
     has_decay,
     is_capturing,
     takes_tensor_rate,
-    writes_are_scaled,
 )
 from .rules.base import ElementwiseRule, finite_or_one
 from .sharding import settled_gradient
@@ -228,6 +228,9 @@ class Partition:
 
     def members_of_layers(self, parameters: Sequence[Tensor]) -> dict[int, list[Tensor]]:
         """Return each layer's parameters in a list, under the same numbers."""
+        cached = self._cached.get(id(parameters[0]) if parameters else 0)
+        if cached is not None and len(cached[0]) == len(parameters) and all(map(is_, cached[0], parameters)):
+            return cached[2]
         return self._of(parameters)[2]
 
     def _of(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], dict[int, list[int]], dict[int, list[Tensor]]]:
@@ -299,13 +302,14 @@ class Factors:
         mask: The same as a tensor beside `raw`; None if all are included.
     """
 
-    def __init__(self, raw: Tensor | Sequence[float], included: Sequence[bool], mask: Tensor | None) -> None:
+    def __init__(self, raw: Tensor | list[float], included: Sequence[bool], mask: Tensor | None) -> None:
         self._raw, self._included, self._mask = raw, included, mask
         self._tensor: Tensor | None = None
         self._each: dict[torch.device, tuple[Tensor, ...]] = {}
-        self._numbers: list[float] | None = None
-        if not isinstance(raw, Tensor) or raw.device.type == "cpu":
-            self._numbers = self._read()
+        if isinstance(raw, Tensor):
+            self._numbers = self._read() if raw.device.type == "cpu" else None
+        else:
+            self._numbers = raw if mask is None and all(map(isfinite, raw)) else self._read()
         # Nothing has to act then, and the optimizer steps as it is.
         self.neutral = self._numbers is not None and self._numbers.count(1.0) == len(self._numbers)
 
@@ -325,7 +329,7 @@ class Factors:
         Args:
             of_layer: Layer's number to what belongs to it; the factor of `OUTSIDE` is 1.
         """
-        return gathered(self.read(), of_layer.items())
+        return gathered(self.read() if self._numbers is None else self._numbers, of_layer.items())
 
     @property
     def tensor(self) -> Tensor:
@@ -350,6 +354,12 @@ class Factors:
         if self._numbers is None:
             self._numbers = self._read()
         return self._numbers
+
+    def last(self) -> list[float]:
+        """Return the numbers after the step and keep none: a replayed CUDA graph writes others into the same tensor."""
+        kept, numbers = self._numbers, self.read()
+        self._numbers = kept
+        return numbers
 
     def complete(self) -> None:
         """Compute what has not been asked for yet."""
@@ -483,13 +493,25 @@ class LateFactors(Factors):
 HALF = (torch.float16, torch.bfloat16)
 
 
+Writes = Callable[[Iterable[tuple[Tensor, Factor]]], None]
+"""Takes factors of parameters, by which what the step writes into them is multiplied."""
+
+
 class Place(Protocol):
     """Where a factor acts."""
 
     reads: bool = True
     """Whether factors are read from a device, once a step. If not, they cost a launch for each tensor."""
 
-    def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
+    def act(
+        self,
+        view: Any,
+        partition: Partition,
+        factors: Factors,
+        *,
+        private: bool = False,
+        writes: Writes | None = None,
+    ) -> list[Split]:
         """Act before the step; return how the view's groups were split.
 
         Args:
@@ -497,6 +519,7 @@ class Place(Protocol):
             partition: Which parameters belong to which layer.
             factors: This step's factors.
             private: Whether only PyTorch's own `step` sees the view's groups.
+            writes: Scales what the step writes; None where that is not possible.
         """
         ...
 
@@ -540,9 +563,18 @@ def divide(view: Any, partition: Partition, factors: Factors, overrides: Overrid
     """
     if not private:
         return partition.split(view, factors.buckets, overrides, steady=True)
-    if not can_be_dealt(view):
-        return partition.split(view, factors.buckets, lambda group, f: {**foreseen_form(group), **overrides(group, f)})
-    view.param_groups = [dealt(group, partition, factors, overrides) for group in view.param_groups]
+    groups: list[dict[str, Any]] = view.param_groups
+    if groups[0].get("fused") and can_be_dealt(view):
+        view.param_groups = [dealt(group, partition, factors, overrides) for group in groups]
+        return []
+    view.param_groups = parts = []
+    for group in groups:
+        parameters = group["params"]
+        # Torch's own optimizers would find the form anew for each part: on the CPU it is foreach=False.
+        unset = parameters and parameters[0].is_cpu and group.get("foreach", False) is None and not group.get("fused")
+        form = {"foreach": False} if unset else {}
+        for factor, part in factors.buckets(partition.members_of_layers(parameters)):
+            parts.append({**group, **form, "params": part, **overrides(group, factor)})
     return []
 
 
@@ -556,41 +588,36 @@ def dealt(group: dict[str, Any], partition: Partition, factors: Factors, overrid
     return {**group, "lr": DealtRate.of(group["lr"], deal)}
 
 
-def foreseen_form(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what torch's own optimizers would find out anew for each part of a group: on the CPU none is for each."""
-    open_question = group.get("foreach", False) is None and not group.get("fused") and group["params"]
-    return {"foreach": False} if open_question and group["params"][0].is_cpu else {}
-
-
-def begin_scaling(view: Any, partition: Partition, factors: Factors) -> ScaledWrites:
-    """Begin to scale what the step writes."""
-    mode = ScaledWrites((p for group in view.param_groups for p in group["params"]), view.state)
-    members = partition.members(view)
-    if is_capturing(view):
-        mode.scale((p, factors.each(p)[layer]) for p, layer in members)
+def scale_writes(writes: Writes, view: Any, partition: Partition, factors: Factors) -> None:
+    """Scale what the step writes, with numbers that are read once, or without a read where steps are captured."""
+    layer_of = partition.layer_of
+    members = [(p, layer_of[id(p)]) for group in view.param_groups for p in group["params"] if id(p) in layer_of]
+    if factors.on_device and is_capturing(view):
+        writes((p, factors.each(p)[layer]) for p, layer in members)
     else:
         numbers = factors.read()
-        mode.scale((p, numbers[layer]) for p, layer in members if numbers[layer] != 1)
-    mode.begin()
-    return mode
+        writes((p, numbers[layer]) for p, layer in members if numbers[layer] != 1)
 
 
 class LearningRate(Place):
     """`lr_l = lr · f_l`, for this step.
 
-    On accelerators what the step writes is scaled, which gives the same numbers. Elsewhere, and where other hooks or
-    adapters take part in the step, groups are divided: with tensors as rates where the optimizer takes them.
+    Groups are divided, with tensors as rates where the factors are on the device and the optimizer takes them. Or what
+    the step writes is scaled, which gives the same numbers.
     """
 
-    def __init__(self) -> None:
-        self._mode: ScaledWrites | None = None
-
-    def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
-        """Scale what the step writes, or divide the view's groups by rate."""
-        self._mode = None  # of a step that failed
-        # Adafactor takes the smaller one of its rate and another.
-        if private and factors.on_device and not isinstance(view, optim.Adafactor) and writes_are_scaled(view):
-            self._mode = begin_scaling(view, partition, factors)
+    def act(
+        self,
+        view: Any,
+        partition: Partition,
+        factors: Factors,
+        *,
+        private: bool = False,
+        writes: Writes | None = None,
+    ) -> list[Split]:
+        """Divide the view's groups by rate, or scale what the step writes."""
+        if writes is not None:
+            scale_writes(writes, view, partition, factors)
             return []
         on_device = (
             factors.on_device
@@ -624,10 +651,7 @@ class LearningRate(Place):
             return {"lr": rate * factor}
 
     def finish(self) -> None:
-        """Let the step write as it does alone."""
-        mode, self._mode = self._mode, None
-        if mode is not None:
-            mode.end()
+        """Nothing is left to do."""
 
 
 SMALLEST_DIVISOR = 1e-3
@@ -647,7 +671,15 @@ class Gradient(Place):
         self.decay, self.in_place = decay, in_place
         self._started: tuple[Any, Any, list[Tensor]] | None = None
 
-    def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
+    def act(
+        self,
+        view: Any,
+        partition: Partition,
+        factors: Factors,
+        *,
+        private: bool = False,
+        writes: Writes | None = None,
+    ) -> list[Split]:
         """Scale the gradients, or what the optimizer multiplies them by."""
         self._started = None  # of a step that failed
         if not self.in_place and not factors.on_device and damps_history(view):
@@ -733,7 +765,11 @@ class Gradient(Place):
         """Let the momentum begin from zero, in a copy of the state."""
         state = view.state
         # Parameters in no layer too: while the view has a state of its own, what step() begins there is begun for all.
-        fresh = [p for p in present if state.get(p, {}).get("momentum_buffer") is None]
+        fresh: list[Tensor] = []
+        for p in present:
+            own = state.get(p)
+            if own is None or own.get("momentum_buffer") is None:
+                fresh.append(p)
         if fresh:  # step() would start from a copy of g + λw; from zero it starts from f (g + λw)
             view.state = state.copy()  # the optimizer's own changes only when the step has been taken
             for p in fresh:
@@ -753,20 +789,27 @@ class Gradient(Place):
 class Update(Place):
     """`w ← w_old + f_l (w_new − w_old)`.
 
-    On accelerators what the step writes is scaled. Elsewhere, and where other hooks or adapters take part in the step,
-    a copy of the parameters is kept during it.
+    What the step writes is scaled. Where its writes cannot be seen, a copy of the parameters is kept during the step:
+    in compiled steps, and in those of other packages that communicate or could not be tried.
     """
 
     def __init__(self) -> None:
-        self._mode: ScaledWrites | None = None
         self._kept: tuple[list[Tensor], list[Tensor], list[Any]] | None = None
 
     @torch.no_grad()
-    def act(self, view: Any, partition: Partition, factors: Factors, *, private: bool = False) -> list[Split]:
+    def act(
+        self,
+        view: Any,
+        partition: Partition,
+        factors: Factors,
+        *,
+        private: bool = False,
+        writes: Writes | None = None,
+    ) -> list[Split]:
         """Scale what the step writes, or copy the parameters whose update will be scaled."""
-        self._mode = self._kept = None  # of a step that failed
-        if private and factors.on_device and writes_are_scaled(view):
-            self._mode = begin_scaling(view, partition, factors)
+        self._kept = None  # of a step that failed
+        if writes is not None:
+            scale_writes(writes, view, partition, factors)
             return []
         members = partition.members(view)
         numbers = factors.numbers
@@ -784,9 +827,6 @@ class Update(Place):
     @torch.no_grad()
     def finish(self) -> None:
         """Move from the old values towards the new ones, or past them."""
-        mode, self._mode = self._mode, None
-        if mode is not None:
-            mode.end()
         if self._kept is not None and self._kept[0]:
             parameters, old, weights = self._kept
             # From the old values, because 1 - f of a small f would be 1 in half precision.

@@ -1,4 +1,4 @@
-"""Distributed checkpoints in which an epoch of analysis may be half done."""
+"""Loading an adapter from a distributed checkpoint, also in the middle of an epoch of analysis."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .rules.state import is_state
 
 
 def load_checkpoint(adapter: LayerwiseLR, checkpoint: Any, key: str = "adapter") -> None:
-    """Load an adapter's state out of a distributed checkpoint, for any number of processes.
+    """Load an adapter's state from a distributed checkpoint, for any number of processes.
 
-    `torch.distributed.checkpoint.load` fills what the state of an adapter holds already, and so can load an adapter by
-    itself, `load({"adapter": adapter}, …)`; but not the sums of an epoch of analysis, which are there in the checkpoint
-    alone. This makes room for what the checkpoint holds, sharded as the parameters are now, and loads it.
+    `torch.distributed.checkpoint.load({"adapter": adapter}, …)` fills tensors that the adapter's state already holds.
+    It cannot load the sums of an epoch of analysis, which only the checkpoint holds. This function makes tensors for
+    all that the checkpoint holds, sharded as the parameters are now, and loads them.
 
     Every process has to call it.
 
     Args:
         adapter: An adapter with the rule and the layers of the one that was saved.
         checkpoint: The folder of the checkpoint, or a `torch.distributed.checkpoint.StorageReader`.
-        key: Under which name the adapter was saved: `save({"adapter": adapter}, …)`.
+        key: The name under which the adapter was saved: `save({"adapter": adapter}, …)`.
 
     Raises:
         ValueError: The checkpoint holds nothing of this name, the state of other layers or another rule,
-            or sums of parameters that FSDP1 has cut up.
+            or sums of parameters that FSDP1 has sharded.
 
     Example:
         >>> import tempfile, warnings
@@ -79,7 +79,7 @@ def load_checkpoint(adapter: LayerwiseLR, checkpoint: Any, key: str = "adapter")
 
 
 def _restore_empty(loaded: dict[str, Any], current: dict[str, Any]) -> None:
-    """Put back the empty dictionaries of a state, which a checkpoint leaves out."""
+    """Restore the empty dictionaries of a state, which a checkpoint leaves out."""
     for name, value in current.items():
         if is_state(value):
             if name in loaded:
@@ -89,16 +89,13 @@ def _restore_empty(loaded: dict[str, Any], current: dict[str, Any]) -> None:
 
 
 def _room(saved: Any, parameter: Any) -> Tensor | None:
-    """Return an empty tensor for a saved one, sharded as its parameter is; None for what is no tensor."""
+    """Return an empty tensor for a saved one, sharded as its parameter is; None if a saved value is no tensor."""
     if not hasattr(saved, "size"):
         return None
-    empty = torch.empty(saved.size, dtype=saved.properties.dtype, device="meta")
-    if parameter is None:
-        return torch.empty_like(empty, device="cpu")
-    if not hasattr(parameter, "device_mesh") or saved.size != parameter.shape:
-        return torch.empty_like(empty, device=parameter.device)
-    from torch.distributed import tensor as distributed
+    dtype = saved.properties.dtype
+    if hasattr(parameter, "device_mesh") and saved.size == parameter.shape:
+        from torch.distributed import tensor as distributed
 
-    return distributed.empty(
-        saved.size, dtype=empty.dtype, device_mesh=parameter.device_mesh, placements=parameter.placements
-    )
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return distributed.empty(saved.size, dtype=dtype, device_mesh=mesh, placements=placements)
+    return torch.empty(saved.size, dtype=dtype, device="cpu" if parameter is None else parameter.device)

@@ -1,4 +1,4 @@
-"""From parameters to layers: what counts as a model, names, patterns, permanent groups."""
+"""From parameters to layers: models, names, patterns, permanent groups."""
 
 from __future__ import annotations
 
@@ -21,15 +21,6 @@ from .sharding import Shard, stand_in
 Model = nn.Module | Sequence[Any] | Mapping[str, Any]
 """A module, or a list or dictionary of modules."""
 
-# Components that wrappers insert into names, anywhere. `module`, of DDP and AveragedModel, only comes first.
-_WRAPPER = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_module"
-    r"|(?:_functional\.)?_torch_params)(?:\.|$)"
-)
-_LEADING = re.compile(r"^(?:module(?:\.|$))+")
-_PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original(\d*)$")
-ATTENTION = re.compile(r"^(?:(.*)\.)?(?:in_proj|q_proj|k_proj|v_proj)_weight$")
-
 
 class SeveralModules(nn.Module):
     """A container of modules whose names `nn.ModuleDict` might refuse."""
@@ -41,14 +32,7 @@ class SeveralModules(nn.Module):
 
 
 def as_module(model: Any) -> nn.Module | None:
-    """Return the module, or a container of the modules of a list or dictionary, named by index or key.
-
-    Args:
-        model: A module, a list or dictionary of modules (or of such lists and dictionaries), or None.
-
-    Raises:
-        TypeError: The model is, or holds, anything else.
-        ValueError: The list or dictionary is empty.
+    """Return the module, or a container of the modules of a (nested) list or dictionary, named by index or key.
 
     Example:
         >>> critics = as_module([nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)])
@@ -82,6 +66,18 @@ def _as_module(model: Any, where: str) -> nn.Module:
     return SeveralModules({key: _as_module(part, f"{where}[{key!r}]") for key, part in parts.items()})
 
 
+# --- Names -----------------------------------------------------------------------------------------------------------
+
+# Components that wrappers insert into names, anywhere. `module`, of DDP and AveragedModel, only comes first.
+_WRAPPER = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_module"
+    r"|(?:_functional\.)?_torch_params)(?:\.|$)"
+)
+_LEADING = re.compile(r"^(?:module(?:\.|$))+")
+_PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original(\d*)$")
+_ATTENTION = re.compile(r"^(?:(.*)\.)?(?:in_proj|q_proj|k_proj|v_proj)_weight$")
+
+
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter of the model once, with its clean name."""
     for name, parameter in model.named_parameters():
@@ -103,16 +99,7 @@ def _clean_in(model: nn.Module, name: str) -> str:
 
 
 def clean_name(name: str) -> str:
-    """Return a parameter's or module's name without the prefixes that wrappers add.
-
-    DDP, `torch.compile`, FSDP, activation checkpointing, Fabric, Opacus and Keras insert a component into names.
-    `torch.nn.utils.parametrize` moves `weight` to `parametrizations.weight.original`.
-
-    Args:
-        name: A name as `named_parameters()` gives it.
-
-    Returns:
-        The name of the same parameter in the bare model.
+    """Return a parameter's or module's name in the bare model, without what wrappers and parametrizations add.
 
     Example:
         >>> clean_name("module._orig_mod.encoder.parametrizations.weight.original0")
@@ -122,10 +109,7 @@ def clean_name(name: str) -> str:
 
 
 def owner_name(parameter_name: str) -> str:
-    """Return the clean name of the module that directly owns a parameter.
-
-    Parameters of a parametrization belong to the parametrized module. Keras keeps all parameters of a model
-    in one dictionary whose keys are paths; the owner is then the path without its last part.
+    """Return the clean name of the module that directly owns a parameter; Keras names parameters by paths.
 
     Example:
         >>> owner_name("encoder.0.weight"), owner_name("weight"), owner_name("encoder/dense/kernel")
@@ -138,13 +122,8 @@ def owner_name(parameter_name: str) -> str:
 class Owners:
     """Maps a parameter's name to the name of the module that is its layer.
 
-    Usually this is the module that directly owns the parameter. Some classes are one layer with all modules below
-    them. `MultiheadAttention` keeps its output projection in a child. Convolutions of PyTorch Geometric keep weight and
-    bias in different modules. Adapters that PEFT inserts into them stay separate layers.
-
-    Args:
-        names: Clean names of parameters. Without a model they identify a `MultiheadAttention`.
-        model: The model, or None.
+    Usually this module directly owns the parameter. A module that `is_one_layer` takes all parameters below it, except
+    those of adapters that PEFT inserts. Without a model, a `MultiheadAttention` is recognised by its parameters' names.
     """
 
     def __init__(self, names: Iterable[str], model: nn.Module | None) -> None:
@@ -155,7 +134,7 @@ class Owners:
             for name, module in self.modules.items()
             for child in getattr(module, "adapter_layer_names", ())
         }
-        attentions = [found[1] or "" for name in names if model is None and (found := ATTENTION.match(name))]
+        attentions = [found[1] or "" for name in names if model is None and (found := _ATTENTION.match(name))]
         self._projections = {f"{name}.out_proj".lstrip("."): name for name in attentions}
 
     def __call__(self, parameter_name: str) -> str:
@@ -174,7 +153,11 @@ class Owners:
 
 
 def is_one_layer(module: nn.Module) -> bool:
-    """Tell whether a module of this class is one layer with all modules below it."""
+    """Return whether a module is one layer with all modules below it.
+
+    `MultiheadAttention` keeps its output projection in a child. Convolutions of PyTorch Geometric keep weight and bias
+    in different modules.
+    """
     return isinstance(module, nn.MultiheadAttention) or any(
         one.__name__ == "MessagePassing" and one.__module__.partition(".")[0] == "torch_geometric"
         for one in type(module).__mro__
@@ -192,24 +175,15 @@ Exclusion = Sequence[str] | Callable[[str, Tensor], bool] | None
 
 @dataclass(frozen=True)
 class TensorLayers:
-    """Layers given as lists of tensors.
-
-    Args:
-        tensors: The tensors of each layer.
-    """
+    """Layers given as lists of tensors."""
 
     tensors: Mapping[str, tuple[Tensor, ...]]
 
     def named(self, held: Collection[int], model: nn.Module | None, whose: str) -> dict[str, Tensor]:
         """Return the tensors by name: their name in the model, or the layer's name if the model does not own them.
 
-        Args:
-            held: The ids of the tensors that layers may hold.
-            model: The model, or None.
-            whose: What those tensors are, for the error message.
-
         Raises:
-            ValueError: A layer holds another tensor.
+            ValueError: A layer holds a tensor whose id is not in `held`.
         """
         known = {} if model is None else {id(p): name for name, p in named_parameters(model)}
         named: list[tuple[str, Tensor]] = []
@@ -224,10 +198,6 @@ class TensorLayers:
                 named.append((known.get(id(p), own), p))
         return unique_names(named)
 
-    def layer_of(self) -> dict[int, str]:
-        """Return the layer of each tensor, by the tensor's id."""
-        return {id(p): layer for layer, tensors in self.tensors.items() for p in tensors}
-
 
 LayerSpecification = (
     Literal["module", "parameter"] | Sequence[str] | LayerName | Mapping[str, Iterable[Tensor]] | TensorLayers
@@ -235,15 +205,7 @@ LayerSpecification = (
 
 
 def as_specification(layers: Any) -> Any:
-    """Return the argument `layers`, with a dictionary of tensors checked.
-
-    Args:
-        layers: What `LayerwiseLR` takes.
-
-    Raises:
-        TypeError: The dictionary holds anything but lists of tensors.
-        ValueError: It is empty, a list is empty, or a tensor appears twice.
-    """
+    """Return the argument `layers`, with a dictionary of tensors checked."""
     if not isinstance(layers, Mapping):
         return layers
     if not layers:
@@ -296,26 +258,16 @@ class Layer:
 
     def whole(self) -> list[Tensor]:
         """Return for each parameter a tensor of its whole shape: the parameter itself, unless FSDP1 has sharded it."""
-        return list(map(stand_in, self.parameters, self.shards))
+        return list(map(stand_in, self.parameters, self.shards) if any(self.shards) else self.parameters)
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Tell whether a name matches an fnmatch pattern, case-sensitively."""
+    """Return whether a name matches an fnmatch pattern, case-sensitively."""
     return fnmatchcase(name, pattern)
 
 
 def check_patterns(patterns: Iterable[object], names: Iterable[str], argument: str) -> None:
-    """Raise unless each pattern matches one of the names.
-
-    Args:
-        patterns: fnmatch patterns.
-        names: The names to match.
-        argument: The argument's name for the error message, such as `"exclude"`.
-
-    Raises:
-        TypeError: A pattern is not a string.
-        ValueError: A pattern matches nothing.
-    """
+    """Raise unless each pattern of an argument, such as `"exclude"`, is a string that matches one of the names."""
     names = list(names)
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -331,18 +283,10 @@ def named_parameters_of(
 ) -> dict[str, Tensor]:
     """Return the optimizer's parameters by clean name, in the model's order.
 
-    Tied parameters appear once, under their first owner.
-
-    Args:
-        optimizer: A `torch.optim.Optimizer`.
-        model: The model they belong to; None reads the `param_names` of an optimizer built from `named_parameters()`.
-        specification: The `layers` argument. A dictionary of tensors needs no model.
-
-    Returns:
-        Clean name to parameter, for the parameters of the model that the optimizer holds.
+    Tied parameters appear once, under their first owner. Without a model the names are the `param_names` of an
+    optimizer built from `named_parameters()`; a dictionary of tensors needs neither.
 
     Raises:
-        TypeError: `model` is no module.
         ValueError: There is no model and no name, or the model owns none of the optimizer's parameters.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -372,7 +316,7 @@ def named_parameters_of(
 
 
 def _why_none(own: Sequence[Tensor], held: Sequence[Tensor]) -> str:
-    """Return, for the error message, what the optimizer's tensors may be if none is the model's, and the remedy."""
+    """Return what the optimizer's tensors may be if none is the model's, and the remedy, for an error message."""
     if any(hasattr(p, "device_mesh") or hasattr(p, "_fsdp_flattened") for p in (*own, *held)):
         return (
             "pass the model that the optimizer was built from. After fully_shard, build the optimizer again. Attach "
@@ -401,24 +345,17 @@ def make_layers(
     model: nn.Module | None = None,
     shards: Mapping[int, Shard] | None = None,
 ) -> list[Layer]:
-    """Group named parameters into layers.
+    """Group named parameters into layers, in the order of their first parameter.
+
+    Integer parameters, such as quantised weights, are in no layer. Nor are those on the meta device if others are not.
 
     Args:
         named_parameters: Clean name to parameter, in the model's order.
-        specification: `"module"` is the module that directly owns a parameter, or one above it that is one layer as a
-            whole (see `Owners`). `"parameter"` makes each parameter a layer. In a list of fnmatch patterns each one is
-            a layer; a parameter goes to the first that matches its name or its module's. Also accepted are a callable
-            `(name, parameter) -> layer name or None`, and `TensorLayers`.
+        specification: `"module"` (see `Owners`), `"parameter"`, a list of fnmatch patterns, each of them a layer that
+            takes the parameters it is the first to match, a callable `(name, parameter) -> layer name or None`, or
+            `TensorLayers`.
         model: The model, from which rules get the layers' modules.
         shards: This process's shards of sharded parameters, by the parameters' ids.
-
-    Returns:
-        The layers in the order of their first parameter. Integer parameters, such as quantised weights, are in no
-        layer. Nor are those on the meta device if others are not.
-
-    Raises:
-        TypeError: The specification, a pattern or what the callable returns has a wrong type.
-        ValueError: An unknown word, an empty list, a pattern that matches nothing, or no layer at all.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -428,7 +365,7 @@ def make_layers(
     owners = Owners(named_parameters, model)
     name_of = _layer_name_function(named_parameters, specification, owners)
     shards = shards or {}
-    members: dict[str, list[tuple[str, Tensor]]] = {}
+    members: dict[str, dict[str, Tensor]] = {}
     some_measured = any(map(can_be_measured, named_parameters.values()))
     for name, parameter in named_parameters.items():
         if not holds_weights(parameter) or (some_measured and not can_be_measured(parameter)):
@@ -438,27 +375,25 @@ def make_layers(
             continue
         if not has_type(layer, str):
             raise TypeError(f"layers({name!r}, parameter) returned {layer!r}; it must return a string or None")
-        members.setdefault(layer, []).append((name, parameter))
+        members.setdefault(layer, {})[name] = parameter
     if not members:
         raise ValueError(f"layers={specification!r} puts no parameter into a layer; names: {some(named_parameters)}")
     layers: list[Layer] = []
-    for layer, entries in members.items():
-        own = {owner_name(name) for name, _ in entries}
+    for layer, held in members.items():
+        own = set(map(owner_name, held))
         if len(own) > 1:
-            own = {owners(name) for name, _ in entries}
+            own = set(map(owners, held))
         module = owners.modules.get(own.pop()) if len(own) == 1 else None
-        parameters = tuple(p for _, p in entries)
-        held = tuple(shards.get(id(p)) for p in parameters)
-        layers.append(Layer(layer, parameters, tuple(n for n, _ in entries), module, shards=held))
+        parameters = tuple(held.values())
+        shards_held = tuple(shards.get(id(p)) for p in parameters)
+        layers.append(Layer(layer, parameters, tuple(held), module, shards=shards_held))
     return layers
 
 
 def warn_of_unmeasured(named_parameters: Mapping[str, Tensor], nothing_measured: str) -> None:
-    """Warn about parameters that cannot be measured. Called by a constructor; the warning points at its caller.
+    """Warn about parameters that cannot be measured; `nothing_measured` is the message if none can.
 
-    Args:
-        named_parameters: Name to parameter.
-        nothing_measured: The message if none can be measured.
+    The warning points at the caller of the constructor that calls this.
     """
     absent = [name for name, p in named_parameters.items() if not can_be_measured(p)]
     if absent:
@@ -475,24 +410,14 @@ def warn_of_unmeasured(named_parameters: Mapping[str, Tensor], nothing_measured:
 
 
 def included_layers(layers: Sequence[Layer], exclude: Exclusion) -> list[bool]:
-    """Return for each layer whether it is not excluded.
-
-    Args:
-        layers: The layers.
-        exclude: None, patterns of layer names, or a callable `(parameter name, parameter) -> bool`, which excludes a
-            layer when it holds for all of its parameters.
-
-    Raises:
-        TypeError: `exclude` is none of these.
-        ValueError: A pattern matches no layer.
-    """
+    """Return for each layer whether it is not excluded; a callable must exclude all of the layer's parameters."""
     if exclude is None:
         return [True] * len(layers)
-    if isinstance(exclude, str) or not (callable(exclude) or has_type(exclude, Sequence)):
-        allowed = "'auto', None, a list of patterns or a callable (name, parameter) -> bool"
-        raise TypeError(f"exclude={exclude!r} must be {allowed}")
     if callable(exclude):
         return [not all(map(exclude, layer.parameter_names, layer.whole())) for layer in layers]
+    if isinstance(exclude, str) or not has_type(exclude, Sequence):
+        allowed = "'auto', None, a list of patterns or a callable (name, parameter) -> bool"
+        raise TypeError(f"exclude={exclude!r} must be {allowed}")
     check_patterns(exclude, [layer.name for layer in layers], "exclude")
     return [not any(matches(pattern, layer.name) for pattern in exclude) for layer in layers]
 
@@ -511,7 +436,7 @@ def _layer_name_function(
             return lambda name, parameter: name
         raise ValueError(f"layers={specification!r} is unknown; allowed: {allowed}. For one pattern, pass a list")
     if isinstance(specification, TensorLayers):
-        layer_of = specification.layer_of()
+        layer_of = {id(p): layer for layer, tensors in specification.tensors.items() for p in tensors}
         by_name = {name: layer_of.get(id(p)) for name, p in named_parameters.items()}
         return lambda name, parameter: by_name[name]
     if callable(specification):
@@ -570,17 +495,12 @@ class Divided:
     Args:
         layer: The layer of its own parameters.
         below: The layers of its submodules.
-        separator: The character between its name and theirs.
+        pattern: The pattern that matches the parameters of all of them.
     """
 
     layer: Layer
     below: tuple[Layer, ...]
-    separator: str
-
-    @property
-    def pattern(self) -> str:
-        """The pattern that matches the parameters of all of them."""
-        return f"{escape(self.layer.name)}{self.separator}*"
+    pattern: str
 
     def __str__(self) -> str:
         own = some([name.rpartition(".")[2] for name in self.layer.parameter_names], 3, str)
@@ -589,18 +509,14 @@ class Divided:
 
 
 def divided(layers: Sequence[Layer]) -> list[Divided]:
-    """Return the modules that own parameters and have submodules that own others.
-
-    Args:
-        layers: Layers of `"module"`.
-    """
+    """Return the modules that own parameters and have submodules that own others, of layers of `"module"`."""
     found: list[Divided] = []
     for layer in layers:
         for separator in (".", "/") if layer.name else ("",):
             prefix = layer.name + separator
             below = tuple(other for other in layers if other is not layer and other.name.startswith(prefix))
             if below:
-                found.append(Divided(layer, below, separator))
+                found.append(Divided(layer, below, f"{escape(prefix)}*"))
     return found
 
 
@@ -608,31 +524,32 @@ def joining(layers: Sequence[Layer], modules: Sequence[Divided]) -> str:
     """Return, as Python source, the value of `layers` that makes each of these modules one layer.
 
     Other layers stay as they are. Of nested modules the inner one is a layer, and the rest of the outer one another.
-
-    Args:
-        layers: Layers of `"module"`.
-        modules: The modules to join; either the root alone, or modules without the root.
+    `modules` is the root alone, or does not hold it.
     """
     swallowed = {id(layer) for one in modules for layer in (one.layer, *one.below)}
-    kept = [layer for layer in layers if id(layer) not in swallowed]
-    whole = [layer for layer in kept if len({owner_name(name) for name in layer.parameter_names}) > 1]
     patterns = {one.layer.name: one.pattern for one in modules}
-    patterns |= {layer.name: f"{escape(layer.name)}.*" if layer in whole else escape(layer.name) for layer in kept}
-    deepest = sorted(patterns, key=lambda name: -name.count("."))
+    patterns |= {layer.name: _pattern(layer) for layer in layers if id(layer) not in swallowed}
+    deepest = sorted(patterns, key=_height)
     if len(deepest) <= MOST_PATTERNS or any("/" in name for name in deepest):
         return repr([patterns[name] for name in deepest])
     joined = tuple(name for name in deepest if patterns[name].endswith(".*"))
     return f"lambda name, parameter: next((m for m in {joined!r} if name.startswith(m + '.')), name.rpartition('.')[0])"
 
 
+def _pattern(layer: Layer) -> str:
+    """Return the pattern that makes the same layer."""
+    return escape(layer.name) + ".*" * (len(set(map(owner_name, layer.parameter_names))) > 1)
+
+
+def _height(name: str) -> int:
+    """Sort names with the deepest first, since a pattern for an outer module may match deeper layers."""
+    return -name.count(".")
+
+
 def flattened(layers: Sequence[Layer], specification: LayerSpecification) -> list[str]:
-    """Return warnings about layers that seem to hold the parameters of several modules.
+    """Return warnings about layers of `"module"` that seem to hold the parameters of several modules.
 
     These are networks that are one layer in all, and dictionaries of parameters with keys such as `conv1_weight`.
-
-    Args:
-        layers: The layers.
-        specification: The `layers` argument; only `"module"` is checked.
     """
     if specification != "module":
         return []
@@ -644,11 +561,11 @@ def _looks_flattened(layer: Layer, *, alone: bool) -> bool:
         return False  # names of Keras are paths, which give the modules
     last = [name.rpartition(".")[2] for name in layer.parameter_names]
     if isinstance(layer.module, nn.ParameterDict | nn.ParameterList):
-        if len(_stems(layer)) > 1:
+        if _stems(layer):
             return True
     elif layer.module is None:
         normalised = set(last) <= {"weight0", "weight1", "bias"}  # parametrized, such as by weight_norm
-        if normalised or any(map(ATTENTION.match, layer.parameter_names)) or all(map(_RECURRENT.match, last)):
+        if normalised or any(map(_ATTENTION.match, layer.parameter_names)) or all(map(_RECURRENT.match, last)):
             return False
     elif is_one_layer(layer.module) or any(
         one.__module__.startswith("torch.nn.modules.") and one is not nn.Module for one in type(layer.module).__mro__
@@ -669,7 +586,8 @@ def _warning(layer: Layer, layers: Sequence[Layer]) -> str:
         # Longer stems first, since `layer1_` also matches `layer1_norm_weight`. A name without a stem is its own layer.
         patterns = [f"{escape(stem)}*" for stem in sorted(stems, key=lambda stem: -len(stem))]
         patterns += [escape(name) for name in layer.parameter_names if not any(map(name.startswith, stems))]
-        patterns += _patterns([other for other in layers if other is not layer])
+        others = {other.name: _pattern(other) for other in layers if other is not layer}
+        patterns += [others[name] for name in sorted(others, key=_height)]
         remedy = f"layers={patterns!r}"
     else:
         remedy = "layers='parameter'"
@@ -681,21 +599,14 @@ def _warning(layer: Layer, layers: Sequence[Layer]) -> str:
     )
 
 
-def _patterns(layers: Sequence[Layer]) -> list[str]:
-    """Return patterns that make the same layers, deepest first, since an outer pattern may match deeper layers."""
-    several = [len({owner_name(name) for name in layer.parameter_names}) > 1 for layer in layers]
-    found = [(layer.name, escape(layer.name) + ".*" * more) for layer, more in zip(layers, several, strict=True)]
-    return [pattern for _, pattern in sorted(found, key=lambda pair: -pair[0].count("."))]
-
-
 # --- Permanent groups ------------------------------------------------------------------------------------------------
 
 
 def param_groups(model: Model, layers: LayerSpecification = "module") -> list[dict[str, Any]]:
     """Return named parameter groups, one a layer, to build an optimizer from.
 
-    For rates that are set by hand and kept; `LayerwiseLR` needs no such groups. Every parameter of the model
-    that requires a gradient must be in a layer, so that none is forgotten.
+    Use it for rates that are set by hand and kept; `LayerwiseLR` needs no such groups. Every parameter of the model
+    that requires a gradient must be in a layer.
 
     Args:
         model: The network, or a list or dictionary of networks, whose names then begin with their index or key.
@@ -707,7 +618,7 @@ def param_groups(model: Model, layers: LayerSpecification = "module") -> list[di
         require a gradient is left out.
 
     Raises:
-        TypeError: `model` is no module, nor a list or dictionary of modules, or `layers` has the wrong type.
+        TypeError: `model` is neither a module nor a list or dictionary of modules, or `layers` has the wrong type.
         ValueError: `layers` is unknown, matches nothing, or leaves a parameter out.
 
     Example:

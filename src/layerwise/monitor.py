@@ -1,4 +1,4 @@
-"""Watch the layers of a network learn, without changing anything."""
+"""Records what each layer does while a network trains, without changing anything."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import math
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._arguments import StaysBehind, chosen, has_type
+from ._arguments import StaysBehind, check_count, has_type
 from ._hooks import Member, OptimizerHooks, makes_state_only
 from ._norms import subtract
 from ._tensors import (
@@ -47,87 +46,58 @@ from .sinks.delivery import Sink, check_sinks, close, deliver, sink_name
 from .sinks.record import Record, ratio
 from .statistics import LayerStatistics
 
-Values = Tensor | list[float]
-"""What may be on the device, or is known without asking it."""
+logger = logging.getLogger("layerwise")
+
+NOTHING_RECORDED = "steps are counted but not recorded, until they do"
 
 
-@dataclass
 class Observation:
-    """What a step that is recorded began with.
+    """Measures gradients and weights before a step, keeps a copy of the weights, and makes the record after the step.
 
     Args:
-        statistics: Of the layers.
-        squares: Of gradients and weights, as `LayerStatistics.squares` returns them.
-        weights: Copies of the parameters.
-        acting: Of each adapter its factors, and id of parameter to layer number.
-        rates: Of each parameter group; NaN where it has none.
-        group_of: id of parameter to group number.
-        scale: By how much a gradient scaler left the gradients multiplied, if it did.
+        statistics: Measures the layers.
+        optimizer: The optimizer whose step begins.
+        measured: The adapters whose factors are about to act.
     """
 
-    statistics: LayerStatistics
-    squares: list[Tensor]
-    weights: list[Tensor]
-    acting: list[tuple[Factors, dict[int, int]]]
-    rates: list[Values]
-    group_of: dict[int, int]
-    scale: Tensor | None
-
-    @classmethod
-    def of(cls, statistics: LayerStatistics, optimizer: Any, measured: Sequence[Member]) -> Observation:
-        """Measure gradients and weights, and keep a copy of the weights.
-
-        Args:
-            statistics: Of the layers.
-            optimizer: The optimizer whose step begins.
-            measured: Those whose factors are about to act.
-        """
+    def __init__(self, statistics: LayerStatistics, optimizer: Any, measured: Sequence[Member]) -> None:
         members, groups = statistics.members, optimizer.param_groups
         gradients = [None if (g := settled_gradient(p)) is None else g.detach() for p in members]
-        return cls(
-            statistics=statistics,
-            squares=[statistics.squares(gradients), statistics.squares(members)],
-            weights=[local(p).clone() for p in members],
-            acting=[
-                (
-                    member.factors,
-                    {id(p): number for number, layer in enumerate(member.layers) for p in layer.parameters},
-                )
-                for member in measured
-                if member.factors is not None
-            ],
-            rates=[_rate_of(group.get("lr")) for group in groups],
-            group_of={id(p): number for number, group in enumerate(groups) for p in group["params"]},
-            scale=getattr(optimizer, "grad_scale", None),
-        )
+        self._statistics = statistics
+        self._squares = [statistics.squares(gradients), statistics.squares(members)]
+        self._weights = [local(p).clone() for p in members]
+        self._scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        self._rates = [_rate_of(group.get("lr")) for group in groups]
+        # Rate and factors of a layer are those of its first parameter.
+        first = [id(layer.parameters[0]) for layer in statistics.layers]
+        group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+        self._groups = [group_of.get(p) for p in first]
+        self._acting: list[tuple[Factors, list[int | None]]] = []
+        for member in measured:
+            if member.factors is not None:
+                layer_of = {id(p): number for number, layer in enumerate(member.layers) for p in layer.parameters}
+                self._acting.append((member.factors, [layer_of.get(p) for p in first]))
 
     def values(self) -> list[Tensor | Sequence[float] | None]:
         """Measure the updates, once, and return all that `record` needs: the layers' norms and more."""
-        updates = subtract(self.weights, [local(p) for p in self.statistics.members])
-        norms = self.statistics.norms([*self.squares, self.statistics.squares(updates)])
-        factors = [one.tensor if one.numbers is None else one.numbers for one, _ in self.acting]
-        return [norms, self.scale, *self.rates, *factors]
+        updates = subtract(self._weights, [local(p) for p in self._statistics.members])
+        norms = self._statistics.norms([*self._squares, self._statistics.squares(updates)])
+        factors = [one.tensor if one.numbers is None else one.numbers for one, _ in self._acting]
+        return [norms, self._scale, *self._rates, *factors]
 
     def record(self, step: int, numbers: Sequence[Sequence[float]]) -> Record:
-        """Return the record.
-
-        Args:
-            step: Number of steps that have been taken.
-            numbers: What `values` returned, read from the device.
-        """
+        """Return the record of a step from the numbers that `values` returned, read from the device."""
         norms, (scale,), *others = numbers
-        rates, factors = others[: len(self.rates)], others[len(self.rates) :]
-        layers = self.statistics.layers
-        first = [id(layer.parameters[0]) for layer in layers]
-        count = len(first)
+        rates, factors = others[: len(self._rates)], others[len(self._rates) :]
+        count = self._statistics.count
         scaled, weights, updates = (list(norms[i : i + count]) for i in range(0, 3 * count, count))
         products = [1.0] * count
-        for one, (_, layer_of) in zip(factors, self.acting, strict=True):
-            products = [f * one[layer_of[p]] if p in layer_of else f for f, p in zip(products, first, strict=True)]
-        base = [rates[self.group_of[p]][0] if p in self.group_of else math.nan for p in first]
+        for one, (_, positions) in zip(factors, self._acting, strict=True):
+            products = [f if i is None else f * one[i] for f, i in zip(products, positions, strict=True)]
+        base = [math.nan if group is None else rates[group][0] for group in self._groups]
         return Record(
             step=step,
-            layers=tuple(layer.name for layer in layers),
+            layers=tuple(layer.name for layer in self._statistics.layers),
             gradient_norm=[norm / (scale or 1.0) for norm in scaled],
             weight_norm=weights,
             update_norm=updates,
@@ -137,46 +107,39 @@ class Observation:
         )
 
 
-def _rate_of(rate: Any) -> Values:
+def _rate_of(rate: Any) -> Tensor | list[float]:
     return rate if isinstance(rate, Tensor) else [math.nan if rate is None else float(rate)]
 
 
-# --- The monitor -----------------------------------------------------------------------------------------------------
-
-logger = logging.getLogger("layerwise")
-
-NOTHING_RECORDED = "steps are counted but not recorded, until they do"
-
-
 class Monitor(StaysBehind):
-    """Records norms, factors and rates of the layers every N steps, and changes nothing of the training, to the bit.
+    """Records norms, factors and rates of the layers every N steps, and leaves the training unchanged, bit for bit.
 
     For each layer l of every N-th step: ‖g_l‖ as it arrived, ‖w_l‖ before the step, ‖Δw_l‖ with Δw_l = w_l after − w_l
     before, the factor f_l of the adapters on the optimizer, the rate lr · f_l, and ‖Δw_l‖ / ‖w_l‖; see
     `layerwise.sinks.Record`.
 
-    A step that is not recorded costs a counter. One that is costs readings of gradients, weights and updates, a copy of
-    the parameters while the optimizer steps, and one transfer of all numbers from the device, which waits for it. No
-    random number is drawn.
+    A step that is not recorded only increments a counter. A recorded step reads gradients, weights and updates once,
+    keeps a copy of the parameters while the optimizer steps, and moves all numbers from the device in one transfer,
+    which waits for it. No random number is drawn.
 
     Steps are counted from 1, and those whose number is a multiple of `every` are recorded. Steps that raise are not
-    counted, nor those that a gradient scaler skips, nor the one of rate and gradient 0 by which distributed checkpoints
-    begin an optimizer's state.
+    counted, nor those that a gradient scaler skips, nor the step with zero rate and gradient by which distributed
+    checkpoints create optimizer state.
 
-    It works with and without a `LayerwiseLR`, attached before it or after it, and with closures: it looks when the
+    It works with and without a `LayerwiseLR`, attached before or after it, and with closures: it measures when the
     optimizer has evaluated its closure for the first time in a step.
 
-    A copy or a pickle of a module that holds a monitor has None in its place, with a warning.
+    If a module holds a monitor, a copy or a pickle of the module holds None in its place, with a warning.
 
     Args:
         optimizer: A `torch.optim.Optimizer`, or a wrapper of Accelerate or Fabric around one.
         model: Names the layers, as in `LayerwiseLR`. None takes the names of an optimizer built from
-            `model.named_parameters()`; neither is needed where the layers are an adapter's.
+            `model.named_parameters()`; neither is needed if the layers are an adapter's.
         every: The number of steps from one record to the next; at least 1.
         sinks: Where records go: callables that take a `Record`, such as those of `layerwise.sinks`. One that raises is
-            dropped with one message in the log, and training goes on. In training by several processes each makes a
-            monitor, and only one gives it sinks.
-        layers: As in `LayerwiseLR`. `"auto"`: those of the adapter if just one is attached to the optimizer, else
+            dropped with one message in the log, and training goes on. With several processes, each makes a monitor and
+            only one passes sinks.
+        layers: As in `LayerwiseLR`. `"auto"` takes those of the adapter if just one is attached to the optimizer, else
             `"module"`. Parameters without a layer are not measured.
 
     Raises:
@@ -211,28 +174,25 @@ class Monitor(StaysBehind):
     ) -> None:
         inner = unwrap(optimizer)
         refuse_outer(inner)
-        if not has_type(every, int) or isinstance(every, bool):
-            raise TypeError(f"every={every!r} must be a whole number of steps, at least 1")
-        if every < 1:
-            raise ValueError(f"every={every!r} must be at least 1; without a monitor nothing is recorded")
+        check_count("every", every, "; without a Monitor nothing is recorded")
         check_sinks(sinks)
         self._every, self._sinks = every, list(sinks)
-        self._model, self._specification = as_module(model), as_specification(layers)
+        self._auto = isinstance(layers, str) and layers == "auto"
+        self._model, self._specification = as_module(model), "module" if self._auto else as_specification(layers)
         self._parameters: list[Tensor] = []
         self._layers: Sequence[Layer] = []
-        self._shared: list[tuple[bool, bool]] | bool = False
-        self._steps = self._measurable = 0
+        self._forms: list[tuple[bool, ...]] = []
+        self._steps = 0
         self._skipped: Tensor | int = 0
         self._fresh = self._compared = False
         self._seen: Observation | None = None
         self._last: Record | None = None
         self._resolve(inner)
         if not self._takes_layers_of_rule(inner):
-            specified = chosen(self._specification, None, "module")
-            warn_of_unmeasured(named_parameters_of(inner, self._model, specified), NOTHING_RECORDED)
-            for message in flattened(self._layers, specified):
+            warn_of_unmeasured(named_parameters_of(inner, self._model, self._specification), NOTHING_RECORDED)
+            for message in flattened(self._layers, self._specification):
                 warnings.warn(message, UserWarning, stacklevel=2)
-        self._told = not any(map(can_be_measured, self._parameters))
+        self._warned = not any(map(can_be_measured, self._parameters))
         self._optimizer = weakref.ref(inner)
         if any(isinstance(other, Monitor) for other in OptimizerHooks.observers_of(inner)):
             logger.warning(
@@ -241,12 +201,9 @@ class Monitor(StaysBehind):
             )
         OptimizerHooks.watch(inner, self)
         self._attached = True
-        # Runs when the program ends, too, and so keeps these alive: others may well hold the monitor. Those that were
-        # dropped are among them: they may have a run to end, or records to write.
+        # Also runs when the program ends. Sinks that were dropped are closed too: they may have a run to end.
         closing = [sink for sink in sinks if hasattr(sink, "close")]
         self._close_sinks = weakref.finalize(self, close, closing)
-
-    # --- Public methods -----------------------------------------------------------------------------------------------
 
     @property
     def every(self) -> int:
@@ -279,18 +236,18 @@ class Monitor(StaysBehind):
         return self._last
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of steps, so that a run that is resumed counts on."""
+        """Return the number of steps, so that a resumed run continues the count."""
         return {"version": 1, "steps": self.steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Count on from a saved number of steps.
+        """Continue the count from a saved number of steps.
 
         Args:
             state_dict: What `state_dict()` returned.
 
         Raises:
             TypeError: It is no mapping.
-            ValueError: It is something else; nothing is changed then.
+            ValueError: It is no state of a Monitor; nothing is changed then.
         """
         if not has_type(state_dict, Mapping):
             raise TypeError(f"state_dict must be what state_dict() returned, not {type(state_dict).__name__}")
@@ -300,7 +257,7 @@ class Monitor(StaysBehind):
         self._steps, self._skipped, self._compared = steps, 0, False
 
     def detach(self) -> None:
-        """Take the hooks off and close the sinks. A second call does nothing."""
+        """Remove the hooks and close the sinks. A second call does nothing."""
         optimizer = self._optimizer()
         if self._attached and optimizer is not None:
             OptimizerHooks.remove(optimizer, self)
@@ -323,7 +280,7 @@ class Monitor(StaysBehind):
     # --- What the optimizer's hooks call ------------------------------------------------------------------------------
 
     def begin(self, optimizer: Any) -> bool:
-        """Tell whether this step is to be recorded, as far as is known without asking the device."""
+        """Return whether this step is to be recorded, as far as is known without reading the device."""
         self._seen = None  # of a step that raised
         self._fresh = not optimizer.state
         if not self._compared and several_processes():
@@ -336,13 +293,13 @@ class Monitor(StaysBehind):
         self._resolve(optimizer)
         members = self._statistics.members
         if not all(map(can_be_measured, members)) or runs_on_fakes(members[0]):
-            self._tell()
+            self._warn_without_values()
             return
-        self._seen = Observation.of(self._statistics, optimizer, measured)
+        self._seen = Observation(self._statistics, optimizer, measured)
 
     @torch.no_grad()
     def end(self, optimizer: Any) -> None:
-        """Count the step; if it is one to be recorded, measure the updates and hand the record out."""
+        """Count the step; if it is to be recorded, measure the updates and deliver the record."""
         seen, self._seen = self._seen, None
         if self._fresh and makes_state_only(optimizer.param_groups):
             return
@@ -357,7 +314,7 @@ class Monitor(StaysBehind):
         try:
             (overflowed,), (skipped,), *numbers = fetched([overflow, self._skipped, *values], cast(Tensor, values[0]))
         except NoValuesError:  # of fake tensors on an accelerator
-            self._tell()
+            self._warn_without_values()
             return
         self._steps, self._skipped = self._steps - int(skipped), 0
         if not overflowed and self._steps % self._every == 0:
@@ -375,31 +332,24 @@ class Monitor(StaysBehind):
         self._compared = True
 
     def _resolve(self, optimizer: Optimizer) -> None:
-        """Find the layers, if they are not those that were found before."""
+        """Find the layers, unless those found before still hold."""
         parameters = parameters_of(optimizer.param_groups)
         of_rule = self._takes_layers_of_rule(optimizer)
         layers = OptimizerHooks.members_of(optimizer)[0].layers if of_rule else self._layers
         known = bool(layers) and same_objects(layers, self._layers) and same_objects(parameters, self._parameters)
-        several = several_processes()
-        shared = several and [(hasattr(p, "device_mesh"), getattr(p, "_fsdp_flattened", False)) for p in parameters]
-        measurable = sum(map(can_be_measured, parameters))
-        known = known and shared == self._shared and measurable == self._measurable
-        if known and not self._statistics.moved_away():
+        forms = [(can_be_measured(p), hasattr(p, "device_mesh"), hasattr(p, "_fsdp_flattened")) for p in parameters]
+        if known and forms == self._forms and not self._statistics.moved_away():
             return
-        self._measurable = measurable
         if not of_rule:
-            specification = chosen(self._specification, None, "module")
-            shards = find_shards(parameters, self._model)
-            named = named_parameters_of(optimizer, self._model, specification)
-            layers = make_layers(named, specification, self._model, shards)
-        self._parameters, self._layers, self._shared = parameters, layers, shared
+            named = named_parameters_of(optimizer, self._model, self._specification)
+            layers = make_layers(named, self._specification, self._model, find_shards(parameters, self._model))
+        self._parameters, self._layers, self._forms = parameters, layers, forms
         self._statistics = LayerStatistics(layers, ())
 
-    def _tell(self) -> None:
-        if not self._told:
-            self._told = True
+    def _warn_without_values(self) -> None:
+        if not self._warned:
+            self._warned = True
             warn_without_values(NOTHING_RECORDED, 2)
 
     def _takes_layers_of_rule(self, optimizer: Optimizer) -> bool:
-        auto = isinstance(self._specification, str) and self._specification == "auto"
-        return auto and len(OptimizerHooks.members_of(optimizer)) == 1
+        return self._auto and len(OptimizerHooks.members_of(optimizer)) == 1

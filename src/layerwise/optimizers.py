@@ -15,7 +15,6 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from ._tensors import slots_of
-from ._writes import is_compiled, writes_can_be_scaled
 
 Where = Literal["anywhere", "lr", "update", "groups"]
 
@@ -395,15 +394,10 @@ def is_capturing(optimizer: optim.Optimizer) -> bool:
     return any(group.get("capturable") for group in optimizer.param_groups)
 
 
-def writes_are_scaled(optimizer: optim.Optimizer) -> bool:
-    """Tell whether a step has its writes scaled: those of PyTorch's own optimizers on accelerators.
-
-    There a parameter group for each factor costs launches. Not where the compiler traces the step: it traces no mode.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    on_accelerator = any(p.device.type not in ("cpu", "meta") for p in parameters)
-    known = not is_foreign(cast(Any, type(optimizer)))
-    return known and on_accelerator and writes_can_be_scaled() and not is_compiled()
+def is_on_accelerator(optimizer: optim.Optimizer) -> bool:
+    """Tell whether any parameter is on a device that is neither the CPU nor the meta device."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return any(p.device.type not in ("cpu", "meta") for p in parameters)
 
 
 def damps_history(optimizer: optim.Optimizer) -> bool:
@@ -412,10 +406,12 @@ def damps_history(optimizer: optim.Optimizer) -> bool:
     Its history is `v ← μv + (1 − dampening)(g + λw)`, so a factor inside the momentum can act through the dampening and
     leave the gradient alone.
     """
-    return type(optimizer).step is optim.SGD.step and all(
-        group["momentum"] != 0 and not (group["nesterov"] or group["dampening"] or group["differentiable"])
-        for group in optimizer.param_groups
-    )
+    if type(optimizer).step is not optim.SGD.step:
+        return False
+    for group in optimizer.param_groups:
+        if not group["momentum"] or group["nesterov"] or group["dampening"] or group["differentiable"]:
+            return False
+    return True
 
 
 @lru_cache(maxsize=256)

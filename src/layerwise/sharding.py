@@ -81,24 +81,15 @@ def digest(value: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """The shard of a parameter that this process holds.
+    """The shard of a parameter that this process holds."""
 
-    Args:
-        shape: Shape of the whole parameter.
-        copies: How many of the processes hold this same shard.
-        groups: The process groups to sum over, in turn. There are several for a mesh of several dimensions that is only
-            a part of all processes.
-        device_type: Where these groups communicate.
-        ranks: The processes that share the parameter.
-        span: First and last position plus 1 in the flattened parameter, where FSDP1 has cut it.
-    """
-
-    shape: torch.Size
-    copies: int
+    shape: torch.Size  # of the whole parameter
+    copies: int  # how many processes hold this same shard
+    # To sum over in turn; several for a mesh of several dimensions that is only a part of all processes.
     groups: tuple[Any, ...] = field(repr=False)
-    device_type: str
-    ranks: tuple[int, ...] = field(repr=False)
-    span: tuple[int, int] | None = None
+    device_type: str  # where these groups communicate
+    ranks: tuple[int, ...] = field(repr=False)  # the processes that share the parameter
+    span: tuple[int, int] | None = None  # begin and end in the flattened parameter, where FSDP1 has cut it
 
     def of(self, whole: Tensor, like: Tensor) -> Tensor:
         """Return the shard of another whole tensor of this shape, in the form of the parameter `like`."""
@@ -116,9 +107,6 @@ def find_shards(parameters: Iterable[Tensor], model: nn.Module | None) -> dict[i
     """Return the shard of each parameter that processes share, by the parameter's id.
 
     A DTensor (FSDP2, tensor parallel) holds its sharding; for FSDP1 only the model does.
-
-    Raises:
-        ValueError: A parameter is shared in a way in which its norm is not defined, or cannot be known.
     """
     parameters = list(parameters)
     shards = {id(p): _shard_of_dtensor(p) for p in parameters if hasattr(p, "device_mesh")}
@@ -228,8 +216,7 @@ class Sharing:
     ones first, so that no two of them wait for each other.
 
     Args:
-        shards: For each number the shard of the parameter that it belongs to; None for a number that every process
-            knows whole.
+        shards: For each number the shard of its parameter; None for a number that every process knows whole.
         flag: Whether there is a last number that is summed over each mesh in turn, so that it reaches every process.
     """
 
@@ -246,12 +233,9 @@ class Sharing:
         self._collectives: list[tuple[tuple[Any, ...], torch.device, Tensor | None]] = []
 
     def sum(self, shares: Tensor) -> Tensor:
-        """Return the sums over all processes; one collective for each distinct set of processes.
+        """Return the sums over all processes, all of which have to call this; one collective for each mesh.
 
-        Every process has to call this, also with zeros only.
-
-        Args:
-            shares: What this process contributes, one column for each number; changed in place.
+        `shares` is what this process contributes, one column for each number, and is changed in place.
         """
         if self._device != shares.device:
             self._prepare(shares)
@@ -290,13 +274,7 @@ def sharing_of(shards: Sequence[Shard | None], *, flag: bool = False) -> Sharing
 
 
 class Buffers:
-    """Makes and loads buffers in the form of some parameters.
-
-    Args:
-        parameters: The parameters.
-        shards: This process's shard of each; None for all of it.
-        samples: How many numbers of each are kept; None for all.
-    """
+    """Makes and loads buffers in the form of some parameters; `samples` are how many numbers of each are kept."""
 
     def __init__(
         self, parameters: Sequence[Tensor], shards: Sequence[Shard | None], samples: Sequence[int | None]
@@ -310,17 +288,14 @@ class Buffers:
         """
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         parameter = cast(Any, self._parameters[i])
+        zeros = torch.zeros_like(gradient, dtype=dtype)
         if not hasattr(parameter, "device_mesh"):
-            return torch.zeros_like(gradient, dtype=dtype)
-        if not parameter.is_complex():
-            return torch.zeros_like(parameter.detach(), dtype=dtype)
+            return zeros
         from torch.distributed.tensor import DTensor
 
-        shape, zeros = self.shape(i), torch.zeros_like(gradient, dtype=dtype)
+        mesh, places, shape = parameter.device_mesh, parameter.placements, self.shape(i)
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
-        )
+        return DTensor.from_local(zeros, mesh, places, run_check=False, shape=shape, stride=stride)
 
     def shape(self, i: int) -> torch.Size:
         """Return the shape of a parameter's buffer; of a DTensor, that of all of it."""
@@ -330,16 +305,13 @@ class Buffers:
         return torch.Size([*parameter.shape, 2]) if parameter.is_complex() else parameter.shape
 
     def loaded(self, i: int, buffer: Any, name: str, *, scalar: bool) -> Tensor:
-        """Return a copy of a saved buffer, sharded as parameter i is now.
+        """Return a copy of a saved buffer, a tensor or a DTensor of any mesh, sharded as parameter i is now.
 
         Args:
             i: The number of the parameter.
-            buffer: What was saved: a tensor, or a DTensor of any mesh.
+            buffer: The saved buffer.
             name: The parameter's name for messages.
             scalar: Whether it is one number instead of a buffer like the parameter.
-
-        Raises:
-            ValueError: It is no tensor, has another shape, or is the shard of another process.
         """
         wanted = torch.Size() if scalar else self.shape(i)
         if not isinstance(buffer, Tensor) or buffer.shape != wanted:
@@ -358,9 +330,12 @@ class Buffers:
 
 def _check_own_shard(saved: Any, name: str) -> None:
     """Raise unless a DTensor from a file is the shard that this process would hold."""
-    there = torch.distributed.is_initialized() and (saved.device_mesh.mesh == torch.distributed.get_rank()).nonzero()
-    coordinate = saved.device_mesh.get_coordinate()
-    if there is False or coordinate is None or there.tolist() != [list(coordinate)]:
+    mesh, coordinate = saved.device_mesh, saved.device_mesh.get_coordinate()
+    if coordinate is None or not torch.distributed.is_initialized():
+        own = False
+    else:
+        own = (mesh.mesh == torch.distributed.get_rank()).nonzero().tolist() == [list(coordinate)]
+    if not own:
         raise ValueError(
             f"the saved sums of {name!r} are the shard of another process, as torch.save writes it: save with "
             "torch.distributed.checkpoint and load with layerwise.load_checkpoint, or let each process save its own"

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from operator import attrgetter, is_
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ._arguments import has_type
 from ._norms import JointNorms, tensor_norm_numbers, tensor_norms
-from ._tensors import as_dense_real, has_values, local, moved, same_objects
-from .layers import Layer
-from .sharding import Sharing, find_shards, is_absent, settled_gradient, sharing_of
+from ._tensors import as_dense_real, has_values, local, moved, same_objects, several_processes
+from .layers import Layer, some
+from .sharding import Shard, Sharing, find_shards, is_absent, settled_gradient, sharing_of
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Statistics:
         decay_norm: ‖λ w_l‖, the norm of the weight-decay term, with each parameter's own λ.
         learning_rate: The layer's rate in its parameter group (the largest one, where a layer spans several groups).
         counts: Bool scalar: whether this is a step to count. Steps that a gradient scaler skips, steps with a
-            gradient that is not finite and steps whose gradients are all zero are not.
+            non-finite gradient and steps whose gradients are all zero are not.
         gradients: The gradients, which a rule must not change.
 
     Raises:
-        AttributeError: A statistic is read that was not asked for.
+        AttributeError: A statistic is read that is not in the rule's `needs`.
     """
 
     gradient_norm: Tensor
@@ -70,9 +70,9 @@ class Statistics:
     def __init__(self, **statistics: Any) -> None:
         vars(self).update(statistics)
 
-    def __getattr__(self, name: str) -> Any:  # only called for what is not there
+    def __getattr__(self, name: str) -> Any:  # only called for missing attributes
         if name in NEEDS:
-            raise AttributeError(f"the rule reads statistics.{name} without asking for it; add {name!r} to its needs")
+            raise AttributeError(f"statistics.{name} is not in the rule's needs; add {name!r} to them")
         raise AttributeError(f"there is no statistic {name!r}; there are {', '.join(NEEDS)}")
 
 
@@ -82,12 +82,7 @@ NOTHING = Statistics()
 
 
 def check_needs(needs: Collection[str]) -> None:
-    """Raise unless `needs` is a collection of names of statistics.
-
-    Raises:
-        TypeError: It is one string.
-        ValueError: A name is unknown.
-    """
+    """Raise unless `needs` is a collection of names of statistics."""
     if isinstance(needs, str):
         raise TypeError(f"needs={needs!r} is one string; write needs = ({needs!r},)")
     if not has_type(needs, Collection):
@@ -107,13 +102,8 @@ def common_device(layers: Sequence[Layer]) -> tuple[torch.device, torch.dtype]:
 
 
 def check_alike(layers: Sequence[Layer], needs: Collection[str]) -> None:
-    """Raise if processes would find other gains each, from running variances of their own batches.
-
-    Raises:
-        ValueError: A rule asks for gains, several processes train, and a batch normalisation is not synchronised.
-    """
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if "normalisation_gain" not in needs or not several or torch.distributed.get_world_size() == 1:
+    """Raise if each process would find other gains, from the running variances of its own batches."""
+    if "normalisation_gain" not in needs or not several_processes():
         return
     for layer in layers:
         module: Any = layer.module
@@ -126,41 +116,30 @@ def check_alike(layers: Sequence[Layer], needs: Collection[str]) -> None:
 
 
 def gain_shares(layers: Sequence[Layer], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what each parameter adds to the mean of γ²/σ² over its layer's channels, and which layers have one.
+    """Return what each parameter adds to the mean of γ²/σ² over its layer's channels, and which layers have a gain.
 
-    Args:
-        layers: The layers. Those whose module is a normalisation (it has an eps) and that hold its weight γ have a
-            gain; σ² is the running variance plus eps, and 1 for normalisations that keep none.
-        like: A tensor of the type and on the device of the result.
-
-    Returns:
-        The shares, one for each parameter of each layer in order (of γ only this process's channels count), and a Bool
-        tensor, one for each layer.
+    These are the layers that hold the weight γ of a normalisation (a module with an eps). σ² is the running variance
+    plus eps, and 1 for a normalisation that keeps none. A shard of γ adds its own channels only.
     """
     shares = like.new_zeros(sum(len(layer.parameters) for layer in layers))
     has_gain = torch.zeros(len(layers), dtype=torch.bool, device=like.device)
     position = 0
     for number, layer in enumerate(layers):
-        module: Any = layer.module
-        weight: Any = getattr(module, "weight", None)
-        for i, parameter in enumerate(layer.parameters):
+        for weight, shard in zip(layer.parameters, layer.shards, strict=True):
             # Under layers="parameter" the gain is that of the layer with the weight.
-            if hasattr(module, "eps") and parameter is weight:
-                shares[position + i] = _gain_share(layer, i, like.dtype)
+            if hasattr(layer.module, "eps") and weight is getattr(layer.module, "weight", None):
+                shares[position] = _gain_share(layer.module, weight, shard, like.dtype)
                 has_gain[number] = True
-        position += len(layer.parameters)
+            position += 1
     return shares, has_gain
 
 
-def _gain_share(layer: Layer, i: int, dtype: torch.dtype) -> Tensor:
-    module: Any = layer.module
-    weight, shard = layer.parameters[i], layer.shards[i]
-    variance: Tensor | None = getattr(module, "running_var", None)
+def _gain_share(module: Any, weight: Tensor, shard: Shard | None, dtype: torch.dtype) -> Tensor:
     gains = local(weight.detach()).to(dtype).square()
+    variance: Tensor | None = getattr(module, "running_var", None)
     if variance is not None:
         own = variance if shard is None else local(shard.of(variance, weight))
-        variance = moved(own, gains.device)
-        gains = gains / (variance.to(dtype) + module.eps)
+        gains = gains / (moved(own, gains.device).to(dtype) + module.eps)
     return gains.sum() / (weight.numel() if shard is None else shard.shape.numel())
 
 
@@ -178,17 +157,10 @@ _requires_grad = attrgetter("requires_grad")
 
 
 class LayerStatistics:
-    """Computes `Statistics` for fixed layers.
+    """Computes the `Statistics` in `needs` for fixed layers.
 
-    Where parameters are shared among processes, each computes its share and one collective a step joins them. `paused`
-    then says of each layer whether a process that holds a part of it took no part in the step.
-
-    Args:
-        layers: The layers.
-        needs: Names of the statistics to compute.
-
-    Raises:
-        ValueError: A name is not one of `NEEDS`.
+    If parameters are sharded, each process computes its share and one collective a step adds them. `paused` then holds,
+    for each layer, whether a process with a shard of it was paused in the step.
     """
 
     def __init__(self, layers: Sequence[Layer], needs: Collection[str]) -> None:
@@ -204,13 +176,14 @@ class LayerStatistics:
         self.paused: Tensor | None = None
         self._zeros = torch.zeros(self.count, dtype=self.dtype, device=self.device)
         self._indices: dict[tuple[int, ...], Tensor] = {}
-        self._scales: dict[str, tuple[list[float], Tensor]] = {}
+        self._copies: dict[str, tuple[list[float], Tensor]] = {}
         self._joint: dict[str, tuple[list[Tensor], list[int] | None, list[float] | None, JointNorms]] = {}
-        self._rates: tuple[list[float], Tensor] | None = None
+        self._measures_gradients = not self.needs.isdisjoint({"gradient_norm", "counts"})
+        self._weight_norms = sorted(self.needs & WEIGHT_NORMS)
         self._grouped: tuple[list[int], list[int]] = ([], [])
 
     def moved_away(self) -> bool:
-        """Tell whether the parameters have left the device on which the statistics are kept."""
+        """Return whether the parameters have left the device on which the statistics are kept."""
         return self.members[0].device != self.device
 
     @torch.no_grad()
@@ -220,15 +193,17 @@ class LayerStatistics:
         Args:
             groups: The optimizer's parameter groups.
             grad_scale: The factor by which a gradient scaler left the gradients multiplied, if it did.
-            found_inf: Above zero when a gradient scaler found them not finite.
-
-        Returns:
-            The statistics in `needs`.
+            found_inf: Above zero when a gradient scaler found them non-finite.
         """
         needs = self.needs
-        # BackMatching's gains are no norms; so few rules ask for them that they go the way of the shared ones.
-        alone = self.sharing is None and "normalisation_gain" not in needs
-        values: dict[str, Any] = self._norms(groups) if alone else self._sums(groups)
+        values: dict[str, Any]
+        # BackMatching's gains are no norms. Few rules need them, so they are summed as those of shards are.
+        if self.sharing is not None or "normalisation_gain" in needs:
+            values = self._sums(groups)
+        else:
+            values = self._joined(groups, partial(tensor_norms, device=self.device), JointNorms.of)
+            if self._measures_gradients and "gradient_norm" not in values:
+                values["gradient_norm"] = self._zeros.clone()
         if "gradients" in needs:
             gradients = [p.grad if self.sharing is None else settled_gradient(p) for p in self.members]
             values["gradients"] = Gradients(gradients, grad_scale, found_inf)
@@ -246,11 +221,7 @@ class LayerStatistics:
         return Statistics(**values)
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return this process's share of the squared norms of tensors that belong to the parameters, for `norms`.
-
-        Args:
-            tensors: One for each of `members`, such as its gradient; None where there is none.
-        """
+        """Return this process's share of the squared norms of tensors, one for each of `members` or None."""
         present = [i for i, tensor in enumerate(tensors) if tensor is not None]
         result = torch.zeros(len(self.members), dtype=self.dtype, device=self.device)
         if not present or is_absent():
@@ -261,11 +232,7 @@ class LayerStatistics:
         return result.index_copy_(0, self._index(positions), squares)
 
     def norms(self, squares: Sequence[Tensor]) -> Tensor:
-        """Return the norms of layers, shape `[len(squares), n_layers]`, with one collective for all of them.
-
-        Args:
-            squares: What `squares` returned.
-        """
+        """Return the norms of layers, one row for each result of `squares`, with one collective for all of them."""
         return self._layer_sums(squares).sqrt_()
 
     def _layer_sums(self, rows: Sequence[Tensor]) -> Tensor:
@@ -284,35 +251,21 @@ class LayerStatistics:
             self._indices[key] = torch.tensor(key, dtype=torch.long, device=self.device)
         return self._indices[key]
 
-    def _norms(self, groups: Groups) -> dict[str, Tensor]:
-        """Return the norms in `needs` when this process holds all of every parameter."""
-        needs = self.needs
-        values: dict[str, Tensor] = {}
-        if "gradient_norm" in needs or "counts" in needs:
-            parts = self._gradient_parts(partial(tensor_norms, device=self.device))
-            values["gradient_norm"] = self._zeros.clone() if parts is None else parts[1].of(parts[0])
-        if needs & WEIGHT_NORMS:
-            norms, order = tensor_norms(self.members, self.device)
-            for name in needs & WEIGHT_NORMS:
-                values[name] = self._weights_joint(name, order, groups).of(norms)
-        return values
-
     def _sums(self, groups: Groups) -> dict[str, Tensor]:
         """Return the norms and gains in `needs`, out of sums over processes: one collective for all of them."""
-        needs = self.needs
         rows: dict[str, Tensor] = {}
         has_gain: Tensor | None = None
-        if "gradient_norm" in needs or "counts" in needs:
+        if self._measures_gradients:
             rows["gradient_norm"] = self.squares(list(map(settled_gradient, self.members)))
-        if needs & WEIGHT_NORMS:
+        if self._weight_norms:
             weights = self.squares(self.members)
-            for name in sorted(needs & WEIGHT_NORMS):
+            for name in self._weight_norms:
                 scales = self._weight_scales(name, groups)
                 rows[name] = weights
-                if scales is not None:  # what is left out may hold what is not finite
-                    squares = self._scale_tensor(name, scales).square()
+                if scales is not None:  # parameters of scale 0 may be non-finite
+                    squares = self._copied(name, scales).square()
                     rows[name] = torch.where(squares > 0, weights * squares, 0)
-        if "normalisation_gain" in needs:
+        if "normalisation_gain" in self.needs:
             rows["normalisation_gain"], has_gain = gain_shares(self.layers, self._zeros)
         if not rows:
             return {}
@@ -326,51 +279,54 @@ class LayerStatistics:
         return values
 
     def numbers(self, groups: Groups, grad_scale: Tensor | None = None) -> dict[str, list[float]]:
-        """Return the statistics in `needs` as plain numbers, one a layer; only those in `AS_NUMBERS`, and unshared.
+        """Return the statistics in `needs`, all of them in `AS_NUMBERS`, as Python numbers; for unsharded parameters.
 
         On the CPU, where reading a value waits for nothing, a few operations on Python's numbers cost less than the
         small tensor operations of `compute`.
-
-        Args:
-            groups: As for `compute`.
-            grad_scale: As for `compute`.
         """
-        needs = self.needs
-        values: dict[str, list[float]] = {}
-        if "gradient_norm" in needs:
-            parts = self._gradient_parts(tensor_norm_numbers)
-            norms = [0.0] * self.count if parts is None else parts[1].of_numbers(parts[0])
+        values = self._joined(groups, tensor_norm_numbers, JointNorms.of_numbers)
+        if "gradient_norm" in self.needs:
+            norms = values.get("gradient_norm", [0.0] * self.count)
             values["gradient_norm"] = norms if grad_scale is None else [norm / float(grad_scale) for norm in norms]
-        if needs & WEIGHT_NORMS:
-            with torch.no_grad():
-                numbers, order = tensor_norm_numbers(self.members)
-            for name in needs & WEIGHT_NORMS:
-                values[name] = self._weights_joint(name, order, groups).of_numbers(numbers)
-        if "learning_rate" in needs:
+        if "learning_rate" in self.needs:
             values["learning_rate"] = [max(map(_number, rates)) for rates in self._rates_of(groups)]
         return values
 
-    def _gradient_parts(
-        self, norms_of: Callable[[list[Tensor]], tuple[_Norms, list[int] | None]]
-    ) -> tuple[_Norms, JointNorms] | None:
-        """Return the norms of the gradients and the way to those of the layers; None if there is no gradient."""
-        owners = self.members
-        gradients: list[Any] = [p.grad for p in owners]
-        if any(map(is_, gradients, repeat(None))):
-            owners = [p for p in owners if p.grad is not None]
-            gradients = [p.grad for p in owners]
-        if not gradients:
-            return None
-        if any(map(_requires_grad, gradients)):  # of backward(create_graph=True)
-            gradients = [gradient.detach() for gradient in gradients]
-        norms, order = norms_of(gradients)
-        return norms, self._joint_norms("gradient_norm", owners, order, None)
+    def _joined(
+        self,
+        groups: Groups,
+        norms_of: Callable[[list[Tensor]], tuple[_Norms, list[int] | None]],
+        join: Callable[[JointNorms, _Norms], _Norms],
+    ) -> dict[str, _Norms]:
+        """Return the norms in `needs`; without "gradient_norm" if there is no gradient.
 
-    def _weights_joint(self, name: str, order: list[int] | None, groups: Groups) -> JointNorms:
-        return self._joint_norms(name, self.members, order, self._weight_scales(name, groups))
+        Args:
+            groups: The optimizer's parameter groups.
+            norms_of: Measures tensors.
+            join: Makes norms of layers from those of tensors.
+        """
+        values: dict[str, _Norms] = {}
+        if self._measures_gradients:
+            owners = self.members
+            gradients: list[Any] = [p.grad for p in owners]
+            if any(map(is_, gradients, repeat(None))):
+                owners = [p for p in owners if p.grad is not None]
+                gradients = [p.grad for p in owners]
+            if any(map(_requires_grad, gradients)):  # of backward(create_graph=True)
+                gradients = [gradient.detach() for gradient in gradients]
+            if gradients:
+                norms, order = norms_of(gradients)
+                values["gradient_norm"] = join(self._joint_norms("gradient_norm", owners, order, None), norms)
+        if self._weight_norms:
+            with torch.no_grad():
+                norms, order = norms_of(self.members)
+            for name in self._weight_norms:
+                joint = self._joint_norms(name, self.members, order, self._weight_scales(name, groups))
+                values[name] = join(joint, norms)
+        return values
 
     def _weight_scales(self, name: str, groups: Groups) -> list[float] | None:
-        """Return by what each parameter is multiplied in a norm over the weights; None for 1."""
+        """Return the factor of each parameter in a norm over the weights; None for 1."""
         if name == "matrix_norm":
             return [float(p.ndim > 1) for layer in self.layers for p in layer.whole()]
         if name == "decay_norm":
@@ -386,17 +342,17 @@ class LayerStatistics:
             self._grouped = (sizes, [group_of[id(p)] for p in self.members])
         return self._grouped[1]
 
-    def _scale_tensor(self, name: str, scales: list[float]) -> Tensor:
-        known = self._scales.get(name)
-        if known is None or known[0] != scales:
-            known = (scales, torch.tensor(scales, dtype=self.dtype, device=self.device))
-            self._scales[name] = known
+    def _copied(self, name: str, numbers: list[float]) -> Tensor:
+        """Return numbers on the device; copied again only when they change, because that waits for it."""
+        known = self._copies.get(name)
+        if known is None or known[0] != numbers:
+            known = self._copies[name] = (numbers, torch.tensor(numbers, dtype=self.dtype, device=self.device))
         return known[1]
 
     def _joint_norms(
         self, name: str, owners: list[Tensor], order: list[int] | None, scales: list[float] | None
     ) -> JointNorms:
-        """Return the way from the norms of the owners' tensors to those of the layers, kept for as long as it holds."""
+        """Return what joins the norms of the owners' tensors to those of layers; made anew only when these change."""
         known = self._joint.get(name)
         if known is None or known[1] != order or known[2] != scales or not same_objects(known[0], owners):
             positions = order or range(len(owners))
@@ -420,10 +376,7 @@ class LayerStatistics:
         if any(isinstance(rate, Tensor) for layer in rates for rate in layer):
             vectors = [[torch.as_tensor(r, dtype=self.dtype, device=self.device).reshape(()) for r in q] for q in rates]
             return torch.stack([torch.stack(vector).amax() for vector in vectors])
-        largest = [max(layer) for layer in rates]
-        if self._rates is None or self._rates[0] != largest:  # copying them to the device waits for it
-            self._rates = (largest, torch.tensor(largest, dtype=self.dtype, device=self.device))
-        return self._rates[1]
+        return self._copied("learning_rate", list(map(max, rates)))
 
 
 def _number(value: Any) -> float:
@@ -439,9 +392,8 @@ MOST_NAMED = 5
 class FiniteGradients:
     """Counts the steps of one adapter, and raises at one with a gradient that is NaN or infinite.
 
-    It reads max |g| of each parameter, which is finite for any finite gradient, where a norm may overflow. That reads
-    the gradients once more, waits for the device, and takes one collective where parameters are shared among processes,
-    all of which raise then, also for a parameter that only one of them holds.
+    It reads max |g| of each parameter, which cannot overflow as a norm can. This reads the gradients once more and
+    waits for the device. If parameters are sharded, it takes one collective, and all processes raise together.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -460,13 +412,7 @@ class FiniteGradients:
         self.look_at([])
 
     def look_at(self, layers: Sequence[Layer], others: Mapping[str, Tensor] | None = None, model: Any = None) -> None:
-        """Look at other parameters from the next step on.
-
-        Args:
-            layers: The layers, excluded ones among them.
-            others: The optimizer's parameters that are in no layer, by name.
-            model: The model, which knows how FSDP1 has shared them among processes.
-        """
+        """Look at these layers from the next step on, and at other parameters by name that are in no layer."""
         none = [Layer("(in no layer)", tuple(others.values()), tuple(others))] if others else []
         self._layers = [*layers, *none]
         self._parameters = [p for layer in self._layers for p in layer.parameters]
@@ -475,23 +421,19 @@ class FiniteGradients:
 
     @torch.no_grad()
     def check(self, found_inf: Tensor | None = None) -> None:
-        """Raise if a gradient is not finite, else count the step.
+        """Raise a FloatingPointError if a gradient is non-finite, else count the step.
 
-        Args:
-            found_inf: There when a gradient scaler looks after this step, and lets the optimizer skip it where needed.
-
-        Raises:
-            FloatingPointError: A gradient is not finite; nothing has been changed.
+        A step with `found_inf` is not checked: a gradient scaler lets the optimizer skip it if needed.
         """
         if found_inf is None and self._parameters:
-            broken, elsewhere = _broken(self._parameters, self._sharing)
-            if broken or elsewhere:
+            broken = _broken(self._parameters, self._sharing)
+            if broken is not None:
                 raise FloatingPointError(_message(self.steps + 1, self._layers, broken))
         self.steps += not is_absent()
 
 
-def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> tuple[list[int], bool]:
-    """Return the positions of parameters with a non-finite gradient, and whether another process may hold one.
+def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> list[int] | None:
+    """Return the positions of non-finite gradients, none if only other processes hold them; None if all are finite.
 
     Waits for the device.
     """
@@ -503,7 +445,7 @@ def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> tuple[list
             if dense.numel() and has_values(dense):
                 held.append((i, dense))
     if not held and sharing is None:
-        return [], False
+        return None
     device = held[0][1].device if sharing is None else local(parameters[0]).device
     flags = torch.zeros(len(parameters) + (sharing is not None), device=device)
     if held:
@@ -515,9 +457,9 @@ def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> tuple[list
         flags[-1] = flags.max()
         flags = sharing.sum(flags[None])[0]
         if not flags[-1] > 0:  # none, or NaN: a process is paused, and then none raises
-            return [], False
-    broken: Any = (flags[: len(parameters)] > 0).nonzero().flatten()
-    return broken.tolist(), sharing is not None
+            return None
+    broken = cast("list[int]", (flags[: len(parameters)] > 0).nonzero().flatten().tolist())
+    return broken if broken or sharing is not None else None
 
 
 def _message(step: int, layers: Sequence[Layer], broken: Sequence[int]) -> str:
@@ -527,15 +469,11 @@ def _message(step: int, layers: Sequence[Layer], broken: Sequence[int]) -> str:
             "and nothing has changed; the error of that process names it"
         )
     owners = [(layer.name or "(root)", name) for layer in layers for name in layer.parameter_names]
-    names = list(dict.fromkeys(repr(owners[i][0]) for i in broken))
+    names = {owners[i][0]: None for i in broken}
+    parameters = some([owners[i][1] for i in broken], MOST_NAMED, str)
     return (
-        f"step {step}: the gradient of layer{'s' if len(names) > 1 else ''} {_some(names)} is not finite "
-        f"({_some([owners[i][1] for i in broken])}), so no step was taken and nothing has changed. Causes: too "
-        "large a rate, a logarithm or a division by zero in the loss, float16 without a gradient scaler. Lower the "
-        "rate, clip, or zero the gradients and go on with the next batch; on_nonfinite='ignore' lets the optimizer step"
+        f"step {step}: the gradient of layer{'s' if len(names) > 1 else ''} {some(names, MOST_NAMED)} is not finite "
+        f"({parameters}), so no step was taken and nothing has changed. Causes: too large a rate, a logarithm or a "
+        "division by zero in the loss, float16 without a gradient scaler. Lower the rate, clip, or zero the gradients "
+        "and go on with the next batch; on_nonfinite='ignore' lets the optimizer step"
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -53,20 +53,20 @@ RULES: dict[str, Callable[[], Any]] = {
 
 
 def attached(in_backward: bool, optimizer: optim.Optimizer, model: nn.Module | None, rule: Any) -> Any:
-    """Step in backward, or as it is compared with."""
+    """Attach a step in backward, or the adapter that it is compared with."""
     if in_backward:
         return layerwise.step_in_backward(optimizer, model, rule)
     return None if rule is None else layerwise.LayerwiseLR(optimizer, rule, model)
 
 
 def everything(model: nn.Module, optimizer: optim.Optimizer, handle: Any) -> list[Any]:
-    """All numbers that training has left behind."""
-    told = [] if handle is None or handle.rule is None else [handle.get_last_factors(), handle.get_last_lr()]
-    return [[p.detach().clone() for p in model.parameters()], optimizer.state_dict()["state"], *told]
+    """Return the weights, the optimizer state, and the last factors and rates."""
+    last = [] if handle is None or handle.rule is None else [handle.get_last_factors(), handle.get_last_lr()]
+    return [[p.detach().clone() for p in model.parameters()], optimizer.state_dict()["state"], *last]
 
 
 def assert_same(train: Callable[[bool], list[Any]]) -> None:
-    """Train once as ever and once in backward, and compare to the bit."""
+    """Train with the ordinary step and in backward, and compare to the bit."""
     torch.testing.assert_close(train(True), train(False), rtol=0, atol=0, equal_nan=True)
 
 
@@ -80,7 +80,7 @@ def assert_same(train: Callable[[bool], list[Any]]) -> None:
         if case.optimizer in ALLOWED and (not case.form or rule in ("none", "LayerAdaptive"))
     ],
 )
-def test_weights_state_and_factors_are_those_of_the_ordinary_step_to_the_bit(case: Case, rule: str) -> None:
+def test_weights_state_and_factors_equal_the_ordinary_step_to_the_bit(case: Case, rule: str) -> None:
     def train(in_backward: bool) -> list[Any]:
         model = network(case, torch.float32 if "amsgrad" in case.options else torch.float64)
         optimizer = case.make(model.parameters())
@@ -121,7 +121,7 @@ def test_equation_9_of_singh_inside_caffes_momentum_by_hand(make_model) -> None:
 
 
 class Observed:
-    """Takes down, whenever a gradient arrives, which parameters hold one."""
+    """Records which parameters hold a gradient whenever one arrives."""
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {p: name for name, p in model.named_parameters()}
@@ -134,7 +134,7 @@ class Observed:
 
 
 @pytest.mark.parametrize("rule", [None, LayerAdaptive()], ids=["none", "LayerAdaptive"])
-def test_never_do_the_gradients_of_two_layers_exist_together(make_model, rule: Any) -> None:
+def test_gradients_of_two_layers_never_exist_together(make_model, rule: Any) -> None:
     model = make_model()
     observed = Observed(model)  # its hooks run before those that step
     optimizer = optim.AdamW(model.parameters())
@@ -250,7 +250,7 @@ def test_layers_that_are_frozen_and_thawed(make_model, backward, rule: Any) -> N
 
 
 @pytest.mark.parametrize("rule", [None, LayerAdaptive(), LayerDecay(0.5)], ids=lambda r: type(r).__name__)
-def test_parameters_that_come_later_move_between_groups_or_are_in_no_layer(make_model, backward, rule: Any) -> None:
+def test_parameters_added_moved_between_groups_or_in_no_layer(make_model, backward, rule: Any) -> None:
     def train(in_backward: bool) -> list[Any]:
         model = make_model()
         scale = nn.Parameter(torch.ones(2, dtype=torch.float64))  # the model does not own it
@@ -275,7 +275,7 @@ def test_parameters_that_come_later_move_between_groups_or_are_in_no_layer(make_
 @pytest.mark.parametrize(("make", "momentum"), [(optim.SGD, 0.0), (optim.SGD, 0.9), (optim.Adagrad, 0.0)])
 @pytest.mark.parametrize("rule", [None, LayerAdaptive(), Constant({"*": 3.0})], ids=lambda r: type(r).__name__)
 def test_sparse_gradients(make: Any, rule: Any, momentum: float) -> None:
-    """To rounding with momentum: whether another gradient is sparse, which decides its form, is not known."""
+    """With momentum up to rounding: the form depends on whether other gradients are sparse, which is not known yet."""
     options = {"momentum": momentum} if momentum else {}
 
     def train(in_backward: bool) -> list[Any]:
@@ -318,7 +318,7 @@ class InverseNorm(ElementwiseRule):
 
 
 class HalfNorm(Rule):
-    """f_l = ‖w_l‖ / 2, which says for itself that no layer needs another."""
+    """f_l = ‖w_l‖ / 2; it declares that no layer needs another."""
 
     needs = ("weight_norm",)
     own_layer = True
@@ -342,7 +342,7 @@ class Warmup(Rule):
 
 
 @pytest.mark.parametrize("rule", [InverseNorm(), HalfNorm(), Warmup()], ids=lambda rule: type(rule).__name__)
-def test_a_rule_of_ones_own(make_model, backward, rule: Any) -> None:
+def test_custom_rules_step_as_in_an_adapter(make_model, backward, rule: Any) -> None:
     def train(in_backward: bool) -> list[Any]:
         model = make_model()
         optimizer = optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -386,7 +386,7 @@ def test_momentum_that_a_checkpoint_brings_moves_the_factor_inside_it(make_model
     assert_same(train)
 
 
-def test_a_run_goes_on_from_the_ordinary_checkpoint_of_either_kind(make_model, backward) -> None:
+def test_a_run_resumes_from_a_checkpoint_of_either_kind(make_model, backward) -> None:
     def train(kinds: list[bool]) -> list[Any]:
         saved: dict[str, Any] = {}
         for part, in_backward in enumerate(kinds):
@@ -408,7 +408,7 @@ def test_a_run_goes_on_from_the_ordinary_checkpoint_of_either_kind(make_model, b
 
 
 @pytest.mark.parametrize("rate", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
-def test_the_rates_it_tells_are_those_it_used(make_model, rate: Any) -> None:
+def test_the_last_rates_are_those_of_the_last_backward(make_model, rate: Any) -> None:
     model = make_model()
     optimizer = optim.SGD(model.parameters(), lr=rate)
     handle = layerwise.step_in_backward(optimizer, model, Constant({"0": 2.0, "4": 0.0}))

@@ -22,7 +22,7 @@ from layerwise.rules import LARS, LayerAdaptive
 
 
 class GradientForm(LayerAdaptive):
-    """One that acts on the gradient without momentum too, where the rate would have to be read."""
+    """Acts on the gradient without momentum too, where `"lr"` would have to read the rate."""
 
     default_decay = "plain"
 
@@ -77,7 +77,7 @@ def test_a_closure_is_called_once_and_steps(rule: Any) -> None:
     assert calls == [0, 1, 2, 3] * 2
 
 
-def test_hooks_of_others_run_once_a_step_and_see_the_optimizer() -> None:
+def test_other_hooks_run_once_a_step_and_see_the_optimizer() -> None:
     model = network()
     optimizer = momentum(model)
     layerwise.step_in_backward(optimizer, model, LayerAdaptive())
@@ -95,7 +95,7 @@ def test_hooks_of_others_run_once_a_step_and_see_the_optimizer() -> None:
     assert all(one is optimizer for one in seen)
 
 
-def test_between_the_layers_the_optimizer_is_as_ever() -> None:
+def test_between_layers_the_optimizer_is_unchanged() -> None:
     model = network()
     optimizer = momentum(model)
     groups = optimizer.param_groups
@@ -149,7 +149,7 @@ def test_gradients_accumulate_where_all_but_the_last_backward_are_paused(rule: A
 
 
 @pytest.mark.parametrize("rule", [None, LayerAdaptive()], ids=["none", "LayerAdaptive"])
-def test_gradients_that_a_pause_has_kept_can_be_clipped_and_step_with_the_rule(rule: Any) -> None:
+def test_gradients_kept_by_a_pause_are_clipped_and_step(rule: Any) -> None:
     results = []
     for in_backward in (False, True):
         model = network()
@@ -204,7 +204,7 @@ def test_clipping_by_value_is_done_by_hooks_on_the_tensors() -> None:
 
 @pytest.mark.parametrize("in_closure", [False, True])
 @pytest.mark.parametrize("rule", [None, LayerAdaptive()], ids=["none", "LayerAdaptive"])
-def test_gradients_that_a_person_has_put_there_step_with_the_rule(rule: Any, in_closure: bool) -> None:
+def test_gradients_set_by_hand_step_with_the_rule(rule: Any, in_closure: bool) -> None:
     results = []
     for in_backward in (False, True):
         model = network()
@@ -231,7 +231,7 @@ def test_gradients_that_a_person_has_put_there_step_with_the_rule(rule: Any, in_
 
 
 class Fails(torch.autograd.Function):
-    """Fails on the way back."""
+    """Raises in its backward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class Fails(torch.autograd.Function):
         raise ArithmeticError("half-way")
 
 
-def test_a_backward_that_fails_half_way_has_stepped_above_and_training_goes_on(caplog: Any) -> None:
+def test_training_goes_on_after_a_backward_that_fails_half_way(caplog: Any) -> None:
     model, expected = network(), network()
     optimizer = optim.SGD(model.parameters(), lr=0.05)
     layerwise.step_in_backward(optimizer, model, LayerAdaptive())
@@ -317,7 +317,7 @@ def test_a_handle_whose_optimizer_is_gone_does_nothing() -> None:
     assert handle.get_last_lr() == {"0": 0.05, "2": 0.05}
 
 
-def test_detached_in_the_middle_of_a_backward_it_leaves_the_rest_of_the_gradients() -> None:
+def test_detaching_during_backward_leaves_the_remaining_gradients() -> None:
     model = network()
     model[0].bias.register_post_accumulate_grad_hook(lambda _: handle.detach())
     optimizer = momentum(model)
@@ -326,13 +326,13 @@ def test_detached_in_the_middle_of_a_backward_it_leaves_the_rest_of_the_gradient
     assert [p.grad is None for p in model.parameters()] == [False, False, True, True]
 
 
-def test_a_model_that_has_moved_to_another_device_is_looked_at_anew() -> None:
+def test_a_model_on_another_device_is_resolved_again() -> None:
     model = network()
     optimizer = momentum(model)
     handle = layerwise.step_in_backward(optimizer, model, LayerAdaptive())
-    handle._steps._device = torch.device("meta")
+    handle._found.statistics.device = torch.device("meta")
     loss_of(model, 0).backward()
-    assert handle._steps._device == torch.device("cpu")
+    assert handle._found.statistics.device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("group", [0, 1])
@@ -355,7 +355,7 @@ def test_a_parameter_that_has_left_the_optimizer_keeps_its_gradient(group: int) 
 
 
 @pytest.mark.parametrize("few", [True, False], ids=["numbers", "tensors"])
-def test_factors_under_a_scale_that_a_person_has_set_are_those_of_the_true_gradients(few: bool, monkeypatch) -> None:
+def test_factors_under_a_manual_grad_scale_use_true_gradients(few: bool, monkeypatch) -> None:
     if not few:
         monkeypatch.setattr(attaching, "MOST_NUMBERS", 0)
     model, plain = network(), network()
@@ -388,7 +388,7 @@ def test_two_optimizers_of_one_network_each_step_their_own_layers() -> None:
     same(weights(model), weights(plain))
 
 
-def test_distributed_checkpoints_that_step_an_optimizer_with_zero_gradients_change_nothing() -> None:
+def test_the_zero_rate_step_of_distributed_checkpoints_changes_nothing() -> None:
     model = network()
     optimizer = optim.AdamW(model.parameters())
     layerwise.step_in_backward(optimizer, model, LayerAdaptive())
@@ -397,7 +397,7 @@ def test_distributed_checkpoints_that_step_an_optimizer_with_zero_gradients_chan
     same(weights(model), before)
 
 
-def test_parameters_in_no_layer_are_told_of_when_a_rule_leaves_them_out(caplog: Any) -> None:
+def test_parameters_in_no_layer_are_logged_with_a_rule(caplog: Any) -> None:
     model = network()
     other = nn.Parameter(torch.ones(1))
     with caplog.at_level(logging.WARNING, "layerwise"):
@@ -410,7 +410,7 @@ def test_parameters_in_no_layer_are_told_of_when_a_rule_leaves_them_out(caplog: 
     )
 
 
-def test_the_handle_tells_where_the_factor_acts() -> None:
+def test_the_repr_names_where_the_factor_acts() -> None:
     model = network()
     optimizer = momentum(model)
     assert repr(layerwise.step_in_backward(optimizer, model, LayerAdaptive())) == (

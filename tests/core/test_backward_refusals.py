@@ -1,4 +1,4 @@
-"""What stepping in backward refuses, before it has done any harm."""
+"""What stepping in backward refuses before any weight changes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class OwnDefaults(optim.SGD):
 @pytest.mark.parametrize(
     "make", [optim.RMSprop, optim.Rprop, optim.LBFGS, OwnStep, optim.Adafactor], ids=lambda c: c.__name__
 )
-def test_optimizers_whose_step_is_another_one(make: Any) -> None:
+def test_optimizers_with_another_step_are_refused(make: Any) -> None:
     model = network()
     with pytest.raises(ValueError, match=rf"optimizer={make.__name__}: .* SGD, Adagrad, Adam and AdamW"):
         layerwise.step_in_backward(make(model.parameters()), model)
@@ -87,13 +87,13 @@ def test_a_subclass_with_torchs_step_is_taken() -> None:
 
 
 @pytest.mark.parametrize("option", ["capturable", "differentiable"])
-def test_forms_of_the_step_that_keep_gradients(option: str) -> None:
+def test_options_that_keep_gradients_are_refused(option: str) -> None:
     model = network()
     with pytest.raises(ValueError, match=rf"Adam\({option}=True\).* use {option}=False"):
         layerwise.step_in_backward(optim.Adam(model.parameters(), **{option: True}), model)
 
 
-def test_gradients_that_are_there_already() -> None:
+def test_gradients_present_are_refused() -> None:
     model = network()
     loss_of(model).backward()
     model[0].bias.grad = None
@@ -101,7 +101,7 @@ def test_gradients_that_are_there_already() -> None:
         layerwise.step_in_backward(optim.SGD(model.parameters()), model)
 
 
-def test_arguments_of_the_wrong_type() -> None:
+def test_arguments_of_the_wrong_type_are_refused() -> None:
     model = network()
     optimizer = optim.SGD(model.parameters())
     with pytest.raises(TypeError, match=r"no torch\.optim\.Optimizer"):
@@ -118,7 +118,7 @@ def test_arguments_of_the_wrong_type() -> None:
 
 
 class Mean(Rule):
-    """A rule that needs the other layers, and does not say that it does not."""
+    """Needs the other layers, and does not declare `own_layer`."""
 
     def factors(self, statistics: Any, state: Any) -> Any:
         return statistics.gradient_norm / statistics.gradient_norm.mean(), state
@@ -135,7 +135,7 @@ class Mixed(ElementwiseRule):
 
 
 class Counting(ElementwiseRule):
-    """One that asks whether the step counts, which all the layers decide."""
+    """Needs `counts`, which depends on all layers."""
 
     needs = ("gradient_norm", "counts")
 
@@ -158,7 +158,7 @@ class Counting(ElementwiseRule):
         *((partial(case.make, ["0", "2"]), case.refused) for case in RULES.values() if case.refused),
     ],
 )
-def test_rules_that_need_other_layers(make: Any, reason: str) -> None:
+def test_rules_that_need_other_layers_are_refused(make: Any, reason: str) -> None:
     model = network()
     optimizer = optim.SGD(model.parameters())
     with pytest.raises(ValueError, match=rf"cannot step in backward: it {reason}.* use LayerwiseLR"):
@@ -168,7 +168,7 @@ def test_rules_that_need_other_layers(make: Any, reason: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_what_a_rule_says_of_its_needs_is_true(name: str) -> None:
+def test_rules_declare_own_layer_truthfully(name: str) -> None:
     """Other gradients and weights in one layer change no other layer's factor, if the rule says so."""
     rule = RULES[name].make(NAMES)
     assert rule.needs_own_layer_only() == (not RULES[name].refused)
@@ -209,7 +209,7 @@ def test_a_second_backward_before_the_step_changes_nothing() -> None:
     torch.testing.assert_close(weights(model), weights(expected), rtol=0, atol=0)
 
 
-def test_reentrant_checkpoints_which_run_a_backward_for_each_block() -> None:
+def test_reentrant_checkpoints_are_refused() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
     optimizer = optim.SGD(model.parameters())
     layerwise.step_in_backward(optimizer, model)
@@ -237,7 +237,7 @@ class Twice(nn.Module):
 
 
 def test_a_reentrant_checkpoint_below_layers_that_have_stepped() -> None:
-    """Its gradients are another part of those that the weight has been stepped with."""
+    """The weight has stepped with a part of its gradient."""
     model = Twice()
     optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     layerwise.step_in_backward(optimizer, model)
@@ -271,7 +271,7 @@ def test_a_network_that_is_one_reentrant_checkpoint_steps() -> None:
 # torch's compiler imports what torch itself has deprecated, and looks at gradients that are not there.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_compiled_autograd_which_does_not_tell_of_the_end() -> None:
+def test_compiled_autograd_is_refused() -> None:
     from torch._dynamo import compiled_autograd
 
     model = network()
@@ -288,7 +288,7 @@ def test_compiled_autograd_which_does_not_tell_of_the_end() -> None:
     assert not optimizer.state
 
 
-def test_a_copy_of_the_handle() -> None:
+def test_a_copy_of_the_handle_is_none() -> None:
     model = network()
     handle = layerwise.step_in_backward(optim.SGD(model.parameters()), model)
     with pytest.warns(UserWarning, match=r"belongs to one optimizer.* call step_in_backward with the copy's"):
@@ -298,7 +298,7 @@ def test_a_copy_of_the_handle() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
-def test_a_graph_through_the_gradients() -> None:
+def test_create_graph_is_refused() -> None:
     model = network()
     optimizer = optim.SGD(model.parameters(), momentum=0.9)
     layerwise.step_in_backward(optimizer, model)
@@ -315,7 +315,7 @@ def test_a_gradient_scaler_is_seen_before_the_first_weight_moves(form: dict[str,
     layerwise.step_in_backward(optimizer, model)
     scaler = torch.amp.GradScaler("cpu")
     before = weights(model)
-    with pytest.raises(RuntimeError, match=r"a GradScaler is in use.* No weight has changed"):
+    with pytest.raises(RuntimeError, match=r"a GradScaler has scaled this loss.* No weight has changed"):
         scaler.scale(loss_of(model)).backward()
     assert_untouched(optimizer, before)
     with pytest.raises(RuntimeError, match=r"a GradScaler.*bfloat16"):
@@ -328,13 +328,13 @@ def test_a_gradient_scaler_among_several_losses_is_seen_too() -> None:
     layerwise.step_in_backward(optimizer, model)
     scaler = torch.amp.GradScaler("cpu")
     before = weights(model)
-    with pytest.raises(RuntimeError, match="a GradScaler is in use"):
+    with pytest.raises(RuntimeError, match="a GradScaler has scaled this loss"):
         torch.autograd.backward([loss_of(model), *scaler.scale([loss_of(model)])])
     assert_untouched(optimizer, before)
 
 
 @pytest.mark.parametrize("form", [{}, {"fused": True}], ids=str)
-def test_a_gradient_scaler_that_is_not_seen_in_the_loss_is_refused_at_its_step(form: dict[str, bool]) -> None:
+def test_a_hidden_gradient_scaler_is_refused_at_its_step(form: dict[str, bool]) -> None:
     model = network()
     optimizer = optim.SGD(model.parameters(), **form)
     layerwise.step_in_backward(optimizer, model)
@@ -345,7 +345,7 @@ def test_a_gradient_scaler_that_is_not_seen_in_the_loss_is_refused_at_its_step(f
 
 
 @pytest.mark.parametrize("scaler", ["unused", "not_enabled", "of_another_loss"])
-def test_a_gradient_scaler_that_has_not_scaled_this_loss_is_let_be(scaler: str) -> None:
+def test_a_gradient_scaler_of_another_loss_is_allowed(scaler: str) -> None:
     model = network()
     optimizer = optim.SGD(model.parameters())
     layerwise.step_in_backward(optimizer, model)
@@ -367,7 +367,7 @@ ATTACHMENTS = {"adapter": lambda o, m: layerwise.LayerwiseLR(o, LayerAdaptive(),
 
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("attach", ATTACHMENTS.values(), ids=ATTACHMENTS)
-def test_an_attachment_to_the_same_optimizer_which_would_find_no_gradient(attach: Any, later: bool) -> None:
+def test_another_attachment_to_the_same_optimizer_is_refused(attach: Any, later: bool) -> None:
     model = network()
     optimizer = optim.SGD(model.parameters())
     before = weights(model)
@@ -388,7 +388,7 @@ def test_an_attachment_to_the_same_optimizer_which_would_find_no_gradient(attach
     assert weights(model)[0].ne(before[0]).any()
 
 
-def test_a_second_time_on_the_same_parameters() -> None:
+def test_the_same_parameters_twice_are_refused() -> None:
     model = network()
     optimizer = optim.SGD(model.parameters())
     first = layerwise.step_in_backward(optimizer, model)
@@ -411,7 +411,7 @@ def process_group() -> Iterator[None]:
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("order", ["wrapper", "module", "wrapped_later"])
-def test_data_parallel_wrappers_which_average_after_the_hooks(order: str) -> None:
+def test_data_parallel_wrappers_are_refused(order: str) -> None:
     model = network()
     optimizer = optim.SGD(model.parameters())
     before = weights(model)
@@ -439,7 +439,7 @@ def test_other_networks_may_be_data_parallel() -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_sharded_parameters() -> None:
+def test_sharded_parameters_are_refused() -> None:
     from torch.distributed.fsdp import fully_shard
 
     model = network()
@@ -448,8 +448,22 @@ def test_sharded_parameters() -> None:
         layerwise.step_in_backward(optim.SGD(model.parameters()), model)
 
 
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_parameters_of_fsdp1_are_refused(use_orig_params: bool) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    optimizer = optim.SGD(model.parameters())
+    before = weights(model)
+    with pytest.raises(ValueError, match="FullyShardedDataParallel"):
+        layerwise.step_in_backward(optimizer, model)
+    assert_untouched(optimizer, before)
+
+
 class Returning(Rule):
-    """A rule that returns what it is told to, with or without a look at the gradients."""
+    """Returns a given result, with or without statistics."""
 
     own_layer = True
 
@@ -466,9 +480,7 @@ class Returning(Rule):
     [torch.ones(2), (torch.ones(2),), (torch.ones(3), {}), (torch.ones(()), {}), ([1.0, 1.0], {}), None],
     ids=["no state", "alone", "too many", "no dimension", "a list", "None"],
 )
-def test_a_rule_that_returns_no_factor_for_each_layer_is_told_so_and_no_weight_has_changed(
-    result: Any, needs: tuple[str, ...]
-) -> None:
+def test_a_rule_with_wrong_factors_raises_before_weights_change(result: Any, needs: tuple[str, ...]) -> None:
     model = network()
     before = copy.deepcopy(model.state_dict())
     optimizer = optim.SGD(model.parameters(), lr=0.1)

@@ -1,4 +1,4 @@
-"""What is told before training, and that telling it changes nothing."""
+"""What is printed before training, and that telling it changes nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from layerwise.rules import LARS, Constant, Directionality, GradientAmplificatio
 
 
 @pytest.fixture
-def told(capsys):
+def printed(capsys):
     """Return a function that runs `diagnose` and returns its text, which it must also have printed."""
 
     def run(*arguments, **named):
@@ -26,12 +26,12 @@ def line_of(text, start):
     return next(line for line in text.splitlines() if line.startswith(start))
 
 
-def test_the_layers_are_listed_with_their_size_rate_and_decay(make_model, told):
+def test_the_layers_are_listed_with_their_size_rate_and_decay(make_model, printed):
     model = make_model()
     groups = layerwise.param_groups(model)
     groups[1]["lr"] = 0.5
     groups[2]["weight_decay"] = 0.01
-    text = told(torch.optim.SGD(groups, lr=0.1), model)
+    text = printed(torch.optim.SGD(groups, lr=0.1), model)
     assert text.splitlines()[0] == "LayerAdaptive on SGD: 3 layers, 6 parameter tensors, 47 numbers"
     assert line_of(text, "0 ").split() == ["0", "2", "24", "0.1", "0"]
     assert line_of(text, "2 ").split() == ["2", "2", "15", "0.5", "0"]
@@ -49,27 +49,28 @@ def test_the_layers_are_listed_with_their_size_rate_and_decay(make_model, told):
     ],
     ids=["momentum", "plain descent", "Adam", "Rprop"],
 )
-def test_where_the_factor_acts_and_what_it_costs_is_told(make_model, told, kind, options, place, reason):
+def test_it_prints_where_the_factor_acts_and_its_cost(make_model, printed, kind, options, place, reason):
     model = make_model()
-    text = told(kind(model.parameters(), lr=0.1, **options), model)
+    text = printed(kind(model.parameters(), lr=0.1, **options), model)
     assert line_of(text, "acts on").startswith(f"acts on   {place!r}: ")
     assert reason in line_of(text, "because")
-    assert ("a copy of the parameters" in line_of(text, "costs")) == (place == "update")
+    assert ("scaled writes" in line_of(text, "route")) == (place == "update")
+    assert "1 pass over the gradients" in line_of(text, "costs")
 
 
-def test_the_rule_and_its_arguments_decide(make_model, told):
+def test_the_rule_and_its_arguments_decide(make_model, printed):
     model = make_model()
-    text = told(torch.optim.SGD(model.parameters(), lr=0.1), model, LARS(), apply="update")
+    text = printed(torch.optim.SGD(model.parameters(), lr=0.1), model, LARS(), apply="update")
     assert text.startswith("LARS on SGD: 6 layers")
     assert "acts on   'update'" in text
 
 
-def test_what_is_outside_frozen_missing_or_without_effect_is_told(told):
+def test_it_prints_parameters_outside_frozen_missing_or_without_effect(printed):
     model = nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 1), "aside": nn.Linear(1, 1)})
     model["body"].requires_grad_(False)
     stranger = nn.Parameter(torch.zeros(1))
     held = [*model["body"].parameters(), *model["head"].parameters(), stranger]
-    text = told(torch.optim.AdamW(held), model, apply="gradient")
+    text = printed(torch.optim.AdamW(held), model, apply="gradient")
     assert line_of(text, "body").endswith("frozen")
     assert not line_of(text, "head").endswith("frozen")
     assert "1 parameter tensor of the optimizer in no layer; the factor there is 1" in text
@@ -78,40 +79,40 @@ def test_what_is_outside_frozen_missing_or_without_effect_is_told(told):
     assert "none found" not in text
 
 
-def test_the_decoupled_decay_that_a_factor_scales_is_told(make_model, told):
+def test_it_notes_decoupled_decay_that_a_factor_scales(make_model, printed):
     model = make_model()
-    assert "decoupled weight decay" in told(torch.optim.AdamW(model.parameters()), model)
-    assert "decoupled weight decay" not in told(torch.optim.AdamW(model.parameters(), weight_decay=0), model)
+    assert "decoupled weight decay" in printed(torch.optim.AdamW(model.parameters()), model)
+    assert "decoupled weight decay" not in printed(torch.optim.AdamW(model.parameters(), weight_decay=0), model)
 
 
-def test_a_long_list_is_cut_and_says_how_to_see_the_rest(told):
+def test_a_long_list_is_cut_and_names_the_argument(printed):
     model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(50)))
     optimizer = torch.optim.SGD(model.parameters())
-    assert "… and 10 more (most=50 lists all)" in told(optimizer, model)
-    assert "more (most=" not in told(optimizer, model, most=50)
+    assert "… and 10 more (most=50 lists all)" in printed(optimizer, model)
+    assert "more (most=" not in printed(optimizer, model, most=50)
 
 
-def test_frozen_layers_do_not_push_the_others_out_of_a_cut_list(told):
+def test_frozen_layers_come_last_in_a_cut_list(printed):
     model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(50)))
     model[:48].requires_grad_(False)
-    text = told(torch.optim.SGD(model.parameters()), model, most=3)
+    text = printed(torch.optim.SGD(model.parameters()), model, most=3)
     listed = [line.split()[0] for line in text.splitlines()[3:6]]
     assert listed == ["48", "49", "0"]
     assert "… and 47 more" in text
 
 
-def test_long_names_are_whole_since_their_ends_tell_layers_apart(told):
+def test_long_names_are_whole_since_their_ends_tell_layers_apart(printed):
     model = nn.Module()
     model.deep = nn.ModuleDict({"part" * 20: nn.ModuleDict({"first": nn.Linear(1, 1), "last": nn.Linear(1, 1)})})
-    text = told(torch.optim.SGD(model.parameters()), model)
+    text = printed(torch.optim.SGD(model.parameters()), model)
     rows = text.splitlines()[2:5]
     assert [line.split()[0] for line in rows[1:]] == [f"deep.{'part' * 20}.{end}" for end in ("first", "last")]
     assert len({len(line) for line in rows}) == 1
 
 
-def test_the_root_layer_has_a_name_that_can_be_read(told):
+def test_the_root_layer_has_a_name_that_can_be_read(printed):
     model = nn.Linear(2, 1)
-    assert line_of(told(torch.optim.SGD(model.parameters()), model), "(root)").split()[1:3] == ["2", "3"]
+    assert line_of(printed(torch.optim.SGD(model.parameters()), model), "(root)").split()[1:3] == ["2", "3"]
 
 
 @pytest.mark.parametrize(
@@ -124,9 +125,9 @@ def test_the_root_layer_has_a_name_that_can_be_read(told):
     ],
     ids=["LBFGS", "the rate of Rprop", "an unknown layer", "a rule class"],
 )
-def test_what_cannot_be_attached_is_told_and_does_not_raise(make_model, told, kind, arguments, words):
+def test_what_cannot_be_attached_is_printed_and_does_not_raise(make_model, printed, kind, arguments, words):
     model = make_model()
-    text = told(kind(model.parameters()), model, **arguments)
+    text = printed(kind(model.parameters()), model, **arguments)
     assert "cannot be attached" in text
     assert words in text
 
@@ -141,15 +142,15 @@ def test_what_is_no_model_raises():
         layerwise.diagnose(torch.optim.SGD(nn.Linear(1, 1).parameters()), "net")
 
 
-def test_nothing_changes_not_even_beside_an_adapter(make_model, train, weights, assert_same_bits, told):
+def test_nothing_changes_not_even_beside_an_adapter(make_model, train, weights, assert_same_bits, printed):
     results = []
-    for asked in (False, True):
+    for diagnosed in (False, True):
         model = make_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
         layerwise.LayerwiseLR(optimizer, Constant({"2": 3.0}), model)
         before = dict(vars(optimizer)), dict(optimizer._optimizer_step_pre_hooks), optimizer.state_dict()
-        if asked:
-            told(optimizer, model)
+        if diagnosed:
+            printed(optimizer, model)
         after = dict(vars(optimizer)), dict(optimizer._optimizer_step_pre_hooks), optimizer.state_dict()
         assert before == after
         train(model, optimizer)
@@ -157,39 +158,39 @@ def test_nothing_changes_not_even_beside_an_adapter(make_model, train, weights, 
     assert_same_bits(*results)
     model = make_model()
     bare = torch.optim.SGD(model.parameters())
-    assert "none found" in told(bare, model)
+    assert "none found" in printed(bare, model)
     assert not bare._optimizer_step_pre_hooks
     assert not bare._optimizer_step_post_hooks
 
 
-def test_a_rule_that_counts_epochs_says_what_it_waits_for_and_what_its_analysis_takes(make_model, told):
+def test_a_rule_that_counts_epochs_notes_end_epoch_and_its_analysis(make_model, printed):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    text = told(optimizer, model, GradientAmplification(Directionality()))
+    text = printed(optimizer, model, GradientAmplification(Directionality()))
     assert "call adapter.end_epoch() after each" in text
     assert "in epochs of analysis one number a parameter for G" in text
 
 
-def test_beside_an_adapter_it_does_not_say_to_attach_another(told):
+def test_beside_an_adapter_it_does_not_say_to_attach_another(printed):
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     next_line = "next      adapter = layerwise.LayerwiseLR(optimizer, rule, model)\n"
-    assert (told(optimizer, model, seconds=0) + "\n").endswith(next_line)
+    assert (printed(optimizer, model, seconds=0) + "\n").endswith(next_line)
     adapter = layerwise.LayerwiseLR(optimizer, LARS(), model)
-    assert "next      nothing: an adapter is attached already" in told(optimizer, model, seconds=0)
+    assert "next      nothing: an adapter is attached already" in printed(optimizer, model, seconds=0)
     adapter.detach()
-    assert (told(optimizer, model, seconds=0) + "\n").endswith(next_line)
+    assert (printed(optimizer, model, seconds=0) + "\n").endswith(next_line)
 
 
-def test_a_rule_that_scales_rates_is_said_to(make_model, told):
+def test_the_reason_for_a_rule_that_scales_rates(make_model, printed):
     model = make_model()
-    text = told(torch.optim.SGD(model.parameters(), lr=0.1), model, Constant({"0": 2.0}))
+    text = printed(torch.optim.SGD(model.parameters(), lr=0.1), model, Constant({"0": 2.0}))
     assert line_of(text, "because") == "because   the rule scales rates"
 
 
 @pytest.mark.filterwarnings("ignore:the optimizer's parameters hold no values")
-def test_on_a_device_it_names_the_form_that_reads_no_factors(make_model, told):
+def test_on_a_device_it_names_the_capturable_form(make_model, printed):
     model = make_model().to("meta")
     note = "note      factors are read from the device once a step; capturable=True avoids it, at a launch a tensor"
-    assert note in told(torch.optim.AdamW(model.parameters()), model).splitlines()
-    assert note not in told(torch.optim.AdamW(model.parameters(), capturable=True), model).splitlines()
+    assert note in printed(torch.optim.AdamW(model.parameters()), model).splitlines()
+    assert note not in printed(torch.optim.AdamW(model.parameters(), capturable=True), model).splitlines()

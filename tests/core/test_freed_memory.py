@@ -1,4 +1,4 @@
-"""Memory that has been freed and that the process still holds: when it is returned, and where that cannot be done."""
+"""Returning freed memory to the system: when it is done, and where it is not possible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from layerwise import backward as stepping
 from layerwise.rules import Constant
 
 
-def test_freed_memory_is_returned_in_the_first_iteration_after_large_layers_only(monkeypatch: Any) -> None:
+def test_only_large_layers_return_memory_in_the_first_iteration(monkeypatch: Any) -> None:
     returned: list[int] = []
     monkeypatch.setattr(stepping, "return_freed_memory", lambda: returned.append(1))
     model = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, memory.LARGE // 8), nn.Linear(memory.LARGE // 8, 1))
@@ -55,8 +55,8 @@ print(before - held())
     assert int(child.stdout) > 25  # MB of 32
 
 
-def imported_anew() -> ModuleType:
-    """Return the module as a program finds it that starts here."""
+def imported_again() -> ModuleType:
+    """Import the module again, as a new process does."""
     spec = importlib.util.spec_from_file_location("memory_of_another_system", memory.__file__)
     assert spec is not None
     assert spec.loader is not None
@@ -73,17 +73,17 @@ class OtherLibrary:
 
 
 @pytest.mark.parametrize("system", ["darwin", "win32"])
-def test_on_another_system_the_c_library_is_not_even_looked_for(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_systems_do_not_load_the_c_library(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows has none under this name: `ctypes.CDLL(None)` raises there, and the import would fail."""
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(TypeError("as Windows says")))
-    assert imported_anew().return_freed_memory() is None
+    assert imported_again().return_freed_memory() is None
 
 
 def test_a_c_library_that_cannot_return_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", OtherLibrary)
-    module = imported_anew()
+    module = imported_again()
     assert module._trim is None
     module.return_freed_memory()
 

@@ -53,13 +53,16 @@ def are_alike(lists: list[list[Tensor]]) -> bool:
     return len(kinds) == 1 and all(form == forms[0] for form in forms)
 
 
-def launches(make: Callable[[Any], optim.Optimizer], layers: int, rule: Any) -> int:
-    """Return the launches of the third step, with a rule or without."""
+def launches(make: Callable[[Any], optim.Optimizer], layers: int, rule: Any, *, hooks: bool = False) -> int:
+    """Return the launches of the third step, with a rule or without; `hooks` adds two of another program."""
     with FakeTensorMode():
         named = [(f"{i}.weight", nn.Parameter(torch.empty(8, 8, device="cuda"))) for i in range(layers)]
         optimizer = make(named)
         if rule is not None:
             layerwise.LayerwiseLR(optimizer, rule)
+        if hooks:
+            optimizer.register_step_pre_hook(lambda *_: None)
+            optimizer.register_step_post_hook(lambda *_: None)
         for _ in range(3):
             for _, p in named:
                 p.grad = torch.empty_like(p)
@@ -110,6 +113,12 @@ def test_many_small_tensors_share_a_fused_call() -> None:
     assert launches(make, 160, LayerAdaptive()) - launches(make, 160, None) <= MOST
 
 
+@pytest.mark.parametrize("name", ["SGD momentum decay", "AdamW"])
+def test_the_hooks_of_another_program_add_no_launch(name: str) -> None:
+    alone, beside = (launches(FOREACH[name], 20, LayerAdaptive(), hooks=hooks) for hooks in (False, True))
+    assert alone == beside
+
+
 @pytest.mark.parametrize("kind", [optim.NAdam, optim.RMSprop, optim.Adam])
 def test_a_capturable_step_launches_one_more_for_each_tensor(kind: Any) -> None:
     make = lambda p: kind(p, capturable=True, foreach=True)  # noqa: E731
@@ -122,4 +131,4 @@ def test_what_a_step_costs_on_an_accelerator_is_told(kind: Any) -> None:
     with FakeTensorMode():
         named = [(f"{i}.weight", nn.Parameter(torch.empty(8, 8, device="cuda"))) for i in range(3)]
         text = layerwise.diagnose(kind(named), seconds=0)
-    assert "a look at each call of the step" in text
+    assert "route     scaled writes: " in text

@@ -86,14 +86,18 @@ def test_one_broken_number_of_any_kind_is_found_among_all_others(kind: str) -> N
     assert complaint({**others, kind: BROKEN[kind](), "last": torch.ones(2)}) == f"layer {kind!r}; {kind}.weight"
 
 
+FIVE = "'a', 'b', 'c', 'd', 'e'"
+FIVE_WEIGHTS = "a.weight, b.weight, c.weight, d.weight, e.weight"
+
+
 @pytest.mark.parametrize(
     ("count", "named"),
     [
         (1, "layer 'a'; a.weight"),
         (2, "layers 'a', 'b'; a.weight, b.weight"),
-        (5, "layers 'a', 'b', 'c', 'd', 'e'; a.weight, b.weight, c.weight, d.weight, e.weight"),
-        (6, "layers 'a', 'b', 'c', 'd', 'e' and 1 more; a.weight, b.weight, c.weight, d.weight, e.weight and 1 more"),
-        (8, "layers 'a', 'b', 'c', 'd', 'e' and 3 more; a.weight, b.weight, c.weight, d.weight, e.weight and 3 more"),
+        (5, f"layers {FIVE}; {FIVE_WEIGHTS}"),
+        (6, f"layers {FIVE}, … (6 in all); {FIVE_WEIGHTS}, … (6 in all)"),
+        (8, f"layers {FIVE}, … (8 in all); {FIVE_WEIGHTS}, … (8 in all)"),
     ],
 )
 def test_five_are_named_and_the_rest_is_counted(count: int, named: str) -> None:

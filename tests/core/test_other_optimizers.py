@@ -260,7 +260,7 @@ def test_what_six_steps_of_a_small_network_do_not_show_is_refused(name: str, pla
 @pytest.mark.full
 def test_under_update_splus_would_average_weights_that_are_never_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     without_reasons(monkeypatch)
-    run = build(Guest("pytorch_optimizer", "SPlus"), decay=0.0)
+    run = build(Guest("pytorch_optimizer", "SPlus"), decay=0.01)
     attach(run, Constant({"*": 0.25}), apply="update")
     weight, average, rate = run.model.second.weight, torch.zeros(4, 6, dtype=torch.float64), 0.999
     for number in range(4):

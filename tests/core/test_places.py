@@ -210,29 +210,6 @@ def test_factors_are_read_from_a_cuda_device_once_a_step(case: Case, place: str)
     assert fake_step(case, place) == 3
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.form.get("fused")], ids=str)
-def test_beside_another_hook_a_fused_kernel_gets_its_rates_as_tensors_on_the_device(case: Case) -> None:
-    seen: list[dict[str, Any]] = []
-
-    class BeforeTheKernelError(Exception):
-        pass
-
-    def look(optimizer: optim.Optimizer, args: Any, kwargs: Any) -> None:
-        seen.extend(args[0].param_groups)
-        raise BeforeTheKernelError
-
-    with FakeTensorMode():
-        named, optimizer = fake_network(case)
-        layerwise.LayerwiseLR(optimizer, LayerAdaptive(), apply="lr")
-        optimizer.register_step_pre_hook(look)
-        for _, p in named:
-            p.grad = torch.empty_like(p)
-        with pytest.raises(BeforeTheKernelError):
-            optimizer.step()
-    assert [len(group["params"]) for group in seen] == [2, 1]
-    assert all(group["lr"].dtype is torch.float32 and group["lr"].device.type == "cuda" for group in seen)
-
-
 @pytest.mark.parametrize("optimizer", [optim.Adam, optim.AdamW, optim.NAdam, optim.Adamax], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("form", [{}, {"foreach": True}, {"foreach": False}], ids=str)
 def test_a_capturable_optimizer_reads_no_rate(optimizer: type[optim.Optimizer], form: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a rule is told, and what it is told when it reads something else."""
+"""The statistics that a rule gets, and the error when it reads others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_only_what_is_needed_is_computed_and_reading_the_rest_names_the_remedy()
     for need in NEEDS:
         statistics = LayerStatistics(layers, [need]).compute(groups)
         assert [name for name in NEEDS if hasattr(statistics, name)] == [need]
-    with pytest.raises(AttributeError, match=r"statistics\.weight_norm .*; add 'weight_norm' to its needs"):
+    with pytest.raises(AttributeError, match=r"statistics\.weight_norm .*; add 'weight_norm' to them"):
         _ = LayerStatistics(layers, ["gradient_norm"]).compute(groups).weight_norm
     with pytest.raises(AttributeError, match="there is no statistic 'gradient_size'; there are gradient_norm, weight"):
         _ = LayerStatistics(layers, ["gradient_norm"]).compute(groups).gradient_size

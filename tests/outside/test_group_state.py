@@ -208,22 +208,6 @@ def test_what_follows_from_the_whole_group_keeps_it_whole() -> None:
     assert optimizer.param_groups[0]["count"] == alone.param_groups[0]["count"]
 
 
-def test_diagnose_calls_a_step_that_fails_on_copies_a_problem(capsys: Any) -> None:
-    class Fails(Counting):
-        def step(self, closure: Any = None) -> None:
-            self.steps = getattr(self, "steps", 0) + 1
-            if self.steps > 100 and len(self.param_groups) > 1:
-                raise RuntimeError("one group only")
-            super().step()
-
-    model = network()
-    optimizer = Fails(model.parameters(), lambda: 0, in_place)
-    backward(model, 0)
-    text = layerwise.diagnose(optimizer, model, Constant(FACTORS), seconds=5.0)
-    assert ("one group only" in text) != ("problems  none found" in text)
-    assert "could not take a step" not in text
-
-
 # --- A function that the step compiles for the stack of a group ------------------------------------------------------
 
 

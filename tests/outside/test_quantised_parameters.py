@@ -190,13 +190,12 @@ def test_layers_step_in_backward_beside_quantised_weights(dtype):
 
 
 @pytest.mark.parametrize("dtype", [*INTEGERS, *FLOAT8], ids=str)
-def test_diagnose_describes_and_times_quantised_weights(dtype, capsys):
+def test_diagnose_describes_quantised_weights(dtype, capsys):
     model = make_model(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        layerwise.diagnose(make_optimizer(model), model, LARS(), seconds=0.01)
+        layerwise.diagnose(make_optimizer(model), model, LARS())
     text = capsys.readouterr().out
-    assert "times as long" in text
     assert "problems  none found" in text
     assert ("1 parameter tensor of integers (quantised weights) in no layer" in text) == (dtype in INTEGERS)
 

@@ -8,7 +8,16 @@ from typing import Any
 
 from torch import optim
 
-from ..optimizers import LATE_RATE, SCALE_INVARIANT, PlaceName, _momentum, decay_is_coupled, has_decay
+from .._writes import writes_can_be_scaled
+from ..optimizers import (
+    LATE_RATE,
+    SCALE_INVARIANT,
+    PlaceName,
+    _momentum,
+    decay_is_coupled,
+    has_decay,
+    is_on_accelerator,
+)
 from .trial import divides_by_gradients, reason_against, verdict_of
 
 
@@ -141,6 +150,23 @@ def check_groups(optimizer: Any, place: str, decay: str, layer_of: Mapping[int, 
                 f"for each layer, {name}(layerwise.param_groups(model), …)"
                 + (", or pass decay='plain'" if place == "gradient" else other)
             )
+
+
+def scales_writes(optimizer: Any, place: str) -> bool:
+    """Tell whether factors act by scaling what a step writes, unless it is compiled.
+
+    For `"lr"` that is so on accelerators, where a group for each factor costs launches; for `"update"` wherever writes
+    are seen. The compiler cannot trace that. An optimizer of another package must have passed its trial.
+    """
+    verdict = verdict_of(optimizer)
+    if place == "gradient" or any(group.get("differentiable") for group in optimizer.param_groups):
+        return False
+    if place == "update":
+        scaled = verdict is None or verdict.scales_update
+    else:  # Adafactor takes the smaller one of its rate and another
+        seen = not isinstance(optimizer, optim.Adafactor) if verdict is None else verdict.scales_rate
+        scaled = seen and is_on_accelerator(optimizer)
+    return scaled and writes_can_be_scaled()
 
 
 def no_effect(optimizer: optim.Optimizer, place: str) -> str | None:

@@ -18,9 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .._tensors import several_processes, slots_of
+from .._writes import ScaledWrites
 from ..apply import can_change
 
 LARGEST = 2**16
@@ -253,12 +254,13 @@ class Twin:
         self.workshop, self.optimizer, self.toys = workshop, optimizer, toys
         self.groups = optimizer.param_groups
 
-    def take(self, number: int, *, gradient: float = 1.0) -> None:
+    def take(self, number: int, *, gradient: float = 1.0, writes: Sequence[float] | None = None) -> None:
         """Take a step.
 
         Args:
             number: The number of the step, which determines its gradients and random numbers.
             gradient: A factor on the gradients.
+            writes: Factors of the toys, by which what the step writes into them is multiplied.
         """
         way = self.workshop.way
         for p, g in zip(self.toys, self.workshop.gradients(number), strict=True):
@@ -275,9 +277,27 @@ class Twin:
             calls.append(number)
             return torch.ones(())
 
-        bare_step(type(self.optimizer))(self.optimizer, *([closure] if way == "closure" else []))
+        with contextlib.nullcontext() if writes is None else self._scaled(writes):
+            bare_step(type(self.optimizer))(self.optimizer, *([closure] if way == "closure" else []))
         if len(calls) > 1:
             raise CannotTryError("it evaluates its closure several times a step")
+
+    @contextlib.contextmanager
+    def _scaled(self, factors: Sequence[float]) -> Generator[None]:
+        """Scale writes, seen as in training: without the guard, which shows more, and without compiled steps."""
+        mode = ScaledWrites(self.toys, self.optimizer.state)
+        mode.scale(zip(self.toys, factors, strict=False))
+        compiles = "torch._dynamo" in sys.modules
+        with (
+            _disable_current_modes(),
+            torch.compiler.set_stance("fail_on_recompile") if compiles else contextlib.nullcontext(),
+        ):
+            mode.begin()
+            try:
+                yield
+                mode.end()
+            finally:
+                mode.remove()
 
     def weights(self) -> list[Tensor]:
         """Return copies of the toys."""

@@ -9,11 +9,11 @@ last, or does the optimizer take the weights back?
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, product
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ LONG = 250
 That is so where the state holds copies of the weights, which may act on the weights only every few steps, and where
 steps change options of a group, which may come to differ between its parts.
 """
+LARGE, LARGE_STEPS = 30.0, 6
+"""By what large toys are multiplied, and the steps of a run on them."""
 WIDE_STEPS = 3
 """Steps of a run on wide toys."""
 EARLY, LATER = (0.5, 1.5, 0.75, 1.25), (1.75, 0.6, 1.4, 0.8)
@@ -42,6 +44,8 @@ ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 Other types take `COARSE`.
 """
+EQUAL = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""The largest such difference between scaled writes and another way of scaling."""
 EFFECT = {torch.float64: 1e-5, torch.float32: 1e-3}
 """The smallest difference that counts as an effect of the factors, relative to how far the weights move."""
 COARSE = 0.05
@@ -63,6 +67,8 @@ class Verdict:
         lr: Why `apply="lr"` cannot work; None if it can.
         update: Why `apply="update"` cannot work; None if it can.
         groups: Why parameter groups must not be divided; None if they may.
+        scales_rate: Whether scaled writes are what permanent groups with other rates give.
+        scales_update: Whether scaled writes are what a scaled update gives.
         untried: Why the trial could not run; None if it could.
         permanent: Whether permanent groups with different rates work.
         scaleless: Whether a factor on the gradients has almost no effect.
@@ -74,6 +80,8 @@ class Verdict:
     lr: str | None = None
     update: str | None = None
     groups: str | None = None
+    scales_rate: bool = False
+    scales_update: bool = False
     untried: str | None = None
     permanent: bool = True
     scaleless: bool = False
@@ -243,12 +251,42 @@ class Trial:
         bare = self.run(None)
         if all(torch.equal(a, b) for a, b in zip(bare[0], bare[-1], strict=True)):
             raise CannotTryError("the toy parameters did not move")
-        verdict = Verdict(update=self.against_update(), scaleless=self.is_scaleless())
+        update, writes = self.against_update(), self.scaled_writes()
+        scales_update = update is None and self.are_as(writes, bare, how="finished")
+        verdict = Verdict(update=update, scales_update=scales_update, scaleless=self.is_scaleless())
         if any(group.get("lr") is None for group in self.workshop.optimizer.param_groups):
             return verdict
         if self.replaces:
             return replace(verdict, lr=REPLACED, groups=REPLACED, replaces=True)
-        return replace(verdict, **self.against_rates(bare))
+        return replace(verdict, scales_rate=self.are_as(writes, bare, permanent=True), **self.against_rates(bare))
+
+    def scaled_writes(self) -> Run | None:
+        """Return a run in which the writes of steps are scaled; None where that is not possible."""
+        try:
+            return self.run(in_all_steps, how="writes", steps=LONG if self.copies else STEPS)
+        except Exception:
+            self.check()
+            return None
+
+    def are_as(self, writes: Run | None, bare: Run, **way: Any) -> bool:
+        """Tell whether scaled writes are what another way of scaling gives, with large weights too.
+
+        Some steps limit weights, which small ones do not reach.
+        """
+        if writes is None:
+            return False
+        try:
+            if not self.same(writes, self.run(in_all_steps, steps=len(writes) - 1, **way), bare, EQUAL):
+                return False
+            ways: list[dict[str, Any]] = [{"how": "writes"}, way, {"factors": None}]
+            run: Any = self.run
+            large, other, alone = (
+                run(**{"factors": in_all_steps, "steps": LARGE_STEPS, "large": True, **one}) for one in ways
+            )
+        except Exception:
+            self.check()
+            return False
+        return self.same(large, other, alone, EQUAL)
 
     def against_rates(self, bare: Run) -> dict[str, Any]:
         """Return the fields of the verdict about `apply="lr"` and permanent groups."""
@@ -360,6 +398,8 @@ class Trial:
         *,
         permanent: bool = False,
         own: bool = False,
+        how: Literal["groups", "writes", "finished"] = "groups",
+        large: bool = False,
         decay: bool = True,
         steps: int = STEPS,
         shift_at: int | None = None,
@@ -372,6 +412,8 @@ class Trial:
                 divides groups.
             permanent: Whether each toy has a permanent group whose rate is set in place.
             own: Whether each toy has a permanent group, and factors act as `apply="lr"` does.
+            how: Where groups stay whole, factors act on the `"writes"` of a step, or when it is `"finished"`.
+            large: Whether the toys are large.
             decay: Whether weight decay is on.
             steps: The number of steps.
             shift_at: The step before which 1 is added to the weights.
@@ -386,6 +428,10 @@ class Trial:
             divide(twin, partition, None)
             rates = [group.get("lr") for group in twin.optimizer.param_groups]
             order = [partition.layer_of[id(group["params"][0])] for group in twin.optimizer.param_groups]
+        if large:
+            with torch.no_grad():
+                for p in twin.toys:
+                    p.mul_(LARGE)
         run = [twin.weights()]
         for number in range(steps):
             now = None if factors is None else factors(number)
@@ -395,7 +441,7 @@ class Trial:
                 for group, rate, toy in zip(whole, rates, order, strict=True):
                     if now is not None:
                         group["lr"] = rate * now[toy]
-            elif now is not None:
+            elif now is not None and how == "groups":
                 splits = divide(twin, partition, now)
             if number == shift_at:
                 with torch.no_grad():
@@ -404,7 +450,11 @@ class Trial:
                             p.add_(1.0)
             before = [id(p) for group in twin.optimizer.param_groups for p in group["params"]]
             given = twin.optimizer.param_groups
-            twin.take(number, gradient=gradient)
+            twin.take(number, gradient=gradient, writes=now if how == "writes" else None)
+            if how == "finished" and now is not None:
+                with torch.no_grad():
+                    for p, old, factor in zip(twin.toys, run[-1], now, strict=False):
+                        p.copy_(old + factor * (p - old))
             self.check()
             after = twin.optimizer.param_groups
             self.replaces |= after is not given or before != [id(p) for group in after for p in group["params"]]
@@ -425,10 +475,10 @@ class Trial:
 
     # --- Comparisons --------------------------------------------------------------------------------------------------
 
-    def same(self, first: Run, second: Run, scale: Run) -> bool:
+    def same(self, first: Run, second: Run, scale: Run, limits: Mapping[torch.dtype, float] = ROUNDING) -> bool:
         """Tell whether two runs differ by rounding only."""
         dtypes = {t.dtype for t in first[0] if t.is_floating_point() or t.is_complex()}
-        return self.distances(first, second, scale) <= max(ROUNDING.get(dtype, COARSE) for dtype in dtypes)
+        return self.distances(first, second, scale) <= max(limits.get(dtype, COARSE) for dtype in dtypes)
 
     @staticmethod
     def distances(first: Run, second: Run, scale: Run) -> float:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from ..adapter import LayerwiseLR
+from ..adapter import Decay, LayerwiseLR
+from ..layers import Exclusion, LayerSpecification
+from ..optimizers import PlaceName
 from ..rules.base import check_rule
 from ..rules.selection import check_whole
 from ..rules.state import is_state
 from ..sinks.record import ROOT, distinct
+from ..statistics import OnNonfinite
 
 logger = logging.getLogger("layerwise")
 
@@ -20,17 +23,13 @@ logger = logging.getLogger("layerwise")
 class Attachments:
     """The adapters of one training, one for each optimizer, in the optimizers' order.
 
-    A trainer makes its optimizers late and loads checkpoints before or after that, so a state that is loaded while
-    nothing is attached waits for the next `attach`.
+    A trainer loads checkpoints before or after it makes its optimizers. A state that is loaded while nothing is
+    attached waits for the next `attach`.
 
     Args:
-        rule: How large the factors are.
+        rule: Computes the factors.
         log_every: Steps from one log to the next; None for none.
         **arguments: As for `LayerwiseLR`: `layers`, `apply`, `decay`, `exclude`, `bounds`, `on_nonfinite`.
-
-    Raises:
-        TypeError: `rule` is no rule.
-        ValueError: `log_every` is out of its range.
     """
 
     def __init__(self, rule: Any, log_every: int | None, **arguments: Any) -> None:
@@ -46,11 +45,13 @@ class Attachments:
         self._waiting: Mapping[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the adapters behind: a copy attaches its own when its training begins."""
+        """Leave the adapters out: a copy attaches its own when its training begins."""
         return {**self.__dict__, "adapters": [], "_attached": False}
 
     def attach(self, optimizers: Sequence[Any], model: nn.Module, *, epoch: int, step: int) -> bool:
-        """Attach to each optimizer, and take over the state that waits, or that of the adapters before.
+        """Attach to each optimizer, and load the state that waits, or that of the previous adapters.
+
+        After an error nothing is attached.
 
         Args:
             optimizers: The trainer's, wrapped or not.
@@ -59,12 +60,7 @@ class Attachments:
             step: How many steps it has taken.
 
         Returns:
-            Whether there was a state to take over.
-
-        Raises:
-            TypeError: An argument of the adapters has the wrong type.
-            ValueError: There is no optimizer, an argument is out of its range, or the state is of other layers or
-                optimizers. Nothing is attached then.
+            Whether there was a state to load.
         """
         if not optimizers:
             raise ValueError(f"there is no optimizer to attach {self.rule!r} to: take the callback out of the trainer")
@@ -97,10 +93,10 @@ class Attachments:
         self.adapters, self._waiting = [], {}
 
     def end_epochs(self, epoch: int) -> None:
-        """Bring the rules to where the trainer has ended so many epochs; may wait for the device.
+        """End epochs until the rules have ended as many as the trainer; may wait for the device.
 
-        Trainers call their hooks once too often or not at all where a checkpoint falls on an epoch's end, so what
-        counts is the number.
+        If a checkpoint falls on an epoch's end, trainers call their hooks once too often or not at all, so only the
+        number counts.
         """
         while self.adapters and self.ended_epochs < epoch:
             for adapter in self.adapters:
@@ -113,23 +109,19 @@ class Attachments:
 
     @property
     def keep_state(self) -> bool:
-        """Whether the rule remembers anything from step to step or epoch to epoch."""
+        """Whether the rule keeps a state from step to step or epoch to epoch."""
         return any(_holds_something(adapter.state_dict()["state"]) for adapter in self.adapters)
 
     def is_due(self, step: int) -> bool:
-        """Tell whether a multiple of `log_every` has been reached since the last call.
-
-        Args:
-            step: How many steps the trainer has taken.
-        """
+        """Return whether the trainer's steps have reached a multiple of `log_every` since the last call."""
         before, self._step = self._step, step
         return self._log_every is not None and step // self._log_every > before // self._log_every
 
     def read(self) -> dict[str, float]:
         """Return the last step's rates and factors, as `layerwise/lr/LAYER` and `layerwise/factor/LAYER`.
 
-        The names are those of a `Monitor`: the root module's layer is called `root`, and a layer of which two
-        optimizers have a part appears under its name and under its name with `_2`. Waits for the device.
+        The root module's layer is called `root`. A layer that two optimizers share appears under its name and under its
+        name with `_2`. Waits for the device.
         """
         parts = [(adapter.get_last_lr(), adapter.get_last_factors()) for adapter in self.adapters]
         names = distinct(layer or ROOT for rates, _ in parts for layer in rates)
@@ -146,14 +138,7 @@ class Attachments:
         return {"first_epoch": self._first_epoch, "adapters": [adapter.state_dict() for adapter in self.adapters]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a state, at once if attached, else at the next `attach`.
-
-        Args:
-            state_dict: What `state_dict()` returned.
-
-        Raises:
-            ValueError: Attached, and it is of other layers or optimizers.
-        """
+        """Load a state, at once if attached, else at the next `attach`."""
         if not self._attached:
             self._waiting = state_dict
             return
@@ -161,13 +146,41 @@ class Attachments:
         self._first_epoch = state_dict["first_epoch"]
 
     def warn_of_new_beginning(self, step: int) -> None:
-        """Log that training goes on without what the rule remembers, if it remembers anything."""
+        """Log that training goes on without the rule's state, if the rule keeps one."""
         if self.keep_state:
             logger.warning(
                 "training goes on from step %d, and the checkpoint holds no state of %r: its epochs begin at 1",
                 step,
                 self.rule,
             )
+
+
+class Attaching:
+    """The arguments of every callback; a framework's class of callbacks comes after it among the base classes."""
+
+    def __init__(
+        self,
+        rule: Any,
+        *,
+        layers: LayerSpecification | Literal["auto"] = "auto",
+        apply: PlaceName | Literal["auto"] = "auto",
+        decay: Decay = "auto",
+        exclude: Exclusion | Literal["auto"] = "auto",
+        bounds: tuple[float, float] | None = None,
+        on_nonfinite: OnNonfinite = "ignore",
+        log_every: int | None = 50,
+    ) -> None:
+        super().__init__()
+        self._attachments = Attachments(
+            rule,
+            log_every,
+            layers=layers,
+            apply=apply,
+            decay=decay,
+            exclude=exclude,
+            bounds=bounds,
+            on_nonfinite=on_nonfinite,
+        )
 
 
 def _load(adapters: Sequence[LayerwiseLR], state: Mapping[str, Any]) -> None:

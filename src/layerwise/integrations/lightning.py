@@ -6,20 +6,17 @@ import importlib
 import sys
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from ..adapter import Decay, LayerwiseLR
-from ..layers import Exclusion, LayerSpecification
-from ..optimizers import PlaceName
-from ..statistics import OnNonfinite
-from .attachments import Attachments
+from ..adapter import LayerwiseLR
+from .attachments import Attaching
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 def _callback_class() -> Any:
-    """Return Lightning's class, from whichever of its two packages is there, one that is imported already first."""
+    """Return Lightning's class, from whichever of its two packages is installed; an imported one comes first."""
     packages = ("lightning.pytorch", "pytorch_lightning")
     for package in sorted(packages, key=lambda name: name not in sys.modules):
         try:
@@ -38,7 +35,7 @@ if not TYPE_CHECKING:
     Callback = _callback_class()
 
 
-class LayerwiseCallback(Callback):
+class LayerwiseCallback(Attaching, Callback):
     """Attaches a rule to every optimizer of a Lightning Trainer.
 
     It attaches when training begins, ends the rule's epochs with the Trainer's, logs, keeps the rule's state in the
@@ -46,21 +43,21 @@ class LayerwiseCallback(Callback):
     accumulation, clipping, mixed precision and schedulers work as without it. The gradients are those that the
     optimizer gets: accumulated, unscaled, clipped.
 
-    Every `log_every` steps the Trainer's loggers get `layerwise/lr/LAYER` and `layerwise/factor/LAYER`, for which the
-    numbers are read from the device.
+    Every `log_every` steps the Trainer's loggers get `layerwise/lr/LAYER` and `layerwise/factor/LAYER`. Their
+    values are read from the device.
 
     All optimizers get the same rule and arguments. For different ones, attach a `LayerwiseLR` to each in
     `configure_optimizers`, and save its state in `on_save_checkpoint`. Give one callback to a Trainer; several rules
     are a `layerwise.rules.chain`.
 
     Args:
-        rule: How large the factors are; one of `layerwise.rules`, or a `Rule` of your own.
-        layers: As for `layerwise.LayerwiseLR`, and so the following.
+        rule: Computes the factors; one of `layerwise.rules`, or a `Rule` of your own.
+        layers: As for `layerwise.LayerwiseLR`, as are the next five.
         apply: Where the factor acts.
-        decay: Whether it multiplies coupled weight decay too.
+        decay: Whether the factor multiplies coupled weight decay too.
         exclude: Layers left at factor 1.
-        bounds: A clamp of the factors.
-        on_nonfinite: What a gradient that is not finite does.
+        bounds: Clamp of the factors.
+        on_nonfinite: What a non-finite gradient does.
         log_every: Optimizer steps from one log to the next; None for none.
 
     Raises:
@@ -74,34 +71,11 @@ class LayerwiseCallback(Callback):
         []
     """
 
-    def __init__(
-        self,
-        rule: Any,
-        *,
-        layers: LayerSpecification | Literal["auto"] = "auto",
-        apply: PlaceName | Literal["auto"] = "auto",
-        decay: Decay = "auto",
-        exclude: Exclusion | Literal["auto"] = "auto",
-        bounds: tuple[float, float] | None = None,
-        on_nonfinite: OnNonfinite = "ignore",
-        log_every: int | None = 50,
-    ) -> None:
-        super().__init__()
-        self._attachments = Attachments(
-            rule,
-            log_every,
-            layers=layers,
-            apply=apply,
-            decay=decay,
-            exclude=exclude,
-            bounds=bounds,
-            on_nonfinite=on_nonfinite,
-        )
-        self._trainer: weakref.ref[Trainer] | None = None
-        self._stage = "fit"
+    _trainer: weakref.ref[Trainer] | None = None
+    _stage = "fit"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the Trainer behind: a copy is of none yet."""
+        """Leave the Trainer out: a copy has none yet."""
         return {**self.__dict__, "_trainer": None}
 
     @property
@@ -153,9 +127,9 @@ class LayerwiseCallback(Callback):
         return self._attachments.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over the adapters' states, at once or when training begins.
+        """Load the adapters' states, at once or when training begins.
 
-        Lightning also hands them over when a checkpoint is validated or tested, which is no training to go on with.
+        Lightning also calls this when it validates or tests a checkpoint; the states are ignored then.
         """
         if self._stage == "fit":
             self._attachments.load_state_dict(state_dict)

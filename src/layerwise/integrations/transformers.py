@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adapter import Decay, LayerwiseLR
-from ..layers import Exclusion, LayerSpecification
-from ..optimizers import PlaceName
-from ..statistics import OnNonfinite
-from .attachments import Attachments
+from ..adapter import LayerwiseLR
+from .attachments import Attaching
 
 try:
     from transformers import TrainerCallback
@@ -34,30 +31,30 @@ STATE_FILE = "layerwise.pt"
 """Where the rule's state is kept in the folder of a checkpoint."""
 
 
-class LayerwiseCallback(TrainerCallback):
+class LayerwiseCallback(Attaching, TrainerCallback):
     """Attaches a rule to the optimizer of a Hugging Face Trainer.
 
     It attaches when training begins, ends the rule's epochs with the Trainer's, adds to its logs, keeps the rule's
     state as `layerwise.pt` in the folder of each checkpoint, and detaches when training has ended. The gradients are
     those that the optimizer gets: accumulated and clipped.
 
-    Resuming: the Trainer does not tell its callbacks which folder it resumes from. It is looked for where
-    `TrainingArguments.resume_from_checkpoint` says, else in `output_dir`. To resume from elsewhere set that argument
-    too; a rule that remembers something raises an error otherwise.
+    Resuming: callbacks do not get the folder that the Trainer resumes from. This one looks for it in
+    `TrainingArguments.resume_from_checkpoint`, else in `output_dir`. To resume from elsewhere, set that argument too.
+    Otherwise a rule that keeps a state raises an error.
 
     Every `log_every` steps `layerwise/lr/LAYER` and `layerwise/factor/LAYER` join the Trainer's next log and its
-    `state.log_history`, for which the numbers are read from the device. Callbacks that stand before this one, such as
-    the one that writes for TensorBoard, have had the log by then: put this one in front with
-    `trainer.callback_handler.callbacks.insert(0, callback)` for them to get it too.
+    `state.log_history`. Their values are read from the device. Callbacks before this one, such as TensorBoard's, get
+    the log without them. To change that, put this one in front with
+    `trainer.callback_handler.callbacks.insert(0, callback)`.
 
     Args:
-        rule: How large the factors are; one of `layerwise.rules`, or a `Rule` of your own.
-        layers: As for `layerwise.LayerwiseLR`, and so the following.
+        rule: Computes the factors; one of `layerwise.rules`, or a `Rule` of your own.
+        layers: As for `layerwise.LayerwiseLR`, as are the next five.
         apply: Where the factor acts.
-        decay: Whether it multiplies coupled weight decay too.
+        decay: Whether the factor multiplies coupled weight decay too.
         exclude: Layers left at factor 1.
-        bounds: A clamp of the factors.
-        on_nonfinite: What a gradient that is not finite does.
+        bounds: Clamp of the factors.
+        on_nonfinite: What a non-finite gradient does.
         log_every: Optimizer steps from one log to the next; None for none. Not more often than the Trainer logs.
 
     Raises:
@@ -71,29 +68,7 @@ class LayerwiseCallback(TrainerCallback):
         True
     """
 
-    def __init__(
-        self,
-        rule: Any,
-        *,
-        layers: LayerSpecification | Literal["auto"] = "auto",
-        apply: PlaceName | Literal["auto"] = "auto",
-        decay: Decay = "auto",
-        exclude: Exclusion | Literal["auto"] = "auto",
-        bounds: tuple[float, float] | None = None,
-        on_nonfinite: OnNonfinite = "ignore",
-        log_every: int | None = 50,
-    ) -> None:
-        self._attachments = Attachments(
-            rule,
-            log_every,
-            layers=layers,
-            apply=apply,
-            decay=decay,
-            exclude=exclude,
-            bounds=bounds,
-            on_nonfinite=on_nonfinite,
-        )
-        self._epoch = 0
+    _epoch = 0
 
     @property
     def adapter(self) -> LayerwiseLR | None:

@@ -1,8 +1,8 @@
 """Where the records of a `layerwise.Monitor` go.
 
-A sink is any callable that takes a `Record`; if it has a `close()`, the monitor calls that when it is detached or
-collected, or when the program ends. The packages behind TensorBoard, W&B, MLflow and Parquet are imported when such a
-sink is made.
+A sink is any callable that takes a `Record`. If it has a `close()`, the monitor calls that when it is detached or
+collected, or when the program ends. The packages of TensorBoard, W&B, MLflow and Parquet are imported when such a sink
+is made.
 """
 
 from .jsonl import JSONL

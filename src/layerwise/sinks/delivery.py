@@ -1,7 +1,8 @@
-"""Handing records to sinks: one that fails is dropped, and training goes on."""
+"""Handing records to sinks: one that fails is dropped, and training goes on. Packages that only one sink needs."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -13,11 +14,7 @@ Sink = Callable[[Record], Any]
 
 
 def check_sinks(sinks: object) -> None:
-    """Raise unless this is a sequence of callables.
-
-    Raises:
-        TypeError: It is no sequence, or one of them is no callable, or a class.
-    """
+    """Raise unless this is a sequence of callables, none of them a class."""
     if not isinstance(sinks, Sequence) or isinstance(sinks, str):
         raise TypeError(f"sinks={sinks!r} must be a list of callables that take a record; for one sink write [sink]")
     for sink in cast("Sequence[object]", sinks):
@@ -31,17 +28,12 @@ def check_sinks(sinks: object) -> None:
 
 
 def sink_name(sink: Any) -> str:
-    """Return what messages call a sink."""
+    """Return a sink's name for messages."""
     return getattr(sink, "__qualname__", None) or repr(sink)
 
 
 def deliver(sinks: list[Sink], record: Record) -> None:
-    """Hand a record to each sink; take those that raise out of the list, and log that once.
-
-    Args:
-        sinks: The sinks, changed in place.
-        record: The record.
-    """
+    """Hand a record to each sink; remove those that raise from the list, and log that once."""
     for sink in list(sinks):
         try:
             sink(record)
@@ -53,9 +45,19 @@ def deliver(sinks: list[Sink], record: Record) -> None:
 
 
 def close(sinks: Sequence[Sink]) -> None:
-    """Close the sinks that can be closed; what one raises is logged."""
+    """Close the sinks that can be closed; an error is logged."""
     for sink in sinks:
         try:
             getattr(sink, "close", lambda: None)()
         except Exception:
             logger.exception("sink %s raised when it was closed", sink_name(sink))
+
+
+def optional(module: str, sink: str, package: str) -> Any:
+    """Import a module of a package that only this sink needs; the error says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"sinks.{sink} needs {package}, which is not installed: run  pip install {package}"
+        ) from error

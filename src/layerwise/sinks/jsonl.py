@@ -14,15 +14,15 @@ from .record import QUANTITIES, Record
 class JSONL:
     """Appends one line of JSON a record: `{"step": …, "layers": […], "gradient_norm": […], …}`, one number a layer.
 
-    A line is written with one system call and the file is closed again, so it may be read while training goes on and a
-    run that is killed loses nothing. What cannot be written whole is taken back. A file that is there
-    already is appended to, as a resumed run needs it. JSON has no NaN and no infinity: both become null.
+    A line is written with one system call and the file is closed again. So it may be read while training goes on, and a
+    killed run loses nothing. A line that cannot be written whole is removed. An existing file is appended to, as a
+    resumed run needs it. JSON has no NaN and no infinity: both become null.
 
     Args:
-        path: The file; its folder is made if needed.
+        path: The file; its folder is created if needed.
 
     Raises:
-        OSError: It cannot be opened.
+        OSError: The file cannot be opened.
 
     Example:
         >>> import tempfile
@@ -36,7 +36,7 @@ class JSONL:
         self.path = Path(path).absolute()  # the program may change its folder
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
-            if file.tell():  # a line that another program left unfinished stays a line of its own
+            if file.tell():  # end a line that another program left unfinished
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     file.write(b"\n")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import re
 import time
-from collections.abc import Generator
 from typing import Any
 
 from .._arguments import StaysBehind
-from .optional import optional
+from .delivery import optional
 from .record import Record
 
 MOST = 1000
@@ -19,17 +17,17 @@ MOST = 1000
 
 
 class MLflow(StaysBehind):
-    """Logs a record as metrics of an MLflow run, all in one call (one for each thousand of them).
+    """Logs a record as metrics of an MLflow run, in one call per thousand metrics.
 
-    MLflow allows letters, digits, `_`, `-`, `.` and blanks in a layer's name; any other character becomes `_`. A call
-    to a server is waited for. Needs the package mlflow or mlflow-skinny.
+    MLflow allows letters, digits, `_`, `-`, `.` and blanks in a layer's name; any other character becomes `_`. The step
+    waits for the server. Needs the package mlflow or mlflow-skinny.
 
     Args:
-        run: A run or the id of one, which stays open. None takes the active run, or if there is none makes one, which
-            ends with the sink.
-        tracking_uri: A server, a folder or a database; None takes MLflow's own setting. Recent versions take a folder
-            only if the environment says `MLFLOW_ALLOW_FILE_STORE=true`.
-        experiment: The name of a new run's experiment, which is made if needed.
+        run: A run or the id of one, which stays open. None takes the active run, or creates one that ends with the sink
+            if there is none.
+        tracking_uri: A server, a folder or a database; None takes MLflow's own setting. Recent versions accept a folder
+            only with `MLFLOW_ALLOW_FILE_STORE=true` in the environment.
+        experiment: The name of a new run's experiment, which is created if needed.
 
     Raises:
         ImportError: MLflow is not installed.
@@ -50,15 +48,17 @@ class MLflow(StaysBehind):
             run = getattr(getattr(run, "info", None), "run_id", run)
             if not isinstance(run, str):
                 raise TypeError(f"run={run!r} must be a run of MLflow, the id of one, or None")
-        with same_random_numbers():
+        state = random.getstate()  # MLflow draws its names from Python's random numbers
+        try:
             mlflow = optional("mlflow", "MLflow", "mlflow-skinny")
-            place = None if tracking_uri is None else os.fspath(tracking_uri)
-            self._client = optional("mlflow.tracking", "MLflow", "mlflow-skinny").MlflowClient(place)
-            self._metric = optional("mlflow.entities", "MLflow", "mlflow-skinny").Metric
+            self._client = mlflow.MlflowClient(None if tracking_uri is None else os.fspath(tracking_uri))
+            self._metric = mlflow.entities.Metric
             if run is None and tracking_uri is None and mlflow.active_run() is not None:
                 run = mlflow.active_run().info.run_id
             self._own = run is None
             self.run_id: str = self._new_run(experiment) if run is None else run
+        finally:
+            random.setstate(state)
 
     def __call__(self, record: Record) -> None:
         """Log a record."""
@@ -68,7 +68,7 @@ class MLflow(StaysBehind):
             self._client.log_batch(self.run_id, metrics=metrics[first : first + MOST])
 
     def close(self) -> None:
-        """End the run if it was made here."""
+        """End the run if this sink created it."""
         if self._own:
             self._client.set_terminated(self.run_id)
 
@@ -82,20 +82,10 @@ class MLflow(StaysBehind):
 
 
 def legal_name(layer: str) -> str:
-    """Return a layer's name with `_` for each character that MLflow does not allow, or takes for a folder.
+    """Return a layer's name with `_` for each character that MLflow refuses or reads as a folder.
 
     Example:
         >>> legal_name("blocks.*/attention")
         'blocks.__attention'
     """
     return re.sub(r"[^\w.\- ]", "_", layer)
-
-
-@contextlib.contextmanager
-def same_random_numbers() -> Generator[None]:
-    """Leave Python's random numbers as they were: MLflow draws its names from them."""
-    state = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(state)

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
-from .._arguments import StaysBehind, has_type
-from .optional import optional
+from .._arguments import StaysBehind, check_count
+from .delivery import optional
 from .record import QUANTITIES, Record
 
 
 class Parquet(StaysBehind):
-    """Writes a folder of Parquet files, a row a layer and step: `step`, `layer`, and one column a quantity.
+    """Writes a folder of Parquet files, one row per layer and step: `step`, `layer`, and one column per quantity.
 
-    Records are gathered, and every `records_per_file` of them become one file `part-000001.parquet`, written beside
-    under a name that begins with a dot and then renamed. So each file is whole, may be read while training goes on,
-    and never changes again; a run that is killed loses at most the records of the file that was not begun. A folder
-    that holds files already gets further ones, as a resumed run needs it; a step that was repeated is there twice, the
-    later file's last. Needs the package polars.
+    Every `records_per_file` records become one file `part-000001.parquet`. It is written under a name that begins with
+    a dot and then renamed. So each file is whole, may be read while training goes on, and never changes again. A killed
+    run loses at most the records that are not in a file yet. A folder that already holds files gets further ones, as a
+    resumed run needs it. A step that was repeated appears twice, and the later file holds the later one. Needs the
+    package polars.
 
     Args:
-        path: The folder; made if needed. Read `FOLDER/*.parquet`.
+        path: The folder; created if needed. Read `FOLDER/*.parquet`.
         records_per_file: How many records make a file; at least 1.
 
     Raises:
         ImportError: polars is not installed.
-        OSError: The folder cannot be made.
+        OSError: The folder cannot be created.
         TypeError: `records_per_file` is no whole number.
         ValueError: `records_per_file` is less than 1.
 
@@ -39,10 +40,7 @@ class Parquet(StaysBehind):
     """
 
     def __init__(self, path: str | os.PathLike[str], records_per_file: int = 20) -> None:
-        if not has_type(records_per_file, int) or isinstance(records_per_file, bool):
-            raise TypeError(f"records_per_file={records_per_file!r} must be a whole number of at least 1")
-        if records_per_file < 1:
-            raise ValueError(f"records_per_file={records_per_file!r} must be at least 1")
+        check_count("records_per_file", records_per_file)
         self._polars = optional("polars", "Parquet", "polars")
         self.path = Path(path).absolute()  # the program may change its folder
         self.records_per_file = records_per_file
@@ -70,7 +68,7 @@ class Parquet(StaysBehind):
         temporary = self.path / f".part.parquet.{os.getpid()}.tmp"
         try:
             temporary.unlink(missing_ok=True)
-            with temporary.open("xb") as stream:  # made anew: a link that lies there is not followed
+            with temporary.open("xb") as stream:  # a new file: an existing link is not followed
                 polars.DataFrame(columns, schema=schema).write_parquet(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -80,20 +78,18 @@ class Parquet(StaysBehind):
         self._gathered = []
 
     def _give_name(self, temporary: Path, number: int) -> None:
-        """Give a whole file the next free name: another process may have taken the first one meanwhile."""
-        while True:
-            whole = self.path / f"part-{number:06}.parquet"
+        """Give a whole file the next free name; another process may have taken the first one."""
+        for candidate in itertools.count(number):
+            whole = self.path / f"part-{candidate:06}.parquet"
+            if os.path.lexists(whole):
+                continue
             try:
                 os.link(temporary, whole)
             except FileExistsError:
-                number += 1
+                continue
             except OSError:  # a file system without hard links
-                if not os.path.lexists(whole):
-                    os.replace(temporary, whole)
-                    return
-                number += 1
-            else:
-                return
+                os.replace(temporary, whole)
+            return
 
     def __repr__(self) -> str:
         return f"Parquet({str(self.path)!r})"

@@ -1,4 +1,4 @@
-"""What a monitor hands to its sinks."""
+"""The record that a monitor hands to its sinks."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 ROOT = "root"
-"""What a chart calls the layer of the root module, whose name is `""`."""
+"""The name in charts of the root module's layer, whose own name is `""`."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """The numbers of one step: for each quantity one a layer, in the order of `layers`.
+    """The numbers of one step: for each quantity one number per layer, in the order of `layers`.
 
-    Norms are 2-norms over all parameters of the layer together. Values that are not finite are there as they came.
+    Norms are 2-norms over all parameters of the layer together. Non-finite values are kept.
 
     Args:
-        step: Number of steps that had been taken after this one; the first is 1.
+        step: Number of steps taken, this one included.
         layers: The layers' names; `""` is the root module.
         gradient_norm: ‖g_l‖ as it arrived at `step()`: after clipping and unscaling, before any factor; 0 without one.
         weight_norm: ‖w_l‖ before the step.
@@ -49,7 +49,7 @@ class Record:
         """Yield every number with the name of its chart, `layerwise/QUANTITY/LAYER`.
 
         Args:
-            legal: Gives the layers' names the form that a service accepts; names that become equal are numbered.
+            legal: Converts a layer's name to one that a service accepts; names that become equal get a number.
         """
         names = distinct(legal(layer or ROOT) for layer in self.layers)
         for quantity in QUANTITIES:
@@ -66,7 +66,7 @@ class Record:
 
 
 QUANTITIES = tuple(name for name in Record.__annotations__ if name not in ("step", "layers"))
-"""What is recorded of each layer."""
+"""The quantities that are recorded for each layer."""
 
 
 def ratio(update: float, weight: float) -> float:
@@ -77,7 +77,7 @@ def ratio(update: float, weight: float) -> float:
 
 
 def distinct(names: Iterable[str]) -> list[str]:
-    """Return the names, those that came before with a number behind.
+    """Return the names, with a number added to those that came before.
 
     Example:
         >>> distinct(["a", "b", "a", "a"])

@@ -6,18 +6,18 @@ import os
 from typing import Any
 
 from .._arguments import StaysBehind
-from .optional import optional
+from .delivery import optional
 from .record import Record
 
 
 class TensorBoard(StaysBehind):
-    """Writes one scalar a quantity and layer, `layerwise/QUANTITY/LAYER`, at the record's step.
+    """Writes one scalar per quantity and layer, `layerwise/QUANTITY/LAYER`, at the record's step.
 
-    Needs the package tensorboard, unless it is given a writer.
+    Needs the package tensorboard, unless `target` is a writer.
 
     Args:
-        target: A folder for a new event file, which is written out every ten seconds; or a writer with `add_scalar`,
-            such as a `torch.utils.tensorboard.SummaryWriter` or Lightning's `logger.experiment`, which stays open.
+        target: A folder for a new event file, which is flushed every ten seconds, or a writer with `add_scalar`, such
+            as a `torch.utils.tensorboard.SummaryWriter` or Lightning's `logger.experiment`, which stays open.
 
     Raises:
         ImportError: tensorboard is not installed.
@@ -45,7 +45,7 @@ class TensorBoard(StaysBehind):
             self._writer.add_scalar(name, value, record.step)
 
     def close(self) -> None:
-        """Write out what waits; the writer itself is closed if it was made here."""
+        """Flush the writer, and close it if this sink created it."""
         if self._own:
             self._writer.close()
         elif hasattr(self._writer, "flush"):

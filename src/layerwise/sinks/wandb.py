@@ -6,7 +6,7 @@ import atexit
 from typing import Any
 
 from .._arguments import StaysBehind
-from .optional import optional
+from .delivery import optional
 from .record import Record
 
 STEP = "layerwise/step"
@@ -14,13 +14,13 @@ STEP = "layerwise/step"
 
 
 class WandB(StaysBehind):
-    """Logs a record as one row of a Weights & Biases run, over an axis of its own, `layerwise/step`.
+    """Logs a record as one row of a Weights & Biases run, over its own axis, `layerwise/step`.
 
-    Each record is one `run.log(…)`, which counts W&B's own step on. What you log beside it should therefore not give
-    `step=`, or W&B drops what it takes for the past. Needs the package wandb.
+    Each record is one `run.log(…)`, which increments W&B's own step. Log other values without `step=`, because W&B
+    drops values of past steps. Needs the package wandb.
 
     Args:
-        run: A run, which stays open. None makes one, which ends with the sink.
+        run: A run, which stays open. None creates one, which ends with the sink.
         settings: Arguments of `wandb.init`, such as `project="digits", mode="offline"`.
 
     Raises:
@@ -39,7 +39,7 @@ class WandB(StaysBehind):
         self._own = run is None
         self._run: Any = optional("wandb", "WandB", "wandb").init(**settings) if self._own else run
         if self._own:
-            atexit.register(self.close)  # before W&B's own, which leaves nothing behind that could end the run
+            atexit.register(self.close)  # before W&B's own exit handler, after which no run can be ended
         self._run.define_metric(STEP, hidden=True)
         self._run.define_metric("layerwise/*", step_metric=STEP)
 
@@ -48,7 +48,7 @@ class WandB(StaysBehind):
         self._run.log({STEP: record.step, **dict(record.scalars())})
 
     def close(self) -> None:
-        """End the run if it was made here."""
+        """End the run if this sink created it."""
         if self._own:
             self._own = False
             atexit.unregister(self.close)

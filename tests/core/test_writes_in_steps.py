@@ -1,0 +1,230 @@
+"""Steps whose writes are scaled: beside other hooks, adapters, closures, and where they end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn, optim
+
+import layerwise
+from layerwise._writes import CannotScaleError, ScaledWrites
+from layerwise.rules import Constant
+
+FACTORS = {"0": 0.5, "1": 3.0}
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in FACTORS)).to(dtype)
+
+
+def with_gradients(model: nn.Module, step: int = 0) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+
+
+def depth() -> int:
+    return torch._C._len_torch_function_stack()
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def expected(model: nn.Module, rate: float = 0.1) -> list[Tensor]:
+    """Return the weights after a step of plain descent."""
+    return [
+        p.detach() - rate * f * p.grad
+        for p, f in zip(model.parameters(), FACTORS.values(), strict=True)
+        if p.grad is not None
+    ]
+
+
+def close(actual: list[Tensor], wanted: list[Tensor]) -> None:
+    torch.testing.assert_close(actual, wanted, rtol=1e-14, atol=1e-14)
+
+
+def halve(model: nn.Module) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_what_another_hook_writes_is_not_scaled(early: bool) -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    seen: list[list[Tensor]] = []
+
+    def register() -> None:
+        optimizer.register_step_pre_hook(lambda *_: halve(model))
+        optimizer.register_step_post_hook(lambda *_: seen.append(weights(model)))
+        optimizer.register_step_post_hook(lambda *_: halve(model))
+
+    if early:
+        register()
+    layerwise.LayerwiseLR(optimizer, Constant(FACTORS), model, apply="update")
+    if not early:
+        register()
+    for step in range(3):
+        with_gradients(model, step)
+        start = [0.5 * w for w in weights(model)]
+        wanted = [w - 0.1 * f * p.grad for w, p, f in zip(start, model.parameters(), FACTORS.values(), strict=True)]
+        optimizer.step()
+        close(seen[-1], wanted)
+        close(weights(model), [0.5 * w for w in wanted])
+        assert depth() == 0
+
+
+def test_a_hook_that_raises_leaves_nothing_behind() -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    layerwise.LayerwiseLR(optimizer, Constant(FACTORS), model, apply="update")
+    fails = [False, True, False]
+
+    def hook(*_: Any) -> None:
+        if fails.pop():
+            raise ZeroDivisionError
+
+    first = optimizer.register_step_pre_hook(lambda *_: None)
+    optimizer.register_step_pre_hook(hook)
+    for step in range(3):
+        with_gradients(model, step)
+        wanted = expected(model) if step != 1 else weights(model)
+        if step == 1:
+            with pytest.raises(ZeroDivisionError):
+                optimizer.step()
+            first.remove()
+        else:
+            optimizer.step()
+        close(weights(model), wanted)
+        assert depth() == 0
+    assert not fails
+
+
+@pytest.mark.parametrize("places", [("update", "update"), ("lr", "update"), ("update", "gradient")])
+def test_the_factors_of_two_adapters_multiply(places: Any) -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    for place, factors in zip(places, ({"0": 0.5, "1": 1.5}, {"1": 2.0}), strict=True):
+        layerwise.LayerwiseLR(optimizer, Constant(factors), model, apply=place)
+    for step in range(3):
+        with_gradients(model, step)
+        wanted = expected(model)
+        optimizer.step()
+        close(weights(model), wanted)
+
+
+def test_an_adapter_detached_inside_a_step_leaves_no_mode() -> None:
+    model = network()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, Constant(FACTORS), model, apply="update")
+
+    optimizer.register_step_pre_hook(lambda *_: adapter.detach())
+    for step in range(2):
+        with_gradients(model, step)
+        optimizer.step()
+        assert depth() == 0
+
+
+@pytest.mark.parametrize("kind", [optim.SGD, optim.Rprop, optim.ASGD])
+def test_a_closure_runs_outside_of_the_scaling(kind: Any) -> None:
+    results: list[list[Tensor]] = []
+    for closes in (False, True):
+        model = network()
+        optimizer = kind(model.parameters(), lr=0.1)
+        layerwise.LayerwiseLR(optimizer, Constant(FACTORS), model, apply="update")
+        buffer = model[0].weight.detach()  # shares the weight's memory
+
+        def closure(model: nn.Module = model, step: int = 0, buffer: Tensor = buffer) -> float:
+            assert depth() == 0
+            with_gradients(model, step)
+            buffer.mul_(1.0)
+            return 0.0
+
+        for step in range(3):
+            if closes:
+                optimizer.step(lambda closure=closure, step=step: closure(step=step))
+            else:
+                with_gradients(model, step)
+                optimizer.step()
+        results.append(weights(model))
+    close(*results)
+
+
+class Step(optim.Optimizer):
+    """Writes in a way of its own."""
+
+    def __init__(self, params: Any, write: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.write = write
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.write(p)
+
+
+def scaled(model: nn.Module, write: Any) -> None:
+    """Take a step by hand under the mode."""
+    parameters = list(model.parameters())
+    optimizer = Step(parameters, write)
+    mode = ScaledWrites(parameters, optimizer.state)
+    mode.scale(zip(parameters, FACTORS.values(), strict=True))
+    optimizer.register_step_pre_hook(lambda *_: mode.begin())
+    optimizer.register_step_post_hook(lambda *_: mode.end())
+    optimizer.step()
+
+
+def test_a_function_told_to_work_in_place_is_scaled() -> None:
+    model = network()
+    start = weights(model)
+    scaled(model, lambda p: F.relu(p.data, inplace=True))
+    close(weights(model), [w + f * (w.relu() - w) for w, f in zip(start, FACTORS.values(), strict=True)])
+
+
+def test_state_in_the_buffer_of_a_parameter_is_not_scaled() -> None:
+    buffer = torch.ones(6, dtype=torch.float64)
+    p = nn.Parameter(buffer[:3])
+    mode = ScaledWrites([p], {})
+    mode.scale([(p, 0.5)])
+    with torch.no_grad():
+        mode.begin()
+        buffer[3:].mul_(0.8)
+        p.data.sub_(0.1)
+        mode.end()
+    torch.testing.assert_close(buffer, torch.tensor([0.95] * 3 + [0.8] * 3, dtype=torch.float64), rtol=0, atol=0)
+
+
+def test_memory_under_two_parameters_is_scaled_once_or_refused() -> None:
+    buffer = torch.ones(3, dtype=torch.float64)
+    one, other = nn.Parameter(buffer[:2]), nn.Parameter(buffer[1:])
+    mode = ScaledWrites([one, other], {})
+    mode.scale([(one, 0.5), (other, 2.0)])
+    with torch.no_grad():
+        mode.begin()
+        one.sub_(0.1)
+        with pytest.raises(CannotScaleError, match="several parameters share"):
+            buffer.data.sub_(0.1)
+        mode.end()
+    torch.testing.assert_close(buffer, torch.tensor([0.95, 0.95, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [optim.SGD, optim.ASGD, optim.Rprop, optim.Adam])
+def test_half_precision_under_update_rounds_once(kind: Any, dtype: torch.dtype) -> None:
+    """A finished step scaled afterwards would round twice, and lose a step that is smaller than half a unit."""
+    model, wide = network(dtype), network(dtype).double()
+    for one in (model, wide):
+        options = {"eps": 1e-3} if kind is optim.Adam else {}
+        optimizer = kind(one.parameters(), lr=2e-3, **options)
+        layerwise.LayerwiseLR(optimizer, Constant(FACTORS), one, apply="update")
+        with_gradients(one)
+        optimizer.step()
+    for p, q in zip(model.parameters(), wide.parameters(), strict=True):
+        assert ((p.double() - q).abs() <= 2 * torch.finfo(dtype).eps * q.abs().clamp(min=1e-3)).all()
