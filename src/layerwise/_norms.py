@@ -234,36 +234,51 @@ class JointNorms:
     """Norms of layers from those of their tensors: `‖l‖ = sqrt(Σ_i (c_i ‖t_i‖)²)` over the layer's tensors.
 
     Args:
-        layers: The layer of each tensor.
-        scales: c of each tensor. A tensor with c = 0 is left out, so that it may hold non-finite numbers.
+        entries: The position of a norm, the row and the layer to which it belongs, and c. A tensor with c = 0 is left
+            out, so that it may hold non-finite numbers.
+        rows: How many norms each layer has.
         like: Zeros, one for each layer, of the device and type of the result.
     """
 
-    def __init__(self, layers: Sequence[int], scales: Sequence[float], like: Tensor) -> None:
-        self._zeros, self._count = like, len(like)
-        self._kept = [(i, layer, scale) for i, (layer, scale) in enumerate(zip(layers, scales, strict=True)) if scale]
-        # Copied to the device once, since such a copy waits for the device.
-        self._index = torch.tensor([layer for _, layer, _ in self._kept], dtype=torch.long, device=like.device)
-        self._positions: Tensor | None = None
-        self._scales: Tensor | None = None
-        if len(self._kept) < len(layers):
-            self._positions = torch.tensor([i for i, _, _ in self._kept], dtype=torch.long, device=like.device)
-        if any(scale != 1 for _, _, scale in self._kept):
-            self._scales = torch.tensor([c for _, _, c in self._kept], dtype=like.dtype, device=like.device)
+    def __init__(self, entries: Sequence[tuple[int, int, int, float]], rows: int, like: Tensor) -> None:
+        layers = len(like)
+        self._rows, self._layers, self._like = rows, layers, like
+        self._kept = [(at, row * layers + layer, scale) for at, row, layer, scale in entries if scale]
+        self._copied: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
+        self._in_order = [at for at, *_ in self._kept] == list(range(len(entries)))
 
-    def of(self, norms: Tensor) -> Tensor:
-        """Return the norms of layers from those of tensors."""
-        norms = norms.to(self._zeros.dtype)
-        if self._positions is not None:
-            norms = norms.index_select(0, self._positions)
-        if self._scales is not None:
-            norms = norms * self._scales
-        return self._zeros.index_add(0, self._index, norms.square()).sqrt_()
+    def _on_device(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return zeros, indices, positions and scales; copied to the device once, since such a copy waits for it."""
+        if self._copied is None:
+            like = self._like
+            positions, index, scales = ([entry[i] for entry in self._kept] for i in range(3))
+            self._copied = (
+                like.repeat(self._rows),
+                torch.tensor(index, dtype=torch.long, device=like.device),
+                None if self._in_order else torch.tensor(positions, dtype=torch.long, device=like.device),
+                torch.tensor(scales, dtype=like.dtype, device=like.device) if any(c != 1 for c in scales) else None,
+            )
+        return self._copied
 
-    def of_numbers(self, norms: Sequence[float]) -> list[float]:
+    def of(self, norms: Tensor) -> Sequence[Tensor]:
+        """Return the norms of layers, a tensor for each row, from those of tensors."""
+        zeros, index, positions, scales = self._on_device()
+        norms = norms.to(zeros.dtype)
+        if positions is not None:
+            norms = norms.index_select(0, positions)
+        if scales is not None:
+            norms = norms * scales
+        sums = zeros.index_add(0, index, norms.square()).sqrt_()
+        return (sums,) if self._rows == 1 else sums.view(self._rows, -1).unbind()
+
+    def of_numbers(self, norms: Sequence[float]) -> Sequence[list[float]]:
         """Return the same as Python numbers."""
-        squares = [0.0] * self._count
-        for position, layer, scale in self._kept:
+        count = self._layers
+        squares = [0.0] * (self._rows * count)
+        for position, output, scale in self._kept:
             norm = norms[position] * scale
-            squares[layer] += norm * norm
-        return list(map(sqrt, squares))
+            squares[output] += norm * norm
+        roots = list(map(sqrt, squares))
+        if self._rows == 1:
+            return (roots,)
+        return [roots[i : i + count] for i in range(0, len(roots), count)]

@@ -47,25 +47,11 @@ from .layers import (
     warn_of_unmeasured,
 )
 from .optimizers import PLACES, PlaceName, acting_optimizer, check_backward_is_over, refuse, unwrap
-from .rules.base import State
+from .rules.base import ElementwiseRule, Rule, Selection, check_elementwise, check_rule, is_elementwise, is_pair
 from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds
-from .rules.elementwise import ElementwiseRule, check_elementwise, is_elementwise
-from .rules.questions import (
-    check_rule,
-    default,
-    doubts_of,
-    ended_state,
-    get_selection,
-    is_pair,
-    load_state,
-    needs_of,
-    remarks_of,
-    renewed_state,
-)
 from .rules.replication import check_processes, refuse_stages
-from .rules.selection import Selection
-from .rules.state import check_saved, copied, described, kind_of
+from .rules.state import State, check_saved, copied, described
 from .sharding import absent, find_shards
 from .statistics import (
     AS_NUMBERS,
@@ -104,7 +90,7 @@ class Request:
         decay_given: Whether the person chose it.
     """
 
-    rule: Any
+    rule: Rule
     model: nn.Module | None
     layers: LayerSpecification
     exclude: Exclusion
@@ -115,7 +101,7 @@ class Request:
 
 
 def requested(
-    rule: Any,
+    rule: Rule,
     model: Model | None,
     *,
     layers: LayerSpecification | Literal["auto"] = "auto",
@@ -127,11 +113,11 @@ def requested(
     return Request(
         rule=rule,
         model=as_module(model),
-        layers=as_specification(chosen(layers, default(rule, "layers"), "module")),
-        exclude=chosen(exclude, default(rule, "exclude"), None),
+        layers=as_specification(chosen(layers, rule.default_layers, "module")),
+        exclude=chosen(exclude, rule.default_exclude, None),
         apply=apply,
-        preferred=chosen("auto", default(rule, "place"), "lr"),
-        decay=chosen(decay, default(rule, "decay"), "scaled"),
+        preferred=chosen("auto", rule.default_place, "lr"),
+        decay=chosen(decay, rule.default_decay, "scaled"),
         decay_given=decay != "auto",
     )
 
@@ -237,8 +223,8 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
     automatic = automatic_place(optimizer, request.preferred, request.decay)
     place = automatic if request.apply == "auto" else request.apply
     check_place(optimizer, place, request.decay, decay_given=request.decay_given)
-    needs = needs_of(rule)
-    elementwise = cast(ElementwiseRule, rule) if is_elementwise(rule) else None
+    needs = rule.needs
+    elementwise = rule if is_elementwise(rule) else None
     if elementwise is not None:
         check_elementwise(elementwise)
     if "learning_rate" in needs and any(group.get("lr") is None for group in groups):
@@ -331,7 +317,6 @@ class AttachedRule:
         self.attached = True
         self.state: State = {}
         self._request, self._rule, self._finite = request, request.rule, finite
-        self._asks = getattr(request.rule, "asks", None)
         self._idle = self._dry = self._measured = False
         self._place_name: PlaceName | None = None
         self._now: list[dict[str, Any]] = []
@@ -406,7 +391,7 @@ class AttachedRule:
 
     def load(self, saved: Any) -> None:
         """Go on with a saved state of the rule."""
-        self.state = load_state(self._rule, saved, self.state)
+        self.state = self._rule.load(saved, self.state)
         self._last_raw, self._compared = None, False
 
     def detach(self) -> None:
@@ -477,7 +462,7 @@ class AttachedRule:
             self.factors = Factors(numbers, found.included, found.mask)
             self.rates = rates_of(groups)
             return not self.factors.neutral
-        if self._asks is not None and not self._asks(self.state):
+        if not self._rule.asks(self.state):
             result = self._rule.factors(NOTHING, self.state)
         else:
             found_inf = getattr(optimizer, "found_inf", None)
@@ -506,12 +491,12 @@ class AttachedRule:
 
     def _stand_by(self, optimizer: Any) -> None:
         """Enter the collectives that the other processes enter, which may not be paused; change nothing."""
-        if self.found.statistics.sharing is None or (self._asks is not None and not self._asks(self.state)):
+        if self.found.statistics.sharing is None or not self._rule.asks(self.state):
             return
         groups = self._groups
         with absent(), torch.no_grad():
             statistics = self.found.statistics.compute(groups)
-            if "gradients" in needs_of(self._rule):  # a collective of the rule's own
+            if "gradients" in self._rule.needs:  # a collective of the rule's own
                 self._rule.factors(statistics, self.state)
 
     @property
@@ -555,7 +540,7 @@ class AttachedRule:
         return FirstSteps(
             type(optimizer).__name__,
             verdict,
-            reads_gradients=bool(set(needs_of(self._rule)) - INDEPENDENT),
+            reads_gradients=bool(set(self._rule.needs) - INDEPENDENT),
             under_update=self.place == "update",
         )
 
@@ -564,7 +549,7 @@ class AttachedRule:
     def _take(self, found: Resolution) -> None:
         """Go on with these layers, and with what is still true of the rule's state."""
         before = self.found.names if self.state else []
-        self.state = renewed_state(self._rule, found.layers, found.statistics.device, self.state, before)
+        self.state = self._rule.renewed(found.layers, found.statistics.device, self.state, before)
         self.found = found
         if self._finite is not None:
             self._finite.look_at(found.layers, found.others(self._request.model), self._request.model)
@@ -622,7 +607,7 @@ class LayerwiseLR(StaysBehind):
         optimizer: A `torch.optim.Optimizer`, or a wrapper of Accelerate or Fabric around one. Its parameters may be
             sharded (FSDP, tensor parallel): the layers' statistics are those of the whole layers, with one collective a
             step for each distinct mesh.
-        rule: How large the factors are; one of `layerwise.rules`, or an object like them.
+        rule: How large the factors are; one of `layerwise.rules`, or a `Rule` of your own.
         model: Names the layers. A list or dictionary of modules counts as one model, whose names begin with the index
             or the key. None takes the names of an optimizer built from `model.named_parameters()`.
         layers: `"module"` (the module that directly owns the parameters: weight and bias together; a MultiheadAttention
@@ -684,8 +669,7 @@ class LayerwiseLR(StaysBehind):
         holder = unwrap(optimizer)
         inner = acting_optimizer(holder)
         refuse(inner)
-        check_rule(rule)
-        check_needs(needs_of(rule))
+        check_needs(check_rule(rule).needs)
         check_choice("apply", apply, ("auto", *PLACES))
         check_choice("decay", decay, ("auto", "scaled", "plain"))
         check_choice("on_nonfinite", on_nonfinite, ("ignore", "raise"))
@@ -700,13 +684,13 @@ class LayerwiseLR(StaysBehind):
         for message in self._remarks(inner):
             logger.warning(message)
         found = self._attached.found.layers
-        for message in flattened(found, self._request.layers) + doubts_of(rule, found):
+        for message in flattened(found, self._request.layers) + rule.doubts(found):
             warnings.warn(message, UserWarning, stacklevel=2)
 
     # --- What a person asks -------------------------------------------------------------------------------------------
 
     @property
-    def rule(self) -> Any:
+    def rule(self) -> Rule:
         """The rule; attach another adapter for another one."""
         return self._request.rule
 
@@ -733,7 +717,7 @@ class LayerwiseLR(StaysBehind):
     @property
     def counts_epochs(self) -> bool:
         """Whether the rule chooses layers at the ends of epochs, so that `end_epoch()` is to be called."""
-        return get_selection(self.rule, self._attached.state) is not None
+        return self.rule.get_selection(self._attached.state) is not None
 
     @property
     def enabled(self) -> bool:
@@ -781,9 +765,11 @@ class LayerwiseLR(StaysBehind):
             RuntimeError: The optimizer no longer exists, or the model has other parameters now.
         """
         self._attached.check_current()
-        selection = get_selection(self.rule, self._attached.state)
+        selection = self.rule.get_selection(self._attached.state)
         if selection is None:
-            raise ValueError(f"{described(self.rule)} chooses no layers; GradientAmplification and LayerFreezing do")
+            raise ValueError(
+                f"{described(self.rule)} chooses no layers; attach a rule that does, such as GradientAmplification"
+            )
         if self._epoch == 1 and self._attached.rates is not None and not any(one.selected for one in selection):
             if not self._told:
                 logger.warning(
@@ -800,14 +786,14 @@ class LayerwiseLR(StaysBehind):
         """
         self._attached.check_current()
         if self._attached.has_values():
-            self._attached.state = ended_state(self.rule, self._attached.state)
+            self._attached.state = self.rule.end_epoch(self._attached.state)
         self._epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the adapter's state: names, numbers and tensors, which `torch.load(weights_only=True)` reads."""
         return {
             "version": 1,
-            "rule": kind_of(self.rule),
+            "rule": self.rule.rule_kind,
             "arguments": described(self.rule),
             "layers": self.layers,
             "epoch": self._epoch,
@@ -878,4 +864,4 @@ class LayerwiseLR(StaysBehind):
                 f"{type(optimizer).__name__} has another LayerwiseLR attached already: their factors multiply, and "
                 "each tells of its own only; detach() the first if it was meant to be replaced"
             )
-        return [remark for remark in remarks if remark] + remarks_of(self.rule, found.layers)
+        return [remark for remark in remarks if remark] + self.rule.remarks(found.layers)

@@ -24,8 +24,7 @@ from .optimizers import (
     is_capturing,
     takes_tensor_rate,
 )
-from .rules.base import finite_or_one
-from .rules.elementwise import ElementwiseRule
+from .rules.base import ElementwiseRule, finite_or_one
 from .sharding import settled_gradient
 from .statistics import Groups, LayerStatistics
 

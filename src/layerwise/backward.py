@@ -28,9 +28,9 @@ from .adapter import STEPS_AS_BARE, Resolution, parameters_of, rates_of, request
 from .apply import Factors, Partition, damps_history, make_place
 from .layers import Model, as_module, flattened, named_parameters_of, warn_of_unmeasured
 from .optimizers import unwrap
-from .rules.base import State
-from .rules.questions import check_rule, doubts_of, ended_state, is_pair, needs_of, own_layer, renewed_state
-from .rules.state import described
+from .rules.base import Rule, check_rule, is_pair
+from .rules.constant import Constant
+from .rules.state import State, described
 from .statistics import NOTHING, LayerStatistics, Statistics, check_needs
 
 logger = logging.getLogger("layerwise")
@@ -153,9 +153,9 @@ class StepInBackward(StaysBehind):
         if rule is not None:
             _check_rule(rule)
         _check_wrappers(parameters)
-        self._rule: Any = rule
-        self._request = requested(rule, model)
-        self._needs = [] if rule is None else [name for name in needs_of(rule) if name not in ("counts", "gradients")]
+        self._rule: Rule | None = rule
+        self._request = requested(Constant({"*": 1.0}) if rule is None else rule, model)
+        self._needs = [] if rule is None else [name for name in rule.needs if name not in ("counts", "gradients")]
         self._state: State = {}
         self._rates = rates_of(inner.param_groups)
         # Without its wrappers, whose hooks are for a whole step.
@@ -185,7 +185,7 @@ class StepInBackward(StaysBehind):
         vars(inner)[AMP_FLAG] = _Unscaling()
         if rule is not None:
             found = self._found
-            for message in flattened(found.layers, self._request.layers) + doubts_of(rule, found.layers):
+            for message in flattened(found.layers, self._request.layers) + rule.doubts(found.layers):
                 warnings.warn(message, UserWarning, stacklevel=3)
             if found.outside:
                 logger.warning(
@@ -236,7 +236,8 @@ class StepInBackward(StaysBehind):
             RuntimeError: The optimizer no longer exists.
         """
         self._check_current()
-        self._state = ended_state(self._rule, self._state)
+        if self._rule is not None:
+            self._state = self._rule.end_epoch(self._state)
 
     @contextlib.contextmanager
     def paused(self) -> Generator[StepInBackward]:
@@ -404,7 +405,7 @@ class StepInBackward(StaysBehind):
         found = resolve(optimizer, optimizer, self._request)
         if self._rule is not None:
             before = self._found.names if self._state else []
-            self._state = renewed_state(self._rule, found.layers, found.statistics.device, self._state, before)
+            self._state = self._rule.renewed(found.layers, found.statistics.device, self._state, before)
         group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
 
         def unit(layer: int | None, parameters: Sequence[Tensor]) -> _Unit:
@@ -480,7 +481,7 @@ class StepInBackward(StaysBehind):
             own = unit.statistics.compute(groups, grad_scale)
             # The values in the place of other layers do not matter.
             every = {name: getattr(own, name).expand(len(self._factors)) for name in self._needs}
-            raw, _ = self._checked(self._rule.factors(Statistics(**every), self._state))
+            raw, _ = self._checked(cast(Rule, self._rule).factors(Statistics(**every), self._state))
             factor = raw.narrow(0, unit.layer, 1)
         self._factors[unit.layer] = _of_one(factor)
         return self._factors[unit.layer]
@@ -563,10 +564,10 @@ def _check_options(optimizer: Optimizer) -> None:
 
 def _check_rule(rule: Any) -> None:
     """Raise unless this is a rule with which each layer's factor follows from that layer alone."""
-    check_needs(needs_of(check_rule(rule)))
-    if own_layer(rule):
+    check_needs(check_rule(rule).needs)
+    if rule.needs_own_layer_only():
         return
-    needs = set(needs_of(rule))
+    needs = set(rule.needs)
     reason = "it does not say own_layer = True, that the factor of a layer follows from that layer alone"
     if "counts" in needs:
         reason = "it counts the steps whose gradients are finite in every layer"

@@ -25,7 +25,6 @@ from .optimizers import (
     unwrap,
 )
 from .rules import LayerAdaptive
-from .rules.questions import default, doubts_of, needs_of, table_of
 from .statistics import NORMS, WEIGHT_NORMS
 
 LAUNCHES = 7
@@ -94,7 +93,7 @@ def diagnose(
     else:
         adapter.detach()
         automatic = arguments.get("apply", "auto") == "auto"
-        specification = chosen(arguments["layers"], default(rule, "layers"), "module")
+        specification = chosen(arguments["layers"], rule.default_layers, "module")
         text = _describe(adapter, inner, model, most, automatic=automatic, specification=specification)
     print(text)
     return text
@@ -139,13 +138,13 @@ def _describe(
         )
     if len(layers) > most:
         lines.append(f"… and {len(layers) - most} more (most={len(layers)} lists all)")
-    if table := table_of(rule, layers):
+    if table := rule.table(layers):
         lines += ["", *table]
     inside = {id(p) for p in tensors}
     outside = [p for p in _weights_of(optimizer) if id(p) not in inside]
     problems = _problems(adapter, optimizer, model, len(outside))
     # Without their tables, which stand above.
-    doubts = flattened(layers, specification) + doubts_of(rule, layers)
+    doubts = flattened(layers, specification) + rule.doubts(layers)
     problems += [doubt.partition("\n")[0] for doubt in doubts]
     route, costs = _cost(adapter, optimizer, automatic)
     lines += ["", f"acts on   {adapter.apply!r}: {_where(adapter, optimizer)}"]
@@ -181,7 +180,7 @@ def _why(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> str:
     verdict = verdict_of(optimizer)
     if verdict is not None and verdict.untried is None:
         return f"{name} follows the rates of its parameter groups in a trial on toy parameters"
-    if default(adapter.rule, "place") != "gradient":
+    if adapter.rule.default_place != "gradient":
         return "the rule scales rates"
     if isinstance(optimizer, SCALE_INVARIANT):
         return f"{name} divides out what multiplies the gradient, and is exact in its rate"
@@ -190,7 +189,7 @@ def _why(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> str:
 
 def _cost(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> tuple[str, str]:
     """Return the route that the factors take, and what a step does in addition."""
-    needs, place = set(needs_of(adapter.rule)), adapter.apply
+    needs, place = set(adapter.rule.needs), adapter.apply
     on_cpu, groups = _device_of(optimizer) in ("cpu", "meta"), optimizer.param_groups
     layer_of = {id(p): number for number, layer in enumerate(adapter.layer_table()) for p in layer.parameters}
     parts = sum(len({layer_of.get(id(p)) for p in group["params"]}) for group in groups)

@@ -177,7 +177,7 @@ class LayerStatistics:
         self._zeros = torch.zeros(self.count, dtype=self.dtype, device=self.device)
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._copies: dict[str, tuple[list[float], Tensor]] = {}
-        self._joint: dict[str, tuple[list[Tensor], list[int] | None, list[float] | None, JointNorms]] = {}
+        self._joint: tuple[list[Tensor], list[int] | None, list[list[float] | None], JointNorms] | None = None
         self._measures_gradients = not self.needs.isdisjoint({"gradient_norm", "counts"})
         self._weight_norms = sorted(self.needs & WEIGHT_NORMS)
         self._grouped: tuple[list[int], list[int]] = ([], [])
@@ -292,38 +292,36 @@ class LayerStatistics:
             values["learning_rate"] = [max(map(_number, rates)) for rates in self._rates_of(groups)]
         return values
 
+    @torch.no_grad()
     def _joined(
         self,
         groups: Groups,
         norms_of: Callable[[list[Tensor]], tuple[_Norms, list[int] | None]],
-        join: Callable[[JointNorms, _Norms], _Norms],
+        join: Callable[[JointNorms, _Norms], Sequence[_Norms]],
     ) -> dict[str, _Norms]:
-        """Return the norms in `needs`; without "gradient_norm" if there is no gradient.
+        """Return the norms in `needs`, all from one measurement; without "gradient_norm" if there is no gradient.
 
         Args:
             groups: The optimizer's parameter groups.
             norms_of: Measures tensors.
             join: Makes norms of layers from those of tensors.
         """
-        values: dict[str, _Norms] = {}
+        owners: list[Tensor] = []
+        tensors: list[Any] = []
         if self._measures_gradients:
-            owners = self.members
-            gradients: list[Any] = list(map(_gradient, owners))
-            if any(map(is_, gradients, repeat(None))):
+            owners, tensors = self.members, list(map(_gradient, self.members))
+            if any(map(is_, tensors, repeat(None))):
                 owners = [p for p in owners if p.grad is not None]
-                gradients = [p.grad for p in owners]
-            if any(map(_requires_grad, gradients)):  # of backward(create_graph=True)
-                gradients = [gradient.detach() for gradient in gradients]
-            if gradients:
-                norms, order = norms_of(gradients)
-                values["gradient_norm"] = join(self._joint_norms("gradient_norm", owners, order, None), norms)
-        if self._weight_norms:
-            with torch.no_grad():
-                norms, order = norms_of(self.members)
-            for name in self._weight_norms:
-                joint = self._joint_norms(name, self.members, order, self._weight_scales(name, groups))
-                values[name] = join(joint, norms)
-        return values
+                tensors = [p.grad for p in owners]
+        names = ["gradient_norm"] if tensors else []
+        scales: list[list[float] | None] = []
+        for name in self._weight_norms:
+            names.append(name)
+            scales.append(self._weight_scales(name, groups))
+        if not names:
+            return {}
+        norms, order = norms_of([*tensors, *self.members] if scales else tensors)
+        return dict(zip(names, join(self._joint_norms(owners, order, scales), norms), strict=True))
 
     def _weight_scales(self, name: str, groups: Groups) -> list[float] | None:
         """Return the factor of each parameter in a norm over the weights; None for 1."""
@@ -350,20 +348,29 @@ class LayerStatistics:
         return known[1]
 
     def _joint_norms(
-        self, name: str, owners: list[Tensor], order: list[int] | None, scales: list[float] | None
+        self, owners: list[Tensor], order: list[int] | None, scales: list[list[float] | None]
     ) -> JointNorms:
-        """Return what joins the norms of the owners' tensors to those of layers; made anew only when these change."""
-        known = self._joint.get(name)
-        same = known is not None and (known[0] is owners or same_objects(known[0], owners))
-        if known is None or not same or known[1] != order or known[2] != scales:
-            positions = order or range(len(owners))
-            joint = JointNorms(
-                [self.layer_of[id(owners[i])] for i in positions],
-                [1.0 if scales is None else scales[i] for i in positions],
-                self._zeros,
-            )
-            known = self._joint[name] = (owners, order, scales, joint)
-        return known[3]
+        """Return what joins norms of tensors to those of layers; made anew only when these change.
+
+        Args:
+            owners: The parameters whose gradients were measured, before the weights of all of them.
+            order: The position of each norm's tensor; None if they are in order.
+            scales: For each norm of weights the factor of each parameter, or None for 1.
+        """
+        known = self._joint
+        unchanged = known is not None and known[1:3] == (order, scales)
+        if known is not None and unchanged and (known[0] is owners or same_objects(known[0], owners)):
+            return known[3]
+        weights = self.members if scales else []
+        position_of = {tensor: at for at, tensor in enumerate(order or range(len(owners) + len(weights)))}
+        entries = [(position_of[i], 0, self.layer_of[id(p)], 1.0) for i, p in enumerate(owners)]
+        for row, own in enumerate(scales, start=int(bool(owners))):
+            for i, p in enumerate(weights):
+                scale = 1.0 if own is None else own[i]
+                entries.append((position_of[len(owners) + i], row, self.layer_of[id(p)], scale))
+        joint = JointNorms(entries, len(scales) + bool(owners), self._zeros)
+        self._joint = (owners, order, scales, joint)
+        return joint
 
     def _rates_of(self, groups: Groups) -> list[list[Any]]:
         """Return the rates of each layer's parameters."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import layerwise
-from layerwise.rules import Constant, LayerAdaptive
+from layerwise.rules import Constant, LayerAdaptive, Rule
 
 FACTORS = {"0": 0.5, "2": 3.0, "4": 1.0}
 LR, MOMENTUM, DECAY = 0.02, 0.9, 0.1
@@ -191,8 +191,8 @@ def test_only_the_layers_that_the_optimizer_holds_are_seen_and_others_are_told_o
     assert extra.tolist() == [1 - LR, 1 - LR]
 
 
-class Returning:
-    """A rule of somebody's own, which only has the method that every rule has."""
+class Returning(Rule):
+    """Returns a given result."""
 
     def __init__(self, result):
         self.result = result

@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 
-from layerwise.rules import Constant, LayerAdaptive
+from layerwise.rules import Constant, LayerAdaptive, Rule
 
 FACTORS = {"0": 0.5, "2": 3.0, "4": 1.0}
 
@@ -19,8 +19,8 @@ def layer_norm(module):
     return math.sqrt(sum(p.grad.square().sum().item() for p in module.parameters()))
 
 
-class Ramp:
-    """A rule of ten lines and no base class: the step's number, times ten after the first epoch."""
+class Ramp(Rule):
+    """A rule of ten lines: the step's number, times ten after the first epoch."""
 
     needs = ("counts",)
 
@@ -35,7 +35,7 @@ class Ramp:
         return {**state, "scale": state["scale"] * 10, "epochs": state["epochs"] + 1}
 
 
-def test_a_rule_of_no_base_class_works_and_counts_epochs(setup, train):
+def test_a_rule_of_ten_lines_works_and_counts_epochs(setup, train):
     model, optimizer, adapter = setup(Ramp())
     assert adapter.epoch == 1
     train(model, optimizer, 2)
@@ -47,7 +47,7 @@ def test_a_rule_of_no_base_class_works_and_counts_epochs(setup, train):
 
 
 def test_a_rule_of_one_method_is_enough(setup, train, backward):
-    class InverseNorm:
+    class InverseNorm(Rule):
         def factors(self, statistics, state):
             return 1 / statistics.gradient_norm, state
 
@@ -122,7 +122,7 @@ def test_a_copy_of_an_adapter_is_none_and_says_what_to_do(setup, duplicate):
 def test_a_rule_that_returns_the_wrong_shape_is_told_so_before_anything_moves(
     setup, backward, weights, assert_same_bits, wrong
 ):
-    class Wrong:
+    class Wrong(Rule):
         def factors(self, statistics, state):
             return wrong, state
 

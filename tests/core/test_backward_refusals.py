@@ -7,7 +7,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,18 +23,15 @@ from layerwise.rules import (
     ElementwiseRule,
     GradientAmplification,
     LayerAdaptive,
-    LayerFreezing,
-    Replay,
     Rule,
     ShuffledLayers,
     bounds,
     chain,
-    save_factors,
 )
-from layerwise.rules.questions import own_layer
+from rule_cases import RULES
 from rules.samples import layers_of, one_group
 from rules.samples import network as random_network
-from rules.test_every_rule import RULES
+from rules.test_every_rule import NAMES
 
 
 def network() -> nn.Sequential:
@@ -120,11 +117,6 @@ def test_arguments_of_the_wrong_type_are_refused() -> None:
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
-def replay(folder: Path) -> Replay:
-    save_factors(folder / "factors.jsonl", [{"0": 2.0, "2": 3.0}])
-    return Replay(folder / "factors.jsonl")
-
-
 class Mean(Rule):
     """Needs the other layers, and does not declare `own_layer`."""
 
@@ -154,39 +146,33 @@ class Counting(ElementwiseRule):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda folder: BackMatching(), "does not say own_layer = True"),
-        (lambda folder: Mean(), "does not say own_layer = True"),
-        (lambda folder: Mixed(), "does not say own_layer = True"),
-        (lambda folder: chain(LayerAdaptive(), BackMatching()), "does not say own_layer = True"),
-        (lambda folder: bounds(Mean(), 0.0, 2.0), "does not say own_layer = True"),
-        (replay, "counts the steps whose gradients are finite in every layer"),
-        (lambda folder: Counting(), "counts the steps whose gradients are finite in every layer"),
-        (lambda folder: LayerFreezing(0.5), "compares the gradients of all layers"),
-        (lambda folder: GradientAmplification(Directionality()), "compares the gradients of all layers"),
+        (lambda: Mean(), "does not say own_layer = True"),
+        (lambda: Mixed(), "does not say own_layer = True"),
+        (lambda: chain(LayerAdaptive(), BackMatching()), "does not say own_layer = True"),
+        (lambda: bounds(Mean(), 0.0, 2.0), "does not say own_layer = True"),
+        (lambda: Counting(), "counts the steps whose gradients are finite in every layer"),
         (
-            lambda folder: GradientAmplification(ShuffledLayers(Directionality())),
+            lambda: GradientAmplification(ShuffledLayers(Directionality())),
             "compares the gradients of all layers",
         ),
+        *((partial(case.make, ["0", "2"]), case.refused) for case in RULES.values() if case.refused),
     ],
 )
-def test_rules_that_need_other_layers_are_refused(tmp_path: Path, make: Any, reason: str) -> None:
+def test_rules_that_need_other_layers_are_refused(make: Any, reason: str) -> None:
     model = network()
     optimizer = optim.SGD(model.parameters())
     with pytest.raises(ValueError, match=rf"cannot step in backward: it {reason}.* use LayerwiseLR"):
-        layerwise.step_in_backward(optimizer, model, make(tmp_path))
+        layerwise.step_in_backward(optimizer, model, make())
     loss_of(model).backward()
     assert model[0].weight.grad is not None
 
 
-NEEDING_OTHERS = ("BackMatching", "Replay", "LayerFreezing", "chain", "bounds")
-
-
 @pytest.mark.parametrize("name", RULES)
-def test_rules_declare_own_layer_truthfully(tmp_path: Path, name: str) -> None:
+def test_rules_declare_own_layer_truthfully(name: str) -> None:
     """Other gradients and weights in one layer change no other layer's factor, if the rule says so."""
-    rule = RULES[name](tmp_path)
-    assert own_layer(rule) == (name not in NEEDING_OTHERS)
-    if name in NEEDING_OTHERS:
+    rule = RULES[name].make(NAMES)
+    assert rule.needs_own_layer_only() == (not RULES[name].refused)
+    if RULES[name].refused:
         return
     model = random_network(0)
     layers = layers_of(model)

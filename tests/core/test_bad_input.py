@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import layerwise
-from layerwise.rules import Constant, LayerAdaptive
+from layerwise.rules import Constant, LayerAdaptive, Rule
 
 
-class NeedsTheUnknown:
+class NeedsTheUnknown(Rule):
     needs = ("gradient_norm", "curvature")
 
     def factors(self, statistics, state):
@@ -23,7 +23,14 @@ class NeedsOneString(NeedsTheUnknown):
     needs = "gradient_norm"
 
 
-class FailsToStart:
+class LooksLikeARule:
+    needs = ("gradient_norm",)
+
+    def factors(self, statistics, state):
+        return statistics.gradient_norm, state
+
+
+class FailsToStart(Rule):
     def init(self, layers, device):
         raise ValueError("the file of this rule is missing")
 
@@ -43,7 +50,13 @@ CASES = {
         ["LayerAdaptive is a class", "call it: LayerAdaptive("],
     ),
     "no rule": ("rule", "LARS", TypeError, ["'LARS'", "str", "factors(statistics, state)"]),
-    "a function as rule": ("rule", math.sqrt, TypeError, ["sqrt", "no method factors"]),
+    "a function as rule": ("rule", math.sqrt, TypeError, ["sqrt", "not a layerwise.rules.Rule"]),
+    "a rule's look-alike": (
+        "rule",
+        LooksLikeARule(),
+        TypeError,
+        ["LooksLikeARule", "not a layerwise.rules.Rule", "derives from layerwise.rules.Rule"],
+    ),
     "an unknown statistic": (
         "rule",
         NeedsTheUnknown(),

@@ -50,7 +50,7 @@ ALLOCATED = {
     "SGD, LayerAdaptive": (17, 128),
     "SGD, fused, LayerAdaptive": (17, 128),
     "AdamW, fused, LayerAdaptive": (17, 128),
-    "SGD, fused, LARS": (34, 256),
+    "SGD, fused, LARS": (33, 256),
     "SGD, LayerAdaptive, update": (17, 128),
     "SGD, all layers amplified": (0, 0),
 }

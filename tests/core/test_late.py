@@ -16,8 +16,7 @@ from layerwise import _norms as norms
 from layerwise import adapter as attaching
 from layerwise import apply
 from layerwise.apply import Factors
-from layerwise.rules import LARC, LARS, Constant, LayerAdaptive
-from layerwise.rules.elementwise import ElementwiseRule
+from layerwise.rules import LARC, LARS, Constant, ElementwiseRule, LayerAdaptive
 from layerwise.statistics import LayerStatistics
 
 RULES = [LayerAdaptive(), LARS(), LARC(clip=False), LARC()]

@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import rule_pages
 import torch
 
 import layerwise
@@ -105,6 +106,9 @@ def test_links_of_the_pages_lead_somewhere(name: str) -> None:
 
 
 def test_the_pages_of_the_api_name_everything_public() -> None:
-    shown = "".join((ROOT / "docs" / "api" / page).read_text(encoding="utf-8") for page in ("index.md", "rules.md"))
+    pages = {
+        f"api/{page}": (ROOT / "docs" / "api" / page).read_text(encoding="utf-8") for page in ("index.md", "rules.md")
+    }
+    shown = "".join(rule_pages.expanded(uri, text) for uri, text in pages.items())
     public = {*layerwise.__all__, *layerwise.rules.__all__}
     assert {name for name in public if not re.search(rf"\b{name}\b", shown)} == set()

@@ -11,37 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from layerwise.rules import (
-    LARC,
-    LARS,
-    AllLayers,
-    BackMatching,
-    Constant,
-    Directionality,
-    GradientAmplification,
-    LayerAdaptive,
-    LayerDecay,
-    LayerFreezing,
-    Phase,
-    chain,
-)
+from layerwise.rules import Directionality, GradientAmplification, Phase
+from rule_cases import RULES as CASES
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LAYERS = ["0", "2", "4"]
-ALL_LAYERS = GradientAmplification(AllLayers(after_analysis=False), [Phase(9, True)])
 RULES: dict[str, Any] = {
-    "layer-adaptive": LayerAdaptive(),
-    "LARS": LARS(),
-    "LARC": LARC(),
-    "LARC unclipped": LARC(clip=False),
-    "chain": chain(LayerAdaptive(), LARS()),
-    "constant": Constant({"0": 0.5, "4": 3.0}),
-    "layer decay": LayerDecay(0.5),
-    "back-matching": BackMatching(),
-    "all layers": ALL_LAYERS,
+    **{name: case.make(LAYERS) for name, case in CASES.items()},
     "directionality": GradientAmplification(Directionality(threshold=0.5, reselect=1), [Phase(9, True)]),
     "G prime": GradientAmplification(Directionality("G_prime", threshold=0.5, reselect=1), [Phase(9, True)]),
-    "freezing": LayerFreezing(0.5, every=1),
 }
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=2.0**-6),

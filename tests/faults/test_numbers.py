@@ -20,10 +20,12 @@ import reference
 from layerwise.layers import Layer
 from layerwise.rules import Directionality, GradientAmplification, Phase
 from layerwise.rules.directionality import LARGEST
+from rule_cases import RULES as CASES
+from rule_cases import Network
 
 pytestmark = pytest.mark.full
 
-READS_GRADIENTS = {"layer-adaptive", "LARS", "LARC", "LARC unclipped", "chain"}
+READS_GRADIENTS = {name for name, case in CASES.items() if case.reference and "gradient_norm" in RULES[name].needs}
 
 
 def arrays(parameters: Any) -> list[np.ndarray]:
@@ -36,15 +38,8 @@ def expected_factors(name: str, optimizer: torch.optim.Optimizer, layers: list[L
     weights = [arrays(layer.parameters) for layer in layers]
     decays = [[optimizer.param_groups[0]["weight_decay"]] * len(layer.parameters) for layer in layers]
     with np.errstate(over="ignore", invalid="ignore"):
-        lars = reference.lars(gradients, weights, decays)
-        rates = [2.0**-6] * len(layers)
-        found = {
-            "layer-adaptive": lambda: reference.layer_adaptive(gradients),
-            "LARS": lambda: lars,
-            "LARC": lambda: reference.larc(gradients, weights, decays, rates),
-            "LARC unclipped": lambda: reference.larc(gradients, weights, decays, rates, clip=False),
-            "chain": lambda: reference.chain([reference.layer_adaptive(gradients), lars]),
-        }[name]()
+        names = [layer.name for layer in layers]
+        found = CASES[name].reference(Network(names, gradients, weights, decays, rates=[2.0**-6] * len(layers)))
     return [float(f) if layer.included else 1.0 for f, layer in zip(found, layers, strict=True)]
 
 
@@ -88,12 +83,8 @@ def check_steps(dtype: torch.dtype, rule: str, kind: str, place: str, faults: li
                     same_bits(optimizer.state.get(p, {}), alone.state.get(q, {}))
         if step % 2:
             adapter.end_epoch()
-    if name_of_rule(rule) in ("GradientAmplification", "LayerFreezing"):
+    if adapter.counts_epochs:
         assert all(math.isnan(one.value) or 0 <= one.value <= 1 for one in adapter.get_last_selection().values())
-
-
-def name_of_rule(rule: str) -> str:
-    return type(RULES[rule]).__name__
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
+import inspect
 import io
 import math
+import pickle
+import pkgutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,51 +18,31 @@ import torch
 from torch import nn
 
 import layerwise
-from layerwise.rules import (
-    LARC,
-    LARS,
-    AllLayers,
-    BackMatching,
-    Constant,
-    GradientAmplification,
-    LayerAdaptive,
-    LayerDecay,
-    LayerFreezing,
-    Phase,
-    Replay,
-    Rule,
-    bounds,
-    chain,
-    save_factors,
-)
+import reference
+from layerwise import rules
+from layerwise.rules import ElementwiseRule, Rule
 from layerwise.statistics import NEEDS, LayerStatistics
+from rule_cases import RULES, Network
 
-from .samples import SEEDS, bits, layers_of, network, one_group, quadratic_step
+from .samples import (
+    SEEDS,
+    TOLERANCE,
+    assert_close,
+    bits,
+    factors_of,
+    gradients_of,
+    layers_of,
+    network,
+    one_group,
+    quadratic_step,
+    weights_of,
+)
 
 NAMES = ["first", "norm", "second", "third", "head"]
-
-
-def replay(folder: Path) -> Replay:
-    rows = [{name: 1 + step + i / 8 for i, name in enumerate(NAMES)} for step in range(9)]
-    save_factors(folder / "factors.jsonl", rows)
-    return Replay(folder / "factors.jsonl")
-
-
-RULES: dict[str, Callable[[Path], Rule]] = {
-    "LayerAdaptive": lambda folder: LayerAdaptive(),
-    "LayerAdaptive_base_10": lambda folder: LayerAdaptive(10),
-    "LARS": lambda folder: LARS(),
-    "LARC": lambda folder: LARC(),
-    "LARC_scaled": lambda folder: LARC(clip=False),
-    "LayerDecay": lambda folder: LayerDecay(0.8),
-    "LayerDecay_electra": lambda folder: LayerDecay(0.8, "electra"),
-    "BackMatching": lambda folder: BackMatching(),
-    "Constant": lambda folder: Constant({"*e*": 2.0}),
-    "Replay": replay,
-    "GradientAmplification": lambda folder: GradientAmplification(AllLayers(after_analysis=False), [Phase(9, True)]),
-    "LayerFreezing": lambda folder: LayerFreezing(0.5, start=2),
-    "chain": lambda folder: chain(LayerAdaptive(), replay(folder), LayerDecay(0.5)),
-    "bounds": lambda folder: bounds(chain(replay(folder), LARS()), 0.01, 5.0),
+CLASSES = {
+    name: kind
+    for name, kind in vars(rules).items()
+    if inspect.isclass(kind) and issubclass(kind, Rule) and kind not in (Rule, ElementwiseRule)
 }
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.01),
@@ -67,8 +51,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 
 
 @pytest.fixture(params=RULES)
-def rule(request: pytest.FixtureRequest, tmp_path: Path) -> Rule:
-    return RULES[request.param](tmp_path)
+def rule(request: pytest.FixtureRequest) -> Rule:
+    return RULES[request.param].make(NAMES)
 
 
 def attach(rule: Rule, model: nn.Module, optimizer: torch.optim.Optimizer) -> layerwise.LayerwiseLR:
@@ -185,5 +169,53 @@ def test_saved_state_does_not_change_with_later_steps(rule: Rule) -> None:
     assert repr(saved) == repr(kept)
 
 
-def test_name_in_a_message_tells_the_rule(rule: Rule) -> None:
-    assert any(word in repr(rule) for word in ["Layer", "LAR", "BackMatching", "Constant", "Replay"])
+def test_a_copy_and_a_pickle_of_a_rule_give_its_factors(rule: Rule) -> None:
+    model = network(0)
+    layers, groups = layers_of(model), one_group(model)
+    expected = factors_of(rule, layers, groups)
+    for twin in (copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
+        assert torch.equal(factors_of(twin, layers, groups), expected)
+        assert repr(twin) == repr(rule)
+
+
+def test_the_repr_of_a_rule_names_it(request: pytest.FixtureRequest, rule: Rule) -> None:
+    assert repr(rule).startswith(request.node.callspec.params["rule"].partition("_")[0])
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("name", [name for name, case in RULES.items() if case.reference])
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_first_factors_are_those_of_the_reference(name: str, seed: int, dtype: torch.dtype) -> None:
+    model = network(seed, dtype)
+    layers = layers_of(model)
+    known = Network(
+        NAMES,
+        gradients_of(layers),
+        weights_of(layers),
+        decays=[[0.01] * len(layer.parameters) for layer in layers],
+        rates=[0.1] * len(layers),
+    )
+    factors = factors_of(RULES[name].make(NAMES), layers, one_group(model, weight_decay=0.01))
+    assert_close(factors, RULES[name].reference(known), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_rule_is_exported_and_has_a_row_and_a_reference(name: str) -> None:
+    assert name in rules.__all__
+    rows = [case for case in RULES.values() if type(case.make(NAMES)) is CLASSES[name]]
+    assert rows, f"add a row for {name} to tests/rule_cases.py"
+    modules = {module for _, module, _ in pkgutil.iter_modules(reference.__path__)}
+    assert any(case.reference for case in rows) or CLASSES[name].__module__.rpartition(".")[2] in modules
+
+
+@pytest.mark.parametrize("name", [*CLASSES, "chain", "bounds"])
+def test_the_docstring_of_every_rule_has_its_equation_its_parts_and_an_example(name: str) -> None:
+    text = inspect.getdoc(getattr(rules, name)) or ""
+    assert "f_l" in text or "g_l" in text
+    for heading in ("Args:", "Raises:", "Example:"):
+        assert f"\n{heading}\n" in text, heading
+    module = importlib.import_module(getattr(rules, name).__module__)
+    tests = [one for one in doctest.DocTestFinder().find(module) if one.name == f"{module.__name__}.{name}"]
+    assert [one for one in tests if one.examples]
+    assert all(doctest.DocTestRunner().run(one).failed == 0 for one in tests)

@@ -182,7 +182,7 @@ def test_before_anything_is_measured_nothing_is_known() -> None:
         assert math.isnan(z)
         assert selected is False
     plain = layerwise.LayerwiseLR(alone, LayerAdaptive(), model)
-    with pytest.raises(ValueError, match="chooses no layers; GradientAmplification and LayerFreezing do"):
+    with pytest.raises(ValueError, match="chooses no layers; attach a rule that does, such as GradientAmplification"):
         plain.get_last_selection()
 
 

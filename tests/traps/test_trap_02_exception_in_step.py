@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import layerwise
-from layerwise.rules import Constant, LayerAdaptive
+from layerwise.rules import Constant, LayerAdaptive, Rule
 
 FACTORS = {"0": 0.5, "2": 3.0}
 every_place = pytest.mark.parametrize("apply", ["auto", "gradient", "lr", "update"])
@@ -44,7 +44,7 @@ def by_a_hook_before(optimizer, backward, model):
 
 
 def by_a_rule(optimizer, backward, model):
-    class Broken:
+    class Broken(Rule):
         def factors(self, statistics, state):
             raise OSError("no factors")
 

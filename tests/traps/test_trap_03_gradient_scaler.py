@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 import layerwise
-from layerwise.rules import Directionality, GradientAmplification, LayerAdaptive, Phase
+from layerwise.rules import Directionality, GradientAmplification, LayerAdaptive, Phase, Rule
 
 SCALE = 2.0**10
 FUSED = {
@@ -104,7 +104,7 @@ def test_a_step_that_overflows_moves_neither_weights_nor_state(apply, kind, mode
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-class Counting:
+class Counting(Rule):
     """Counts the steps that count, and gives every layer the factor 2."""
 
     needs = ("counts",)

@@ -18,6 +18,7 @@ from layerwise.rules import (
     GradientAmplification,
     LayerAdaptive,
     Phase,
+    Rule,
 )
 
 KINDS = {
@@ -29,7 +30,7 @@ KINDS = {
 }
 
 
-class Inverse:
+class Inverse(Rule):
     """A rule that divides by the norm, and counts every step that it is asked about."""
 
     def init(self, layers, device):

@@ -15,7 +15,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name
 FACTOR = 3.0
 
 
-class Triple:
+class Triple(layerwise.rules.Rule):
     """Asks for the gradient, as the paper's method does."""
 
     needs = ()

@@ -11,7 +11,7 @@ from torch import nn
 from ..adapter import Decay, LayerwiseLR
 from ..layers import Exclusion, LayerSpecification
 from ..optimizers import PlaceName
-from ..rules.questions import check_rule
+from ..rules.base import check_rule
 from ..rules.selection import check_whole
 from ..rules.state import is_state
 from ..sinks.record import ROOT, distinct

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import isabstract, isclass, signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from layerwise import rules
 from layerwise.lab.errors import UsageError
+from layerwise.rules.selection import LayerChoice
 
 PHASES = {"params_1": rules.PARAMS_1, "params_2": rules.PARAMS_2}
 """Phases of Basodi et al. 2023, section 4, by name."""
 
-SIMPLE_RULES = ("LayerAdaptive", "LARS", "LARC", "LayerDecay", "LayerFreezing", "BackMatching", "Constant")
-SELECTIONS = ("AllLayers", "RandomLayers", "Directionality", "ShuffledLayers")
+
+def public(base: type) -> dict[str, Any]:
+    """Give the public classes of ``layerwise.rules`` that derive from a class and can be made."""
+    found = {name: getattr(rules, name) for name in sorted(rules.__all__, key=str.casefold)}
+    return {name: one for name, one in found.items() if isclass(one) and issubclass(one, base) and not isabstract(one)}
 
 
 def phases(name_or_rows: str | Sequence[Sequence[Any]], epochs: int | None) -> list[list[Any]]:
@@ -73,30 +78,33 @@ def make_rule(specification: Mapping[str, Any] | None, seed: int, replay: Path |
         return None
     arguments = dict(specification)
     name = arguments.pop("name", None)
+    known = public(rules.Rule)
+    if replay is None:
+        del known["Replay"]  # it needs a file
+    if name not in known:
+        raise UsageError(f"rule name {name!r}: use one of {', '.join(known)}")
     try:
-        if name == "Replay" and replay is not None:
-            return rules.Replay(replay)
-        if name == "GradientAmplification":
-            rows = [rules.Phase(*row) for row in arguments.pop("phases")]
-            return rules.GradientAmplification(_selection(arguments.pop("selection"), seed), rows, **arguments)
-        if name in SIMPLE_RULES:
-            if name == "Constant":
-                return rules.Constant(arguments["factors"])
-            return getattr(rules, cast(str, name))(**arguments)
+        if name == "Replay":
+            arguments = {"file": replay}
+        elif name == "Constant":
+            arguments = {"factors_by_pattern": arguments["factors"]}
+        elif name == "GradientAmplification":
+            arguments["selection"] = _selection(arguments["selection"], seed)
+            arguments["phases"] = [rules.Phase(*row) for row in arguments["phases"]]
+        return known[name](**arguments)
     except (TypeError, ValueError, KeyError) as error:
         raise UsageError(f"rule {name}: {error}") from error
-    known = ", ".join((*SIMPLE_RULES, "GradientAmplification"))
-    raise UsageError(f"rule name {name!r}: use one of {known}")
 
 
 def _selection(specification: Mapping[str, Any], seed: int) -> Any:
     """Make the choice of layers of an amplification."""
     arguments = dict(specification)
     name = arguments.pop("name", None)
-    if name not in SELECTIONS:
-        raise UsageError(f"selection name {name!r}: use one of {', '.join(SELECTIONS)}")
-    if name == "RandomLayers":
+    known = public(LayerChoice)
+    if name not in known:
+        raise UsageError(f"selection name {name!r}: use one of {', '.join(known)}")
+    if "seed" in signature(known[name]).parameters:
         arguments.setdefault("seed", seed)
     if name == "ShuffledLayers":
-        return rules.ShuffledLayers(_selection(arguments.pop("of"), seed), seed=arguments.pop("seed", seed))
-    return getattr(rules, name)(**arguments)
+        arguments["measured"] = _selection(arguments.pop("of"), seed)
+    return known[name](**arguments)

@@ -1,17 +1,16 @@
 """Rules: how large each layer's factor is, one published method a file."""
 
 from .back_matching import BackMatching
-from .base import Rule
+from .base import ElementwiseRule, Rule, Selection
 from .combine import bounds, chain
 from .constant import Constant
-from .elementwise import ElementwiseRule
 from .gradient_amplification import PARAMS_1, PARAMS_2, GradientAmplification, Phase
 from .lars import LARC, LARS
 from .layer_adaptive import LayerAdaptive
 from .layer_decay import LayerDecay
 from .layer_freezing import LayerFreezing
 from .replay import Replay, load_factors, save_factors
-from .selection import AllLayers, Directionality, RandomLayers, Selection, ShuffledLayers
+from .selection import AllLayers, Directionality, RandomLayers, ShuffledLayers
 
 __all__ = [
     "LARC",

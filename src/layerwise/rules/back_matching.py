@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..layers import Layer, is_one_layer
 from ..statistics import Statistics, common_device
-from .base import Rule, State, is_number
+from .base import Rule, is_number
+from .state import State
 
 
 @dataclass(frozen=True)

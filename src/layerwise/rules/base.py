@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
 
 from ..layers import Exclusion, Layer, LayerSpecification
 from ..statistics import Statistics
+from .state import State, carried_over, loaded
 
-State = dict[str, Any]
-"""A rule's memory: a dictionary of tensors and plain numbers, so that `torch.load(weights_only=True)` reads it.
 
-An entry whose name begins with an underscore follows from the rule's arguments; it is neither saved nor loaded.
-"""
+class Selection(NamedTuple):
+    """What is known of one layer: its measured value, how many σ that is from the mean, and whether it was chosen.
+
+    `value` and `z` are NaN where nothing has been measured.
+    """
+
+    value: float
+    z: float
+    selected: bool
 
 
 class Rule(ABC):
     """A map from the layers' statistics to one factor a layer.
 
     A rule is pure: it keeps nothing but what it returns as state, reads no tensor's value and works on tensors of shape
-    `[n_layers]` on the parameters' device. A factor that is not finite acts as 1, so that a layer with a zero or broken
-    gradient does what the optimizer alone would do. A negative one is not refused: that layer goes up its gradient.
+    `[n_layers]` on the parameters' device. A factor that is not finite acts as 1, so that a layer whose gradient is
+    zero or non-finite does what the optimizer alone would do. A negative one is not refused: that layer goes up its
+    gradient.
 
     The class attributes say what `"auto"` means for the rule in `LayerwiseLR`; None leaves it to the others of a
     `chain`.
@@ -77,6 +85,173 @@ class Rule(ABC):
         """Return the state for the next epoch."""
         return state
 
+    # --- What few rules override ----------------------------------------------------------------------------------
+
+    def asks(self, state: State) -> bool:
+        """Return whether `factors` reads statistics at this step."""
+        return True
+
+    def load(self, saved: Any, state: State) -> State:
+        """Return the state with the saved one in place of its entries, after a check of its form."""
+        return loaded(saved, state, "state")
+
+    def derived(self, state: State) -> State:
+        """Return the state with the entries that follow from the others computed again."""
+        return state
+
+    def get_selection(self, state: State) -> list[Selection] | None:
+        """Return the last choice of a rule that chooses layers, one entry a layer; None for other rules."""
+        return None
+
+    def remarks(self, layers: Sequence[Layer]) -> list[str]:
+        """Return warnings for the log when the rule is attached to these layers."""
+        return []
+
+    def doubts(self, layers: Sequence[Layer]) -> list[str]:
+        """Return reasons why the rule may read the layers' names wrongly."""
+        return []
+
+    def table(self, layers: Sequence[Layer]) -> list[str]:
+        """Return the lines of a table that `diagnose` prints."""
+        return []
+
+    # --- What follows ---------------------------------------------------------------------------------------------
+
+    @property
+    def rule_kind(self) -> str:
+        """The name of the rule without its arguments; a state loads only into a rule of the same kind."""
+        return type(self).__name__
+
+    def needs_own_layer_only(self) -> bool:
+        """Return whether a layer's factor needs the statistics of no other layer."""
+        return self.own_layer
+
+    def depends_on_other_layers(self) -> bool:
+        """Return whether a layer's factor depends on which other layers there are, or on their statistics."""
+        return not self.needs_own_layer_only() if self.compares_layers is None else self.compares_layers
+
+    def renewed(self, layers: Sequence[Layer], device: torch.device, state: State, old_names: Sequence[str]) -> State:
+        """Return the state for new layers, which keeps the values of layers that are still there.
+
+        Args:
+            layers: The layers.
+            device: Where the factors are used.
+            state: The state so far; may be empty.
+            old_names: The names of its layers.
+        """
+        names = [layer.name for layer in layers]
+        return self.derived(carried_over(self.init(layers, device), state, names, old_names))
+
+
+class ElementwiseRule(Rule):
+    """A rule without state whose factor for a layer follows from that layer's own statistics: f_l = φ(s_l).
+
+    φ is written once, with operators and the functions of `layerwise.rules.elementwise`, and takes numbers of one layer
+    or tensors of all layers. On the CPU a step with few layers then costs a few operations on Python's numbers instead
+    of a chain of small tensor operations, each of which finds its code out of the cache.
+
+    Example:
+        >>> class InverseNorm(ElementwiseRule):
+        ...     '''f_l = 1 / ‖g_l‖.'''
+        ...     def factor(self, gradient_norm):
+        ...         return 1 / gradient_norm
+        >>> InverseNorm().numbers({"gradient_norm": [0.5, 2.0]})
+        [2.0, 0.5]
+        >>> InverseNorm().factors(Statistics(gradient_norm=torch.tensor([0.5, 2.0])), {})[0]
+        tensor([2.0000, 0.5000])
+    """
+
+    @abstractmethod
+    def factor(self, *statistics: Any, **options: Any) -> Any:
+        """Return φ of the statistics in `needs`, in their order."""
+
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Return φ of all layers."""
+        return self.factor(*(getattr(statistics, name) for name in self.needs)), state
+
+    def needs_own_layer_only(self) -> bool:
+        """Return whether φ is in use and reads statistics of single layers."""
+        if is_elementwise(self):
+            return not {"counts", "gradients"} & set(self.needs)
+        return self.own_layer
+
+    def numbers(self, statistics: Mapping[str, Sequence[float]]) -> list[float]:
+        """Return φ layer by layer.
+
+        Args:
+            statistics: For each name in `needs` one number a layer.
+        """
+        columns = list(map(statistics.__getitem__, self.needs))
+        try:
+            numbers = list(map(self.factor, *columns))
+            if set(map(type, numbers)) <= {float, int}:
+                return list(map(float, numbers))
+        except ArithmeticError:  # Python's numbers cannot be divided by zero, and do not overflow
+            pass
+        return [self._of_one_layer(row) for row in zip(*columns, strict=True)]
+
+    def _of_one_layer(self, row: Sequence[float]) -> float:
+        """Return φ of one layer, computed with tensors where Python's numbers raise or give a complex number."""
+        with contextlib.suppress(ArithmeticError):
+            number = self.factor(*row)
+            if type(number) in (float, int):
+                return float(number)
+        return float(self.factor(*(torch.tensor([x], dtype=torch.float64, device="cpu") for x in row)))
+
+
+def is_elementwise(rule: Rule) -> TypeGuard[ElementwiseRule]:
+    """Return whether a rule's factors are its φ; a subclass or an object may replace `factors`."""
+    return (
+        isinstance(rule, ElementwiseRule)
+        and type(rule).factors is ElementwiseRule.factors
+        and "factors" not in getattr(rule, "__dict__", {})
+    )
+
+
+def check_elementwise(rule: ElementwiseRule) -> None:
+    """Raise unless φ takes tensors of several layers and numbers of one.
+
+    Raises:
+        TypeError: It does not, or its `needs` have no order.
+    """
+    if not isinstance(rule.needs, Sequence):
+        raise TypeError(f"{rule!r}: needs={rule.needs!r} must be a tuple, whose order is that of factor's arguments")
+    remedy = (
+        "write it with operators (x ** 0.5 for a root) and with log1p, minimum and where of "
+        "layerwise.rules.elementwise, or make it a Rule, whose factors(statistics, state) gets tensors only"
+    )
+    layers, result = torch.tensor([1.0, 2.0], dtype=torch.float64, device="cpu"), None
+    for words, value in (("the numbers of one layer", 2.0), ("tensors of several layers", layers)):
+        try:
+            result = rule.factor(*[value] * len(rule.needs))
+        except ArithmeticError:  # Python's numbers cannot form what a tensor has as infinity or NaN
+            continue
+        except Exception as error:
+            raise TypeError(f"{rule!r}.factor cannot take {words} ({error}); {remedy}") from error
+    if not isinstance(result, Tensor) or result.shape != layers.shape:
+        raise TypeError(f"{rule!r}.factor returns {result!r} for tensors of two layers, not one factor each; {remedy}")
+
+
+def check_rule(rule: Any) -> Rule:
+    """Return the rule.
+
+    Raises:
+        TypeError: It is a class, or its class does not derive from `Rule`.
+    """
+    if isinstance(rule, type):
+        raise TypeError(f"rule={rule.__name__} is a class; call it: {rule.__name__}(…)")
+    if not isinstance(rule, Rule):
+        raise TypeError(
+            f"rule={rule!r} ({type(rule).__name__}) is not a layerwise.rules.Rule; pass one of layerwise.rules, or an "
+            "object of a class that derives from layerwise.rules.Rule and has a method factors(statistics, state)"
+        )
+    return rule
+
+
+def is_pair(result: object) -> TypeGuard[tuple[Any, Any]]:
+    """Return whether a rule's `factors` returned two values, as it must."""
+    return isinstance(result, tuple) and len(cast("tuple[object, ...]", result)) == 2
+
 
 def finite_or_one(factors: Tensor) -> Tensor:
     """Return the factors with 1 for each that is not finite."""
@@ -84,5 +259,5 @@ def finite_or_one(factors: Tensor) -> Tensor:
 
 
 def is_number(value: object) -> bool:
-    """Tell whether an argument is an int or a float, and no bool."""
+    """Return whether an argument is an int or a float, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)

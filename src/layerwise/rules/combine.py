@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,87 +13,70 @@ from .._arguments import has_type
 from .._tensors import moved
 from ..layers import Layer
 from ..statistics import Statistics
-from .base import Rule, State, finite_or_one
-from .questions import (
-    check_rule,
-    compares_layers,
-    default,
-    derived_state,
-    doubts_of,
-    ended_state,
-    get_selection,
-    initial_state,
-    load_state,
-    needs_of,
-    own_layer,
-    remarks_of,
-    table_of,
-)
-from .selection import Selection
-from .state import is_state, kind_of
+from .base import Rule, Selection, check_rule, finite_or_one
+from .state import State, is_state
 
 
 class _Combined(Rule):
-    """A rule made of others: it needs what they need, and prefers what the first of them with a preference prefers."""
+    """A rule made of others: it needs what they need, and the first with a preference decides.
+
+    Its state holds the rules' states by position.
+    """
 
     def __init__(self, *rules: Any) -> None:
-        self.rules = tuple(check_rule(rule) for rule in rules)
-        self.needs = tuple(dict.fromkeys(name for rule in rules for name in needs_of(rule)))
-        for name in ("layers", "place", "decay", "exclude"):
-            preferences = (default(rule, name) for rule in rules)
-            setattr(self, f"default_{name}", next((p for p in preferences if p is not None), None))
-        self.own_layer = all(map(own_layer, rules))
-        self.compares_layers = any(map(compares_layers, rules))
+        self.rules = tuple(map(check_rule, rules))
+        self.needs = tuple(dict.fromkeys(name for rule in self.rules for name in rule.needs))
+        for name in ("default_layers", "default_place", "default_decay", "default_exclude"):
+            preferences = (getattr(rule, name) for rule in self.rules)
+            setattr(self, name, next((p for p in preferences if p is not None), None))
+        self.own_layer = all(rule.needs_own_layer_only() for rule in self.rules)
+        self.compares_layers = any(rule.depends_on_other_layers() for rule in self.rules)
+
+    def _each(self, state: State) -> Iterator[tuple[str, Rule, State]]:
+        """Yield each rule with its key and its part of the state."""
+        for i, rule in enumerate(self.rules):
+            yield str(i), rule, state[str(i)]
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
-        """Return the rules' states, by position."""
-        return {str(i): initial_state(rule, layers, device) for i, rule in enumerate(self.rules)}
+        return {str(i): rule.init(layers, device) for i, rule in enumerate(self.rules)}
 
-    def _each(self, statistics: Statistics, state: State) -> tuple[list[Tensor], State]:
-        results = [rule.factors(statistics, state[str(i)]) for i, rule in enumerate(self.rules)]
-        return [factors for factors, _ in results], {str(i): new for i, (_, new) in enumerate(results)}
+    def _factors_of_each(self, statistics: Statistics, state: State) -> tuple[list[Tensor], State]:
+        results = {key: rule.factors(statistics, own) for key, rule, own in self._each(state)}
+        return [factors for factors, _ in results.values()], {key: new for key, (_, new) in results.items()}
 
     def end_epoch(self, state: State) -> State:
-        """Return the rules' states for the next epoch."""
-        return {str(i): ended_state(rule, state[str(i)]) for i, rule in enumerate(self.rules)}
+        return {key: rule.end_epoch(own) for key, rule, own in self._each(state)}
 
-    def load(self, saved: State, state: State) -> State:
-        """Return the rules' states with what was saved."""
+    def load(self, saved: Any, state: State) -> State:
         if not is_state(saved) or sorted(saved) != sorted(state):
             raise ValueError(f"the file does not hold a state for each of the {len(self.rules)} rules; attach the same")
-        return {str(i): load_state(rule, saved[str(i)], state[str(i)]) for i, rule in enumerate(self.rules)}
+        return {key: rule.load(saved[key], own) for key, rule, own in self._each(state)}
 
     def derived(self, state: State) -> State:
-        """Return the rules' states with what follows from the rest of each."""
-        return {str(i): derived_state(rule, state[str(i)]) for i, rule in enumerate(self.rules)}
-
-    def remarks(self, layers: Sequence[Layer]) -> list[str]:
-        """Return what a person should know of each rule."""
-        return [remark for rule in self.rules for remark in remarks_of(rule, layers)]
-
-    def doubts(self, layers: Sequence[Layer]) -> list[str]:
-        """Return in what each rule may be wrong about the layers."""
-        return [doubt for rule in self.rules for doubt in doubts_of(rule, layers)]
-
-    def table(self, layers: Sequence[Layer]) -> list[str]:
-        """Return the rules' tables, one below the other."""
-        return [line for rule in self.rules for line in table_of(rule, layers)]
+        return {key: rule.derived(own) for key, rule, own in self._each(state)}
 
     def get_selection(self, state: State) -> list[Selection] | None:
         """Return the last choice of the first rule that chooses layers."""
-        found = (get_selection(rule, state[str(i)]) for i, rule in enumerate(self.rules))
+        found = (rule.get_selection(own) for _, rule, own in self._each(state))
         return next((selection for selection in found if selection is not None), None)
+
+    def remarks(self, layers: Sequence[Layer]) -> list[str]:
+        return [remark for rule in self.rules for remark in rule.remarks(layers)]
+
+    def doubts(self, layers: Sequence[Layer]) -> list[str]:
+        return [doubt for rule in self.rules for doubt in rule.doubts(layers)]
+
+    def table(self, layers: Sequence[Layer]) -> list[str]:
+        return [line for rule in self.rules for line in rule.table(layers)]
 
 
 class _Chain(_Combined):
     @property
     def rule_kind(self) -> str:
-        """What it is, but for the arguments of its rules."""
-        return f"chain({', '.join(map(kind_of, self.rules))})"
+        return f"chain({', '.join(rule.rule_kind for rule in self.rules)})"
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
-        """Return the product of the rules' factors."""
-        each, state = self._each(statistics, state)
+        each, state = self._factors_of_each(statistics, state)
         # Some rules know their factors on the host; copying so few to the device waits for nothing.
         device = next((factors.device for factors in each if factors.device.type != "cpu"), each[0].device)
         return torch.stack([finite_or_one(moved(factors, device)) for factors in each]).prod(0), state
@@ -109,17 +92,14 @@ class _Bounds(_Combined):
 
     @property
     def rule_kind(self) -> str:
-        """What it is, but for the bounds and the arguments of its rule."""
-        return f"bounds({kind_of(self.rules[0])})"
+        return f"bounds({self.rules[0].rule_kind})"
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
-        """Return the rule's factors, clamped."""
-        (factors,), state = self._each(statistics, state)
+        (factors,), state = self._factors_of_each(statistics, state)
         return finite_or_one(factors).clamp(self.low, self.high), state
 
     def remarks(self, layers: Sequence[Layer]) -> list[str]:
-        """Return nothing if there is an upper bound, which is what a rule would ask for."""
-        return super().remarks(layers) if self.high == math.inf else []
+        return super().remarks(layers) if self.high == math.inf else []  # rules warn only of factors without a bound
 
     def __repr__(self) -> str:
         return f"bounds({self.rules[0]!r}, {self.low:g}, {self.high:g})"
@@ -136,7 +116,7 @@ def chain(*rules: Any) -> Rule:
         *rules: At least one rule.
 
     Raises:
-        TypeError: One is no rule.
+        TypeError: One is not a `Rule`.
         ValueError: There is none.
 
     Example:
@@ -162,7 +142,7 @@ def bounds(rule: Any, low: float, high: float) -> Rule:
         high: Largest factor, at least `low`; `math.inf` for none.
 
     Raises:
-        TypeError: It is no rule, or a bound is no number.
+        TypeError: `rule` is not a `Rule`, or a bound is no number.
         ValueError: The bounds are negative, NaN or in the wrong order.
 
     Example:

@@ -13,7 +13,8 @@ from torch import Tensor
 from .._arguments import has_type
 from ..layers import Layer, check_patterns, matches
 from ..statistics import Statistics, common_device
-from .base import Rule, State, is_number
+from .base import Rule, is_number
+from .state import State
 
 
 def check_factor(factor: object, where: str) -> float:

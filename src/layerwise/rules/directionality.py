@@ -1,26 +1,27 @@
-"""Sums of gradients over an epoch, and the directionality ratios G and G′ of layers."""
+"""Sums of gradients over an epoch, the measures G and G′ of them, and the rules that choose layers by these."""
 
 from __future__ import annotations
 
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._arguments import has_type
 from .._norms import absolute_sums
 from .._tensors import as_dense_real, has_values, local, moved
 from ..layers import Layer
-from ..sharding import Buffers, Sharing, number_count, sharing_of
+from ..sharding import Buffers, number_count, sharing_of
 from ..statistics import Gradients, Statistics
-from .base import Rule, State
-from .selection import Measure, Selection, check_whole, of_kinds
-from .state import is_state, loaded
+from .base import Rule, Selection
+from .selection import LayerChoice, check_whole, of_kinds
+from .state import State, is_state, loaded
+
+logger = logging.getLogger("layerwise")
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,12 @@ class Sample:
     step: int
 
     def of(self, gradient: Tensor, parameter: Tensor) -> Tensor:
-        """Return the gradient of these weights; the positions are those in the parameter's memory."""
-        if gradient.shape == parameter.shape and gradient.stride() != parameter.stride():
-            gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+        """Return the gradient of these weights, which are numbered in the order of the parameter's memory."""
+        order = sorted(range(parameter.ndim), key=parameter.stride, reverse=True)
+        order += range(parameter.ndim, gradient.ndim)  # real and imaginary parts
         # The positions are computed anew: kept, they would take as much memory as the sums.
         positions = torch.arange(self.count, device=gradient.device).mul_(self.step).remainder_(gradient.numel())
-        dense = gradient if _fills_its_memory(gradient) else gradient.contiguous()
-        return dense.as_strided((gradient.numel(),), (1,)).index_select(0, positions)
+        return gradient.permute(order).reshape(-1).index_select(0, positions)
 
 
 def samples_of(layer: Sequence[Tensor], most: int | None) -> list[Sample | None]:
@@ -65,17 +65,9 @@ def samples_of(layer: Sequence[Tensor], most: int | None) -> list[Sample | None]
     return samples
 
 
-def _fills_its_memory(tensor: Tensor) -> bool:
-    """Tell whether a tensor has no gaps."""
-    return tensor.is_contiguous() or (
-        sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        == tensor.numel()
-    )
-
-
 # --- Sums ------------------------------------------------------------------------------------------------------------
 
-Sums = dict[str, Any]
+Sums = State
 """Empty, or `signed`, `absolute`, `received`: tensors by parameter, for a checkpoint to hold; and `iterations`."""
 
 PARTS = ("signed", "absolute", "received")
@@ -92,17 +84,16 @@ class DirectionalitySums:
     Steps with a gradient that is not finite or beyond any training (Σ|g| of 2¹⁰⁰ ≈ 1e30), steps that a gradient scaler
     skips and steps whose gradients are all zero do not count.
 
-    Where parameters are shared among processes, so are their buffers; a step and the end of an epoch take one
-    collective each.
+    The buffers of sharded parameters are sharded too. A step and the end of an epoch take one collective each.
 
     Args:
         layers: The layers.
         each_weight: Whether Σ_j |g_ij| is kept for each weight (G′) or summed at once (G).
         sample: Number of weights of each layer that stand for it; None for all.
-        measured: Which layers are summed; None for all. The others still tell whether a step counts.
+        measured: Which layers are summed; None for all. The others still decide whether a step counts.
 
     Raises:
-        ValueError: A sample is asked for of parameters that are shared among processes.
+        ValueError: `sample` is given and parameters are sharded.
     """
 
     def __init__(
@@ -114,7 +105,6 @@ class DirectionalitySums:
         measured: Sequence[bool] | None = None,
     ) -> None:
         self.each_weight = each_weight
-        self.sample = sample
         self._sizes = [len(layer.parameters) for layer in layers]
         self._parameters = [p for layer in layers for p in layer.parameters]
         names = [
@@ -122,7 +112,7 @@ class DirectionalitySums:
             for layer in layers
             for name in (layer.parameter_names or [f"{layer.name}.{i}" for i in range(len(layer.parameters))])
         ]
-        # A state's own entries that begin with an underscore are not saved; a parameter's name may begin with one.
+        # Entries that begin with an underscore are not saved, and a parameter's name may begin with one.
         self._keys = [f"/{name}" for name in names]
         self._shards = [shard for layer in layers for shard in layer.shards]
         self._sharing = sharing_of(self._shards)
@@ -131,12 +121,11 @@ class DirectionalitySums:
                 f"sample={sample!r}: the parameters are sharded, and which weights stand for a layer depends on the "
                 "number of processes; leave sample out, the sums are sharded too"
             )
-        self._samples = [taken for layer in layers for taken in samples_of(layer.whole(), sample)]
-        self._counts = [
-            number_count(whole) if taken is None else taken.count
-            for whole, taken in zip((p for layer in layers for p in layer.whole()), self._samples, strict=True)
-        ]
-        self._buffers = Buffers(self._parameters, self._shards, [None if s is None else s.count for s in self._samples])
+        self._samples = [one for layer in layers for one in samples_of(layer.whole(), sample)]
+        counts = [None if one is None else one.count for one in self._samples]
+        whole = [number_count(p) for layer in layers for p in layer.whole()]
+        self._counts = [all_ if count is None else count for all_, count in zip(whole, counts, strict=True)]
+        self._buffers = Buffers(self._parameters, self._shards, counts)
         inside = [True] * len(layers) if measured is None else measured
         self._measured = [flag for size, flag in zip(self._sizes, inside, strict=True) for _ in range(size)]
 
@@ -148,60 +137,56 @@ class DirectionalitySums:
             sums: Those so far; empty before the first step.
             gradients: This step's.
         """
-        every = [(i, _real(g)) for i, g in enumerate(gradients.tensors) if g is not None]
-        if not every and self._sharing is None:
+        held = {i: _dense(g) for i, g in enumerate(gradients.tensors) if g is not None}
+        if not held and self._sharing is None:
             return sums
-        device = every[0][1].device if every else local(self._parameters[0]).device
-        totals: list[Tensor] | None = None
-        received: Tensor | None = None
-        if self._sharing is not None:
-            joint, received = self._joined(every, device)
-            size = joint.sum()
-            totals = list(joint)
-        elif self.sample is None and not self.each_weight and all(self._measured):
-            totals = [torch.zeros(())] * len(self._keys)
-            for (i, _), total in zip(every, absolute_sums([g for _, g in every]), strict=True):
-                totals[i] = total
-            size = torch.stack([moved(totals[i], device) for i, _ in every]).sum()
-        else:
-            size = _size([g for _, g in every], device)
-        present = [
-            (i, g if (sample := self._samples[i]) is None else sample.of(g, self._parameters[i]))
-            for i, g in every
-            if self._measured[i]
-        ]
+        totals, holders = self._totals(held)
+        size, scale = torch.stack(totals).sum(), gradients.scale
         if size.device.type == "cpu" and gradients.skipped is None:
             if not 0 < size.item() < LARGEST:
                 return sums
-            counts = None
-            scale: Any = 1.0 if gradients.scale is None else 1 / float(gradients.scale)
+            counts, inverse = None, 1.0 if scale is None else 1 / float(scale)
         else:
-            counts = (size > 0) & (size < LARGEST)
+            counts, inverse = (size > 0) & (size < LARGEST), 1.0 if scale is None else scale.double().reciprocal()
             if gradients.skipped is not None:
-                counts &= moved(gradients.skipped, device) == 0
-            scale = 1.0 if gradients.scale is None else gradients.scale.double().reciprocal()
-        sums = sums or {**{part: {} for part in PARTS}, "iterations": torch.zeros((), dtype=torch.int64, device=device)}
-        sums["iterations"] = moved(sums["iterations"], device) + (1 if counts is None else counts)
-        elsewhere = self._elsewhere({i for i, _ in every})
-        for i, gradient in [*present, *elsewhere]:
-            self._open(sums, i, gradient)
-            key = self._keys[i]
-            arrived: Any = True if received is None else received[i] > 0
-            if counts is not None:
-                arrived = moved(counts, gradient.device) & arrived
-            elif received is not None:
-                arrived = bool(arrived)
+                counts &= moved(gradients.skipped, size.device) == 0
+        if not sums:
+            sums = {**{part: {} for part in PARTS}, "iterations": size.new_zeros((), dtype=torch.int64)}
+        sums["iterations"] = moved(sums["iterations"], size.device) + (1 if counts is None else counts)
+        for i, parameter in enumerate(self._parameters):
+            gradient, sample, key = held.get(i), self._samples[i], self._keys[i]
+            # A process without a gradient of a sharded parameter adds the others' sums: all have to choose alike.
+            elsewhere = gradient is None and self._shards[i] is not None and parameter.requires_grad
+            if not self._measured[i] or (gradient is None and not elsewhere):
+                continue
+            if gradient is not None and sample is not None:
+                gradient = sample.of(gradient, parameter)
+            like = as_dense_real(local(parameter.detach())) if gradient is None else gradient
+            self._open(sums, i, like)
+            arrived: Any = True if holders is None else holders[i] > 0
+            arrived = bool(arrived) if counts is None else moved(counts, like.device) & arrived
             sums["received"][key] = sums["received"][key] | arrived
-        values = [gradient for _, gradient in present]
-        self._accumulate(sums["signed"], present, values, scale, counts)
-        if self.each_weight:
-            for item in present:  # one at a time: together they would take the room of all parameters once more
-                self._accumulate(sums["absolute"], [item], [item[1].abs()], scale, counts)
-        else:
-            own = absolute_sums(values) if totals is None else [totals[i] for i, _ in present]
-            others = [] if totals is None else [totals[i] for i, _ in elsewhere]
-            self._accumulate(sums["absolute"], [*present, *elsewhere], own + others, scale, counts)
+            if gradient is not None:
+                _accumulate(sums["signed"][key], gradient, inverse, counts)
+            if not self.each_weight:
+                total = totals[i] if sample is None else absolute_sums([like])[0]
+                _accumulate(sums["absolute"][key], total, inverse, counts)
+            elif gradient is not None:
+                _accumulate(sums["absolute"][key], gradient.abs(), inverse, counts)
         return sums
+
+    def _totals(self, held: Mapping[int, Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Return Σ|g| of each parameter over all processes, and of sharded ones how many processes have a gradient."""
+        device = next(iter(held.values())).device if held else local(self._parameters[0]).device
+        own = dict(zip(held, absolute_sums(list(held.values())), strict=True))
+        zero = torch.zeros((), device=device)
+        totals = [moved(own.get(i, zero), device) for i in range(len(self._parameters))]
+        if self._sharing is None:
+            return totals, None
+        holds = [float(i in held and held[i].numel() > 0) for i in range(len(self._parameters))]
+        shares = [torch.stack(totals).double(), torch.tensor(holds, dtype=torch.float64, device=device)]
+        sums, holders = self._sharing.sum(torch.stack(shares))
+        return list(sums), list(holders)
 
     def ratios(self, sums: Sums) -> tuple[list[float], list[bool]]:
         """Return G or G′ of each layer, and which layers received a gradient. Waits for the device.
@@ -209,160 +194,106 @@ class DirectionalitySums:
         Args:
             sums: Those of the epoch; may be empty.
         """
-        found = [self._fraction(sums, i) for i in range(len(self._keys))]
+        parts = [self._part(sums, key) for key in self._keys]
         if self._sharing is not None:
             device = local(self._parameters[0]).device
-            shares = torch.tensor([[above, flag] for above, _, flag in found], dtype=torch.float64, device=device)
-            joint: Any = self._sharing.sum(shares.T.contiguous())
-            above, flags = joint.tolist()
-            found = [(x, below, flag > 0) for x, flag, (_, below, _) in zip(above, flags, found, strict=True)]
+            shares: Any = self._sharing.sum(torch.tensor(parts, dtype=torch.float64, device=device).T.contiguous())
+            parts = shares.T.tolist()
+        # Below the fraction bar stand numbers of whole parameters, which every process knows.
+        below = list(map(float, self._counts))
+        if not self.each_weight:
+            below = [float(sums["absolute"].get(key, 0.0)) if sums else 0.0 for key in self._keys]
         ratios: list[float] = []
         received: list[bool] = []
-        position = 0
+        end = 0
         for size in self._sizes:
-            parts = found[position : position + size]
-            position += size
-            below = sum(part[1] for part in parts)
-            ratios.append(min(sum(part[0] for part in parts) / below, 1.0) if below > 0 else 0.0)
-            received.append(any(part[2] for part in parts))
+            begin, end = end, end + size
+            bar = sum(below[begin:end])
+            ratios.append(min(sum(above for above, _ in parts[begin:end]) / bar, 1.0) if bar > 0 else 0.0)
+            received.append(any(flag > 0 for _, flag in parts[begin:end]))
         return ratios, received
 
-    def _fraction(self, sums: Sums, i: int) -> tuple[float, float, bool]:
-        """Return what a parameter adds above and below the fraction bar, and whether it received a gradient.
-
-        The first and the last are those of the shard that this process holds, the second of the whole parameter.
-        """
-        key = self._keys[i]
-        below = float(self._counts[i]) if self.each_weight else 0.0
+    def _part(self, sums: Sums, key: str) -> tuple[float, float]:
+        """Return what this process's part of a parameter adds above the fraction bar, and 1 if it has a gradient."""
         if not sums or key not in sums["signed"]:
-            return 0.0, below, False
-        signed, absolute = local(sums["signed"][key]).double().abs(), local(sums["absolute"][key]).double()
-        received = bool(sums["received"][key])
-        if not self.each_weight:
-            return float(signed.sum()), float(absolute), received
-        return float(torch.where(absolute > 0, signed / absolute, 0.0).sum()), below, received
+            return 0.0, 0.0
+        signed = local(sums["signed"][key]).double().abs()
+        if self.each_weight:
+            absolute = local(sums["absolute"][key]).double()
+            signed = torch.where(absolute > 0, signed / absolute, 0.0)
+        return float(signed.sum()), float(sums["received"][key])
 
-    def _elsewhere(self, held: Collection[int]) -> list[tuple[int, Tensor]]:
-        """Return the shared parameters of which only other processes may have a gradient, with one of that form.
-
-        Their sums go on here too: a process that left a step out would find another G, and choose other layers.
-
-        Args:
-            held: The parameters of which this process has a gradient.
-        """
-        return [
-            (i, as_dense_real(local(p.detach())))
-            for i, (p, shard) in enumerate(zip(self._parameters, self._shards, strict=True))
-            if shard is not None and i not in held and self._measured[i] and p.requires_grad
-        ]
-
-    def _joined(self, every: Sequence[tuple[int, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return Σ|g| of each parameter over all processes, and how many hold a part of its gradient."""
-        shares = torch.zeros(2, len(self._keys), dtype=torch.float64, device=device)
-        for (i, gradient), total in zip(every, absolute_sums([g for _, g in every]), strict=True):
-            shares[0, i] = total
-            shares[1, i] = float(gradient.numel() > 0)
-        joint, received = cast(Sharing, self._sharing).sum(shares)
-        return joint, received
-
-    def _accumulate(
-        self,
-        buffers: dict[str, Tensor],
-        present: Sequence[tuple[int, Tensor]],
-        values: Sequence[Tensor],
-        scale: Any,
-        counts: Tensor | None,
-    ) -> None:
-        """Add `scale` times the values, or nothing where `counts` is false; the values need not be finite then."""
-        into = [local(buffers[self._keys[i]]) for i, _ in present]
-        if counts is None:
-            torch._foreach_add_(into, list(values), alpha=scale)
-            return
-        for buffer, value in zip(into, values, strict=True):
-            factor = moved(scale, buffer.device) if isinstance(scale, Tensor) else scale
-            counted = torch.where(moved(counts, buffer.device), value.to(buffer.dtype) * factor, 0)
-            buffer.add_(counted.to(buffer.dtype))
+    def _open(self, sums: Sums, i: int, like: Tensor) -> None:
+        """Make a parameter's buffers, or bring those of a file, or of a model that was moved, to its device."""
+        key = self._keys[i]
+        signed = sums["signed"].get(key)
+        if signed is None or local(signed).shape != like.shape:
+            sums["signed"][key] = self._buffers.zeros(i, like)
+            sums["received"][key] = False
+            sums["absolute"][key] = (
+                self._buffers.zeros(i, like)
+                if self.each_weight
+                else torch.zeros((), dtype=torch.float64, device=like.device)
+            )
+        elif signed.device != like.device:
+            for part in PARTS:
+                if isinstance(buffer := sums[part][key], Tensor):
+                    sums[part][key] = moved(buffer, like.device)
 
     def loaded(self, sums: Any) -> Sums:
-        """Return a copy of saved sums, shared among processes as the parameters are now.
+        """Return a copy of saved sums, sharded as the parameters are now.
 
         Raises:
             ValueError: They are not of this form, or of other parameters.
         """
         if sums == {}:
             return {}
-        if has_type(sums, dict):  # a distributed checkpoint leaves out what is empty
-            empty: Sums = {part: {} for part in PARTS}
-            sums = {**empty, **sums}
-        form = has_type(sums, dict) and sorted(sums) == sorted([*PARTS, "iterations"])
-        if not form or not all(has_type(sums[part], dict) for part in PARTS):
+        # A distributed checkpoint leaves out what is empty.
+        empty: Sums = {part: {} for part in PARTS}
+        sums = {**empty, **sums} if is_state(sums) else {}
+        if sums.keys() != {*PARTS, "iterations"} or not all(is_state(sums[part]) for part in PARTS):
             raise ValueError(f"the saved sums must hold {', '.join(PARTS)} by parameter, and iterations")
         if not isinstance(sums["iterations"], Tensor) or sums["iterations"].ndim:
             raise ValueError("the saved sums hold no number of iterations")
-        copy: Sums = {**{part: {} for part in PARTS}, "iterations": sums["iterations"].clone()}
+        result: Sums = {}
         for part in PARTS:
             if sums[part].keys() != sums["signed"].keys():
                 raise ValueError(f"the saved sums are of different parameters in 'signed' and {part!r}")
-            for key, buffer in sums[part].items():
-                if key not in self._keys:
-                    raise ValueError(f"the saved sums hold {key!r}, which is no parameter here; use the same model")
-                if part == "received" and isinstance(buffer, bool):
-                    copy[part][key] = buffer
-                    continue
-                whole = part == "signed" or (part == "absolute" and self.each_weight)
-                copy[part][key] = self._buffers.loaded(self._keys.index(key), buffer, key, scalar=not whole)
-        return copy
+            scalar = part == "received" or (part == "absolute" and not self.each_weight)
+            result[part] = {key: self._loaded(key, buffer, scalar=scalar) for key, buffer in sums[part].items()}
+        return {**result, "iterations": sums["iterations"].clone()}
 
-    def _open(self, sums: Sums, i: int, gradient: Tensor) -> None:
-        """Make a parameter's buffers, or bring those of a file, or of a model that was moved, to its device."""
-        key = self._keys[i]
-        known = sums["signed"].get(key)
-        if known is not None and local(known).shape == gradient.shape:
-            if known.device != gradient.device:
-                for part in PARTS:
-                    buffer = sums[part][key]
-                    sums[part][key] = moved(buffer, gradient.device) if isinstance(buffer, Tensor) else buffer
-            return
-        sums["signed"][key] = self._buffers.zeros(i, gradient)
-        sums["received"][key] = False
-        sums["absolute"][key] = (
-            self._buffers.zeros(i, gradient)
-            if self.each_weight
-            else torch.zeros((), dtype=torch.float64, device=gradient.device)
-        )
+    def _loaded(self, key: str, buffer: Any, *, scalar: bool) -> Any:
+        if key not in self._keys:
+            raise ValueError(f"the saved sums hold {key!r}, which is no parameter here; use the same model")
+        if scalar and isinstance(buffer, bool):
+            return buffer
+        return self._buffers.loaded(self._keys.index(key), buffer, key, scalar=scalar)
 
 
-def _real(gradient: Tensor) -> Tensor:
+def _dense(gradient: Tensor) -> Tensor:
     """Return a gradient that can be added up: repeated entries of a sparse one summed, complex ones as pairs."""
-    if gradient.layout is not torch.strided:
-        gradient = gradient.to_dense()
-    return as_dense_real(gradient)
+    return as_dense_real(gradient if gradient.layout is torch.strided else gradient.to_dense())
 
 
-def _size(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return about Σ|g| over all tensors: zero where all are, not finite where one is not; no square can overflow.
-
-    Half precision is summed in float32, since float16 ends at 65,504.
-    """
-    kinds: dict[torch.dtype, list[Tensor]] = {}
-    for gradient in gradients:
-        kinds.setdefault(gradient.dtype, []).append(gradient)
-    norms: list[Tensor] = []
-    for dtype, same in kinds.items():
-        norms += torch._foreach_norm(same, 1, torch.float32 if dtype in (torch.float16, torch.bfloat16) else None)
-    return torch.stack([moved(norm, device) for norm in norms]).sum()
+def _accumulate(buffer: Tensor, value: Tensor, scale: float | Tensor, counts: Tensor | None) -> None:
+    """Add `scale` times the value, or nothing where `counts` is false; the value need not be finite then."""
+    buffer = local(buffer)
+    if counts is None:
+        buffer.add_(value, alpha=float(scale))
+        return
+    factor = moved(scale, buffer.device) if isinstance(scale, Tensor) else scale
+    value = moved(value, buffer.device).to(buffer.dtype) * factor
+    buffer.add_(torch.where(moved(counts, buffer.device), value, 0))
 
 
 def buffer_bytes(sums: Mapping[str, Any]) -> int:
     """Return the bytes that sums hold."""
-    tensors = (value for value in sums.values() if isinstance(value, Tensor))
-    inner = (value for value in sums.values() if has_type(value, dict))
-    return sum(x.numel() * x.element_size() for x in tensors) + sum(map(buffer_bytes, inner))
+    tensors = [value for value in sums.values() if isinstance(value, Tensor)]
+    return sum(x.nbytes for x in tensors) + sum(map(buffer_bytes, filter(is_state, sums.values())))
 
 
 # --- Rules that measure over an epoch --------------------------------------------------------------------------------
-
-logger = logging.getLogger("layerwise")
 
 
 class ChoosingRule(Rule):
@@ -375,11 +306,42 @@ class ChoosingRule(Rule):
     needs = ("gradients",)
     default_layers = "module"
 
+    @property
+    @abstractmethod
+    def _choice(self) -> LayerChoice:
+        """What is measured, and of which layers."""
+
+    @abstractmethod
+    def measured(self, epoch: int) -> bool:
+        """Return whether gradients are measured in an epoch."""
+
+    @abstractmethod
+    def _factor(self, epoch: int) -> float:
+        """Return the factor of the chosen layers in an epoch."""
+
+    @abstractmethod
+    def _chosen(self, state: State, live: Sequence[bool], values: Sequence[float], z: Sequence[float]) -> State:
+        """Return the state with the choice that follows from what was measured.
+
+        Args:
+            state: The state at the end of the epoch.
+            live: Which layers may be chosen and received a gradient.
+            values: The score of each layer; NaN of those that are not live.
+            z: Their ẑ.
+        """
+
+    def _score(self, value: float) -> float:
+        """Return the score of a layer with this G or G′."""
+        return value
+
+    def _entered(self, state: State) -> State:
+        """Return the state at the beginning of its epoch; a rule may choose here without measuring."""
+        return state
+
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return the state at the beginning of epoch 1."""
-        measure, sample = self._measures()
+        of_kind = of_kinds(layers, self._choice.kinds)
         unknown = torch.full((len(layers),), math.nan, dtype=torch.float64, device="cpu")
-        of_kind = of_kinds(layers, self._kinds())
         state: State = {
             "epoch": 1,
             "draw": 0,
@@ -391,7 +353,10 @@ class ChoosingRule(Rule):
             "_layers": tuple(layers),
             "_of_kind": of_kind,
             "_sums": DirectionalitySums(
-                layers, each_weight=measure == "G_prime", sample=sample, measured=None if all(of_kind) else of_kind
+                layers,
+                each_weight=self._choice.measure == "G_prime",
+                sample=self._choice.sample,
+                measured=of_kind,
             ),
         }
         return self.derived(self._entered(state))
@@ -399,19 +364,18 @@ class ChoosingRule(Rule):
     def derived(self, state: State) -> State:
         """Return the state with what follows from the rest: this epoch's factors, and whether it measures."""
         factor = torch.tensor(self._factor(state["epoch"]), dtype=torch.float64, device="cpu")
-        factors = torch.where(state["selected"].cpu(), factor, 1.0)
-        measuring = self._measuring(state["epoch"])
+        measuring = self.measured(state["epoch"])
         sums: Sums = state["sums"] if measuring else {}
         return {
             **state,
             "sums": sums,
             "summing": bool(sums),
-            "_factors": factors,
+            "_factors": torch.where(state["selected"].cpu(), factor, 1.0),
             "_measuring": measuring,
         }
 
     def asks(self, state: State) -> bool:
-        """Tell whether this epoch's steps need the statistics in `needs`."""
+        """Return whether this epoch is one of measuring."""
         return state["_measuring"]
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
@@ -424,25 +388,20 @@ class ChoosingRule(Rule):
     def end_epoch(self, state: State) -> State:
         """Choose layers if this epoch was one of measuring, and begin the next. Waits for the device."""
         if state["epoch"] == 1 and state["draw"]:
-            self._log(state, "from the start")
+            _log(state, "from the start")
         if state["_measuring"]:
-            values, received = state["_sums"].ratios(state["sums"])
+            ratios, received = state["_sums"].ratios(state["sums"])
             live = [x and y for x, y in zip(candidates_of(state), received, strict=True)]
-            values = [self._score(value) if inside else math.nan for value, inside in zip(values, live, strict=True)]
-            z = z_scores(values, live, self._ddof())
-            shown = [one if inside else math.nan for one, inside in zip(z, live, strict=True)]
-            state = {
-                **state,
-                "sums": {},
-                "value": torch.tensor(values, dtype=torch.float64, device="cpu"),
-                "z": torch.tensor(shown, dtype=torch.float64, device="cpu"),
-            }
             if not any(live):
                 logger.warning("epoch %d: no step of it counted; was end_epoch() called twice?", state["epoch"])
-            state = self._chosen(state, live, values, z)
+            values = [self._score(one) if inside else math.nan for one, inside in zip(ratios, live, strict=True)]
+            z = z_scores(values, live, self._choice.ddof)
+            shown = [one if inside else math.nan for one, inside in zip(z, live, strict=True)]
+            columns = torch.tensor([values, shown], dtype=torch.float64, device="cpu")
+            state = self._chosen({**state, "sums": {}, "value": columns[0], "z": columns[1]}, live, values, z)
         return self.derived(self._entered({**state, "epoch": state["epoch"] + 1}))
 
-    def load(self, saved: State, state: State) -> State:
+    def load(self, saved: Any, state: State) -> State:
         """Return the state with what was saved; the sums of an epoch of measuring may be there or not."""
         if not is_state(saved) or not is_state(saved.get("sums")):
             raise ValueError("state['sums'] is missing in the file; was it saved for the same rule?")
@@ -463,55 +422,27 @@ class ChoosingRule(Rule):
         columns = (state[name].tolist() for name in ("value", "z", "selected"))
         return [Selection(*row) for row in zip(*columns, strict=True)]
 
-    def _select(self, state: State, selected: Sequence[bool], why: str) -> State:
-        """Return the state with a new choice, and log it."""
-        chosen = torch.tensor(list(selected), dtype=torch.bool, device="cpu")
-        state = {**state, "selected": chosen, "draw": state["draw"] + 1}
-        if "_factors" in state:  # a choice made in init may not be the one that stays
-            self._log(state, why)
-        return state
 
-    def _log(self, state: State, why: str) -> None:
-        names = [layer.name or "(root)" for layer, x in zip(state["_layers"], state["selected"], strict=True) if x]
-        if names:
-            among = sum(candidates_of(state))
-            logger.info("epoch %d: %d of %d layers chosen (%s): %s", state["epoch"], len(names), among, why, names)
-        else:
-            logger.warning("epoch %d: no layer is chosen (%s), so all keep factor 1", state["epoch"], why)
+def with_choice(state: State, selected: Sequence[bool], why: str) -> State:
+    """Return the state with a new choice, and log it."""
+    chosen = torch.tensor(list(selected), dtype=torch.bool, device="cpu")
+    state = {**state, "selected": chosen, "draw": state["draw"] + 1}
+    if "_factors" in state:  # a choice made in init may not be the one that stays
+        _log(state, why)
+    return state
 
-    def _entered(self, state: State) -> State:
-        """Return the state at the beginning of its epoch; a place to choose without measuring."""
-        return state
 
-    def _score(self, value: float) -> float:
-        return value
-
-    def _ddof(self) -> int:
-        return 0
-
-    @abstractmethod
-    def _measures(self) -> tuple[Measure | None, int | None]:
-        """Return what is measured, on how many weights a layer."""
-
-    @abstractmethod
-    def _kinds(self) -> Sequence[str] | None:
-        """Return the kinds of layers that may be chosen."""
-
-    @abstractmethod
-    def _measuring(self, epoch: int) -> bool:
-        """Tell whether an epoch is one of measuring."""
-
-    @abstractmethod
-    def _factor(self, epoch: int) -> float:
-        """Return the factor of the chosen layers in an epoch."""
-
-    @abstractmethod
-    def _chosen(self, state: State, live: Sequence[bool], values: Sequence[float], z: Sequence[float]) -> State:
-        """Return the state with the choice that follows from what was measured."""
+def _log(state: State, why: str) -> None:
+    names = [layer.name or "(root)" for layer, x in zip(state["_layers"], state["selected"], strict=True) if x]
+    if names:
+        among = sum(candidates_of(state))
+        logger.info("epoch %d: %d of %d layers chosen (%s): %s", state["epoch"], len(names), among, why, names)
+    else:
+        logger.warning("epoch %d: no layer is chosen (%s), so all keep factor 1", state["epoch"], why)
 
 
 def candidates_of(state: State) -> list[bool]:
-    """Tell which layers may be chosen now: of the kinds, not excluded, and with a parameter to train."""
+    """Return which layers may be chosen now: of the kinds, not excluded, and with a parameter to train."""
     trained = [layer.included and any(p.requires_grad for p in layer.parameters) for layer in state["_layers"]]
     return [x and y for x, y in zip(state["_of_kind"], trained, strict=True)]
 

@@ -12,9 +12,10 @@ import torch
 
 from .._arguments import has_type
 from ..layers import Layer
-from .base import State, is_number
-from .directionality import ChoosingRule, candidates_of
-from .selection import AllLayers, LayerChoice, Measure, check_flag, check_whole
+from .base import is_number
+from .directionality import ChoosingRule, candidates_of, with_choice
+from .selection import AllLayers, LayerChoice, check_flag, check_whole
+from .state import State
 
 logger = logging.getLogger("layerwise")
 
@@ -73,7 +74,7 @@ class GradientAmplification(ChoosingRule):
 
     Raises:
         TypeError: `selection` or a phase is of another type.
-        ValueError: The phases do not increase, or (when attached) no layer is of a kind that is asked for.
+        ValueError: The phases do not increase, or (when attached) no layer is of one of the kinds.
 
     Example:
         >>> from layerwise.rules import AllLayers
@@ -118,59 +119,44 @@ class GradientAmplification(ChoosingRule):
             logger.warning("threshold=%g chooses nothing: z of %d layers is at most %.2f", threshold, count, limit)
         return state
 
-    def phase_of(self, epoch: int) -> tuple[Phase, int] | None:
-        """Return the phase of an epoch and the phase's first epoch; None after the last phase."""
+    def _phase(self, epoch: int) -> tuple[Phase, int]:
+        """Return the phase of an epoch and the phase's first epoch; after the last phase a plain one."""
         first = 1
         for phase in self.phases:
             if epoch <= phase.until:
                 return phase, first
             first = phase.until + 1
-        return None
+        return Phase(epoch, amplify=False), first
 
     def amplified(self, epoch: int) -> bool:
-        """Tell whether the chosen layers are amplified in an epoch."""
-        found = self.phase_of(epoch)
-        return found is not None and found[0].amplify and not (self._waits() and epoch == found[1])
+        """Return whether the chosen layers are amplified in an epoch."""
+        phase, first = self._phase(epoch)
+        return phase.amplify and not (self.selection.after_analysis and epoch == first)
 
-    def analysed(self, epoch: int) -> bool:
-        """Tell whether gradients are measured in an epoch."""
-        found = self.phase_of(epoch)
-        if self.selection.measure is None or found is None or not found[0].amplify:
-            return False
-        phase, first = found
-        if epoch == first:
-            return True
-        renewed, every = epoch + 1 - first, self.selection.reselect
-        return every is not None and renewed % every == 0 and epoch < phase.until
+    def measured(self, epoch: int) -> bool:
+        """Return whether gradients are measured in an epoch."""
+        phase, first = self._phase(epoch)
+        every = self.selection.reselect
+        renewed = every is not None and (epoch + 1 - first) % every == 0 and epoch < phase.until
+        return self.selection.measure is not None and phase.amplify and (epoch == first or renewed)
 
-    def _waits(self) -> bool:
-        return self.selection.measure is not None or self.selection.waits
+    analysed = measured  # the paper's word
 
-    def _measures(self) -> tuple[Measure | None, int | None]:
-        return self.selection.measure, self.selection.sample
-
-    def _kinds(self) -> Sequence[str] | None:
-        return self.selection.kinds
-
-    def _ddof(self) -> int:
-        return self.selection.ddof
-
-    def _measuring(self, epoch: int) -> bool:
-        return self.analysed(epoch)
+    @property
+    def _choice(self) -> LayerChoice:
+        return self.selection
 
     def _factor(self, epoch: int) -> float:
-        found = self.phase_of(epoch)
-        return found[0].factor if found is not None and self.amplified(epoch) else 1.0
+        return self._phase(epoch)[0].factor if self.amplified(epoch) else 1.0
 
     def _entered(self, state: State) -> State:
-        found = self.phase_of(state["epoch"])
-        if self.selection.measure is not None or found is None or not found[0].amplify:
-            return state
-        if state["epoch"] != found[1] and not self.selection.every_epoch:
+        phase, first = self._phase(state["epoch"])
+        draws = state["epoch"] == first or self.selection.redraw == "epoch"
+        if self.selection.measure is not None or not phase.amplify or not draws:
             return state
         selected = self.selection.choose(candidates_of(state), [], state["draw"])
-        return self._select(state, selected, type(self.selection).__name__)
+        return with_choice(state, selected, type(self.selection).__name__)
 
     def _chosen(self, state: State, live: Sequence[bool], values: Sequence[float], z: Sequence[float]) -> State:
         why = f"{self.selection!r}, largest z {max(z):.2f}" if z else repr(self.selection)
-        return self._select(state, self.selection.choose(live, z, state["draw"]), why)
+        return with_choice(state, self.selection.choose(live, z, state["draw"]), why)

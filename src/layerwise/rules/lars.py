@@ -6,20 +6,23 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .base import is_number
-from .elementwise import ElementwiseRule, Value, minimum, where
+from .base import ElementwiseRule, is_number
+from .elementwise import Value, minimum, where
 
 
 def one_dimensional(name: str, parameter: Tensor) -> bool:
-    """Tell whether a parameter is a bias or a gain, which LARS leaves out."""
+    """Return whether a parameter is a bias or a gain, which LARS leaves out."""
     return parameter.ndim <= 1
 
 
 def usable(gradient: Value, weight: Value) -> Any:
-    """Tell where a trust ratio is to be used: where ‖g‖ and ‖w‖ are above zero and finite."""
-    return (weight > 0) & (gradient > 0) & (weight < math.inf) & (gradient < math.inf)
+    """Return where a trust ratio is used: where ‖g‖ and ‖w‖ are above zero and finite."""
+    if isinstance(gradient, Tensor) and isinstance(weight, Tensor):  # NaN stays, and is neither
+        return (torch.minimum(gradient, weight) > 0) & (torch.maximum(gradient, weight) < math.inf)
+    return 0 < weight < math.inf and 0 < gradient < math.inf
 
 
 class TrustRatio(ElementwiseRule):
@@ -31,6 +34,10 @@ class TrustRatio(ElementwiseRule):
     default_place = "gradient"
     default_decay = "scaled"
     default_exclude = staticmethod(one_dimensional)
+
+    def ratio(self, gradient_norm: Value, weight_norm: Value, decay_norm: Value) -> Any:
+        """Return η‖w‖ / (‖g‖ + λ‖w‖ + ε)."""
+        return self.trust_coefficient * weight_norm / (gradient_norm + decay_norm + self.eps)
 
     def __post_init__(self) -> None:
         if not (is_number(self.trust_coefficient) and 0 < self.trust_coefficient < math.inf):
@@ -73,8 +80,7 @@ class LARS(TrustRatio):
 
     def factor(self, gradient_norm: Value, weight_norm: Value, decay_norm: Value) -> Value:
         """Return the trust ratio."""
-        ratio = self.trust_coefficient * weight_norm / (gradient_norm + decay_norm + self.eps)
-        return where(usable(gradient_norm, weight_norm), ratio, 1.0)
+        return where(usable(gradient_norm, weight_norm), self.ratio(gradient_norm, weight_norm, decay_norm), 1.0)
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class LARC(TrustRatio):
 
     def factor(self, gradient_norm: Value, weight_norm: Value, decay_norm: Value, learning_rate: Value) -> Value:
         """Return the trust ratio, clipped against the rate."""
-        ratio = self.trust_coefficient * weight_norm / (gradient_norm + decay_norm + self.eps)
+        ratio = self.ratio(gradient_norm, weight_norm, decay_norm)
         if self.clip:
             ratio = minimum(ratio / learning_rate, 1)
         return where(usable(gradient_norm, weight_norm), ratio, 1.0)

@@ -14,8 +14,9 @@ from torch import Tensor
 from .._arguments import has_type
 from ..layers import Layer, some
 from ..statistics import Statistics
-from .base import Rule, State, is_number
+from .base import Rule, is_number
 from .constant import fixed_factors
+from .state import State
 
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
 
@@ -37,7 +38,7 @@ def depths(names: Sequence[str]) -> list[int]:
         >>> depths(["patch_embed", "blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "norm", "head"])
         [0, 1, 1, 2, 3, 3]
     """
-    blocks = [match[0] if (match := _BLOCK.match(name)) else None for name in names]
+    blocks = list(map(_block, names))
     numbered = [i for i, block in enumerate(blocks) if block is not None]
     if not numbered:
         return list(range(len(names)))
@@ -70,33 +71,42 @@ def doubts_about_depths(layers: Sequence[Layer], levels: Sequence[int]) -> list[
         levels: Their depths, as `depths` found them.
     """
     names = [layer.name for layer in layers]
-    top = max(levels)
-    blocks = [match[0] if (match := _BLOCK.match(name)) else None for name in names]
+    blocks = list(map(_block, names))
     heads = _last_head(layers, blocks)
     stacks = dict.fromkeys(block.rpartition(".")[0] for block in blocks if block is not None and block not in heads)
+    kinds = {_without_numbers(stack) for stack in stacks}
     reasons: list[str] = []
-    if len({re.sub(r"\d+", "", stack) for stack in stacks}) > 1:
+    if len(kinds) > 1:
         shown = some([f"{stack}.*".lstrip(".") for stack in stacks], 4)
         reasons.append(f"there are several numbered stacks ({shown}), and each is taken to lie above the one before")
-    if len({re.sub(r"\d+", "", stack) for stack in stacks}) < len(stacks) or _has_inner_blocks(names, blocks):
+    if len(kinds) < len(stacks) or _has_inner_blocks(names, blocks):
         shown = some([block for block in blocks if block], 3)
         reasons.append(f"names hold numbers at two levels, and the depths count {shown}")
     numbers = [(block.rpartition(".")[0], int(block.rpartition(".")[2])) for block in dict.fromkeys(blocks) if block]
     if any(one[0] == two[0] and two[1] < one[1] for one, two in pairwise(numbers)):
         reasons.append("numbered blocks are not in their order")
-    reasons += _doubts_outside(layers, levels, blocks, bool(stacks))
+    reasons += _doubts_outside(layers, blocks)
     if not any(blocks):
         reasons += _doubts_without_numbers(names)
-    low = [name for name, block, level in zip(names, blocks, levels, strict=True) if not block and level < top]
-    if low := [name for name in low if _is_head(name, numbered=any(blocks))]:
+    single = [(name, level) for name, block, level in zip(names, blocks, levels, strict=True) if not block]
+    if low := [name for name, level in single if level < max(levels) and _is_head(name, numbered=any(blocks))]:
         reasons.append(f"{some(low, 3)} by name next to the loss, but not last in the model's order")
-    above = [name for name, block, level in zip(names, blocks, levels, strict=True) if not block and level > 0]
-    if above := [name for name in above if any(map(_EMBEDDING.search, name.split(".")))]:
+    if above := [name for name, level in single if level > 0 and any(map(_EMBEDDING.search, name.split(".")))]:
         reasons.append(f"{some(above, 3)} by name next to the input, but not first in the model's order")
     paths = any("/" in name for layer in layers for name in layer.parameter_names)
     if paths and len(names) > 1 and names == sorted(names):
         reasons.append("the names are those of a dictionary in alphabetical order, which says nothing of depth")
     return reasons
+
+
+def _block(name: str) -> str | None:
+    """Return the numbered block that a layer belongs to."""
+    match = _BLOCK.match(name)
+    return match and match[0]
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "", name)
 
 
 def _is_head(name: str, *, numbered: bool) -> bool:
@@ -120,7 +130,7 @@ def _last_head(layers: Sequence[Layer], blocks: Sequence[str | None]) -> set[str
 
 
 def _has_inner_blocks(names: Sequence[str], blocks: Sequence[str | None]) -> bool:
-    """Tell whether blocks contain numbered blocks of several layers, or two numbers follow each other in a name."""
+    """Return whether blocks contain numbered blocks of several layers, or two numbers follow each other in a name."""
     inner: dict[str, dict[str, set[str]]] = {}
     for name, block in zip(names, blocks, strict=True):
         rest = name.removeprefix(block).removeprefix(".") if block else ""
@@ -131,16 +141,12 @@ def _has_inner_blocks(names: Sequence[str], blocks: Sequence[str | None]) -> boo
     return any(sum(len(below) > 1 for below in numbered.values()) > 1 for numbered in inner.values())
 
 
-def _doubts_outside(
-    layers: Sequence[Layer], levels: Sequence[int], blocks: Sequence[str | None], stacked: bool
-) -> list[str]:
+def _doubts_outside(layers: Sequence[Layer], blocks: Sequence[str | None]) -> list[str]:
     """Return doubts about layers that share the first or last depth while each numbered layer has its own."""
     if not any(blocks) or any(layer.name != block for layer, block in zip(layers, blocks, strict=True) if block):
         return []
-    first = next(i for i, block in enumerate(blocks) if block)
-    last = max(i for i, block in enumerate(blocks) if block)
-    ends = [layers[:first], layers[last + 1 :]]
-    for end, which in zip(ends, ("first", "last"), strict=True):
+    numbered = [i for i, block in enumerate(blocks) if block]
+    for end, which in ((layers[: numbered[0]], "first"), (layers[numbered[-1] + 1 :], "last")):
         weights = [one.name for one in end if one.name and any(p.ndim > 1 for p in one.whole())]
         if len([name for name in weights if not _EMBEDDING.search(name)]) > 1:
             return [
@@ -157,7 +163,7 @@ def _doubts_without_numbers(names: Sequence[str]) -> list[str]:
         for i in range(1, len(parts)):
             members.setdefault(".".join(parts[:i]), []).append(".".join(parts[i:]))
     numbered = [parent for parent, below in members.items() if len(below) > 1 and parent[-1].isdigit()]
-    if len({re.sub(r"\d+", "", parent) for parent in numbered}) < len(numbered):
+    if len(set(map(_without_numbers, numbered))) < len(numbered):
         return [f"numbers within words ({some(numbered, 3)}) count as no blocks, and each layer is a depth of its own"]
     alike: dict[tuple[str, ...], list[str]] = {}
     for parent, below in members.items():

@@ -7,9 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import State, is_number
-from .directionality import ChoosingRule
-from .selection import Measure, check_kinds, check_measure, check_whole
+from .base import is_number
+from .directionality import ChoosingRule, with_choice
+from .selection import Directionality, Measure, check_whole
+from .state import State
 
 logger = logging.getLogger("layerwise")
 
@@ -55,23 +56,15 @@ class LayerFreezing(ChoosingRule):
             raise ValueError(f"threshold={self.threshold!r} must be from 0 to 1, such as 0.95; 1 freezes nothing")
         check_whole("start", self.start, 1)
         check_whole("every", self.every, 1)
-        check_measure(self.measure)
-        check_kinds(self.kinds)
-        if self.sample is not None:
-            check_whole("sample", self.sample, 1)
+        _ = self._choice  # checks the other arguments
+
+    @property
+    def _choice(self) -> Directionality:
+        return Directionality(self.measure, kinds=self.kinds, sample=self.sample)
 
     def measured(self, epoch: int) -> bool:
-        """Tell whether gradients are measured in an epoch."""
+        """Return whether gradients are measured in an epoch."""
         return epoch >= self.start and (epoch - self.start) % self.every == 0
-
-    def _measures(self) -> tuple[Measure | None, int | None]:
-        return self.measure, self.sample
-
-    def _kinds(self) -> Sequence[str] | None:
-        return self.kinds
-
-    def _measuring(self, epoch: int) -> bool:
-        return self.measured(epoch)
 
     def _factor(self, epoch: int) -> float:
         return 0.0
@@ -81,12 +74,12 @@ class LayerFreezing(ChoosingRule):
 
     def _chosen(self, state: State, live: Sequence[bool], values: Sequence[float], z: Sequence[float]) -> State:
         frozen = [inside and value > self.threshold for value, inside in zip(values, live, strict=True)]
-        measured = [value for value in values if not math.isnan(value)]
-        if measured and all(value > self.threshold for value in measured):
+        scores = [value for value in values if not math.isnan(value)]
+        if scores and all(value > self.threshold for value in scores):
             logger.warning(
                 "epoch %d: all %d layers are frozen, with scores from %.3f to %.3f above threshold=%g; noise alone "
                 "scores about 1 - 1/sqrt(steps an epoch), such as 0.87 for 63 steps: raise the threshold",
-                *(state["epoch"], len(measured), min(measured), max(measured), self.threshold),
+                *(state["epoch"], len(scores), min(scores), max(scores), self.threshold),
             )
-        largest = max(measured, default=0.0)
-        return self._select(state, frozen, f"frozen above {self.threshold:g}, largest score {largest:.3f}")
+        largest = max(scores, default=0.0)
+        return with_choice(state, frozen, f"frozen above {self.threshold:g}, largest score {largest:.3f}")

@@ -14,8 +14,9 @@ from torch import Tensor
 from .._arguments import has_type, read_plain
 from ..layers import Layer
 from ..statistics import Statistics, common_device
-from .base import Rule, State
+from .base import Rule
 from .constant import check_factor
+from .state import State
 
 FORMAT = "layerwise-factors"
 
@@ -128,7 +129,7 @@ class Replay(Rule):
     default_place = "lr"
 
     def __post_init__(self) -> None:
-        load_factors(self.file)  # a damaged file is told of here, not at the first step
+        load_factors(self.file)  # raises for a damaged file now, not at the first step
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return the table of factors and the number of the next step."""

@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 from .._tensors import several_processes
-from ..layers import Layer
+from ..layers import Layer, some
 from ..sharding import LONGEST, SECONDS, Table, can_compare, compared, digest, settled_gradient
 from ..statistics import NORMS, LayerStatistics
-from .base import State
-from .questions import compares_layers, needs_of
-from .state import described, is_state, kind_of
+from .base import Rule
+from .state import State, described, is_state
 
 ALIKE = 1e-5
 """The largest relative difference of norms in two processes that count as equal."""
 
+_NORMS = ("gradient", "weight")
 _REMEDY = (
     "use rules.Constant({layer: factor}) with the factors of the whole network, or a rule that computes each factor "
     "from its own layer (own_layer = True), such as LayerAdaptive, LARS or LARC"
 )
 
 
-def refuse_stages(rule: Any, parameters: Iterable[Tensor]) -> None:
+def refuse_stages(rule: Rule, parameters: Iterable[Tensor]) -> None:
     """Raise if a rule that compares layers is attached to a stage of a pipeline.
 
     Raises:
@@ -36,7 +36,7 @@ def refuse_stages(rule: Any, parameters: Iterable[Tensor]) -> None:
     """
     module = sys.modules.get("torch.distributed.pipelining.stage")
     kind: Any = getattr(module, "_PipelineStageBase", None)
-    if kind is None or not compares_layers(rule):
+    if kind is None or not rule.depends_on_other_layers():
         return
     ours = set(map(id, parameters))
     kinds = {kind, *kind.__subclasses__()}
@@ -49,7 +49,7 @@ def refuse_stages(rule: Any, parameters: Iterable[Tensor]) -> None:
             )
 
 
-def check_processes(rule: Any, state: State, layers: Sequence[Layer], statistics: LayerStatistics) -> None:
+def check_processes(rule: Rule, state: State, layers: Sequence[Layer], statistics: LayerStatistics) -> None:
     """Raise in all processes if their factors for shared parameters would differ.
 
     The processes compare once what each of them holds, through the key-value store. This waits for the device. It also
@@ -72,11 +72,11 @@ def check_processes(rule: Any, state: State, layers: Sequence[Layer], statistics
     refuse_stages(rule, statistics.members)
     if not can_compare():
         return
-    needs = set(needs_of(rule))
+    needs = set(rule.needs)
     if statistics.sharing is not None:
         alike = {"rule": described(rule), "epoch": _epochs(state)}
         check_members("LayerwiseLR", alike, statistics, needs_all=bool(needs))
-    compares = compares_layers(rule)
+    compares = rule.depends_on_other_layers()
     # A rule with own_layer may sum gradients without using them for its factors, so only these needs count.
     reads = bool(needs - {"learning_rate"} if compares else needs & {*NORMS, "normalisation_gain"})
     everywhere = torch.distributed.get_world_size()
@@ -84,11 +84,11 @@ def check_processes(rule: Any, state: State, layers: Sequence[Layer], statistics
         return  # all parameters are sharded over all processes
     judges = compares or (reads and any(layer.included and len(layer.parameters) > 1 for layer in layers))
     own: Table = _table(layers, statistics) if judges else {"layers": "", "held": {}}
-    table = compared(f"held {kind_of(rule)}", own, _merged, None, SECONDS)
+    table = compared(f"held {rule.rule_kind}", own, _merged, None, SECONDS)
     if table is None:
         _warn_of_others("LayerwiseLR", everywhere)
     elif judges:
-        _judge(rule, table, compares=compares, reads=reads, several=everywhere)
+        _judge(rule, table, compares=compares, reads=reads)
 
 
 def check_members(what: str, alike: Table, statistics: LayerStatistics, *, needs_all: bool) -> None:
@@ -143,9 +143,8 @@ def _warn_of_others(what: str, processes: int) -> None:
 
 def _epochs(state: State) -> list[int]:
     """Return the epochs that the rules count, since some epochs need collectives and others none."""
-    inner = [_epochs(value) for value in state.values() if is_state(value)]
-    own = [value for name, value in state.items() if name == "epoch" and isinstance(value, int)]
-    return own + [epoch for epochs in inner for epoch in epochs]
+    inner = [epoch for value in state.values() if is_state(value) for epoch in _epochs(value)]
+    return [value for name, value in state.items() if name == "epoch" and isinstance(value, int)] + inner
 
 
 def _united(before: Table, own: Table) -> Table:
@@ -153,79 +152,79 @@ def _united(before: Table, own: Table) -> Table:
 
 
 def _table(layers: Sequence[Layer], statistics: LayerStatistics) -> Table:
-    """Return the norms of all gradients and weights that this process holds, by layer and parameter."""
+    """Return a digest of the layers, and the norms of the gradients and weights that this process holds, by parameter.
+
+    Each norm stands there twice, as the smallest and the largest of the processes so far; -1 if it is not finite.
+    `holders` is the number of processes that hold the parameter if all are alike, `processes` that of those so far.
+    """
     rank, everywhere = torch.distributed.get_rank(), torch.distributed.get_world_size()
     gradients = [settled_gradient(p) for p in statistics.members]
     squares = torch.stack([statistics.squares(gradients), statistics.squares(statistics.members)])
-    norms = cast(list[list[float]], squares.sqrt().nan_to_num(-1.0, -1.0, -1.0).tolist())
-    held: dict[str, dict[str, list[float]]] = {}
-    shapes: list[Any] = []
-    position = 0
-    for layer in layers:
-        for i, (name, whole) in enumerate(zip(layer.parameter_names, layer.whole(), strict=True)):
-            shard = statistics.shards[position]
-            gradient, weight = norms[0][position], norms[1][position]
-            position += 1
-            shapes.append([layer.name, name, list(whole.shape)])
-            if shard is not None and len(shard.ranks) == everywhere:  # sums over all processes are equal in each
-                key, gradient, weight = name, 1.0, 1.0
-            else:
-                key = name if shard is None else f"{name} (part {shard.ranks.index(rank)} of {len(shard.ranks)})"
-            if layer.included:
-                matrix = float(layer.parameters[i].ndim > 1)
-                held.setdefault(layer.name, {})[key] = [gradient, gradient, weight, weight, matrix, 1]
-    return {"layers": digest(shapes), "held": held}
+    norms = cast(list[list[float]], squares.sqrt().nan_to_num(-1.0, -1.0, -1.0).T.tolist())
+    members = [(layer, *one) for layer in layers for one in zip(layer.parameter_names, layer.whole(), strict=True)]
+    held: dict[str, dict[str, Any]] = {}
+    for (layer, name, whole), shard, (gradient, weight) in zip(members, statistics.shards, norms, strict=True):
+        shards = 1
+        if shard is not None and len(shard.ranks) == everywhere:
+            gradient, weight = 1.0, 1.0  # norms over all processes, equal in each
+        elif shard is not None:
+            shards = len(shard.ranks)
+            name = f"{name} (shard {shard.ranks.index(rank)} of {shards})"
+        if layer.included:
+            held[name] = {
+                "layer": layer.name,
+                "matrix": whole.ndim > 1,
+                "holders": everywhere // shards,
+                "processes": 1,
+                "gradient": [gradient, gradient],
+                "weight": [weight, weight],
+            }
+    return {"layers": digest([[layer.name, name, list(whole.shape)] for layer, name, whole in members]), "held": held}
 
 
 def _merged(before: Table, own: Table) -> Table:
-    held: dict[str, dict[str, list[float]]] = {name: dict(inside) for name, inside in before["held"].items()}
-    for layer, inside in own["held"].items():
-        known = held.setdefault(layer, {})
-        for key, (low, high, least, most, matrix, _) in inside.items():
-            a, b, c, d, _, count = known.get(key, [low, high, least, most, matrix, 0])
-            known[key] = [min(a, low), max(b, high), min(c, least), max(d, most), matrix, count + 1]
+    held = {**own["held"], **before["held"]}
+    for key in own["held"].keys() & before["held"].keys():
+        one, other = own["held"][key], before["held"][key]
+        spans = {name: [min(one[name][0], other[name][0]), max(one[name][1], other[name][1])] for name in _NORMS}
+        held[key] = {**one, **spans, "processes": other["processes"] + 1}
     return {"layers": own["layers"] if before["layers"] == own["layers"] else "", "held": held}
 
 
-def _judge(rule: Any, table: Table, *, compares: bool, reads: bool, several: int) -> None:
+def _judge(rule: Rule, table: Table, *, compares: bool, reads: bool) -> None:
     """Raise if the rule would compute different factors in different processes."""
-    held: dict[str, dict[str, list[float]]] = table["held"]
     if compares and not table["layers"]:
         raise ValueError(
             f"{described(rule)} compares layers, and the processes hold different ones, as the stages of a pipeline "
             f"or experts do. Each process would compare its own layers alone: {_REMEDY}"
         )
-    alike: dict[str, list[str]] = {}
-    alone: dict[str, list[str]] = {}
-    matrices: list[bool] = []
-    for layer, inside in held.items():
-        for key, (low, high, least, most, matrix, count) in inside.items():
-            parts = int(key.rpartition(" of ")[2][:-1]) if key.endswith(")") else 1
-            if count < several // parts or (low >= 0 and _differ(low, high)):
-                alone.setdefault(layer, []).append(key)
-            elif low > 0:
-                alike.setdefault(layer, []).append(key)
-            if matrix:
-                matrices.append(_differ(least, most))
-    if compares and alone and not alike and all(matrices):
+    replicated: dict[str, list[str]] = {}
+    different: dict[str, list[str]] = {}
+    for name, one in table["held"].items():
+        low, high = one["gradient"]
+        if one["processes"] < one["holders"] or (low >= 0 and _differ(low, high)):
+            different.setdefault(one["layer"], []).append(name)
+        elif low > 0:
+            replicated.setdefault(one["layer"], []).append(name)
+    matrices = [_differ(*one["weight"]) for one in table["held"].values() if one["matrix"]]
+    if compares and different and not replicated and all(matrices):
         raise ValueError(
             f"{described(rule)} compares layers, and the processes hold different weights under the same names, as "
             f"the stages of a pipeline do. Each process would compare its own layers alone: {_REMEDY}. Train "
             "unrelated networks without a process group"
         )
-    if not reads:
-        return
-    if compares and alike and alone:
+    if compares and reads and replicated and different:
         raise ValueError(
-            f"{described(rule)} compares layers, and some parameters are replicated ({_some(alike)}) while others "
-            f"differ between the processes ({_some(alone)}). The replicated ones would get different factors in "
+            f"{described(rule)} compares layers, and some parameters are replicated ({_some(replicated)}) while others "
+            f"differ between the processes ({_some(different)}). The replicated ones would get different factors in "
             f"each process: make the others DTensors, or {_REMEDY}"
         )
-    for layer in alike.keys() & alone.keys():
+    for layer in replicated.keys() & different.keys() if reads else ():
         raise ValueError(
-            f"layer {layer!r} joins replicated parameters ({_some({layer: alike[layer]})}) with parameters that differ "
-            f"between the processes ({_some({layer: alone[layer]})}). Its norm and its factor would differ between "
-            "processes: pass layers='parameter', or patterns that keep the two apart, or make the latter DTensors"
+            f"layer {layer!r} joins replicated parameters ({_some({layer: replicated[layer]})}) with parameters that "
+            f"differ between the processes ({_some({layer: different[layer]})}). Its norm and its factor would differ "
+            "between processes: pass layers='parameter', or patterns that keep the two apart, or make the latter "
+            "DTensors"
         )
 
 
@@ -233,6 +232,5 @@ def _differ(low: float, high: float) -> bool:
     return high - low > ALIKE * high
 
 
-def _some(by_layer: dict[str, list[str]], most: int = 4) -> str:
-    names = [name for inside in by_layer.values() for name in inside]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _some(by_layer: dict[str, list[str]]) -> str:
+    return some([name for inside in by_layer.values() for name in inside], 4, str)

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,23 +27,11 @@ MEASURES = ("G", "G_prime")
 Measure = Literal["G", "G_prime"]
 
 
-class Selection(NamedTuple):
-    """What is known of one layer: its measured value, how many σ that is from the mean, and whether it was chosen.
-
-    `value` and `z` are NaN where nothing has been measured.
-    """
-
-    value: float
-    z: float
-    selected: bool
-
-
 class LayerChoice(ABC):
     """A way to choose layers.
 
-    * `kinds`: the kinds of layers that may be chosen, of `KINDS`; None for every layer.
-    * `measure`: `"G"` or `"G_prime"` where the choice needs an epoch of measuring, else None.
-    * `waits`: whether the first epoch of each amplified phase stays plain.
+    The attributes are the arguments of `Directionality`, `RandomLayers` and `AllLayers`. `measure` is None where the
+    choice needs no epoch of measuring.
     """
 
     kinds: Sequence[str] | None = None
@@ -51,8 +39,8 @@ class LayerChoice(ABC):
     sample: int | None = None
     reselect: int | None = None
     ddof: int = 0
-    waits: bool = True
-    every_epoch: ClassVar[bool] = False
+    redraw: Literal["phase", "epoch"] = "phase"
+    after_analysis: bool = True
 
     @abstractmethod
     def choose(self, candidates: Sequence[bool], z: Sequence[float], draw: int) -> list[bool]:
@@ -104,7 +92,6 @@ class AllLayers(LayerChoice):
     def __post_init__(self) -> None:
         check_kinds(self.kinds)
         check_flag("after_analysis", self.after_analysis)
-        object.__setattr__(self, "waits", self.after_analysis)
 
     def choose(self, candidates: Sequence[bool], z: Sequence[float], draw: int) -> list[bool]:
         """Return the candidates."""
@@ -151,8 +138,6 @@ class RandomLayers(LayerChoice):
         if self.redraw not in ("phase", "epoch"):
             raise ValueError(f"redraw={self.redraw!r} must be 'phase' or 'epoch'")
         check_flag("after_analysis", self.after_analysis)
-        object.__setattr__(self, "waits", self.after_analysis)
-        object.__setattr__(self, "every_epoch", self.redraw == "epoch")
 
     def choose(self, candidates: Sequence[bool], z: Sequence[float], draw: int) -> list[bool]:
         """Return a draw without replacement."""

@@ -11,21 +11,63 @@ from torch import Tensor
 
 from .._arguments import has_type
 from .._tensors import moved
-from .base import State
 
 logger = logging.getLogger("layerwise")
 
+State = dict[str, Any]
+"""A rule's memory: a dictionary of tensors and plain numbers, so that `torch.load(weights_only=True)` reads it.
+
+An entry whose name begins with an underscore follows from the rule's arguments; it is neither saved nor loaded.
+"""
+
 
 def is_state(value: object) -> TypeGuard[State]:
-    """Tell whether this may be a state, or a part of one."""
+    """Return whether a value may be a state, or a part of one."""
     return isinstance(value, dict)
+
+
+def saved_names(state: State) -> list[str]:
+    """Return the names of the entries that are saved and loaded."""
+    return [name for name in state if not name.startswith("_")]
+
+
+def copied(state: Any) -> Any:
+    """Return the saved entries of a state with their tensors copied, so that later steps do not change them."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    return {name: copied(state[name]) for name in saved_names(state)} if is_state(state) else state
+
+
+def loaded(saved: Any, current: Any, where: str) -> Any:
+    """Return the saved state, on the device of the current one.
+
+    Raises:
+        ValueError: Its form is not that of the current one.
+    """
+    if is_state(saved) != is_state(current) or isinstance(saved, Tensor) != isinstance(current, Tensor):
+        raise ValueError(f"{where} is {type(saved).__name__} in the file, {type(current).__name__} here; same rule?")
+    if is_state(current):
+        wanted = saved_names(current)
+        if set(saved) != set(wanted):
+            raise ValueError(
+                f"{where} holds {sorted(saved)} in the file, {sorted(wanted)} here; attach the same rule (a rule of "
+                "your own returns every entry of its state from init(layers, device) already)"
+            )
+        return {**current, **{name: loaded(saved[name], current[name], f"{where}[{name!r}]") for name in wanted}}
+    if isinstance(current, Tensor):
+        if saved.shape != current.shape:
+            raise ValueError(f"{where} has shape {tuple(saved.shape)} in the file, {tuple(current.shape)} here")
+        # As saved: training may have made it wider than `init` did. Apple's devices have no float64.
+        dtype = current.dtype if current.device.type == "mps" else saved.dtype
+        return saved.to(current.device, dtype, copy=True)
+    return saved
 
 
 def carried_over(fresh: State, old: State, names: Sequence[str], old_names: Sequence[str]) -> State:
     """Return the fresh state of a rule with what is still true of the old one, when layers have come or gone.
 
-    A tensor with a row a layer keeps the rows of the layers that are still there; numbers and scalars are kept; what
-    has changed its form otherwise starts anew.
+    A tensor with one row per layer keeps the rows of the layers that are still there. Numbers and scalars are kept.
+    Entries that have changed their form otherwise start anew.
 
     Args:
         fresh: What the rule's `init` returned for the new layers.
@@ -34,14 +76,13 @@ def carried_over(fresh: State, old: State, names: Sequence[str], old_names: Sequ
         old_names: The layers so far.
     """
     result = dict(fresh)
-    for name, value in fresh.items():
-        before = old.get(name)
-        if name not in old or is_derived(name):
+    for name in saved_names(fresh):
+        if name not in old:
             continue
-        if value == {} and is_state(before):  # one that fills as training goes on, by names of its own
-            result[name] = before
-        elif is_state(value) and is_state(before):
-            result[name] = carried_over(value, before, names, old_names)
+        value, before = fresh[name], old[name]
+        if is_state(value) and is_state(before):
+            # An empty entry fills as training goes on, by names of its own.
+            result[name] = carried_over(value, before, names, old_names) if value else before
         elif isinstance(value, Tensor) and isinstance(before, Tensor):
             result[name] = _rows(value, before, names, old_names)
         elif not isinstance(value, dict | Tensor):
@@ -56,30 +97,17 @@ def _rows(fresh: Tensor, old: Tensor, names: Sequence[str], old_names: Sequence[
     if not by_layer or fresh.shape[1:] != old.shape[1:]:
         return fresh
     result = fresh.clone()
+    row_of = {name: row for row, name in enumerate(old_names)}
     for row, name in enumerate(names):
-        if name in old_names:
-            result[row] = moved(old[list(old_names).index(name)], fresh.device)
+        if name in row_of:
+            result[row] = moved(old[row_of[name]], fresh.device)
     return result
-
-
-def copied(state: Any) -> Any:
-    """Return a state with its tensors copied, so that later steps do not change what was saved."""
-    if isinstance(state, Tensor):
-        return state.detach().clone()
-    if is_state(state):
-        return {name: copied(value) for name, value in state.items() if not is_derived(name)}
-    return state
-
-
-def is_derived(name: str) -> bool:
-    """Tell whether an entry follows from the rule's arguments, so that it is neither saved nor loaded."""
-    return name.startswith("_")
 
 
 def check_saved(saved: Any, rule: Any, layers: Sequence[str]) -> None:
     """Raise unless this is the saved state of an adapter with this kind of rule and these layers.
 
-    A rule with other arguments is told of in the log: a run that goes on with another threshold does so on purpose.
+    If the rule's arguments differ, the log names both: a run may continue with another threshold on purpose.
 
     Args:
         saved: What `state_dict()` returned.
@@ -102,45 +130,17 @@ def check_saved(saved: Any, rule: Any, layers: Sequence[str]) -> None:
             f"the state was saved for the layers {list(saved['layers'])}, this adapter has {list(layers)}; attach with "
             "the same model and the same layers="
         )
-    name, arguments = kind_of(rule), described(rule)
-    if saved["rule"] != name:
+    if saved["rule"] != rule.rule_kind:
         raise ValueError(
-            f"the state was saved for the rule {saved['rule']}, this adapter has {name}; attach the same rule"
+            f"the state was saved for the rule {saved['rule']}, this adapter has {rule.rule_kind}; attach the same rule"
         )
     if not isinstance(saved["epoch"], int) or saved["epoch"] < 1:
         raise ValueError(f"epoch={saved['epoch']!r} of the state must be a whole number of at least 1")
-    if saved.get("arguments") and saved["arguments"] != arguments:
-        logger.warning("the state was saved for %s; it goes on with %s", saved["arguments"], arguments)
+    if saved.get("arguments") and saved["arguments"] != described(rule):
+        logger.warning("the state was saved for %s; it goes on with %s", saved["arguments"], described(rule))
 
 
-def kind_of(rule: Any) -> str:
-    """Return what a rule is but for its arguments: the name of its class, and of those that it is made of."""
-    return getattr(rule, "rule_kind", type(rule).__name__)
-
-
-def described(rule: Any) -> str:
-    """Return a rule with its arguments in words, to compare and to tell: without places in memory."""
-    return re.sub(
-        r" at 0x[0-9a-fA-F]+", "", re.sub(r"<(?:[\w<>]+\.)*(\w+) object at 0x[0-9a-fA-F]+>", r"\1", repr(rule))
-    )
-
-
-def loaded(saved: Any, current: Any, where: str) -> Any:
-    """Return the saved state, on the device of the current one, if it has its form."""
-    if is_state(saved) != is_state(current) or isinstance(saved, Tensor) != isinstance(current, Tensor):
-        raise ValueError(f"{where} is {type(saved).__name__} in the file, {type(current).__name__} here; same rule?")
-    if is_state(current):
-        wanted = sorted(name for name in current if not is_derived(name))
-        if sorted(saved) != wanted:
-            raise ValueError(
-                f"{where} holds {sorted(saved)} in the file, {wanted} here; attach the same rule (a rule of your own "
-                "returns every entry of its state from init(layers, device) already)"
-            )
-        return {**current, **{name: loaded(saved[name], current[name], f"{where}[{name!r}]") for name in wanted}}
-    if isinstance(current, Tensor):
-        if saved.shape != current.shape:
-            raise ValueError(f"{where} has shape {tuple(saved.shape)} in the file, {tuple(current.shape)} here")
-        # As saved: training may have made it wider than `init` did. Apple's devices have no float64.
-        dtype = current.dtype if current.device.type == "mps" else saved.dtype
-        return saved.to(current.device, dtype, copy=True)
-    return saved
+def described(rule: object) -> str:
+    """Return the `repr` of a rule without addresses in memory."""
+    without_class = re.sub(r"<(?:[\w<>]+\.)*(\w+) object at 0x[0-9a-fA-F]+>", r"\1", repr(rule))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", without_class)

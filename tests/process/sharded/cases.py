@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +18,15 @@ from layerwise.rules import (
     Directionality,
     GradientAmplification,
     LayerAdaptive,
-    LayerFreezing,
     Phase,
     RandomLayers,
     bounds,
     chain,
 )
+from rule_cases import RULES
 
 STEPS = 6
+LAYERS = ["embed", "norm", "up", "middle", "head"]
 BATCH = 12  # of 2, 3 and 4 processes each gets as many
 
 
@@ -96,7 +98,7 @@ def amplification(measure: Any) -> Callable[[], Any]:
 
 
 CASES = {
-    "LayerAdaptive, momentum": Case(LayerAdaptive, momentum),
+    **{name: Case(partial(case.make, LAYERS), momentum) for name, case in RULES.items() if case.sharded},
     "LayerAdaptive, Nesterov, in the gradient": Case(LayerAdaptive, nesterov, {"apply": "gradient"}),
     "LayerAdaptive, momentum, on the rate": Case(LayerAdaptive, momentum, {"apply": "lr"}),
     "LayerAdaptive, momentum, on the update": Case(LayerAdaptive, momentum, {"apply": "update"}),
@@ -106,12 +108,10 @@ CASES = {
     "LARS, momentum": Case(lambda: LARS(0.1), momentum),
     "LARS, momentum, plain decay": Case(lambda: LARS(0.1), nesterov, {"decay": "plain", "apply": "gradient"}),
     "LARC, AdamW": Case(lambda: LARC(0.5), adamw),
-    "BackMatching, momentum": Case(BackMatching, momentum),
     "chain, bounded": Case(lambda: bounds(chain(LayerAdaptive(), BackMatching()), 0.5, 4), momentum),
     "amplification by G": Case(amplification("G"), momentum),
     "amplification by G'": Case(amplification("G_prime"), nesterov),
     "amplification at random": Case(lambda: GradientAmplification(RandomLayers(0.5), [Phase(9, True)]), adamw),
-    "freezing by G": Case(lambda: LayerFreezing(0.25, every=1), momentum),
 }
 
 

@@ -15,7 +15,7 @@ from .cases import CASES, STEPS, attach, loss_of, network, selection_of
 from .processes import run
 from .training import WAYS, fsdp2, part_of, whole_weights
 
-NAMES = ["amplification by G", "amplification by G'", "freezing by G"]
+NAMES = ["amplification by G", "amplification by G'", "LayerFreezing"]
 
 
 def begin(rank: int, name: str, folder: str, steps: int, asynchronous: bool) -> None:
