@@ -258,7 +258,8 @@ class ScaledWrites(TorchFunctionMode):
     def _expect(self, parameters: Iterable[Tensor], *, memory: bool = False) -> None:
         """Raise if a parameter was written since its last write that was seen."""
         for p in parameters:
-            moved = memory and storage_of(p) is not None and not self._owners_of(p)
+            storage = storage_of(p) if memory else None
+            moved = storage is not None and storage not in self._memory
             if moved or p._version != self._versions.get(id(p), p._version):
                 raise CannotScaleError(
                     f"a parameter of shape {tuple(p.shape)} was written by code that PyTorch does not see"

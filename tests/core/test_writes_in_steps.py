@@ -228,3 +228,13 @@ def test_half_precision_under_update_rounds_once(kind: Any, dtype: torch.dtype) 
         optimizer.step()
     for p, q in zip(model.parameters(), wide.parameters(), strict=True):
         assert ((p.double() - q).abs() <= 2 * torch.finfo(dtype).eps * q.abs().clamp(min=1e-3)).all()
+
+
+def test_a_parameter_without_numbers_is_no_matter() -> None:
+    parameters = [nn.Parameter(torch.zeros(0)), nn.Parameter(torch.ones(2))]
+    optimizer = optim.SGD([("a", parameters[0]), ("b", parameters[1])], lr=0.1)
+    layerwise.LayerwiseLR(optimizer, Constant({"*": 2.0}), layers="parameter", apply="update")
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.testing.assert_close(parameters[1].detach(), torch.full((2,), 0.8))

@@ -98,7 +98,7 @@ def amplification(measure: Any) -> Callable[[], Any]:
 
 
 CASES = {
-    **{name: Case(partial(case.make, LAYERS), momentum) for name, case in RULES.items() if case.sharded},
+    "LayerAdaptive, momentum": Case(LayerAdaptive, momentum),
     "LayerAdaptive, Nesterov, in the gradient": Case(LayerAdaptive, nesterov, {"apply": "gradient"}),
     "LayerAdaptive, momentum, on the rate": Case(LayerAdaptive, momentum, {"apply": "lr"}),
     "LayerAdaptive, momentum, on the update": Case(LayerAdaptive, momentum, {"apply": "update"}),
@@ -112,6 +112,7 @@ CASES = {
     "amplification by G": Case(amplification("G"), momentum),
     "amplification by G'": Case(amplification("G_prime"), nesterov),
     "amplification at random": Case(lambda: GradientAmplification(RandomLayers(0.5), [Phase(9, True)]), adamw),
+    **{name: Case(partial(case.make, LAYERS), momentum) for name, case in RULES.items() if case.sharded},
 }
 
 

@@ -8,7 +8,7 @@ from .processes import run
 from .training import count
 
 ONE = {
-    "LayerAdaptive": [1] * 6,
+    "LayerAdaptive, momentum": [1] * 6,
     "LARS, momentum": [1] * 6,
     "chain, bounded": [1] * 6,
     "amplification by G": [1, 1, 1, 0, 0, 0],  # an epoch of analysis, and one that amplifies
