@@ -616,8 +616,8 @@ class LayerwiseLR(StaysBehind):
             `{"log_alpha": [log_alpha]}`, which needs no model. `"auto"`: what the rule's paper took. A parameter
             without a layer keeps factor 1.
         apply: Where the factor acts. `"gradient"`: `g ← f g` before the optimizer sees it, so inside the momentum; the
-            gradient is left so. `"lr"`: this step's rate. `"update"`: `w ← w_old + f (w_new − w_old)`, on the CPU with
-            a copy of the parameters during the step. `"auto"`: what the rule's paper did for this optimizer.
+            gradient is left so. `"lr"`: this step's rate. `"update"`: `w ← w_old + f (w_new − w_old)`. `"auto"`: what
+            the rule's paper did for this optimizer.
         decay: Whether under `"gradient"` the factor multiplies coupled weight decay too: `"scaled"` or `"plain"`.
         exclude: Layers left at factor 1: None, fnmatch patterns of layer names, or a callable
             `(parameter name, parameter) -> bool`, which must hold for all of the layer's parameters.
