@@ -341,6 +341,13 @@ class AttachedRule:
         return cast(PlaceName, self._place_name)
 
     @property
+    def route(self) -> str:
+        """How the factors act under `"lr"` and `"update"`, in a step that is not compiled."""
+        if self._scales:
+            return "scaled writes"
+        return "divided groups" if self.place == "lr" else "interpolation"
+
+    @property
     def attached_to(self) -> str:
         """The name of the optimizer whose groups hold all parameters, or what has become of it."""
         if not self.attached:
@@ -842,9 +849,9 @@ class LayerwiseLR(StaysBehind):
     def __repr__(self) -> str:
         found, attached = self._attached.found, self._attached.attached_to
         excluded = found.included.count(False)
-        parts = [f"{described(self.rule)} on {attached}", f"{len(found.layers)} layers", f"apply={self.apply!r}"]
-        if self.apply == "gradient":
-            parts.append(f"decay={self.decay!r}")
+        place = f"apply={self.apply!r}"
+        place += f", decay={self.decay!r}" if self.apply == "gradient" else f" by {self._attached.route}"
+        parts = [f"{described(self.rule)} on {attached}", f"{len(found.layers)} layers", place]
         if self.counts_epochs:
             parts.append(f"epoch {self._epoch}")
         if excluded:

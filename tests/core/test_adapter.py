@@ -114,7 +114,8 @@ def test_after_detaching_the_factors_act_no_more_and_another_adapter_stays(setup
 def test_repr_tells_the_rule_the_optimizer_the_layers_and_the_place(setup):
     _, _, adapter = setup(Constant({"2": 3.0}), exclude=["4"])
     assert repr(adapter) == (
-        "LayerwiseLR(Constant(factors_by_pattern={'2': 3.0}) on SGD, 3 layers, apply='lr', 1 excluded)"
+        "LayerwiseLR(Constant(factors_by_pattern={'2': 3.0}) on SGD, 3 layers, apply='lr' by divided groups, "
+        "1 excluded)"
     )
     adapter.detach()
     assert " on detached, " in repr(adapter)

@@ -132,3 +132,59 @@ def test_what_a_step_costs_on_an_accelerator_is_told(kind: Any) -> None:
         named = [(f"{i}.weight", nn.Parameter(torch.empty(8, 8, device="cuda"))) for i in range(3)]
         text = layerwise.diagnose(kind(named), seconds=0)
     assert "route     scaled writes: " in text
+
+
+class Temporaries(TorchDispatchMode):
+    """Keeps the bytes of each tensor that a step makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        made = result if isinstance(result, (list, tuple)) else [result]
+        if name not in WITHOUT_A_LAUNCH and not name.endswith("_"):
+            self.calls.append(sum(t.numel() * t.element_size() for t in made if isinstance(t, Tensor)))
+        return result
+
+
+def made_in_a_step(make: Callable[[Any], optim.Optimizer], shape: tuple[int, ...], count: int, rule: Any) -> list[int]:
+    """Return the bytes that each call of the third step makes."""
+    with FakeTensorMode():
+        named = [(f"{i}.weight", nn.Parameter(torch.empty(shape, device="cuda"))) for i in range(count)]
+        optimizer = make(named)
+        if rule is not None:
+            layerwise.LayerwiseLR(optimizer, rule)
+        for _ in range(3):
+            for _, p in named:
+                p.grad = torch.empty_like(p)
+            with Temporaries() as mode:
+                optimizer.step()
+    return mode.calls
+
+
+@pytest.mark.parametrize(("shape", "count"), [((1024, 1024), 64), ((8192, 4096), 10)])
+@pytest.mark.parametrize("name", ["SGD", "SGD momentum decay", "AdamW", "RMSprop"])
+def test_temporaries_are_no_larger_than_64_mib_or_one_tensor(name: str, shape: tuple[int, int], count: int) -> None:
+    bare, attached = (made_in_a_step(FOREACH[name], shape, count, rule) for rule in (None, LayerAdaptive()))
+    most = max(2**26, 4 * shape[0] * shape[1])
+    assert max(attached) <= max(most, *bare, 0)
+    assert sum(one > most for one in attached) <= sum(one > most for one in bare)
+
+
+@pytest.mark.parametrize("kind", [optim.NAdam, optim.RMSprop, optim.Adam, optim.AdamW])
+def test_a_capturable_step_makes_the_same_tensors_each_time(kind: Any) -> None:
+    sizes: list[list[int]] = []
+    with FakeTensorMode():
+        named = [(f"{i}.weight", nn.Parameter(torch.empty(8, 8, device="cuda"))) for i in range(5)]
+        optimizer = kind(named, capturable=True, foreach=True)
+        layerwise.LayerwiseLR(optimizer, LayerAdaptive())
+        for _ in range(4):
+            for _, p in named:
+                p.grad = torch.empty_like(p)
+            with Temporaries() as mode:
+                optimizer.step()
+            sizes.append(mode.calls)
+    assert sizes[1] == sizes[2] == sizes[3]
