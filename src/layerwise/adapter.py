@@ -866,7 +866,7 @@ class LayerwiseLR(StaysBehind):
         if found.outside:
             among = len(found.parameters)
             remarks.append(f"{found.outside} of the optimizer's {among} parameters are in no layer: factor 1")
-        if OptimizerHooks.others(optimizer, self._attached):
+        if len(OptimizerHooks.members_of(optimizer)) > 1:
             remarks.append(
                 f"{type(optimizer).__name__} has another LayerwiseLR attached already: their factors multiply, and "
                 "each tells of its own only; detach() the first if it was meant to be replaced"

@@ -148,7 +148,7 @@ class StepInBackward(StaysBehind):
         parameters = parameters_of(inner.param_groups)
         if any(id(p) in _STEPPED for p in parameters):
             raise ValueError("these parameters step in backward already: call detach() on the first handle before")
-        if OptimizerHooks.has_any(inner):
+        if OptimizerHooks.attached_to(inner):
             raise ValueError(ATTACHED_TOO)
         if rule is not None:
             _check_rule(rule)
@@ -331,7 +331,7 @@ class StepInBackward(StaysBehind):
             raise RuntimeError(NESTED)
         if torch.is_grad_enabled():
             raise RuntimeError(CREATE_GRAPH)
-        if OptimizerHooks.has_any(optimizer):
+        if OptimizerHooks.attached_to(optimizer):
             raise RuntimeError(ATTACHED_TOO)
         _check_options(optimizer)  # loading a state can change them
         if self._resolve_changed(optimizer) or not self._proven:
@@ -357,7 +357,7 @@ class StepInBackward(StaysBehind):
         """Step with gradients that did not come from a backward, such as those that the user has set."""
         closure = closure_of(args, kwargs)
         if closure is not None:
-            return with_closure(args, kwargs, followed(closure, StepInBackward._evaluate, self, optimizer))
+            return with_closure(args, kwargs, followed(closure, partial(self._evaluate, optimizer)))
         self._step_present(optimizer)
         return args, kwargs
 
