@@ -24,7 +24,7 @@ from ._arguments import StaysBehind
 from ._hooks import OptimizerHooks, closure_of, followed, with_closure
 from ._places.allowed import automatic_place
 from ._tensors import LARGE, return_freed_memory, runs_on_fakes
-from .adapter import STEPS_AS_BARE, Resolution, parameters_of, rates_of, requested, resolve
+from .adapter import STEPS_AS_BARE, Request, Resolution, parameters_of, rates_of
 from .apply import Factors, Partition, damps_history, make_place
 from .layers import Model, as_module, flattened, named_parameters_of, warn_of_unmeasured
 from .optimizers import unwrap
@@ -154,7 +154,7 @@ class StepInBackward(StaysBehind):
             _check_rule(rule)
         _check_wrappers(parameters)
         self._rule: Rule | None = rule
-        self._request = requested(Constant({"*": 1.0}) if rule is None else rule, model)
+        self._request = Request(Constant({"*": 1.0}) if rule is None else rule, model)
         self._needs = [] if rule is None else [name for name in rule.needs if name not in ("counts", "gradients")]
         self._state: State = {}
         self._rates = rates_of(inner.param_groups)
@@ -402,7 +402,7 @@ class StepInBackward(StaysBehind):
 
     def _resolve(self, optimizer: Optimizer) -> None:
         """Find the layers, and everything that follows from them; change nothing if that fails."""
-        found = resolve(optimizer, optimizer, self._request)
+        found = Resolution(optimizer, optimizer, self._request)
         if self._rule is not None:
             before = self._found.names if self._state else []
             self._state = self._rule.renewed(found.layers, found.statistics.device, self._state, before)
