@@ -25,22 +25,23 @@ def makes_state_only(groups: Sequence[Mapping[str, Any]]) -> bool:
     `torch.distributed.checkpoint` takes such a step before it reads or writes a state: it gives every parameter a
     gradient of zeros and sets the rates to 0.
 
-    Where several processes train, only its caller tells it from a step of a warm-up that starts at 0. A process may
-    hold zeros of a gradient that is not zero elsewhere, so its own values decide nothing for the others. Nor can the
-    processes ask each other: a checkpoint may take the step in one process alone, where that process has no state. The
-    caller is the same in all processes that take part. One process reads values, where all rates are zero.
-
-    Args:
-        groups: The parameter groups.
+    Where several processes train, only its caller distinguishes it from a step of a warm-up that starts at 0. A process
+    may hold zeros of a gradient that is not zero elsewhere, so its own values decide nothing for the others. Nor can
+    the processes ask each other: a checkpoint may take the step in one process alone, where that process has no state.
+    The caller is the same in all processes that take part. One process reads values, where all rates are zero.
     """
     if several_processes():
         return _called_by_a_checkpoint()
     if any(map(_moves, groups)):
         return False
-    gradients = [p.grad for group in groups for p in group["params"] if p.requires_grad]
-    if any(g is None or g.layout is not torch.strided or not has_values(g) for g in gradients):
+    return all(_is_zero(p.grad) for group in groups for p in group["params"] if p.requires_grad)
+
+
+def _is_zero(gradient: Tensor | None) -> bool:
+    """Return whether a gradient exists and all its values are zero; a sparse one is not read."""
+    if gradient is None or gradient.layout is not torch.strided or not has_values(gradient):
         return False
-    return not any(bool(local(gradient).detach().count_nonzero()) for gradient in gradients if gradient is not None)
+    return not bool(local(gradient).detach().count_nonzero())
 
 
 def _called_by_a_checkpoint() -> bool:
@@ -91,7 +92,7 @@ def _place_of_closure(kind: Any) -> tuple[str, int]:
     return name, names.index(name) if name in names else 1
 
 
-def followed(closure: Callable[..., Any], evaluate: Callable[..., Any]) -> Callable[..., Any]:
+def followed(closure: Any, evaluate: Callable[..., Any]) -> Callable[..., Any]:
     """Return a closure that calls `evaluate(closure, args, kwargs)` outside of compiled graphs."""
     return update_wrapper(partial(_outside_graph(), evaluate, closure), closure)
 
@@ -201,9 +202,7 @@ class Member(Protocol):
     def measure(self, optimizer: Any, *, late: bool = False) -> bool:
         """Compute this step's factors from the gradients; return whether they change anything.
 
-        Args:
-            optimizer: The optimizer.
-            late: Whether no other code sees the gradients before the update, so that this may be done during it.
+        `late` says that no other code sees the gradients before the update, so that this may be done during it.
         """
         ...
 
@@ -213,12 +212,9 @@ class Member(Protocol):
         ...
 
     def act(self, view: Any, *, private: bool, writes: Writes) -> list[Split]:
-        """Let the factors act on the view; return how its groups were split.
+        """Let the factors act on the view, or by `writes` on what the step writes; return how its groups were split.
 
-        Args:
-            view: The view.
-            private: Whether only PyTorch's own `step` sees the view's groups.
-            writes: Scales what the step writes.
+        `private` says that only PyTorch's own `step` sees the view's groups.
         """
         ...
 
@@ -248,13 +244,7 @@ class Observer(Protocol):
 
 
 class Call:
-    """One call of `step`, from the hook before it to the hook after it.
-
-    Args:
-        begun: The observers whose `begin` was called.
-        looking: Those of them whose `look` is to be called.
-        private: Whether only PyTorch's own `step` sees the view's groups, and evaluates a closure once, first of all.
-    """
+    """One call of `step`, from the hook before it to the hook after it."""
 
     waits = False
     """Whether a closure is to be evaluated before the members act."""
@@ -262,9 +252,12 @@ class Call:
     """Of the parameters, where members wait for a closure: when it was last evaluated, or when `step` was called."""
 
     def __init__(self, begun: list[Observer], looking: list[Observer], *, private: bool) -> None:
-        self.begun, self.looking, self.private = begun, looking, private
+        self.begun = begun  # the observers whose `begin` was called
+        self.looking = looking  # those of them whose `look` is to be called
+        # Whether only PyTorch's own `step` sees the view's groups, which evaluates a closure once, first of all.
+        self.private = private
         self.view: Any = None  # what `step` runs on; None for the optimizer itself
-        self.given: dict[str, Any] = {}
+        self.given: dict[str, Any] = {}  # the attributes that the view had when `step` began
         self.slots: dict[str, Any] = {}
         self.acted: Any = None  # the view's groups when the members have acted
         self.active: list[Member] = []
@@ -569,7 +562,8 @@ class OptimizerHooks:
         closure = None if len(args) == 1 and not kwargs else closure_of(args, kwargs)
         # Another hook gets the view, whose groups are the optimizer's again after the step, and may change arguments.
         private = self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1
-        call = (Call if closure is None else ClosureCall)(begun, looking, private=private)
+        kind = Call if closure is None else ClosureCall
+        call = kind(begun, looking, private=private)
         if closure is None:
             active = self.measure(call, active)
         elif not private:
@@ -586,11 +580,11 @@ class OptimizerHooks:
             call.acted = view.param_groups
         if active and isinstance(call, ClosureCall):
             call.begin(self, optimizer)
+            args, kwargs = with_closure(args, kwargs, followed(closure, call.evaluate))
         elif active:
             self.act(call, active)
-        if closure is not None and (active or looking):
-            evaluate = call.evaluate if active and isinstance(call, ClosureCall) else partial(self._observe, call)
-            args, kwargs = with_closure(args, kwargs, followed(closure, evaluate))
+        elif closure is not None and looking:
+            args, kwargs = with_closure(args, kwargs, followed(closure, partial(self._observe, call)))
         self._calls.append(call)
         return args if call.view is None else (call.view, *args[1:]), kwargs
 
@@ -601,25 +595,23 @@ class OptimizerHooks:
         """
         steps = running_steps()
         on_optimizer = sum(ran_on is optimizer for ran_on, _ in steps) - 1  # a further one begins now
-        running: list[Call] = []
-        ended: list[Call] = []
+        running: dict[Call, bool] = {}
         for call in self._calls:
             returned = [returned for ran_on, returned in steps if ran_on is call.view]
             if call.view is None:
                 on_optimizer -= 1
                 if on_optimizer >= 0:
-                    running.append(call)
+                    running[call] = False
             elif returned:
-                running.append(call)
-                if returned[0]:  # a hook after `step` calls `step` again
-                    ended.append(call)
+                running[call] = returned[0]
             else:
                 call.clear()
                 if call.writes is not None:
                     call.writes.remove()
-        self._calls = running
-        for call in ended:
-            self._end(call)
+        self._calls = list(running)
+        for call, has_returned in running.items():
+            if has_returned:  # a hook after `step` calls `step` again
+                self._end(call)
         if any(call.active and not call.finished for call in self._calls):
             raise RuntimeError(REENTERED)
 
@@ -721,13 +713,12 @@ class OptimizerHooks:
         if optimizer is not self._optimizer():
             return
         ran_on = None if args[0] is optimizer else args[0]
-        call = self._calls[-1] if self._calls else None
-        if call is not None and call.view is not ran_on:
-            call = next((call for call in reversed(self._calls) if call.view is ran_on), None)
-        if call is not None:
-            self._calls.remove(call)
-            self._end(call)
-        elif any(ran_on is view for view in self._views):  # a step within this one took this call for a failed one
+        for call in reversed(self._calls):
+            if call.view is ran_on:
+                self._calls.remove(call)
+                self._end(call)
+                return
+        if any(ran_on is view for view in self._views):  # a step within this one took this call for a failed one
             raise RuntimeError(REENTERED)
 
     def _end(self, call: Call) -> None:

@@ -95,14 +95,8 @@ class Request:
 class Resolution:
     """The layers of an optimizer's parameters, and everything that follows from them.
 
-    Args:
-        optimizer: The optimizer whose step the factors act on.
-        holder: The one whose groups hold all parameters, where each process steps only some (ZeRO); else the same.
-        request: The arguments of `LayerwiseLR`.
-
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: An argument is out of its range, or the combination would give wrong numbers.
+    The factors act on the step of `optimizer`. `holder` has the groups with all parameters, where each process steps
+    only some of them (ZeRO); else it is the same.
     """
 
     def __init__(self, optimizer: Optimizer, holder: Optimizer, request: Request) -> None:
