@@ -320,7 +320,7 @@ class ClosureCall(Call):
             self.read = self.read or self.evaluated > 0
             return
         self._save_rules()
-        self._act_anew(self.hooks.measure(self, self.hooks.taking_part()))
+        self._act_again(self.hooks.measure(self, self.hooks.taking_part()))
         self.handed = [WatchedGroup(group) for group in self.view.param_groups]
         for handed in self.handed:
             handed.note = self._note_value
@@ -360,7 +360,7 @@ class ClosureCall(Call):
         self.view.__dict__.update({name: x for name, x in changed.items() if name != "param_groups"})
         acting = hooks.measure(self, hooks.taking_part())
         self._check(acting, moved, again)
-        self._act_anew(acting)
+        self._act_again(acting)
         return loss
 
     def _check(self, acting: list[Member], moved: bool, again: bool) -> None:
@@ -373,7 +373,7 @@ class ClosureCall(Call):
         if "gradient" in places and self.active:
             self._refuse(SCALED)
 
-    def _act_anew(self, acting: list[Member]) -> None:
+    def _act_again(self, acting: list[Member]) -> None:
         """Let the members act on the optimizer's groups, in place of those that the view has had so far."""
         view, optimizer = self.view, self.hooks.optimizer
         self.waits, levels, self.levels = False, self.levels, []

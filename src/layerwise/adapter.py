@@ -151,8 +151,8 @@ class Resolution:
     def holds(self, groups: Sequence[Mapping[str, Any]], request: Request) -> bool:
         """Return whether this is still true.
 
-        It is not when a parameter was added, replaced, cut up by FSDP1, or moved to a device, when a process group was
-        made, or when an option of a group has changed that was checked.
+        It is not when a parameter was added, replaced, sharded by FSDP1, or moved to a device. Nor is it when a process
+        group was made, or an option of a group has changed that was checked.
         """
         parameters = list(chain.from_iterable(map(_params_of, groups)))
         if self.measurable < len(self.parameters) and sum(map(can_be_measured, parameters)) != self.measurable:
@@ -209,9 +209,9 @@ STEPS_AS_BARE = "steps are those of the optimizer alone, and factors are 1, unti
 class AttachedRule:
     """Measures the layers at each step, lets the rule's factors act, and follows the optimizer where it changes.
 
-    `enabled` says whether it takes part in steps, `found` what the layers are, `state` what the rule remembers,
-    `factors` those of the last step and `rates` the rates of its parameter groups; both None before the first one.
-    `finite` raises before a step whose gradients are not finite; None lets it be taken.
+    `enabled` says whether it takes part in steps, `found` what the layers are and `state` what the rule remembers.
+    `factors` are those of the last step and `rates` the rates of its parameter groups; both are None before the first.
+    `finite` raises before a step whose gradients are not finite; with None the step is taken.
     """
 
     def __init__(self, holder: Optimizer, request: Request, finite: FiniteGradients | None) -> None:
@@ -233,7 +233,7 @@ class AttachedRule:
             name = type(optimizer).__name__
             self._first = FirstSteps(name, verdict, reads_gradients=reads, under_update=under_update)
         OptimizerHooks.add(optimizer, self)
-        # ZeRO makes its inner optimizer anew when a group is added.
+        # ZeRO recreates its inner optimizer when a group is added.
         self._follows = None if optimizer is holder else holder.register_step_pre_hook(self._follow)
 
     @property
@@ -491,7 +491,7 @@ class LayerwiseLR(StaysBehind):
     Attaching registers hooks; the optimizer's `param_groups`, `state_dict()`, `step` and type stay as they are, so that
     schedulers, gradient scalers, clipping and checkpoints work as without it. A copy or a pickle of the optimizer has
     no hooks, and one of a module that holds the adapter has None in its place, with a warning: attach again there, and
-    carry the state over with `state_dict()`. Where an optimizer is made anew, attach to the new one; the adapter of one
+    carry the state over with `state_dict()`. Where an optimizer is recreated, attach to the new one; the adapter of one
     that is gone raises, and only its `state_dict()` can still be read.
 
     Args:
@@ -571,7 +571,7 @@ class LayerwiseLR(StaysBehind):
         warn_of_unmeasured(named, STEPS_AS_BARE)
         self._attached = AttachedRule(holder, self._request, finite)
         self._epoch = 1
-        self._told = False
+        self._has_warned = False
         for message in self._remarks(inner):
             logger.warning(message)
         found = self._attached.found.layers
@@ -661,12 +661,10 @@ class LayerwiseLR(StaysBehind):
             raise ValueError(
                 f"{described(self.rule)} chooses no layers; attach a rule that does, such as GradientAmplification"
             )
-        if self._epoch == 1 and self._attached.rates is not None and not any(one.selected for one in selection):
-            if not self._told:
-                logger.warning(
-                    "nothing is chosen yet, since no epoch has ended: call end_epoch() of the adapter after each epoch"
-                )
-            self._told = True
+        chosen_none = self._attached.rates is not None and not any(one.selected for one in selection)
+        if self._epoch == 1 and chosen_none and not self._has_warned:
+            logger.warning("nothing is chosen yet, since no epoch has ended: call end_epoch() after each epoch")
+            self._has_warned = True
         return dict(zip(self.layers, selection, strict=True))
 
     def end_epoch(self) -> None:
@@ -753,6 +751,6 @@ class LayerwiseLR(StaysBehind):
         if len(OptimizerHooks.members_of(optimizer)) > 1:
             remarks.append(
                 f"{type(optimizer).__name__} has another LayerwiseLR attached already: their factors multiply, and "
-                "each tells of its own only; detach() the first if it was meant to be replaced"
+                "each reports only its own; detach() the first if it was meant to be replaced"
             )
         return [remark for remark in remarks if remark] + self.rule.remarks(found.layers)
