@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial, update_wrapper
 from typing import Any, Protocol, cast
 
@@ -25,22 +25,23 @@ def makes_state_only(groups: Sequence[Mapping[str, Any]]) -> bool:
     `torch.distributed.checkpoint` takes such a step before it reads or writes a state: it gives every parameter a
     gradient of zeros and sets the rates to 0.
 
-    Where several processes train, only its caller tells it from a step of a warm-up that starts at 0. A process may
-    hold zeros of a gradient that is not zero elsewhere, so its own values decide nothing for the others. Nor can the
-    processes ask each other: a checkpoint may take the step in one process alone, where that process has no state. The
-    caller is the same in all processes that take part. One process reads values, where all rates are zero.
-
-    Args:
-        groups: The parameter groups.
+    Where several processes train, only its caller distinguishes it from a step of a warm-up that starts at 0. A process
+    may hold zeros of a gradient that is not zero elsewhere, so its own values decide nothing for the others. Nor can
+    the processes ask each other: a checkpoint may take the step in one process alone, where that process has no state.
+    The caller is the same in all processes that take part. One process reads values, where all rates are zero.
     """
     if several_processes():
         return _called_by_a_checkpoint()
     if any(map(_moves, groups)):
         return False
-    gradients = [p.grad for group in groups for p in group["params"] if p.requires_grad]
-    if any(g is None or g.layout is not torch.strided or not has_values(g) for g in gradients):
+    return all(_is_zero(p.grad) for group in groups for p in group["params"] if p.requires_grad)
+
+
+def _is_zero(gradient: Tensor | None) -> bool:
+    """Return whether a gradient exists and all its values are zero; a sparse one is not read."""
+    if gradient is None or gradient.layout is not torch.strided or not has_values(gradient):
         return False
-    return not any(bool(local(gradient).detach().count_nonzero()) for gradient in gradients if gradient is not None)
+    return not bool(local(gradient).detach().count_nonzero())
 
 
 def _called_by_a_checkpoint() -> bool:
@@ -91,134 +92,44 @@ def _place_of_closure(kind: Any) -> tuple[str, int]:
     return name, names.index(name) if name in names else 1
 
 
-def followed(closure: Callable[..., Any], evaluate: Callable[..., Any], *given: Any) -> Callable[..., Any]:
-    """Return a closure that calls `evaluate(*given, closure, args, kwargs)` outside of compiled graphs.
-
-    Args:
-        closure: The closure.
-        evaluate: A function of a module: it is wrapped once, since `torch.compiler.disable` is slow.
-        *given: Its first arguments.
-    """
-    return update_wrapper(partial(_followed, _outside_graph(evaluate), given, closure), closure)
-
-
-def _followed(evaluate: Callable[..., Any], given: tuple[Any, ...], closure: Any, *args: Any, **kwargs: Any) -> Any:
-    return evaluate(*given, closure, args, kwargs)
+def followed(closure: Any, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a closure that calls `evaluate(closure, args, kwargs)` outside of compiled graphs."""
+    return update_wrapper(partial(_outside_graph(), evaluate, closure), closure)
 
 
 @cache
-def _outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    return cast(Callable[..., Any], torch.compiler.disable(function))
+def _outside_graph() -> Callable[..., Any]:
+    """Return `_followed` outside of compiled graphs, once, because `torch.compiler.disable` is slow."""
+    return cast(Callable[..., Any], torch.compiler.disable(_followed))
 
 
-class WatchedGroups(list[dict[str, Any]]):
-    """A list of parameter groups that calls a function before each access.
-
-    Args:
-        read: The function.
-    """
-
-    def __init__(self, read: Callable[[], None]) -> None:
-        super().__init__()
-        self._read = read
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        self._read()
-        return super().__iter__()
-
-    def __reversed__(self) -> Iterator[dict[str, Any]]:
-        self._read()
-        return super().__reversed__()
-
-    def __len__(self) -> int:
-        self._read()
-        return super().__len__()
-
-    def __getitem__(self, index: Any) -> Any:
-        self._read()
-        return cast(Any, super().__getitem__(index))
-
-    def __add__(self, other: list[Any]) -> list[Any]:
-        self._read()
-        return super().__add__(other)
-
-    def __reduce__(self) -> Any:
-        return list, ([*self],)
+def _followed(evaluate: Callable[..., Any], closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return evaluate(closure, args, kwargs)
 
 
-class WatchedGroup(dict[str, Any]):
-    """A parameter group that `step` reads before it evaluates its closure.
+def _watched(kind: Any, *readers: str) -> Any:
+    """Return a subclass whose attribute `note` is called with the arguments of each of these methods before it."""
 
-    Args:
-        group: The group.
-        note: Called when a value is read that may differ between layers.
-        stale: The error message for an access after `end`.
-    """
+    def noting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(self: Any, *args: Any) -> Any:
+            self.note(*args)
+            return method(self, *args)
 
-    def __init__(self, group: dict[str, Any], note: Callable[[], None], stale: str) -> None:
-        super().__init__(group)
-        self._note, self._stale, self._ended = note, stale, False
+        return noted
 
-    def end(self) -> None:
-        """Make each later access raise, because other groups have replaced this one."""
-        self._ended = True
+    def reduced(self: Any) -> Any:  # a copy is an ordinary list or dictionary
+        return kind, (kind(self),)
 
-    def refresh(self, group: dict[str, Any]) -> None:
-        """Take over values that the closure has changed in the optimizer's group."""
-        super().update(group)
-
-    def _read(self, name: str | None = None) -> None:
-        if self._ended:
-            raise RuntimeError(self._stale)
-        if name in (None, "lr", "weight_decay", "dampening"):
-            self._note()
-
-    def __getitem__(self, name: str) -> Any:
-        self._read(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return a value."""
-        self._read(name)
-        return super().get(name, default)
-
-    def __iter__(self) -> Iterator[str]:
-        self._read()
-        return super().__iter__()
-
-    def items(self) -> Any:
-        """Return names and values."""
-        self._read()
-        return super().items()
-
-    def values(self) -> Any:
-        """Return the values."""
-        self._read()
-        return super().values()
+    methods = {name: noting(getattr(kind, name)) for name in readers}
+    return type(f"Watched{kind.__name__}", (kind,), {**methods, "__reduce__": reduced})
 
 
-class Kept:
-    """Copies of weights and optimizer state, which are restored if a step is refused after it has begun.
-
-    Args:
-        optimizer: The optimizer.
-    """
-
-    def __init__(self, optimizer: Any) -> None:
-        parameters = _parameters_of(optimizer)
-        self._weights = [(p, local(p).detach().clone()) for p in parameters]
-        self._state = {key: _copied(value) for key, value in optimizer.state.items()}
-
-    @torch.no_grad()
-    def put_back(self, optimizer: Any) -> None:
-        """Restore weights and optimizer state."""
-        for p, value in self._weights:
-            local(p).copy_(value)
-        optimizer.state.clear()
-        optimizer.state.update(self._state)
+WatchedGroups = _watched(list, "__iter__", "__reversed__", "__len__", "__getitem__", "__add__")
+WatchedGroup = _watched(dict, "__iter__", "__getitem__", "get", "items", "values")
 
 
 def _copied(value: Any) -> Any:
+    """Return a copy of a part of an optimizer's state."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
@@ -230,11 +141,7 @@ def _copied(value: Any) -> Any:
 
 def versions_of(optimizer: Any) -> Sequence[int]:
     """Return the version counters of the parameters, which change with each write in place."""
-    return [p._version for p in _parameters_of(optimizer)]
-
-
-def _parameters_of(optimizer: Any) -> Iterable[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    return [p._version for group in optimizer.param_groups for p in group["params"]]
 
 
 # --- One call of `step` ----------------------------------------------------------------------------------------------
@@ -291,14 +198,11 @@ class Member(Protocol):
 
     def prepare(self, optimizer: Any) -> None:
         """Check what has changed; it may raise, before any member has changed."""
-        ...
 
     def measure(self, optimizer: Any, *, late: bool = False) -> bool:
         """Compute this step's factors from the gradients; return whether they change anything.
 
-        Args:
-            optimizer: The optimizer.
-            late: Whether no other code sees the gradients before the update, so that this may be done during it.
+        `late` says that no other code sees the gradients before the update, so that this may be done during it.
         """
         ...
 
@@ -308,18 +212,14 @@ class Member(Protocol):
         ...
 
     def act(self, view: Any, *, private: bool, writes: Writes) -> list[Split]:
-        """Let the factors act on the view; return how its groups were split.
+        """Let the factors act on the view, or by `writes` on what the step writes; return how its groups were split.
 
-        Args:
-            view: The view.
-            private: Whether only PyTorch's own `step` sees the view's groups.
-            writes: Scales what the step writes.
+        `private` says that only PyTorch's own `step` sees the view's groups.
         """
         ...
 
     def finish(self) -> None:
         """Act after the step."""
-        ...
 
     def save(self) -> Any:
         """Return a copy of the rule's state."""
@@ -327,7 +227,6 @@ class Member(Protocol):
 
     def load(self, saved: Any) -> None:
         """Restore what `save` returned."""
-        ...
 
 
 class Observer(Protocol):
@@ -339,42 +238,32 @@ class Observer(Protocol):
 
     def look(self, optimizer: Any, measured: Sequence[Member]) -> None:
         """Look at the unchanged gradients; `measured` are the members whose factors are about to act."""
-        ...
 
     def end(self, optimizer: Any) -> None:
         """End a step; not called if it raised."""
-        ...
 
 
 class Call:
-    """One call of `step`, from the hook before it to the hook after it.
+    """One call of `step`, from the hook before it to the hook after it."""
 
-    Args:
-        begun: The observers whose `begin` was called.
-        looking: Those of them whose `look` is to be called.
-        view: What it runs on; None for the optimizer itself.
-    """
+    waits = False
+    """Whether a closure is to be evaluated before the members act."""
+    versions: Sequence[int] = ()
+    """Of the parameters, where members wait for a closure: when it was last evaluated, or when `step` was called."""
 
-    def __init__(self, begun: list[Observer], looking: list[Observer], view: Any = None) -> None:
-        self.begun, self.looking, self.view = begun, looking, view
-        self.given: dict[str, Any] = {}
+    def __init__(self, begun: list[Observer], looking: list[Observer], *, private: bool) -> None:
+        self.begun = begun  # the observers whose `begin` was called
+        self.looking = looking  # those of them whose `look` is to be called
+        # Whether only PyTorch's own `step` sees the view's groups, which evaluates a closure once, first of all.
+        self.private = private
+        self.view: Any = None  # what `step` runs on; None for the optimizer itself
+        self.given: dict[str, Any] = {}  # the attributes that the view had when `step` began
         self.slots: dict[str, Any] = {}
-        self.acted: Any = None
+        self.acted: Any = None  # the view's groups when the members have acted
         self.active: list[Member] = []
         self.levels: list[list[Split]] = []
         self.writes: ScaledWrites | None = None
-        # Where `step` has a closure the members measure when it was evaluated, or when the groups are read without.
-        self.waits = False
-        self.handed: list[WatchedGroup] = []
-        self.read = self.quiet = self.read_early = False
-        self.evaluated = 0
-        self.versions: Sequence[int] = ()
-        self.rules: list[tuple[Member, Any]] = []
-        self.kept: Kept | None = None
         self.finished = False
-        # Whether only PyTorch's own `step` sees the view's groups. Other pre-hooks get the view; after the step its
-        # groups are the optimizer's again.
-        self.private = False
 
     def clear(self) -> None:
         """Let the view keep nothing."""
@@ -384,47 +273,167 @@ class Call:
                 object.__delattr__(self.view, name)
 
 
-def running_calls(calls: Sequence[Call], optimizer: Optimizer) -> dict[Call, bool]:
-    """Return the calls that still run, in any thread, and whether `step` itself has returned.
+class ClosureCall(Call):
+    """A call of `step` with a closure, after which the members measure and act.
 
-    Args:
-        calls: Those that no hook after the step has ended.
-        optimizer: The optimizer, of which a further step begins now.
+    PyTorch's own optimizers read their groups only after the closure. Others may read groups or move weights before it,
+    evaluate it several times, or never. So the view's groups report when they are read. If that is before the closure,
+    the members act at once, in case it is never evaluated.
     """
-    frames = list(_steps())
-    on_optimizer = sum(_runs_on(frame, optimizer) for frame in frames) - 1
-    running: dict[Call, bool] = {}
-    for call in calls:
-        if call.view is None:
-            on_optimizer -= 1
-            if on_optimizer >= 0:
-                running[call] = False
+
+    waits = True
+
+    def begin(self, hooks: OptimizerHooks, optimizer: Any) -> None:
+        """Prepare for the members; without them only observers look."""
+        self.hooks, self.versions, self.evaluated = hooks, versions_of(optimizer), 0
+        self.watched: Any = None  # the view's groups, where they report that they are read,
+        self.handed: list[Any] = []  # and those in it that `step` may have kept since before the closure
+        self.read = False  # whether `step` has read from them what may differ between layers
+        self.rules: list[tuple[Member, Any]] = []
+        self.kept: tuple[list[tuple[Tensor, Tensor]], dict[Any, Any]] | None = None
+        if self.private:
+            return
+        if not hooks.evaluates_once:
+            parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+            weights = [(p, local(p).detach().clone()) for p in parameters]
+            self.kept = weights, {key: _copied(value) for key, value in optimizer.state.items()}
+            self._save_rules()
+        if is_compiled() or "param_groups" not in optimizer.__dict__:
+            return  # the compiler reads only plain lists, and a property may compute the groups
+        self.watched = self.acted = self.view.param_groups = WatchedGroups()
+        self.watched.note = self._note_groups
+        for name in _OWN_READERS:
+            if hasattr(optimizer, name):
+                self.given[name] = self.view.__dict__[name] = getattr(optimizer, name)
+
+    def _save_rules(self) -> None:
+        self.rules = self.rules or [(member, member.save()) for member in self.hooks.members]
+
+    def _load_rules(self) -> None:
+        for member, saved in self.rules:
+            if member in self.hooks.members:  # the closure may have detached it
+                member.load(saved)
+
+    def _note_groups(self, *_: Any) -> None:
+        """Act before the list of groups is read, if the closure is not evaluated yet."""
+        if not self.waits:
+            self.read = self.read or self.evaluated > 0
+            return
+        self._save_rules()
+        self._act_again(self.hooks.measure(self, self.hooks.taking_part()))
+        self.handed = [WatchedGroup(group) for group in self.view.param_groups]
+        for handed in self.handed:
+            handed.note = self._note_value
+        whole = [Split(group, [own], [{}]) for group, own in zip(self.view.param_groups, self.handed, strict=True)]
+        for split in whole:
+            split.remember()
+        self.read = False
+        self.levels = [*self.levels, whole]
+        self.watched[:] = self.handed
+
+    def _note_value(self, name: str | None = None, *_: Any) -> None:
+        self.read = self.read or name in (None, "lr", "weight_decay", "dampening")
+
+    def evaluate(self, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Evaluate the closure; then the members measure and act."""
+        hooks, optimizer = self.hooks, self.hooks.optimizer
+        moved, again = versions_of(optimizer) != self.versions, self.evaluated > 0
+        self._check(self.active, moved, again)
+        if not self.waits:  # the new gradients replace those measured before
+            if not self.rules and any(member.save() for member in hooks.members):
+                self._refuse(UNEXPECTED)
+            self._load_rules()
+        if self.handed:  # carry over what `step` has written so far
+            read = self.read
+            for level in reversed(self.levels):
+                write_back(level, type(optimizer).__name__)
+            self.read = read
+        if self.writes is not None:
+            self.writes.remove()
+        loss = closure(*args, **kwargs)
+        self.evaluated += 1
+        if not hooks.members and not hooks.observers:  # the closure has detached the last one
+            return loss
+        self.versions = versions_of(optimizer)
+        changed = {name: x for name, x in optimizer.__dict__.items() if x is not self.given.get(name, self)}
+        self.given.update(changed)
+        self.view.__dict__.update({name: x for name, x in changed.items() if name != "param_groups"})
+        acting = hooks.measure(self, hooks.taking_part())
+        self._check(acting, moved, again)
+        self._act_again(acting)
+        return loss
+
+    def _check(self, acting: list[Member], moved: bool, again: bool) -> None:
+        """Raise if the factors of this evaluation cannot act on the whole step."""
+        places = {member.place for member in acting}
+        if places and moved:
+            self._refuse(SEVERAL if again else MOVED)
+        if places - {"update"} and self.read:
+            self._refuse(READ)
+        if "gradient" in places and self.active:
+            self._refuse(SCALED)
+
+    def _act_again(self, acting: list[Member]) -> None:
+        """Let the members act on the optimizer's groups, in place of those that the view has had so far."""
+        view, optimizer = self.view, self.hooks.optimizer
+        self.waits, levels, self.levels = False, self.levels, []
+        if "param_groups" in optimizer.__dict__:
+            view.param_groups = optimizer.param_groups
+        self.hooks.act(self, acting)
+        if self.watched is None:
+            return
+        if self.handed and same_objects([split.source for split in levels[-1]], view.param_groups):
+            for group, handed in zip(view.param_groups, self.handed, strict=True):  # none was or is divided: keep them
+                handed.update(group)
+            self.levels, view.param_groups = levels, self.handed
         else:
-            frame = next((frame for frame in frames if _runs_on(frame, call.view)), None)
-            if frame is not None:
-                running[call] = "out" in frame.f_locals
-    return running
+            for handed in self.handed:
+                handed.note = _refuse_stale
+            self.handed = []
+        self.watched[:] = view.param_groups
+        self.acted = view.param_groups = self.watched
+
+    def end(self) -> None:
+        """Raise if the step has moved weights without factors, because it has neither evaluated nor read anything."""
+        hooks = self.hooks
+        without = self.waits and versions_of(hooks.optimizer) != self.versions
+        if without and hooks.measure(self, hooks.taking_part(), look=False):
+            self._refuse(WITHOUT)
+        hooks.evaluates_once = hooks.evaluates_once or self.evaluated == 1
+
+    @torch.no_grad()
+    def _refuse(self, message: str) -> None:
+        """Raise, and restore weights and state if they were kept."""
+        if self.kept is not None:
+            weights, state = self.kept
+            for p, value in weights:
+                local(p).copy_(value)
+            self.hooks.optimizer.state.clear()
+            self.hooks.optimizer.state.update(state)
+            self._load_rules()
+        raise RuntimeError(message)
 
 
-def _steps() -> Iterator[Any]:
-    """Yield the frames of the steps that run now, in any thread."""
+def _refuse_stale(*_: Any) -> None:
+    raise RuntimeError(READ)
+
+
+def running_steps() -> list[tuple[Any, bool]]:
+    """Return what each step that runs now, in any thread, is called on, and whether `step` itself has returned."""
+    found: list[tuple[Any, bool]] = []
     for frame in sys._current_frames().values():
         while frame is not None:
-            if frame.f_code is STEP:
-                yield frame
+            args: Any = frame.f_locals.get("args") if frame.f_code is STEP else None
+            if args:
+                found.append((args[0], "out" in frame.f_locals))
             frame = frame.f_back
-
-
-def _runs_on(frame: Any, optimizer: Any) -> bool:
-    args = frame.f_locals.get("args")
-    return isinstance(args, tuple) and len(cast("tuple[Any, ...]", args)) > 0 and args[0] is optimizer
+    return found
 
 
 # --- The hooks -------------------------------------------------------------------------------------------------------
 
-# Weak references, because the optimizer's hooks keep this object; strong ones would keep a model that holds its
-# optimizer alive. Keyed by id, because an optimizer may not be hashable.
-_hooks_of: dict[int, tuple[weakref.ref[Optimizer], weakref.ref[OptimizerHooks]]] = {}
+# Weak, because the optimizer's hooks keep these objects. By id, because an optimizer may not be hashable.
+_hooks_of: weakref.WeakValueDictionary[int, OptimizerHooks] = weakref.WeakValueDictionary()
 # On the view these methods stay bound to the optimizer, because reading the view's groups may trigger measurement.
 _OWN_READERS = ("zero_grad", "_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
@@ -439,9 +448,7 @@ class OptimizerHooks:
     Observers look between measuring and acting, and again after the step.
 
     `step` evaluates a closure itself, so it decides when, how often, with which arguments and in which gradient mode.
-    The members measure and act as soon as the closure returns. PyTorch's own optimizers read their groups only after
-    that. For other classes the view's groups report when they are read. Where that is before the closure, the members
-    act at once, in case `step` never evaluates it.
+    The members measure and act as soon as the closure returns.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -456,7 +463,7 @@ class OptimizerHooks:
         own_steps = [kind for kind in type(optimizer).__mro__ if "step" in vars(kind) and kind is not Optimizer]
         self._nests = len(own_steps) > 1
         # Until a step has evaluated its closure exactly once, weights and state are copied for a refusal.
-        self._evaluates_once = self._torch_own
+        self.evaluates_once = self._torch_own
         self.members: list[Member] = []
         self.observers: list[Observer] = []
         self._deferred: tuple[int, Any] | None = None
@@ -466,6 +473,11 @@ class OptimizerHooks:
             optimizer.register_step_pre_hook(outside_graph(self._before)),
             optimizer.register_step_post_hook(outside_graph(self._after)),
         )
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer."""
+        return self._optimizer()
 
     @classmethod
     def add(cls, optimizer: Optimizer, member: Member) -> None:
@@ -481,15 +493,13 @@ class OptimizerHooks:
     def _on(cls, optimizer: Optimizer) -> OptimizerHooks:
         hooks = cls._of(optimizer)
         if hooks is None:
-            hooks = cls(optimizer)
-            key = id(optimizer)
-            _hooks_of[key] = (weakref.ref(optimizer, lambda _: _hooks_of.pop(key, None)), weakref.ref(hooks))
+            hooks = _hooks_of[id(optimizer)] = cls(optimizer)
         return hooks
 
     @classmethod
     def _of(cls, optimizer: Optimizer) -> OptimizerHooks | None:
-        found = _hooks_of.get(id(optimizer))
-        return None if found is None or found[0]() is not optimizer else found[1]()
+        hooks = _hooks_of.get(id(optimizer))
+        return hooks if hooks is not None and hooks.optimizer is optimizer else None
 
     @classmethod
     def members_of(cls, optimizer: Optimizer) -> list[Member]:
@@ -498,52 +508,38 @@ class OptimizerHooks:
         return [] if hooks is None else list(hooks.members)
 
     @classmethod
-    def observers_of(cls, optimizer: Optimizer) -> list[Observer]:
-        """Return the observers attached to the optimizer."""
+    def attached_to(cls, optimizer: Optimizer) -> list[Member | Observer]:
+        """Return the members and observers attached to the optimizer."""
         hooks = cls._of(optimizer)
-        return [] if hooks is None else list(hooks.observers)
-
-    @classmethod
-    def has_any(cls, optimizer: Optimizer) -> bool:
-        """Tell whether a member or an observer is attached to the optimizer."""
-        hooks = cls._of(optimizer)
-        return hooks is not None and bool(hooks.members or hooks.observers)
-
-    @classmethod
-    def others(cls, optimizer: Optimizer, member: Member) -> list[Member]:
-        """Return the other members attached to the optimizer."""
-        return [other for other in cls.members_of(optimizer) if other is not member]
+        return [] if hooks is None else [*hooks.members, *hooks.observers]
 
     @classmethod
     def remove(cls, optimizer: Optimizer, attached: Member | Observer) -> None:
         """Detach a member or an observer, and the hooks with the last one."""
         hooks = cls._of(optimizer)
-        if hooks is None:  # other code has removed the optimizer's hooks
-            return
-        hooks.drop(attached)
-        if not hooks.members and not hooks.observers:
-            del _hooks_of[id(optimizer)]
+        if hooks is not None:  # unless other code has removed the optimizer's hooks
+            hooks.drop(optimizer, attached)
 
-    def drop(self, attached: Member | Observer) -> None:
-        """Remove a member or an observer, and the hooks with the last one."""
+    def drop(self, optimizer: Optimizer, attached: Member | Observer) -> None:
+        """Detach a member or an observer, and these hooks with the last one."""
         self.members = [member for member in self.members if member is not attached]
         self.observers = [observer for observer in self.observers if observer is not attached]
         for call in self._calls:
             call.active = [member for member in call.active if member is not attached]
             call.begun = [observer for observer in call.begun if observer is not attached]
-            call.rules = [(member, saved) for member, saved in call.rules if member is not attached]
-        if not self.members and not self.observers:
-            for handle in self._handles:
-                handle.remove()
-            optimizer = self._optimizer()
-            for call in self._calls:  # a running step continues on the optimizer itself
-                if call.writes is not None:
-                    call.writes.remove()
-                if call.view is not None and optimizer is not None:
-                    if call.waits:
-                        self._carry_over(call)
-                    call.view.__dict__ = optimizer.__dict__
-            self._calls = []
+        if self.members or self.observers:
+            return
+        for handle in self._handles:
+            handle.remove()
+        for call in self._calls:  # a running step continues on the optimizer itself
+            if call.writes is not None:
+                call.writes.remove()
+            if call.view is not None:
+                if call.waits:
+                    self._carry_over(call)
+                call.view.__dict__ = optimizer.__dict__
+        self._calls = []
+        del _hooks_of[id(optimizer)]
 
     # --- Before a step ------------------------------------------------------------------------------------------------
 
@@ -560,21 +556,18 @@ class OptimizerHooks:
             seen = [observer for call in self._calls if not call.waits for observer in call.begun]
             begun = [observer for observer in begun if observer not in seen]
         looking = [observer for observer in begun if observer.begin(optimizer)] if begun else []
-        active = self._taking_part()
+        active = self.taking_part()
         if not (active or begun or self._calls):
             return None
         closure = None if len(args) == 1 and not kwargs else closure_of(args, kwargs)
-        # PyTorch's own optimizers evaluate a closure once, first of all. Another hook may have changed the arguments.
-        known = self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1
-        call = Call(begun, looking)
-        call.private = known
+        # Another hook gets the view, whose groups are the optimizer's again after the step, and may change arguments.
+        private = self._torch_own and len(optimizer._optimizer_step_pre_hooks) == 1
+        kind = Call if closure is None else ClosureCall
+        call = kind(begun, looking, private=private)
         if closure is None:
-            active = self._measure(call, active)
-        elif not known:
-            self.look(call, ())  # and again after the closure, if it is evaluated
-        call.waits = closure is not None
-        if closure is not None and not active and looking:
-            args, kwargs = with_closure(args, kwargs, followed(closure, _observe_closure, self, call))
+            active = self.measure(call, active)
+        elif not private:
+            self._look(call, ())  # and again after the closure, if it is evaluated
         if active or self._nests:
             call.view = view = self._free_view() if self._calls else self._views[0]
             view.__dict__.clear()
@@ -585,13 +578,13 @@ class OptimizerHooks:
                 for name, value in call.slots.items():
                     object.__setattr__(view, name, value)
             call.acted = view.param_groups
-        if active and closure is not None:
-            if not known:
-                self._prepare_for_any(call)
-            call.versions = versions_of(optimizer)
-            args, kwargs = with_closure(args, kwargs, followed(closure, _evaluate, self, call))
+        if active and isinstance(call, ClosureCall):
+            call.begin(self, optimizer)
+            args, kwargs = with_closure(args, kwargs, followed(closure, call.evaluate))
         elif active:
-            self._act(call, active)
+            self.act(call, active)
+        elif closure is not None and looking:
+            args, kwargs = with_closure(args, kwargs, followed(closure, partial(self._observe, call)))
         self._calls.append(call)
         return args if call.view is None else (call.view, *args[1:]), kwargs
 
@@ -600,16 +593,25 @@ class OptimizerHooks:
 
         After an exception in `step` no post-hook is called, so the stack shows whether a call still runs.
         """
-        running = running_calls(self._calls, optimizer)
+        steps = running_steps()
+        on_optimizer = sum(ran_on is optimizer for ran_on, _ in steps) - 1  # a further one begins now
+        running: dict[Call, bool] = {}
         for call in self._calls:
-            if call.view is not None and call not in running:
+            returned = [returned for ran_on, returned in steps if ran_on is call.view]
+            if call.view is None:
+                on_optimizer -= 1
+                if on_optimizer >= 0:
+                    running[call] = False
+            elif returned:
+                running[call] = returned[0]
+            else:
                 call.clear()
                 if call.writes is not None:
                     call.writes.remove()
         self._calls = list(running)
-        for call, returned in running.items():
-            if returned:
-                self._end(call)  # a hook after `step` calls `step` again
+        for call, has_returned in running.items():
+            if has_returned:  # a hook after `step` calls `step` again
+                self._end(call)
         if any(call.active and not call.finished for call in self._calls):
             raise RuntimeError(REENTERED)
 
@@ -621,7 +623,15 @@ class OptimizerHooks:
         self._views.append(object.__new__(type(self._optimizer())))
         return self._views[-1]
 
-    def _measure(self, call: Call, members: list[Member], *, look: bool = True) -> list[Member]:
+    def taking_part(self) -> list[Member]:
+        """Return the members with something to do in a step."""
+        found: list[Member] = []
+        for member in self.members:
+            if member.enabled or member.takes_part:
+                found.append(member)
+        return found
+
+    def measure(self, call: Call, members: list[Member], *, look: bool = True) -> list[Member]:
         """Let the members measure and the observers look; return the members whose factors change anything."""
         optimizer = self._optimizer()
         for member in members:
@@ -631,7 +641,7 @@ class OptimizerHooks:
             if member.measure(optimizer, late=late):
                 acting.append(member)
         if look and call.looking:
-            self.look(call, [member for member in members if member.enabled])
+            self._look(call, [member for member in members if member.enabled])
         return acting
 
     def _come_first(self, optimizer: Optimizer) -> None:
@@ -647,7 +657,7 @@ class OptimizerHooks:
 
     def _begin_writes(self, mode: ScaledWrites, *, in_step: bool) -> None:
         """Scale writes from now on; before the step, once the other hooks have run, whose writes are their own."""
-        hooks: Any = cast(Any, self._optimizer())._optimizer_step_pre_hooks
+        hooks: Any = self.optimizer._optimizer_step_pre_hooks
         last = next(reversed(hooks))
         if in_step or last == self._handles[0].id:
             mode.begin()
@@ -662,13 +672,21 @@ class OptimizerHooks:
 
         hooks[last], self._deferred = begin_after, (last, hook)
 
-    def look(self, call: Call, measured: Sequence[Member]) -> None:
-        """Let the observers look."""
+    def _look(self, call: Call, measured: Sequence[Member]) -> None:
         for observer in call.looking:
             if observer in call.begun:  # a closure may have detached it
                 observer.look(self._optimizer(), measured)
 
-    def _act(self, call: Call, members: list[Member]) -> None:
+    def _observe(self, call: Call, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Evaluate the closure of a step without members; observers look after the first evaluation."""
+        loss = closure(*args, **kwargs)
+        if call.waits:
+            call.waits = False
+            self._look(call, ())
+        return loss
+
+    def act(self, call: Call, members: list[Member]) -> None:
+        """Let the members act on the view."""
         view, private = call.view, call.private and len(members) == 1
         call.active, call.writes = members, None
 
@@ -681,7 +699,7 @@ class OptimizerHooks:
         for member in members:
             levels.append(member.act(view, private=private, writes=writes))
         if call.writes is not None:
-            self._begin_writes(call.writes, in_step=call.evaluated > 0 or call.read_early)
+            self._begin_writes(call.writes, in_step=isinstance(call, ClosureCall))
         if not private:
             for level in levels:
                 for split in level:
@@ -689,142 +707,18 @@ class OptimizerHooks:
             call.levels = levels
         call.acted = view.param_groups
 
-    # --- A step with a closure ----------------------------------------------------------------------------------------
-
-    def _prepare_for_any(self, call: Call) -> None:
-        """Prepare for a step that reads groups or moves weights before its closure, or never evaluates it."""
-        optimizer: Any = self._optimizer()
-        if not self._evaluates_once:
-            call.kept = Kept(optimizer)
-            call.rules = [(member, member.save()) for member in self.members]
-        if is_compiled() or "param_groups" not in optimizer.__dict__:
-            return  # the compiler reads only plain lists, and a property may compute the groups
-
-        def read() -> None:
-            if call.waits:
-                call.read_early = True
-                call.rules = call.rules or [(member, member.save()) for member in self.members]
-                self._act_anew(call, self._measure(call, self._taking_part()))
-                self._hand_out(call)
-            elif call.evaluated:
-                call.read = True
-
-        call.acted = call.view.param_groups = WatchedGroups(read)
-        for name in _OWN_READERS:
-            if hasattr(optimizer, name):
-                call.given[name] = call.view.__dict__[name] = getattr(optimizer, name)
-
-    def _hand_out(self, call: Call) -> None:
-        """Replace the view's groups with ones that report what `step` reads before its closure or keeps after it."""
-
-        def note() -> None:
-            call.read = not call.quiet or call.read
-
-        groups: list[dict[str, Any]] = [*call.view.param_groups]
-        call.handed = [WatchedGroup(group, note, READ) for group in groups]
-        by_id = {id(group): handed for group, handed in zip(groups, call.handed, strict=True)}
-        parts: set[int] = set()
-        for level in call.levels:
-            for split in level:
-                parts.update(map(id, split.parts))
-                split.parts = [by_id.get(id(part), part) for part in split.parts]
-        whole = [Split(group, [by_id[id(group)]], [{}]) for group in groups if id(group) not in parts]
-        call.quiet = True
-        for split in whole:
-            split.remember()
-        call.quiet = False
-        call.levels = [*call.levels, whole]
-        call.view.param_groups[:] = call.handed
-
-    def _taking_part(self) -> list[Member]:
-        found: list[Member] = []
-        for member in self.members:
-            if member.enabled or member.takes_part:
-                found.append(member)
-        return found
-
-    def evaluate(self, call: Call, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Evaluate the closure of a step; then the members measure and act."""
-        optimizer: Any = self._optimizer()
-        moved, again = versions_of(optimizer) != call.versions, call.evaluated > 0
-        if call.active:
-            self._check_again(call, call.active, moved, again)
-        if not call.waits:  # the new gradients replace those measured before
-            if not call.rules and any(member.save() for member in self.members):
-                self._refuse(call, UNEXPECTED)
-            for member, saved in call.rules:
-                member.load(saved)
-        if call.handed:  # carry over what `step` has written so far
-            call.quiet = True
-            for level in reversed(call.levels):
-                write_back(level, type(optimizer).__name__)
-            call.quiet = False
-        if call.writes is not None:
-            call.writes.remove()
-        loss = closure(*args, **kwargs)
-        call.evaluated += 1
-        if not self.members and not self.observers:  # the closure has detached the last one
-            return loss
-        call.versions = versions_of(optimizer)
-        changed = {name: x for name, x in optimizer.__dict__.items() if x is not call.given.get(name, self)}
-        call.given.update(changed)
-        call.view.__dict__.update({name: x for name, x in changed.items() if name != "param_groups"})
-        acting = self._measure(call, self._taking_part())
-        if acting:
-            self._check_again(call, acting, moved, again)
-        self._act_anew(call, acting)
-        return loss
-
-    def _check_again(self, call: Call, acting: list[Member], moved: bool, again: bool) -> None:
-        """Raise if the factors of this evaluation could not act on the whole step."""
-        places = {member.place for member in acting}
-        if moved:
-            self._refuse(call, SEVERAL if again else MOVED)
-        if call.read and places != {"update"}:
-            self._refuse(call, READ)
-        if call.active and "gradient" in places:
-            self._refuse(call, SCALED)
-
-    def _refuse(self, call: Call, message: str) -> None:
-        if call.kept is not None:
-            call.kept.put_back(self._optimizer())
-            for member, saved in call.rules:
-                member.load(saved)
-        raise RuntimeError(message)
-
-    def _act_anew(self, call: Call, acting: list[Member]) -> None:
-        view, optimizer = call.view, cast(Any, self._optimizer())
-        watched, call.waits, levels, call.levels = view.param_groups, False, call.levels, []
-        if "param_groups" in optimizer.__dict__:
-            view.param_groups = optimizer.param_groups
-        self._act(call, acting)
-        if not isinstance(watched, WatchedGroups):
-            return
-        whole = [split.source for level in levels for split in level]
-        if call.handed and same_objects(whole, view.param_groups):  # no group was or is divided: keep them
-            for group, handed in zip(whole, call.handed, strict=True):
-                handed.refresh(group)
-            call.levels, view.param_groups = levels, call.handed
-        else:
-            for group in call.handed:
-                group.end()
-            call.handed = []
-        watched[:] = view.param_groups
-        call.acted = view.param_groups = watched
-
     # --- After a step -------------------------------------------------------------------------------------------------
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if optimizer is not self._optimizer():
             return
         ran_on = None if args[0] is optimizer else args[0]
-        call = self._calls[-1] if self._calls else None
-        if call is not None and call.view is not ran_on:
-            call = next((call for call in reversed(self._calls) if call.view is ran_on), None)
-        if call is not None:
-            self._calls.remove(call)
-            self._end(call)
-        elif any(ran_on is view for view in self._views):  # a step within this one took this call for a failed one
+        for call in reversed(self._calls):
+            if call.view is ran_on:
+                self._calls.remove(call)
+                self._end(call)
+                return
+        if any(ran_on is view for view in self._views):  # a step within this one took this call for a failed one
             raise RuntimeError(REENTERED)
 
     def _end(self, call: Call) -> None:
@@ -841,10 +735,8 @@ class OptimizerHooks:
         """Let the members act after the step, and carry over to the optimizer what `step` wrote into the view."""
         optimizer: Any = self._optimizer()
         view = call.view
-        without = call.waits and call.versions and versions_of(optimizer) != call.versions
-        if without and self._measure(call, self._taking_part(), look=False):
-            self._refuse(call, WITHOUT)
-        self._evaluates_once = self._evaluates_once or call.evaluated == 1
+        if call.versions and isinstance(call, ClosureCall):
+            call.end()
         try:
             if call.writes is not None:
                 call.writes.end()
@@ -877,16 +769,3 @@ class OptimizerHooks:
         for name, value in slots_of(call.view).items() if self._has_slots else ():
             if value is not call.slots.get(name):
                 object.__setattr__(optimizer, name, value)
-
-
-def _observe_closure(hooks: OptimizerHooks, call: Call, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Evaluate the closure of a step that has observers only; they look after the first evaluation."""
-    loss = closure(*args, **kwargs)
-    if call.waits:
-        call.waits = False
-        hooks.look(call, ())
-    return loss
-
-
-def _evaluate(hooks: OptimizerHooks, call: Call, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    return hooks.evaluate(call, closure, args, kwargs)

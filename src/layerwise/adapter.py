@@ -7,10 +7,10 @@ import logging
 import warnings
 import weakref
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from operator import is_, itemgetter
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ._fused import can_be_dealt
 from ._hooks import OptimizerHooks, makes_state_only
 from ._places.allowed import automatic_place, check_groups, check_place, no_effect, scales_writes
 from ._places.first_steps import FirstSteps, KnownGroups
-from ._places.trial import Verdict, try_again, verdict_of
+from ._places.trial import try_again, verdict_of
 from ._tensors import (
     can_be_measured,
     has_values,
@@ -31,7 +31,7 @@ from ._tensors import (
     warn_without_values,
 )
 from ._writes import is_compiled
-from .apply import Factors, LateFactors, Partition, Pieces, Place, Split, Writes, make_pieces, make_place
+from .apply import Factors, LateFactors, Partition, Place, Split, Writes, make_pieces, make_place
 from .layers import (
     Exclusion,
     Layer,
@@ -47,7 +47,7 @@ from .layers import (
     warn_of_unmeasured,
 )
 from .optimizers import PLACES, PlaceName, acting_optimizer, check_backward_is_over, refuse, unwrap
-from .rules.base import ElementwiseRule, Rule, Selection, check_elementwise, check_rule, is_elementwise, is_pair
+from .rules.base import Rule, Selection, check_elementwise, check_rule, is_elementwise, is_pair
 from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds
 from .rules.replication import check_processes, refuse_stages
@@ -65,106 +65,73 @@ from .statistics import (
 )
 
 Decay = Literal["auto", "scaled", "plain"]
-Circumstances = tuple[int, list[tuple[type, bool]], list[bool], list[tuple[bool, bool, bool]]]
-"""Number of processes, 0 without a process group; how each parameter is shared; which are trained; groups' options.
-
-Schedulers and checkpoints can bring momentum and weight decay.
-"""
 _params_of = itemgetter("params")
 MOST_NUMBERS = 256
 """Layers up to which plain numbers cost less than tensor operations; on the CPU, for elementwise rules."""
 
 
-@dataclass(frozen=True)
 class Request:
-    """The arguments of `LayerwiseLR`, with `"auto"` replaced where the rule decides.
+    """The arguments of `LayerwiseLR`, with `"auto"` replaced where the rule decides."""
 
-    Args:
-        rule: The rule.
-        model: The model, or None.
-        layers: How parameters make up layers.
-        exclude: Which layers stay at factor 1.
-        apply: Where the factor acts, or `"auto"`.
-        preferred: The place that the rule's method takes.
-        decay: `"scaled"` or `"plain"`.
-        decay_given: Whether the person chose it.
-    """
-
-    rule: Rule
-    model: nn.Module | None
-    layers: LayerSpecification
-    exclude: Exclusion
-    apply: PlaceName | Literal["auto"]
-    preferred: str
-    decay: str
-    decay_given: bool
+    def __init__(
+        self,
+        rule: Rule,
+        model: Model | None,
+        *,
+        layers: LayerSpecification | Literal["auto"] = "auto",
+        apply: PlaceName | Literal["auto"] = "auto",
+        decay: Decay = "auto",
+        exclude: Exclusion | Literal["auto"] = "auto",
+    ) -> None:
+        self.rule, self.model = rule, as_module(model)
+        self.apply: PlaceName | Literal["auto"] = apply
+        self.layers: LayerSpecification = as_specification(chosen(layers, rule.default_layers, "module"))
+        self.exclude: Exclusion = chosen(exclude, rule.default_exclude, None)
+        self.preferred: str = chosen("auto", rule.default_place, "lr")
+        self.decay: str = chosen(decay, rule.default_decay, "scaled")
+        self.decay_given = decay != "auto"
 
 
-def requested(
-    rule: Rule,
-    model: Model | None,
-    *,
-    layers: LayerSpecification | Literal["auto"] = "auto",
-    apply: PlaceName | Literal["auto"] = "auto",
-    decay: Decay = "auto",
-    exclude: Exclusion | Literal["auto"] = "auto",
-) -> Request:
-    """Return the request; the arguments are those of `LayerwiseLR`."""
-    return Request(
-        rule=rule,
-        model=as_module(model),
-        layers=as_specification(chosen(layers, rule.default_layers, "module")),
-        exclude=chosen(exclude, rule.default_exclude, None),
-        apply=apply,
-        preferred=chosen("auto", rule.default_place, "lr"),
-        decay=chosen(decay, rule.default_decay, "scaled"),
-        decay_given=decay != "auto",
-    )
-
-
-@dataclass(frozen=True, eq=False)
 class Resolution:
-    """What was found.
+    """The layers of an optimizer's parameters, and everything that follows from them.
 
-    Args:
-        parameters: The optimizer's parameters, group by group.
-        sizes: How many there are in each group.
-        layers: The layers.
-        statistics: Measures them.
-        partition: Which parameters of which group belong to which layer.
-        place: Where the factors act.
-        in_numbers: The rule, where plain numbers are to be used instead of tensors.
-        pieces: Layers that can be measured just before they are updated; None where they cannot.
-        included: Which layers are not excluded.
-        mask: The same as a tensor; None if all are included.
-        first_group: The group of each layer's first parameter.
-        circumstances: What else it follows from.
-        measurable: How many of the parameters can be measured, as those on the meta device cannot.
+    The factors act on the step of `optimizer`. `holder` has the groups with all parameters, where each process steps
+    only some of them (ZeRO); else it is the same.
     """
 
-    parameters: list[Tensor]
-    sizes: list[int]
-    layers: list[Layer]
-    statistics: LayerStatistics
-    partition: Partition
-    place: PlaceName
-    in_numbers: ElementwiseRule | None
-    pieces: Pieces | None
-    included: list[bool]
-    mask: Tensor | None
-    first_group: list[int]
-    circumstances: Circumstances
-    measurable: int
-
-    @property
-    def names(self) -> list[str]:
-        """The layers' names."""
-        return [layer.name for layer in self.layers]
-
-    @property
-    def dry(self) -> bool:
-        """Whether no parameter can be measured, as in a dry run."""
-        return not self.measurable
+    def __init__(self, optimizer: Optimizer, holder: Optimizer, request: Request) -> None:
+        rule, groups = request.rule, holder.param_groups
+        try_again(optimizer)
+        refuse(optimizer)
+        self.parameters = parameters_of(groups)
+        refuse_stages(rule, self.parameters)
+        named = named_parameters_of(holder, request.model, request.layers)
+        layers = make_layers(named, request.layers, request.model, find_shards(self.parameters, request.model))
+        self.included = included_layers(layers, request.exclude)
+        self.layers = [replace(layer, included=own) for layer, own in zip(layers, self.included, strict=True)]
+        self.names = [layer.name for layer in layers]
+        automatic = automatic_place(optimizer, request.preferred, request.decay)
+        self.place: PlaceName = automatic if request.apply == "auto" else request.apply
+        check_place(optimizer, self.place, request.decay, decay_given=request.decay_given)
+        if is_elementwise(rule):
+            check_elementwise(rule)
+        if "learning_rate" in rule.needs and any(group.get("lr") is None for group in groups):
+            raise ValueError(f"{rule!r} needs the rate, and {type(optimizer).__name__} has no 'lr' in its groups")
+        check_alike(self.layers, rule.needs)
+        self.statistics = statistics = LayerStatistics(self.layers, rule.needs)
+        check_groups(optimizer, self.place, request.decay, statistics.layer_of)
+        # Plain numbers instead of tensors; and layers that can be measured just before they are updated.
+        alone = statistics.device.type == "cpu" and statistics.sharing is None and set(rule.needs) <= AS_NUMBERS
+        elementwise = rule if is_elementwise(rule) and alone else None
+        self.in_numbers = elementwise if len(layers) <= MOST_NUMBERS else None
+        self.pieces = None if elementwise is None else make_pieces(self.layers, elementwise)
+        self.partition = Partition(statistics.layer_of)
+        self.mask = None if all(self.included) else torch.tensor(self.included, device=statistics.device)
+        group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        self.first_group = [group_of[id(layer.parameters[0])] for layer in layers]
+        self.measurable = sum(map(can_be_measured, self.parameters))
+        self.dry = not self.measurable  # as in a dry run on the meta device
+        self.circumstances = circumstances_of(groups, self.parameters, request)
 
     @property
     def outside(self) -> int:
@@ -184,8 +151,8 @@ class Resolution:
     def holds(self, groups: Sequence[Mapping[str, Any]], request: Request) -> bool:
         """Return whether this is still true.
 
-        It is not when a parameter was added, replaced, cut up by FSDP1, or moved to a device, when a process group was
-        made, or when an option of a group has changed that was checked.
+        It is not when a parameter was added, replaced, sharded by FSDP1, or moved to a device. Nor is it when a process
+        group was made, or an option of a group has changed that was checked.
         """
         parameters = list(chain.from_iterable(map(_params_of, groups)))
         if self.measurable < len(self.parameters) and sum(map(can_be_measured, parameters)) != self.measurable:
@@ -193,86 +160,29 @@ class Resolution:
         return (
             len(parameters) == len(self.parameters)
             and all(map(is_, parameters, self.parameters))
-            and list(map(len, map(_params_of, groups))) == self.sizes
             and self.statistics.members[0].device == self.statistics.device
             and circumstances_of(groups, parameters, request) == self.circumstances
         )
 
 
-def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolution:
-    """Find the layers, and everything that follows from them.
+def circumstances_of(groups: Sequence[Mapping[str, Any]], parameters: Sequence[Tensor], request: Request) -> Any:
+    """Return what was checked at attachment, and can change while the parameters stay the same objects.
 
-    Args:
-        optimizer: The optimizer whose step the factors act on.
-        holder: The one whose groups hold all parameters, where each process steps only some (ZeRO); else the same.
-        request: What was asked for.
-
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: An argument is out of its range, or the combination would give wrong numbers.
+    They are: the number of processes; how each parameter is shared; which are trained; each group's size and options,
+    since schedulers and checkpoints can bring momentum and weight decay.
     """
-    rule, groups = request.rule, holder.param_groups
-    try_again(optimizer)
-    refuse(optimizer)
-    refuse_stages(rule, parameters_of(groups))
-    named = named_parameters_of(holder, request.model, request.layers)
-    parameters = parameters_of(groups)
-    layers = make_layers(named, request.layers, request.model, find_shards(parameters, request.model))
-    included = included_layers(layers, request.exclude)
-    layers = [replace(layer, included=inside) for layer, inside in zip(layers, included, strict=True)]
-    automatic = automatic_place(optimizer, request.preferred, request.decay)
-    place = automatic if request.apply == "auto" else request.apply
-    check_place(optimizer, place, request.decay, decay_given=request.decay_given)
-    needs = rule.needs
-    elementwise = rule if is_elementwise(rule) else None
-    if elementwise is not None:
-        check_elementwise(elementwise)
-    if "learning_rate" in needs and any(group.get("lr") is None for group in groups):
-        raise ValueError(f"{rule!r} needs the rate, and {type(optimizer).__name__} has no 'lr' in its groups")
-    check_alike(layers, needs)
-    statistics = LayerStatistics(layers, needs)
-    check_groups(optimizer, place, request.decay, statistics.layer_of)
-    if statistics.device.type != "cpu" or statistics.sharing is not None or not set(needs) <= AS_NUMBERS:
-        elementwise = None
-    group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-    return Resolution(
-        parameters=parameters,
-        sizes=sizes_of(groups),
-        layers=layers,
-        statistics=statistics,
-        partition=Partition(statistics.layer_of),
-        place=place,
-        in_numbers=elementwise if len(layers) <= MOST_NUMBERS else None,
-        pieces=None if elementwise is None else make_pieces(layers, elementwise),
-        included=included,
-        mask=None if all(included) else torch.tensor(included, device=statistics.device),
-        first_group=[group_of[id(layer.parameters[0])] for layer in layers],
-        circumstances=circumstances_of(groups, parameters, request),
-        measurable=sum(map(can_be_measured, parameters)),
-    )
-
-
-def circumstances_of(
-    groups: Sequence[Mapping[str, Any]], parameters: Sequence[Tensor], request: Request
-) -> Circumstances:
-    """Return what was checked at attachment, and can change while the parameters stay the same objects."""
     distributed = torch.distributed
     processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 0
     # FSDP1 keeps the parameters and cuts what they hold; swap_tensors makes DTensors of them.
     shared = [(type(p), bool(getattr(p, "_fsdp_flattened", False))) for p in parameters] if processes else []
     asked = callable(request.layers) or callable(request.exclude)
     trained = [p.requires_grad for p in parameters] if asked else []
-    options: list[tuple[bool, bool, bool]] = []
+    options: list[tuple[int, bool, bool, bool]] = []
     for group in groups:
         decay = group.get("weight_decay")
         decays = isinstance(decay, Tensor) or bool(decay)
-        options.append((decays, bool(group.get("differentiable")), bool(group.get("momentum"))))
+        options.append((len(group["params"]), decays, bool(group.get("differentiable")), bool(group.get("momentum"))))
     return processes, shared, trained, options
-
-
-def sizes_of(groups: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return how many parameters each group has."""
-    return [len(group["params"]) for group in groups]
 
 
 def parameters_of(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
@@ -299,35 +209,31 @@ STEPS_AS_BARE = "steps are those of the optimizer alone, and factors are 1, unti
 class AttachedRule:
     """Measures the layers at each step, lets the rule's factors act, and follows the optimizer where it changes.
 
-    `enabled` says whether it takes part in steps, `found` what the layers are, `state` what the rule remembers,
-    `factors` those of the last step and `rates` the rates of its parameter groups; both None before the first one.
-
-    Args:
-        holder: The optimizer whose groups hold all parameters.
-        request: What was asked for.
-        finite: Raises before a step whose gradients are not finite; None lets it be taken.
-
-    Raises:
-        ValueError: The combination would give wrong numbers.
+    `enabled` says whether it takes part in steps, `found` what the layers are and `state` what the rule remembers.
+    `factors` are those of the last step and `rates` the rates of its parameter groups; both are None before the first.
+    `finite` raises before a step whose gradients are not finite; with None the step is taken.
     """
 
     def __init__(self, holder: Optimizer, request: Request, finite: FiniteGradients | None) -> None:
         optimizer = acting_optimizer(holder)
-        self.enabled = True
-        self.attached = True
+        self.enabled = self.attached = True
         self.state: State = {}
         self._request, self._rule, self._finite = request, request.rule, finite
         self._idle = self._dry = self._measured = False
-        self._place_name: PlaceName | None = None
         self._now: list[dict[str, Any]] = []
         self._holder, self._optimizer = weakref.ref(holder), weakref.ref(optimizer)
         verdict = verdict_of(optimizer)
         may_replace = verdict is not None and (verdict.replaces or verdict.untried is not None)
         self._known = KnownGroups(holder.param_groups) if may_replace else None
-        self._take(resolve(optimizer, self._source, request))
-        self._first = None if verdict is None else self._first_steps(optimizer, verdict)
+        self._take(Resolution(optimizer, self._source, request))
+        self._first: FirstSteps | None = None
+        if verdict is not None:
+            reads = bool(set(self._rule.needs) - INDEPENDENT)
+            under_update = self.place == "update"
+            name = type(optimizer).__name__
+            self._first = FirstSteps(name, verdict, reads_gradients=reads, under_update=under_update)
         OptimizerHooks.add(optimizer, self)
-        # ZeRO makes its inner optimizer anew when a group is added.
+        # ZeRO recreates its inner optimizer when a group is added.
         self._follows = None if optimizer is holder else holder.register_step_pre_hook(self._follow)
 
     @property
@@ -338,7 +244,7 @@ class AttachedRule:
     @property
     def place(self) -> PlaceName:
         """Where the factors act."""
-        return cast(PlaceName, self._place_name)
+        return self.found.place
 
     @property
     def route(self) -> str:
@@ -356,11 +262,7 @@ class AttachedRule:
         return "an optimizer that no longer exists" if holder is None else type(holder).__name__
 
     def check_current(self) -> None:
-        """Raise if training no longer uses the optimizer or the parameters, unless this is detached.
-
-        Raises:
-            RuntimeError: It does not.
-        """
+        """Raise if training no longer uses the optimizer or the parameters, unless this is detached."""
         if not self.attached:
             return
         self._required()
@@ -379,13 +281,10 @@ class AttachedRule:
 
     def last_rates(self) -> list[float]:
         """Return each layer's rate at the last step; NaN where a group has none. Waits for the device."""
-        self._forget_failed()
+        factors = self.last_factors()
         by_group = self.rates if self.rates is not None else rates_of(self._groups)
         rates = [by_group[group] for group in self.found.first_group]
-        return [
-            float("nan") if rate is None else float(rate) * factor
-            for rate, factor in zip(rates, self.last_factors(), strict=True)
-        ]
+        return [float("nan") if rate is None else float(rate) * f for rate, f in zip(rates, factors, strict=True)]
 
     def save(self) -> Any:
         """Return a copy of the rule's state."""
@@ -407,7 +306,7 @@ class AttachedRule:
         if self.attached and optimizer is not None:
             OptimizerHooks.remove(optimizer, self)
             # A new place keeps nothing of a step that failed.
-            self._place = self._made_place(self.place)
+            self._place = self._new_place()
         if self._follows is not None:
             self._follows.remove()
         self.attached = False
@@ -423,7 +322,7 @@ class AttachedRule:
         holder = self._holder()
         self._now = groups = self._groups if holder is None or self._known is not None else holder.param_groups
         if not self.found.holds(groups, self._request):
-            self._take(resolve(optimizer, self._source, self._request))
+            self._take(Resolution(optimizer, self._source, self._request))
             self._now = self._groups
         faked = torch._C._len_torch_dispatch_stack() > 0 and runs_on_fakes(self.found.layers[0].parameters[0])
         dry = faked or not self.found.measurable
@@ -445,12 +344,7 @@ class AttachedRule:
             self._first.before(optimizer)
 
     def measure(self, optimizer: Any, *, late: bool = False) -> bool:
-        """Compute this step's factors from the gradients as they arrived; return whether any of them may not be 1.
-
-        Args:
-            optimizer: The optimizer.
-            late: Whether nothing happens between here and the update, so that factors may be computed during it.
-        """
+        """Compute this step's factors from the gradients as they arrived; return whether any of them may not be 1."""
         groups, self._now = self._now, []
         if self._idle:
             return False
@@ -500,9 +394,8 @@ class AttachedRule:
         """Enter the collectives that the other processes enter, which may not be paused; change nothing."""
         if self.found.statistics.sharing is None or not self._rule.asks(self.state):
             return
-        groups = self._groups
         with absent(), torch.no_grad():
-            statistics = self.found.statistics.compute(groups)
+            statistics = self.found.statistics.compute(self._groups)
             if "gradients" in self._rule.needs:  # a collective of the rule's own
                 self._rule.factors(statistics, self.state)
 
@@ -543,14 +436,6 @@ class AttachedRule:
         """The groups with all parameters."""
         return self._source.param_groups
 
-    def _first_steps(self, optimizer: Optimizer, verdict: Verdict) -> FirstSteps:
-        return FirstSteps(
-            type(optimizer).__name__,
-            verdict,
-            reads_gradients=bool(set(self._rule.needs) - INDEPENDENT),
-            under_update=self.place == "update",
-        )
-
     # --- How it is put together ---------------------------------------------------------------------------------------
 
     def _take(self, found: Resolution) -> None:
@@ -560,8 +445,7 @@ class AttachedRule:
         self.found = found
         if self._finite is not None:
             self._finite.look_at(found.layers, found.others(self._request.model), self._request.model)
-        if found.place != self._place_name:
-            self._place_name, self._place = found.place, self._made_place(found.place)
+        self._place = self._new_place()
         self._scales = scales_writes(self._optimizer(), found.place)
         self._compared = False
         self._last_raw: tuple[Tensor, int] | None = None
@@ -574,8 +458,8 @@ class AttachedRule:
         if self._before_late is not None:
             (self.factors, self.rates), self._before_late = self._before_late, None
 
-    def _made_place(self, name: PlaceName) -> Place:
-        return make_place(name, self._request.decay, automatic=self._request.apply == "auto")
+    def _new_place(self) -> Place:
+        return make_place(self.place, self._request.decay, automatic=self._request.apply == "auto")
 
     def _follow(self, holder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inner, hooked = acting_optimizer(holder), self._optimizer()
@@ -607,7 +491,7 @@ class LayerwiseLR(StaysBehind):
     Attaching registers hooks; the optimizer's `param_groups`, `state_dict()`, `step` and type stay as they are, so that
     schedulers, gradient scalers, clipping and checkpoints work as without it. A copy or a pickle of the optimizer has
     no hooks, and one of a module that holds the adapter has None in its place, with a warning: attach again there, and
-    carry the state over with `state_dict()`. Where an optimizer is made anew, attach to the new one; the adapter of one
+    carry the state over with `state_dict()`. Where an optimizer is recreated, attach to the new one; the adapter of one
     that is gone raises, and only its `state_dict()` can still be read.
 
     Args:
@@ -635,7 +519,7 @@ class LayerwiseLR(StaysBehind):
             the gradients once more and waits for the device (one more collective, if sharded) at each step.
 
     Warns:
-        UserWarning: All parameters are one layer because their names tell of no modules, or the rule is in doubt about
+        UserWarning: All parameters are one layer because their names hold no modules, or the rule is in doubt about
             the layers, such as `LayerDecay` about their depths.
 
     Raises:
@@ -681,20 +565,20 @@ class LayerwiseLR(StaysBehind):
         check_choice("decay", decay, ("auto", "scaled", "plain"))
         check_choice("on_nonfinite", on_nonfinite, ("ignore", "raise"))
         rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
-        self._request = requested(rule, model, layers=layers, apply=apply, decay=decay, exclude=exclude)
+        self._request = Request(rule, model, layers=layers, apply=apply, decay=decay, exclude=exclude)
         finite = FiniteGradients() if on_nonfinite == "raise" else None
         named = named_parameters_of(holder, self._request.model, self._request.layers)
         warn_of_unmeasured(named, STEPS_AS_BARE)
         self._attached = AttachedRule(holder, self._request, finite)
         self._epoch = 1
-        self._told = False
+        self._has_warned = False
         for message in self._remarks(inner):
             logger.warning(message)
         found = self._attached.found.layers
         for message in flattened(found, self._request.layers) + rule.doubts(found):
             warnings.warn(message, UserWarning, stacklevel=2)
 
-    # --- What a person asks -------------------------------------------------------------------------------------------
+    # --- Questions and answers ----------------------------------------------------------------------------------------
 
     @property
     def rule(self) -> Rule:
@@ -777,12 +661,10 @@ class LayerwiseLR(StaysBehind):
             raise ValueError(
                 f"{described(self.rule)} chooses no layers; attach a rule that does, such as GradientAmplification"
             )
-        if self._epoch == 1 and self._attached.rates is not None and not any(one.selected for one in selection):
-            if not self._told:
-                logger.warning(
-                    "nothing is chosen yet, since no epoch has ended: call end_epoch() of the adapter after each epoch"
-                )
-            self._told = True
+        chosen_none = self._attached.rates is not None and not any(one.selected for one in selection)
+        if self._epoch == 1 and chosen_none and not self._has_warned:
+            logger.warning("nothing is chosen yet, since no epoch has ended: call end_epoch() after each epoch")
+            self._has_warned = True
         return dict(zip(self.layers, selection, strict=True))
 
     def end_epoch(self) -> None:
@@ -810,7 +692,7 @@ class LayerwiseLR(StaysBehind):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the state of another adapter with the same rule and layers.
 
-        A rule with other arguments goes on with its own, and the log tells of both.
+        A rule with other arguments goes on with its own, and the log names both.
 
         Args:
             state_dict: What `state_dict()` returned.
@@ -861,14 +743,14 @@ class LayerwiseLR(StaysBehind):
         return f"LayerwiseLR({', '.join(parts)})"
 
     def _remarks(self, optimizer: Optimizer) -> list[str]:
-        """Return what a person should know about this attachment."""
+        """Return what the log says about this attachment."""
         found, remarks = self._attached.found, [no_effect(optimizer, self.apply)]
         if found.outside:
             among = len(found.parameters)
             remarks.append(f"{found.outside} of the optimizer's {among} parameters are in no layer: factor 1")
-        if OptimizerHooks.others(optimizer, self._attached):
+        if len(OptimizerHooks.members_of(optimizer)) > 1:
             remarks.append(
                 f"{type(optimizer).__name__} has another LayerwiseLR attached already: their factors multiply, and "
-                "each tells of its own only; detach() the first if it was meant to be replaced"
+                "each reports only its own; detach() the first if it was meant to be replaced"
             )
         return [remark for remark in remarks if remark] + self.rule.remarks(found.layers)

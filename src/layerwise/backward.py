@@ -24,7 +24,7 @@ from ._arguments import StaysBehind
 from ._hooks import OptimizerHooks, closure_of, followed, with_closure
 from ._places.allowed import automatic_place
 from ._tensors import LARGE, return_freed_memory, runs_on_fakes
-from .adapter import STEPS_AS_BARE, Resolution, parameters_of, rates_of, requested, resolve
+from .adapter import STEPS_AS_BARE, Request, Resolution, parameters_of, rates_of
 from .apply import Factors, Partition, damps_history, make_place
 from .layers import Model, as_module, flattened, named_parameters_of, warn_of_unmeasured
 from .optimizers import unwrap
@@ -148,13 +148,13 @@ class StepInBackward(StaysBehind):
         parameters = parameters_of(inner.param_groups)
         if any(id(p) in _STEPPED for p in parameters):
             raise ValueError("these parameters step in backward already: call detach() on the first handle before")
-        if OptimizerHooks.has_any(inner):
+        if OptimizerHooks.attached_to(inner):
             raise ValueError(ATTACHED_TOO)
         if rule is not None:
             _check_rule(rule)
         _check_wrappers(parameters)
         self._rule: Rule | None = rule
-        self._request = requested(Constant({"*": 1.0}) if rule is None else rule, model)
+        self._request = Request(Constant({"*": 1.0}) if rule is None else rule, model)
         self._needs = [] if rule is None else [name for name in rule.needs if name not in ("counts", "gradients")]
         self._state: State = {}
         self._rates = rates_of(inner.param_groups)
@@ -331,7 +331,7 @@ class StepInBackward(StaysBehind):
             raise RuntimeError(NESTED)
         if torch.is_grad_enabled():
             raise RuntimeError(CREATE_GRAPH)
-        if OptimizerHooks.has_any(optimizer):
+        if OptimizerHooks.attached_to(optimizer):
             raise RuntimeError(ATTACHED_TOO)
         _check_options(optimizer)  # loading a state can change them
         if self._resolve_changed(optimizer) or not self._proven:
@@ -357,7 +357,7 @@ class StepInBackward(StaysBehind):
         """Step with gradients that did not come from a backward, such as those that the user has set."""
         closure = closure_of(args, kwargs)
         if closure is not None:
-            return with_closure(args, kwargs, followed(closure, StepInBackward._evaluate, self, optimizer))
+            return with_closure(args, kwargs, followed(closure, partial(self._evaluate, optimizer)))
         self._step_present(optimizer)
         return args, kwargs
 
@@ -402,7 +402,7 @@ class StepInBackward(StaysBehind):
 
     def _resolve(self, optimizer: Optimizer) -> None:
         """Find the layers, and everything that follows from them; change nothing if that fails."""
-        found = resolve(optimizer, optimizer, self._request)
+        found = Resolution(optimizer, optimizer, self._request)
         if self._rule is not None:
             before = self._found.names if self._state else []
             self._state = self._rule.renewed(found.layers, found.statistics.device, self._state, before)

@@ -194,7 +194,7 @@ class Monitor(StaysBehind):
                 warnings.warn(message, UserWarning, stacklevel=2)
         self._warned = not any(map(can_be_measured, self._parameters))
         self._optimizer = weakref.ref(inner)
-        if any(isinstance(other, Monitor) for other in OptimizerHooks.observers_of(inner)):
+        if any(isinstance(other, Monitor) for other in OptimizerHooks.attached_to(inner)):
             logger.warning(
                 "%s has another Monitor attached already: both record; detach() the first if it was to be replaced",
                 type(inner).__name__,

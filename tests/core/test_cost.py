@@ -204,7 +204,7 @@ def test_nothing_changes_to_the_bit(make_model, backward, assert_same_bits, kind
     assert after[1:] == before[1:]
     assert all(p.grad is grad for p, grad in zip(model.parameters(), held, strict=True))
     assert len(optimizer._optimizer_step_pre_hooks) == 2
-    assert not layerwise._hooks.OptimizerHooks.others(optimizer, attached._attached)
+    assert layerwise._hooks.OptimizerHooks.members_of(optimizer) == [attached._attached]
 
 
 def test_a_waiting_backward_still_works_afterwards(make_model):

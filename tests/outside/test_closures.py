@@ -12,7 +12,7 @@ from torch import Tensor, nn, optim
 
 import layerwise
 from layerwise import sinks
-from layerwise.rules import Constant, LayerAdaptive
+from layerwise.rules import Constant, LayerAdaptive, Rule
 
 FACTORS = {"0": 0.5, "2": 3.0}
 NEUTRAL = {"*": 1.0}
@@ -531,3 +531,28 @@ def test_a_step_that_moves_weights_it_kept_itself_is_refused() -> None:
     adapter.detach()
     optimizer.step(closure)
     assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+class HalvesWithoutGradients(Rule):
+    """Halves the first layer's rate while the gradients are zero, and changes nothing later."""
+
+    needs = ("gradient_norm",)
+
+    def factors(self, statistics: Any, state: Any) -> Any:
+        factors = torch.ones_like(statistics.gradient_norm)
+        factors[0] = torch.where(statistics.gradient_norm[0] == 0, 0.5, 1.0)
+        return factors, state
+
+
+def test_groups_divided_before_the_closure_may_be_whole_after_it() -> None:
+    weights: list[list[Tensor]] = []
+    for attached in (False, True):
+        model = network()
+        optimizer = build(LooksFirst, model)
+        if attached:
+            layerwise.LayerwiseLR(optimizer, HalvesWithoutGradients(), model, apply="lr")
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step(Closure(model))
+        weights.append(list(model.parameters()))
+    same(*weights)
