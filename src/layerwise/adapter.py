@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._arguments import StaysBehind, check_choice, chosen
-from ._fused import can_be_dealt
+from ._fused import Chunks, DealtStep, LateFactors, can_be_dealt, make_chunks
 from ._hooks import OptimizerHooks, makes_state_only
 from ._places.allowed import automatic_place, check_groups, check_place, no_effect, scales_writes
 from ._places.first_steps import FirstSteps, KnownGroups
@@ -31,7 +31,7 @@ from ._tensors import (
     warn_without_values,
 )
 from ._writes import is_compiled
-from .apply import Factors, LateFactors, Partition, Pieces, Place, Split, Writes, make_pieces, make_place
+from .apply import Factors, Partition, Place, PrivateStep, Split, Step, Writes, make_place
 from .layers import (
     Exclusion,
     Layer,
@@ -149,7 +149,7 @@ class Resolution:
     partition: Partition
     place: PlaceName
     in_numbers: ElementwiseRule | None
-    pieces: Pieces | None
+    pieces: Chunks | None
     included: list[bool]
     mask: Tensor | None
     first_group: list[int]
@@ -243,7 +243,7 @@ def resolve(optimizer: Optimizer, holder: Optimizer, request: Request) -> Resolu
         partition=Partition(statistics.layer_of),
         place=place,
         in_numbers=elementwise if len(layers) <= MOST_NUMBERS else None,
-        pieces=None if elementwise is None else make_pieces(layers, elementwise),
+        pieces=None if elementwise is None else make_chunks(layers, elementwise),
         included=included,
         mask=None if all(included) else torch.tensor(included, device=statistics.device),
         first_group=[group_of[id(layer.parameters[0])] for layer in layers],
@@ -517,7 +517,10 @@ class AttachedRule:
         assert self.factors is not None  # measured
         acting = view if self._known is None else self._known
         scales = writes if self._scales and not is_compiled() else None
-        return self._place.act(acting, self.found.partition, self.factors, private=private, writes=scales)
+        kind = PrivateStep if private else Step
+        if private and view.param_groups[0].get("fused") and can_be_dealt(view):
+            kind = DealtStep
+        return self._place.act(kind(acting, self.found.partition, self.factors, scales))
 
     def finish(self) -> None:
         """Act after the step."""
