@@ -37,16 +37,13 @@ _NAMES = ("_fused_sgd_", "_fused_adam_", "_fused_adamw_", "_fused_adagrad_")
 FUSED = frozenset(getattr(torch, name) for name in _NAMES if hasattr(torch, name))
 """The fused kernels, which take one rate a call."""
 
-_CALLS = {
-    "add_": "add",
-    "sub_": "add",
-    "mul_": "multiply",
-    "div_": "multiply",
-    "addcdiv_": "addc",
-    "addcmul_": "addc",
-    "lerp_": "lerp",
-    "copy_": "lerp",
+_NAMES_OF_KINDS = {
+    "add": ("add_", "sub_"),
+    "multiply": ("mul_", "div_"),
+    "addc": ("addcdiv_", "addcmul_"),
+    "lerp": ("lerp_", "copy_"),
 }
+_CALLS = {name: kind for kind, names in _NAMES_OF_KINDS.items() for name in names}
 _HANDED_OUT = ("numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage")
 KINDS: dict[Any, str | None] = {
     **{getattr(Tensor, name): kind for name, kind in _CALLS.items()},
@@ -57,7 +54,7 @@ KINDS: dict[Any, str | None] = {
 }
 """How each function writes; None if it does not. `kind_of` adds those that it has not met before."""
 _UNKNOWN = "unknown"
-_OF_ONE = frozenset({"add", "multiply", "addc", "lerp"})
+_OF_ONE = frozenset(_NAMES_OF_KINDS)
 _PLAIN = frozenset({Tensor, Parameter})
 
 
@@ -128,8 +125,8 @@ class ScaledWrites(TorchFunctionMode):
         if self._ended:
             return
         # Parameters in one storage may count their versions together.
-        alone = (p for p in self._parameters if len(self._memory.get(cast(int, storage_of(p)), _NONE).owners) < 2)
-        self._versions = {id(p): p._version for p in alone}
+        shared = {id(p) for memory in self._memory.values() if len(memory.owners) > 1 for p in memory.owners}
+        self._versions = {id(p): p._version for p in self._parameters if id(p) not in shared}
         self.__enter__()
 
     def end(self) -> None:
@@ -447,9 +444,6 @@ class _Memory:
                 found.append(self.owners[at])
             at += 1
         return found
-
-
-_NONE = _Memory()
 
 
 class _Remover(list[ScaledWrites]):

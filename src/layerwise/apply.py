@@ -23,6 +23,7 @@ MOST_NUMBERS = 1024
 """The largest tensor in a group of which each part gets its own copy; smaller ones are counters and the like."""
 
 
+@dataclass(eq=False)
 class Split:
     """The parts that `step` sees in place of a parameter group.
 
@@ -32,12 +33,9 @@ class Split:
         overrides: For each part the values that differ by design.
     """
 
-    __slots__ = ("given", "marks", "overrides", "parts", "source")
-
-    def __init__(
-        self, source: dict[str, Any], parts: list[dict[str, Any]], overrides: Sequence[Mapping[str, Any]]
-    ) -> None:
-        self.source, self.parts, self.overrides = source, parts, overrides
+    source: dict[str, Any]
+    parts: list[dict[str, Any]]
+    overrides: Sequence[Mapping[str, Any]]
 
     def remember(self) -> None:
         """Give each part its own copy of what `step` may change in place, and record what the parts hold."""
@@ -368,10 +366,10 @@ class Step:
         return self.partition.split(self.view, self.factors.buckets, overrides)
 
     def scaled(self) -> list[tuple[Tensor, Factor]]:
-        """Return the parameters whose factor is not 1, each with it; where none may be read, all with tensors."""
+        """Return parameters with their factors: numbers other than 1, or tensors where no number may be read."""
         layer_of, factors = self.partition.layer_of, self.factors
         every = [p for group in self.view.param_groups for p in group["params"] if id(p) in layer_of]
-        if factors.numbers is None and not (self.reads and not is_capturing(self.view)):
+        if factors.numbers is None and (is_capturing(self.view) or not self.reads):
             return [(p, factors.each(p)[layer_of[id(p)]]) for p in every]
         numbers = factors.read()
         return [(p, numbers[layer_of[id(p)]]) for p in every if numbers[layer_of[id(p)]] != 1]
@@ -425,16 +423,14 @@ class LearningRate(Place):
         ):
             return step.divide(self._scaled)
         rates: dict[int, tuple[Tensor, ...]] = {}
-
-        @torch.no_grad()
-        def tensor_rate(group: Mapping[str, Any], layer: int) -> dict[str, Any]:
-            if layer == OUTSIDE:
-                return {}
-            if id(group) not in rates:
-                # The fused kernels read float32; the others promote with the parameters.
-                wide = not group.get("fused") and any(p.dtype is torch.float64 for p in group["params"])
+        for group in view.param_groups:
+            # The fused kernels read float32; the others promote with the parameters.
+            wide = not group.get("fused") and any(p.dtype is torch.float64 for p in group["params"])
+            with torch.no_grad():
                 rates[id(group)] = (factors.tensor * group["lr"]).to(torch.float64 if wide else torch.float32).unbind()
-            return {"lr": rates[id(group)][layer]}
+
+        def tensor_rate(group: Mapping[str, Any], layer: int) -> dict[str, Any]:
+            return {} if layer == OUTSIDE else {"lr": rates[id(group)][layer]}
 
         return step.partition.split(view, lambda of_layer: of_layer.items(), tensor_rate)
 
@@ -442,8 +438,11 @@ class LearningRate(Place):
     def _scaled(group: Mapping[str, Any], factor: float) -> dict[str, Any]:
         if factor == 1:
             return {}
+        rate = group["lr"]
+        if not isinstance(rate, Tensor):
+            return {"lr": rate * factor}
         with torch.set_grad_enabled(bool(group.get("differentiable"))):  # a rate may be learned through the step
-            return {"lr": group["lr"] * factor}
+            return {"lr": rate * factor}
 
 
 SMALLEST_DIVISOR = 1e-3
