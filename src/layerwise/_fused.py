@@ -3,6 +3,8 @@
 With a parameter group for each layer an optimizer gathers, sorts and checks the tensors of each group anew. A fused
 kernel takes all of them at once, and its rate may be a tensor. Here that tensor is a `DealtRate`, which receives the
 kernel's call through PyTorch's `__torch_function__` and makes one call of it for each factor.
+
+Between two such calls the factors of the next layers can be measured, while their gradients are in the caches.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class DealtRate(Tensor):
             return plain.__torch_function__(func, types, args, options)
         shards = shards_of(args)
         for positions, own in dealt.deal(args[0]):
-            # A list that these options have no use for is empty.
+            # A list that these options do not use is empty.
             lists = [[tensors[i] for i in positions] if tensors else [] for tensors in shards]
             func(*lists, **{**options, "lr": dealt.rate, **own})
         return None
@@ -74,7 +76,7 @@ def can_be_dealt(optimizer: optim.Optimizer) -> bool:
 @cache
 def _hands_on_the_rate(step: Callable[..., Any]) -> bool:
     """Tell whether this is a step of PyTorch's that hands the rate on to the kernel untouched, by trying it once."""
-    inner = unwrap(step)  # without hooks, which are none of this optimizer's business
+    inner = unwrap(step)  # without hooks, which belong to one optimizer
     kinds: tuple[Any, ...] = (optim.SGD, optim.Adam, optim.AdamW, optim.Adagrad)
     kind = next((kind for kind in kinds if unwrap(kind.step) is inner), None)
     if kind is None:
@@ -87,7 +89,7 @@ def _hands_on_the_rate(step: Callable[..., Any]) -> bool:
         optimizer.param_groups[0]["lr"] = DealtRate.of(1.0, lambda _: [((0,), {"lr": 0.5}), ((1,), {})])
         with torch.no_grad():
             inner(optimizer)
-    except (RuntimeError, TypeError, ValueError):  # of a PyTorch that does it otherwise: groups serve as well
+    except (RuntimeError, TypeError, ValueError):  # another PyTorch: groups give the same numbers
         return False
     return [round(p.item(), 3) for p in parameters] == [-0.5, -1.0]
 
@@ -119,7 +121,7 @@ CHUNK = 2**19
 
 @dataclass(frozen=True, eq=False)
 class Chunks:
-    """Layers in chunks that are measured together, and the rule that is asked for their factors.
+    """Layers in chunks that are measured together, and the rule that computes their factors.
 
     Args:
         rule: The rule.
@@ -135,11 +137,10 @@ class Chunks:
 
 
 def make_chunks(layers: Sequence[Layer], rule: ElementwiseRule) -> Chunks | None:
-    """Return the layers that are not excluded in chunks; None where there is no gain in that, or no safety.
+    """Return the layers that are not excluded in chunks; None where that saves nothing, or is not safe.
 
-    A rule of somebody's own may raise, and is therefore asked for everything before anything has changed. Parameters
-    that share memory would be measured after the update of one of them; of a class of their own (lazy, fake, quantised
-    ones) they may have no memory to ask for.
+    A rule of the user may raise, so all its factors are computed before anything has changed. Parameters that share
+    memory would be measured after the update of one of them. Other classes (lazy, fake, quantised) may have no memory.
     """
     parameters = [p for layer in layers for p in layer.parameters]
     if not type(rule).__module__.startswith(f"{__package__}.rules."):

@@ -130,7 +130,7 @@ class ScaledWrites(TorchFunctionMode):
         self.__enter__()
 
     def end(self) -> None:
-        """Let writes be as they are again.
+        """Stop scaling writes.
 
         Raises:
             CannotScaleError: A parameter was written by code that the mode does not see.
@@ -139,7 +139,7 @@ class ScaledWrites(TorchFunctionMode):
         self._expect(self._parameters, memory=True)
 
     def remove(self) -> None:
-        """Take the mode off the stack, wherever it is there."""
+        """Take the mode off the stack, from any depth."""
         above: list[Any] = []
         self._ended = True
         while torch._C._len_torch_function_stack() and (top := torch.overrides._pop_mode()) is not self:
