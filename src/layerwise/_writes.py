@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from ._tensors import local, shards_of
 
@@ -29,23 +30,20 @@ FEW = 8
 """Distinct factors up to which one call for each costs less than a temporary."""
 SMALL = 65_536
 """Elements below which a launch costs more than its work."""
-PIECE = 2**26
+CHUNK = 2**26
 """Bytes of a temporary; a larger one is only made for a single tensor."""
 HALF = (torch.float16, torch.bfloat16)
 _NAMES = ("_fused_sgd_", "_fused_adam_", "_fused_adamw_", "_fused_adagrad_")
 FUSED = frozenset(getattr(torch, name) for name in _NAMES if hasattr(torch, name))
 """The fused kernels, which take one rate a call."""
 
-_CALLS = {
-    "add_": "add",
-    "sub_": "add",
-    "mul_": "multiply",
-    "div_": "multiply",
-    "addcdiv_": "addc",
-    "addcmul_": "addc",
-    "lerp_": "lerp",
-    "copy_": "lerp",
+_NAMES_OF_KINDS = {
+    "add": ("add_", "sub_"),
+    "multiply": ("mul_", "div_"),
+    "addc": ("addcdiv_", "addcmul_"),
+    "lerp": ("lerp_", "copy_"),
 }
+_CALLS = {name: kind for kind, names in _NAMES_OF_KINDS.items() for name in names}
 _HANDED_OUT = ("numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage")
 KINDS: dict[Any, str | None] = {
     **{getattr(Tensor, name): kind for name, kind in _CALLS.items()},
@@ -56,7 +54,7 @@ KINDS: dict[Any, str | None] = {
 }
 """How each function writes; None if it does not. `kind_of` adds those that it has not met before."""
 _UNKNOWN = "unknown"
-_OF_ONE = frozenset({"add", "multiply", "addc", "lerp"})
+_OF_ONE = frozenset(_NAMES_OF_KINDS)
 _PLAIN = frozenset({Tensor, Parameter})
 
 
@@ -127,12 +125,12 @@ class ScaledWrites(TorchFunctionMode):
         if self._ended:
             return
         # Parameters in one storage may count their versions together.
-        alone = (p for p in self._parameters if len(self._memory.get(cast(int, storage_of(p)), _NONE).owners) < 2)
-        self._versions = {id(p): p._version for p in alone}
+        shared = {id(p) for memory in self._memory.values() if len(memory.owners) > 1 for p in memory.owners}
+        self._versions = {id(p): p._version for p in self._parameters if id(p) not in shared}
         self.__enter__()
 
     def end(self) -> None:
-        """Let writes be as they are again.
+        """Stop scaling writes.
 
         Raises:
             CannotScaleError: A parameter was written by code that the mode does not see.
@@ -141,7 +139,7 @@ class ScaledWrites(TorchFunctionMode):
         self._expect(self._parameters, memory=True)
 
     def remove(self) -> None:
-        """Take the mode off the stack, wherever it is there."""
+        """Take the mode off the stack, from any depth."""
         above: list[Any] = []
         self._ended = True
         while torch._C._len_torch_function_stack() and (top := torch.overrides._pop_mode()) is not self:
@@ -154,10 +152,10 @@ class ScaledWrites(TorchFunctionMode):
     ) -> Any:
         """Make a call, with the factors in it where it writes into parameters."""
         kind = KINDS.get(func, _UNKNOWN)
-        if kind is None and not kwargs:  # most calls
-            return func(*args)
         kwargs = kwargs or {}
-        if kind in _OF_ONE and args and type(first := args[0]) in _PLAIN and not self._ended:
+        if self._ended or (kind is None and not kwargs):  # most calls
+            return func(*args, **kwargs)
+        if kind in _OF_ONE and args and type(first := args[0]) in _PLAIN:
             return self._write_one(kind, func, first, args, kwargs)
         if kind is _UNKNOWN:
             kind = KINDS[func] = kind_of(func)
@@ -168,8 +166,6 @@ class ScaledWrites(TorchFunctionMode):
                 kind = "other"
             else:
                 return func(*args, **kwargs)
-        if self._ended:
-            return func(*args, **kwargs)
         if kind in ("begin", "end"):
             return self._range(kind, func, args, kwargs)
         return self._write(kind, func, self._written(kind, args, kwargs), args, kwargs)
@@ -223,13 +219,8 @@ class ScaledWrites(TorchFunctionMode):
     @staticmethod
     def _written(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return the tensors that a call may write into."""
-        if kind == "operator":  # which of its arguments it writes into, its schema says; all are looked at
-            given: list[Any] = [*args, *kwargs.values()]
-            return [
-                tensor
-                for one in given
-                for tensor in cast("Sequence[Any]", one if type(one) in (list, tuple) else [one])
-            ]
+        if kind == "operator":  # it may write into any of its arguments
+            return tree_leaves((args, kwargs))
         first = kwargs["out"] if kind == "out" else args[0] if args else kwargs.get("self", kwargs.get("input"))
         return list(cast("Sequence[Any]", first)) if isinstance(first, (list, tuple)) else [first]
 
@@ -270,96 +261,78 @@ class ScaledWrites(TorchFunctionMode):
 
     def _multiply(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> Any:
         """`p s = p + (s − 1) p`, so the factor makes `1 + f (s − 1)` of s."""
-        scale = _argument(args, kwargs, 1, ("other", "scalar", "scalars"))
-        many, divides = _is_list(args, kwargs), "div" in func.__name__
-        if kwargs.get("rounding_mode") is not None:
+        call = _Call(args, kwargs)
+        scales = call.values(1, "other", "scalar", "scalars")
+        integers = any(isinstance(s, Tensor) and not (s.is_floating_point() or s.is_complex()) for s in scales)
+        if integers or kwargs.get("rounding_mode") is not None:
             return self._other(func, ps, fs, args, kwargs)
-        scales = [
-            s.to(p.dtype) if isinstance(s, Tensor) and not (s.is_floating_point() or s.is_complex()) else s
-            for p, s in zip(ps, _listed(scale, len(ps), many=many), strict=True)
-        ]
-        scales = [1 / s if divides else s for s in scales]
+        if "div" in func.__name__:
+            scales = [1 / s for s in scales]
         if any(isinstance(f, Tensor) for f in fs) and all(isinstance(s, (int, float)) for s in scales):
             # On the stacked factors, because each operation on one of them is a launch.
             less = torch.tensor([s - 1 for s in scales], dtype=torch.float64).to(fs[0].device, fs[0].dtype)
             scaled: list[Any] = list((1 + torch.stack(fs) * less).unbind())
         else:
             scaled = [s if _is_one(f) else 1 + f * (s - 1) for f, s in zip(fs, scales, strict=True)]
-        written = args[0] if args else kwargs["self"]
-        return torch._foreach_mul_(written, scaled) if many else Tensor.mul_(written, scaled[0])
+        return torch._foreach_mul_(call.written, scaled) if call.many else call.written[0].mul_(scaled[0])
 
     def _lerp(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> Any:
         """`p + w (q − p)`; `copy_` is the case w = 1."""
-        many, copies = _is_list(args, kwargs), "copy" in func.__name__
-        target = _argument(args, kwargs, 1, ("end", "tensors1", "other", "src"))
-        weight = 1.0 if copies else _argument(args, kwargs, 2, ("weight", "weights", "scalar"))
-        targets = list(target) if many else [target]
+        call = _Call(args, kwargs)
+        targets = call.values(1, "end", "tensors1", "other", "src")
+        weights = [1.0] * len(ps) if "copy" in func.__name__ else call.values(2, "weight", "weights", "scalar")
         self._refuse_state(ps, targets)
-        written: Any = args[0] if args else kwargs["self"]
-        for w, q in zip(written if many else [written], targets, strict=True):
+        for w, q in zip(call.written, targets, strict=True):
             alike = isinstance(q, Tensor) and w.shape == q.shape and w.dtype == q.dtype and w.device == q.device
             if not alike or not w.is_floating_point():
                 return self._other(func, ps, fs, args, kwargs)
-        weights = [f * w for f, w in zip(fs, _listed(weight, len(ps), many=many), strict=True)]
-        return torch._foreach_lerp_(written, targets, weights) if many else Tensor.lerp_(written, target, weights[0])
+        weights = [f * w for f, w in zip(fs, weights, strict=True)]
+        if call.many:
+            return torch._foreach_lerp_(call.written, targets, weights)
+        return call.written[0].lerp_(targets[0], weights[0])
 
     def _addc(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> Any:
         """`p + v a b` or `p + v a / b`."""
-        many, written = _is_list(args, kwargs), args[0] if args else kwargs["self"]
-        first = _argument(args, kwargs, 1, ("tensor1", "tensors1"))
-        if not many and not isinstance(first, Tensor):  # the old order: value, tensor1, tensor2
-            first, second, value = args[2], args[3], args[1]
-        else:
-            second = _argument(args, kwargs, 2, ("tensor2", "tensors2"))
-            value = _argument(args, kwargs, 3, ("value", "scalars"), 1)
+        call = _Call(args, kwargs)
+        first, second = call.values(1, "tensor1", "tensors1"), call.values(2, "tensor2", "tensors2")
+        values = call.values(3, "value", "scalars", default=1)
+        if not all(isinstance(a, Tensor) for a in first):  # the old order: value, tensor1, tensor2
+            return self._other(func, ps, fs, args, kwargs)
         if any(isinstance(f, Tensor) for f in fs):
-            scaled: Any = torch._foreach_mul(cast(Any, first), fs) if many else first * fs[0]
-            return func(written, scaled, second, value) if many else func(written, scaled, second, value=value)
-        values = [f * v for f, v in zip(fs, _listed(value, len(ps), many=many), strict=True)]
-        return func(written, first, second, values) if many else func(written, first, second, value=values[0])
+            first = torch._foreach_mul(first, fs) if call.many else [first[0] * fs[0]]
+        else:
+            values = [f * v for f, v in zip(fs, values, strict=True)]
+        if call.many:
+            return func(call.written, first, second, values)
+        return func(call.written[0], first[0], second[0], value=values[0])
 
     def _add(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> Any:
-        """`p ± α d`."""
-        many, written = _is_list(args, kwargs), args[0] if args else kwargs["self"]
-        change = _argument(args, kwargs, 1, ("other", "scalar", "scalars"))
-        if not many and len(args) == 3:  # the old order: alpha, other
-            alpha, change = (change, args[2]) if not isinstance(change, Tensor) else (args[2], change)
-        else:
-            alpha = kwargs.get("alpha", 1)
-        if not many:
-            if isinstance(change, Tensor) and isinstance(fs[0], Tensor):
-                return func(written, change * fs[0], alpha=alpha)
-            # On the CPU alpha would be rounded to half precision.
-            if isinstance(change, Tensor) and written.dtype in HALF and written.is_cpu:
-                return func(written, change.float() * (alpha * fs[0]))
-            if isinstance(change, Tensor):
-                return func(written, change, alpha=alpha * fs[0])
-            return func(written, fs[0] * change, alpha=alpha)
-        if not isinstance(change, (list, tuple)) or not all(isinstance(d, Tensor) for d in cast("list[Any]", change)):
-            return func(written, [f * alpha * d for f, d in zip(fs, _listed(change, len(ps), many=True), strict=True)])
-        return self._add_lists(func, list(written), list(cast("list[Tensor]", change)), alpha, fs)
-
-    @staticmethod
-    def _add_lists(func: Any, ps: list[Tensor], changes: list[Tensor], alpha: Any, fs: list[Any]) -> None:
-        """`p ± α d` for lists, where the kernel takes one α for all."""
-        if any(isinstance(f, Tensor) for f in fs):
-            for at in _pieces(changes):
-                some = torch._foreach_mul([changes[i] for i in at], [fs[i] for i in at])
-                func([ps[i] for i in at], some, alpha=alpha)
-        elif ps[0].is_cpu and type(ps[0]) in (Tensor, Parameter):  # where a call for lists is a loop
+        """`p ± α d`. The kernel for lists takes one α for all."""
+        call, alpha = _Call(args, kwargs), kwargs.get("alpha", 1)
+        written, changes = call.written, call.values(1, "other", "scalar", "scalars")
+        if len(args) > 2:  # the old order: alpha, other
+            return self._other(func, ps, fs, args, kwargs)
+        if not call.many or (ps[0].is_cpu and type(ps[0]) in _PLAIN):  # where a call for lists is a loop
             single = getattr(Tensor, func.__name__.removeprefix("_foreach_"))
-            for p, d, f in zip(ps, changes, fs, strict=True):
-                if p.dtype in HALF and f != 1:
+            for p, d, f in zip(written, changes, fs, strict=True):
+                if isinstance(f, Tensor) or not isinstance(d, Tensor):
+                    single(p, d * f, alpha=alpha)
+                elif p.dtype in HALF and p.is_cpu and f != 1:  # to which alpha would be rounded
                     single(p, d.float() * (alpha * f))
                 else:
                     single(p, d, alpha=alpha * f)
-        elif len(by := _by_factor(fs)) <= FEW:
+            return None if call.many else written[0]
+        if not all(isinstance(d, Tensor) for d in changes):
+            return self._other(func, ps, fs, args, kwargs)
+        by = _by_factor(fs)
+        if len(by) <= FEW and not any(isinstance(f, Tensor) for f in fs):
             for f, at in by.items():
-                func([ps[i] for i in at], [changes[i] for i in at], alpha=alpha * f)
+                func([written[i] for i in at], [changes[i] for i in at], alpha=alpha * f)
         else:
-            for at in _pieces(changes):
-                some = torch._foreach_mul([changes[i] for i in at], [alpha * fs[i] for i in at])
-                func([ps[i] for i in at], some)
+            for at in _chunks(changes):
+                some = torch._foreach_mul([changes[i] for i in at], [fs[i] for i in at])
+                func([written[i] for i in at], some, alpha=alpha)
+        return None
 
     def _fused(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> None:
         """Call a fused kernel, which takes one rate, once for each factor; small tensors of many factors together."""
@@ -425,6 +398,26 @@ class ScaledWrites(TorchFunctionMode):
                 raise CannotScaleError("its weights are computed from weights of its own, which it keeps in its state")
 
 
+class _Call:
+    """The arguments of a call that writes into one tensor, or into those of a list."""
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._args, self._kwargs = args, kwargs
+        written: Any = args[0] if args else kwargs["self"]
+        self.many = isinstance(written, (list, tuple))
+        self.written: list[Tensor] = list(written) if self.many else [written]
+
+    def values(self, position: int, *names: str, default: Any = None) -> list[Any]:
+        """Return an argument's value for each tensor: of a list, of a 1-dim tensor, or the same for all."""
+        named = next((self._kwargs[name] for name in names if name in self._kwargs), default)
+        found: Any = self._args[position] if len(self._args) > position else named
+        if self.many and isinstance(found, (list, tuple)):
+            return list(cast("Sequence[Any]", found))
+        if self.many and isinstance(found, Tensor) and found.ndim == 1:
+            return cast("list[Any]", found.tolist())
+        return [found] * len(self.written)
+
+
 class _Memory:
     """The parameters in one storage, by where they begin: some optimizers keep them and their state in one buffer."""
 
@@ -453,9 +446,6 @@ class _Memory:
         return found
 
 
-_NONE = _Memory()
-
-
 class _Remover(list[ScaledWrites]):
     """Removes its mode when the call that returned it is over: within that call PyTorch would put it back."""
 
@@ -481,23 +471,6 @@ def range_of(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + int(span) * own.element_size()
 
 
-def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, names: Sequence[str], default: Any = None):
-    return args[position] if len(args) > position else next((kwargs[n] for n in names if n in kwargs), default)
-
-
-def _is_list(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    return isinstance(args[0] if args else kwargs.get("self"), (list, tuple))
-
-
-def _listed(value: Any, count: int, *, many: bool) -> list[Any]:
-    """Return one value for each tensor: of a list, of a 1-dim CPU tensor, or the same for all."""
-    if many and isinstance(value, (list, tuple)):
-        return list(cast("Sequence[Any]", value))
-    if many and isinstance(value, Tensor) and value.ndim == 1:
-        return cast("list[Any]", value.tolist())
-    return [value] * count
-
-
 def _is_one(factor: Any) -> bool:
     return isinstance(factor, (int, float)) and factor == 1
 
@@ -510,18 +483,18 @@ def _by_factor(factors: Sequence[Any]) -> dict[Any, list[int]]:
     return found
 
 
-def _pieces(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Return positions in pieces of at most `PIECE` bytes, or of one tensor."""
-    pieces: list[list[int]] = []
-    size = PIECE
+def _chunks(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Return positions in chunks of at most `CHUNK` bytes, or of one tensor."""
+    chunks: list[list[int]] = []
+    size = CHUNK
     for position, tensor in enumerate(tensors):
         own = tensor.numel() * tensor.element_size()
-        if size + own > PIECE or not pieces:
-            pieces.append([])
+        if size + own > CHUNK or not chunks:
+            chunks.append([])
             size = 0
-        pieces[-1].append(position)
+        chunks[-1].append(position)
         size += own
-    return pieces
+    return chunks
 
 
 def is_compiled() -> bool:
@@ -546,39 +519,38 @@ STEP = cast(Any, torch.optim.Optimizer.profile_hook_step)(_nothing).__code__
 """The code that PyTorch puts around the `step` of each class; it runs the hooks."""
 
 
-def _call(function: Callable[[], None], *_: Any) -> None:
-    function()
-
-
 @cache
 def writes_can_be_scaled() -> bool:
     """Tell whether this PyTorch lets writes be scaled, by a step on two numbers and one that raises."""
     with _disable_current_modes():  # under fake tensors no value could be read
-        return _try_on_two_numbers()
+        parameters = [Parameter(torch.zeros(1, device="cpu")) for _ in range(2)]
+        for p in parameters:
+            p.grad = torch.ones(1, device="cpu")
+        try:
+            left = [_leaves_a_mode(kind(parameters, lr=1.0), parameters) for kind in (torch.optim.SGD, _Failing)]
+        except (RuntimeError, TypeError, AttributeError):
+            return False
+        return not any(left) and [p.item() for p in parameters] == [-0.5, -1.0]
 
 
-def _try_on_two_numbers() -> bool:
-    parameters = [Parameter(torch.zeros(1, device="cpu")) for _ in range(2)]
-    for p in parameters:
-        p.grad = torch.ones(1, device="cpu")
+def _call(function: Callable[[], None], *_: Any) -> None:
+    function()
+
+
+class _Failing(torch.optim.SGD):
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        raise ZeroDivisionError
+
+
+def _leaves_a_mode(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> bool:
+    """Take a step in which the first parameter has factor 0.5; return whether the mode stays on the stack."""
     depth = torch._C._len_torch_function_stack()
-
-    class Failing(torch.optim.SGD):
-        def step(self, closure: Callable[[], Any] | None = None) -> None:
-            raise ZeroDivisionError
-
-    try:
-        for kind in (torch.optim.SGD, Failing):
-            optimizer = kind(parameters, lr=1.0)
-            mode = ScaledWrites(parameters, optimizer.state)
-            mode.scale([(parameters[0], 0.5)])
-            optimizer.register_step_pre_hook(partial(_call, mode.begin))
-            optimizer.register_step_post_hook(partial(_call, mode.end))
-            with suppress(ZeroDivisionError):
-                optimizer.step()
-            if torch._C._len_torch_function_stack() != depth:
-                mode.remove()
-                return False
-    except (RuntimeError, TypeError, AttributeError):
-        return False
-    return [p.item() for p in parameters] == [-0.5, -1.0]
+    mode = ScaledWrites(parameters, optimizer.state)
+    mode.scale([(parameters[0], 0.5)])
+    optimizer.register_step_pre_hook(partial(_call, mode.begin))
+    optimizer.register_step_post_hook(partial(_call, mode.end))
+    with suppress(ZeroDivisionError):
+        optimizer.step()
+    stays = torch._C._len_torch_function_stack() != depth
+    mode.remove()
+    return stays

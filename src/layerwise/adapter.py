@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._arguments import StaysBehind, check_choice, chosen
-from ._fused import can_be_dealt
+from ._fused import DealtStep, LateFactors, can_be_dealt, make_chunks
 from ._hooks import OptimizerHooks, makes_state_only
 from ._places.allowed import automatic_place, check_groups, check_place, no_effect, scales_writes
 from ._places.first_steps import FirstSteps, KnownGroups
@@ -31,7 +31,7 @@ from ._tensors import (
     warn_without_values,
 )
 from ._writes import is_compiled
-from .apply import Factors, LateFactors, Partition, Place, Split, Writes, make_pieces, make_place
+from .apply import Factors, Partition, Place, PrivateStep, Split, Step, Writes, make_place
 from .layers import (
     Exclusion,
     Layer,
@@ -124,7 +124,7 @@ class Resolution:
         alone = statistics.device.type == "cpu" and statistics.sharing is None and set(rule.needs) <= AS_NUMBERS
         elementwise = rule if is_elementwise(rule) and alone else None
         self.in_numbers = elementwise if len(layers) <= MOST_NUMBERS else None
-        self.pieces = None if elementwise is None else make_pieces(self.layers, elementwise)
+        self.pieces = None if elementwise is None else make_chunks(self.layers, elementwise)
         self.partition = Partition(statistics.layer_of)
         self.mask = None if all(self.included) else torch.tensor(self.included, device=statistics.device)
         group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
@@ -410,7 +410,10 @@ class AttachedRule:
         assert self.factors is not None  # measured
         acting = view if self._known is None else self._known
         scales = writes if self._scales and not is_compiled() else None
-        return self._place.act(acting, self.found.partition, self.factors, private=private, writes=scales)
+        kind = PrivateStep if private else Step
+        if private and view.param_groups[0].get("fused") and can_be_dealt(view):
+            kind = DealtStep
+        return self._place.act(kind(acting, self.found.partition, self.factors, scales))
 
     def finish(self) -> None:
         """Act after the step."""

@@ -25,7 +25,7 @@ from ._hooks import OptimizerHooks, closure_of, followed, with_closure
 from ._places.allowed import automatic_place
 from ._tensors import LARGE, return_freed_memory, runs_on_fakes
 from .adapter import STEPS_AS_BARE, Request, Resolution, parameters_of, rates_of
-from .apply import Factors, Partition, damps_history, make_place
+from .apply import Factors, Partition, Step, damps_history, make_place
 from .layers import Model, as_module, flattened, named_parameters_of, warn_of_unmeasured
 from .optimizers import unwrap
 from .rules.base import Rule, check_rule, is_pair
@@ -452,7 +452,8 @@ class StepInBackward(StaysBehind):
             group.pop("param_names", None)
         factors = self._factors_of(unit, view)
         if not factors.neutral:
-            self._place.act(view, unit.partition, factors)
+            # Reading a factor for each layer would wait in the middle of backward.
+            self._place.act(Step(view, unit.partition, factors, reads=False))
         self._step(view)
         if not factors.neutral:
             self._place.finish()
@@ -500,7 +501,6 @@ class StepInBackward(StaysBehind):
         if chosen != self._place_of:
             self._place_of = chosen
             self._place = make_place(chosen[0], request.decay, automatic=chosen[1])
-            self._place.reads = False  # reading a factor for each layer would wait in the middle of backward
 
 
 def _weak(method: Callable[..., None]) -> Callable[..., None]:

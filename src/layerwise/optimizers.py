@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import itemgetter
@@ -13,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from ._tensors import slots_of
 
@@ -38,121 +40,103 @@ class Fact:
     only_with: str | None = None
 
 
-def _of(package: str, names: str) -> frozenset[str]:
+def _of(names: str, package: str = "pytorch_optimizer") -> frozenset[str]:
     return frozenset(f"{package}.{name}" for name in names.split())
 
 
-SCHEDULE_FREE = _of("pytorch_optimizer", "ScheduleFreeAdamW ScheduleFreeRAdam ScheduleFreeSGD") | _of(
-    "schedulefree",
+SCHEDULE_FREE = _of("ScheduleFreeAdamW ScheduleFreeRAdam ScheduleFreeSGD") | _of(
     "AdamWScheduleFree AdamWScheduleFreePaper AdamWScheduleFreeReference RAdamScheduleFree SGDScheduleFree "
     "SGDScheduleFreeReference",
+    "schedulefree",
 )
-DISTANCE = _of("pytorch_optimizer", "DAdaptAdaGrad DAdaptAdam DAdaptAdan DAdaptLion DAdaptSGD Prodigy")
+DISTANCE = _of("DAdaptAdaGrad DAdaptAdam DAdaptAdan DAdaptLion DAdaptSGD Prodigy")
 
 FACTS: tuple[Fact, ...] = (
     Fact(
         "anywhere",
         "updates each parameter while the backward pass runs and takes no step() to which a factor could be attached; "
         "use another optimizer",
-        _of("pytorch_optimizer", "LOMO AdaLOMO"),
+        _of("LOMO AdaLOMO"),
     ),
     Fact(
         "anywhere",
         "moves the weights before it evaluates its closure, so the gradients of which a factor is computed would be "
         "those of other weights; use the class without 'Closure' in its name",
-        _of("schedulefree", "AdamWScheduleFreeClosure RAdamScheduleFreeClosure SGDScheduleFreeClosure"),
+        _of("AdamWScheduleFreeClosure RAdamScheduleFreeClosure SGDScheduleFreeClosure", "schedulefree"),
     ),
     Fact(
         "anywhere",
         "evaluates its closure several times a step, at other weights each time, and combines the gradients itself; "
         "use a first-order optimizer, or SAM with an adapter on its base_optimizer",
-        _of("pytorch_optimizer", "BSAM"),
+        _of("BSAM"),
     ),
     Fact(
         "anywhere",
         "takes a part of its step itself, at the rate of its groups, after its base_optimizer has stepped, so a factor "
         "would reach the other part only; give the base optimizer permanent groups with rates of their own "
         "(layerwise.param_groups), or attach to the base_optimizer of SAM",
-        _of("pytorch_optimizer", "WSAM"),
+        _of("WSAM"),
     ),
     Fact(
         "anywhere",
         "trains wide copies of a few layers at a time, writes them over the weights, and sets one rate for all of "
         "them; use another optimizer",
-        _of("badam", "BlockOptimizer"),
+        _of("BlockOptimizer", "badam"),
     ),
     Fact(
         "lr",
         "computes its rate from the number of the step and does not read group['lr'] (relative_step=True)",
-        _of("pytorch_optimizer", "AdaFactor"),
+        _of("AdaFactor"),
         only_with="relative_step",
     ),
-    Fact(
-        "lr",
-        "does not read group['lr'] while it warms up",
-        _of("pytorch_optimizer", "ApolloDQN"),
-        only_with="warmup_steps",
-    ),
+    Fact("lr", "does not read group['lr'] while it warms up", _of("ApolloDQN"), only_with="warmup_steps"),
     Fact(
         "lr",
         "takes the rate of its first group for every parameter",
-        DISTANCE | _of("dadaptation", "DAdaptAdaGrad DAdaptAdan"),
+        DISTANCE | _of("DAdaptAdaGrad DAdaptAdan", "dadaptation"),
     ),
-    Fact("lr", "sets the rates of its groups itself", _of("pytorch_optimizer", "ASGD SWATS")),
+    Fact("lr", "sets the rates of its groups itself", _of("ASGD SWATS")),
     Fact(
         "groups",
         "keeps its estimate of the distance to the solution in its groups",
-        DISTANCE - _of("pytorch_optimizer", "DAdaptAdaGrad DAdaptAdam"),
+        DISTANCE - _of("DAdaptAdaGrad DAdaptAdam"),
     ),
     Fact(
         "groups",
         "keeps in each group the largest rate so far and the weights of its average, which follow from the rate",
         SCHEDULE_FREE,
     ),
-    Fact(
-        "groups",
-        "computes a rate from a statistic over all parameters of a group",
-        _of("pytorch_optimizer", "ASGD AvaGrad SWATS"),
-    ),
-    Fact("groups", "finds the rate it began with by a group's number", _of("pytorch_optimizer", "AdaBound")),
-    Fact("groups", "counts its steps in its first group only", _of("pytorch_optimizer", "Kron")),
-    Fact("groups", "pairs the parameters of a group by their positions", _of("pytorch_optimizer", "LoRARite")),
-    Fact(
-        "groups",
-        "advances its averages of the loss once for every group",
-        _of("pytorch_optimizer", "EmoFact EmoLynx EmoNavi"),
-    ),
+    Fact("groups", "computes a rate from a statistic over all parameters of a group", _of("ASGD AvaGrad SWATS")),
+    Fact("groups", "finds the rate it began with by a group's number", _of("AdaBound")),
+    Fact("groups", "counts its steps in its first group only", _of("Kron")),
+    Fact("groups", "pairs the parameters of a group by their positions", _of("LoRARite")),
+    Fact("groups", "advances its averages of the loss once for every group", _of("EmoFact EmoLynx EmoNavi")),
     Fact(
         "update",
         "keeps iterates of its own beside the weights and computes the next weights from them, so that a scaled step "
         "would be undone, or drift away from them",
         SCHEDULE_FREE
-        | _of("pytorch_optimizer", "A2Grad AccSGD DAdaptAdaGrad DAdaptSGD FTRL MADGRAD Ranger Ranger21 SRMM")
-        | _of("torch_optimizer", "AccSGD"),
+        | _of("A2Grad AccSGD DAdaptAdaGrad DAdaptSGD FTRL MADGRAD Ranger Ranger21 SRMM")
+        | _of("AccSGD", "torch_optimizer"),
     ),
     Fact(
         "update",
         "keeps iterates of its own beside the weights (use_shadow=True) and moves the weights towards them",
-        _of("pytorch_optimizer", "EmoFact EmoLynx EmoNavi"),
+        _of("EmoFact EmoLynx EmoNavi"),
         only_with="use_shadow",
     ),
-    Fact(
-        "update",
-        "averages the weights for eval() inside its step, before a factor could change them",
-        _of("pytorch_optimizer", "SPlus"),
-    ),
-    Fact("update", "normalises the weights at each step, which a scaled step undoes", _of("pytorch_optimizer", "Nero")),
+    Fact("update", "averages the weights for eval() inside its step, before a factor could change them", _of("SPlus")),
+    Fact("update", "normalises the weights at each step, which a scaled step undoes", _of("Nero")),
 )
 
 SCALE_INVARIANT_NAMES = _of(
-    "pytorch_optimizer",
     "AdaBelief AdaBound AdaDelta AdaFactor AdaGC Adalite AdaMax AdamC AdamMini AdaMod AdamP AdamS AdaMuon AdamWSN "
     "Adan AdaNorm AdaPNM AdaShift AdaTAM AdEMAMix ADOPT Aida Amos Ano APOLLO BCOS CAME Conda DAdaptAdaGrad DAdaptAdam "
     "DAdaptLion DAdaptSGD DASH DistributedMuon EmoFact EmoLynx EmoNavi EXAdam FAdam Fira FlashAdamW FOCUS Fromage "
     "FTRL GaLore Grams GrokFastAdamW Lamb LaProp Lion LoRARite MARS Muon MuonClip Nero NorMuon NovoGrad Prodigy "
     "QHAdam RAdam Ranger21 ROSE SaRA ScheduleFreeAdamW ScheduleFreeRAdam SCION SCIONLight Shampoo SignSGD "
-    "SimplifiedAdEMAMix SM3 SOAP SophiaH SPAM SpectralSphere SPlus StableAdamW StableSPAM SWATS Tiger Yogi",
-) | _of("schedulefree", "AdamWScheduleFree AdamWScheduleFreePaper AdamWScheduleFreeReference RAdamScheduleFree")
+    "SimplifiedAdEMAMix SM3 SOAP SophiaH SPAM SpectralSphere SPlus StableAdamW StableSPAM SWATS Tiger Yogi"
+) | _of("AdamWScheduleFree AdamWScheduleFreePaper AdamWScheduleFreeReference RAdamScheduleFree", "schedulefree")
 """Those that divide by the size of the gradients they have seen, so that multiplying the gradient changes next to
 nothing: with all gradients doubled, less than a twentieth of the way that the weights go."""
 
@@ -198,10 +182,7 @@ COUPLED = (
     optim.ASGD,
 )
 DECOUPLED = (optim.AdamW, optim.Adafactor, *([optim.Muon] if hasattr(optim, "Muon") else []))
-SCALE_INVARIANT = (
-    *(optim.Adagrad, optim.Adadelta, optim.RMSprop, optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam),
-    *(optim.SparseAdam, optim.Rprop, *DECOUPLED),
-)
+SCALE_INVARIANT = (*set(COUPLED).difference((optim.SGD, optim.ASGD)), optim.SparseAdam, optim.Rprop, *DECOUPLED)
 LATE_RATE = (optim.ASGD, optim.Rprop)
 _momentum = itemgetter("momentum")
 
@@ -253,16 +234,14 @@ def refuse(optimizer: optim.Optimizer) -> None:
             no factor can follow.
     """
     reason = known_reason(optimizer, "anywhere")
+    if reason is None:
+        refuse_outer(optimizer)
+        if steps_in_backward(optimizer):
+            reason = IN_BACKWARD
+        elif isinstance(optimizer, optim.LBFGS):
+            reason = ALL_TOGETHER
     if reason is not None:
         raise ValueError(f"{type(optimizer).__name__} {reason}")
-    refuse_outer(optimizer)
-    if steps_in_backward(optimizer):
-        raise ValueError(f"{type(optimizer).__name__} {IN_BACKWARD}")
-    if isinstance(optimizer, optim.LBFGS):
-        raise ValueError(
-            "LBFGS evaluates its closure several times a step and takes one step for all parameters together, so there "
-            "is no rate of a layer to scale; use a first-order optimizer"
-        )
 
 
 def refuse_outer(optimizer: optim.Optimizer) -> None:
@@ -291,6 +270,10 @@ def refuse_outer(optimizer: optim.Optimizer) -> None:
         )
 
 
+ALL_TOGETHER = (
+    "evaluates its closure several times a step and takes one step for all parameters together, so there is no rate of "
+    "a layer to scale; use a first-order optimizer"
+)
 IN_BACKWARD = (
     "takes its step inside backward(), a parameter at a time, when the other gradients do not exist yet: build it so "
     "that it steps after backward() (with optimi gradient_release=False, and remove_gradient_release(model)), or use "
@@ -303,11 +286,10 @@ def steps_in_backward(optimizer: optim.Optimizer) -> bool:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if len(parameters) < 2:
         return False
-    if optimizer.defaults.get("gradient_release"):
-        return True
-    held: list[dict[int, Any]] = [getattr(p, "_post_accumulate_grad_hooks", None) or {} for p in parameters]
-    hooks = [hook for one in held for hook in one.values()]
-    return any(_refers_to(hook, optimizer, 3) for hook in hooks)
+    hooks_of: list[Any] = [getattr(p, "_post_accumulate_grad_hooks", None) or {} for p in parameters]
+    return bool(optimizer.defaults.get("gradient_release")) or any(
+        _refers_to(hook, optimizer, 3) for hooks in hooks_of for hook in hooks.values()
+    )
 
 
 def check_backward_is_over(optimizer: optim.Optimizer) -> None:
@@ -339,22 +321,12 @@ def _refers_to(function: Any, optimizer: optim.Optimizer, depth: int) -> bool:
 
 def inner_optimizers(holder: Any) -> dict[str, optim.Optimizer]:
     """Return the optimizers that an object holds, in lists, tuples and dictionaries too, by how they are reached."""
-    found: dict[str, optim.Optimizer] = {}
-
-    def look(path: str, value: Any, depth: int) -> None:
-        if isinstance(value, optim.Optimizer):
-            found[path] = value
-        elif depth and isinstance(value, dict):
-            for key, one in cast("dict[Any, Any]", value).items():
-                look(f"{path}[{key!r}]", one, depth - 1)
-        elif depth and isinstance(value, (list, tuple)):
-            for number, one in enumerate(cast("Sequence[Any]", value)):
-                look(f"{path}[{number}]", one, depth - 1)
-
     attributes: dict[str, Any] = {**vars(holder), **slots_of(holder)}
+    found: dict[str, optim.Optimizer] = {}
     for name, value in attributes.items():
         if name not in ("state", "param_groups", "defaults") and not name.endswith("_hooks"):
-            look(f".{name}", value, 2)
+            leaves, _ = tree_flatten_with_path(value)
+            found |= {f".{name}{keystr(path)}": one for path, one in leaves if isinstance(one, optim.Optimizer)}
     return found
 
 
@@ -373,20 +345,19 @@ def has_decay(optimizer: optim.Optimizer) -> bool:
 def takes_tensor_rate(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> bool:
     """Tell whether `step` takes a 0-dim rate on the parameters' device without waiting for its value.
 
-    Read off torch 2.13: the fused kernels, RAdam, Adagrad for each, and the capturable forms.
+    Read off torch 2.13: the fused kernels, RAdam, Adagrad with foreach, and the capturable forms.
     """
     if group.get("fused") or isinstance(optimizer, optim.RAdam):
         return True
-    for_each = group.get("foreach")
-    if for_each is None:  # torch then takes the form for each, for its own tensors only
-        for_each = all(type(p) in (Tensor, nn.Parameter) for p in group["params"])
+    foreach = group.get("foreach")
+    if foreach is None:  # torch then takes foreach, for its own tensors only
+        foreach = all(type(p) in (Tensor, nn.Parameter) for p in group["params"])
     if isinstance(optimizer, optim.Adagrad):
-        return bool(for_each)
-    if not group.get("capturable"):
-        return False
-    if isinstance(optimizer, optim.RMSprop | optim.Adadelta):
-        return bool(for_each)
-    return isinstance(optimizer, optim.Adam | optim.AdamW | optim.NAdam | optim.Adamax)  # up to 2.6 AdamW is no Adam
+        return bool(foreach)
+    always = isinstance(optimizer, optim.Adam | optim.AdamW | optim.NAdam | optim.Adamax)  # up to 2.6 AdamW is no Adam
+    return bool(group.get("capturable")) and (
+        always or (bool(foreach) and isinstance(optimizer, optim.RMSprop | optim.Adadelta))
+    )
 
 
 def is_capturing(optimizer: optim.Optimizer) -> bool:
@@ -407,11 +378,9 @@ def is_foreign(kind: type) -> bool:
     if not own or own[0] is optim.Optimizer:
         return True
     inner = {name for c in own for name, value in vars(c).items() if callable(value) and name[0] == "_" != name[1]}
+
+    def without_hooks(owner: type, name: str) -> Any:
+        return inspect.unwrap(getattr(owner, name, cast(Any, None)), stop=lambda f: not getattr(f, "hooked", False))
+
     parts = {*inner, "step", "param_groups", "state"}
-    return any(_unwrapped(getattr(kind, name, None)) is not _unwrapped(getattr(own[0], name, None)) for name in parts)
-
-
-def _unwrapped(function: Any) -> Any:
-    while getattr(function, "hooked", False) and hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function
+    return any(without_hooks(kind, name) is not without_hooks(own[0], name) for name in parts)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerwise
 from layerwise import _fused as fused
+from layerwise import adapter as attaching
 from layerwise import apply
 from layerwise.rules import Constant, LayerAdaptive
 
@@ -97,7 +98,7 @@ def everything(optimizer: optim.Optimizer) -> list[torch.Tensor]:
 def test_dealt_out_or_in_groups_gives_the_same_bits(name, scaled, monkeypatch):
     _, dealt, adapter = made(name)
     train(dealt, scaled=scaled)
-    monkeypatch.setattr(apply, "can_be_dealt", lambda optimizer: False)
+    monkeypatch.setattr(attaching, "can_be_dealt", lambda optimizer: False)
     _, grouped, reference = made(name)
     train(grouped, scaled=scaled)
     assert adapter.get_last_factors() == reference.get_last_factors()
@@ -151,7 +152,7 @@ def test_other_hooks_see_groups_with_plain_rates():
 
 
 def test_a_post_hook_that_was_there_before_sees_plain_rates_and_this_steps_factors(monkeypatch):
-    monkeypatch.setattr(apply, "PIECE", 1)
+    monkeypatch.setattr(fused, "CHUNK", 1)
     model = network()
     optimizer = optim.AdamW(model.parameters(), lr=0.05, fused=True)
     seen: list[Any] = []
@@ -168,7 +169,7 @@ def test_two_adapters_multiply(monkeypatch):
     results = []
     for allowed in (True, False):
         if not allowed:
-            monkeypatch.setattr(apply, "can_be_dealt", lambda optimizer: False)
+            monkeypatch.setattr(attaching, "can_be_dealt", lambda optimizer: False)
         model, optimizer, _ = made("AdamW")
         layerwise.LayerwiseLR(optimizer, Constant({"0": 3.0}), model, apply="lr")
         train(optimizer)
@@ -264,7 +265,7 @@ def test_an_exception_in_the_middle_leaves_the_groups_as_they_were(monkeypatch):
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 7), reason="tensors are shared without a broadcast from PyTorch 2.7 on")
-def test_only_what_is_shared_alike_is_taken_in_pieces():
+def test_only_what_is_shared_alike_is_taken_in_shards():
     """Moments that are whole, as of a checkpoint that was not sharded, are left to PyTorch, which refuses them."""
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh

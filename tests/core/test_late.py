@@ -12,9 +12,9 @@ from torch import nn, optim
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layerwise
+from layerwise import _fused as fused
 from layerwise import _norms as norms
 from layerwise import adapter as attaching
-from layerwise import apply
 from layerwise.apply import Factors
 from layerwise.rules import LARC, LARS, Constant, ElementwiseRule, LayerAdaptive
 from layerwise.statistics import LayerStatistics
@@ -44,11 +44,11 @@ def test_measured_late_or_beforehand_the_bits_are_the_same(name, scaled, monkeyp
     _, before, reference = made(name)
     train(before, scaled=scaled)
     assert type(reference._attached.factors) is Factors
-    monkeypatch.setattr(apply, "PIECE", 1)
+    monkeypatch.setattr(fused, "CHUNK", 1)
     _, optimizer, adapter = made(name)
     train(optimizer, scaled=scaled)
     is_late = not scaled and (name != "Adagrad" or ADAGRAD_TAKES_A_TENSOR)
-    assert type(adapter._attached.factors) is (apply.LateFactors if is_late else Factors)
+    assert type(adapter._attached.factors) is (fused.LateFactors if is_late else Factors)
     assert adapter.get_last_factors() == reference.get_last_factors()
     assert len(set(adapter.get_last_factors().values())) > 3
     for actual, expected in zip(everything(optimizer), everything(before), strict=True):
@@ -60,16 +60,16 @@ def test_measured_late_or_beforehand_the_bits_are_the_same(name, scaled, monkeyp
 def test_every_rule_gives_the_same_bits(name, rule, monkeypatch):
     _, before, reference = attached(name, rule)
     train(before)
-    monkeypatch.setattr(apply, "PIECE", 1)
+    monkeypatch.setattr(fused, "CHUNK", 1)
     _, optimizer, adapter = attached(name, rule)
     train(optimizer)
-    assert type(adapter._attached.factors) is apply.LateFactors
+    assert type(adapter._attached.factors) is fused.LateFactors
     assert adapter.get_last_factors() == reference.get_last_factors()
     assert all(map(torch.equal, everything(optimizer), everything(before)))
 
 
 def test_layers_are_measured_between_the_updates_of_others_and_each_once(monkeypatch):
-    monkeypatch.setattr(apply, "PIECE", 16)
+    monkeypatch.setattr(fused, "CHUNK", 16)
     model, optimizer, _ = attached("SGD", LARS())
     train(optimizer, steps=1)
     weights = [p for p in model.parameters() if p.ndim > 1]  # of 12, 16 and 8 numbers: two pieces
@@ -86,7 +86,7 @@ def test_layers_are_measured_between_the_updates_of_others_and_each_once(monkeyp
 
 
 def test_excluded_layers_are_not_measured(monkeypatch):
-    monkeypatch.setattr(apply, "PIECE", 1)
+    monkeypatch.setattr(fused, "CHUNK", 1)
     model, optimizer, adapter = attached("AdamW", LayerAdaptive(), exclude=["1", "3"])
     train(optimizer)
     measured = [statistics.members for _, statistics in adapter._attached.found.pieces.members]
@@ -99,13 +99,13 @@ def test_excluded_layers_are_not_measured(monkeypatch):
 
 
 def test_more_layers_than_plain_numbers_are_used_for_are_measured_late_as_well(monkeypatch):
-    monkeypatch.setattr(apply, "PIECE", 1)
+    monkeypatch.setattr(fused, "CHUNK", 1)
     results = []
     for limit in (256, 2):
         monkeypatch.setattr(attaching, "MOST_NUMBERS", limit)
         _, optimizer, adapter = attached("SGD", LayerAdaptive())
         train(optimizer)
-        assert type(adapter._attached.factors) is apply.LateFactors
+        assert type(adapter._attached.factors) is fused.LateFactors
         results.append(everything(optimizer))
     assert all(map(torch.equal, *results))
 
@@ -120,7 +120,7 @@ class Own(ElementwiseRule):
 
 
 def test_a_rule_of_ones_own_may_raise_before_anything_has_changed(monkeypatch):
-    monkeypatch.setattr(apply, "PIECE", 1)
+    monkeypatch.setattr(fused, "CHUNK", 1)
     model, optimizer, _ = attached("SGD", Own())
     train(optimizer)
     before = [x.clone() for x in everything(optimizer)]
@@ -132,7 +132,7 @@ def test_a_rule_of_ones_own_may_raise_before_anything_has_changed(monkeypatch):
 
 @pytest.mark.parametrize("seen", ["hook", "adapter", "unfused"])
 def test_where_others_may_see_the_gradients_layers_are_measured_beforehand(seen, monkeypatch):
-    monkeypatch.setattr(apply, "PIECE", 1)
+    monkeypatch.setattr(fused, "CHUNK", 1)
     model, optimizer, adapter = attached("AdamW", LayerAdaptive())
     if seen == "hook":
         optimizer.register_step_pre_hook(lambda *arguments: None)
@@ -145,7 +145,7 @@ def test_where_others_may_see_the_gradients_layers_are_measured_beforehand(seen,
 
 
 def test_a_monitor_sees_the_factors_of_the_step(monkeypatch):
-    monkeypatch.setattr(apply, "PIECE", 1)
+    monkeypatch.setattr(fused, "CHUNK", 1)
     model, optimizer, adapter = attached("AdamW", LayerAdaptive())
     sink = layerwise.sinks.Memory()
     layerwise.Monitor(optimizer, model, every=1, sinks=[sink])
@@ -157,7 +157,7 @@ def test_a_monitor_sees_the_factors_of_the_step(monkeypatch):
 def test_the_factors_of_a_step_stay_when_gradients_are_gone(monkeypatch):
     """A layer that no kernel is called for is measured when the step ends."""
     _, before, reference = attached("SGD", LayerAdaptive())
-    monkeypatch.setattr(apply, "PIECE", 1)
+    monkeypatch.setattr(fused, "CHUNK", 1)
     _, optimizer, adapter = attached("SGD", LayerAdaptive())
     for each in (before, optimizer):
         train(each, steps=2)
@@ -173,14 +173,14 @@ def test_large_tensors_are_cut_into_rows_here_too(monkeypatch):
     monkeypatch.setattr(norms, "MIDDLE", 1024)
     results = []
     for piece in (float("inf"), 2048):
-        monkeypatch.setattr(apply, "PIECE", piece)
+        monkeypatch.setattr(fused, "CHUNK", piece)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
         optimizer = MAKERS["SGD"](model.parameters())
         adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
         train(optimizer)
         results.append((type(adapter._attached.factors), everything(optimizer)))
-    assert [kind for kind, _ in results] == [Factors, apply.LateFactors]
+    assert [kind for kind, _ in results] == [Factors, fused.LateFactors]
     assert all(map(torch.equal, results[0][1], results[1][1]))
 
 
@@ -203,7 +203,7 @@ def test_parameters_without_memory_are_attached_to():
 
 
 def test_a_step_that_fails_leaves_the_factors_of_the_step_before(monkeypatch):
-    monkeypatch.setattr(apply, "PIECE", 1)
+    monkeypatch.setattr(fused, "CHUNK", 1)
     model, optimizer, adapter = attached("AdamW", LayerAdaptive())
     train(optimizer)
     factors, rates = adapter.get_last_factors(), adapter.get_last_lr()
@@ -218,7 +218,7 @@ def test_a_step_that_fails_leaves_the_factors_of_the_step_before(monkeypatch):
 
 
 def test_parameters_that_share_memory_are_measured_beforehand(monkeypatch):
-    monkeypatch.setattr(apply, "PIECE", 1)
+    monkeypatch.setattr(fused, "CHUNK", 1)
     model = network()
     model[3].weight = nn.Parameter(model[2].weight.data[:2])
     optimizer = MAKERS["SGD"](model.parameters())

@@ -19,7 +19,7 @@ from torch import Tensor, nn, optim
 
 import layerwise
 import reference
-from layerwise import apply
+from layerwise import _fused as fused
 from layerwise.apply import Factors
 from layerwise.rules import LARS, Constant, Directionality, GradientAmplification, LayerAdaptive, Phase, RandomLayers
 
@@ -256,10 +256,10 @@ def test_factors_that_stay_on_the_device_are_unscaled_there(name, place, handlin
 
     def keep(self: Factors, *arguments: Any) -> None:
         original(self, *arguments)
-        self._numbers = None
+        self.numbers = None
 
     monkeypatch.setattr(Factors, "__init__", keep)
-    monkeypatch.setattr(apply, "PIECE", float("inf"))
+    monkeypatch.setattr(fused, "CHUNK", float("inf"))
     actual, _ = with_adapter(name, "fused", LayerAdaptive(), place, handling, torch.float16, (3,))
     monkeypatch.undo()
     expected = by_hand(

@@ -204,7 +204,7 @@ def test_no_warning_is_given_by_an_ordinary_attachment() -> None:
         layerwise.LayerwiseLR(optim.SGD(model.parameters(), lr=0.1), LayerAdaptive(), model)
 
 
-@pytest.mark.parametrize("for_each", [True, False, None])
+@pytest.mark.parametrize("foreach", [True, False, None])
 @pytest.mark.parametrize(
     ("kind", "options", "expected"),
     [
@@ -223,17 +223,17 @@ def test_no_warning_is_given_by_an_ordinary_attachment() -> None:
     ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
-def test_which_forms_take_a_rate_that_stays_on_the_device(kind, options, expected, for_each):
-    """What torch's code for each form does with a tensor as rate; None stands for the form for each."""
+def test_which_forms_take_a_rate_that_stays_on_the_device(kind, options, expected, foreach):
+    """What torch's code for each form does with a tensor as rate; None stands for fused with foreach."""
     optimizer = kind([nn.Parameter(torch.ones(2))], lr=0.1)
-    group = {**optimizer.param_groups[0], **options, "foreach": for_each}
-    wanted = expected[(True, False, None).index(for_each)]
+    group = {**optimizer.param_groups[0], **options, "foreach": foreach}
+    wanted = expected[(True, False, None).index(foreach)]
     if wanted is None:
-        pytest.skip("torch refuses fused and for each together")
+        pytest.skip("torch refuses fused and foreach together")
     assert takes_tensor_rate(optimizer, group) is wanted
 
 
-def test_for_parameters_of_a_class_of_their_own_torch_does_not_take_the_form_for_each():
+def test_for_parameters_of_a_class_of_their_own_torch_does_not_take_foreach():
     class Own(nn.Parameter):
         pass
 
