@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._tensors import several_processes
 from ..sharding import LONGEST, Table, can_compare, compared
+from .toys import parameters_of
 from .trial import Verdict, holds_copies, in_own_groups
 
 CLOSE = 1e-6
@@ -41,7 +42,7 @@ class FirstSteps:
     def before(self, optimizer: Any) -> None:
         """Check before the step."""
         self._before = None
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = parameters_of(optimizer)
         if self.compares:
             self.compares = False
             self._compare_gradients(parameters)

@@ -122,7 +122,7 @@ class Workshop:
         self, optimizer: Optimizer, dtype: torch.dtype | None, *, construct: bool, way: str, side: int = SIDE
     ) -> None:
         self.optimizer, self.construct, self.way, self._dtype = optimizer, construct, way, dtype
-        sizes = [min(side, *p.shape[:2]) for g in optimizer.param_groups for p in g["params"] if p.ndim]
+        sizes = [min(side, *p.shape[:2]) for p in parameters_of(optimizer) if p.ndim]
         self.side = max([SIDE, *sizes])
         self._numbers = _representatives(optimizer.param_groups)
         self._sources = groups = [optimizer.param_groups[number] for number in self._numbers]
@@ -151,7 +151,7 @@ class Workshop:
         """The types of the toys that hold real or complex numbers."""
         return {t.dtype for t in self._start if t.is_floating_point() or t.is_complex()}
 
-    def gradients(self, step: int) -> list[Tensor | None]:
+    def _gradients_at(self, step: int) -> list[Tensor | None]:
         """Return the toys' gradients at a step. Their mean is zero, so they are orthogonal to a shift."""
         while len(self._gradients) <= step:
             self._gradients.append(
@@ -159,8 +159,8 @@ class Workshop:
             )
         return self._gradients[step]
 
-    def twin(self, *, decay: bool = True) -> Twin:
-        """Return a new twin.
+    def twin(self, *, decay: bool) -> tuple[Any, list[Tensor]]:
+        """Return a new twin and its toys.
 
         Args:
             decay: Whether weight decay is on.
@@ -175,7 +175,38 @@ class Workshop:
         made = self._constructed(groups) if self.construct else self._copied(groups, toys)
         if callable(getattr(made, "train", None)):  # schedule-free optimizers step in this mode only
             made.train()
-        return Twin(self, made, toys)
+        return made, toys
+
+    def step(
+        self, twin: Any, toys: Sequence[Tensor], number: int, gradient: float, writes: Sequence[float] | None
+    ) -> None:
+        """Take a step of a twin.
+
+        Args:
+            twin: The twin.
+            toys: Its parameters.
+            number: The number of the step, which determines its gradients and random numbers.
+            gradient: A factor on the gradients.
+            writes: Factors of the toys, by which what the step writes into them is multiplied.
+        """
+        for p, g in zip(toys, self._gradients_at(number), strict=True):
+            p.grad = None
+            if g is not None and self.way == "graph":
+                # Convex, so that second derivatives exist.
+                (g * gradient * p + 0.005 * (p - p.detach()).pow(2)).sum().backward(create_graph=True)
+            elif g is not None:
+                p.grad = g * gradient
+        _seed(number, toys)
+        calls: list[int] = []
+
+        def closure() -> Tensor:
+            calls.append(number)
+            return torch.ones(())
+
+        with contextlib.nullcontext() if writes is None else _scaled_writes(twin, toys, writes):
+            bare_step(type(twin))(twin, *([closure] if self.way == "closure" else []))
+        if len(calls) > 1:
+            raise CannotTryError("it evaluates its closure several times a step")
 
     def _groups(self, toys: Sequence[Tensor], decay: bool) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = []
@@ -214,10 +245,9 @@ class Workshop:
         memo: dict[int, Any] = {id(source): twin, id(source.state): state, id(source.param_groups): groups}
         memo.update(zip(map(id, self._sources), groups, strict=True))
         memo.update(zip(map(id, self.real), toys, strict=True))
-        for group in source.param_groups:
-            for p in group["params"]:  # all of them, since attributes may list every parameter
-                if id(p) not in memo:
-                    memo[id(p)] = nn.Parameter(torch.zeros(1), requires_grad=False)
+        for p in parameters_of(source):  # all of them, since attributes may list every parameter
+            if id(p) not in memo:
+                memo[id(p)] = nn.Parameter(torch.zeros(1), requires_grad=False)
         for copied, number, dtype in self._copies:
             if copied not in memo:
                 memo[copied] = toys[number].detach().clone().to(self._kept(dtype))
@@ -228,7 +258,7 @@ class Workshop:
             if name.endswith("_hooks"):
                 made[name] = OrderedDict[int, Any]()
             elif name != "step":
-                made[name] = _with_keys(copy.deepcopy(_generator_copy(value), memo), memo)
+                made[name] = _with_keys(copy.deepcopy(value, memo), memo)
         own = vars(source)
         made |= {name: value for name, value in (("state", state), ("param_groups", groups)) if name in own}
         for name, value in made.items():
@@ -246,62 +276,18 @@ class Workshop:
         return found
 
 
-class Twin:
-    """A copy of an optimizer on toy parameters.
-
-    Args:
-        workshop: The workshop that made it.
-        optimizer: The copy.
-        toys: Its parameters.
-    """
-
-    def __init__(self, workshop: Workshop, optimizer: Any, toys: list[Tensor]) -> None:
-        self.workshop, self.optimizer, self.toys = workshop, optimizer, toys
-
-    def take(self, number: int, *, gradient: float = 1.0, writes: Sequence[float] | None = None) -> None:
-        """Take a step.
-
-        Args:
-            number: The number of the step, which determines its gradients and random numbers.
-            gradient: A factor on the gradients.
-            writes: Factors of the toys, by which what the step writes into them is multiplied.
-        """
-        way = self.workshop.way
-        for p, g in zip(self.toys, self.workshop.gradients(number), strict=True):
-            p.grad = None
-            if g is not None and way == "graph":
-                # Convex, so that second derivatives exist.
-                (g * gradient * p + 0.005 * (p - p.detach()).pow(2)).sum().backward(create_graph=True)
-            elif g is not None:
-                p.grad = g * gradient
-        _seed(number, self.toys)
-        calls: list[int] = []
-
-        def closure() -> Tensor:
-            calls.append(number)
-            return torch.ones(())
-
-        with contextlib.nullcontext() if writes is None else self._scaled(writes):
-            bare_step(type(self.optimizer))(self.optimizer, *([closure] if way == "closure" else []))
-        if len(calls) > 1:
-            raise CannotTryError("it evaluates its closure several times a step")
-
-    @contextlib.contextmanager
-    def _scaled(self, factors: Sequence[float]) -> Generator[None]:
-        """Scale writes, seen as in training: without the guard, which shows more, and without compiled steps."""
-        mode = ScaledWrites(self.toys, self.optimizer.state)
-        mode.scale(zip(self.toys, factors, strict=False))
-        with _disable_current_modes(), _stance("fail_on_recompile"):
-            mode.begin()
-            try:
-                yield
-                mode.end()
-            finally:
-                mode.remove()
-
-    def weights(self) -> list[Tensor]:
-        """Return copies of the toys."""
-        return [p.detach().clone() for p in self.toys]
+@contextlib.contextmanager
+def _scaled_writes(optimizer: Any, toys: Sequence[Tensor], factors: Sequence[float]) -> Generator[None]:
+    """Scale writes, seen as in training: without the guard, which shows more, and without compiled steps."""
+    mode = ScaledWrites(toys, optimizer.state)
+    mode.scale(zip(toys, factors, strict=True))
+    with _disable_current_modes(), _stance("fail_on_recompile"):
+        mode.begin()
+        try:
+            yield
+            mode.end()
+        finally:
+            mode.remove()
 
 
 def _stance(name: Any) -> Any:
@@ -315,6 +301,11 @@ def bare_step(kind: Any) -> Any:
     while getattr(step, "hooked", False) and hasattr(step, "__wrapped__"):
         step = step.__wrapped__
     return step
+
+
+def parameters_of(optimizer: Any) -> list[Tensor]:
+    """Return the parameters of all groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def attributes_of(optimizer: Any) -> dict[str, Any]:
@@ -377,10 +368,6 @@ def _option(value: Any, count: int, positions: Sequence[int]) -> Any:
     if type(value) in (list, tuple) and len(value) == count > SIDE:
         return type(value)(value[i] for i in positions)
     return copy.deepcopy(value)
-
-
-def _generator_copy(value: Any) -> Any:
-    return value.clone_state() if isinstance(value, torch.Generator) else value
 
 
 def _with_keys(value: Any, memo: Mapping[int, Any]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, pairwise
@@ -23,7 +23,17 @@ from torch.optim import Optimizer
 from .._tensors import has_values, runs_on_fakes, several_processes
 from ..apply import Partition, mark, write_back
 from ..optimizers import Where, is_foreign, known_reason, known_to_divide
-from .toys import WIDE, CannotTryError, CommunicatesError, Guard, Twin, Workshop, attributes_of, tensors_in, undisturbed
+from .toys import (
+    WIDE,
+    CannotTryError,
+    CommunicatesError,
+    Guard,
+    Workshop,
+    attributes_of,
+    parameters_of,
+    tensors_in,
+    undisturbed,
+)
 
 STEPS = 12
 MIDDLE = 4
@@ -200,28 +210,21 @@ def _tried(optimizer: Any) -> Verdict:
 
 def _setting(optimizer: Optimizer) -> Any:
     """Return the cache key: all that a trial's outcome depends on."""
+    plain = {bool, int, float, str, tuple, type(None)}
 
-    def simple(options: dict[str, Any]) -> tuple[Any, ...]:
-        kept = {bool, int, float, str, tuple, type(None)}
-        return tuple(
-            (name, repr(value) if type(value) in kept and name != "lr" else type(value).__name__)
-            for name, value in sorted(options.items(), key=lambda item: str(item[0]))
-            if name != "params"
-        )
+    def simple(options: Mapping[str, Any]) -> Any:
+        shown = {name: type(value) in plain and name != "lr" for name, value in options.items()}
+        return sorted((str(k), repr(v) if shown[k] else type(v).__name__) for k, v in options.items())
 
-    groups = tuple(
-        (
-            simple(group),
-            tuple(
-                (min(p.ndim, 4), p.dtype, p.device.type, p.requires_grad, min(p.shape, default=1) > 1)
-                for p in group["params"][:8]
-            ),
-            min(len(group["params"]), 8),
-        )
+    def traits(p: Tensor) -> Any:
+        return min(p.ndim, 4), p.dtype, p.device.type, p.requires_grad, min(p.shape, default=1) > 1
+
+    groups = [
+        (simple({**group, "params": len(group["params"][:8])}), list(map(traits, group["params"][:8])))
         for group in optimizer.param_groups
-    )
+    ]
     processes = torch.distributed.get_world_size() if several_processes() else 1
-    return type(optimizer), groups, simple(attributes_of(optimizer)), processes, bool(optimizer.state)
+    return type(optimizer), repr((groups, simple(attributes_of(optimizer)), processes)), bool(optimizer.state)
 
 
 def _attempt(optimizer: Any, construct: bool, double: bool, way: str) -> Verdict:
@@ -233,7 +236,7 @@ def _attempt(optimizer: Any, construct: bool, double: bool, way: str) -> Verdict
         double: Whether toys are float64, which separates rounding from real differences.
         way: How steps are called, see `Workshop`.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     dtype = torch.float64 if double and not any(p.is_complex() for p in parameters) else None
     make = partial(Workshop, optimizer, construct=construct, way=way)
     workshop, wider = make(dtype), make(dtype, side=WIDE)
@@ -430,16 +433,16 @@ class Trial:
             return None
 
     def _new_run(self, plan: Plan) -> Run:
-        twin = self.workshop.twin(decay=plan.decay)
-        optimizer, toys, bare = twin.optimizer, twin.toys, plan.factors == NEVER
+        optimizer, toys = self.workshop.twin(decay=plan.decay)
+        bare = plan.factors == NEVER
         options = list(map(_options_of, optimizer.param_groups))
         partition = Partition({id(p): number for number, p in enumerate(toys)})
         if plan.how in ("own", "permanent"):
-            divide(twin, partition, None)
+            divide(optimizer, partition, None)
         rates = [group.get("lr") for group in optimizer.param_groups]
         if plan.large:
             _move(toys, LARGE, 0.0)
-        run = [twin.weights()]
+        run = [_copies(toys)]
         for number in range(plan.steps):
             in_turn = plan.factors[number >= MIDDLE]
             factors = None if in_turn is None else [in_turn[toy % len(in_turn)] for toy in range(len(toys))]
@@ -449,11 +452,12 @@ class Trial:
                 for group, rate in zip(whole, rates, strict=True):
                     group["lr"] = rate * factors[partition.layer_of[id(group["params"][0])]]
             elif factors is not None and plan.how in ("groups", "own"):
-                splits = divide(twin, partition, factors)
+                splits = divide(optimizer, partition, factors)
             if number == plan.shift_at:
                 _move([p for p in toys if p.requires_grad], 1.0, 1.0)
             given, members = optimizer.param_groups, _members(optimizer)
-            twin.take(number, gradient=plan.gradient, writes=factors if plan.how == "writes" else None)
+            writes = factors if plan.how == "writes" else None
+            self.workshop.step(optimizer, toys, number, plan.gradient, writes)
             if factors is not None and plan.how == "finished":
                 with torch.no_grad():
                     for p, old, factor in zip(toys, run[-1], factors, strict=True):
@@ -463,7 +467,7 @@ class Trial:
             if splits:
                 optimizer.param_groups = whole
                 write_back(splits, type(optimizer).__name__)
-            run.append(twin.weights())
+            run.append(_copies(toys))
             if bare and number < 3:
                 self.copies |= holds_copies(optimizer, [*run[-2], *run[-1]])
         if bare:
@@ -492,34 +496,36 @@ class Trial:
 def distances(first: Run, second: Run, scale: Run) -> list[float]:
     """Return how far each toy comes apart in the steps of both runs, relative to how far it moves in `scale`.
 
-    It is NaN for a toy that rests, and infinite where one run only moves it, or where values are NaN.
+    It is NaN for a toy that rests, and infinite where only one run moves it, or where values are NaN.
     """
     found: list[float] = []
     for toy in range(len(first[0])):
         way = max(float((step[toy] - scale[0][toy]).abs().max()) for step in scale)
-        apart = max(float((a[toy] - b[toy]).abs().max()) for a, b in zip(first, second, strict=False))
-        if way == 0 == apart:
-            found.append(math.nan)
-        else:
-            found.append(apart / way if way and not math.isnan(apart) else math.inf)
+        gaps = [float((a[toy] - b[toy]).abs().max()) for a, b in zip(first, second, strict=False)]
+        apart = math.inf if any(map(math.isnan, gaps)) else max(gaps)
+        found.append(apart / way if way else math.inf if apart else math.nan)
     return found
 
 
+@torch.no_grad()
 def _move(toys: Sequence[Tensor], scale: float, shift: float) -> None:
-    with torch.no_grad():
-        for p in toys:
-            p.mul_(scale).add_(shift)
+    for p in toys:
+        p.mul_(scale).add_(shift)
+
+
+def _copies(toys: Sequence[Tensor]) -> list[Tensor]:
+    return [p.detach().clone() for p in toys]
 
 
 def _members(optimizer: Any) -> list[int]:
-    return [id(p) for group in optimizer.param_groups for p in group["params"]]
+    return list(map(id, parameters_of(optimizer)))
 
 
 def _options_of(group: dict[str, Any]) -> Any:
     return mark({name: value for name, value in group.items() if name not in ("params", "lr")})
 
 
-def divide(twin: Twin, partition: Partition, factors: Sequence[float] | None) -> list[Any]:
+def divide(twin: Any, partition: Partition, factors: Sequence[float] | None) -> list[Any]:
     """Give each toy a group of its own, as `apply="lr"` does; return the splits."""
 
     def alone(of_layer: Any) -> Any:
@@ -528,7 +534,7 @@ def divide(twin: Twin, partition: Partition, factors: Sequence[float] | None) ->
     def rate(group: Any, toy: int) -> dict[str, Any]:
         return {} if factors is None or factors[toy] == 1 else {"lr": group["lr"] * factors[toy]}
 
-    splits = partition.split(twin.optimizer, alone, rate)
+    splits = partition.split(twin, alone, rate)
     for split in splits:
         split.remember()
     return cast("list[Any]", splits)
@@ -536,7 +542,7 @@ def divide(twin: Twin, partition: Partition, factors: Sequence[float] | None) ->
 
 def keeps_copies(optimizer: Any) -> bool:
     """Tell whether the optimizer holds copies of its parameters, in its state or in its attributes."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     held = tensors_in(attributes_of(optimizer), 4)
     return holds_copies(optimizer, parameters) or any(is_copy(tensor, parameters) for tensor in held)
 
@@ -546,11 +552,11 @@ def holds_copies(optimizer: Any, weights: Sequence[Tensor]) -> bool:
     return any(is_copy(tensor, weights) for tensor in tensors_in(optimizer.state, 2))
 
 
-def is_copy(value: Any, weights: Sequence[Tensor]) -> bool:
-    """Tell whether a value is a tensor that equals one of the weights and is another object."""
-    if not isinstance(value, Tensor) or value.numel() < 2 or value.is_complex() or any(value is w for w in weights):
+def is_copy(tensor: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Tell whether a tensor equals one of the weights and is another object."""
+    if tensor.numel() < 2 or tensor.is_complex() or any(tensor is w for w in weights):
         return False
-    flat = value.detach().flatten()
+    flat = tensor.detach().flatten()
     if bool((flat == flat[0]).all()):  # zeros or ones, which biases often begin with
         return False
     return any(
