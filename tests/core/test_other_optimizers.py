@@ -1,4 +1,4 @@
-"""Every optimizer of pytorch-optimizer and schedulefree, and torch's Muon, as docs/optimizers.md tells it."""
+"""Every optimizer of pytorch-optimizer and schedulefree, and torch's Muon, as docs/optimizers.md states."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def entries(guest: Guest) -> list[dict[str, float]]:
 
 
 @by_guest
-def test_the_form_for_each_with_a_closure_equals_permanent_groups_too(guest: Guest) -> None:
+def test_foreach_with_a_closure_equals_permanent_groups(guest: Guest) -> None:
     word = tried(guest).places["lr"]
     if word in {"refused", "inside"}:
         pytest.skip(f"apply='lr' is {word}")
@@ -132,7 +132,7 @@ def with_scaled_decay(run: Run, entries: list[dict[str, float]]) -> list[torch.T
 
 
 @by_guest
-def test_a_refusal_changes_nothing_and_tells_what_to_do(guest: Guest) -> None:
+def test_a_refusal_changes_nothing_and_names_a_remedy(guest: Guest) -> None:
     for place in (name for name, word in tried(guest).places.items() if word in {"refused", "own groups"}):
         with surroundings(guest):
             run = build(guest)
@@ -150,7 +150,7 @@ def test_every_name_in_the_list_of_reasons_exists() -> None:
 
 
 @by_guest
-def test_a_gradient_whose_scale_means_nothing_is_warned_of(guest: Guest) -> None:
+def test_a_gradient_whose_scale_means_nothing_gives_a_warning(guest: Guest) -> None:
     if guest.name in AROUND | SHARPNESS or guest.variant:
         pytest.skip("its inner optimizer decides, or an option")
     if tried(guest).places["gradient"] == "refused":

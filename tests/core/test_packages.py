@@ -13,7 +13,19 @@ import optimizers_page
 import packages
 from layerwise.rules import Constant
 from other_optimizers import Guest, build, further_guests, surroundings
-from other_trials import DISTINCT, attach, by_hand, distance, factors, same, trained, tried, with_permanent_groups
+from other_trials import (
+    CHANGING,
+    DISTINCT,
+    Scheduled,
+    attach,
+    by_hand,
+    distance,
+    factors,
+    same,
+    trained,
+    tried,
+    with_permanent_groups,
+)
 
 pytestmark = [
     # What the packages themselves import is deprecated here and there.
@@ -38,6 +50,8 @@ for _package in packages.PACKAGES:
         _few = _guest.name in SOME.get(_package, {_guest.name})
         _mark = () if _package in ALWAYS else pytest.mark.full if _few else pytest.mark.faults
         GUESTS.append(pytest.param(_guest, id=str(_guest), marks=_mark))
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
+"""Relative to how far the weights move."""
 by_guest = pytest.mark.parametrize("guest", GUESTS, scope="module")  # the tests of one follow each other: see `tried`
 
 
@@ -104,3 +118,44 @@ def test_the_page_says_what_is_found(guest: Guest) -> None:
     if section is None:
         pytest.skip(f"docs/optimizers.md was written without {title}")
     assert optimizers_page.full_row(guest, section) == optimizers_page.cells(tried(guest))
+
+
+ON_ACCELERATORS = {
+    Guest("lion_pytorch", "Lion"): ("lr", "scaled writes"),
+    Guest("optimi", "AdamW"): ("lr", "scaled writes"),
+    Guest("prodigyopt", "Prodigy"): ("update", "scaled writes"),
+    Guest("heavyball", "AdamW"): ("update", "interpolation"),  # its kernels write into parameters unseen
+}
+
+
+@pytest.mark.parametrize(
+    "guest",
+    [pytest.param(guest, marks=() if guest.package in ALWAYS else pytest.mark.full) for guest in ON_ACCELERATORS],
+    ids=str,
+)
+def test_on_an_accelerator_it_equals_a_slow_reference(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(guest.package)
+    monkeypatch.setattr("layerwise._places.allowed.is_on_accelerator", lambda optimizer: True)
+    place, route = ON_ACCELERATORS[guest]
+    with surroundings(guest):
+        run = build(guest)
+        adapter = attach(run, Scheduled(CHANGING))
+        assert f"apply={place!r} by {route}" in repr(adapter)
+        result = trained(run)
+        if place == "lr":
+            expected = with_permanent_groups(build(guest, by_layer=True), CHANGING)
+        else:
+            expected = by_hand(build(guest), CHANGING, place)
+        assert distance(result, expected) <= ROUNDING[guest.dtype] * distance(result, build(guest).weights())
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree"])
+def test_schedule_free_is_not_scaled_on_an_accelerator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("schedulefree")
+    monkeypatch.setattr("layerwise._places.allowed.is_on_accelerator", lambda optimizer: True)
+    guest = Guest("schedulefree", name)
+    run = build(guest, by_layer=True)
+    adapter = attach(run, Scheduled(CHANGING))
+    assert adapter.apply == "lr"
+    assert "scaled writes" not in repr(adapter)
+    assert same(trained(run), with_permanent_groups(build(guest, by_layer=True), CHANGING))

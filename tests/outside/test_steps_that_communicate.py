@@ -44,6 +44,8 @@ class Averaging(optim.Optimizer):
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if dist.is_initialized():
                     dist.all_reduce(p.grad)
                     p.grad /= dist.get_world_size()
@@ -106,13 +108,25 @@ def in_each_process(rank: int) -> dict[str, Any]:
     give_gradients(model, rank)
     optimizer.step()
     found["constant"] = weights(model)
+    found["frozen"] = with_a_frozen_layer()
     return found
+
+
+def with_a_frozen_layer() -> list[Tensor]:
+    model = network()
+    model[1].weight.requires_grad_(False)
+    optimizer = Averaging(model.parameters())
+    layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    give_gradients(model, 0)
+    model[1].weight.grad = None
+    optimizer.step()
+    return weights(model)
 
 
 @pytest.mark.dist
 def test_two_processes_equal_one_or_are_refused() -> None:
     first, second = run(2, in_each_process)
-    for name in ("shared", "averaged before", "constant"):
+    for name in ("shared", "averaged before", "constant", "frozen"):
         assert str(first[name]) == str(second[name]), name
     expected = [
         trained(SharedOut, rule, at)
@@ -124,6 +138,7 @@ def test_two_processes_equal_one_or_are_refused() -> None:
         assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(found, alone, strict=True))
     alone, _ = trained(Averaging, LayerAdaptive())
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(first["averaged before"][0], alone, strict=True))
+    assert all(map(torch.allclose, first["frozen"], with_a_frozen_layer()))
     gradients = []
     for rank in range(2):
         model = network()

@@ -18,7 +18,7 @@ from ..optimizers import (
     has_decay,
     is_on_accelerator,
 )
-from .trial import divides_by_gradients, reason_against, verdict_of
+from .trial import divides_by_gradients, in_own_groups, reason_against, verdict_of
 
 
 def automatic_place(optimizer: Any, preferred: str, decay: str) -> PlaceName:
@@ -42,12 +42,10 @@ def automatic_place(optimizer: Any, preferred: str, decay: str) -> PlaceName:
         reason_against(optimizer, "groups") is not None and reason_against(optimizer, "update") is None
     ):
         return "update"
-    if preferred == "gradient" and isinstance(optimizer, optim.SGD):
-        if any(map(_momentum, optimizer.param_groups)):
-            return "gradient"
-        if decay == "plain" and has_decay(optimizer):
-            return "gradient"
-    return "lr"
+    if preferred != "gradient" or not isinstance(optimizer, optim.SGD):
+        return "lr"
+    other_numbers = any(map(_momentum, optimizer.param_groups)) or (decay == "plain" and has_decay(optimizer))
+    return "gradient" if other_numbers else "lr"
 
 
 def why_not_rate(optimizer: optim.Optimizer) -> str | None:
@@ -76,21 +74,17 @@ def check_place(optimizer: optim.Optimizer, place: str, decay: str, *, decay_giv
         ValueError: The combination would give wrong numbers; the message says why and what to use.
     """
     name = type(optimizer).__name__
-    if place == "lr":
-        reason = why_not_rate(optimizer)
-        if reason is not None:
-            raise ValueError(f"apply='lr' does not work with {name}: it {reason}; {_remedy(optimizer)}")
-    elif any(group.get("differentiable") for group in optimizer.param_groups):
+    if place != "lr" and any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(
             f"apply={place!r} changes tensors in place, which cuts the graph of {name}(differentiable=True); use "
             "apply='lr' (the factors themselves count as constants)"
         )
-    if place == "update":
-        reason = reason_against(optimizer, "update")
+    if place != "gradient":
+        rate = why_not_rate(optimizer)
+        reason = rate if place == "lr" else reason_against(optimizer, "update")
         if reason is not None:
-            rate = why_not_rate(optimizer)
-            too = f", and apply='lr' does not either: it {rate}" if rate is not None else ""
-            raise ValueError(f"apply='update' does not work with {name}: it {reason}{too}; {_remedy(optimizer)}")
+            too = f", and apply='lr' does not either: it {rate}" if place == "update" and rate is not None else ""
+            raise ValueError(f"apply={place!r} does not work with {name}: it {reason}{too}; {_remedy(optimizer)}")
     if place == "gradient" and decay == "scaled" and not decay_given:
         unknown = [
             g for g in optimizer.param_groups if g.get("weight_decay") and decay_is_coupled(optimizer, g) is None
@@ -107,23 +101,17 @@ def _remedy(optimizer: Any) -> str:
     if reason_against(optimizer, "update") is None:
         return "use apply='update'"
     if why_not_rate(optimizer) is None:
-        if reason_against(optimizer, "groups") is None:
-            return "use apply='lr'"
-        name = type(optimizer).__name__
-        return f"use apply='lr' with a group for each layer, {name}(layerwise.param_groups(model), …)"
-    verdict = verdict_of(optimizer)
-    permanent = verdict is None or verdict.permanent
+        whole = reason_against(optimizer, "groups") is not None
+        return "use apply='lr'" + (f" with a group for each layer, {in_own_groups(optimizer)}" if whole else "")
     if divides_by_gradients(optimizer):
-        gradient = "use another optimizer (apply='gradient' changes next to nothing, since it divides by its gradients)"
+        remedy = "use another optimizer (apply='gradient' changes next to nothing, since it divides by its gradients)"
     else:
-        gradient = "use apply='gradient'"
-    if permanent and all(group.get("lr") is not None for group in optimizer.param_groups):
-        name = type(optimizer).__name__
-        return (
-            f"{gradient}, or for factors that never change permanent groups with rates of their own, "
-            f"{name}(layerwise.param_groups(model), …)"
-        )
-    return gradient
+        remedy = "use apply='gradient'"
+    verdict = verdict_of(optimizer)
+    if (verdict is None or verdict.permanent) and all(group.get("lr") is not None for group in optimizer.param_groups):
+        own = in_own_groups(optimizer)
+        remedy += f", or for factors that never change permanent groups with rates of their own, {own}"
+    return remedy
 
 
 def check_groups(optimizer: Any, place: str, decay: str, layer_of: Mapping[int, int]) -> None:
@@ -143,12 +131,11 @@ def check_groups(optimizer: Any, place: str, decay: str, layer_of: Mapping[int, 
         return
     for group in optimizer.param_groups:
         if len({layer_of.get(id(p)) for p in group["params"]}) > 1:
-            name = type(optimizer).__name__
-            other = ", or use apply='update'" if reason_against(optimizer, "update") is None else ""
+            plain = ", or pass decay='plain'" if place == "gradient" else ""
+            update = ", or use apply='update'" if reason_against(optimizer, "update") is None else ""
             raise ValueError(
-                f"apply={place!r} divides the parameter groups by layer, and {name} {reason}; build it with a group "
-                f"for each layer, {name}(layerwise.param_groups(model), …)"
-                + (", or pass decay='plain'" if place == "gradient" else other)
+                f"apply={place!r} divides the parameter groups by layer, and {type(optimizer).__name__} {reason}; "
+                f"build it with a group for each layer, {in_own_groups(optimizer)}{plain or update}"
             )
 
 

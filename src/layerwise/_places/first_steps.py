@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .._tensors import several_processes
 from ..sharding import LONGEST, Table, can_compare, compared
-from .trial import Verdict, holds_copies
+from .toys import parameters_of
+from .trial import Verdict, holds_copies, in_own_groups
 
 CLOSE = 1e-6
 """The largest relative difference of norms that count as equal."""
@@ -41,7 +42,7 @@ class FirstSteps:
     def before(self, optimizer: Any) -> None:
         """Check before the step."""
         self._before = None
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = parameters_of(optimizer)
         if self.compares:
             self.compares = False
             self._compare_gradients(parameters)
@@ -78,23 +79,22 @@ class FirstSteps:
                 f"apply='update' does not work with {self._name}: its state holds copies of the weights, from which it "
                 "may compute the next weights, which would undo a scaled step. It cannot be tried on toy parameters "
                 f"({self._verdict.untried}). Weights and state are as before this step. For factors that never "
-                "change, use permanent groups: "
-                f"{self._name}(layerwise.param_groups(model), …)"
+                f"change, use permanent groups: {in_own_groups(optimizer)}"
             )
 
     def _compare_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Raise on all processes if equal weights have different gradients, which the step averages itself."""
         plain = [p for p in parameters if not hasattr(p, "device_mesh")]
-        own = {"norms": [[[norm, norm] for norm in (_norm(p), _norm(p.grad))] for p in plain]}
+        own = {"norms": [[n for tensor in (p, p.grad) for n in (-_norm(tensor), _norm(tensor))] for p in plain]}
         ranks = torch.distributed.get_process_group_ranks(self._verdict.process_group)
-        table = compared(f"gradients of {self._name}", own, _spread, ranks, LONGEST)
+        table = compared(f"gradients of {self._name}", own, _largest, ranks, LONGEST)
         if table is None:
             raise RuntimeError(
                 f"{self._name} communicates in its step, and not all of the processes {ranks} reached their first step "
                 f"with a LayerwiseLR within {LONGEST:g} s: create it in every process. Nothing has changed"
             )
-        for weights, gradients in table["norms"]:
-            if _alike(weights) and not _alike(gradients):
+        for smallest, largest, smallest_gradient, largest_gradient in table["norms"]:
+            if _equal(-smallest, largest) and not _equal(-smallest_gradient, largest_gradient):
                 raise RuntimeError(
                     f"the processes hold equal weights and different gradients, which {self._name} averages in its "
                     "step. The factors are computed before that, so they would differ, and the weights would drift "
@@ -104,24 +104,19 @@ class FirstSteps:
 
 
 def _norm(tensor: Tensor | None) -> float:
-    return math.nan if tensor is None else float(cast(Any, tensor.detach().double().norm().item()))
+    return 0.0 if tensor is None else float(cast(Any, tensor.detach().double().norm().item()))
 
 
-def _spread(before: Table, own: Table) -> Table:
-    """Return the smallest and the largest of each norm; none where the processes hold different parameters."""
+def _largest(before: Table, own: Table) -> Table:
+    """Return the largest of each number; none where the processes hold different parameters."""
     if len(before["norms"]) != len(own["norms"]):
         return {"norms": []}
-    pairs = zip(before["norms"], own["norms"], strict=True)
-    return {"norms": [[_wider(a, b) for a, b in zip(*each, strict=True)] for each in pairs]}
+    of_both = [torch.tensor(table["norms"], dtype=torch.float64, device="cpu") for table in (before, own)]
+    return {"norms": torch.maximum(*of_both).tolist()}  # NaN if either is
 
 
-def _wider(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    both = [*first, *second]
-    return [math.nan, math.nan] if any(map(math.isnan, both)) else [min(both), max(both)]
-
-
-def _alike(range_: Sequence[float]) -> bool:
-    return math.isclose(*range_, rel_tol=CLOSE)
+def _equal(first: float, second: float) -> bool:
+    return math.isclose(first, second, rel_tol=CLOSE)
 
 
 class KnownGroups:

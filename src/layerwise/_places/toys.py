@@ -11,8 +11,8 @@ import random
 import sys
 import threading
 import warnings
-from collections import OrderedDict, defaultdict
-from collections.abc import Generator, Mapping, Sequence
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -113,7 +113,7 @@ class Workshop:
     Args:
         optimizer: The optimizer, which is only read.
         dtype: The type of floating-point toys; None keeps that of each parameter.
-        construct: Whether twins are built by the constructor, rather than by copying attributes.
+        construct: Whether twins are built by the constructor, as state that it makes requires, and not by copying.
         way: How steps are called: `"plain"`, with a `"closure"`, or after a backward pass that creates a `"graph"`.
         side: The largest size of a toy in its first two dimensions.
     """
@@ -121,39 +121,46 @@ class Workshop:
     def __init__(
         self, optimizer: Optimizer, dtype: torch.dtype | None, *, construct: bool, way: str, side: int = SIDE
     ) -> None:
-        self.optimizer, self.construct, self.way = optimizer, construct, way
-        self.side = max(
-            [SIDE, *(min(side, *p.shape[:2]) for g in optimizer.param_groups for p in g["params"] if p.ndim)]
-        )
+        self.optimizer, self.construct, self.way, self._dtype = optimizer, construct, way, dtype
+        sizes = [min(side, *p.shape[:2]) for p in parameters_of(optimizer) if p.ndim]
+        self.side = max([SIDE, *sizes])
         self._numbers = _representatives(optimizer.param_groups)
         self._sources = groups = [optimizer.param_groups[number] for number in self._numbers]
         most = SIDE if len(groups) <= 8 else 2
-        self.positions = [_chosen(group["params"], most) for group in groups]
-        self.real = [group["params"][i] for group, found in zip(groups, self.positions, strict=True) for i in found]
-        generator = torch.Generator().manual_seed(0)
-        self._start = [_toy_values(p, dtype, generator, self.side, zero_mean=False) for p in self.real]
-        self._generator = generator
-        self._copies = self._find_copies()
-        self._dtype = dtype
+        self._positions = [_chosen(group["params"], most) for group in groups]
+        self.real = [group["params"][i] for group, found in zip(groups, self._positions, strict=True) for i in found]
+        self._generator = torch.Generator().manual_seed(0)
+        self._start = [self._values(p) for p in self.real]
         self._gradients: list[list[Tensor | None]] = []
+        self._copies = self._find_copies()
         rates = [float(rate) for group in groups if (rate := group.get("lr")) is not None]
         self._scale = RATE / max(map(abs, rates), default=1.0) if any(rates) else None
 
-    def gradients(self, step: int) -> list[Tensor | None]:
+    def _values(self, p: Tensor, *, zero_mean: bool = False) -> Tensor:
+        """Return random values of a toy's shape."""
+        drawn = torch.randn(_toy_shape(p, self.side), generator=self._generator, dtype=torch.float64, device="cpu")
+        if zero_mean and drawn.numel() > 1:
+            drawn -= drawn.mean()
+        return drawn.to(device="cpu" if p.device.type == "meta" else p.device, dtype=self._kept(p.dtype))
+
+    def _kept(self, dtype: torch.dtype) -> torch.dtype:
+        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The types of the toys that hold real or complex numbers."""
+        return {t.dtype for t in self._start if t.is_floating_point() or t.is_complex()}
+
+    def _gradients_at(self, step: int) -> list[Tensor | None]:
         """Return the toys' gradients at a step. Their mean is zero, so they are orthogonal to a shift."""
         while len(self._gradients) <= step:
             self._gradients.append(
-                [
-                    0.1 * _toy_values(p, self._dtype, self._generator, self.side, zero_mean=True)
-                    if p.requires_grad
-                    else None
-                    for p in self.real
-                ]
+                [0.1 * self._values(p, zero_mean=True) if p.requires_grad else None for p in self.real]
             )
         return self._gradients[step]
 
-    def twin(self, *, decay: bool = True) -> Twin:
-        """Return a new twin.
+    def twin(self, *, decay: bool) -> tuple[Any, list[Tensor]]:
+        """Return a new twin and its toys.
 
         Args:
             decay: Whether weight decay is on.
@@ -168,13 +175,44 @@ class Workshop:
         made = self._constructed(groups) if self.construct else self._copied(groups, toys)
         if callable(getattr(made, "train", None)):  # schedule-free optimizers step in this mode only
             made.train()
-        return Twin(self, made, toys)
+        return made, toys
+
+    def step(
+        self, twin: Any, toys: Sequence[Tensor], number: int, gradient: float, writes: Sequence[float] | None
+    ) -> None:
+        """Take a step of a twin.
+
+        Args:
+            twin: The twin.
+            toys: Its parameters.
+            number: The number of the step, which determines its gradients and random numbers.
+            gradient: A factor on the gradients.
+            writes: Factors of the toys, by which what the step writes into them is multiplied.
+        """
+        for p, g in zip(toys, self._gradients_at(number), strict=True):
+            p.grad = None
+            if g is not None and self.way == "graph":
+                # Convex, so that second derivatives exist.
+                (g * gradient * p + 0.005 * (p - p.detach()).pow(2)).sum().backward(create_graph=True)
+            elif g is not None:
+                p.grad = g * gradient
+        _seed(number, toys)
+        calls: list[int] = []
+
+        def closure() -> Tensor:
+            calls.append(number)
+            return torch.ones(())
+
+        with contextlib.nullcontext() if writes is None else _scaled_writes(twin, toys, writes):
+            bare_step(type(twin))(twin, *([closure] if self.way == "closure" else []))
+        if len(calls) > 1:
+            raise CannotTryError("it evaluates its closure several times a step")
 
     def _groups(self, toys: Sequence[Tensor], decay: bool) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = []
         left = iter(toys)
         shared: dict[int, Any] = {}  # defaults are one object for all groups
-        for source, positions in zip(self._sources, self.positions, strict=True):
+        for source, positions in zip(self._sources, self._positions, strict=True):
             group: dict[str, Any] = {}
             for name, value in source.items():
                 if name == "params":
@@ -203,105 +241,58 @@ class Workshop:
     def _copied(self, groups: list[dict[str, Any]], toys: Sequence[Tensor]) -> Any:
         source = self.optimizer
         twin: Any = object.__new__(type(source))
-        known = dict(zip(map(id, self.real), toys, strict=True))
-        memo: dict[int, Any] = {id(source): twin, id(source.state): defaultdict[Any, Any](dict)}
-        memo.update({id(group): made for group, made in zip(self._sources, groups, strict=True)})
-        for group in source.param_groups:
-            for p in group["params"]:  # all of them, since attributes may list every parameter
-                memo[id(p)] = known[id(p)] if id(p) in known else nn.Parameter(torch.zeros(1), requires_grad=False)
-        memo[id(source.param_groups)] = groups
+        state = defaultdict[Any, Any](dict)
+        memo: dict[int, Any] = {id(source): twin, id(source.state): state, id(source.param_groups): groups}
+        memo.update(zip(map(id, self._sources), groups, strict=True))
+        memo.update(zip(map(id, self.real), toys, strict=True))
+        for p in parameters_of(source):  # all of them, since attributes may list every parameter
+            if id(p) not in memo:
+                memo[id(p)] = nn.Parameter(torch.zeros(1), requires_grad=False)
         for copied, number, dtype in self._copies:
             if copied not in memo:
-                memo[copied] = toys[number].detach().clone().to(_kept(dtype, self._dtype))
-        left_out = ("state", "param_groups", "step")
+                memo[copied] = toys[number].detach().clone().to(self._kept(dtype))
+        made: dict[str, Any] = {}
         for name, value in attributes_of(source).items():
+            if type(value) in (list, tuple) and len(value) == len(source.param_groups) > len(groups):
+                value = type(value)(value[number] for number in self._numbers)  # an entry for each group
             if name.endswith("_hooks"):
-                made = OrderedDict[int, Any]()
-            elif name in left_out:
-                continue
-            else:
-                if type(value) in (list, tuple) and len(value) == len(source.param_groups) > len(groups):
-                    value = type(value)(value[number] for number in self._numbers)  # an entry for each group
-                made = _with_keys(copy.deepcopy(_generator_copy(value), memo), memo)
-            object.__setattr__(twin, name, made)
-        for name, value in (("state", memo[id(source.state)]), ("param_groups", groups)):
-            if name in attributes_of(source):
-                object.__setattr__(twin, name, value)
+                made[name] = OrderedDict[int, Any]()
+            elif name != "step":
+                made[name] = _with_keys(copy.deepcopy(value, memo), memo)
+        own = vars(source)
+        made |= {name: value for name, value in (("state", state), ("param_groups", groups)) if name in own}
+        for name, value in made.items():
+            object.__setattr__(twin, name, value)
         return twin
 
     def _find_copies(self) -> list[tuple[int, int, torch.dtype]]:
         """Return for each copy of a real weight in the attributes its id, the number of the toy, and its type."""
         found: list[tuple[int, int, torch.dtype]] = []
-        for name, value in attributes_of(self.optimizer).items():
-            for tensor in tensors_in(value, 3) if name not in ("state", "param_groups") else ():
-                for number, real in enumerate(self.real):
-                    alike = tensor is not real and tensor.shape == real.shape and tensor.device == real.device
-                    if alike and real.numel() > 1 and torch.equal(real.detach(), tensor.detach().to(real.dtype)):
-                        found.append((id(tensor), number, tensor.dtype))
+        for tensor in tensors_in(attributes_of(self.optimizer), 4):
+            for number, real in enumerate(self.real):
+                alike = tensor is not real and tensor.shape == real.shape and tensor.device == real.device
+                if alike and real.numel() > 1 and torch.equal(real.detach(), tensor.detach().to(real.dtype)):
+                    found.append((id(tensor), number, tensor.dtype))
         return found
 
 
-class Twin:
-    """A copy of an optimizer on toy parameters.
+@contextlib.contextmanager
+def _scaled_writes(optimizer: Any, toys: Sequence[Tensor], factors: Sequence[float]) -> Generator[None]:
+    """Scale writes, seen as in training: without the guard, which shows more, and without compiled steps."""
+    mode = ScaledWrites(toys, optimizer.state)
+    mode.scale(zip(toys, factors, strict=True))
+    with _disable_current_modes(), _stance("fail_on_recompile"):
+        mode.begin()
+        try:
+            yield
+            mode.end()
+        finally:
+            mode.remove()
 
-    Args:
-        workshop: The workshop that made it.
-        optimizer: The copy.
-        toys: Its parameters.
-    """
 
-    def __init__(self, workshop: Workshop, optimizer: Any, toys: list[Tensor]) -> None:
-        self.workshop, self.optimizer, self.toys = workshop, optimizer, toys
-        self.groups = optimizer.param_groups
-
-    def take(self, number: int, *, gradient: float = 1.0, writes: Sequence[float] | None = None) -> None:
-        """Take a step.
-
-        Args:
-            number: The number of the step, which determines its gradients and random numbers.
-            gradient: A factor on the gradients.
-            writes: Factors of the toys, by which what the step writes into them is multiplied.
-        """
-        way = self.workshop.way
-        for p, g in zip(self.toys, self.workshop.gradients(number), strict=True):
-            p.grad = None
-            if g is not None and way == "graph":
-                # Convex, so that second derivatives exist.
-                (g * gradient * p + 0.005 * (p - p.detach()).pow(2)).sum().backward(create_graph=True)
-            elif g is not None:
-                p.grad = g * gradient
-        _seed(number, self.toys)
-        calls: list[int] = []
-
-        def closure() -> Tensor:
-            calls.append(number)
-            return torch.ones(())
-
-        with contextlib.nullcontext() if writes is None else self._scaled(writes):
-            bare_step(type(self.optimizer))(self.optimizer, *([closure] if way == "closure" else []))
-        if len(calls) > 1:
-            raise CannotTryError("it evaluates its closure several times a step")
-
-    @contextlib.contextmanager
-    def _scaled(self, factors: Sequence[float]) -> Generator[None]:
-        """Scale writes, seen as in training: without the guard, which shows more, and without compiled steps."""
-        mode = ScaledWrites(self.toys, self.optimizer.state)
-        mode.scale(zip(self.toys, factors, strict=False))
-        compiles = "torch._dynamo" in sys.modules
-        with (
-            _disable_current_modes(),
-            torch.compiler.set_stance("fail_on_recompile") if compiles else contextlib.nullcontext(),
-        ):
-            mode.begin()
-            try:
-                yield
-                mode.end()
-            finally:
-                mode.remove()
-
-    def weights(self) -> list[Tensor]:
-        """Return copies of the toys."""
-        return [p.detach().clone() for p in self.toys]
+def _stance(name: Any) -> Any:
+    """Set how compiled steps run, without importing the compiler, which takes seconds."""
+    return torch.compiler.set_stance(name) if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def bare_step(kind: Any) -> Any:
@@ -312,58 +303,52 @@ def bare_step(kind: Any) -> Any:
     return step
 
 
+def parameters_of(optimizer: Any) -> list[Tensor]:
+    """Return the parameters of all groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def attributes_of(optimizer: Any) -> dict[str, Any]:
-    """Return an object's attributes, including those in `__slots__`."""
-    return {**vars(optimizer), **slots_of(optimizer)}
+    """Return an optimizer's attributes, including those in `__slots__`, but not its state and its groups."""
+    attributes: dict[str, Any] = {**vars(optimizer), **slots_of(optimizer)}
+    return {name: value for name, value in attributes.items() if name not in ("state", "param_groups")}
+
+
+def _two_of_each(kinds: Iterable[Any], most: int) -> list[int]:
+    """Return the positions of the first two of each kind, at most so many; a kind of None is left out."""
+    count = Counter[Any]()
+    found: list[int] = []
+    for position, kind in enumerate(kinds):
+        count[kind] += 1
+        if kind is not None and count[kind] <= 2 and len(found) < most:
+            found.append(position)
+    return found
 
 
 def _representatives(groups: Sequence[Mapping[str, Any]]) -> list[int]:
     """Return the numbers of the groups to make: all, or of many two of each kind, so that hundreds cost as few do."""
     if len(groups) <= MOST_GROUPS:
         return list(range(len(groups)))
-    count: dict[Any, int] = {}
-    found: list[int] = []
-    for number, group in enumerate(groups):
+
+    def kind(group: Mapping[str, Any]) -> Any:
         options = [
             (name, repr(value) if isinstance(value, (bool, int, str)) else type(value).__name__)
             for name, value in group.items()
         ]
-        kind = (*options, *{(_toy_shape(p), p.requires_grad) for p in group["params"][:SIDE]})
-        count[kind] = count.get(kind, 0) + 1
-        if count[kind] <= 2 and len(found) < MOST_GROUPS:
-            found.append(number)
-    return found
+        return (*options, *{(_toy_shape(p), p.requires_grad) for p in group["params"][:SIDE]})
+
+    return _two_of_each(map(kind, groups), MOST_GROUPS)
 
 
 def _chosen(parameters: Sequence[Tensor], most: int) -> list[int]:
     """Return the positions of the parameters that get a toy: two of each toy shape, then the first others."""
-    count: dict[tuple[int, ...], int] = {}
-    found: list[int] = []
-    for position, p in enumerate(parameters):
-        shape = _toy_shape(p)
-        count[shape] = count.get(shape, 0) + 1
-        if count[shape] <= 2 and len(found) < most and p.requires_grad:
-            found.append(position)
+    found = _two_of_each((_toy_shape(p) if p.requires_grad else None for p in parameters), most)
     found += [position for position in range(len(parameters)) if position not in found][: most - len(found)]
     return sorted(found)
 
 
 def _toy_shape(parameter: Tensor, side: int = SIDE) -> tuple[int, ...]:
     return tuple(max(1, min(side if i < 2 else SIDE, size)) for i, size in enumerate(parameter.shape))
-
-
-def _kept(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and own.is_floating_point else own
-
-
-def _toy_values(
-    p: Tensor, dtype: torch.dtype | None, generator: torch.Generator, side: int, *, zero_mean: bool
-) -> Tensor:
-    drawn = torch.randn(_toy_shape(p, side), generator=generator, dtype=torch.float64, device="cpu")
-    if zero_mean and drawn.numel() > 1:
-        drawn -= drawn.mean()
-    device = "cpu" if p.device.type == "meta" else p.device
-    return drawn.to(device=device, dtype=_kept(p.dtype, dtype))
 
 
 def tensors_in(value: Any, depth: int) -> Generator[Tensor]:
@@ -383,10 +368,6 @@ def _option(value: Any, count: int, positions: Sequence[int]) -> Any:
     if type(value) in (list, tuple) and len(value) == count > SIDE:
         return type(value)(value[i] for i in positions)
     return copy.deepcopy(value)
-
-
-def _generator_copy(value: Any) -> Any:
-    return value.clone_state() if isinstance(value, torch.Generator) else value
 
 
 def _with_keys(value: Any, memo: Mapping[int, Any]) -> Any:
@@ -427,7 +408,7 @@ def undisturbed(parameters: Sequence[Tensor]) -> Generator[Guard]:
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
-            torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext(),
+            _stance("force_eager"),
             torch.enable_grad(),
             guard,
         ):

@@ -8,12 +8,13 @@ last, or does the optimizer take the weights back?
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, product
-from typing import Any, Literal, cast
+from itertools import chain, pairwise
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +23,17 @@ from torch.optim import Optimizer
 from .._tensors import has_values, runs_on_fakes, several_processes
 from ..apply import Partition, mark, write_back
 from ..optimizers import Where, is_foreign, known_reason, known_to_divide
-from .toys import WIDE, CannotTryError, CommunicatesError, Guard, Twin, Workshop, attributes_of, tensors_in, undisturbed
+from .toys import (
+    WIDE,
+    CannotTryError,
+    CommunicatesError,
+    Guard,
+    Workshop,
+    attributes_of,
+    parameters_of,
+    tensors_in,
+    undisturbed,
+)
 
 STEPS = 12
 MIDDLE = 4
@@ -37,18 +48,6 @@ LARGE, LARGE_STEPS = 30.0, 6
 """By what large toys are multiplied, and the steps of a run on them."""
 WIDE_STEPS = 3
 """Steps of a run on wide toys."""
-EARLY, LATER = (0.5, 1.5, 0.75, 1.25), (1.75, 0.6, 1.4, 0.8)
-"""The factors of the toys, in turn, before and after `MIDDLE`."""
-ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-2}
-"""The largest difference of two runs that counts as rounding, relative to how far the weights move.
-
-Other types take `COARSE`.
-"""
-EQUAL = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""The largest such difference between scaled writes and another way of scaling."""
-EFFECT = {torch.float64: 1e-5, torch.float32: 1e-3}
-"""The smallest difference that counts as an effect of the factors, relative to how far the weights move."""
-COARSE = 0.05
 HALF = {torch.float16, torch.bfloat16}
 MOST_UNDONE = 0.03
 """The largest part of a shift of the weights that a step may undo.
@@ -57,6 +56,46 @@ An optimizer that undoes more keeps weights of its own.
 """
 SCALELESS = 0.005
 """The largest effect of doubled gradients on an optimizer that divides by them, relative to how far weights move."""
+
+
+class Limits(NamedTuple):
+    """Differences of two runs, relative to how far the weights move.
+
+    Args:
+        rounding: The largest that counts as rounding.
+        equal: The largest between scaled writes and another way of scaling.
+        effect: The smallest that counts as an effect of the factors.
+    """
+
+    rounding: float = 0.05
+    equal: float = 0.05
+    effect: float = 0.05
+
+
+LIMITS = {torch.float64: Limits(1e-6, 1e-9, 1e-5), torch.float32: Limits(1e-2, 1e-3, 1e-3)}
+"""The limits of a type; the default ones apply to any other."""
+
+ATTEMPTS = (
+    (False, True, "plain"),
+    (False, True, "closure"),
+    (False, True, "graph"),
+    (False, False, "plain"),
+    (True, True, "plain"),
+    (True, True, "graph"),
+)
+"""The arguments of `_attempt`, in the order tried: some optimizer of another package needs each of them."""
+
+Factors = tuple[tuple[float, ...] | None, tuple[float, ...] | None]
+"""Four factors, which the toys take in turn, before `MIDDLE` and from there on; None where no factor acts."""
+NEVER: Factors = (None, None)
+ONES: Factors = ((1.0,) * 4, (1.0,) * 4)
+ONES_LATER: Factors = (None, ONES[1])
+CHANGING: Factors = ((0.5, 1.5, 0.75, 1.25), (1.75, 0.6, 1.4, 0.8))
+CHANGING_LATER: Factors = (None, CHANGING[1])
+EVERY_SECOND: tuple[Factors, Factors] = (
+    ((0.5, 1.0, 0.75, 1.0), (1.75, 1.0, 1.4, 1.0)),
+    ((1.0, 1.5, 1.0, 1.25), (1.0, 0.6, 1.0, 0.8)),
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +170,11 @@ def divides_by_gradients(optimizer: Optimizer) -> bool:
     return verdict is not None and verdict.scaleless
 
 
+def in_own_groups(optimizer: Any) -> str:
+    """Return how to build the optimizer with a parameter group for each layer."""
+    return f"{type(optimizer).__name__}(layerwise.param_groups(model), …)"
+
+
 def verdict_of(optimizer: Optimizer) -> Verdict | None:
     """Return the result of the optimizer's trial; None for one of PyTorch's own."""
     if not is_foreign(type(optimizer)):
@@ -158,10 +202,7 @@ _of_setting: dict[Any, Verdict] = {}
 def _tried(optimizer: Any) -> Verdict:
     key = _setting(optimizer)
     if key not in _of_setting:
-        verdicts = (
-            _attempt(optimizer, construct, wide, way)
-            for construct, wide, way in product((False, True), (True, False), ("plain", "closure", "graph"))
-        )
+        verdicts = (_attempt(optimizer, *arguments) for arguments in ATTEMPTS)
         first = next(verdicts)  # gives the reason if every attempt fails
         _of_setting[key] = next((one for one in chain([first], verdicts) if one.untried is None), first)
     return _of_setting[key]
@@ -169,50 +210,43 @@ def _tried(optimizer: Any) -> Verdict:
 
 def _setting(optimizer: Optimizer) -> Any:
     """Return the cache key: all that a trial's outcome depends on."""
+    plain = {bool, int, float, str, tuple, type(None)}
 
-    def simple(options: dict[str, Any]) -> tuple[Any, ...]:
-        kept = {bool, int, float, str, tuple, type(None)}
-        return tuple(
-            (name, repr(value) if type(value) in kept and name != "lr" else type(value).__name__)
-            for name, value in sorted(options.items(), key=lambda item: str(item[0]))
-            if name != "params"
-        )
+    def simple(options: Mapping[str, Any]) -> Any:
+        shown = {name: type(value) in plain and name != "lr" for name, value in options.items()}
+        return sorted((str(k), repr(v) if shown[k] else type(v).__name__) for k, v in options.items())
 
-    groups = tuple(
-        (
-            simple(group),
-            tuple(
-                (min(p.ndim, 4), p.dtype, p.device.type, p.requires_grad, min(p.shape, default=1) > 1)
-                for p in group["params"][:8]
-            ),
-            min(len(group["params"]), 8),
-        )
+    def traits(p: Tensor) -> Any:
+        return min(p.ndim, 4), p.dtype, p.device.type, p.requires_grad, min(p.shape, default=1) > 1
+
+    groups = [
+        (simple({**group, "params": len(group["params"][:8])}), list(map(traits, group["params"][:8])))
         for group in optimizer.param_groups
-    )
+    ]
     processes = torch.distributed.get_world_size() if several_processes() else 1
-    return type(optimizer), groups, simple(attributes_of(optimizer)), processes, bool(optimizer.state)
+    return type(optimizer), repr((groups, simple(attributes_of(optimizer)), processes)), bool(optimizer.state)
 
 
-def _attempt(optimizer: Any, construct: bool, wide: bool, way: str) -> Verdict:
+def _attempt(optimizer: Any, construct: bool, double: bool, way: str) -> Verdict:
     """Try an optimizer; if that fails, the verdict's `untried` says why.
 
     Args:
         optimizer: The optimizer.
         construct: Whether twins are built by the class's constructor.
-        wide: Whether toys are float64, which separates rounding from real differences.
+        double: Whether toys are float64, which separates rounding from real differences.
         way: How steps are called, see `Workshop`.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    dtype = torch.float64 if wide and not any(p.is_complex() for p in parameters) else None
-    workshop = Workshop(optimizer, dtype, construct=construct, way=way)
-    wider = Workshop(optimizer, dtype, construct=construct, way=way, side=WIDE)
+    parameters = parameters_of(optimizer)
+    dtype = torch.float64 if double and not any(p.is_complex() for p in parameters) else None
+    make = partial(Workshop, optimizer, construct=construct, way=way)
+    workshop, wider = make(dtype), make(dtype, side=WIDE)
+    # Some optimizers keep float32 copies of the weights only where these are of half precision.
+    narrow = None if dtype is None or HALF.isdisjoint(p.dtype for p in parameters) else make(None)
     with undisturbed(parameters) as guard:
         try:
-            verdict = Trial(workshop, guard, wider if wider.side > workshop.side else None).verdict()
-            if dtype is not None and not HALF.isdisjoint(p.dtype for p in parameters):
-                # Some optimizers keep float32 copies of the weights only where these are of half precision.
-                own = Trial(Workshop(optimizer, None, construct=construct, way=way), guard)
-                verdict = replace(verdict, update=verdict.update or own.against_update())
+            verdict = Trial(workshop, guard, wider).verdict()
+            if narrow is not None and verdict.update is None:
+                verdict = replace(verdict, update=Trial(narrow, guard).against_update())
             return verdict
         except Exception as error:
             reason = guard.stopped or error
@@ -231,141 +265,133 @@ Run = list[list[Tensor]]
 """The toys before the first step and after each step."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How to run a twin.
+
+    Args:
+        factors: The factors.
+        how: Where they act. `"groups"` divides the groups of each step, as `apply="lr"` does. So does `"own"`, where
+            each toy has a permanent group, and `"permanent"` sets the rates of such groups in place. Where groups stay
+            whole, they act on the `"writes"` of a step, or when it is `"finished"`.
+        steps: The number of steps.
+        large: Whether the toys are large.
+        decay: Whether weight decay is on.
+        shift_at: The step before which 1 is added to the weights.
+        gradient: Multiplies the gradients.
+    """
+
+    factors: Factors = NEVER
+    how: Literal["groups", "own", "permanent", "writes", "finished"] = "groups"
+    steps: int = STEPS
+    large: bool = False
+    decay: bool = True
+    shift_at: int | None = None
+    gradient: float = 1.0
+
+
+BARE = Plan()
+
+
 class Trial:
     """One trial.
 
     Args:
         workshop: Makes the twins.
         guard: Stops forbidden operations, and records the reason.
-        wider: Makes twins with wider toys; None where the toys are as wide as the parameters.
+        wider: Makes twins with wider toys.
     """
 
     def __init__(self, workshop: Workshop, guard: Guard, wider: Workshop | None = None) -> None:
         self.workshop, self.guard, self.wider = workshop, guard, wider
+        self.limits = max(LIMITS.get(dtype, Limits()) for dtype in workshop.dtypes)
         self.replaces = False
         self.copies = False
         self.writes_options = False
+        self.failure = ""
+        self._runs: dict[Plan, Run] = {}
 
     def verdict(self) -> Verdict:
         """Run the trial."""
-        bare = self.run(None)
+        bare = self.run(BARE)
         if all(torch.equal(a, b) for a, b in zip(bare[0], bare[-1], strict=True)):
             raise CannotTryError("the toy parameters did not move")
-        update, writes = self.against_update(), self.scaled_writes()
-        scales_update = update is None and self.are_as(writes, bare, how="finished")
+        update = self.against_update()
+        scales_update = update is None and self.writes_equal("finished")
         verdict = Verdict(update=update, scales_update=scales_update, scaleless=self.is_scaleless())
         if any(group.get("lr") is None for group in self.workshop.optimizer.param_groups):
             return verdict
         if self.replaces:
             return replace(verdict, lr=REPLACED, groups=REPLACED, replaces=True)
-        return replace(verdict, scales_rate=self.are_as(writes, bare, permanent=True), **self.against_rates(bare))
+        return replace(verdict, scales_rate=self.writes_equal("permanent"), **self.against_rates(bare))
 
-    def scaled_writes(self) -> Run | None:
-        """Return a run in which the writes of steps are scaled; None where that is not possible."""
-        try:
-            return self.run(in_all_steps, how="writes", steps=LONG if self.copies else STEPS)
-        except Exception:
-            self.check()
-            return None
+    def writes_equal(self, how: Literal["finished", "permanent"]) -> bool:
+        """Tell whether scaled writes are what another way of scaling gives.
 
-    def are_as(self, writes: Run | None, bare: Run, **way: Any) -> bool:
-        """Tell whether scaled writes are what another way of scaling gives, with large weights too.
-
-        Some steps limit weights, which small ones do not reach.
+        That must hold for large weights too, since some steps limit weights, which small ones do not reach.
         """
-        if writes is None:
-            return False
-        try:
-            if not self.same(writes, self.run(in_all_steps, steps=len(writes) - 1, **way), bare, EQUAL):
+        for steps, large in ((LONG if self.copies else STEPS, False), (LARGE_STEPS, True)):
+            writes = self.attempt(Plan(CHANGING, "writes", steps, large))
+            if writes is None:
                 return False
-            ways: list[dict[str, Any]] = [{"how": "writes"}, way, {"factors": None}]
-            run: Any = self.run
-            large, other, alone = (
-                run(**{"factors": in_all_steps, "steps": LARGE_STEPS, "large": True, **one}) for one in ways
-            )
-        except Exception:
-            self.check()
-            return False
-        return self.same(large, other, alone, EQUAL)
+            other = self.attempt(Plan(CHANGING, how, steps, large))
+            alone = self.attempt(Plan(steps=min(steps, STEPS), large=large))
+            if not self.same(writes, other, alone, self.limits.equal):
+                return False
+        return True
 
     def against_rates(self, bare: Run) -> dict[str, Any]:
         """Return the fields of the verdict about `apply="lr"` and permanent groups."""
         groups = self.against_division(bare)
-        try:
-            permanent = self.run(in_all_steps, permanent=True)
-        except Exception as error:
-            self.check()
-            return {"groups": groups} | ({"lr": failure_of(error), "permanent": False} if self.takes_groups() else {})
-        neutral = self.run(all_ones, permanent=True) if groups else bare
-        moves = self.moves(neutral, permanent)
-        if not moves:
+        permanent = self.attempt(Plan(CHANGING, "permanent"))
+        failure = self.failure
+        neutral = bare
+        if groups or permanent is None:
+            neutral = self.attempt(Plan(ONES_LATER, "permanent"))
+        if neutral is None:
+            return {"groups": groups}
+        if permanent is None:
+            return {"groups": groups, "lr": failure, "permanent": False}
+        if not self.moves(neutral, permanent):
             return {"groups": groups, "lr": IGNORES_RATES, "permanent": False}
-        for first in (0, 1):
-            every_second = self.run(partial(for_every_second, first), permanent=True)
-            if not self.moves(neutral, every_second, first, 2):
+        for first, factors in enumerate(EVERY_SECOND):
+            if not self.moves(neutral, self.run(Plan(factors, "permanent")), slice(first, None, 2)):
                 return {"groups": groups, "lr": ONE_RATE, "permanent": False}
         if groups:
             return {"groups": groups, "lr": self.against_own_groups(permanent, neutral)}
-        for factors in (in_all_steps, in_later_steps):
-            try:
-                with_step = self.run(factors)
-            except Exception:
-                self.check()
+        for factors in (CHANGING, CHANGING_LATER):
+            with_step = self.attempt(Plan(factors))
+            if with_step is None:
                 return {"groups": FOLLOWS_RATE, "lr": self.against_own_groups(permanent, neutral)}
-            expected = permanent if factors is in_all_steps else self.run(in_later_steps, permanent=True)
-            if not self.same(with_step, expected, bare):
-                return {"groups": None, "lr": OTHER_RATE}
-            if factors is in_later_steps and not self.moves(bare, expected):
-                return {"groups": None, "lr": "reads the rates of its parameter groups in its first steps only"}
+            if not self.same(with_step, self.run(Plan(factors, "permanent")), bare):
+                return {"lr": OTHER_RATE}
+        if not self.moves(bare, self.run(Plan(CHANGING_LATER, "permanent"))):
+            return {"lr": "reads the rates of its parameter groups in its first steps only"}
         return {}
 
     def against_own_groups(self, permanent: Run, scale: Run) -> str | None:
         """Return why `apply="lr"` cannot work even where each toy has a permanent group of its own."""
-        try:
-            result = self.run(in_all_steps, own=True)
-        except Exception:
-            self.check()
+        result = self.attempt(Plan(CHANGING, "own"))
+        if result is None:
             return SETS_RATES
         return None if self.same(result, permanent, scale) else OTHER_RATE
 
-    def takes_groups(self) -> bool:
-        """Tell whether steps succeed with a permanent group for each toy, all at factor 1."""
-        try:
-            self.run(all_ones, permanent=True)
-        except Exception:
-            self.check()
-            return False
-        return True
-
     def against_division(self, bare: Run) -> str | None:
         """Return why groups must not be divided: at factor 1 their division changes the steps."""
-        try:
-            # Options that come to differ between the parts of a group raise. Rounding grows in so many steps.
-            divided = self.run(all_ones, steps=LONG if self.writes_options else STEPS)
-        except Exception:
-            self.check()
-            return TOGETHER
-        if not self.same(divided[: len(bare)], bare, bare) or self.joins_wide_toys():
-            return TOGETHER
-        return None
+        # Options that come to differ between the parts of a group raise. Rounding grows in so many steps.
+        divided = self.attempt(Plan(ONES_LATER, steps=LONG if self.writes_options else STEPS))
+        return TOGETHER if not self.same(divided, bare, bare) or self.joins_wide_toys() else None
 
     def joins_wide_toys(self) -> bool:
         """Tell whether division changes steps on wider toys, since some join only matrices above a size."""
-        if self.wider is None:
+        if self.wider is None or self.wider.side == self.workshop.side:
             return False
         trial = Trial(self.wider, self.guard)
-        try:
-            whole = trial.run(None, steps=WIDE_STEPS)
-        except Exception:  # some steps on matrices of this size must be compiled
-            self.check()
+        whole = trial.attempt(Plan(steps=WIDE_STEPS))
+        if whole is None:  # some steps on matrices of this size must be compiled
             return False
-        try:
-            divided = trial.run(ones, steps=WIDE_STEPS)
-        except Exception:
-            self.check()
-            return True
         # Iterations in half precision over stacks of other heights round otherwise.
-        return self.distances(divided, whole, whole) > COARSE
+        return not trial.same(trial.attempt(Plan(ONES, steps=WIDE_STEPS)), whole, whole, Limits().rounding)
 
     def against_update(self) -> str | None:
         """Return why a finished step cannot be scaled: later steps take the weights back.
@@ -373,99 +399,79 @@ class Trial:
         A shift of the weights must last. The run is longer where the state holds copies of the weights.
         """
         steps = LONG if self.copies else STEPS
-        bare = self.run(None, decay=False, steps=steps)
+        bare = self.run(Plan(decay=False, steps=steps))
         for at in (1,) if self.copies else (1, STEPS // 2):
-            shifted = self.run(None, decay=False, steps=steps, shift_at=at)
+            shifted = self.run(Plan(decay=False, steps=steps, shift_at=at))
             for toy, real in enumerate(self.workshop.real):
-                if not real.requires_grad:
-                    continue
                 left = [float((s[toy] - b[toy]).double().mean()) for s, b in zip(shifted, bare, strict=True)][at + 1 :]
-                before = [1.0, *left[:-1]]
-                if min((now - then for now, then in zip(left, before, strict=True)), default=0.0) < -MOST_UNDONE:
+                changes = (now - before for before, now in pairwise([1.0, *left]))
+                if real.requires_grad and min(changes) < -MOST_UNDONE:
                     return OWN_WEIGHTS
         return None
 
     def is_scaleless(self) -> bool:
         """Tell whether doubled gradients leave the steps as they are, without weight decay."""
-        bare, doubled = (self.run(None, decay=False, gradient=scale) for scale in (1.0, 2.0))
-        return self.distances(doubled, bare, bare) <= SCALELESS
+        bare, doubled = (self.run(Plan(decay=False, gradient=scale)) for scale in (1.0, 2.0))
+        return self.same(doubled, bare, bare, SCALELESS)
 
     # --- Runs ---------------------------------------------------------------------------------------------------------
 
-    def run(
-        self,
-        factors: Callable[[int], Sequence[float] | None] | None,
-        *,
-        permanent: bool = False,
-        own: bool = False,
-        how: Literal["groups", "writes", "finished"] = "groups",
-        large: bool = False,
-        decay: bool = True,
-        steps: int = STEPS,
-        shift_at: int | None = None,
-        gradient: float = 1.0,
-    ) -> Run:
-        """Return the toys after each step of a new twin.
+    def run(self, plan: Plan) -> Run:
+        """Return the run of a new twin. Each plan runs once."""
+        if plan not in self._runs:
+            self._runs[plan] = self._new_run(plan)
+        return self._runs[plan]
 
-        Args:
-            factors: A function from a step's number to the toys' factors, or to None for undivided groups. None never
-                divides groups.
-            permanent: Whether each toy has a permanent group whose rate is set in place.
-            own: Whether each toy has a permanent group, and factors act as `apply="lr"` does.
-            how: Where groups stay whole, factors act on the `"writes"` of a step, or when it is `"finished"`.
-            large: Whether the toys are large.
-            decay: Whether weight decay is on.
-            steps: The number of steps.
-            shift_at: The step before which 1 is added to the weights.
-            gradient: Multiplies the gradients.
-        """
-        twin = self.workshop.twin(decay=decay)
-        options = [_options_of(group) for group in twin.optimizer.param_groups]
-        partition = Partition({id(p): number for number, p in enumerate(twin.toys)})
-        rates: list[Any] = []
-        order: list[int] = []
-        if permanent or own:
-            divide(twin, partition, None)
-            rates = [group.get("lr") for group in twin.optimizer.param_groups]
-            order = [partition.layer_of[id(group["params"][0])] for group in twin.optimizer.param_groups]
-        if large:
-            with torch.no_grad():
-                for p in twin.toys:
-                    p.mul_(LARGE)
-        run = [twin.weights()]
-        for number in range(steps):
-            now = None if factors is None else factors(number)
+    def attempt(self, plan: Plan) -> Run | None:
+        """Return the run of a new twin; None if a step fails, and `failure` then says how."""
+        try:
+            return self.run(plan)
+        except Exception as error:
+            self.check()
+            text = str(error).strip().partition("\n")[0]
+            self.failure = f"cannot step with different rates in its parameter groups ({type(error).__name__}: {text})"
+            return None
+
+    def _new_run(self, plan: Plan) -> Run:
+        optimizer, toys = self.workshop.twin(decay=plan.decay)
+        bare = plan.factors == NEVER
+        options = list(map(_options_of, optimizer.param_groups))
+        partition = Partition({id(p): number for number, p in enumerate(toys)})
+        if plan.how in ("own", "permanent"):
+            divide(optimizer, partition, None)
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        if plan.large:
+            _move(toys, LARGE, 0.0)
+        run = [_copies(toys)]
+        for number in range(plan.steps):
+            in_turn = plan.factors[number >= MIDDLE]
+            factors = None if in_turn is None else [in_turn[toy % len(in_turn)] for toy in range(len(toys))]
             splits: list[Any] = []
-            whole = twin.optimizer.param_groups
-            if permanent:
-                for group, rate, toy in zip(whole, rates, order, strict=True):
-                    if now is not None:
-                        group["lr"] = rate * now[toy]
-            elif now is not None and how == "groups":
-                splits = divide(twin, partition, now)
-            if number == shift_at:
+            whole = optimizer.param_groups
+            if factors is not None and plan.how == "permanent":
+                for group, rate in zip(whole, rates, strict=True):
+                    group["lr"] = rate * factors[partition.layer_of[id(group["params"][0])]]
+            elif factors is not None and plan.how in ("groups", "own"):
+                splits = divide(optimizer, partition, factors)
+            if number == plan.shift_at:
+                _move([p for p in toys if p.requires_grad], 1.0, 1.0)
+            given, members = optimizer.param_groups, _members(optimizer)
+            writes = factors if plan.how == "writes" else None
+            self.workshop.step(optimizer, toys, number, plan.gradient, writes)
+            if factors is not None and plan.how == "finished":
                 with torch.no_grad():
-                    for p in twin.toys:
-                        if p.requires_grad:
-                            p.add_(1.0)
-            before = [id(p) for group in twin.optimizer.param_groups for p in group["params"]]
-            given = twin.optimizer.param_groups
-            twin.take(number, gradient=gradient, writes=now if how == "writes" else None)
-            if how == "finished" and now is not None:
-                with torch.no_grad():
-                    for p, old, factor in zip(twin.toys, run[-1], now, strict=False):
+                    for p, old, factor in zip(toys, run[-1], factors, strict=True):
                         p.copy_(old + factor * (p - old))
             self.check()
-            after = twin.optimizer.param_groups
-            self.replaces |= after is not given or before != [id(p) for group in after for p in group["params"]]
+            self.replaces |= optimizer.param_groups is not given or members != _members(optimizer)
             if splits:
-                twin.optimizer.param_groups = whole
-                write_back(splits, type(twin.optimizer).__name__)
-            run.append(twin.weights())
-            if factors is None and number < 3:
-                self.copies |= holds_copies(twin.optimizer, [*run[-2], *run[-1]])
-        if factors is None:
-            self.writes_options |= options != [_options_of(group) for group in twin.optimizer.param_groups]
+                optimizer.param_groups = whole
+                write_back(splits, type(optimizer).__name__)
+            run.append(_copies(toys))
+            if bare and number < 3:
+                self.copies |= holds_copies(optimizer, [*run[-2], *run[-1]])
+        if bare:
+            self.writes_options |= options != list(map(_options_of, optimizer.param_groups))
         return run
 
     def check(self) -> None:
@@ -475,63 +481,51 @@ class Trial:
 
     # --- Comparisons --------------------------------------------------------------------------------------------------
 
-    def same(self, first: Run, second: Run, scale: Run, limits: Mapping[torch.dtype, float] = ROUNDING) -> bool:
-        """Tell whether two runs differ by rounding only."""
-        dtypes = {t.dtype for t in first[0] if t.is_floating_point() or t.is_complex()}
-        return self.distances(first, second, scale) <= max(limits.get(dtype, COARSE) for dtype in dtypes)
+    def same(self, first: Run | None, second: Run | None, scale: Run | None, limit: float | None = None) -> bool:
+        """Tell whether runs, none of which failed, differ at most by a limit, which is rounding if it is not given."""
+        if first is None or second is None or scale is None:
+            return False
+        limit = self.limits.rounding if limit is None else limit
+        return not any(apart > limit for apart in distances(first, second, scale))
 
-    @staticmethod
-    def distances(first: Run, second: Run, scale: Run) -> float:
-        """Return the largest difference of a toy between two runs, relative to how far it moves in `scale`."""
-        largest = 0.0
-        for toy in range(len(first[0])):
-            way = max(float((step[toy] - scale[0][toy]).abs().max()) for step in scale)
-            apart = max(float((a[toy] - b[toy]).abs().max()) for a, b in zip(first, second, strict=True))
-            if apart != apart or (apart > 0 and way == 0):
-                return float("inf")
-            largest = max(largest, apart / way if way else 0.0)
-        return largest
-
-    def moves(self, bare: Run, with_factors: Run, first: int = 0, stride: int = 1) -> bool:
-        """Tell whether factors had an effect on each moving toy, of every `stride`-th toy from `first` on."""
-        for toy in range(first, len(bare[0]), stride):
-            way = max(float((step[toy] - bare[0][toy]).abs().max()) for step in bare)
-            apart = max(float((a[toy] - b[toy]).abs().max()) for a, b in zip(bare, with_factors, strict=True))
-            if way and apart < EFFECT.get(bare[0][toy].dtype, COARSE) * way:
-                return False
-        return True
+    def moves(self, bare: Run, with_factors: Run, toys: slice = slice(None)) -> bool:
+        """Tell whether factors had an effect on each moving toy among these."""
+        return not any(apart < self.limits.effect for apart in distances(with_factors, bare, bare)[toys])
 
 
-def ones(step: int) -> Sequence[float]:
-    """Return factors of 1."""
-    return [1.0] * 1000
+def distances(first: Run, second: Run, scale: Run) -> list[float]:
+    """Return how far each toy comes apart in the steps of both runs, relative to how far it moves in `scale`.
+
+    It is NaN for a toy that rests, and infinite where only one run moves it, or where values are NaN.
+    """
+    found: list[float] = []
+    for toy in range(len(first[0])):
+        way = max(float((step[toy] - scale[0][toy]).abs().max()) for step in scale)
+        gaps = [float((a[toy] - b[toy]).abs().max()) for a, b in zip(first, second, strict=False)]
+        apart = math.inf if any(map(math.isnan, gaps)) else max(gaps)
+        found.append(apart / way if way else math.inf if apart else math.nan)
+    return found
 
 
-def all_ones(step: int) -> Sequence[float] | None:
-    """Return factors of 1 from `MIDDLE` on."""
-    return ones(step) if step >= MIDDLE else None
+@torch.no_grad()
+def _move(toys: Sequence[Tensor], scale: float, shift: float) -> None:
+    for p in toys:
+        p.mul_(scale).add_(shift)
 
 
-def in_all_steps(step: int) -> Sequence[float]:
-    """Return factors from the first step on, which change at `MIDDLE`."""
-    return (EARLY if step < MIDDLE else LATER) * 250
+def _copies(toys: Sequence[Tensor]) -> list[Tensor]:
+    return [p.detach().clone() for p in toys]
 
 
-def for_every_second(first: int, step: int) -> Sequence[float]:
-    """Return factors for every second toy, and 1 for the others."""
-    return [factor if toy % 2 == first else 1.0 for toy, factor in enumerate(in_all_steps(step))]
-
-
-def in_later_steps(step: int) -> Sequence[float] | None:
-    """Return factors from `MIDDLE` on."""
-    return LATER * 250 if step >= MIDDLE else None
+def _members(optimizer: Any) -> list[int]:
+    return list(map(id, parameters_of(optimizer)))
 
 
 def _options_of(group: dict[str, Any]) -> Any:
     return mark({name: value for name, value in group.items() if name not in ("params", "lr")})
 
 
-def divide(twin: Twin, partition: Partition, factors: Sequence[float] | None) -> list[Any]:
+def divide(twin: Any, partition: Partition, factors: Sequence[float] | None) -> list[Any]:
     """Give each toy a group of its own, as `apply="lr"` does; return the splits."""
 
     def alone(of_layer: Any) -> Any:
@@ -540,7 +534,7 @@ def divide(twin: Twin, partition: Partition, factors: Sequence[float] | None) ->
     def rate(group: Any, toy: int) -> dict[str, Any]:
         return {} if factors is None or factors[toy] == 1 else {"lr": group["lr"] * factors[toy]}
 
-    splits = partition.split(twin.optimizer, alone, rate)
+    splits = partition.split(twin, alone, rate)
     for split in splits:
         split.remember()
     return cast("list[Any]", splits)
@@ -548,38 +542,23 @@ def divide(twin: Twin, partition: Partition, factors: Sequence[float] | None) ->
 
 def keeps_copies(optimizer: Any) -> bool:
     """Tell whether the optimizer holds copies of its parameters, in its state or in its attributes."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return holds_copies(optimizer, parameters) or any(
-        is_copy(tensor, parameters)
-        for name, value in attributes_of(optimizer).items()
-        if name not in ("state", "param_groups")
-        for tensor in tensors_in(value, 3)
-    )
+    parameters = parameters_of(optimizer)
+    held = tensors_in(attributes_of(optimizer), 4)
+    return holds_copies(optimizer, parameters) or any(is_copy(tensor, parameters) for tensor in held)
 
 
 def holds_copies(optimizer: Any, weights: Sequence[Tensor]) -> bool:
     """Tell whether the optimizer's state holds a copy of one of the weights."""
-    return any(
-        is_copy(value, weights)
-        for held in optimizer.state.values()
-        if isinstance(held, dict)
-        for value in cast("dict[Any, Any]", held).values()
-    )
+    return any(is_copy(tensor, weights) for tensor in tensors_in(optimizer.state, 2))
 
 
-def is_copy(value: Any, weights: Sequence[Tensor]) -> bool:
-    """Tell whether a value is a tensor that equals one of the weights and is another object."""
-    if not isinstance(value, Tensor) or value.numel() < 2 or value.is_complex() or any(value is w for w in weights):
+def is_copy(tensor: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Tell whether a tensor equals one of the weights and is another object."""
+    if tensor.numel() < 2 or tensor.is_complex() or any(tensor is w for w in weights):
         return False
-    flat = value.detach().flatten()
+    flat = tensor.detach().flatten()
     if bool((flat == flat[0]).all()):  # zeros or ones, which biases often begin with
         return False
     return any(
         w.numel() == flat.numel() and torch.equal(flat.to(w.device, w.dtype), w.detach().flatten()) for w in weights
     )
-
-
-def failure_of(error: Exception) -> str:
-    """Return the reason in words, where a step failed with different rates in its groups."""
-    text = str(error).strip().partition("\n")[0]
-    return f"cannot step with different rates in its parameter groups ({type(error).__name__}: {text})"
