@@ -59,7 +59,17 @@ _PLAIN = frozenset({Tensor, Parameter})
 
 
 class CannotScaleError(RuntimeError):
-    """A step writes into a parameter unseen, or in a way that has no factor."""
+    """A step writes into a parameter unseen, or in a way that has no factor.
+
+    Args:
+        reason: What it does.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"this step cannot be scaled as it writes: {reason}. It may have moved weights: resume from a checkpoint, "
+            "and use permanent groups (layerwise.param_groups)"
+        )
 
 
 def kind_of(func: Any) -> str | None:
@@ -274,6 +284,11 @@ class ScaledWrites(TorchFunctionMode):
             scaled: list[Any] = list((1 + torch.stack(fs) * less).unbind())
         else:
             scaled = [s if _is_one(f) else 1 + f * (s - 1) for f, s in zip(fs, scales, strict=True)]
+        if isinstance(scaled[0], Tensor) and call.written[0].dtype in HALF:  # which a tensor would be rounded to
+            for at in _chunks(call.written):
+                wide = torch._foreach_mul([call.written[i].float() for i in at], [scaled[i] for i in at])
+                torch._foreach_copy_([call.written[i] for i in at], wide)
+            return args[0] if args else None
         return torch._foreach_mul_(call.written, scaled) if call.many else call.written[0].mul_(scaled[0])
 
     def _lerp(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> Any:

@@ -124,7 +124,7 @@ class Resolution:
         alone = statistics.device.type == "cpu" and statistics.sharing is None and set(rule.needs) <= AS_NUMBERS
         elementwise = rule if is_elementwise(rule) and alone else None
         self.in_numbers = elementwise if len(layers) <= MOST_NUMBERS else None
-        self.pieces = None if elementwise is None else make_chunks(self.layers, elementwise)
+        self.chunks = None if elementwise is None else make_chunks(self.layers, elementwise)
         self.partition = Partition(statistics.layer_of)
         self.mask = None if all(self.included) else torch.tensor(self.included, device=statistics.device)
         group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
@@ -353,9 +353,9 @@ class AttachedRule:
             self._stand_by(optimizer)
             return False
         # A fused kernel that unscales writes into the gradients.
-        if late and found.pieces is not None and grad_scale is None and can_be_dealt(optimizer):
+        if late and found.chunks is not None and grad_scale is None and can_be_dealt(optimizer):
             self._before_late = (self.factors, self.rates)
-            self.factors = LateFactors(found.pieces, groups)
+            self.factors = LateFactors(found.chunks, groups)
             self.rates = rates_of(groups)
             return True
         if found.in_numbers is not None:

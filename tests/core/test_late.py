@@ -89,7 +89,7 @@ def test_excluded_layers_are_not_measured(monkeypatch):
     monkeypatch.setattr(fused, "CHUNK", 1)
     model, optimizer, adapter = attached("AdamW", LayerAdaptive(), exclude=["1", "3"])
     train(optimizer)
-    measured = [statistics.members for _, statistics in adapter._attached.found.pieces.members]
+    measured = [statistics.members for _, statistics in adapter._attached.found.chunks.members]
     assert [[id(p) for p in members] for members in measured] == [
         list(map(id, model[0].parameters())),
         list(map(id, model[2].parameters())),

@@ -238,3 +238,19 @@ def test_a_parameter_without_numbers_is_no_matter() -> None:
         p.grad = torch.ones_like(p)
     optimizer.step()
     torch.testing.assert_close(parameters[1].detach(), torch.full((2,), 0.8))
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_decay_in_half_precision_keeps_a_factor_on_the_device(many: bool) -> None:
+    p = nn.Parameter(torch.linspace(1, 3, 50).to(torch.bfloat16))
+    start = p.detach().float()
+    mode = ScaledWrites([p], {})
+    mode.scale([(p, torch.tensor(1.5))])
+    with torch.no_grad():
+        mode.begin()
+        if many:
+            torch._foreach_mul_([p], 0.99)
+        else:
+            p.mul_(0.99)
+        mode.end()
+    assert torch.equal(p.detach(), (start * 0.985).to(torch.bfloat16))
