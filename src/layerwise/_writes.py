@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -107,6 +108,7 @@ class ScaledWrites(TorchFunctionMode):
         for p in self._parameters:
             self._keep(p)
         self._versions: dict[int, int] = {}
+        self._moved: set[int] = set()
         self._ranges = 0
         self._ended = False
 
@@ -134,10 +136,14 @@ class ScaledWrites(TorchFunctionMode):
         """Scale writes from here on, unless it was removed before."""
         if self._ended:
             return
-        # Parameters in one storage may count their versions together.
+        # Parameters in one storage may count their versions together; inference tensors count none.
         shared = {id(p) for memory in self._memory.values() if len(memory.owners) > 1 for p in memory.owners}
-        self._versions = {id(p): p._version for p in self._parameters if id(p) not in shared}
-        self.__enter__()
+        counting = (p for p in self._parameters if id(p) not in shared and not p.is_inference())
+        self._versions = {id(p): p._version for p in counting}
+        # Below the modes that are there: one that began before the closure of a step may end before the step does.
+        above = self._popped()
+        for mode in (self, *reversed(above)):
+            cast(Any, torch.overrides)._push_mode(mode)
 
     def end(self) -> None:
         """Stop scaling writes.
@@ -150,12 +156,16 @@ class ScaledWrites(TorchFunctionMode):
 
     def remove(self) -> None:
         """Take the mode off the stack, from any depth."""
-        above: list[Any] = []
         self._ended = True
+        for mode in reversed(self._popped()):
+            cast(Any, torch.overrides)._push_mode(mode)
+
+    def _popped(self) -> list[Any]:
+        """Pop the modes down to this one, from the top, and return those above it."""
+        above: list[Any] = []
         while torch._C._len_torch_function_stack() and (top := torch.overrides._pop_mode()) is not self:
             above.append(top)
-        for mode in reversed(above):
-            cast(Any, torch.overrides)._push_mode(mode)
+        return above
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -193,6 +203,7 @@ class ScaledWrites(TorchFunctionMode):
             self._expect(owners)
             scaled = getattr(self, f"_{kind}") if each_of_one else self._other
             result = scaled(func, owners, factors, args, kwargs)
+            self._moved.update(map(id, owners))
         self._versions.update([(id(p), p._version) for p in touched if id(p) in self._versions])
         return result
 
@@ -211,6 +222,7 @@ class ScaledWrites(TorchFunctionMode):
             result = func(*args, **kwargs)
         else:
             result = getattr(self, f"_{kind}")(func, [first], [factor], args, kwargs)
+            self._moved.add(key)
         if known is not None:
             self._versions[key] = first._version
         return result
@@ -261,7 +273,8 @@ class ScaledWrites(TorchFunctionMode):
         for p in parameters:
             storage = storage_of(p) if memory else None
             moved = storage is not None and storage not in self._memory
-            if moved or p._version != self._versions.get(id(p), p._version):
+            known = self._versions.get(id(p))
+            if moved or (known is not None and p._version != known):
                 raise CannotScaleError(
                     f"a parameter of shape {tuple(p.shape)} was written by code that PyTorch does not see"
                 )
@@ -278,6 +291,8 @@ class ScaledWrites(TorchFunctionMode):
             return self._other(func, ps, fs, args, kwargs)
         if "div" in func.__name__:
             scales = [1 / s for s in scales]
+        if any(isinstance(s, Tensor) for s in scales):
+            self._expect_first(ps)
         if any(isinstance(f, Tensor) for f in fs) and all(isinstance(s, (int, float)) for s in scales):
             # On the stacked factors, because each operation on one of them is a launch.
             less = torch.tensor([s - 1 for s in scales], dtype=torch.float64).to(fs[0].device, fs[0].dtype)
@@ -297,6 +312,7 @@ class ScaledWrites(TorchFunctionMode):
         targets = call.values(1, "end", "tensors1", "other", "src")
         weights = [1.0] * len(ps) if "copy" in func.__name__ else call.values(2, "weight", "weights", "scalar")
         self._refuse_state(ps, targets)
+        self._expect_first(ps)
         for w, q in zip(call.written, targets, strict=True):
             alike = isinstance(q, Tensor) and w.shape == q.shape and w.dtype == q.dtype and w.device == q.device
             if not alike or not w.is_floating_point():
@@ -378,22 +394,26 @@ class ScaledWrites(TorchFunctionMode):
             return
         if not _is_one(f):
             self._expect([p])
+            self._expect_first([p])
             self._refuse_state([p], [new])
             if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:
                 raise CannotScaleError("a parameter's data is replaced by that of another shape, type or device")
             new = torch.lerp(old, new.detach(), f)
-        replaced = storage_of(old)
-        if replaced is not None:  # freed memory may come back as another tensor's
-            self._memory.pop(replaced, None)
+        replaced = self._memory.get(cast(int, storage_of(old)))
+        if replaced is not None and replaced.remove(p):  # freed memory may come back as another tensor's
+            del self._memory[cast(int, storage_of(old))]
         func(p, new)
         self._keep(p)
+        self._moved.add(id(p))
         if id(p) in self._versions:
             self._versions[id(p)] = p._version
 
     def _other(self, func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any) -> Any:
         """Make any other write, and go to `p_old + f (p_new − p_old)`; this copies the parameters for the call."""
-        if any(len(self._owners_of(p)) > 1 for p in ps):
+        places = sorted((storage_of(p) or 0, *range_of(p)) for p in ps) if len(ps) > 1 else []
+        if any(one[0] == other[0] and other[1] < one[2] for one, other in pairwise(places)):
             raise CannotScaleError("it writes into memory that several parameters share, each of which has a factor")
+        self._expect_first(ps)
         old = [local(p.detach()).clone() for p in ps]
         result = func(*args, **kwargs)
         for p, before, f in zip(ps, old, fs, strict=True):
@@ -402,6 +422,14 @@ class ScaledWrites(TorchFunctionMode):
         return result
 
     _operator = _out = _other
+
+    def _expect_first(self, ps: Sequence[Tensor]) -> None:
+        """Raise in a second write that follows from the weights, since the first one has been scaled: in a projection.
+
+        Only sums and numbers that multiply are the same from other weights.
+        """
+        if not self._moved.isdisjoint(map(id, ps)):
+            raise CannotScaleError("it writes into the same weights twice, the second time from what they have become")
 
     def _refuse_state(self, ps: Sequence[Tensor], sources: Sequence[Any]) -> None:
         """Raise if a parameter is fetched from the state, which then holds the position itself."""
@@ -438,27 +466,39 @@ class _Memory:
 
     def __init__(self) -> None:
         self.owners: list[Tensor] = []
-        self._ranges: list[tuple[int, int]] = []
+        self._ranges: list[tuple[int, int, int]] = []
         self._longest = 0
 
     def add(self, p: Tensor) -> None:
         """Add a parameter."""
-        begin, end = range_of(p)
-        at = bisect_left(self._ranges, (begin, end))
-        self._ranges.insert(at, (begin, end))
+        place = range_of(p)
+        at = bisect_left(self._ranges, place)
+        self._ranges.insert(at, place)
         self.owners.insert(at, p)
-        self._longest = max(self._longest, end - begin)
+        self._longest = max(self._longest, place[1] - place[0])
+
+    def remove(self, p: Tensor) -> bool:
+        """Remove a parameter; return whether none is left."""
+        at = next((i for i, owner in enumerate(self.owners) if owner is p), None)
+        if at is not None:
+            del self.owners[at], self._ranges[at]
+        return not self.owners
 
     def overlapping(self, tensor: Tensor) -> list[Tensor]:
-        """Return the parameters that share numbers with a tensor of this storage."""
-        begin, end = range_of(tensor)
-        at = bisect_left(self._ranges, (begin - self._longest, 0))
+        """Return the parameters that share numbers with a tensor of this storage.
+
+        One that has just its place is the only one: columns of a matrix lie between each other.
+        """
+        begin, end, size = range_of(tensor)
+        at = bisect_left(self._ranges, (begin - self._longest, 0, 0))
         found: list[Tensor] = []
+        same: list[Tensor] = []
         while at < len(self._ranges) and self._ranges[at][0] < end:
             if self._ranges[at][1] > begin:
                 found.append(self.owners[at])
+                same += found[-1:] if self._ranges[at] == (begin, end, size) else []
             at += 1
-        return found
+        return same if len(same) == 1 else found
 
 
 class _Remover(list[ScaledWrites]):
@@ -476,14 +516,14 @@ def storage_of(tensor: Tensor) -> int | None:
         return None
 
 
-def range_of(tensor: Tensor) -> tuple[int, int]:
-    """Return the bytes of its storage between which a tensor lies."""
+def range_of(tensor: Tensor) -> tuple[int, int, int]:
+    """Return the bytes of its storage between which a tensor lies, and how many of them it has."""
     own = local(tensor)
     begin = int(own.storage_offset()) * own.element_size()
     if not own.numel():
-        return begin, begin
+        return begin, begin, 0
     span = 1 + sum((size - 1) * stride for size, stride in zip(own.shape, own.stride(), strict=True))
-    return begin, begin + int(span) * own.element_size()
+    return begin, begin + int(span) * own.element_size(), int(own.numel()) * own.element_size()
 
 
 def _is_one(factor: Any) -> bool:

@@ -46,7 +46,7 @@ from .layers import (
     named_parameters_of,
     warn_of_unmeasured,
 )
-from .optimizers import PLACES, PlaceName, acting_optimizer, check_backward_is_over, refuse, unwrap
+from .optimizers import PLACES, PlaceName, acting_optimizer, check_backward_is_over, is_foreign, refuse, unwrap
 from .rules.base import Rule, Selection, check_elementwise, check_rule, is_elementwise, is_pair
 from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds
@@ -66,6 +66,7 @@ from .statistics import (
 
 Decay = Literal["auto", "scaled", "plain"]
 _params_of = itemgetter("params")
+_SIMPLE = {bool, int, float, str, type(None)}
 MOST_NUMBERS = 256
 """Layers up to which plain numbers cost less than tensor operations; on the CPU, for elementwise rules."""
 
@@ -131,7 +132,8 @@ class Resolution:
         self.first_group = [group_of[id(layer.parameters[0])] for layer in layers]
         self.measurable = sum(map(can_be_measured, self.parameters))
         self.dry = not self.measurable  # as in a dry run on the meta device
-        self.circumstances = circumstances_of(groups, self.parameters, request)
+        self.foreign = is_foreign(type(optimizer))
+        self.circumstances = circumstances_of(groups, self.parameters, request, foreign=self.foreign)
 
     @property
     def outside(self) -> int:
@@ -161,15 +163,18 @@ class Resolution:
             len(parameters) == len(self.parameters)
             and all(map(is_, parameters, self.parameters))
             and self.statistics.members[0].device == self.statistics.device
-            and circumstances_of(groups, parameters, request) == self.circumstances
+            and circumstances_of(groups, parameters, request, foreign=self.foreign) == self.circumstances
         )
 
 
-def circumstances_of(groups: Sequence[Mapping[str, Any]], parameters: Sequence[Tensor], request: Request) -> Any:
+def circumstances_of(
+    groups: Sequence[Mapping[str, Any]], parameters: Sequence[Tensor], request: Request, *, foreign: bool
+) -> Any:
     """Return what was checked at attachment, and can change while the parameters stay the same objects.
 
     They are: the number of processes; how each parameter is shared; which are trained; each group's size and options,
-    since schedulers and checkpoints can bring momentum and weight decay.
+    since schedulers and checkpoints can bring momentum and weight decay. Of an optimizer of another package they are
+    all options that may turn parts of its step on, for which it was tried.
     """
     distributed = torch.distributed
     processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 0
@@ -177,10 +182,15 @@ def circumstances_of(groups: Sequence[Mapping[str, Any]], parameters: Sequence[T
     shared = [(type(p), bool(getattr(p, "_fsdp_flattened", False))) for p in parameters] if processes else []
     asked = callable(request.layers) or callable(request.exclude)
     trained = [p.requires_grad for p in parameters] if asked else []
-    options: list[tuple[int, bool, bool, bool]] = []
+    options: list[Any] = []
     for group in groups:
         decay = group.get("weight_decay")
-        decays = isinstance(decay, Tensor) or bool(decay)
+        unread = isinstance(decay, Tensor) and not (decay.is_cpu and has_values(decay))
+        decays = unread or bool(decay)
+        if foreign:
+            options.append(
+                [(name, bool(value)) for name, value in group.items() if name != "lr" and type(value) in _SIMPLE]
+            )
         options.append((len(group["params"]), decays, bool(group.get("differentiable")), bool(group.get("momentum"))))
     return processes, shared, trained, options
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn, optim
 
 import layerwise
 from layerwise._writes import CannotScaleError, ScaledWrites
-from layerwise.rules import Constant
+from layerwise.rules import Constant, LayerAdaptive, Rule
 
 FACTORS = {"0": 0.5, "1": 3.0}
 
@@ -254,3 +254,167 @@ def test_decay_in_half_precision_keeps_a_factor_on_the_device(many: bool) -> Non
             p.mul_(0.99)
         mode.end()
     assert torch.equal(p.detach(), (start * 0.985).to(torch.bfloat16))
+
+
+class Projected(optim.SGD):
+    """Clamps weights, at first to a range that no weight leaves; or normalises them in every `every`-th step."""
+
+    def __init__(self, params: Any, lr: float = 0.1, every: int = 0) -> None:
+        super().__init__(params, lr=lr)
+        self.every, self.count = every, 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        self.count += 1
+        for p in self.param_groups[0]["params"]:
+            if not self.every:
+                p.clamp_(-100.0, 100.0)
+            elif self.count % self.every == 0:
+                p.div_(p.norm())
+
+
+def test_a_projection_that_toys_do_not_reach_acts_once() -> None:
+    parameters = [nn.Parameter(torch.tensor([99.9, 1.0], dtype=torch.float64)) for _ in FACTORS]
+    optimizer = Projected([(f"{i}.weight", p) for i, p in enumerate(parameters)])
+    layerwise.LayerwiseLR(optimizer, Constant(FACTORS), apply="update")
+    for p in parameters:
+        p.grad = torch.tensor([-2.0, 1.0], dtype=torch.float64)
+    optimizer.step()  # to the clamped 100, and a part or a multiple of the way there
+    close(
+        [p.detach() for p in parameters], [torch.tensor(w, dtype=torch.float64) for w in ([99.95, 0.95], [100.2, 0.7])]
+    )
+
+
+def test_a_second_write_that_follows_from_the_weights_raises() -> None:
+    model = network()
+    optimizer = Projected(model.parameters(), every=20)
+    layerwise.LayerwiseLR(optimizer, Constant(FACTORS), model, apply="update")
+    for step in range(19):
+        with_gradients(model, step)
+        optimizer.step()
+    with_gradients(model, 19)
+    with pytest.raises(CannotScaleError, match="twice"):
+        optimizer.step()
+    assert depth() == 0
+
+
+class Limited(optim.Optimizer):
+    """Keeps weights within a limit, if there is one."""
+
+    def __init__(self, params: Any, lr: float = 0.1, limit: float | None = None) -> None:
+        super().__init__(params, {"lr": lr, "limit": limit})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(p.grad, alpha=-group["lr"])
+                if group["limit"]:
+                    p.clamp_(-group["limit"], group["limit"])
+
+
+def test_an_option_that_is_set_later_is_tried_again() -> None:
+    model = network()
+    optimizer = Limited(model.parameters())
+    adapter = layerwise.LayerwiseLR(optimizer, Constant(FACTORS), model, apply="update")
+    assert "by scaled writes" in repr(adapter)
+    optimizer.param_groups[0]["limit"] = 50.0
+    with_gradients(model)
+    wanted = expected(model)
+    optimizer.step()
+    close(weights(model), wanted)
+    assert "by interpolation" in repr(adapter)
+
+
+class Mode(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Within(optim.Optimizer):
+    """Evaluates its closure inside a mode that ends before the update."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        with Mode():
+            closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(p.grad, alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_mode_around_the_closure_ends_before_the_scaling(flat: bool) -> None:
+    model = network()
+    if flat:
+        buffer = torch.cat([p.detach().flatten() for p in model.parameters()])
+        for p, part in zip(model.parameters(), buffer.split(9), strict=True):
+            p.data = part.view(3, 3)
+    optimizer = Within(model.parameters())
+    layerwise.LayerwiseLR(optimizer, Constant(FACTORS), model, apply="update")
+    with_gradients(model)
+    wanted = expected(model)
+    optimizer.step(lambda: with_gradients(model))
+    close(weights(model), wanted)
+    assert depth() == 0
+
+
+def test_columns_of_a_matrix_have_factors_of_their_own() -> None:
+    matrix = torch.ones(2, 4, dtype=torch.float64)
+    parameters = [nn.Parameter(matrix[:, :2]), nn.Parameter(matrix[:, 2:])]
+    mode = ScaledWrites(parameters, {})
+    mode.scale(zip(parameters, (0.5, 2.0), strict=True))
+    with torch.no_grad():
+        mode.begin()
+        for p in parameters:
+            p.data.sub_(0.1)
+        mode.end()
+    assert matrix[0].tolist() == pytest.approx([0.95, 0.95, 0.8, 0.8], rel=1e-15)
+
+
+def test_a_replaced_part_of_a_buffer_leaves_the_other_scaled() -> None:
+    buffer = torch.ones(4, dtype=torch.float64)
+    one, other = nn.Parameter(buffer[:2]), nn.Parameter(buffer[2:])
+    mode = ScaledWrites([one, other], {})
+    mode.scale([(one, 0.5), (other, 2.0)])
+    with torch.no_grad():
+        mode.begin()
+        one.data = one.data - 0.1
+        other.data.sub_(0.1)
+        mode.end()
+    assert [*one.tolist(), *other.tolist()] == pytest.approx([0.95, 0.95, 0.8, 0.8], rel=1e-15)
+
+
+def test_parameters_of_inference_mode_are_scaled() -> None:
+    with torch.inference_mode():
+        p = nn.Parameter(torch.ones(2))
+        p.grad = torch.ones(2)
+    optimizer = optim.SGD([("a", p)], lr=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), layers="parameter", apply="update")
+    with torch.inference_mode():
+        optimizer.step()
+        torch.testing.assert_close(p, torch.full((2,), 1 - 0.1 * adapter.get_last_factors()["a"]))
+
+
+def test_weight_decay_that_is_raised_in_place_is_seen() -> None:
+    class Fixed(Rule):
+        default_place, default_decay = "gradient", "plain"
+
+        def factors(self, statistics: Any, state: Any) -> Any:
+            return torch.tensor([0.5, 2.0], dtype=torch.float64), state
+
+    parameters = [nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in FACTORS]
+    decay = torch.tensor(0.0, dtype=torch.float64)
+    optimizer = optim.SGD([(f"{i}.weight", p) for i, p in enumerate(parameters)], lr=0.1, weight_decay=decay)
+    adapter = layerwise.LayerwiseLR(optimizer, Fixed())
+    for step in range(2):
+        decay.fill_(float(step))
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert adapter.apply == "gradient"
+    assert [p.item() for p in parameters] == pytest.approx([0.805, 0.52], rel=1e-14)
