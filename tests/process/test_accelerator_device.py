@@ -157,7 +157,7 @@ def test_last_factors_follow_the_replays_of_a_graph() -> None:
     adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
     written = torch.tensor([1.0, 2.0, 4.0], device=DEVICE)
     adapter._attached.factors = factors = Factors(written, [True] * 3, None)
-    factors._numbers = None  # as on an accelerator
+    factors.numbers = None  # as on an accelerator
     for _ in range(2):
         assert list(adapter.get_last_factors().values()) == written.tolist()
         written.mul_(3)
