@@ -66,7 +66,6 @@ from .statistics import (
 
 Decay = Literal["auto", "scaled", "plain"]
 _params_of = itemgetter("params")
-_SIMPLE = {bool, int, float, str, type(None)}
 MOST_NUMBERS = 256
 """Layers up to which plain numbers cost less than tensor operations; on the CPU, for elementwise rules."""
 
@@ -174,7 +173,7 @@ def circumstances_of(
 
     They are: the number of processes; how each parameter is shared; which are trained; each group's size and options,
     since schedulers and checkpoints can bring momentum and weight decay. Of an optimizer of another package they are
-    all options that may turn parts of its step on, for which it was tried.
+    also which options are None, as others may turn parts of a step on. Its numbers and flags may be counters.
     """
     distributed = torch.distributed
     processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 0
@@ -188,9 +187,7 @@ def circumstances_of(
         unread = isinstance(decay, Tensor) and not (decay.is_cpu and has_values(decay))
         decays = unread or bool(decay)
         if foreign:
-            options.append(
-                [(name, bool(value)) for name, value in group.items() if name != "lr" and type(value) in _SIMPLE]
-            )
+            options.append([name for name, value in group.items() if value is None])
         options.append((len(group["params"]), decays, bool(group.get("differentiable")), bool(group.get("momentum"))))
     return processes, shared, trained, options
 
