@@ -131,8 +131,10 @@ class Resolution:
         self.first_group = [group_of[id(layer.parameters[0])] for layer in layers]
         self.measurable = sum(map(can_be_measured, self.parameters))
         self.dry = not self.measurable  # as in a dry run on the meta device
-        self.foreign = is_foreign(type(optimizer))
-        self.circumstances = circumstances_of(groups, self.parameters, request, foreign=self.foreign)
+        self.circumstances = circumstances_of(groups, self.parameters, request)
+        # Options of another package that are None: once set, they may turn parts of a step on, and it is tried anew.
+        foreign = is_foreign(type(optimizer))
+        self.unset = [[n for n, value in group.items() if value is None] for group in groups] if foreign else []
 
     @property
     def outside(self) -> int:
@@ -162,18 +164,20 @@ class Resolution:
             len(parameters) == len(self.parameters)
             and all(map(is_, parameters, self.parameters))
             and self.statistics.members[0].device == self.statistics.device
-            and circumstances_of(groups, parameters, request, foreign=self.foreign) == self.circumstances
+            and circumstances_of(groups, parameters, request) == self.circumstances
+            and (not self.unset or self._are_unset(groups))
         )
 
+    def _are_unset(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        pairs = zip(groups, self.unset, strict=True)
+        return all(group.get(name) is None for group, names in pairs for name in names)
 
-def circumstances_of(
-    groups: Sequence[Mapping[str, Any]], parameters: Sequence[Tensor], request: Request, *, foreign: bool
-) -> Any:
+
+def circumstances_of(groups: Sequence[Mapping[str, Any]], parameters: Sequence[Tensor], request: Request) -> Any:
     """Return what was checked at attachment, and can change while the parameters stay the same objects.
 
     They are: the number of processes; how each parameter is shared; which are trained; each group's size and options,
-    since schedulers and checkpoints can bring momentum and weight decay. Of an optimizer of another package they are
-    also which options are None, as others may turn parts of a step on. Its numbers and flags may be counters.
+    since schedulers and checkpoints can bring momentum and weight decay.
     """
     distributed = torch.distributed
     processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 0
@@ -186,8 +190,6 @@ def circumstances_of(
         decay = group.get("weight_decay")
         unread = isinstance(decay, Tensor) and not (decay.is_cpu and has_values(decay))
         decays = unread or bool(decay)
-        if foreign:
-            options.append([name for name, value in group.items() if value is None])
         options.append((len(group["params"]), decays, bool(group.get("differentiable")), bool(group.get("momentum"))))
     return processes, shared, trained, options
 
