@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -140,9 +141,12 @@ class ScaledWrites(TorchFunctionMode):
         shared = {id(p) for memory in self._memory.values() if len(memory.owners) > 1 for p in memory.owners}
         counting = (p for p in self._parameters if id(p) not in shared and not p.is_inference())
         self._versions = {id(p): p._version for p in counting}
-        # Below the modes that are there: one that began before the closure of a step may end before the step does.
-        above = self._popped()
-        for mode in (self, *reversed(above)):
+        # Below the modes that are there: one that began before the closure of a step may end before the step does. A
+        # `DeviceContext` that was entered itself stays at the bottom, where its exit looks for it; `torch.device` pushes
+        # and pops one like any other mode.
+        modes = self._popped()[::-1]
+        default = int(bool(modes) and isinstance(modes[0], DeviceContext) and hasattr(modes[0], "old_device"))
+        for mode in (*modes[:default], self, *modes[default:]):
             cast(Any, torch.overrides)._push_mode(mode)
 
     def end(self) -> None:

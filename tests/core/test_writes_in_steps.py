@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
+from torch.utils._device import DeviceContext
 
 import layerwise
 from layerwise._writes import CannotScaleError, ScaledWrites
@@ -418,3 +420,33 @@ def test_weight_decay_that_is_raised_in_place_is_seen() -> None:
         optimizer.step()
     assert adapter.apply == "gradient"
     assert [p.item() for p in parameters] == pytest.approx([0.805, 0.52], rel=1e-14)
+
+
+class OnDevice(Within):
+    """Evaluates its closure while a device is the default one."""
+
+    device: Any
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        with self.device():
+            closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                with self.device():
+                    p.add_(p.grad, alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("device", [torch.device, DeviceContext])
+@pytest.mark.parametrize("around", [False, True])
+def test_a_default_device_inside_the_step_begins_and_ends(around: bool, device: Any) -> None:
+    model = network()
+    optimizer = OnDevice(model.parameters())
+    optimizer.device = lambda: device("cpu")
+    layerwise.LayerwiseLR(optimizer, Constant(FACTORS), model, apply="update")
+    with_gradients(model)
+    wanted = expected(model)
+    with device("cpu") if around else contextlib.nullcontext():
+        optimizer.step(lambda: with_gradients(model))
+    close(weights(model), wanted)
+    assert depth() == 0
