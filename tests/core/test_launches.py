@@ -53,22 +53,31 @@ def are_alike(lists: list[list[Tensor]]) -> bool:
     return len(kinds) == 1 and all(form == forms[0] for form in forms)
 
 
-def launches(make: Callable[[Any], optim.Optimizer], layers: int, rule: Any, *, hooks: bool = False) -> int:
-    """Return the launches of the third step, with a rule or without; `hooks` adds two of another program."""
+def watched_steps(
+    mode: Callable[[], Any], make: Callable[[Any], optim.Optimizer], shape: Any, count: int, rule: Any, **options: Any
+) -> list[Any]:
+    """Take four steps on fake CUDA tensors, each under a mode of its own, and return the modes."""
+    modes: list[Any] = []
     with FakeTensorMode():
-        named = [(f"{i}.weight", nn.Parameter(torch.empty(8, 8, device="cuda"))) for i in range(layers)]
+        named = [(f"{i}.weight", nn.Parameter(torch.empty(shape, device="cuda"))) for i in range(count)]
         optimizer = make(named)
         if rule is not None:
             layerwise.LayerwiseLR(optimizer, rule)
-        if hooks:
+        if options.get("hooks"):
             optimizer.register_step_pre_hook(lambda *_: None)
             optimizer.register_step_post_hook(lambda *_: None)
-        for _ in range(3):
+        for _ in range(4):
             for _, p in named:
                 p.grad = torch.empty_like(p)
-            with Launches() as mode:
+            with mode() as watching:
                 optimizer.step()
-    return mode.count
+            modes.append(watching)
+    return modes
+
+
+def launches(make: Callable[[Any], optim.Optimizer], layers: int, rule: Any, *, hooks: bool = False) -> int:
+    """Return the launches of the third step, with a rule or without; `hooks` adds two of another program."""
+    return watched_steps(Launches, make, (8, 8), layers, rule, hooks=hooks)[2].count
 
 
 @pytest.fixture(autouse=True)
@@ -150,25 +159,12 @@ class Temporaries(TorchDispatchMode):
         return result
 
 
-def made_in_a_step(make: Callable[[Any], optim.Optimizer], shape: tuple[int, ...], count: int, rule: Any) -> list[int]:
-    """Return the bytes that each call of the third step makes."""
-    with FakeTensorMode():
-        named = [(f"{i}.weight", nn.Parameter(torch.empty(shape, device="cuda"))) for i in range(count)]
-        optimizer = make(named)
-        if rule is not None:
-            layerwise.LayerwiseLR(optimizer, rule)
-        for _ in range(3):
-            for _, p in named:
-                p.grad = torch.empty_like(p)
-            with Temporaries() as mode:
-                optimizer.step()
-    return mode.calls
-
-
 @pytest.mark.parametrize(("shape", "count"), [((1024, 1024), 64), ((8192, 4096), 10)])
 @pytest.mark.parametrize("name", ["SGD", "SGD momentum decay", "AdamW", "RMSprop"])
 def test_temporaries_are_no_larger_than_64_mib_or_one_tensor(name: str, shape: tuple[int, int], count: int) -> None:
-    bare, attached = (made_in_a_step(FOREACH[name], shape, count, rule) for rule in (None, LayerAdaptive()))
+    bare, attached = (
+        watched_steps(Temporaries, FOREACH[name], shape, count, rule)[2].calls for rule in (None, LayerAdaptive())
+    )
     most = max(2**26, 4 * shape[0] * shape[1])
     assert max(attached) <= max(most, *bare, 0)
     assert sum(one > most for one in attached) <= sum(one > most for one in bare)
@@ -176,15 +172,6 @@ def test_temporaries_are_no_larger_than_64_mib_or_one_tensor(name: str, shape: t
 
 @pytest.mark.parametrize("kind", [optim.NAdam, optim.RMSprop, optim.Adam, optim.AdamW])
 def test_a_capturable_step_makes_the_same_tensors_each_time(kind: Any) -> None:
-    sizes: list[list[int]] = []
-    with FakeTensorMode():
-        named = [(f"{i}.weight", nn.Parameter(torch.empty(8, 8, device="cuda"))) for i in range(5)]
-        optimizer = kind(named, capturable=True, foreach=True)
-        layerwise.LayerwiseLR(optimizer, LayerAdaptive())
-        for _ in range(4):
-            for _, p in named:
-                p.grad = torch.empty_like(p)
-            with Temporaries() as mode:
-                optimizer.step()
-            sizes.append(mode.calls)
+    make = lambda p: kind(p, capturable=True, foreach=True)  # noqa: E731
+    sizes = [mode.calls for mode in watched_steps(Temporaries, make, (8, 8), 5, LayerAdaptive())]
     assert sizes[1] == sizes[2] == sizes[3]
