@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._tensors import shards_of
 from ._writes import FUSED
@@ -81,6 +82,11 @@ def _hands_on_the_rate(step: Callable[..., Any]) -> bool:
     kind = next((kind for kind in kinds if unwrap(kind.step) is inner), None)
     if kind is None:
         return False
+    with _disable_current_modes():  # under fake tensors no value could be read, and the answer is kept
+        return _hands_on_the_rate_of(kind, inner)
+
+
+def _hands_on_the_rate_of(kind: Any, inner: Callable[..., Any]) -> bool:
     parameters = [torch.nn.Parameter(torch.zeros(1, device="cpu")) for _ in range(2)]
     for p in parameters:
         p.grad = torch.ones(1, device="cpu")
@@ -165,7 +171,7 @@ def make_chunks(layers: Sequence[Layer], rule: ElementwiseRule) -> Chunks | None
     return Chunks(rule, len(layers), members, {layer: i for i, chunk in enumerate(chunks) for layer in chunk})
 
 
-class LateFactors(Factors):
+class FactorsInChunks(Factors):
     """One step's factors, which are computed when a part of the step needs them.
 
     Args:

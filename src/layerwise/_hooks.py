@@ -199,10 +199,10 @@ class Member(Protocol):
     def prepare(self, optimizer: Any) -> None:
         """Check what has changed; it may raise, before any member has changed."""
 
-    def measure(self, optimizer: Any, *, late: bool = False) -> bool:
+    def measure(self, optimizer: Any, *, unseen: bool = False) -> bool:
         """Compute this step's factors from the gradients; return whether they change anything.
 
-        `late` says that no other code sees the gradients before the update, so that this may be done during it.
+        `unseen` says that no other code sees the gradients before the update, so that this may be done during it.
         """
         ...
 
@@ -636,9 +636,9 @@ class OptimizerHooks:
         optimizer = self._optimizer()
         for member in members:
             member.prepare(optimizer)
-        late, acting = call.private and len(members) == 1, list[Member]()
+        unseen, acting = call.private and len(members) == 1, list[Member]()
         for member in members:
-            if member.measure(optimizer, late=late):
+            if member.measure(optimizer, unseen=unseen):
                 acting.append(member)
         if look and call.looking:
             self._look(call, [member for member in members if member.enabled])

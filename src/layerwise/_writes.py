@@ -142,7 +142,7 @@ class ScaledWrites(TorchFunctionMode):
         counting = (p for p in self._parameters if id(p) not in shared and not p.is_inference())
         self._versions = {id(p): p._version for p in counting}
         # Below the modes that are there: one that began before the closure of a step may end before the step does. A
-        # `DeviceContext` that was entered itself stays at the bottom, where its exit looks for it; `torch.device` pushes
+        # `DeviceContext` that was entered itself stays at the bottom, where its exit looks; `torch.device` pushes
         # and pops one like any other mode.
         modes = self._popped()[::-1]
         default = int(bool(modes) and isinstance(modes[0], DeviceContext) and hasattr(modes[0], "old_device"))

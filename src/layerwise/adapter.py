@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._arguments import StaysBehind, check_choice, chosen
-from ._fused import DealtStep, LateFactors, can_be_dealt, make_chunks
+from ._fused import DealtStep, FactorsInChunks, can_be_dealt, make_chunks
 from ._hooks import OptimizerHooks, makes_state_only
 from ._places.allowed import automatic_place, check_groups, check_place, no_effect, scales_writes
 from ._places.first_steps import FirstSteps, KnownGroups
@@ -326,7 +326,7 @@ class AttachedRule:
         """See what has changed since the last step, and raise before anything else does if a gradient is not finite."""
         if torch._C._current_graph_task_id() != -1:
             check_backward_is_over(optimizer)
-        if self._before_late is not None:
+        if self._before_chunks is not None:
             self._forget_failed()
         holder = self._holder()
         self._now = groups = self._groups if holder is None or self._known is not None else holder.param_groups
@@ -352,7 +352,7 @@ class AttachedRule:
         if self._first is not None:
             self._first.before(optimizer)
 
-    def measure(self, optimizer: Any, *, late: bool = False) -> bool:
+    def measure(self, optimizer: Any, *, unseen: bool = False) -> bool:
         """Compute this step's factors from the gradients as they arrived; return whether any of them may not be 1."""
         groups, self._now = self._now, []
         if self._idle:
@@ -362,9 +362,9 @@ class AttachedRule:
             self._stand_by(optimizer)
             return False
         # A fused kernel that unscales writes into the gradients.
-        if late and found.chunks is not None and grad_scale is None and can_be_dealt(optimizer):
-            self._before_late = (self.factors, self.rates)
-            self.factors = LateFactors(found.chunks, groups)
+        if unseen and found.chunks is not None and grad_scale is None and can_be_dealt(optimizer):
+            self._before_chunks = (self.factors, self.rates)
+            self.factors = FactorsInChunks(found.chunks, groups)
             self.rates = rates_of(groups)
             return True
         if found.in_numbers is not None:
@@ -420,7 +420,7 @@ class AttachedRule:
         acting = view if self._known is None else self._known
         scales = writes if self._scales and not is_compiled() else None
         kind = PrivateStep if private else Step
-        if private and view.param_groups[0].get("fused") and can_be_dealt(view):
+        if private and scales is None and view.param_groups[0].get("fused") and can_be_dealt(view):
             kind = DealtStep
         return self._place.act(kind(acting, self.found.partition, self.factors, scales))
 
@@ -432,7 +432,7 @@ class AttachedRule:
             self._first = None
         if self.factors is not None:
             self.factors.complete()
-        self._before_late = None
+        self._before_chunks = None
 
     @property
     def _source(self) -> Any:
@@ -463,12 +463,12 @@ class AttachedRule:
         self._last_raw: tuple[Tensor, int] | None = None
         self.rates: list[Any] | None = None
         self.factors: Factors | None = None
-        self._before_late: tuple[Factors | None, list[Any] | None] | None = None
+        self._before_chunks: tuple[Factors | None, list[Any] | None] | None = None
 
     def _forget_failed(self) -> None:
         """Go back to the factors of the last step, where those of a later one were to come during it and it failed."""
-        if self._before_late is not None:
-            (self.factors, self.rates), self._before_late = self._before_late, None
+        if self._before_chunks is not None:
+            (self.factors, self.rates), self._before_chunks = self._before_chunks, None
 
     def _new_place(self) -> Place:
         return make_place(self.place, self._request.decay, automatic=self._request.apply == "auto")

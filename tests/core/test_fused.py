@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn, optim
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerwise
@@ -219,6 +220,14 @@ def test_a_pytorch_that_reads_the_rate_beforehand_is_not_trusted(monkeypatch):
         assert fused.can_be_dealt(optim.SGD([nn.Parameter(torch.ones(2))], fused=True))
     finally:
         fused._hands_on_the_rate.cache_clear()
+
+
+@pytest.mark.parametrize("kind", [optim.SGD, optim.Adam, optim.AdamW, optim.Adagrad])
+def test_a_first_step_on_fake_tensors_leaves_the_answer(kind):
+    fused._hands_on_the_rate.cache_clear()
+    with FakeTensorMode():
+        assert fused.can_be_dealt(kind([nn.Parameter(torch.ones(2))], fused=True))
+    assert fused.can_be_dealt(kind([nn.Parameter(torch.ones(2))], fused=True))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, TypeError, ValueError])

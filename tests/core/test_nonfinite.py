@@ -167,7 +167,7 @@ def test_whatever_way_the_factors_come_to_be_the_step_is_refused_and_those_befor
     assert (adapter._attached.found.in_numbers is None) == (kind == "tensors")
     put_gradients(model, 0)
     optimizer.step()
-    assert isinstance(adapter._attached.factors, fused.LateFactors) == (kind == "late")
+    assert isinstance(adapter._attached.factors, fused.FactorsInChunks) == (kind == "late")
     put_gradients(model, 1, broken="2.bias")
     before = seen(model, optimizer, adapter)
     with pytest.raises(FloatingPointError, match=re.escape("step 2: the gradient of layer '2' is not finite (2.bias)")):

@@ -40,15 +40,15 @@ def attached(optimizer: str, rule: Any, **arguments: Any) -> tuple[nn.Module, op
 @pytest.mark.filterwarnings("ignore:.*in no layer")
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 @pytest.mark.parametrize("name", CASES)
-def test_measured_late_or_beforehand_the_bits_are_the_same(name, scaled, monkeypatch):
+def test_measured_in_chunks_or_beforehand_the_bits_are_the_same(name, scaled, monkeypatch):
     _, before, reference = made(name)
     train(before, scaled=scaled)
     assert type(reference._attached.factors) is Factors
     monkeypatch.setattr(fused, "CHUNK", 1)
     _, optimizer, adapter = made(name)
     train(optimizer, scaled=scaled)
-    is_late = not scaled and (name != "Adagrad" or ADAGRAD_TAKES_A_TENSOR)
-    assert type(adapter._attached.factors) is (fused.LateFactors if is_late else Factors)
+    in_chunks = not scaled and (name != "Adagrad" or ADAGRAD_TAKES_A_TENSOR)
+    assert type(adapter._attached.factors) is (fused.FactorsInChunks if in_chunks else Factors)
     assert adapter.get_last_factors() == reference.get_last_factors()
     assert len(set(adapter.get_last_factors().values())) > 3
     for actual, expected in zip(everything(optimizer), everything(before), strict=True):
@@ -63,7 +63,7 @@ def test_every_rule_gives_the_same_bits(name, rule, monkeypatch):
     monkeypatch.setattr(fused, "CHUNK", 1)
     _, optimizer, adapter = attached(name, rule)
     train(optimizer)
-    assert type(adapter._attached.factors) is fused.LateFactors
+    assert type(adapter._attached.factors) is fused.FactorsInChunks
     assert adapter.get_last_factors() == reference.get_last_factors()
     assert all(map(torch.equal, everything(optimizer), everything(before)))
 
@@ -98,14 +98,14 @@ def test_excluded_layers_are_not_measured(monkeypatch):
     assert factors["1"] == factors["3"] == 1 != factors["0"]
 
 
-def test_more_layers_than_plain_numbers_are_used_for_are_measured_late_as_well(monkeypatch):
+def test_more_layers_than_plain_numbers_are_used_for_are_measured_in_chunks_too(monkeypatch):
     monkeypatch.setattr(fused, "CHUNK", 1)
     results = []
     for limit in (256, 2):
         monkeypatch.setattr(attaching, "MOST_NUMBERS", limit)
         _, optimizer, adapter = attached("SGD", LayerAdaptive())
         train(optimizer)
-        assert type(adapter._attached.factors) is fused.LateFactors
+        assert type(adapter._attached.factors) is fused.FactorsInChunks
         results.append(everything(optimizer))
     assert all(map(torch.equal, *results))
 
@@ -180,7 +180,7 @@ def test_large_tensors_are_cut_into_rows_here_too(monkeypatch):
         adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
         train(optimizer)
         results.append((type(adapter._attached.factors), everything(optimizer)))
-    assert [kind for kind, _ in results] == [Factors, fused.LateFactors]
+    assert [kind for kind, _ in results] == [Factors, fused.FactorsInChunks]
     assert all(map(torch.equal, results[0][1], results[1][1]))
 
 
