@@ -70,10 +70,7 @@ def tensor_norm_numbers(tensors: Sequence[Tensor]) -> tuple[list[float], list[in
     """
     kinds = set(map(_kind, tensors)) if len(tensors) <= FEW else ()
     if len(kinds) == 1 and _all_ordinary(tensors, kinds):
-        parts = _norms_by_length(tensors)
-        if len(parts) == 1:
-            return list(map(Tensor.item, parts[0][1])), None
-        return list(map(Tensor.item, _each_norm(list(tensors)))), None
+        return list(map(Tensor.item, _each_norm(tensors))), None
     norms, order = tensor_norms(tensors, torch.device("cpu"))
     every: Any = norms
     return every.tolist(), order
@@ -136,13 +133,15 @@ def _norms_of_one_kind(tensors: list[Tensor], device: torch.device) -> Tensor:
     return moved(torch.cat([part.double() for part in stacked]).index_select(0, places), device)
 
 
-def _each_norm(tensors: list[Tensor]) -> list[Tensor]:
+def _each_norm(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return the norms of tensors of one kind."""
-    parts = _norms_by_length(tensors)
-    if len(parts) == 1:
-        return parts[0][1]
-    norms = {position: norm for positions, part in parts for position, norm in zip(positions, part, strict=True)}
-    return [norms[i] for i in range(len(tensors))]
+    (positions, norms), *others = _norms_by_length(tensors)
+    if not others:
+        return norms
+    found = dict(zip(positions, norms, strict=True))
+    for positions, norms in others:
+        found.update(zip(positions, norms, strict=True))
+    return [found[i] for i in range(len(tensors))]
 
 
 def _norms_by_length(tensors: Sequence[Tensor]) -> list[tuple[Sequence[int], list[Tensor]]]:

@@ -57,6 +57,20 @@ def test_few_norms_and_many_are_the_same_numbers(count, dtype):
     assert tensor_norm_numbers(tensors) == (norms.tolist(), None)
 
 
+@pytest.mark.parametrize("norms", [tensor_norm_numbers, lambda tensors: tensor_norms(tensors, torch.device("cpu"))])
+def test_large_and_small_tensors_together_are_read_once(norms, monkeypatch):
+    read: list[int] = []
+    whole = torch.linalg.vector_norm
+
+    def counted(tensor, *args, **kwargs):
+        read.append(tensor.numel())
+        return whole(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", counted)
+    norms([torch.ones(3), torch.ones(20_480), torch.ones(1000)])
+    assert read == [20_480]
+
+
 def test_numbers_of_several_kinds_come_with_the_order_of_their_tensors():
     tensors = [torch.full((4,), 1.0), torch.full((4,), 2.0, dtype=torch.float64), torch.full((4,), 3.0)]
     numbers, order = tensor_norm_numbers(tensors)
