@@ -116,9 +116,11 @@ def step_in_backward(optimizer: Any, model: Model | None, rule: Any = None) -> S
     return StepInBackward(optimizer, model, rule)
 
 
-def _of_one(factor: Tensor | list[float]) -> Factors:
-    """Return one layer's factor."""
+def _of_one_layer(factor: Tensor | list[float]) -> Factors:
     return Factors(factor, (True,), None)
+
+
+NEUTRAL = _of_one_layer([1.0])
 
 
 @dataclass(eq=False)
@@ -130,8 +132,8 @@ class _Unit:
     groups: list[tuple[int, list[Tensor]]]  # numbers of parameter groups, each with the unit's parameters there
     partition: Partition
     statistics: LayerStatistics | None = None  # for a rule that needs some, and a layer that is not excluded
-    expected: int = 0  # gradients in this backward, at most
-    arrived: int = 0
+    factors: Factors = NEUTRAL
+    missing: int = 0  # gradients that this backward may still bring
 
 
 class StepInBackward(StaysBehind):
@@ -160,7 +162,6 @@ class StepInBackward(StaysBehind):
         self._rates = rates_of(inner.param_groups)
         # Without its wrappers, whose hooks are for a whole step.
         self._step: Callable[[Any], Any] = inspect.unwrap(type(inner).step)
-        self._place_of = ("", False)
         self._resolve(inner)
         self._choose_place(inner)
         warn_of_unmeasured(named_parameters_of(inner, as_module(model)), STEPS_AS_BARE)
@@ -213,7 +214,7 @@ class StepInBackward(StaysBehind):
             RuntimeError: The optimizer no longer exists.
         """
         self._check_current()
-        return {name: factors.read()[0] for name, factors in zip(self.layers, self._factors, strict=True)}
+        return {name: unit.factors.read()[0] for name, unit in zip(self.layers, self._units, strict=False)}
 
     def get_last_lr(self) -> dict[str, float]:
         """Return the rate of each layer in the last backward, `lr · f_l`. Waits for the device.
@@ -274,20 +275,21 @@ class StepInBackward(StaysBehind):
         self._attached = False
 
     def __repr__(self) -> str:
-        optimizer, found, ruled = self._optimizer(), self._found, self._rule is not None
+        optimizer, found = self._optimizer(), self._found
         name = "an optimizer that no longer exists" if optimizer is None else type(optimizer).__name__
-        name = name if self._attached else "detached"
-        excluded = found.included.count(False)
-        parts = [
-            f"{described(self._rule)} on {name}" if ruled else name,
-            f"{len(found.layers)} layers",
-            f"apply={self._place_of[0]!r}" if ruled else "",
-            f"decay={self._request.decay!r}" if ruled and self._place_of[0] == "gradient" else "",
-            f"{excluded} excluded" if excluded else "",
-            f"{found.outside} parameters in no layer" if found.outside else "",
-            "" if self.enabled else "paused",
-        ]
-        return f"StepInBackward({', '.join(filter(None, parts))})"
+        parts = [name if self._attached else "detached", f"{len(found.layers)} layers"]
+        if self._rule is not None:
+            parts[0] = f"{described(self._rule)} on {parts[0]}"
+            parts.append(f"apply={self._place_name!r}")
+            if self._place_name == "gradient":
+                parts.append(f"decay={self._request.decay!r}")
+        if excluded := found.included.count(False):
+            parts.append(f"{excluded} excluded")
+        if found.outside:
+            parts.append(f"{found.outside} parameters in no layer")
+        if not self.enabled:
+            parts.append("paused")
+        return f"StepInBackward({', '.join(parts)})"
 
     def _check_current(self) -> None:
         if self._attached and self._optimizer() is None:
@@ -313,8 +315,8 @@ class StepInBackward(StaysBehind):
             unit = self._unit_of.get(id(parameter))
             if unit is None:
                 return  # the parameter has left the optimizer
-            unit.arrived += 1
-            if unit.arrived == unit.expected:
+            unit.missing -= 1
+            if unit.missing == 0:
                 self._step_unit(optimizer, unit)
                 # The first backward allocates the optimizer's state between freed gradients, and leaves gaps.
                 if not self._proven and sum(p.nbytes for p in unit.parameters) >= LARGE:
@@ -355,19 +357,18 @@ class StepInBackward(StaysBehind):
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step with gradients that did not come from a backward, such as those that the user has set."""
+
+        def evaluate(closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            loss = closure(*args, **kwargs)
+            self._step_present(optimizer)
+            return loss
+
         closure = closure_of(args, kwargs)
         if closure is not None:
-            return with_closure(args, kwargs, followed(closure, partial(self._evaluate, optimizer)))
-        self._step_present(optimizer)
-        return args, kwargs
-
-    def _evaluate(self, optimizer: Optimizer, closure: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        loss = closure(*args, **kwargs)
-        self._step_present(optimizer)
-        return loss
+            return with_closure(args, kwargs, followed(closure, evaluate))
+        return self._step_present(optimizer)
 
     def _step_present(self, optimizer: Optimizer) -> None:
-        """Step with the gradients that are there."""
         if self._attached and self.enabled and any(p.grad is not None for p in parameters_of(optimizer.param_groups)):
             self._resolve_changed(optimizer)
             self._prepare(optimizer)
@@ -422,25 +423,26 @@ class StepInBackward(StaysBehind):
         self._unit_of = {id(p): own for own in self._units for p in own.parameters}
         self._found: Resolution = found
         self._raw: tuple[Tensor, int] | None = None
-        self._factors = self._known = [_of_one([1.0])] * len(found.layers)
+        self._known = [NEUTRAL] * len(found.layers)
 
     def _prepare(self, optimizer: Optimizer) -> None:
         """Read what all layers of a backward share: rates, place, and factors that need no statistics."""
         found = self._found
         self._rates = rates_of(optimizer.param_groups)
         self._dry = found.dry or runs_on_fakes(found.layers[0].parameters[0])
-        self._factors = [_of_one([1.0])] * len(found.layers)
+        factors = [NEUTRAL] * len(found.layers)
         if self._rule is not None:
             self._choose_place(optimizer)
             if not self._needs and not self._dry:
                 raw, self._state = self._checked(self._rule.factors(NOTHING, self._state))
                 # Reading them waits for an accelerator, so unchanged ones are not read again.
                 if self._raw is None or self._raw[0] is not raw or self._raw[1] != raw._version:
-                    self._known = [_of_one([f]) for f in Factors(raw, found.included, found.mask).read()]
+                    self._known = [_of_one_layer([f]) for f in Factors(raw, found.included, found.mask).read()]
                     self._raw = (raw, raw._version)
-                self._factors = self._known
+                factors = self._known
         for unit in self._units:
-            unit.arrived, unit.expected = 0, sum(p.requires_grad for p in unit.parameters)
+            unit.missing = sum(p.requires_grad for p in unit.parameters)
+            unit.factors = NEUTRAL if unit.layer is None else factors[unit.layer]
 
     def _step_unit(self, optimizer: Optimizer, unit: _Unit) -> None:
         """Update the unit's parameters as `optimizer.step()` would, and free their gradients; without grad mode."""
@@ -448,14 +450,13 @@ class StepInBackward(StaysBehind):
         vars(view).update(vars(optimizer))
         groups = optimizer.param_groups
         view.param_groups = [{**groups[number], "params": parameters} for number, parameters in unit.groups]
-        for group in view.param_groups:
-            group.pop("param_names", None)
-        factors = self._factors_of(unit, view)
-        if not factors.neutral:
+        if unit.statistics is not None and not self._dry:
+            unit.factors = self._measured(unit, unit.statistics, view)
+        if not unit.factors.neutral:
             # Reading a factor for each layer would wait in the middle of backward.
-            self._place.act(Step(view, unit.partition, factors, reads=False))
+            self._place.act(Step(view, unit.partition, unit.factors, reads=False))
         self._step(view)
-        if not factors.neutral:
+        if not unit.factors.neutral:
             self._place.finish()
         for p in unit.parameters:
             p.grad = None
@@ -467,40 +468,29 @@ class StepInBackward(StaysBehind):
             if any(p.grad is not None for p in unit.parameters):
                 self._step_unit(optimizer, unit)
 
-    def _factors_of(self, unit: _Unit, view: Any) -> Factors:
-        """Return the unit's factor, from its statistics where the rule needs some."""
-        if unit.layer is None:
-            return _of_one([1.0])
-        if unit.statistics is None or self._dry:
-            return self._factors[unit.layer]
+    def _measured(self, unit: _Unit, statistics: LayerStatistics, view: Any) -> Factors:
+        """Return the factor of the unit's layer from the layer's statistics."""
         # The user may have set a scale of the loss; a GradScaler is refused.
         groups, grad_scale = view.param_groups, getattr(view, "grad_scale", None)
-        factor: Tensor | list[float]
         if self._found.in_numbers is not None:
-            factor = self._found.in_numbers.numbers(unit.statistics.numbers(groups, grad_scale))
-        else:
-            own = unit.statistics.compute(groups, grad_scale)
-            # The values in the place of other layers do not matter.
-            every = {name: getattr(own, name).expand(len(self._factors)) for name in self._needs}
-            raw, _ = self._checked(cast(Rule, self._rule).factors(Statistics(**every), self._state))
-            factor = raw.narrow(0, unit.layer, 1)
-        self._factors[unit.layer] = _of_one(factor)
-        return self._factors[unit.layer]
+            return _of_one_layer(self._found.in_numbers.numbers(statistics.numbers(groups, grad_scale)))
+        own = statistics.compute(groups, grad_scale)
+        # The values in the place of other layers do not matter.
+        every = {name: getattr(own, name).expand(len(self.layers)) for name in self._needs}
+        raw, _ = self._checked(self._request.rule.factors(Statistics(**every), self._state))
+        return _of_one_layer(raw.narrow(0, cast(int, unit.layer), 1))
 
     def _checked(self, result: Any) -> tuple[Tensor, State]:
-        if is_pair(result) and isinstance(result[0], Tensor) and result[0].shape == (len(self._factors),):
+        count = len(self.layers)
+        if is_pair(result) and isinstance(result[0], Tensor) and result[0].shape == (count,):
             return result
-        raise TypeError(
-            f"{described(self._rule)}.factors must return (factors, state), factors of shape [{len(self._factors)}]"
-        )
+        raise TypeError(f"{described(self._rule)}.factors must return (factors, state), factors of shape [{count}]")
 
     def _choose_place(self, optimizer: Optimizer) -> None:
         """Choose where a factor acts as `LayerwiseLR` does; at each backward, since schedulers can bring momentum."""
-        request = self._request
-        chosen = (automatic_place(optimizer, request.preferred, request.decay), damps_history(optimizer))
-        if chosen != self._place_of:
-            self._place_of = chosen
-            self._place = make_place(chosen[0], request.decay, automatic=chosen[1])
+        decay = self._request.decay
+        self._place_name = automatic_place(optimizer, self._request.preferred, decay)
+        self._place = make_place(self._place_name, decay, automatic=damps_history(optimizer))
 
 
 def _weak(method: Callable[..., None]) -> Callable[..., None]:
@@ -567,11 +557,10 @@ def _check_rule(rule: Any) -> None:
     check_needs(check_rule(rule).needs)
     if rule.needs_own_layer_only():
         return
-    needs = set(rule.needs)
     reason = "it does not say own_layer = True, that the factor of a layer follows from that layer alone"
-    if "counts" in needs:
+    if "counts" in rule.needs:
         reason = "it counts the steps whose gradients are finite in every layer"
-    elif "gradients" in needs:
+    elif "gradients" in rule.needs:
         reason = "it compares the gradients of all layers"
     raise ValueError(
         f"rule={rule!r} cannot step in backward: {reason}. When a layer steps, the gradients of the layers below do "
