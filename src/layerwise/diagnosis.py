@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Adafactor, Optimizer
 
 from ._arguments import chosen
@@ -14,17 +15,12 @@ from ._hooks import OptimizerHooks
 from ._places.allowed import no_effect, scales_writes, why_not_rate
 from ._places.trial import reason_against, verdict_of
 from ._tensors import holds_weights
-from .adapter import LayerwiseLR
+from .adapter import LayerwiseLR, parameters_of
 from .apply import damps_history
 from .layers import DOUBTS, Layer, Model, as_module, as_specification, divided, flattened, joining, named_parameters
-from .optimizers import (
-    SCALE_INVARIANT,
-    acting_optimizer,
-    decay_is_coupled,
-    is_capturing,
-    unwrap,
-)
+from .optimizers import SCALE_INVARIANT, acting_optimizer, decay_is_coupled, is_capturing, unwrap
 from .rules import LayerAdaptive
+from .rules.base import is_number
 from .statistics import NORMS, WEIGHT_NORMS
 
 LAUNCHES = 7
@@ -92,39 +88,34 @@ def diagnose(
         text = f"{type(rule).__name__} on {type(inner).__name__}: cannot be attached\n\nproblem   {error}"
     else:
         adapter.detach()
-        automatic = arguments.get("apply", "auto") == "auto"
-        specification = chosen(arguments["layers"], rule.default_layers, "module")
-        text = _describe(adapter, inner, model, most, automatic=automatic, specification=specification)
+        text = _describe(adapter, inner, model, most, arguments)
     print(text)
     return text
 
 
-def _check_seconds(seconds: object) -> None:
+def _check_seconds(seconds: Any) -> None:
     if seconds is None:
         return
-    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool):
+    if not is_number(seconds):
         raise TypeError(f"seconds={seconds!r} must be a number of seconds from 0, or None")
-    if not (math.isfinite(seconds) and seconds >= 0):
+    if not 0 <= seconds < math.inf:
         raise ValueError(f"seconds={seconds!r} must be finite and at least 0")
 
 
 def _describe(
-    adapter: LayerwiseLR,
-    optimizer: Optimizer,
-    model: nn.Module | None,
-    most: int,
-    *,
-    automatic: bool,
-    specification: Any,
+    adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | None, most: int, arguments: Mapping[str, Any]
 ) -> str:
-    name, rule = type(optimizer).__name__, adapter.rule
+    rule, layers = adapter.rule, adapter.layer_table()
+    automatic = arguments.get("apply", "auto") == "auto"
+    specification = chosen(arguments["layers"], rule.default_layers, "module")
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    layers = adapter.layer_table()
-    tensors = [p for layer in layers for p in layer.parameters]
+    inside = {id(p) for layer in layers for p in layer.parameters}
+    outside = sum(holds_weights(p) and id(p) not in inside for p in parameters_of(optimizer.param_groups))
     listed = layers if len(layers) <= most else sorted(layers, key=_frozen)[:most]
     width = max(9, *(len(layer.name) for layer in listed))
     lines = [
-        f"{type(rule).__name__} on {name}: {_count(len(layers), 'layer')}, {_count(len(tensors), 'parameter tensor')}, "
+        f"{type(rule).__name__} on {type(optimizer).__name__}: {_count(len(layers), 'layer')}, "
+        f"{_count(len(inside), 'parameter tensor')}, "
         f"{sum(p.numel() for layer in layers for p in layer.whole()):,} numbers",
         "",
         f"{'layer':<{width}} {'tensors':>8} {'numbers':>11} {'lr':>11} {'decay':>11}",
@@ -140,15 +131,12 @@ def _describe(
         lines.append(f"… and {len(layers) - most} more (most={len(layers)} lists all)")
     if table := rule.table(layers):
         lines += ["", *table]
-    inside = {id(p) for p in tensors}
-    outside = [p for p in _weights_of(optimizer) if id(p) not in inside]
-    problems = _problems(adapter, optimizer, model, len(outside))
-    # Without their tables, which stand above.
-    doubts = flattened(layers, specification) + rule.doubts(layers)
-    problems += [doubt.partition("\n")[0] for doubt in doubts]
     route, costs = _cost(adapter, optimizer, automatic)
     lines += ["", f"acts on   {adapter.apply!r}: {_where(adapter, optimizer)}"]
     lines += [f"because   {_why(adapter, optimizer, automatic)}", f"route     {route}", f"costs     {costs}"]
+    problems = _problems(adapter, optimizer, model, outside)
+    # Without their tables, which stand above.
+    problems += [doubt.partition("\n")[0] for doubt in flattened(layers, specification) + rule.doubts(layers)]
     lines += [f"problem   {problem}" for problem in problems] or ["problems  none found"]
     lines += [f"note      {note}" for note in _notes(adapter, optimizer)]
     if specification == "module":
@@ -190,6 +178,8 @@ def _why(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> str:
 def _cost(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> tuple[str, str]:
     """Return the route that the factors take, and what a step does in addition."""
     needs, place = set(adapter.rule.needs), adapter.apply
+    if "counts" in needs:
+        needs.add("gradient_norm")
     on_cpu, groups = _device_of(optimizer) in ("cpu", "meta"), optimizer.param_groups
     layer_of = {id(p): number for number, layer in enumerate(adapter.layer_table()) for p in layer.parameters}
     parts = sum(len({layer_of.get(id(p)) for p in group["params"]}) for group in groups)
@@ -199,11 +189,11 @@ def _cost(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> tuple[
         group.get("weight_decay") and decay_is_coupled(optimizer, group) is not False for group in groups
     )
     costs: list[str] = []
-    if needs & {"gradient_norm", "counts"}:
+    if "gradient_norm" in needs:
         costs.append("1 pass over the gradients")
     if needs & WEIGHT_NORMS:
         costs.append("1 pass over the weights")
-    norms = needs & (NORMS | {"counts"}) | ({"gradient_norm"} if "counts" in needs else set[str]())
+    norms = needs & (NORMS | {"counts"})
     if norms and not on_cpu:
         costs.append(f"at most {LAUNCHES * len(norms)} launches for the norms at any number of layers")
     if "gradients" in needs:
@@ -231,25 +221,26 @@ def _cost(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> tuple[
 
 
 def _problems(adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | None, outside: int) -> list[str]:
-    problems = [no_effect(optimizer, adapter.apply)]
+    problem = no_effect(optimizer, adapter.apply)
+    problems = [] if problem is None else [problem]
     if outside:
         problems.append(f"{_count(outside, 'parameter tensor')} of the optimizer in no layer; the factor there is 1")
     if model is not None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = set(map(id, parameters_of(optimizer.param_groups)))
         missing = [name for name, p in named_parameters(model) if p.requires_grad and id(p) not in held]
         if missing:
             names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
             problems.append(f"{_count(len(missing), 'trainable parameter')} not in the optimizer: {names}")
-    return [problem for problem in problems if problem]
+    return problems
 
 
 def _notes(adapter: LayerwiseLR, optimizer: Optimizer) -> list[str]:
     notes: list[str] = []
     if adapter.counts_epochs:
         notes.append("the rule counts epochs: call adapter.end_epoch() after each")
-    integers = [p for group in optimizer.param_groups for p in group["params"] if not holds_weights(p)]
+    integers = sum(not holds_weights(p) for p in parameters_of(optimizer.param_groups))
     if integers:
-        notes.append(f"{_count(len(integers), 'parameter tensor')} of integers (quantised weights) in no layer")
+        notes.append(f"{_count(integers, 'parameter tensor')} of integers (quantised weights) in no layer")
     if _device_of(optimizer) != "cpu" and not is_capturing(optimizer):
         notes.append("factors are read from the device once a step; capturable=True avoids it, at a launch a tensor")
     if adapter.apply != "gradient" and any(
@@ -264,7 +255,7 @@ def _divided(layers: list[Layer]) -> list[str]:
     modules = divided(layers)
     if not modules:
         return []
-    notes = [str(one) for one in modules[:5]]
+    notes = list(map(str, modules[:5]))
     if len(modules) > 5:
         notes.append(f"… and {len(modules) - 5} more such modules")
     # To join the root would join the whole network.
@@ -274,11 +265,7 @@ def _divided(layers: list[Layer]) -> list[str]:
 
 
 def _device_of(optimizer: Optimizer) -> str:
-    return next(p for group in optimizer.param_groups for p in group["params"]).device.type
-
-
-def _weights_of(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"] if holds_weights(p)]
+    return parameters_of(optimizer.param_groups)[0].device.type
 
 
 def _frozen(layer: Layer) -> bool:

@@ -52,13 +52,7 @@ NOTHING_RECORDED = "steps are counted but not recorded, until they do"
 
 
 class Observation:
-    """Measures gradients and weights before a step, keeps a copy of the weights, and makes the record after the step.
-
-    Args:
-        statistics: Measures the layers.
-        optimizer: The optimizer whose step begins.
-        measured: The adapters whose factors are about to act.
-    """
+    """Measures gradients and weights before a step, keeps a copy of the weights, and makes the record after it."""
 
     def __init__(self, statistics: LayerStatistics, optimizer: Any, measured: Sequence[Member]) -> None:
         members, groups = statistics.members, optimizer.param_groups

@@ -25,11 +25,6 @@ class Attachments:
 
     A trainer loads checkpoints before or after it makes its optimizers. A state that is loaded while nothing is
     attached waits for the next `attach`.
-
-    Args:
-        rule: Computes the factors.
-        log_every: Steps from one log to the next; None for none.
-        **arguments: As for `LayerwiseLR`: `layers`, `apply`, `decay`, `exclude`, `bounds`, `on_nonfinite`.
     """
 
     def __init__(self, rule: Any, log_every: int | None, **arguments: Any) -> None:
@@ -37,11 +32,9 @@ class Attachments:
         if log_every is not None:
             check_whole("log_every", log_every, 1)
         self.adapters: list[LayerwiseLR] = []
-        self._arguments = arguments
-        self._log_every = log_every
+        self._arguments, self._log_every = arguments, log_every
         self._attached = False
-        self._first_epoch = 0
-        self._step = 0
+        self._first_epoch = self._step = 0
         self._waiting: Mapping[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -51,33 +44,25 @@ class Attachments:
     def attach(self, optimizers: Sequence[Any], model: nn.Module, *, epoch: int, step: int) -> bool:
         """Attach to each optimizer, and load the state that waits, or that of the previous adapters.
 
-        After an error nothing is attached.
-
-        Args:
-            optimizers: The trainer's, wrapped or not.
-            model: Names the layers.
-            epoch: How many epochs the trainer has ended.
-            step: How many steps it has taken.
-
-        Returns:
-            Whether there was a state to load.
+        The trainer has ended so many epochs and taken so many steps. Returns whether there was a state to load. After
+        an error nothing is attached, and the state waits.
         """
         if not optimizers:
             raise ValueError(f"there is no optimizer to attach {self.rule!r} to: take the callback out of the trainer")
-        state = self.state_dict()
+        state = self._waiting = self.state_dict()
         self.detach()
-        adapters: list[LayerwiseLR] = []
+        self.adapters, self._first_epoch, self._step = [], epoch, step
         try:
             for optimizer in optimizers:
-                adapters.append(LayerwiseLR(optimizer, self.rule, model, **self._arguments))
+                self.adapters.append(LayerwiseLR(optimizer, self.rule, model, **self._arguments))
+            self._attached = True
             if state:
-                _load(adapters, state)
+                self.load_state_dict(state)
         except BaseException:
-            for adapter in adapters:
-                adapter.detach()
+            self.detach()
+            self.adapters = []
             raise
-        self.adapters, self._attached, self._waiting = adapters, True, {}
-        self._first_epoch, self._step = state.get("first_epoch", epoch), step
+        self._waiting = {}
         self.end_epochs(epoch)
         return bool(state)
 
@@ -123,11 +108,11 @@ class Attachments:
         The root module's layer is called `root`. A layer that two optimizers share appears under its name and under its
         name with `_2`. Waits for the device.
         """
-        parts = [(adapter.get_last_lr(), adapter.get_last_factors()) for adapter in self.adapters]
-        names = distinct(layer or ROOT for rates, _ in parts for layer in rates)
-        numbers = ((rate, factors[layer]) for rates, factors in parts for layer, rate in rates.items())
+        names = distinct(layer or ROOT for adapter in self.adapters for layer in adapter.layers)
+        rates = [rate for adapter in self.adapters for rate in adapter.get_last_lr().values()]
+        factors = [factor for adapter in self.adapters for factor in adapter.get_last_factors().values()]
         values: dict[str, float] = {}
-        for name, (rate, factor) in zip(names, numbers, strict=True):
+        for name, rate, factor in zip(names, rates, factors, strict=True):
             values[f"layerwise/lr/{name}"], values[f"layerwise/factor/{name}"] = rate, factor
         return values
 
@@ -142,7 +127,11 @@ class Attachments:
         if not self._attached:
             self._waiting = state_dict
             return
-        _load(self.adapters, state_dict)
+        saved, count = state_dict["adapters"], len(self.adapters)
+        if len(saved) != count:
+            raise ValueError(f"the state was saved for {len(saved)} optimizers, this training has {count}")
+        for adapter, one in zip(self.adapters, saved, strict=True):
+            adapter.load_state_dict(one)
         self._first_epoch = state_dict["first_epoch"]
 
     def warn_of_new_beginning(self, step: int) -> None:
@@ -181,14 +170,6 @@ class Attaching:
             bounds=bounds,
             on_nonfinite=on_nonfinite,
         )
-
-
-def _load(adapters: Sequence[LayerwiseLR], state: Mapping[str, Any]) -> None:
-    saved = state["adapters"]
-    if len(saved) != len(adapters):
-        raise ValueError(f"the state was saved for {len(saved)} optimizers, this training has {len(adapters)}")
-    for adapter, one in zip(adapters, saved, strict=True):
-        adapter.load_state_dict(one)
 
 
 def _holds_something(state: Any) -> bool:

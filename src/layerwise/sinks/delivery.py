@@ -44,11 +44,11 @@ def deliver(sinks: list[Sink], record: Record) -> None:
             )
 
 
-def close(sinks: Sequence[Sink]) -> None:
-    """Close the sinks that can be closed; an error is logged."""
+def close(sinks: Sequence[Any]) -> None:
+    """Close sinks; an error is logged."""
     for sink in sinks:
         try:
-            getattr(sink, "close", lambda: None)()
+            sink.close()
         except Exception:
             logger.exception("sink %s raised when it was closed", sink_name(sink))
 
