@@ -6,11 +6,7 @@ from layerwise.lab.errors import leaving
 
 
 def main() -> int:
-    """Import the lab and run the command; Ctrl-C before that ends it without a word.
-
-    Returns:
-        Exit code, as ``layerwise.lab.cli.main`` gives it.
-    """
+    """Import the lab and run the command; Ctrl-C during the import ends it silently. Returns the exit code."""
     with leaving():
         from layerwise.lab import cli
     return cli.main()

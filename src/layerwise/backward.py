@@ -171,9 +171,9 @@ class StepInBackward(StaysBehind):
         self._attached = True
         # Of the backward since the last step: its task in autograd, and what autograd keeps until it has ended.
         self._task: int | None = None
-        self._running: weakref.ref[Any] | None = None
+        self._running: Callable[[], Any] = lambda: None
         self._begun = self._finished = False
-        self._proven = False  # a whole iteration has been done
+        self._proven = False  # whether a whole iteration has been done
         self._lock = threading.RLock()  # a model on several accelerators has a thread of backward for each
         self._on_parameters: dict[int, RemovableHandle] = {}
         self._on_arrival, self._on_end = _weak(self._arrived), _weak(self._end)
@@ -189,9 +189,8 @@ class StepInBackward(StaysBehind):
             for message in flattened(found.layers, self._request.layers) + rule.doubts(found.layers):
                 warnings.warn(message, UserWarning, stacklevel=3)
             if found.outside:
-                logger.warning(
-                    f"{found.outside} of the optimizer's {len(parameters)} parameters are in no layer: factor 1"
-                )
+                among = len(parameters)
+                logger.warning(f"{found.outside} of the optimizer's {among} parameters are in no layer: factor 1")
 
     # --- Public -------------------------------------------------------------------------------------------------------
 
@@ -329,7 +328,7 @@ class StepInBackward(StaysBehind):
             raise RuntimeError(COMPILED)
         if self._begun and self._finished:
             raise RuntimeError(ACCUMULATED)
-        if self._running is not None and self._running() is not None:
+        if self._running() is not None:
             raise RuntimeError(NESTED)
         if torch.is_grad_enabled():
             raise RuntimeError(CREATE_GRAPH)
@@ -423,7 +422,6 @@ class StepInBackward(StaysBehind):
         self._unit_of = {id(p): own for own in self._units for p in own.parameters}
         self._found: Resolution = found
         self._raw: tuple[Tensor, int] | None = None
-        self._known = [NEUTRAL] * len(found.layers)
 
     def _prepare(self, optimizer: Optimizer) -> None:
         """Read what all layers of a backward share: rates, place, and factors that need no statistics."""
@@ -533,8 +531,7 @@ def _check_optimizer(optimizer: Optimizer) -> None:
             "this optimizer holds sharded parameters (DTensor) or those of FullyShardedDataParallel, whose gradients "
             "are reduced only after they have accumulated; use LayerwiseLR"
         )
-    present = sum(p.grad is not None for p in parameters)
-    if present:
+    if present := sum(p.grad is not None for p in parameters):
         raise ValueError(
             f"{present} of {len(parameters)} parameters hold a gradient already, which the next backward() would add "
             "to: call optimizer.zero_grad() first"
@@ -575,10 +572,8 @@ def _check_wrappers(parameters: Sequence[Tensor]) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     # It leaves no mark on parameters and modules, and its own hooks are in C++. So the object itself is looked for.
-    ours = set(map(id, parameters))
-    if any(
-        id(p) in ours for wrapper in _alive(torch.nn.parallel.DistributedDataParallel) for p in wrapper.parameters()
-    ):
+    wrapped = {id(p) for one in _alive(torch.nn.parallel.DistributedDataParallel) for p in one.parameters()}
+    if not wrapped.isdisjoint(map(id, parameters)):
         raise ValueError(
             "the parameters belong to a DistributedDataParallel, which averages gradients over the processes only "
             "after step_in_backward has used them, so the processes would drift apart; use LayerwiseLR"

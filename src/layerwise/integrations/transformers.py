@@ -81,15 +81,20 @@ class LayerwiseCallback(Attaching, TrainerCallback):
         """Attach; the optimizer is there by now, and its checkpoint loaded."""
         attachments, step, epoch = self._attachments, state.global_step, int(state.epoch or 0)
         attachments.forget()  # a Trainer that trains again begins anew
-        attachments.attach([kwargs["optimizer"]], kwargs["model"], epoch=epoch, step=step)
-        if step > 0:
-            try:
-                self._load(args, state)
-            except BaseException:
+        folder = _resumed_folder(args, state) if step > 0 else None
+        if folder is not None and (folder / STATE_FILE).is_file():
+            attachments.load_state_dict(torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True))
+        resumed = attachments.attach([kwargs["optimizer"]], kwargs["model"], epoch=epoch, step=step)
+        if step > 0 and not resumed and attachments.keep_state:
+            if folder is None:
                 attachments.forget()
-                raise
+                raise ValueError(
+                    f"training goes on from step {step}, and not from a checkpoint in output_dir={args.output_dir!r}, "
+                    f"so the state of {attachments.rule!r} is not found: give the folder that train() resumes from as "
+                    "TrainingArguments(resume_from_checkpoint=…) too"
+                )
+            attachments.warn_of_new_beginning(step)
         self._epoch = epoch
-        attachments.end_epochs(epoch)  # a checkpoint of an epoch's last step was saved before its end
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -130,19 +135,6 @@ class LayerwiseCallback(Attaching, TrainerCallback):
     ) -> None:
         """Detach."""
         self._attachments.detach()
-
-    def _load(self, args: TrainingArguments, state: TrainerState) -> None:
-        folder = _resumed_folder(args, state)
-        if folder is not None and (folder / STATE_FILE).is_file():
-            self._attachments.load_state_dict(torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True))
-        elif folder is not None:
-            self._attachments.warn_of_new_beginning(state.global_step)
-        elif self._attachments.keep_state:
-            raise ValueError(
-                f"training goes on from step {state.global_step}, and not from a checkpoint in output_dir="
-                f"{args.output_dir!r}, so the state of {self._attachments.rule!r} is not found: give the folder that "
-                "train() resumes from as TrainingArguments(resume_from_checkpoint=…) too"
-            )
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

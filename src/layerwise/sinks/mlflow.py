@@ -56,7 +56,11 @@ class MLflow(StaysBehind):
             if run is None and tracking_uri is None and mlflow.active_run() is not None:
                 run = mlflow.active_run().info.run_id
             self._own = run is None
-            self.run_id: str = self._new_run(experiment) if run is None else run
+            if run is None:
+                found = self._client.get_experiment_by_name(experiment)
+                number = self._client.create_experiment(experiment) if found is None else found.experiment_id
+                run = self._client.create_run(number).info.run_id
+            self.run_id: str = run
         finally:
             random.setstate(state)
 
@@ -71,11 +75,6 @@ class MLflow(StaysBehind):
         """End the run if this sink created it."""
         if self._own:
             self._client.set_terminated(self.run_id)
-
-    def _new_run(self, name: str) -> str:
-        experiment = self._client.get_experiment_by_name(name)
-        number = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
-        return self._client.create_run(number).info.run_id
 
     def __repr__(self) -> str:
         return f"MLflow({self.run_id!r})"
