@@ -61,7 +61,8 @@ class Observation:
         self._squares = [statistics.squares(gradients), statistics.squares(members)]
         self._weights = [local(p).clone() for p in members]
         self._scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-        self._rates = [_rate_of(group.get("lr")) for group in groups]
+        rates: list[Any] = [group.get("lr") for group in groups]
+        self._rates = [x if isinstance(x, Tensor) else [math.nan if x is None else float(x)] for x in rates]
         # Rate and factors of a layer are those of its first parameter.
         first = [id(layer.parameters[0]) for layer in statistics.layers]
         group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
@@ -99,10 +100,6 @@ class Observation:
             lr=[rate * factor for rate, factor in zip(base, products, strict=True)],
             update_ratio=list(map(ratio, updates, weights)),
         )
-
-
-def _rate_of(rate: Any) -> Tensor | list[float]:
-    return rate if isinstance(rate, Tensor) else [math.nan if rate is None else float(rate)]
 
 
 class Monitor(StaysBehind):

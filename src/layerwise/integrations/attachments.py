@@ -44,8 +44,8 @@ class Attachments:
     def attach(self, optimizers: Sequence[Any], model: nn.Module, *, epoch: int, step: int) -> bool:
         """Attach to each optimizer, and load the state that waits, or that of the previous adapters.
 
-        The trainer has ended so many epochs and taken so many steps. Returns whether there was a state to load. After
-        an error nothing is attached, and the state waits.
+        The trainer has ended so many epochs and taken so many steps. After an error nothing is attached, and the state
+        waits. Returns whether training goes on without the state that the rule keeps.
         """
         if not optimizers:
             raise ValueError(f"there is no optimizer to attach {self.rule!r} to: take the callback out of the trainer")
@@ -64,7 +64,7 @@ class Attachments:
             raise
         self._waiting = {}
         self.end_epochs(epoch)
-        return bool(state)
+        return step > 0 and not state and self.keep_state
 
     def detach(self) -> None:
         """Take the hooks off; the adapters can still be read and saved."""
@@ -135,13 +135,11 @@ class Attachments:
         self._first_epoch = state_dict["first_epoch"]
 
     def warn_of_new_beginning(self, step: int) -> None:
-        """Log that training goes on without the rule's state, if the rule keeps one."""
-        if self.keep_state:
-            logger.warning(
-                "training goes on from step %d, and the checkpoint holds no state of %r: its epochs begin at 1",
-                step,
-                self.rule,
-            )
+        """Log that training goes on without the rule's state."""
+        logger.warning(
+            f"training goes on from step {step}, and the checkpoint holds no state of {self.rule!r}: "
+            "its epochs begin at 1"
+        )
 
 
 class Attaching:
@@ -160,16 +158,8 @@ class Attaching:
         log_every: int | None = 50,
     ) -> None:
         super().__init__()
-        self._attachments = Attachments(
-            rule,
-            log_every,
-            layers=layers,
-            apply=apply,
-            decay=decay,
-            exclude=exclude,
-            bounds=bounds,
-            on_nonfinite=on_nonfinite,
-        )
+        arguments = {"layers": layers, "apply": apply, "decay": decay, "exclude": exclude, "bounds": bounds}
+        self._attachments = Attachments(rule, log_every, on_nonfinite=on_nonfinite, **arguments)
 
 
 def _holds_something(state: Any) -> bool:

@@ -94,7 +94,7 @@ class LayerwiseCallback(Attaching, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach; the optimizers are set up by now, and checkpoints loaded."""
         epoch, step = trainer.current_epoch, trainer.global_step
-        if not self._attachments.attach(trainer.optimizers, pl_module, epoch=epoch, step=step) and step > 0:
+        if self._attachments.attach(trainer.optimizers, pl_module, epoch=epoch, step=step):
             self._attachments.warn_of_new_beginning(step)
 
     def on_train_batch_end(

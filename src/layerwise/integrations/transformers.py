@@ -84,8 +84,7 @@ class LayerwiseCallback(Attaching, TrainerCallback):
         folder = _resumed_folder(args, state) if step > 0 else None
         if folder is not None and (folder / STATE_FILE).is_file():
             attachments.load_state_dict(torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True))
-        resumed = attachments.attach([kwargs["optimizer"]], kwargs["model"], epoch=epoch, step=step)
-        if step > 0 and not resumed and attachments.keep_state:
+        if attachments.attach([kwargs["optimizer"]], kwargs["model"], epoch=epoch, step=step):
             if folder is None:
                 attachments.forget()
                 raise ValueError(
@@ -96,16 +95,14 @@ class LayerwiseCallback(Attaching, TrainerCallback):
             attachments.warn_of_new_beginning(step)
         self._epoch = epoch
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """End the rule's epoch, unless `max_steps` has cut it short: a resumed training goes on in it."""
         if control.should_training_stop and not float(state.epoch or 0).is_integer():
             return
         self._epoch += 1
         self._attachments.end_epochs(self._epoch)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Put the rule's state beside the optimizer's."""
         folder = _folder(args, state)
         if not args.should_save or args.save_only_model or not folder.is_dir():
@@ -120,7 +117,7 @@ class LayerwiseCallback(Attaching, TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         """Add rates and factors to the log of a training step, every `log_every` steps."""
         if logs is None or "loss" not in logs or not self._attachments.is_due(state.global_step):
@@ -130,9 +127,7 @@ class LayerwiseCallback(Attaching, TrainerCallback):
             logs.update(values)
             state.log_history[-1].update(values)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Detach."""
         self._attachments.detach()
 
