@@ -75,7 +75,10 @@ def diagnose(
         note      decoupled weight decay is multiplied by the rate, so the factor scales it too
         next      adapter = layerwise.LayerwiseLR(optimizer, rule, model)
     """
-    _check_seconds(seconds)
+    if seconds is not None and not is_number(seconds):
+        raise TypeError(f"seconds={seconds!r} must be a number of seconds from 0, or None")
+    if seconds is not None and not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds={seconds!r} must be finite and at least 0")
     rule = LayerAdaptive() if rule is None else rule
     inner = unwrap(optimizer)
     model = as_module(model)
@@ -91,15 +94,6 @@ def diagnose(
         text = _describe(adapter, inner, model, most, arguments)
     print(text)
     return text
-
-
-def _check_seconds(seconds: Any) -> None:
-    if seconds is None:
-        return
-    if not is_number(seconds):
-        raise TypeError(f"seconds={seconds!r} must be a number of seconds from 0, or None")
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"seconds={seconds!r} must be finite and at least 0")
 
 
 def _describe(
