@@ -223,9 +223,8 @@ class StepInBackward(StaysBehind):
         Raises:
             RuntimeError: The optimizer no longer exists.
         """
-        rates = [float(self._rates[group]) for group in self._found.first_group]
-        factors = self.get_last_factors().items()
-        return {name: rate * factor for rate, (name, factor) in zip(rates, factors, strict=True)}
+        factors, first = self.get_last_factors(), self._found.first_group
+        return {name: float(self._rates[group]) * factors[name] for name, group in zip(factors, first, strict=True)}
 
     def end_epoch(self) -> None:
         """Count an epoch of the rule as done; the first is epoch 1.
@@ -448,6 +447,8 @@ class StepInBackward(StaysBehind):
         vars(view).update(vars(optimizer))
         groups = optimizer.param_groups
         view.param_groups = [{**groups[number], "params": parameters} for number, parameters in unit.groups]
+        for group in view.param_groups:
+            group.pop("param_names", None)  # those of the whole group
         if unit.statistics is not None and not self._dry:
             unit.factors = self._measured(unit, unit.statistics, view)
         if not unit.factors.neutral:
