@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -71,13 +72,24 @@ class Parquet(StaysBehind):
                 polars.DataFrame(columns, schema=schema).write_parquet(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            number = max(numbers, default=0) + 1
-            while os.path.lexists(whole := self.path / f"part-{number:06}.parquet"):
-                number += 1
-            os.replace(temporary, whole)
+            self._give_name(temporary, max(numbers, default=0) + 1)
         finally:
             temporary.unlink(missing_ok=True)
         self._gathered = []
+
+    def _give_name(self, temporary: Path, number: int) -> None:
+        """Give a whole file the next free name; another process may have taken the first one."""
+        for candidate in itertools.count(number):
+            whole = self.path / f"part-{candidate:06}.parquet"
+            if os.path.lexists(whole):
+                continue
+            try:
+                os.link(temporary, whole)
+            except FileExistsError:
+                continue
+            except OSError:  # a file system without hard links
+                os.replace(temporary, whole)
+            return
 
     def __repr__(self) -> str:
         return f"Parquet({str(self.path)!r})"
