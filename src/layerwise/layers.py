@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from glob import escape
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, TypeGuard, cast
 
 from torch import Tensor, nn
 
@@ -25,25 +25,15 @@ Model = nn.Module | Sequence[Any] | Mapping[str, Any]
 class SeveralModules(nn.Module):
     """A container of modules whose names `nn.ModuleDict` might refuse."""
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, Any]) -> None:
         super().__init__()
         self.parts = dict(modules)
         self._modules.update(modules)  # `add_module` refuses the names of methods
 
 
-def as_module(model: Any) -> nn.Module | None:
-    """Return the module, or a container of the modules of a (nested) list or dictionary, named by index or key.
-
-    Example:
-        >>> critics = as_module([nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)])
-        >>> [name for name, _ in critics.named_parameters()]
-        ['0.weight', '1.weight']
-    """
-    return None if model is None else _as_module(model, "model")
-
-
-def _as_module(model: Any, where: str) -> nn.Module:
-    if isinstance(model, nn.Module):
+def as_module(model: Any, where: str = "model") -> nn.Module | None:
+    """Return the module, or a container of the modules of a (nested) list or dictionary, named by index or key."""
+    if isinstance(model, nn.Module) or (model is None and where == "model"):
         return model
     if isinstance(model, Tensor):
         raise TypeError(
@@ -63,7 +53,7 @@ def _as_module(model: Any, where: str) -> nn.Module:
     for key in parts:
         if not isinstance(key, str) or not key or "." in key:
             raise TypeError(f"{where} has the key {key!r}; keys must be strings without dots, and not empty")
-    return SeveralModules({key: _as_module(part, f"{where}[{key!r}]") for key, part in parts.items()})
+    return SeveralModules({key: as_module(part, f"{where}[{key!r}]") for key, part in parts.items()})
 
 
 # --- Names -----------------------------------------------------------------------------------------------------------
@@ -87,15 +77,14 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the model's modules by clean name. A wrapper and its inner module share one; the inner module is kept."""
     found: Iterable[tuple[str, nn.Module]] = cast(Any, model).named_modules()
-    return {_clean_in(model, name).rstrip("."): module for name, module in found}
+    return {_clean_in(model, name): module for name, module in found}
 
 
 def _clean_in(model: nn.Module, name: str) -> str:
-    if isinstance(model, SeveralModules) and name:
-        key, _, rest = name.partition(".")
-        part = model.parts[key]
-        return f"{key}.{_clean_in(part, rest)}".rstrip(".")
-    return clean_name(name)
+    if not isinstance(model, SeveralModules) or not name:
+        return clean_name(name)
+    key, _, rest = name.partition(".")
+    return f"{key}.{_clean_in(model.parts[key], rest)}".rstrip(".")
 
 
 def clean_name(name: str) -> str:
@@ -105,51 +94,40 @@ def clean_name(name: str) -> str:
         >>> clean_name("module._orig_mod.encoder.parametrizations.weight.original0")
         'encoder.weight0'
     """
-    return _PARAMETRIZED.sub(r"\1\2", _LEADING.sub("", _WRAPPER.sub("", name)))
+    return _PARAMETRIZED.sub(r"\1\2", _LEADING.sub("", _WRAPPER.sub("", name))).rstrip(".")
 
 
 def owner_name(parameter_name: str) -> str:
-    """Return the clean name of the module that directly owns a parameter; Keras names parameters by paths.
-
-    Example:
-        >>> owner_name("encoder.0.weight"), owner_name("weight"), owner_name("encoder/dense/kernel")
-        ('encoder.0', '', 'encoder/dense')
-    """
-    owner = parameter_name[: max(parameter_name.rfind("."), parameter_name.rfind("/"), 0)]
+    """Return the name of the module that directly owns a parameter: "encoder.0" of "encoder.0.weight"."""
+    owner = parameter_name[: max(parameter_name.rfind("."), parameter_name.rfind("/"), 0)]  # Keras has paths
     return re.split(r"(?:^|\.)parametrizations(?:\.|$)", owner, maxsplit=1)[0]
 
 
-class Owners:
-    """Maps a parameter's name to the name of the module that is its layer.
+def _owners(names: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return by parameter name the name of the module that is its layer.
 
     Usually this module directly owns the parameter. A module that `is_one_layer` takes all parameters below it, except
-    those of adapters that PEFT inserts. Without a model, a `MultiheadAttention` is recognised by its parameters' names.
+    those of adapters that PEFT inserts. Without modules, a `MultiheadAttention` is recognised by its parameters' names.
     """
-
-    def __init__(self, names: Iterable[str], model: nn.Module | None) -> None:
-        self.modules = {} if model is None else named_modules(model)
-        self._whole = {name for name, module in self.modules.items() if is_one_layer(module)}
-        self._adapters = {
-            f"{name}.{child}".lstrip(".")
-            for name, module in self.modules.items()
-            for child in getattr(module, "adapter_layer_names", ())
-        }
-        attentions = [found[1] or "" for name in names if model is None and (found := _ATTENTION.match(name))]
-        self._projections = {f"{name}.out_proj".lstrip("."): name for name in attentions}
-
-    def __call__(self, parameter_name: str) -> str:
-        """Return the clean name of the module whose layer a parameter belongs to."""
-        owner = owner_name(parameter_name)
-        if not self._whole:
-            return self._projections.get(owner, owner)
-        result = owner
-        # Walk up from the owner. The outermost such module counts; an adapter ends the walk.
-        while True:
-            if owner in self._whole:
-                result = owner
-            if not owner or owner in self._adapters:
-                return result
-            owner = owner.rpartition(".")[0]
+    whole = {name for name, module in modules.items() if is_one_layer(module)}
+    adapters = {
+        f"{name}.{child}".lstrip(".")
+        for name, module in modules.items()
+        for child in getattr(module, "adapter_layer_names", ())
+    }
+    attentions = [found[1] or "" for name in names if not modules and (found := _ATTENTION.match(name))]
+    projections = {f"{name}.out_proj".lstrip("."): name for name in attentions}
+    owners: dict[str, str] = {}
+    for name in names:
+        above = owner_name(name)
+        owners[name] = projections.get(above, above)
+        while above not in adapters:  # the outermost module counts
+            if above in whole:
+                owners[name] = above
+            if not above:
+                break
+            above = above.rpartition(".")[0]
+    return owners
 
 
 def is_one_layer(module: nn.Module) -> bool:
@@ -173,39 +151,16 @@ Exclusion = Sequence[str] | Callable[[str, Tensor], bool] | None
 """Layers left at factor 1: patterns of layer names, or a function of a parameter's name and the parameter."""
 
 
-@dataclass(frozen=True)
-class TensorLayers:
-    """Layers given as lists of tensors."""
-
-    tensors: Mapping[str, tuple[Tensor, ...]]
-
-    def named(self, held: Collection[int], model: nn.Module | None, whose: str) -> dict[str, Tensor]:
-        """Return the tensors by name: their name in the model, or the layer's name if the model does not own them.
-
-        Raises:
-            ValueError: A layer holds a tensor whose id is not in `held`.
-        """
-        known = {} if model is None else {id(p): name for name, p in named_parameters(model)}
-        named: list[tuple[str, Tensor]] = []
-        for layer, tensors in self.tensors.items():
-            for i, p in enumerate(tensors):
-                if id(p) not in held:
-                    raise ValueError(
-                        f"layers[{layer!r}] holds a tensor of shape {tuple(p.shape)} that is not among {whose}: pass "
-                        "the tensors themselves, not copies"
-                    )
-                own = layer if len(tensors) == 1 else f"{layer}.{i}"
-                named.append((known.get(id(p), own), p))
-        return unique_names(named)
+LayerSpecification = Literal["module", "parameter"] | Sequence[str] | LayerName | Mapping[str, Iterable[Tensor]]
 
 
-LayerSpecification = (
-    Literal["module", "parameter"] | Sequence[str] | LayerName | Mapping[str, Iterable[Tensor]] | TensorLayers
-)
+def names_tensors(layers: object) -> TypeGuard[Mapping[str, Sequence[Tensor]]]:
+    """Return whether a specification, which `as_specification` has returned, is a dictionary of tensors."""
+    return isinstance(layers, Mapping)
 
 
 def as_specification(layers: Any) -> Any:
-    """Return the argument `layers`, with a dictionary of tensors checked."""
+    """Return the argument `layers`; a dictionary of tensors is checked, and its values become tuples."""
     if not isinstance(layers, Mapping):
         return layers
     if not layers:
@@ -229,7 +184,7 @@ def as_specification(layers: Any) -> Any:
                     "tensor belongs to one layer, once"
                 )
             seen[id(p)] = layer
-    return TensorLayers(result)
+    return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,18 +216,13 @@ class Layer:
         return list(map(stand_in, self.parameters, self.shards) if any(self.shards) else self.parameters)
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Return whether a name matches an fnmatch pattern, case-sensitively."""
-    return fnmatchcase(name, pattern)
-
-
 def check_patterns(patterns: Iterable[object], names: Iterable[str], argument: str) -> None:
     """Raise unless each pattern of an argument, such as `"exclude"`, is a string that matches one of the names."""
     names = list(names)
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"{argument} holds {pattern!r} ({type(pattern).__name__}); each pattern must be a string")
-        if not any(matches(pattern, name) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{argument} pattern {pattern!r} matches none of {some(names)}.{hint}")
@@ -285,33 +235,47 @@ def named_parameters_of(
 
     Tied parameters appear once, under their first owner. Without a model the names are the `param_names` of an
     optimizer built from `named_parameters()`; a dictionary of tensors needs neither.
-
-    Raises:
-        ValueError: There is no model and no name, or the model owns none of the optimizer's parameters.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if isinstance(specification, TensorLayers):
-        return specification.named(held, model, f"the {len(held)} parameters of this optimizer")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    held = set(map(id, parameters))
+    if names_tensors(specification):
+        return _named_tensors(specification, held, model, f"the {len(held)} parameters of this optimizer")
     if not held:
         raise ValueError("this optimizer holds no parameters: attach when its parameter groups have been filled")
     if model is None:
-        named: list[tuple[str, Tensor]] = []
-        for group in optimizer.param_groups:
-            if len(group.get("param_names", ())) != len(group["params"]):
-                raise ValueError(
-                    "model=None, and the optimizer's parameters have no names: pass model=, "
-                    "or build the optimizer from model.named_parameters(), or name tensors with "
-                    "layers={'name': [tensor]}"
-                )
-            named.extend(zip(group["param_names"], group["params"], strict=True))
-        return unique_names((clean_name(name), p) for name, p in named)
-    named = [(name, p) for name, p in named_parameters(model) if id(p) in held]
+        names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
+        if len(names) != len(parameters):
+            raise ValueError(
+                "model=None, and the optimizer's parameters have no names: pass model=, or build the optimizer from "
+                "model.named_parameters(), or name tensors with layers={'name': [tensor]}"
+            )
+        return unique_names(zip(map(clean_name, names), parameters, strict=True))
+    named = unique_names((name, p) for name, p in named_parameters(model) if id(p) in held)
     if not named:
-        every = [p for group in optimizer.param_groups for p in group["params"]]
         raise ValueError(
             f"model={type(model).__name__} owns none of the {len(held)} parameters of this optimizer: "
-            + _why_none(list(model.parameters()), every)
+            + _why_none(list(model.parameters()), parameters)
         )
+    return named
+
+
+def _named_tensors(
+    layers: Mapping[str, Sequence[Tensor]], held: Collection[int], model: nn.Module | None, whose: str
+) -> dict[str, Tensor]:
+    """Return the tensors of layers by their names in the model, or by the layer's name if the model lacks them.
+
+    Raises a ValueError for a tensor whose id is not in `held`.
+    """
+    known = {} if model is None else {id(p): name for name, p in named_parameters(model)}
+    named: list[tuple[str, Tensor]] = []
+    for layer, tensors in layers.items():
+        for i, p in enumerate(tensors):
+            if id(p) not in held:
+                raise ValueError(
+                    f"layers[{layer!r}] holds a tensor of shape {tuple(p.shape)} that is not among {whose}: pass the "
+                    "tensors themselves, not copies"
+                )
+            named.append((known.get(id(p), layer if len(tensors) == 1 else f"{layer}.{i}"), p))
     return unique_names(named)
 
 
@@ -348,21 +312,9 @@ def make_layers(
     """Group named parameters into layers, in the order of their first parameter.
 
     Integer parameters, such as quantised weights, are in no layer. Nor are those on the meta device if others are not.
-
-    Args:
-        named_parameters: Clean name to parameter, in the model's order.
-        specification: `"module"` (see `Owners`), `"parameter"`, a list of fnmatch patterns, each of them a layer that
-            takes the parameters it is the first to match, a callable `(name, parameter) -> layer name or None`, or
-            `TensorLayers`.
-        model: The model, from which rules get the layers' modules.
-        shards: This process's shards of sharded parameters, by the parameters' ids.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-        >>> [layer.name for layer in make_layers(dict(model.named_parameters()), "module")]
-        ['0', '2']
     """
-    owners = Owners(named_parameters, model)
+    modules = {} if model is None else named_modules(model)
+    owners = _owners(named_parameters, modules)
     name_of = _layer_name_function(named_parameters, specification, owners)
     shards = shards or {}
     members: dict[str, dict[str, Tensor]] = {}
@@ -382,11 +334,10 @@ def make_layers(
     for layer, held in members.items():
         own = set(map(owner_name, held))
         if len(own) > 1:
-            own = set(map(owners, held))
-        module = owners.modules.get(own.pop()) if len(own) == 1 else None
-        parameters = tuple(held.values())
-        shards_held = tuple(shards.get(id(p)) for p in parameters)
-        layers.append(Layer(layer, parameters, tuple(held), module, shards=shards_held))
+            own = {owners[name] for name in held}
+        module = modules.get(own.pop()) if len(own) == 1 else None
+        own_shards = tuple(shards.get(id(p)) for p in held.values())
+        layers.append(Layer(layer, tuple(held.values()), tuple(held), module, shards=own_shards))
     return layers
 
 
@@ -419,11 +370,11 @@ def included_layers(layers: Sequence[Layer], exclude: Exclusion) -> list[bool]:
         allowed = "'auto', None, a list of patterns or a callable (name, parameter) -> bool"
         raise TypeError(f"exclude={exclude!r} must be {allowed}")
     check_patterns(exclude, [layer.name for layer in layers], "exclude")
-    return [not any(matches(pattern, layer.name) for pattern in exclude) for layer in layers]
+    return [not any(fnmatchcase(layer.name, pattern) for pattern in exclude) for layer in layers]
 
 
 def _layer_name_function(
-    named_parameters: Mapping[str, Tensor], specification: LayerSpecification, owners: Owners
+    named_parameters: Mapping[str, Tensor], specification: LayerSpecification, owners: Mapping[str, str]
 ) -> LayerName:
     allowed = (
         "'module', 'parameter', a list of patterns, a callable (name, parameter) -> layer name or None, or a dict of "
@@ -431,14 +382,13 @@ def _layer_name_function(
     )
     if isinstance(specification, str):
         if specification == "module":
-            return lambda name, parameter: owners(name)
+            return lambda name, parameter: owners[name]
         if specification == "parameter":
             return lambda name, parameter: name
         raise ValueError(f"layers={specification!r} is unknown; allowed: {allowed}. For one pattern, pass a list")
-    if isinstance(specification, TensorLayers):
-        layer_of = {id(p): layer for layer, tensors in specification.tensors.items() for p in tensors}
-        by_name = {name: layer_of.get(id(p)) for name, p in named_parameters.items()}
-        return lambda name, parameter: by_name[name]
+    if names_tensors(specification):
+        layer_of = {id(p): layer for layer, tensors in specification.items() for p in tensors}
+        return lambda name, parameter: layer_of.get(id(named_parameters[name]))
     if callable(specification):
         return specification
     if not has_type(specification, Sequence):
@@ -446,13 +396,13 @@ def _layer_name_function(
     if not specification:
         raise ValueError(f"layers=[] names no layer; allowed: {allowed}")
     patterns = list(specification)
-    names = [n for name in named_parameters for n in (name, owner_name(name), owners(name))]
+    names = [n for name in named_parameters for n in (name, owner_name(name), owners[name])]
     check_patterns(patterns, names, "layers")
 
     def first_match(name: str, parameter: Tensor) -> str | None:
-        hits = (p for p in patterns if matches(p, name) or matches(p, owner_name(name)))
+        hits = (p for p in patterns if fnmatchcase(name, p) or fnmatchcase(owner_name(name), p))
         # The layer under "module" comes last, so that patterns can divide it.
-        return next(hits, None) or next((p for p in patterns if matches(p, owners(name))), None)
+        return next(hits, None) or next((p for p in patterns if fnmatchcase(owners[name], p)), None)
 
     return first_match
 
@@ -488,19 +438,11 @@ _FLAT = re.compile(r"^(.*?[^\W_].*?(?:__|[_\-:|]))(?:weight|bias|kernel|gamma|be
 _RECURRENT = re.compile(r"^(?:weight|bias)_(?:ih|hh|hr)_l\d+(?:_reverse)?$")
 
 
-@dataclass(frozen=True)
-class Divided:
-    """A module that owns parameters and has submodules that own others, so that they are several layers.
+class Divided(NamedTuple):
+    """A module that owns parameters and has submodules that own others, so that they are several layers."""
 
-    Args:
-        layer: The layer of its own parameters.
-        below: The layers of its submodules.
-        pattern: The pattern that matches the parameters of all of them.
-    """
-
-    layer: Layer
-    below: tuple[Layer, ...]
-    pattern: str
+    layer: Layer  # of its own parameters
+    below: list[Layer]  # of its submodules
 
     def __str__(self) -> str:
         own = some([name.rpartition(".")[2] for name in self.layer.parameter_names], 3, str)
@@ -512,11 +454,9 @@ def divided(layers: Sequence[Layer]) -> list[Divided]:
     """Return the modules that own parameters and have submodules that own others, of layers of `"module"`."""
     found: list[Divided] = []
     for layer in layers:
-        for separator in (".", "/") if layer.name else ("",):
-            prefix = layer.name + separator
-            below = tuple(other for other in layers if other is not layer and other.name.startswith(prefix))
-            if below:
-                found.append(Divided(layer, below, f"{escape(prefix)}*"))
+        prefix = f"{layer.name}." if layer.name else ""
+        below = [other for other in layers if other is not layer and other.name.startswith(prefix)]
+        found += [Divided(layer, below)] if below else []
     return found
 
 
@@ -526,14 +466,14 @@ def joining(layers: Sequence[Layer], modules: Sequence[Divided]) -> str:
     Other layers stay as they are. Of nested modules the inner one is a layer, and the rest of the outer one another.
     `modules` is the root alone, or does not hold it.
     """
-    swallowed = {id(layer) for one in modules for layer in (one.layer, *one.below)}
-    patterns = {one.layer.name: one.pattern for one in modules}
-    patterns |= {layer.name: _pattern(layer) for layer in layers if id(layer) not in swallowed}
+    joined = {id(layer) for one in modules for layer in (one.layer, *one.below)}
+    patterns = {one.layer.name: f"{escape(one.layer.name)}.*".lstrip(".") for one in modules}
+    patterns |= {layer.name: _pattern(layer) for layer in layers if id(layer) not in joined}
     deepest = sorted(patterns, key=_height)
     if len(deepest) <= MOST_PATTERNS or any("/" in name for name in deepest):
         return repr([patterns[name] for name in deepest])
-    joined = tuple(name for name in deepest if patterns[name].endswith(".*"))
-    return f"lambda name, parameter: next((m for m in {joined!r} if name.startswith(m + '.')), name.rpartition('.')[0])"
+    whole = tuple(name for name in deepest if patterns[name].endswith(".*"))
+    return f"lambda name, parameter: next((m for m in {whole!r} if name.startswith(m + '.')), name.rpartition('.')[0])"
 
 
 def _pattern(layer: Layer) -> str:
@@ -638,8 +578,9 @@ def param_groups(model: Model, layers: LayerSpecification = "module") -> list[di
     if not named:
         raise ValueError(f"model={type(model).__name__} has no parameter that requires a gradient")
     specification = as_specification(layers)
-    if isinstance(specification, TensorLayers):
-        specification.named({id(p) for p in named.values()}, module, "the model's parameters that require a gradient")
+    if names_tensors(specification):
+        held = {id(p) for p in named.values()}
+        _named_tensors(specification, held, module, "the model's parameters that require a gradient")
     found = make_layers(named, specification, module)
     for message in flattened(found, specification):
         warnings.warn(message, UserWarning, stacklevel=2)
