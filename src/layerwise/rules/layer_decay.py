@@ -28,33 +28,23 @@ def depths(names: Sequence[str]) -> list[int]:
     first block are its embeddings, all of depth 0; those after the last block are the head, all of the last depth;
     those in between belong to the block before them. Without numbered blocks every layer is a depth of its own.
 
-    Args:
-        names: Layer names in the model's order.
-
-    Returns:
-        One depth for each name, from 0, without gaps.
-
     Example:
         >>> depths(["patch_embed", "blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "norm", "head"])
         [0, 1, 1, 2, 3, 3]
     """
     blocks = list(map(_block, names))
-    numbered = [i for i, block in enumerate(blocks) if block is not None]
+    numbered = [i for i, block in enumerate(blocks) if block]
     if not numbered:
         return list(range(len(names)))
-    order: dict[str, int] = {}
-    first = 1 if numbered[0] > 0 else 0
+    in_order = list(dict.fromkeys(filter(None, blocks)))
+    depth_of = {block: depth for depth, block in enumerate(in_order, 1 if numbered[0] > 0 else 0)}
+    head = depth_of[in_order[-1]] + 1
     result: list[int] = []
     current = 0
-    for block in blocks:
-        if block is not None:
-            current = order.setdefault(block, first + len(order))
-        result.append(current)
-    head = first + len(order)
-    return [
-        head if i > numbered[-1] or names[i].rpartition(".")[2] == "rel_pos_bias" else depth
-        for i, depth in enumerate(result)
-    ]
+    for i, (name, block) in enumerate(zip(names, blocks, strict=True)):
+        current = depth_of.get(block or "", current)
+        result.append(head if i > numbered[-1] or name.rpartition(".")[2] == "rel_pos_bias" else current)
+    return result
 
 
 # Names of layers next to the loss, and of layers next to the input.
@@ -63,27 +53,25 @@ _HEAD_WORD = re.compile(r"^(?:fc|out|output|score|cls|readout|predictions|projec
 _EMBEDDING = re.compile(r"embed(?!_?out)|^(?:stem|wte|wpe)$")
 
 
-def doubts_about_depths(layers: Sequence[Layer], levels: Sequence[int]) -> list[str]:
-    """Return the reasons why depths from the layers' names may be wrong; empty if the names are unambiguous.
-
-    Args:
-        layers: The layers.
-        levels: Their depths, as `depths` found them.
-    """
+def _doubts(layers: Sequence[Layer], levels: Sequence[int]) -> list[str]:
+    """Return the reasons why depths from the layers' names may be wrong; empty if the names are unambiguous."""
     names = [layer.name for layer in layers]
     blocks = list(map(_block, names))
-    heads = _last_head(layers, blocks)
-    stacks = dict.fromkeys(block.rpartition(".")[0] for block in blocks if block is not None and block not in heads)
-    kinds = {_without_numbers(stack) for stack in stacks}
+    stacks: dict[str, list[int]] = {}
+    for block in dict.fromkeys(filter(None, blocks)):
+        stack, _, number = block.rpartition(".")
+        stacks.setdefault(stack, []).append(int(number))
+    head = _head_stack(layers, blocks)
+    bodies = [stack for stack in stacks if stack != head]
+    kinds = set(map(_without_numbers, bodies))
     reasons: list[str] = []
     if len(kinds) > 1:
-        shown = some([f"{stack}.*".lstrip(".") for stack in stacks], 4)
+        shown = some([f"{stack}.*".lstrip(".") for stack in bodies], 4)
         reasons.append(f"there are several numbered stacks ({shown}), and each is taken to lie above the one before")
-    if len(kinds) < len(stacks) or _has_inner_blocks(names, blocks):
-        shown = some([block for block in blocks if block], 3)
+    if len(kinds) < len(bodies) or _has_inner_blocks(names, blocks):
+        shown = some(filter(None, blocks), 3)
         reasons.append(f"names hold numbers at two levels, and the depths count {shown}")
-    numbers = [(block.rpartition(".")[0], int(block.rpartition(".")[2])) for block in dict.fromkeys(blocks) if block]
-    if any(one[0] == two[0] and two[1] < one[1] for one, two in pairwise(numbers)):
+    if any(numbers != sorted(numbers) for numbers in stacks.values()):
         reasons.append("numbered blocks are not in their order")
     reasons += _doubts_outside(layers, blocks)
     if not any(blocks):
@@ -114,19 +102,16 @@ def _is_head(name: str, *, numbered: bool) -> bool:
     return any(map(_HEAD.search, name.split("."))) or (numbered and _HEAD_WORD.match(last) is not None)
 
 
-def _last_head(layers: Sequence[Layer], blocks: Sequence[str | None]) -> set[str]:
-    """Return the blocks of a head that is a numbered chain at the end, such as `classifier.0`, `classifier.3`."""
-    if blocks[-1] is None:
-        return set()
-    stack = blocks[-1].rpartition(".")[0]
-    last = stack.rpartition(".")[2]
+def _head_stack(layers: Sequence[Layer], blocks: Sequence[str | None]) -> str | None:
+    """Return the stack of a head that is a numbered chain at the end, such as `classifier.0`, `classifier.3`."""
+    stack = (blocks[-1] or "").rpartition(".")[0]
+    if stack.rpartition(".")[2] not in ("head", "classifier", "fc", "mlp_head", "lm_head"):
+        return None
     chain = [layer for layer, block in zip(layers, blocks, strict=True) if block and block.rpartition(".")[0] == stack]
-    singular = last in ("head", "classifier", "fc", "mlp_head", "lm_head")
-    if not singular or list(layers[-len(chain) :]) != chain or any(layer.name not in blocks for layer in chain):
-        return set()
-    shapes = [tuple(p.shape) for layer in chain for p in layer.whole() if p.ndim > 1]
+    shapes = [p.shape for layer in chain for p in layer.whole() if p.ndim > 1]
     fits = all(one[0] == two[1] for one, two in pairwise(shapes))
-    return {layer.name for layer in chain} if fits else set()
+    at_end = list(layers[-len(chain) :]) == chain
+    return stack if fits and at_end and all(layer.name in blocks for layer in chain) else None
 
 
 def _has_inner_blocks(names: Sequence[str], blocks: Sequence[str | None]) -> bool:
@@ -162,27 +147,17 @@ def _doubts_without_numbers(names: Sequence[str]) -> list[str]:
         parts = name.split(".")
         for i in range(1, len(parts)):
             members.setdefault(".".join(parts[:i]), []).append(".".join(parts[i:]))
-    numbered = [parent for parent, below in members.items() if len(below) > 1 and parent[-1].isdigit()]
+    members = {parent: below for parent, below in members.items() if len(below) > 1}
+    numbered = [parent for parent in members if parent[-1].isdigit()]
     if len(set(map(_without_numbers, numbered))) < len(numbered):
         return [f"numbers within words ({some(numbered, 3)}) count as no blocks, and each layer is a depth of its own"]
-    alike: dict[tuple[str, ...], list[str]] = {}
+    twins: dict[tuple[int, tuple[str, ...]], list[str]] = {}
     for parent, below in members.items():
-        if len(below) > 1:
-            alike.setdefault(tuple(below), []).append(parent)
-    for parents in alike.values():
-        if len({parent.count(".") for parent in parents}) < len(parents):
+        twins.setdefault((parent.count("."), tuple(below)), []).append(parent)
+    for parents in twins.values():
+        if len(parents) > 1:
             return [f"{some(parents, 3)} hold layers of the same names, and each is taken to lie above the one before"]
     return []
-
-
-def depth_table(names: Sequence[str], levels: Sequence[int], factors: Sequence[float]) -> list[str]:
-    """Return a table, one line for each depth: the depth, its factor and its layers."""
-    lines = [f"{'depth':>5}  {'factor':<9}  layers"]
-    for level in sorted(set(levels)):
-        own = [(name or "(root)", f) for name, at, f in zip(names, levels, factors, strict=True) if at == level]
-        shown = own[0][0] if len(own) == 1 else f"{own[0][0]}, … {own[-1][0]} ({len(own)})"
-        lines.append(f"{level:>5}  {own[0][1]:<9.4g}  {shown if len(own) != 2 else f'{own[0][0]}, {own[1][0]}'}")
-    return lines
 
 
 @dataclass(frozen=True)
@@ -235,7 +210,7 @@ class LayerDecay(Rule):
         """Return a warning with the table of depths if `depth` is not given and the names are ambiguous."""
         if self.depth is not None:
             return []
-        reasons = doubts_about_depths(layers, self._levels(layers))
+        reasons = _doubts(layers, self._levels(layers))
         if not reasons:
             return []
         text = (
@@ -248,7 +223,13 @@ class LayerDecay(Rule):
     def table(self, layers: Sequence[Layer]) -> list[str]:
         """Return the lines of a table: each depth with its factor and its layers."""
         levels = self._levels(layers)
-        return depth_table([layer.name for layer in layers], levels, self._values(levels))
+        factor_of = dict(zip(levels, self._values(levels), strict=True))
+        lines = [f"{'depth':>5}  {'factor':<9}  layers"]
+        for level in sorted(factor_of):
+            own = [layer.name or "(root)" for layer, at in zip(layers, levels, strict=True) if at == level]
+            shown = ", ".join(own) if len(own) < 3 else f"{own[0]}, … {own[-1]} ({len(own)})"
+            lines.append(f"{level:>5}  {factor_of[level]:<9.4g}  {shown}")
+        return lines
 
     def _levels(self, layers: Sequence[Layer]) -> list[int]:
         names = [layer.name for layer in layers]
