@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import ctypes
 import sys
 import warnings
@@ -13,11 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-FLOAT8 = frozenset(
-    getattr(torch, name)
-    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
-    if hasattr(torch, name)
-)
+FLOAT8 = frozenset(dtype for name, dtype in vars(torch).items() if name.startswith("float8_"))
 """Types that support conversion only."""
 WEIGHTS = FLOAT8 | {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -90,16 +87,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def slots_of(owner: Any) -> dict[str, Any]:
-    """Return the attributes that an object keeps in `__slots__`, outside its `__dict__`."""
-    found: dict[str, Any] = {}
-    for kind in type(owner).__mro__:
-        slots: Any = vars(kind).get("__slots__", ())
-        for slot in [slots] if isinstance(slots, str) else slots:
-            private = slot.startswith("__") and not slot.endswith("__")
-            name = f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
-            if slot not in ("__dict__", "__weakref__") and hasattr(owner, name):
-                found[name] = getattr(owner, name)
-    return found
+    """Return the attributes that an object keeps in `__slots__`, as `copy` finds them."""
+    names: list[str] = vars(copyreg)["_slotnames"](type(owner))
+    return {name: getattr(owner, name) for name in names if hasattr(owner, name)}
 
 
 def several_processes() -> bool:
@@ -164,8 +154,7 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linu
 def return_freed_memory() -> None:
     """Return freed CPU memory to the system, if the C library is glibc. This takes about a millisecond.
 
-    Otherwise a gap between tensors in use stays with the process, and cannot hold a tensor of the same size, because of
-    its alignment. Returned pages cost nothing until the gap is used again.
+    Without it a gap between tensors stays with the process. It cannot hold a tensor of its size, because of alignment.
     """
     if _trim is not None:
         _trim(0)
