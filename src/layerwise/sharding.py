@@ -129,7 +129,7 @@ def find_shards(parameters: Iterable[Tensor], model: nn.Module | None) -> dict[i
             f"{len(missing)} of the optimizer's parameters are shards of FullyShardedDataParallel that are not in "
             "this model: pass the wrapped model itself"
         )
-    return {**shards, **{id(p): shard for p in flattened if (shard := known[id(p)]) is not None}}
+    return shards | {id(p): shard for p in flattened if (shard := known[id(p)])}
 
 
 def _shard_of_dtensor(parameter: Any) -> Shard:
@@ -160,8 +160,8 @@ def _shards_of_fsdp(model: nn.Module) -> Iterable[tuple[int, Shard | None]]:
         ranks = tuple(sorted(torch.distributed.get_process_group_ranks(group)))
         for p, shape, where in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
             span = (where.intra_param_start_idx, where.intra_param_end_idx + 1) if where.in_shard else (0, 0)
-            sharded = handle.uses_sharded_strategy
-            yield id(p), Shard(shape, 1, (group,), handle.device.type, ranks, span) if sharded else None
+            shard = Shard(shape, 1, (group,), handle.device.type, ranks, span)
+            yield id(p), shard if handle.uses_sharded_strategy else None
 
 
 def stand_in(parameter: Tensor, shard: Shard | None) -> Tensor:
@@ -188,19 +188,14 @@ def settled_gradient(parameter: Any) -> Tensor | None:
 # --- Sums over processes ---------------------------------------------------------------------------------------------
 
 _absent: ContextVar[bool] = ContextVar("absent", default=False)
-
-
-def is_absent() -> bool:
-    """Return whether this process takes part in collectives without a share."""
-    return _absent.get()
+is_absent = _absent.get
 
 
 @contextlib.contextmanager
 def absent(yes: bool = True) -> Generator[None]:
     """Take part in the collectives of other processes without a share: inside, the sums of all processes are NaN.
 
-    Factors computed from NaN are 1, and the step does not count. So a paused process keeps no other waiting, and none
-    of them acts alone.
+    Factors computed from NaN are 1, and the step does not count. So a paused process keeps no other waiting.
     """
     token = _absent.set(yes)
     try:
@@ -215,15 +210,14 @@ class Sharing:
     Processes that hold different parameters share only some meshes. All go through their meshes in one order, the small
     ones first, so that no two of them wait for each other.
 
-    Args:
-        shards: For each number the shard of its parameter; None for a number that every process knows whole.
-        flag: Whether there is a last number that is summed over each mesh in turn, so that it reaches every process.
+    `shards` has for each number the shard of its parameter, or None if every process knows all of it. With `flag` there
+    is a last number that is summed over each mesh in turn, so that it reaches every process.
     """
 
     def __init__(self, shards: Sequence[Shard | None], *, flag: bool = False) -> None:
         self._copies = [1 if shard is None else shard.copies for shard in shards] + [1] * flag
         self._positions: dict[tuple[tuple[Any, ...], str], list[int]] = {}
-        shared = [(i, shard) for i, shard in enumerate(shards) if shard is not None]
+        shared = [(i, shard) for i, shard in enumerate(shards) if shard]
         for i, shard in sorted(shared, key=lambda one: (len(one[1].ranks), one[1].ranks)):
             self._positions.setdefault((shard.groups, shard.device_type), []).append(i)
         for positions in self._positions.values():
@@ -254,9 +248,8 @@ class Sharing:
     def _prepare(self, shares: Tensor) -> None:
         """Copy to the device once what every step needs there."""
         device = self._device = shares.device
-        if any(copies != 1 for copies in self._copies):
-            weights = [1 / copies for copies in self._copies]
-            self._weights = torch.tensor(weights, dtype=shares.dtype, device=device)
+        if max(self._copies) > 1:
+            self._weights = torch.tensor([1 / n for n in self._copies], dtype=shares.dtype, device=device)
         self._collectives = []
         for (groups, device_type), positions in self._positions.items():
             every = len(positions) == len(self._copies)
@@ -286,9 +279,8 @@ class Buffers:
 
         Those of a DTensor are a DTensor too, so that a distributed checkpoint can reshard them.
         """
-        dtype = torch.promote_types(gradient.dtype, torch.float32)
         parameter = cast(Any, self._parameters[i])
-        zeros = torch.zeros_like(gradient, dtype=dtype)
+        zeros = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         if not hasattr(parameter, "device_mesh"):
             return zeros
         from torch.distributed.tensor import DTensor
@@ -307,11 +299,7 @@ class Buffers:
     def loaded(self, i: int, buffer: Any, name: str, *, scalar: bool) -> Tensor:
         """Return a copy of a saved buffer, a tensor or a DTensor of any mesh, sharded as parameter i is now.
 
-        Args:
-            i: The number of the parameter.
-            buffer: The saved buffer.
-            name: The parameter's name for messages.
-            scalar: Whether it is one number instead of a buffer like the parameter.
+        A `scalar` is one number instead of a buffer like the parameter; messages have the parameter's name.
         """
         wanted = torch.Size() if scalar else self.shape(i)
         if not isinstance(buffer, Tensor) or buffer.shape != wanted:
@@ -330,12 +318,11 @@ class Buffers:
 
 def _check_own_shard(saved: Any, name: str) -> None:
     """Raise unless a DTensor from a file is the shard that this process would hold."""
-    mesh, coordinate = saved.device_mesh, saved.device_mesh.get_coordinate()
-    if coordinate is None or not torch.distributed.is_initialized():
-        own = False
-    else:
-        own = (mesh.mesh == torch.distributed.get_rank()).nonzero().tolist() == [list(coordinate)]
-    if not own:
+    mesh = saved.device_mesh
+    here: list[list[int]] = []
+    if torch.distributed.is_initialized():
+        here = (mesh.mesh == torch.distributed.get_rank()).nonzero().tolist()
+    if here != [list(mesh.get_coordinate() or ())]:
         raise ValueError(
             f"the saved sums of {name!r} are the shard of another process, as torch.save writes it: save with "
             "torch.distributed.checkpoint and load with layerwise.load_checkpoint, or let each process save its own"
