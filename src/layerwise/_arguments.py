@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
 import os
 import stat
 import sys
@@ -43,9 +42,6 @@ def chosen(argument: Any, preferred: Any, otherwise: Any) -> Any:
 
 # --- Files -----------------------------------------------------------------------------------------------------------
 
-BLOCK = 1 << 22
-"""Most bytes of one read."""
-
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -56,45 +52,37 @@ KINDS = {
 }
 
 
-class NotPlainError(ValueError):
-    """The path is no plain file, or the file is larger than allowed."""
-
-
 def parts(path: str | os.PathLike[str], most: int, *, links: bool = False) -> Iterator[bytes]:
     """Read a plain file of at most `most` bytes in parts; a small file comes in one.
 
-    Args:
-        path: The file.
-        most: The most bytes that it may have.
-        links: Whether `path` itself may be a link, as to data that several users share.
+    With `links` the path itself may be a link, as to data that several users share.
 
     Raises:
         OSError: The file does not exist or cannot be read.
-        NotPlainError: It is a link, a pipe, a device or a folder, or larger than `most`.
+        ValueError: It is a link, a pipe, a device or a folder, or larger than `most`.
     """
     name = os.fspath(path)
     # Without O_NONBLOCK opening a pipe waits for a writer; O_BINARY exists on Windows.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         file = os.open(name, flags | (0 if links else getattr(os, "O_NOFOLLOW", 0)))
     except OSError as error:
-        kind = kind_of(name) if error.errno in (errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EISDIR) else None
-        if kind is None:
-            raise
-        raise NotPlainError(f"{name}: is {kind}, not a plain file") from error
+        if not isinstance(error, FileNotFoundError) and (kind := kind_of(name)):
+            raise ValueError(f"{name}: is {kind}, not a plain file") from error
+        raise
     try:
         about = os.fstat(file)
         if kind := _kind(about.st_mode):
-            raise NotPlainError(f"{name}: is {kind}, not a file")
+            raise ValueError(f"{name}: is {kind}, not a file")
         length = 0
         # One byte more than the file's length, since it may have grown.
-        while about.st_size <= most and (part := os.read(file, min(about.st_size + 1, BLOCK))):
+        while about.st_size <= most and (part := os.read(file, min(about.st_size + 1, 1 << 22))):
             length += len(part)
             if length > most:
                 break
             yield part
         if max(length, about.st_size) > most:
-            raise NotPlainError(f"{name}: has more than {most:,} bytes, more than such a file may have")
+            raise ValueError(f"{name}: has more than {most:,} bytes, more than such a file may have")
     except OSError as error:
         raise type(error)(error.errno, error.strerror, name) from error
     finally:
@@ -140,7 +128,6 @@ class StaysBehind:
             warnings.warn(
                 f"a {type(self).__name__} is not copied or pickled: the copy holds None in its place; "
                 f"{self._copy_remedy}",
-                UserWarning,
                 stacklevel=level,
             )
         return type(None), ()

@@ -56,7 +56,6 @@ def warn_without_values(consequence: str, stacklevel: int) -> None:
     """Warn that parameters hold no values, with the consequence; `stacklevel` counts from the caller."""
     warnings.warn(
         f"the optimizer's parameters hold no values (meta device or fake tensors), so {consequence}",
-        UserWarning,
         stacklevel=stacklevel + 1,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ def load_checkpoint(adapter: LayerwiseLR, checkpoint: Any, key: str = "adapter")
         ...     load_checkpoint(adapter, folder)
     """
     import torch.distributed.checkpoint as distributed
+    from torch.distributed.checkpoint import _nested_dict as nested
 
     reader = distributed.FileSystemReader(checkpoint) if isinstance(checkpoint, str | os.PathLike) else checkpoint
     metadata = reader.read_metadata()
@@ -54,8 +55,7 @@ def load_checkpoint(adapter: LayerwiseLR, checkpoint: Any, key: str = "adapter")
     if not paths:
         held = sorted({str(path[0]) for path in planned.values()})
         raise ValueError(f"the checkpoint holds no key={key!r}; it holds {', '.join(held) or 'nothing'}")
-    shards = [shard for layer in adapter.layer_table() for shard in layer.shards if shard is not None]
-    cut = any(shard.span is not None for shard in shards)
+    cut = any(shard and shard.span for layer in adapter.layer_table() for shard in layer.shards)
     if cut and any("sums" in path for path in paths.values()):
         raise ValueError(
             "the checkpoint holds the sums of half an epoch, and FullyShardedDataParallel has cut the parameters into "
@@ -67,12 +67,9 @@ def load_checkpoint(adapter: LayerwiseLR, checkpoint: Any, key: str = "adapter")
         for layer in adapter.layer_table()
         for name, parameter in zip(layer.parameter_names, layer.parameters, strict=True)
     }
-    room: dict[str, Any] = {}
-    for name, path in paths.items():
-        inner = room
-        for part in path[:-1]:
-            inner = inner.setdefault(part, {})
-        inner[path[-1]] = _room(metadata.state_dict_metadata[name], parameters.get(str(path[-1])))
+    saved = metadata.state_dict_metadata
+    empty = {name: _room(saved[name], parameters.get(str(path[-1]))) for name, path in paths.items()}
+    room = cast("dict[str, Any]", nested.unflatten_state_dict(empty, paths))
     distributed.load(room, storage_reader=reader)
     _restore_empty(room[key], adapter.state_dict())
     adapter.load_state_dict(room[key])

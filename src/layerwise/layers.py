@@ -355,7 +355,6 @@ def warn_of_unmeasured(named_parameters: Mapping[str, Tensor], nothing_measured:
         warnings.warn(
             f"{len(names)} of the optimizer's parameters hold no floating-point numbers: {some(names, 5, str)}. "
             "Quantised weights have no norm here, so these parameters are in no layer, and their factor is 1",
-            UserWarning,
             stacklevel=3,
         )
 
@@ -583,7 +582,7 @@ def param_groups(model: Model, layers: LayerSpecification = "module") -> list[di
         _named_tensors(specification, held, module, "the model's parameters that require a gradient")
     found = make_layers(named, specification, module)
     for message in flattened(found, specification):
-        warnings.warn(message, UserWarning, stacklevel=2)
+        warnings.warn(message, stacklevel=2)
     missing = named.keys() - {name for layer in found for name in layer.parameter_names}
     if missing:
         raise ValueError(f"layers={layers!r} leaves out {sorted(missing)}; add a pattern such as '*' for the rest")

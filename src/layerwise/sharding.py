@@ -39,7 +39,7 @@ def compared(
     The n-th comparison of a kind among some ranks (None for all) is matched with the n-th in the other processes.
     """
     global _counts
-    store = _store()
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
     several = torch.distributed.get_world_size() if ranks is None else len(ranks)
     if _counts[0] is not store:  # a new process group
         _counts = (store, Counter())
@@ -64,11 +64,8 @@ def compared(
 
 def can_compare() -> bool:
     """Return whether there is a store. MPI has none, and a fake process group has no other processes."""
-    return _store() is not None and torch.distributed.get_backend() != "fake"
-
-
-def _store() -> Any:
-    return torch.distributed.distributed_c10d._get_default_store()
+    store = cast(Any, torch.distributed.distributed_c10d)._get_default_store()
+    return store is not None and torch.distributed.get_backend() != "fake"
 
 
 def digest(value: Any) -> str:

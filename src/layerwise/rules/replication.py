@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -21,7 +22,6 @@ from .state import State, described, is_state
 ALIKE = 1e-5
 """The largest relative difference of norms in two processes that count as equal."""
 
-_NORMS = ("gradient", "weight")
 _REMEDY = (
     "use rules.Constant({layer: factor}) with the factors of the whole network, or a rule that computes each factor "
     "from its own layer (own_layer = True), such as LayerAdaptive, LARS or LARC"
@@ -29,19 +29,13 @@ _REMEDY = (
 
 
 def refuse_stages(rule: Rule, parameters: Iterable[Tensor]) -> None:
-    """Raise if a rule that compares layers is attached to a stage of a pipeline.
-
-    Raises:
-        ValueError: A `PipelineStage` holds one of the parameters.
-    """
-    module = sys.modules.get("torch.distributed.pipelining.stage")
-    kind: Any = getattr(module, "_PipelineStageBase", None)
+    """Raise a ValueError if a rule that compares layers is attached to a `PipelineStage`."""
+    kind: Any = getattr(sys.modules.get("torch.distributed.pipelining.stage"), "_PipelineStageBase", None)
     if kind is None or not rule.depends_on_other_layers():
         return
     ours = set(map(id, parameters))
-    kinds = {kind, *kind.__subclasses__()}
     # A stage leaves no mark on its module, so this searches all live objects.
-    for stage in [one for one in gc.get_objects() if type(one) in kinds]:
+    for stage in [one for one in gc.get_objects() if issubclass(type(one), kind)]:
         if stage.num_stages > 1 and any(id(p) in ours for p in stage.submod.parameters()):
             raise ValueError(
                 f"{described(rule)} compares layers, and this process holds only those of stage {stage.stage_index} of "
@@ -53,19 +47,8 @@ def check_processes(rule: Rule, state: State, layers: Sequence[Layer], statistic
     """Raise in all processes if their factors for shared parameters would differ.
 
     The processes compare once what each of them holds, through the key-value store. This waits for the device. It also
-    waits up to `SECONDS` for processes that do not step with this rule, and then warns, or `LONGEST` where parameters
-    are shared.
-
-    Args:
-        rule: The rule.
-        state: The rule's state.
-        layers: The layers.
-        statistics: The statistics of the layers.
-
-    Raises:
-        ValueError: The processes hold different layers or are in different epochs, or a layer holds both replicated
-            parameters and parameters of one process alone.
-        RuntimeError: A process that shares parameters has attached no adapter.
+    waits up to `SECONDS` for processes that do not step with this rule, and then warns. Where parameters are shared, it
+    waits up to `LONGEST`, and then raises.
     """
     if not several_processes():
         return
@@ -94,23 +77,16 @@ def check_processes(rule: Rule, state: State, layers: Sequence[Layer], statistic
 def check_members(what: str, alike: Table, statistics: LayerStatistics, *, needs_all: bool) -> None:
     """Raise in all processes that share parameters unless each has attached the same to the same layers.
 
-    Args:
-        what: What is attached, such as `"LayerwiseLR"`.
-        alike: The values, by name, that must be equal in all of them.
-        statistics: The statistics of the layers.
-        needs_all: Whether a collective follows.
-
-    Raises:
-        ValueError: A value differs.
-        RuntimeError: One of them has attached nothing, so the next collective would hang.
+    `alike` holds the values, by name, that must be equal in all of them; with `needs_all` a collective follows, which
+    would hang without one of them.
     """
     if not can_compare():
         return
-    shared: dict[tuple[int, ...], list[str]] = {}
+    shared: defaultdict[tuple[int, ...], list[str]] = defaultdict(list)
     names = (f"{layer.name}:{name}" for layer in statistics.layers for name in layer.parameter_names)
     for name, shard in zip(names, statistics.shards, strict=True):
         if shard is not None:
-            shared.setdefault(shard.ranks, []).append(name)
+            shared[shard.ranks].append(name)
     own = {name: [repr(value)] for name, value in alike.items()}
     for ranks in sorted(shared, key=lambda ranks: (len(ranks), ranks)):
         table = {**own, "names of layers": [digest(shared[ranks])]}
@@ -136,7 +112,6 @@ def _warn_of_others(what: str, processes: int) -> None:
     warnings.warn(
         f"not all of the {processes} processes reached the first step with a {what} of this rule within {SECONDS:g} s. "
         "If they hold the same parameters, these drift apart: create it in every process",
-        UserWarning,
         stacklevel=2,
     )
 
@@ -186,7 +161,10 @@ def _merged(before: Table, own: Table) -> Table:
     held = {**own["held"], **before["held"]}
     for key in own["held"].keys() & before["held"].keys():
         one, other = own["held"][key], before["held"][key]
-        spans = {name: [min(one[name][0], other[name][0]), max(one[name][1], other[name][1])] for name in _NORMS}
+        spans = {
+            name: [min(one[name][0], other[name][0]), max(one[name][1], other[name][1])]
+            for name in ("gradient", "weight")
+        }
         held[key] = {**one, **spans, "processes": other["processes"] + 1}
     return {"layers": own["layers"] if before["layers"] == own["layers"] else "", "held": held}
 
@@ -198,14 +176,14 @@ def _judge(rule: Rule, table: Table, *, compares: bool, reads: bool) -> None:
             f"{described(rule)} compares layers, and the processes hold different ones, as the stages of a pipeline "
             f"or experts do. Each process would compare its own layers alone: {_REMEDY}"
         )
-    replicated: dict[str, list[str]] = {}
-    different: dict[str, list[str]] = {}
+    different: dict[str, str] = {}  # name to layer
+    replicated: dict[str, str] = {}
     for name, one in table["held"].items():
         low, high = one["gradient"]
         if one["processes"] < one["holders"] or (low >= 0 and _differ(low, high)):
-            different.setdefault(one["layer"], []).append(name)
+            different[name] = one["layer"]
         elif low > 0:
-            replicated.setdefault(one["layer"], []).append(name)
+            replicated[name] = one["layer"]
     matrices = [_differ(*one["weight"]) for one in table["held"].values() if one["matrix"]]
     if compares and different and not replicated and all(matrices):
         raise ValueError(
@@ -215,22 +193,18 @@ def _judge(rule: Rule, table: Table, *, compares: bool, reads: bool) -> None:
         )
     if compares and reads and replicated and different:
         raise ValueError(
-            f"{described(rule)} compares layers, and some parameters are replicated ({_some(replicated)}) while others "
-            f"differ between the processes ({_some(different)}). The replicated ones would get different factors in "
-            f"each process: make the others DTensors, or {_REMEDY}"
+            f"{described(rule)} compares layers, and some parameters are replicated ({some(replicated, 4, str)}) while "
+            f"others differ between the processes ({some(different, 4, str)}). The replicated ones would get different "
+            f"factors in each process: make the others DTensors, or {_REMEDY}"
         )
-    for layer in replicated.keys() & different.keys() if reads else ():
+    for layer in set(replicated.values()) & set(different.values()) if reads else ():
+        alike, apart = ([name for name in names if names[name] == layer] for names in (replicated, different))
         raise ValueError(
-            f"layer {layer!r} joins replicated parameters ({_some({layer: replicated[layer]})}) with parameters that "
-            f"differ between the processes ({_some({layer: different[layer]})}). Its norm and its factor would differ "
-            "between processes: pass layers='parameter', or patterns that keep the two apart, or make the latter "
-            "DTensors"
+            f"layer {layer!r} joins replicated parameters ({some(alike, 4, str)}) with parameters that differ between "
+            f"the processes ({some(apart, 4, str)}). Its norm and its factor would differ between processes: pass "
+            "layers='parameter', or patterns that keep the two apart, or make the latter DTensors"
         )
 
 
 def _differ(low: float, high: float) -> bool:
     return high - low > ALIKE * high
-
-
-def _some(by_layer: dict[str, list[str]]) -> str:
-    return some([name for inside in by_layer.values() for name in inside], 4, str)
