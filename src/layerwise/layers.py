@@ -150,7 +150,6 @@ LayerName = Callable[[str, Tensor], "str | None"]
 Exclusion = Sequence[str] | Callable[[str, Tensor], bool] | None
 """Layers left at factor 1: patterns of layer names, or a function of a parameter's name and the parameter."""
 
-
 LayerSpecification = Literal["module", "parameter"] | Sequence[str] | LayerName | Mapping[str, Iterable[Tensor]]
 
 
@@ -468,7 +467,7 @@ def joining(layers: Sequence[Layer], modules: Sequence[Divided]) -> str:
     joined = {id(layer) for one in modules for layer in (one.layer, *one.below)}
     patterns = {one.layer.name: f"{escape(one.layer.name)}.*".lstrip(".") for one in modules}
     patterns |= {layer.name: _pattern(layer) for layer in layers if id(layer) not in joined}
-    deepest = sorted(patterns, key=_height)
+    deepest = _deepest_first(patterns)
     if len(deepest) <= MOST_PATTERNS or any("/" in name for name in deepest):
         return repr([patterns[name] for name in deepest])
     whole = tuple(name for name in deepest if patterns[name].endswith(".*"))
@@ -480,9 +479,8 @@ def _pattern(layer: Layer) -> str:
     return escape(layer.name) + ".*" * (len(set(map(owner_name, layer.parameter_names))) > 1)
 
 
-def _height(name: str) -> int:
-    """Sort names with the deepest first, since a pattern for an outer module may match deeper layers."""
-    return -name.count(".")
+def _deepest_first(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: -name.count("."))  # a pattern for an outer module may match deeper layers
 
 
 def flattened(layers: Sequence[Layer], specification: LayerSpecification) -> list[str]:
@@ -526,7 +524,7 @@ def _warning(layer: Layer, layers: Sequence[Layer]) -> str:
         patterns = [f"{escape(stem)}*" for stem in sorted(stems, key=lambda stem: -len(stem))]
         patterns += [escape(name) for name in layer.parameter_names if not any(map(name.startswith, stems))]
         others = {other.name: _pattern(other) for other in layers if other is not layer}
-        patterns += [others[name] for name in sorted(others, key=_height)]
+        patterns += [others[name] for name in _deepest_first(others)]
         remedy = f"layers={patterns!r}"
     else:
         remedy = "layers='parameter'"

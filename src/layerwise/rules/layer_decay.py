@@ -73,11 +73,9 @@ def _doubts(layers: Sequence[Layer], levels: Sequence[int]) -> list[str]:
         reasons.append(f"names hold numbers at two levels, and the depths count {shown}")
     if any(numbers != sorted(numbers) for numbers in stacks.values()):
         reasons.append("numbered blocks are not in their order")
-    reasons += _doubts_outside(layers, blocks)
-    if not any(blocks):
-        reasons += _doubts_without_numbers(names)
+    reasons += _doubts_outside(layers, blocks) if stacks else _doubts_without_numbers(names)
     single = [(name, level) for name, block, level in zip(names, blocks, levels, strict=True) if not block]
-    if low := [name for name, level in single if level < max(levels) and _is_head(name, numbered=any(blocks))]:
+    if low := [name for name, level in single if level < max(levels) and _is_head(name, numbered=bool(stacks))]:
         reasons.append(f"{some(low, 3)} by name next to the loss, but not last in the model's order")
     if above := [name for name, level in single if level > 0 and any(map(_EMBEDDING.search, name.split(".")))]:
         reasons.append(f"{some(above, 3)} by name next to the input, but not first in the model's order")
@@ -98,8 +96,8 @@ def _without_numbers(name: str) -> str:
 
 
 def _is_head(name: str, *, numbered: bool) -> bool:
-    last = name.rpartition(".")[2]
-    return any(map(_HEAD.search, name.split("."))) or (numbered and _HEAD_WORD.match(last) is not None)
+    parts = name.split(".")
+    return any(map(_HEAD.search, parts)) or (numbered and bool(_HEAD_WORD.match(parts[-1])))
 
 
 def _head_stack(layers: Sequence[Layer], blocks: Sequence[str | None]) -> str | None:
@@ -128,9 +126,9 @@ def _has_inner_blocks(names: Sequence[str], blocks: Sequence[str | None]) -> boo
 
 def _doubts_outside(layers: Sequence[Layer], blocks: Sequence[str | None]) -> list[str]:
     """Return doubts about layers that share the first or last depth while each numbered layer has its own."""
-    if not any(blocks) or any(layer.name != block for layer, block in zip(layers, blocks, strict=True) if block):
-        return []
     numbered = [i for i, block in enumerate(blocks) if block]
+    if any(layers[i].name != blocks[i] for i in numbered):
+        return []
     for end, which in ((layers[: numbered[0]], "first"), (layers[numbered[-1] + 1 :], "last")):
         weights = [one.name for one in end if one.name and any(p.ndim > 1 for p in one.whole())]
         if len([name for name in weights if not _EMBEDDING.search(name)]) > 1:
@@ -208,9 +206,7 @@ class LayerDecay(Rule):
 
     def doubts(self, layers: Sequence[Layer]) -> list[str]:
         """Return a warning with the table of depths if `depth` is not given and the names are ambiguous."""
-        if self.depth is not None:
-            return []
-        reasons = _doubts(layers, self._levels(layers))
+        reasons = [] if self.depth else _doubts(layers, self._levels(layers))
         if not reasons:
             return []
         text = (
@@ -240,8 +236,7 @@ class LayerDecay(Rule):
         return levels
 
     def _values(self, levels: Sequence[int]) -> list[float]:
-        top = max(levels)
-        gap = 1 if self.style == "electra" else 0
+        top, gap = max(levels), int(self.style == "electra")
         return [1.0 if level == top else float(self.decay) ** (top + gap - level) for level in levels]
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:

@@ -35,7 +35,7 @@ def refuse_stages(rule: Rule, parameters: Iterable[Tensor]) -> None:
         return
     ours = set(map(id, parameters))
     # A stage leaves no mark on its module, so this searches all live objects.
-    for stage in [one for one in gc.get_objects() if issubclass(type(one), kind)]:
+    for stage in [one for one in gc.get_objects() if kind in type(one).__mro__]:
         if stage.num_stages > 1 and any(id(p) in ours for p in stage.submod.parameters()):
             raise ValueError(
                 f"{described(rule)} compares layers, and this process holds only those of stage {stage.stage_index} of "
