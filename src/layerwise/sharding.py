@@ -100,12 +100,11 @@ class Shard:
         return same.redistribute(mesh, parameter.placements)
 
 
-def find_shards(parameters: Iterable[Tensor], model: nn.Module | None) -> dict[int, Shard]:
+def find_shards(parameters: Sequence[Tensor], model: nn.Module | None) -> dict[int, Shard]:
     """Return the shard of each parameter that processes share, by the parameter's id.
 
     A DTensor (FSDP2, tensor parallel) holds its sharding; for FSDP1 only the model does.
     """
-    parameters = list(parameters)
     shards = {id(p): _shard_of_dtensor(p) for p in parameters if hasattr(p, "device_mesh")}
     flattened = [p for p in parameters if getattr(p, "_fsdp_flattened", False)]
     if not flattened:
