@@ -88,12 +88,7 @@ def _clean_in(model: nn.Module, name: str) -> str:
 
 
 def clean_name(name: str) -> str:
-    """Return a parameter's or module's name in the bare model, without what wrappers and parametrizations add.
-
-    Example:
-        >>> clean_name("module._orig_mod.encoder.parametrizations.weight.original0")
-        'encoder.weight0'
-    """
+    """Return a parameter's or module's name in the bare model, without what wrappers and parametrizations add."""
     return _PARAMETRIZED.sub(r"\1\2", _LEADING.sub("", _WRAPPER.sub("", name))).rstrip(".")
 
 

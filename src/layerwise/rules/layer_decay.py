@@ -32,7 +32,7 @@ def depths(names: Sequence[str]) -> list[int]:
         >>> depths(["patch_embed", "blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "norm", "head"])
         [0, 1, 1, 2, 3, 3]
     """
-    blocks = list(map(_block, names))
+    blocks = [found and found[0] for found in map(_BLOCK.match, names)]
     numbered = [i for i, block in enumerate(blocks) if block]
     if not numbered:
         return list(range(len(names)))
@@ -56,14 +56,14 @@ _EMBEDDING = re.compile(r"embed(?!_?out)|^(?:stem|wte|wpe)$")
 def _doubts(layers: Sequence[Layer], levels: Sequence[int]) -> list[str]:
     """Return the reasons why depths from the layers' names may be wrong; empty if the names are unambiguous."""
     names = [layer.name for layer in layers]
-    blocks = list(map(_block, names))
+    blocks = [found and found[0] for found in map(_BLOCK.match, names)]
     stacks: dict[str, list[int]] = {}
     for block in dict.fromkeys(filter(None, blocks)):
         stack, _, number = block.rpartition(".")
         stacks.setdefault(stack, []).append(int(number))
     head = _head_stack(layers, blocks)
     bodies = [stack for stack in stacks if stack != head]
-    kinds = set(map(_without_numbers, bodies))
+    kinds = {re.sub(r"\d+", "", stack) for stack in bodies}
     reasons: list[str] = []
     if len(kinds) > 1:
         shown = some([f"{stack}.*".lstrip(".") for stack in bodies], 4)
@@ -83,16 +83,6 @@ def _doubts(layers: Sequence[Layer], levels: Sequence[int]) -> list[str]:
     if paths and len(names) > 1 and names == sorted(names):
         reasons.append("the names are those of a dictionary in alphabetical order, which says nothing of depth")
     return reasons
-
-
-def _block(name: str) -> str | None:
-    """Return the numbered block that a layer belongs to."""
-    match = _BLOCK.match(name)
-    return match and match[0]
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\d+", "", name)
 
 
 def _is_head(name: str, *, numbered: bool) -> bool:
@@ -147,7 +137,7 @@ def _doubts_without_numbers(names: Sequence[str]) -> list[str]:
             members.setdefault(".".join(parts[:i]), []).append(".".join(parts[i:]))
     members = {parent: below for parent, below in members.items() if len(below) > 1}
     numbered = [parent for parent in members if parent[-1].isdigit()]
-    if len(set(map(_without_numbers, numbered))) < len(numbered):
+    if len({re.sub(r"\d+", "", parent) for parent in numbered}) < len(numbered):
         return [f"numbers within words ({some(numbered, 3)}) count as no blocks, and each layer is a depth of its own"]
     twins: dict[tuple[int, tuple[str, ...]], list[str]] = {}
     for parent, below in members.items():

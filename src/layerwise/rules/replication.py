@@ -50,10 +50,7 @@ def check_processes(rule: Rule, state: State, layers: Sequence[Layer], statistic
     waits up to `SECONDS` for processes that do not step with this rule, and then warns. Where parameters are shared, it
     waits up to `LONGEST`, and then raises.
     """
-    if not several_processes():
-        return
-    refuse_stages(rule, statistics.members)
-    if not can_compare():
+    if not several_processes() or not can_compare():
         return
     needs = set(rule.needs)
     if statistics.sharing is not None:
