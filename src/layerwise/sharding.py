@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ LONGEST = 60.0
 """Time to wait for processes without which the next collective would hang."""
 
 Table = dict[str, Any]
-_counts: tuple[Any, Counter[str]] = (None, Counter())
+_counts: WeakKeyDictionary[Any, Counter[str]] = WeakKeyDictionary()  # of comparisons, by the process group's store
 
 
 def compared(
@@ -38,14 +39,11 @@ def compared(
     out. Each process merges its table into that of the process before it. All of them get the last table, or none does.
     The n-th comparison of a kind among some ranks (None for all) is matched with the n-th in the other processes.
     """
-    global _counts
     store: Any = torch.distributed.distributed_c10d._get_default_store()
     several = torch.distributed.get_world_size() if ranks is None else len(ranks)
-    if _counts[0] is not store:  # a new process group
-        _counts = (store, Counter())
-    among = digest([kind, ranks])
-    _counts[1][among] += 1
-    key = f"layerwise/{among}/{_counts[1][among]}"
+    counts, among = _counts.setdefault(store, Counter()), digest([kind, ranks])
+    counts[among] += 1
+    key = f"layerwise/{among}/{counts[among]}"
     ticket = store.add(f"{key}/came", 1)
     try:
         if 1 < ticket <= several:
