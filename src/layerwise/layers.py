@@ -421,9 +421,6 @@ def some(names: Iterable[str], most: int = 8, form: Callable[[str], str] = repr)
 
 # --- Advice ----------------------------------------------------------------------------------------------------------
 
-MOST_PATTERNS = 40
-"""The most patterns that are listed; above, the advice is a function."""
-
 DOUBTS = r"LayerDecay takes the depths|all \d+ parameters"
 """Matches the beginnings of warnings about layers, which `diagnose` reports in its own text instead."""
 
@@ -463,7 +460,7 @@ def joining(layers: Sequence[Layer], modules: Sequence[Divided]) -> str:
     patterns = {one.layer.name: f"{escape(one.layer.name)}.*".lstrip(".") for one in modules}
     patterns |= {layer.name: _pattern(layer) for layer in layers if id(layer) not in joined}
     deepest = _deepest_first(patterns)
-    if len(deepest) <= MOST_PATTERNS or any("/" in name for name in deepest):
+    if len(deepest) <= 40 or any("/" in name for name in deepest):  # of more, a function is shorter
         return repr([patterns[name] for name in deepest])
     whole = tuple(name for name in deepest if patterns[name].endswith(".*"))
     return f"lambda name, parameter: next((m for m in {whole!r} if name.startswith(m + '.')), name.rpartition('.')[0])"

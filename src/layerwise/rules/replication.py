@@ -19,9 +19,6 @@ from ..statistics import NORMS, LayerStatistics
 from .base import Rule
 from .state import State, described, is_state
 
-ALIKE = 1e-5
-"""The largest relative difference of norms in two processes that count as equal."""
-
 _REMEDY = (
     "use rules.Constant({layer: factor}) with the factors of the whole network, or a rule that computes each factor "
     "from its own layer (own_layer = True), such as LayerAdaptive, LARS or LARC"
@@ -204,4 +201,5 @@ def _judge(rule: Rule, table: Table, *, compares: bool, reads: bool) -> None:
 
 
 def _differ(low: float, high: float) -> bool:
-    return high - low > ALIKE * high
+    """Return whether norms in two processes differ by more than rounding."""
+    return high - low > 1e-5 * high
