@@ -183,6 +183,7 @@ def settled_gradient(parameter: Any) -> Tensor | None:
 
 _absent: ContextVar[bool] = ContextVar("absent", default=False)
 is_absent = _absent.get
+"""Returns whether this process takes part in collectives without a share."""
 
 
 @contextlib.contextmanager

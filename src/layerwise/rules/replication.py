@@ -153,13 +153,12 @@ def _table(layers: Sequence[Layer], statistics: LayerStatistics) -> Table:
 
 def _merged(before: Table, own: Table) -> Table:
     held = {**own["held"], **before["held"]}
-    for key in own["held"].keys() & before["held"].keys():
-        one, other = own["held"][key], before["held"][key]
+    for name in own["held"].keys() & before["held"].keys():
+        one, other = own["held"][name], before["held"][name]
         spans = {
-            name: [min(one[name][0], other[name][0]), max(one[name][1], other[name][1])]
-            for name in ("gradient", "weight")
+            key: [min(one[key][0], other[key][0]), max(one[key][1], other[key][1])] for key in ("gradient", "weight")
         }
-        held[key] = {**one, **spans, "processes": other["processes"] + 1}
+        held[name] = {**one, **spans, "processes": other["processes"] + 1}
     return {"layers": own["layers"] if before["layers"] == own["layers"] else "", "held": held}
 
 
