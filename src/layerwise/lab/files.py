@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from layerwise._arguments import kind_of, parts
 from layerwise.lab.errors import UsageError
+from layerwise.lab.plain_files import kind_of, parts
 from layerwise.lab.store import digest_of, read_signed, signed, write_whole
 
 FILES = "files.json"

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise._arguments import kind_of
 from layerwise.lab.errors import UsageError
+from layerwise.lab.plain_files import kind_of
 from layerwise.lab.store import LARGEST_NUMBER, LARGEST_TABLE, read_bytes
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from layerwise._arguments import parts
 from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
 from layerwise.lab.files import refuse_links, remove_leftovers
 from layerwise.lab.locks import BusyError, alone_in
+from layerwise.lab.plain_files import parts
 from layerwise.lab.recorder import Recorder
 from layerwise.lab.records import Record, read_about, read_summary
 from layerwise.lab.store import digest_of, hardware, plain, read_bytes, read_signed, signed, versions, write_whole

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import layerwise
-from layerwise._arguments import parts, read_plain
 from layerwise.lab.errors import UsageError
+from layerwise.lab.plain_files import parts, read_plain
 
 LARGEST_JSON = 1 << 26
 """Bytes of a JSON file of a run or a report; a larger one is not read, as it could only be meant to fill the memory."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._arguments import has_type, read_plain
+from .._arguments import has_type
 from ..layers import Layer
 from ..statistics import Statistics, common_device
 from .base import Rule
@@ -69,7 +69,10 @@ def load_factors(file: str | os.PathLike[str]) -> tuple[list[str], list[list[flo
         FileNotFoundError: There is no such file.
         ValueError: The file is not of this format, or damaged; the message names the line. Or it is no plain file.
     """
-    name, lines = os.fspath(file), read_plain(file, LARGEST, links=True).splitlines()
+    name, path = os.fspath(file), Path(file)
+    if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST):
+        raise ValueError(f"file={name!r} is no plain file of at most {LARGEST:,} bytes")
+    lines = path.read_bytes().splitlines()
     try:
         header = json.loads(lines[0])
         layers: list[str] = header["layers"]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from layerwise._arguments import kind_of
 from layerwise.lab.errors import UsageError
+from layerwise.lab.plain_files import kind_of
 from layerwise.lab.store import write_whole
 
 

@@ -21,8 +21,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from layerwise._arguments import kind_of, parts
 from layerwise.lab.errors import UsageError
+from layerwise.lab.plain_files import kind_of, parts
 
 TIMEOUT = 30.0
 """Seconds that a server may stay silent."""
