@@ -24,7 +24,7 @@ from ._tensors import shards_of
 from ._writes import FUSED
 from .apply import Factors, Item, Overrides, Split, Step
 from .layers import Layer
-from .rules.base import ElementwiseRule
+from .rules.elementwise import ElementwiseRule
 from .statistics import Groups, LayerStatistics
 
 Deal = Callable[[Sequence[Tensor]], Iterable[tuple[Sequence[int], Mapping[str, Any]]]]

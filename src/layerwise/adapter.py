@@ -47,9 +47,10 @@ from .layers import (
     warn_of_unmeasured,
 )
 from .optimizers import PLACES, PlaceName, acting_optimizer, check_backward_is_over, is_foreign, refuse, unwrap
-from .rules.base import Rule, Selection, check_elementwise, check_rule, is_elementwise, is_pair
+from .rules.base import Rule, Selection, check_rule, is_pair
 from .rules.combine import bounds as bounded
 from .rules.combine import check_bounds
+from .rules.elementwise import check_elementwise, is_elementwise
 from .rules.replication import check_processes, refuse_stages
 from .rules.state import State, check_saved, copied, described
 from .sharding import absent, find_shards

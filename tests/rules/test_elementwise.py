@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import layerwise
 from layerwise.adapter import MOST_NUMBERS
 from layerwise.rules import LARC, LARS, ElementwiseRule, LayerAdaptive
-from layerwise.rules.base import finite_or_one, is_elementwise
-from layerwise.rules.elementwise import log1p, minimum, where
+from layerwise.rules.base import finite_or_one
+from layerwise.rules.elementwise import is_elementwise, log1p, minimum, where
 from layerwise.rules.state import State
 from layerwise.statistics import Statistics
 

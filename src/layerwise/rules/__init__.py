@@ -1,9 +1,10 @@
 """Rules: how large each layer's factor is, one published method a file."""
 
 from .back_matching import BackMatching
-from .base import ElementwiseRule, Rule, Selection
+from .base import Rule, Selection
 from .combine import bounds, chain
 from .constant import Constant
+from .elementwise import ElementwiseRule
 from .gradient_amplification import PARAMS_1, PARAMS_2, GradientAmplification, Phase
 from .lars import LARC, LARS
 from .layer_adaptive import LayerAdaptive

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeGuard, cast
 
 import torch
@@ -141,95 +140,6 @@ class Rule(ABC):
         """
         names = [layer.name for layer in layers]
         return self.derived(carried_over(self.init(layers, device), state, names, old_names))
-
-
-class ElementwiseRule(Rule):
-    """A rule without state whose factor for a layer follows from that layer's own statistics: f_l = φ(s_l).
-
-    φ is written once, with operators and the functions of `layerwise.rules.elementwise`, and takes numbers of one layer
-    or tensors of all layers. On the CPU a step with few layers then costs a few operations on Python's numbers instead
-    of a chain of small tensor operations, each of which finds its code out of the cache.
-
-    Example:
-        >>> class InverseNorm(ElementwiseRule):
-        ...     '''f_l = 1 / ‖g_l‖.'''
-        ...     def factor(self, gradient_norm):
-        ...         return 1 / gradient_norm
-        >>> InverseNorm().numbers({"gradient_norm": [0.5, 2.0]})
-        [2.0, 0.5]
-        >>> InverseNorm().factors(Statistics(gradient_norm=torch.tensor([0.5, 2.0])), {})[0]
-        tensor([2.0000, 0.5000])
-    """
-
-    @abstractmethod
-    def factor(self, *statistics: Any, **options: Any) -> Any:
-        """Return φ of the statistics in `needs`, in their order."""
-
-    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
-        """Return φ of all layers."""
-        return self.factor(*(getattr(statistics, name) for name in self.needs)), state
-
-    def needs_own_layer_only(self) -> bool:
-        """Return whether φ is in use and reads statistics of single layers."""
-        if is_elementwise(self):
-            return not {"counts", "gradients"} & set(self.needs)
-        return self.own_layer
-
-    def numbers(self, statistics: Mapping[str, Sequence[float]]) -> list[float]:
-        """Return φ layer by layer.
-
-        Args:
-            statistics: For each name in `needs` one number a layer.
-        """
-        columns = list(map(statistics.__getitem__, self.needs))
-        try:
-            numbers = list(map(self.factor, *columns))
-            if set(map(type, numbers)) <= {float, int}:
-                return list(map(float, numbers))
-        except ArithmeticError:  # Python's numbers cannot be divided by zero, and do not overflow
-            pass
-        return [self._of_one_layer(row) for row in zip(*columns, strict=True)]
-
-    def _of_one_layer(self, row: Sequence[float]) -> float:
-        """Return φ of one layer, computed with tensors where Python's numbers raise or give a complex number."""
-        with contextlib.suppress(ArithmeticError):
-            number = self.factor(*row)
-            if type(number) in (float, int):
-                return float(number)
-        return float(self.factor(*(torch.tensor([x], dtype=torch.float64, device="cpu") for x in row)))
-
-
-def is_elementwise(rule: Rule) -> TypeGuard[ElementwiseRule]:
-    """Return whether a rule's factors are its φ; a subclass or an object may replace `factors`."""
-    return (
-        isinstance(rule, ElementwiseRule)
-        and type(rule).factors is ElementwiseRule.factors
-        and "factors" not in getattr(rule, "__dict__", {})
-    )
-
-
-def check_elementwise(rule: ElementwiseRule) -> None:
-    """Raise unless φ takes tensors of several layers and numbers of one.
-
-    Raises:
-        TypeError: It does not, or its `needs` have no order.
-    """
-    if not isinstance(rule.needs, Sequence):
-        raise TypeError(f"{rule!r}: needs={rule.needs!r} must be a tuple, whose order is that of factor's arguments")
-    remedy = (
-        "write it with operators (x ** 0.5 for a root) and with log1p, minimum and where of "
-        "layerwise.rules.elementwise, or make it a Rule, whose factors(statistics, state) gets tensors only"
-    )
-    layers, result = torch.tensor([1.0, 2.0], dtype=torch.float64, device="cpu"), None
-    for words, value in (("the numbers of one layer", 2.0), ("tensors of several layers", layers)):
-        try:
-            result = rule.factor(*[value] * len(rule.needs))
-        except ArithmeticError:  # Python's numbers cannot form what a tensor has as infinity or NaN
-            continue
-        except Exception as error:
-            raise TypeError(f"{rule!r}.factor cannot take {words} ({error}); {remedy}") from error
-    if not isinstance(result, Tensor) or result.shape != layers.shape:
-        raise TypeError(f"{rule!r}.factor returns {result!r} for tensors of two layers, not one factor each; {remedy}")
 
 
 def check_rule(rule: Any) -> Rule:

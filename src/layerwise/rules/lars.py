@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import ElementwiseRule, is_number
-from .elementwise import Value, minimum, where
+from .base import is_number
+from .elementwise import ElementwiseRule, Value, minimum, where
 
 
 def one_dimensional(name: str, parameter: Tensor) -> bool:

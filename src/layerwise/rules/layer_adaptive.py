@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .base import ElementwiseRule, is_number
-from .elementwise import Value, log1p
+from .base import is_number
+from .elementwise import ElementwiseRule, Value, log1p
 
 
 @dataclass(frozen=True)
