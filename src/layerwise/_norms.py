@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
+from functools import cache, cached_property
+from itertools import chain
 from math import sqrt
 from operator import attrgetter
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ._tensors import FLOAT8, WEIGHTS, as_dense_real, holds_weights, is_quantised, moved
 
-_kind = attrgetter("device", "dtype", "layout")
+_kind, _dequantize = attrgetter("device", "dtype", "layout"), attrgetter("dequantize")
 SHORT, SHORTEST_ROW = 512, 256
 """The longest and the shortest row. A norm in float32 is accurate to 1e-6: each of 8 lanes adds 64 squares."""
 MIDDLE = 2**13
@@ -30,59 +31,59 @@ ORDINARY = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float6
 """Types for which PyTorch computes the norms of many tensors in one operation."""
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+def tensor_norms(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Sequence[int]]:
+    """Return the 2-norms of tensors, at least one, and the position of each norm's tensor.
 
-
-def tensor_norms(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[int] | None]:
-    """Return the 2-norms of tensors, at least one, and the position of each norm's tensor (None if they are in order).
-
-    It takes one `_foreach_norm` for each kind (device, type) of tensor. A norm is accurate to 1e-6, of float64 tensors
-    to 1e-12, for any size, stride and type. Accelerators sum in a tree. The CPU sums sequentially, so float32 sums are
-    kept short and added in float64. This takes a few more operations for each large tensor, and copies of at most
-    `CHUNK` elements if it has gaps or a narrow type.
+    It takes one `_foreach_norm` for each kind (device, type) of tensor, on the CPU two. A norm is accurate to 1e-6, of
+    float64 tensors to 1e-12, for any size, stride and type. Accelerators sum in a tree. The CPU sums sequentially, so
+    float32 sums are kept short and added in float64. This takes a few more operations for each large tensor, and copies
+    of at most `CHUNK` elements if it has gaps or a narrow type.
 
     Example:
         >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(0)], torch.device("cpu"))
-        (tensor([5., 0.]), None)
+        (tensor([5., 0.]), range(0, 2))
     """
-    dense = list(tensors)
-    kinds = set(map(_kind, dense))
-    if not _all_ordinary(dense, kinds):
-        dense = list(map(_measurable, dense))
-        kinds = set(map(_kind, dense))
-    if len(kinds) == 1:
-        return _norms_of_one_kind(dense, device), None
-    parts: list[Tensor] = []
-    order: list[int] = []
-    for kind in sorted(kinds, key=str):
-        positions = [i for i, tensor in enumerate(dense) if _kind(tensor) == kind]
-        parts.append(_norms_of_one_kind([dense[i] for i in positions], device))
-        order += positions
-    return torch.cat(parts), order
+    parts, order = _norms(tensors)
+    # The types of the parts differ: stacking them together would convert the norms one by one.
+    stacked = [moved(torch.stack(list(part)), device) for part in parts]
+    return stacked[0] if len(stacked) == 1 else torch.cat(stacked), order
 
 
-def tensor_norm_numbers(tensors: Sequence[Tensor]) -> tuple[list[float], list[int] | None]:
+def tensor_norm_numbers(tensors: Sequence[Tensor]) -> tuple[list[float], Sequence[int]]:
     """Return what `tensor_norms` does as Python numbers, for tensors on the CPU.
 
     Example:
         >>> tensor_norm_numbers([torch.tensor([3.0, 4.0]), torch.zeros(0)])
-        ([5.0, 0.0], None)
+        ([5.0, 0.0], range(0, 2))
     """
-    kinds = set(map(_kind, tensors)) if len(tensors) <= FEW else ()
-    if len(kinds) == 1 and _all_ordinary(tensors, kinds):
-        return list(map(Tensor.item, _each_norm(tensors))), None
-    norms, order = tensor_norms(tensors, torch.device("cpu"))
-    every: Any = norms
-    return every.tolist(), order
+    if len(tensors) > FEW:
+        norms, order = tensor_norms(tensors, torch.device("cpu"))
+        every: Any = norms
+        return every.tolist(), order
+    parts, order = _norms(tensors)
+    return list(map(Tensor.item, chain.from_iterable(parts))), order
 
 
-def _all_ordinary(tensors: Sequence[Tensor], kinds: Iterable[tuple[torch.device, torch.dtype, torch.layout]]) -> bool:
-    """Return whether PyTorch computes the norms of all these tensors in one operation for each kind."""
+def _norms(tensors: Sequence[Tensor]) -> tuple[list[Sequence[Tensor]], Sequence[int]]:
+    """Return the norms of tensors in parts of one type each, and the position of each norm's tensor."""
+    dense = list(tensors)
+    kinds = set(map(_kind, dense))
+    ordinary = set(map(_dequantize, set(map(type, dense)))) == {Tensor.dequantize}
     for _, dtype, layout in kinds:
-        if dtype not in ORDINARY or layout is not torch.strided:
-            return False
-    classes = set(map(type, tensors))
-    return classes <= _PLAIN or all(one.dequantize is Tensor.dequantize for one in classes)
+        ordinary = ordinary and dtype in ORDINARY and layout is torch.strided
+    if not ordinary:
+        dense = list(map(_measurable, dense))
+        kinds = set(map(_kind, dense))
+    if len(kinds) == 1:
+        return _norms_of_one_kind(dense)
+    parts: list[Sequence[Tensor]] = []
+    order: list[int] = []
+    for kind in sorted(kinds, key=str):
+        positions = [i for i, tensor in enumerate(dense) if _kind(tensor) == kind]
+        own_parts, own_order = _norms_of_one_kind([dense[i] for i in positions])
+        parts += own_parts
+        order += [positions[i] for i in own_order]
+    return parts, order
 
 
 def _measurable(tensor: Tensor) -> Tensor:
@@ -90,8 +91,27 @@ def _measurable(tensor: Tensor) -> Tensor:
     if not holds_weights(tensor):
         return torch.zeros(0, device=tensor.device)
     if is_quantised(tensor):
-        return _each_norm([tensor.dequantize()])[0]
-    return _norms_of_rows(tensor) if tensor.dtype in FLOAT8 and tensor.numel() else as_dense_real(tensor)
+        return tensor_norms([tensor.dequantize()], tensor.device)[0]
+    return _norms_of_rows(tensor) if tensor.dtype in FLOAT8 else as_dense_real(tensor)
+
+
+def _norms_of_one_kind(tensors: list[Tensor]) -> tuple[list[Sequence[Tensor]], Sequence[int]]:
+    """Return the norms first of the tensors that PyTorch's own norm measures to 1e-6, then of the others."""
+    wide = torch.float32 if tensors[0].dtype in NARROW else None
+    every = range(len(tensors))
+    long: list[int] = []
+    if tensors[0].is_cpu:
+        for i, tensor in enumerate(tensors):
+            if tensor.numel() > SHORT or not tensor.is_contiguous():
+                long.append(i)
+    if not long:
+        return [torch._foreach_norm(tensors, 2, wide)], every
+    in_rows = [_norms_of_rows(t) if t.numel() > MIDDLE else t for t in map(tensors.__getitem__, long)]
+    parts: list[Sequence[Tensor]] = [torch._foreach_norm(in_rows, 2, torch.float64)]
+    short = sorted(set(every).difference(long))
+    if short:
+        parts.insert(0, torch._foreach_norm([tensors[i] for i in short], 2, wide))
+    return parts, [*short, *long]
 
 
 def subtract(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
@@ -117,63 +137,19 @@ def _odd_difference(before: Tensor, after: Tensor) -> Tensor:
     if not holds_weights(after) or not holds_weights(before):
         return after
     if is_quantised(after):
-        return _each_norm([before.dequantize() - after.dequantize()])[0]
-    pairs = zip(_chunks(before), _chunks(after), strict=True)
-    return torch.stack([_each_norm([old.float() - new.float()])[0] for old, new in pairs])
+        pairs = [(before.dequantize(), after.dequantize())]
+    else:
+        pairs = ((old.float(), new.float()) for old, new in zip(_chunks(before), _chunks(after), strict=True))
+    return torch.cat([tensor_norms([old - new], old.device)[0] for old, new in pairs])
 
 
-def _norms_of_one_kind(tensors: list[Tensor], device: torch.device) -> Tensor:
-    parts = _norms_by_length(tensors)
-    # The types of the parts differ: stacking them together would convert the norms one by one.
-    stacked = [torch.stack(norms) for _, norms in parts]
-    if len(stacked) == 1:
-        return moved(stacked[0], device)
-    order = [position for positions, _ in parts for position in positions]
-    places = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
-    return moved(torch.cat([part.double() for part in stacked]).index_select(0, places), device)
-
-
-def _each_norm(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the norms of tensors of one kind."""
-    (positions, norms), *others = _norms_by_length(tensors)
-    if not others:
-        return norms
-    found = dict(zip(positions, norms, strict=True))
-    for positions, norms in others:
-        found.update(zip(positions, norms, strict=True))
-    return [found[i] for i in range(len(tensors))]
-
-
-def _norms_by_length(tensors: Sequence[Tensor]) -> list[tuple[Sequence[int], list[Tensor]]]:
-    """Return positions and norms, first of the tensors that PyTorch's own norm measures to 1e-6, then of the others."""
-    wide = torch.float32 if tensors[0].dtype in NARROW else None
-    every = range(len(tensors))
-    long: list[int] = []
-    for i, tensor in enumerate(tensors):
-        if tensor.numel() > SHORT or not tensor.is_contiguous():
-            long.append(i)
-    if not long or not tensors[0].is_cpu:
-        return [(every, list(torch._foreach_norm(list(tensors), 2, wide)))]
-    parts = [_norms_of_rows(t) if t.numel() > MIDDLE else t for t in map(tensors.__getitem__, long)]
-    found: list[tuple[Sequence[int], list[Tensor]]] = [(long, list(torch._foreach_norm(parts, 2, torch.float64)))]
-    if len(long) < len(tensors):
-        others = set(long)
-        short = [i for i in every if i not in others]
-        found.insert(0, (short, list(torch._foreach_norm([tensors[i] for i in short], 2, wide))))
-    return found
-
-
-def absolute_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return Σ|x| of each dense real tensor, on its own device, accurate to 1e-6.
+def absolute_sum(tensor: Tensor) -> Tensor:
+    """Return Σ|x| of a dense real tensor, on its own device, accurate to 1e-6.
 
     Example:
-        >>> absolute_sums([torch.tensor([3.0, -4.0])])
-        [tensor(7.)]
+        >>> absolute_sum(torch.tensor([3.0, -4.0]))
+        tensor(7.)
     """
-    return list(map(_absolute_sum, tensors))
-
-
-def _absolute_sum(tensor: Tensor) -> Tensor:
     wide = torch.promote_types(tensor.dtype, torch.float32)
     if not tensor.is_cpu:
         return tensor.abs().sum(dtype=wide)
@@ -188,17 +164,15 @@ def _norms_of_rows(tensor: Tensor) -> Tensor:
     PyTorch's norm of a whole tensor runs on one thread and sums millions of squares sequentially, which costs float32
     five digits. The norms of rows run on all threads, and their sums are short.
     """
-    narrow = tensor.dtype in NARROW
-    if tensor.is_contiguous() and not narrow:
-        norms = _norms_of_flat_rows(tensor.view(-1))
-    else:
+    if not tensor.is_contiguous():
         # In memory order, so that a transposed or channels_last tensor has no gaps.
         tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
-        dense = tensor.is_contiguous()
-        if dense and not narrow:
-            return _norms_of_rows(tensor)
-        wide = torch.float32 if narrow else tensor.dtype
-        copies = (chunk.to(wide).contiguous().view(-1) for chunk in _chunks(tensor.view(-1) if dense else tensor))
+    flat = tensor.view(-1) if tensor.is_contiguous() else tensor
+    if flat.is_contiguous() and flat.dtype not in NARROW:
+        norms = _norms_of_flat_rows(flat)
+    else:
+        wide = torch.float32 if flat.dtype in NARROW else flat.dtype
+        copies = (chunk.to(wide).contiguous().view(-1) for chunk in _chunks(flat))
         norms = torch.cat(list(map(_norms_of_flat_rows, copies)))
     return norms if norms.numel() <= MOST_ROWS else _norms_of_rows(norms.double())
 
@@ -240,28 +214,25 @@ class JointNorms:
     """
 
     def __init__(self, entries: Sequence[tuple[int, int, int, float]], rows: int, like: Tensor) -> None:
-        layers = len(like)
-        self._rows, self._layers, self._like = rows, layers, like
-        self._kept = [(at, row * layers + layer, scale) for at, row, layer, scale in entries if scale]
-        self._copied: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
+        self._rows, self._like = rows, like
+        self._kept = [(at, row * len(like) + layer, scale) for at, row, layer, scale in entries if scale]
         self._in_order = [at for at, *_ in self._kept] == list(range(len(entries)))
 
+    @cached_property
     def _on_device(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return zeros, indices, positions and scales; copied to the device once, since such a copy waits for it."""
-        if self._copied is None:
-            like = self._like
-            positions, index, scales = ([entry[i] for entry in self._kept] for i in range(3))
-            self._copied = (
-                like.repeat(self._rows),
-                torch.tensor(index, dtype=torch.long, device=like.device),
-                None if self._in_order else torch.tensor(positions, dtype=torch.long, device=like.device),
-                torch.tensor(scales, dtype=like.dtype, device=like.device) if any(c != 1 for c in scales) else None,
-            )
-        return self._copied
+        """Zeros, indices, positions and scales; copied to the device once, since such a copy waits for it."""
+        like = self._like
+        positions, index, scales = ([entry[i] for entry in self._kept] for i in range(3))
+        return (
+            like.repeat(self._rows),
+            torch.tensor(index, dtype=torch.long, device=like.device),
+            None if self._in_order else torch.tensor(positions, dtype=torch.long, device=like.device),
+            torch.tensor(scales, dtype=like.dtype, device=like.device) if any(c != 1 for c in scales) else None,
+        )
 
     def of(self, norms: Tensor) -> Sequence[Tensor]:
         """Return the norms of layers, a tensor for each row, from those of tensors."""
-        zeros, index, positions, scales = self._on_device()
+        zeros, index, positions, scales = self._on_device
         norms = norms.to(zeros.dtype)
         if positions is not None:
             norms = norms.index_select(0, positions)
@@ -272,12 +243,10 @@ class JointNorms:
 
     def of_numbers(self, norms: Sequence[float]) -> Sequence[list[float]]:
         """Return the same as Python numbers."""
-        count = self._layers
+        count = len(self._like)
         squares = [0.0] * (self._rows * count)
         for position, output, scale in self._kept:
             norm = norms[position] * scale
             squares[output] += norm * norm
         roots = list(map(sqrt, squares))
-        if self._rows == 1:
-            return (roots,)
-        return [roots[i : i + count] for i in range(0, len(roots), count)]
+        return (roots,) if self._rows == 1 else [roots[i : i + count] for i in range(0, len(roots), count)]

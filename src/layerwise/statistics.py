@@ -177,7 +177,7 @@ class LayerStatistics:
         self._zeros = torch.zeros(self.count, dtype=self.dtype, device=self.device)
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._copies: dict[str, tuple[list[float], Tensor]] = {}
-        self._joint: tuple[list[Tensor], list[int] | None, list[list[float] | None], JointNorms] | None = None
+        self._joint: tuple[list[Tensor], Sequence[int], list[list[float] | None], JointNorms] | None = None
         self._measures_gradients = not self.needs.isdisjoint({"gradient_norm", "counts"})
         self._weight_norms = sorted(self.needs & WEIGHT_NORMS)
         self._grouped: tuple[list[int], list[int]] = ([], [])
@@ -227,9 +227,8 @@ class LayerStatistics:
         if not present or is_absent():
             return result
         norms, order = tensor_norms([local(t) for t in tensors if t is not None], self.device)
-        positions = present if order is None else [present[i] for i in order]
         squares = norms.to(self.dtype).square()
-        return result.index_copy_(0, self._index(positions), squares)
+        return result.index_copy_(0, self._index([present[i] for i in order]), squares)
 
     def norms(self, squares: Sequence[Tensor]) -> Tensor:
         """Return the norms of layers, one row for each result of `squares`, with one collective for all of them."""
@@ -296,7 +295,7 @@ class LayerStatistics:
     def _joined(
         self,
         groups: Groups,
-        norms_of: Callable[[list[Tensor]], tuple[_Norms, list[int] | None]],
+        norms_of: Callable[[list[Tensor]], tuple[_Norms, Sequence[int]]],
         join: Callable[[JointNorms, _Norms], Sequence[_Norms]],
     ) -> dict[str, _Norms]:
         """Return the norms in `needs`, all from one measurement; without "gradient_norm" if there is no gradient.
@@ -347,14 +346,12 @@ class LayerStatistics:
             known = self._copies[name] = (numbers, torch.tensor(numbers, dtype=self.dtype, device=self.device))
         return known[1]
 
-    def _joint_norms(
-        self, owners: list[Tensor], order: list[int] | None, scales: list[list[float] | None]
-    ) -> JointNorms:
+    def _joint_norms(self, owners: list[Tensor], order: Sequence[int], scales: list[list[float] | None]) -> JointNorms:
         """Return what joins norms of tensors to those of layers; made anew only when these change.
 
         Args:
             owners: The parameters whose gradients were measured, before the weights of all of them.
-            order: The position of each norm's tensor; None if they are in order.
+            order: The position of each norm's tensor.
             scales: For each norm of weights the factor of each parameter, or None for 1.
         """
         known = self._joint
@@ -362,7 +359,7 @@ class LayerStatistics:
         if known is not None and unchanged and (known[0] is owners or same_objects(known[0], owners)):
             return known[3]
         weights = self.members if scales else []
-        position_of = {tensor: at for at, tensor in enumerate(order or range(len(owners) + len(weights)))}
+        position_of = {tensor: at for at, tensor in enumerate(order)}
         entries = [(position_of[i], 0, self.layer_of[id(p)], 1.0) for i, p in enumerate(owners)]
         for row, own in enumerate(scales, start=int(bool(owners))):
             for i, p in enumerate(weights):

@@ -11,10 +11,9 @@ from slow_norms import arrays, layer_norm
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_neither_overflows_nor_rounds(dtype):
-    gradient = torch.full((1000,), 3e4, dtype=dtype)
-    small = torch.full((100,), 1e-4, dtype=dtype)
-    norms, _ = tensor_norms([gradient, small], torch.device("cpu"))
-    expected = [layer_norm(arrays([gradient])), layer_norm(arrays([small]))]
+    tensors = [torch.full((1000,), 3e4, dtype=dtype), torch.full((100,), 1e-4, dtype=dtype)]
+    norms, order = tensor_norms(tensors, torch.device("cpu"))
+    expected = [layer_norm(arrays([tensors[i]])) for i in order]
     assert norms.tolist() == pytest.approx(expected, rel=1e-6)
 
 
@@ -38,23 +37,20 @@ def test_a_large_tensor_among_small_ones_has_its_norm(name):
     torch.manual_seed(0)
     large = LARGE_TENSORS[name]()
     small = torch.randn(5, dtype=large.dtype)
-    norms, order = tensor_norms([small, large, small], torch.device("cpu"))
-    assert order is None
-    assert norms.tolist() == pytest.approx(
-        [
-            layer_norm([t.numpy() if t.dtype is not torch.bfloat16 else t.float().numpy()])
-            for t in (small, large, small)
-        ],
-        rel=1e-12 if large.dtype is torch.float64 else 1e-6,
-    )
+    tensors = [small, large, small]
+    norms, order = tensor_norms(tensors, torch.device("cpu"))
+    assert sorted(order) == [0, 1, 2]
+    expected = [layer_norm(arrays([tensors[i]])) for i in order]
+    assert norms.tolist() == pytest.approx(expected, rel=1e-12 if large.dtype is torch.float64 else 1e-6)
 
 
 @pytest.mark.parametrize("count", [1, FEW, FEW + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
 def test_few_norms_and_many_are_the_same_numbers(count, dtype):
     tensors = [torch.randn(3, dtype=dtype) for _ in range(count)]
-    norms, _ = tensor_norms(tensors, torch.device("cpu"))
-    assert tensor_norm_numbers(tensors) == (norms.tolist(), None)
+    norms, order = tensor_norms(tensors, torch.device("cpu"))
+    assert tensor_norm_numbers(tensors) == (norms.tolist(), order)
+    assert order == range(count)
 
 
 @pytest.mark.parametrize("norms", [tensor_norm_numbers, lambda tensors: tensor_norms(tensors, torch.device("cpu"))])

@@ -58,9 +58,7 @@ class LayerMeasures:
     def _joined(self, tensors: Sequence[torch.Tensor]) -> dict[str, float]:
         """Give the norm over the tensors of each layer."""
         measured, order = tensor_norms(tensors, tensors[0].device)
-        norms: list[float] = measured.tolist()
-        if order is not None:
-            norms = [norm for _, norm in sorted(zip(order, norms, strict=True))]
+        norms: list[float] = [norm for _, norm in sorted(zip(order, measured.tolist(), strict=True))]
         joined, place = {}, 0
         for layer in self.layers:
             part = norms[place : place + len(layer.parameters)]

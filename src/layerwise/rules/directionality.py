@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._norms import absolute_sums
+from .._norms import absolute_sum
 from .._tensors import as_dense_real, has_values, local, moved
 from ..layers import Layer
 from ..sharding import Buffers, number_count, sharing_of
@@ -169,7 +169,7 @@ class DirectionalitySums:
             if gradient is not None:
                 _accumulate(sums["signed"][key], gradient, inverse, counts)
             if not self.each_weight:
-                total = totals[i] if sample is None else absolute_sums([like])[0]
+                total = totals[i] if sample is None else absolute_sum(like)
                 _accumulate(sums["absolute"][key], total, inverse, counts)
             elif gradient is not None:
                 _accumulate(sums["absolute"][key], gradient.abs(), inverse, counts)
@@ -178,7 +178,7 @@ class DirectionalitySums:
     def _totals(self, held: Mapping[int, Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
         """Return Σ|g| of each parameter over all processes, and of sharded ones how many processes have a gradient."""
         device = next(iter(held.values())).device if held else local(self._parameters[0]).device
-        own = dict(zip(held, absolute_sums(list(held.values())), strict=True))
+        own = dict(zip(held, map(absolute_sum, held.values()), strict=True))
         zero = torch.zeros((), device=device)
         totals = [moved(own.get(i, zero), device) for i in range(len(self._parameters))]
         if self._sharing is None:
