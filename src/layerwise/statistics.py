@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._arguments import has_type
 from ._norms import JointNorms, tensor_norm_numbers, tensor_norms
-from ._tensors import as_dense_real, has_values, local, moved, same_objects, several_processes
+from ._tensors import as_dense_real, has_values, local, moved, several_processes
 from .layers import Layer, some
 from .sharding import Shard, Sharing, find_shards, is_absent, settled_gradient, sharing_of
 
@@ -153,7 +153,7 @@ MOST_INDICES = 64
 """Patterns of missing gradients that are kept; a mixture of experts has another one at almost every step."""
 Groups = Sequence[Mapping[str, Any]]
 _Norms = TypeVar("_Norms", Tensor, list[float])
-_requires_grad, _gradient = attrgetter("requires_grad"), attrgetter("grad")
+_gradient = attrgetter("grad")
 
 
 class LayerStatistics:
@@ -169,7 +169,8 @@ class LayerStatistics:
         self.layers = tuple(layers)
         self.count = len(layers)
         self.members = [p for layer in layers for p in layer.parameters]
-        self.layer_of = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters}
+        self._owners = [number for number, layer in enumerate(layers) for _ in layer.parameters]
+        self.layer_of = dict(zip(map(id, self.members), self._owners, strict=True))
         self.device, self.dtype = common_device(layers)
         self.shards = [shard for layer in layers for shard in layer.shards]
         self.sharing = sharing_of(self.shards)
@@ -177,7 +178,7 @@ class LayerStatistics:
         self._zeros = torch.zeros(self.count, dtype=self.dtype, device=self.device)
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._copies: dict[str, tuple[list[float], Tensor]] = {}
-        self._joint: tuple[list[Tensor], Sequence[int], list[list[float] | None], JointNorms] | None = None
+        self._joint: tuple[Any, JointNorms] | None = None
         self._measures_gradients = not self.needs.isdisjoint({"gradient_norm", "counts"})
         self._weight_norms = sorted(self.needs & WEIGHT_NORMS)
         self._grouped: tuple[list[int], list[int]] = ([], [])
@@ -238,8 +239,7 @@ class LayerStatistics:
         shares = torch.stack(list(rows))
         if self.sharing is not None:
             shares = self.sharing.sum(shares)
-        layers = self._index([self.layer_of[id(p)] for p in self.members])
-        return self._zeros.repeat(len(rows), 1).index_add_(1, layers, shares)
+        return self._zeros.repeat(len(rows), 1).index_add_(1, self._index(self._owners), shares)
 
     def _index(self, positions: Sequence[int]) -> Tensor:
         """Return positions on the device; copied there once, because that waits for it."""
@@ -305,22 +305,19 @@ class LayerStatistics:
             norms_of: Measures tensors.
             join: Makes norms of layers from those of tensors.
         """
-        owners: list[Tensor] = []
+        present: Sequence[int] = ()
         tensors: list[Any] = []
         if self._measures_gradients:
-            owners, tensors = self.members, list(map(_gradient, self.members))
+            present, tensors = range(len(self.members)), list(map(_gradient, self.members))
             if any(map(is_, tensors, repeat(None))):
-                owners = [p for p in owners if p.grad is not None]
-                tensors = [p.grad for p in owners]
-        names = ["gradient_norm"] if tensors else []
-        scales: list[list[float] | None] = []
-        for name in self._weight_norms:
-            names.append(name)
-            scales.append(self._weight_scales(name, groups))
+                present = [i for i in present if tensors[i] is not None]
+                tensors = [tensors[i] for i in present]
+        scales = list(map(self._weight_scales, self._weight_norms, repeat(groups)))
+        names = ["gradient_norm", *self._weight_norms] if tensors else self._weight_norms
         if not names:
             return {}
         norms, order = norms_of([*tensors, *self.members] if scales else tensors)
-        return dict(zip(names, join(self._joint_norms(owners, order, scales), norms), strict=True))
+        return dict(zip(names, join(self._joint_norms(present, order, scales), norms), strict=True))
 
     def _weight_scales(self, name: str, groups: Groups) -> list[float] | None:
         """Return the factor of each parameter in a norm over the weights; None for 1."""
@@ -346,34 +343,32 @@ class LayerStatistics:
             known = self._copies[name] = (numbers, torch.tensor(numbers, dtype=self.dtype, device=self.device))
         return known[1]
 
-    def _joint_norms(self, owners: list[Tensor], order: Sequence[int], scales: list[list[float] | None]) -> JointNorms:
-        """Return what joins norms of tensors to those of layers; made anew only when these change.
+    def _joint_norms(
+        self, present: Sequence[int], order: Sequence[int], scales: list[list[float] | None]
+    ) -> JointNorms:
+        """Return what joins norms of tensors to those of layers; made anew only when the arguments change.
 
         Args:
-            owners: The parameters whose gradients were measured, before the weights of all of them.
+            present: The members whose gradients were measured, before the weights of all members.
             order: The position of each norm's tensor.
-            scales: For each norm of weights the factor of each parameter, or None for 1.
+            scales: For each norm of weights the factor of each member, or None for 1.
         """
-        known = self._joint
-        unchanged = known is not None and known[1:3] == (order, scales)
-        if known is not None and unchanged and (known[0] is owners or same_objects(known[0], owners)):
-            return known[3]
-        weights = self.members if scales else []
-        position_of = {tensor: at for at, tensor in enumerate(order)}
-        entries = [(position_of[i], 0, self.layer_of[id(p)], 1.0) for i, p in enumerate(owners)]
-        for row, own in enumerate(scales, start=int(bool(owners))):
-            for i, p in enumerate(weights):
-                scale = 1.0 if own is None else own[i]
-                entries.append((position_of[len(owners) + i], row, self.layer_of[id(p)], scale))
-        joint = JointNorms(entries, len(scales) + bool(owners), self._zeros)
-        self._joint = (owners, order, scales, joint)
-        return joint
+        arguments = (present, order, scales)
+        if self._joint is None or self._joint[0] != arguments:
+            position_of = {tensor: at for at, tensor in enumerate(order)}
+            entries = [(position_of[at], 0, self._owners[i], 1.0) for at, i in enumerate(present)]
+            for row, own in enumerate(scales, start=int(bool(present))):
+                for i, layer in enumerate(self._owners):
+                    scale = 1.0 if own is None else own[i]
+                    entries.append((position_of[len(present) + i], row, layer, scale))
+            self._joint = (arguments, JointNorms(entries, len(scales) + bool(present), self._zeros))
+        return self._joint[1]
 
     def _rates_of(self, groups: Groups) -> list[list[Any]]:
         """Return the rates of each layer's parameters."""
         rates: list[list[Any]] = [[] for _ in range(self.count)]
-        for p, number in zip(self.members, self._group_numbers(groups), strict=True):
-            rates[self.layer_of[id(p)]].append(groups[number]["lr"])
+        for layer, number in zip(self._owners, self._group_numbers(groups), strict=True):
+            rates[layer].append(groups[number]["lr"])
         return rates
 
     def _learning_rates(self, groups: Groups) -> Tensor:
@@ -442,22 +437,16 @@ def _broken(parameters: Sequence[Tensor], sharing: Sharing | None) -> list[int] 
 
     Waits for the device.
     """
-    held: list[tuple[int, Tensor]] = []
-    for i, p in enumerate(parameters):
-        gradient = settled_gradient(p)
-        if gradient is not None:
-            dense = as_dense_real(gradient.detach())
-            if dense.numel() and has_values(dense):
-                held.append((i, dense))
+    dense = {i: as_dense_real(g.detach()) for i, g in enumerate(map(settled_gradient, parameters)) if g is not None}
+    held = {i: gradient for i, gradient in dense.items() if gradient.numel() and has_values(gradient)}
     if not held and sharing is None:
         return None
-    device = held[0][1].device if sharing is None else local(parameters[0]).device
+    device = next(iter(held.values())).device if sharing is None else local(parameters[0]).device
     flags = torch.zeros(len(parameters) + (sharing is not None), device=device)
     if held:
-        largest: Any = torch._foreach_norm([gradient for _, gradient in held], torch.inf)
-        positions = torch.tensor([i for i, _ in held], device=device)
+        largest = torch._foreach_norm(list(held.values()), torch.inf)
         finite = torch.stack([moved(one.isfinite(), device) for one in largest])
-        flags[positions] = torch.where(finite, 0.0, 1.0)
+        flags[torch.tensor(list(held), device=device)] = torch.where(finite, 0.0, 1.0)
     if sharing is not None:
         flags[-1] = flags.max()
         flags = sharing.sum(flags[None])[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -71,36 +70,22 @@ class ElementwiseRule(Rule):
         return self.own_layer
 
     def numbers(self, statistics: Mapping[str, Sequence[float]]) -> list[float]:
-        """Return φ layer by layer.
-
-        Args:
-            statistics: For each name in `needs` one number a layer.
-        """
-        columns = list(map(statistics.__getitem__, self.needs))
-        try:
-            numbers = list(map(self.factor, *columns))
-            if set(map(type, numbers)) <= {float, int}:
-                return list(map(float, numbers))
-        except ArithmeticError:  # Python's numbers cannot be divided by zero, and do not overflow
-            pass
-        return [self._of_one_layer(row) for row in zip(*columns, strict=True)]
-
-    def _of_one_layer(self, row: Sequence[float]) -> float:
-        """Return φ of one layer, computed with tensors where Python's numbers raise or give a complex number."""
-        with contextlib.suppress(ArithmeticError):
-            number = self.factor(*row)
-            if type(number) in (float, int):
-                return float(number)
-        return float(self.factor(*(torch.tensor([x], dtype=torch.float64, device="cpu") for x in row)))
+        """Return φ layer by layer, from one number a layer for each name in `needs`."""
+        numbers: list[float] = []
+        for row in zip(*map(statistics.__getitem__, self.needs), strict=True):
+            try:
+                number: Any = self.factor(*row)
+            except ArithmeticError:  # Python's numbers cannot be divided by zero, and do not overflow
+                number = None
+            if type(number) not in (float, int):  # a root of a negative number is complex
+                number = self.factor(*(torch.tensor([x], dtype=torch.float64, device="cpu") for x in row))
+            numbers.append(float(number))
+        return numbers
 
 
 def is_elementwise(rule: Rule) -> TypeGuard[ElementwiseRule]:
     """Return whether a rule's factors are its φ; a subclass or an object may replace `factors`."""
-    return (
-        isinstance(rule, ElementwiseRule)
-        and type(rule).factors is ElementwiseRule.factors
-        and "factors" not in getattr(rule, "__dict__", {})
-    )
+    return getattr(rule.factors, "__func__", None) is ElementwiseRule.factors
 
 
 def check_elementwise(rule: ElementwiseRule) -> None:
