@@ -16,9 +16,15 @@ import layerwise
 from layerwise.lab.models.lenet import LeNet
 from layerwise.lab.models.resnet import ResNet
 from layerwise.rules import AllLayers, Directionality, GradientAmplification, Phase, RandomLayers
-from layerwise.rules.directionality import buffer_bytes
 
 Row = dict[str, float]
+
+
+def buffer_bytes(sums: dict[str, Any]) -> int:
+    """Return the bytes that sums of gradients hold."""
+    tensors = [value for value in sums.values() if isinstance(value, torch.Tensor)]
+    parts = [value for value in sums.values() if isinstance(value, dict)]
+    return sum(tensor.nbytes for tensor in tensors) + sum(map(buffer_bytes, parts))
 
 
 def rule(selection: Any, *, amplified: bool = False) -> GradientAmplification:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from benchmarks.amplification import buffer_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reference
 from layerwise.layers import Layer
-from layerwise.rules.directionality import DirectionalitySums, buffer_bytes, z_scores
+from layerwise.rules.directionality import DirectionalitySums, z_scores
 from layerwise.statistics import Gradients
 
 MEASURES = ["G", "G_prime"]

@@ -47,12 +47,7 @@ class Sample:
 
 
 def samples_of(layer: Sequence[Tensor], most: int | None) -> list[Sample | None]:
-    """Return for each parameter of a layer the weights that stand for it; None for all.
-
-    Args:
-        layer: Tensors of the parameters' whole shapes.
-        most: How many weights stand for the layer, about; None for all.
-    """
+    """Return for each parameter of a layer, which is whole, the weights that stand for it; None for all."""
     total = sum(map(number_count, layer))
     if most is None or total <= most:
         return [None] * len(layer)
@@ -107,13 +102,12 @@ class DirectionalitySums:
         self.each_weight = each_weight
         self._sizes = [len(layer.parameters) for layer in layers]
         self._parameters = [p for layer in layers for p in layer.parameters]
-        names = [
-            name
+        # Entries that begin with an underscore are not saved, and a parameter's name may begin with one.
+        self._keys = [
+            f"/{name}"
             for layer in layers
             for name in (layer.parameter_names or [f"{layer.name}.{i}" for i in range(len(layer.parameters))])
         ]
-        # Entries that begin with an underscore are not saved, and a parameter's name may begin with one.
-        self._keys = [f"/{name}" for name in names]
         self._shards = [shard for layer in layers for shard in layer.shards]
         self._sharing = sharing_of(self._shards)
         if sample is not None and self._sharing is not None:
@@ -121,22 +115,17 @@ class DirectionalitySums:
                 f"sample={sample!r}: the parameters are sharded, and which weights stand for a layer depends on the "
                 "number of processes; leave sample out, the sums are sharded too"
             )
+        whole = [p for layer in layers for p in layer.whole()]
         self._samples = [one for layer in layers for one in samples_of(layer.whole(), sample)]
         counts = [None if one is None else one.count for one in self._samples]
-        whole = [number_count(p) for layer in layers for p in layer.whole()]
-        self._counts = [all_ if count is None else count for all_, count in zip(whole, counts, strict=True)]
+        self._counts = [number_count(p) if n is None else n for p, n in zip(whole, counts, strict=True)]
         self._buffers = Buffers(self._parameters, self._shards, counts)
         inside = [True] * len(layers) if measured is None else measured
         self._measured = [flag for size, flag in zip(self._sizes, inside, strict=True) for _ in range(size)]
 
     @torch.no_grad()
     def add(self, sums: Sums, gradients: Gradients) -> Sums:
-        """Return the sums with one step more; the buffers are changed in place.
-
-        Args:
-            sums: Those so far; empty before the first step.
-            gradients: This step's.
-        """
+        """Return the sums, empty before the first step, with one step more; the buffers are changed in place."""
         held = {i: _dense(g) for i, g in enumerate(gradients.tensors) if g is not None}
         if not held and self._sharing is None:
             return sums
@@ -189,11 +178,7 @@ class DirectionalitySums:
         return list(sums), list(holders)
 
     def ratios(self, sums: Sums) -> tuple[list[float], list[bool]]:
-        """Return G or G′ of each layer, and which layers received a gradient. Waits for the device.
-
-        Args:
-            sums: Those of the epoch; may be empty.
-        """
+        """Return G or G′ of each layer, and which layers received a gradient. Waits for the device."""
         parts = [self._part(sums, key) for key in self._keys]
         if self._sharing is not None:
             device = local(self._parameters[0]).device
@@ -230,22 +215,15 @@ class DirectionalitySums:
         if signed is None or local(signed).shape != like.shape:
             sums["signed"][key] = self._buffers.zeros(i, like)
             sums["received"][key] = False
-            sums["absolute"][key] = (
-                self._buffers.zeros(i, like)
-                if self.each_weight
-                else torch.zeros((), dtype=torch.float64, device=like.device)
-            )
+            total = torch.zeros((), dtype=torch.float64, device=like.device)
+            sums["absolute"][key] = self._buffers.zeros(i, like) if self.each_weight else total
         elif signed.device != like.device:
             for part in PARTS:
                 if isinstance(buffer := sums[part][key], Tensor):
                     sums[part][key] = moved(buffer, like.device)
 
     def loaded(self, sums: Any) -> Sums:
-        """Return a copy of saved sums, sharded as the parameters are now.
-
-        Raises:
-            ValueError: They are not of this form, or of other parameters.
-        """
+        """Return a copy of saved sums, sharded as the parameters are now; raise a ValueError if they are others."""
         if sums == {}:
             return {}
         # A distributed checkpoint leaves out what is empty.
@@ -287,12 +265,6 @@ def _accumulate(buffer: Tensor, value: Tensor, scale: float | Tensor, counts: Te
     buffer.add_(torch.where(moved(counts, buffer.device), value, 0))
 
 
-def buffer_bytes(sums: Mapping[str, Any]) -> int:
-    """Return the bytes that sums hold."""
-    tensors = [value for value in sums.values() if isinstance(value, Tensor)]
-    return sum(x.nbytes for x in tensors) + sum(map(buffer_bytes, filter(is_state, sums.values())))
-
-
 # --- Rules that measure over an epoch --------------------------------------------------------------------------------
 
 
@@ -321,13 +293,9 @@ class ChoosingRule(Rule):
 
     @abstractmethod
     def _chosen(self, state: State, live: Sequence[bool], values: Sequence[float], z: Sequence[float]) -> State:
-        """Return the state with the choice that follows from what was measured.
+        """Return the state with the choice that follows from the layers' scores and ẑ.
 
-        Args:
-            state: The state at the end of the epoch.
-            live: Which layers may be chosen and received a gradient.
-            values: The score of each layer; NaN of those that are not live.
-            z: Their ẑ.
+        `live` says which layers may be chosen and received a gradient. The scores of the others are NaN.
         """
 
     def _score(self, value: float) -> float:
@@ -340,7 +308,8 @@ class ChoosingRule(Rule):
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return the state at the beginning of epoch 1."""
-        of_kind = of_kinds(layers, self._choice.kinds)
+        choice = self._choice
+        of_kind = of_kinds(layers, choice.kinds)
         unknown = torch.full((len(layers),), math.nan, dtype=torch.float64, device="cpu")
         state: State = {
             "epoch": 1,
@@ -353,10 +322,7 @@ class ChoosingRule(Rule):
             "_layers": tuple(layers),
             "_of_kind": of_kind,
             "_sums": DirectionalitySums(
-                layers,
-                each_weight=self._choice.measure == "G_prime",
-                sample=self._choice.sample,
-                measured=of_kind,
+                layers, each_weight=choice.measure == "G_prime", sample=choice.sample, measured=of_kind
             ),
         }
         return self.derived(self._entered(state))
@@ -448,21 +414,11 @@ def candidates_of(state: State) -> list[bool]:
 
 
 def z_scores(values: Sequence[float], live: Sequence[bool], ddof: int = 0) -> list[float]:
-    """Return how many standard deviations each layer's value lies from the mean of the live layers.
-
-    ẑ_l = (v_l − mean) / σ, and 0 where σ = 0, where fewer than two layers are live, and for layers that are not
-
-    Args:
-        values: One a layer.
-        live: Which layers count.
-        ddof: 0 for the population's σ, 1 for the sample's.
+    """Return ẑ_l = (v_l − mean) / σ over the live layers (equation 6 of the paper); 0 for the others, and where σ = 0.
 
     Example:
         >>> z_scores([1.0, 3.0, 9.0], [True, True, False])
         [-1.0, 1.0, 0.0]
-
-    Reference:
-        Basodi, Pusuluri, Xiao, Pan 2023, arXiv 2305.18445, equation 6.
     """
     counted = [value for value, inside in zip(values, live, strict=True) if inside]
     if len(counted) < 2:
