@@ -214,8 +214,8 @@ class JointNorms:
     """
 
     def __init__(self, entries: Sequence[tuple[int, int, int, float]], rows: int, like: Tensor) -> None:
-        self._rows, self._like = rows, like
-        self._kept = [(at, row * len(like) + layer, scale) for at, row, layer, scale in entries if scale]
+        self._rows, self._layers, self._like = rows, len(like), like
+        self._kept = [(at, row * self._layers + layer, scale) for at, row, layer, scale in entries if scale]
         self._in_order = [at for at, *_ in self._kept] == list(range(len(entries)))
 
     @cached_property
@@ -243,7 +243,7 @@ class JointNorms:
 
     def of_numbers(self, norms: Sequence[float]) -> Sequence[list[float]]:
         """Return the same as Python numbers."""
-        count = len(self._like)
+        count = self._layers
         squares = [0.0] * (self._rows * count)
         for position, output, scale in self._kept:
             norm = norms[position] * scale

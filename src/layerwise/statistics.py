@@ -169,6 +169,7 @@ class LayerStatistics:
         self.layers = tuple(layers)
         self.count = len(layers)
         self.members = [p for layer in layers for p in layer.parameters]
+        self._every = range(len(self.members))
         self._owners = [number for number, layer in enumerate(layers) for _ in layer.parameters]
         self.layer_of = dict(zip(map(id, self.members), self._owners, strict=True))
         self.device, self.dtype = common_device(layers)
@@ -189,13 +190,7 @@ class LayerStatistics:
 
     @torch.no_grad()
     def compute(self, groups: Groups, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Statistics:
-        """Return this step's statistics.
-
-        Args:
-            groups: The optimizer's parameter groups.
-            grad_scale: The factor by which a gradient scaler left the gradients multiplied, if it did.
-            found_inf: Above zero when a gradient scaler found them non-finite.
-        """
+        """Return this step's statistics; `grad_scale` and `found_inf` are those of a gradient scaler."""
         needs = self.needs
         values: dict[str, Any]
         # BackMatching's gains are no norms. Few rules need them, so they are summed as those of shards are.
@@ -300,15 +295,12 @@ class LayerStatistics:
     ) -> dict[str, _Norms]:
         """Return the norms in `needs`, all from one measurement; without "gradient_norm" if there is no gradient.
 
-        Args:
-            groups: The optimizer's parameter groups.
-            norms_of: Measures tensors.
-            join: Makes norms of layers from those of tensors.
+        `norms_of` measures tensors, `join` makes norms of layers from theirs.
         """
         present: Sequence[int] = ()
         tensors: list[Any] = []
         if self._measures_gradients:
-            present, tensors = range(len(self.members)), list(map(_gradient, self.members))
+            present, tensors = self._every, list(map(_gradient, self.members))
             if any(map(is_, tensors, repeat(None))):
                 present = [i for i in present if tensors[i] is not None]
                 tensors = [tensors[i] for i in present]
@@ -348,10 +340,8 @@ class LayerStatistics:
     ) -> JointNorms:
         """Return what joins norms of tensors to those of layers; made anew only when the arguments change.
 
-        Args:
-            present: The members whose gradients were measured, before the weights of all members.
-            order: The position of each norm's tensor.
-            scales: For each norm of weights the factor of each member, or None for 1.
+        `present` are the members whose gradients were measured, before the weights of all members; `order` is the
+        position of each norm's tensor. `scales` are the factors of the members in each norm of weights; None for 1.
         """
         arguments = (present, order, scales)
         if self._joint is None or self._joint[0] != arguments:

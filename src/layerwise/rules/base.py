@@ -130,24 +130,13 @@ class Rule(ABC):
         return not self.needs_own_layer_only() if self.compares_layers is None else self.compares_layers
 
     def renewed(self, layers: Sequence[Layer], device: torch.device, state: State, old_names: Sequence[str]) -> State:
-        """Return the state for new layers, which keeps the values of layers that are still there.
-
-        Args:
-            layers: The layers.
-            device: Where the factors are used.
-            state: The state so far; may be empty.
-            old_names: The names of its layers.
-        """
+        """Return the state for new layers, which keeps the values of layers of the old names that are still there."""
         names = [layer.name for layer in layers]
         return self.derived(carried_over(self.init(layers, device), state, names, old_names))
 
 
 def check_rule(rule: Any) -> Rule:
-    """Return the rule.
-
-    Raises:
-        TypeError: It is a class, or its class does not derive from `Rule`.
-    """
+    """Return the rule; raise a TypeError if it is a class, or its class does not derive from `Rule`."""
     if isinstance(rule, type):
         raise TypeError(f"rule={rule.__name__} is a class; call it: {rule.__name__}(…)")
     if not isinstance(rule, Rule):

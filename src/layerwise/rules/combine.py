@@ -13,7 +13,7 @@ from .._arguments import has_type
 from .._tensors import moved
 from ..layers import Layer
 from ..statistics import Statistics
-from .base import Rule, Selection, check_rule, finite_or_one
+from .base import Rule, Selection, check_rule, finite_or_one, is_number
 from .state import State, is_state
 
 
@@ -156,9 +156,7 @@ def bounds(rule: Any, low: float, high: float) -> Rule:
 def check_bounds(pair: Any) -> tuple[float, float]:
     """Return bounds as two numbers, 0 ≤ low ≤ high, else raise a TypeError or ValueError."""
     wanted = "two numbers (low, high) with 0 <= low <= high, such as (0.1, 10)"
-    if not has_type(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-        raise TypeError(f"bounds={pair!r} must be {wanted}")
-    if any(isinstance(bound, bool) or not isinstance(bound, int | float) for bound in pair):
+    if not has_type(pair, Sequence) or len(pair) != 2 or not all(map(is_number, pair)):
         raise TypeError(f"bounds={pair!r} must be {wanted}")
     low, high = map(float, pair)
     if not 0 <= low <= high or low == math.inf:  # NaN fails every comparison

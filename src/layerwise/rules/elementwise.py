@@ -89,11 +89,7 @@ def is_elementwise(rule: Rule) -> TypeGuard[ElementwiseRule]:
 
 
 def check_elementwise(rule: ElementwiseRule) -> None:
-    """Raise unless φ takes tensors of several layers and numbers of one.
-
-    Raises:
-        TypeError: It does not, or its `needs` have no order.
-    """
+    """Raise a TypeError unless φ takes tensors of several layers and numbers of one, and its `needs` have an order."""
     if not isinstance(rule.needs, Sequence):
         raise TypeError(f"{rule!r}: needs={rule.needs!r} must be a tuple, whose order is that of factor's arguments")
     remedy = (

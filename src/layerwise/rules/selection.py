@@ -15,10 +15,9 @@ from .._arguments import has_type
 from ..layers import Layer
 from .base import is_number
 
-_NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "conv": (nn.modules.conv._ConvNd,),
-    "bn": (*_NORMS, nn.RMSNorm) if hasattr(nn, "RMSNorm") else _NORMS,
+    "bn": (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
     "fc": (nn.Linear,),
 }
 """Kinds of layers: convolutions, normalisations, fully connected layers."""
@@ -54,11 +53,7 @@ class LayerChoice(ABC):
 
 
 def of_kinds(layers: Sequence[Layer], kinds: Sequence[str] | None) -> list[bool]:
-    """Tell which layers are of the kinds and not excluded.
-
-    Raises:
-        ValueError: None is of one of the kinds.
-    """
+    """Return which layers are of the kinds and not excluded; raise a ValueError if none is of one of the kinds."""
     if kinds is None:
         return [layer.included for layer in layers]
     for kind in kinds:

@@ -39,11 +39,7 @@ def copied(state: Any) -> Any:
 
 
 def loaded(saved: Any, current: Any, where: str) -> Any:
-    """Return the saved state, on the device of the current one.
-
-    Raises:
-        ValueError: Its form is not that of the current one.
-    """
+    """Return the saved state, on the device of the current one; raise a ValueError if their forms differ."""
     if is_state(saved) != is_state(current) or isinstance(saved, Tensor) != isinstance(current, Tensor):
         raise ValueError(f"{where} is {type(saved).__name__} in the file, {type(current).__name__} here; same rule?")
     if is_state(current):
@@ -68,12 +64,6 @@ def carried_over(fresh: State, old: State, names: Sequence[str], old_names: Sequ
 
     A tensor with one row per layer keeps the rows of the layers that are still there. Numbers and scalars are kept.
     Entries that have changed their form otherwise start anew.
-
-    Args:
-        fresh: What the rule's `init` returned for the new layers.
-        old: The state so far.
-        names: The new layers.
-        old_names: The layers so far.
     """
     result = dict(fresh)
     for name in saved_names(fresh):
@@ -108,15 +98,6 @@ def check_saved(saved: Any, rule: Any, layers: Sequence[str]) -> None:
     """Raise unless this is the saved state of an adapter with this kind of rule and these layers.
 
     If the rule's arguments differ, the log names both: a run may continue with another threshold on purpose.
-
-    Args:
-        saved: What `state_dict()` returned.
-        rule: The rule that is to go on.
-        layers: Names of the layers.
-
-    Raises:
-        TypeError: It is no mapping.
-        ValueError: It is incomplete, or of another version, rule or layers.
     """
     if not has_type(saved, Mapping):
         raise TypeError(f"state_dict must be what state_dict() returned, not {type(saved).__name__}")
