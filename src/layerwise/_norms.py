@@ -96,22 +96,21 @@ def _measurable(tensor: Tensor) -> Tensor:
 
 
 def _norms_of_one_kind(tensors: list[Tensor]) -> tuple[list[Sequence[Tensor]], Sequence[int]]:
-    """Return the norms first of the tensors that PyTorch's own norm measures to 1e-6, then of the others."""
+    """Return what `_norms` does; on the CPU the tensors that PyTorch's own norm does not measure to 1e-6 come first."""
     wide = torch.float32 if tensors[0].dtype in NARROW else None
-    every = range(len(tensors))
     long: list[int] = []
     if tensors[0].is_cpu:
         for i, tensor in enumerate(tensors):
             if tensor.numel() > SHORT or not tensor.is_contiguous():
                 long.append(i)
     if not long:
-        return [torch._foreach_norm(tensors, 2, wide)], every
+        return [torch._foreach_norm(tensors, 2, wide)], range(len(tensors))
     in_rows = [_norms_of_rows(t) if t.numel() > MIDDLE else t for t in map(tensors.__getitem__, long)]
     parts: list[Sequence[Tensor]] = [torch._foreach_norm(in_rows, 2, torch.float64)]
-    short = sorted(set(every).difference(long))
+    short = sorted(set(range(len(tensors))).difference(long))
     if short:
-        parts.insert(0, torch._foreach_norm([tensors[i] for i in short], 2, wide))
-    return parts, [*short, *long]
+        parts.append(torch._foreach_norm([tensors[i] for i in short], 2, wide))
+    return parts, [*long, *short]
 
 
 def subtract(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:

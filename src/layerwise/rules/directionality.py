@@ -86,9 +86,6 @@ class DirectionalitySums:
         each_weight: Whether Σ_j |g_ij| is kept for each weight (G′) or summed at once (G).
         sample: Number of weights of each layer that stand for it; None for all.
         measured: Which layers are summed; None for all. The others still decide whether a step counts.
-
-    Raises:
-        ValueError: `sample` is given and parameters are sharded.
     """
 
     def __init__(

@@ -43,13 +43,7 @@ class LayerChoice(ABC):
 
     @abstractmethod
     def choose(self, candidates: Sequence[bool], z: Sequence[float], draw: int) -> list[bool]:
-        """Return which layers are chosen.
-
-        Args:
-            candidates: The layers that may be.
-            z: Their ẑ, where something was measured.
-            draw: How many choices there have been before.
-        """
+        """Return which of the candidates are chosen, by their ẑ or as draw number `draw`."""
 
 
 def of_kinds(layers: Sequence[Layer], kinds: Sequence[str] | None) -> list[bool]:
