@@ -488,6 +488,68 @@ def test_wide_copies_of_half_precision_are_found() -> None:
     assert layerwise.LayerwiseLR(WideCopies(model.parameters()), Constant(FACTORS), model, apply="update")
 
 
+class Kahan(optim.Optimizer):
+    """Keeps what rounding to half precision has lost, and adds it to the next step."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dtype is torch.bfloat16:
+                    lost = self.state[p].setdefault("lost", torch.zeros_like(p))
+                    lost.sub_(group["lr"] * p.grad)
+                    before = p.clone()
+                    p.add_(lost)
+                    lost.add_(before - p)
+                else:
+                    p.sub_(group["lr"] * p.grad)
+
+
+def test_what_rounding_has_lost_is_a_position_in_half_precision() -> None:
+    weights_of: list[list[Tensor]] = []
+    for attached in (True, False):
+        model = network().bfloat16()
+        parameters = list(model.parameters())
+        if attached:
+            optimizer = Kahan(parameters, lr=1e-3)
+            layerwise.LayerwiseLR(optimizer, Constant(FACTORS), model)
+        else:
+            own = [{"params": [p], "lr": 1e-3 * f} for p, f in zip(parameters, FACTORS.values(), strict=True)]
+            optimizer = Kahan(own)
+        for _ in range(30):
+            for p in parameters:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        weights_of.append(weights(model))
+    assert close(*weights_of)
+    model = network().bfloat16()
+    with pytest.raises(ValueError, match=r"apply='update' does not work with Kahan: .*half precision.*use apply='lr'"):
+        layerwise.LayerwiseLR(Kahan(model.parameters()), Constant(FACTORS), model, apply="update")
+
+
+class Capped(optim.Optimizer):
+    """Takes no larger rate than 0.05."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(min(group["lr"], 0.05) * p.grad)
+
+
+@pytest.mark.parametrize("attach_at", [0, 3])
+def test_a_rate_that_does_not_act_in_proportion_equals_permanent_groups(attach_at: int) -> None:
+    found, place = trained(of_all(Capped, lr=0.1), attach_at=attach_at)
+    assert place == "lr"
+    assert close(found, permanent(lambda groups: Capped(groups, lr=0.1), attach_at=attach_at))
+
+
 class SlowAndUnread(Averaged):
     """Weights of its own, at a rate of its own."""
 

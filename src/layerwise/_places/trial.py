@@ -142,6 +142,10 @@ OWN_WEIGHTS = (
     "keeps weights of its own and takes the parameters back towards them (in a trial on toy parameters it undid a "
     "shift of the weights), so a scaled step would be undone"
 )
+KEEPS_ROUNDING = (
+    "keeps more in its state where weights are of half precision (in a trial on toy parameters), such as what rounding "
+    "has lost, so a scaled step would be lost or undone"
+)
 COPIES = "keeps copies of the weights, from which it may compute the next ones, and cannot be tried on toy parameters"
 REPLACED = "replaces its parameter groups in its step"
 FOLLOWS_RATE = "keeps numbers in its parameter groups that follow from the rate"
@@ -240,14 +244,13 @@ def _attempt(optimizer: Any, construct: bool, double: bool, way: str) -> Verdict
     dtype = torch.float64 if double and not any(p.is_complex() for p in parameters) else None
     make = partial(Workshop, optimizer, construct=construct, way=way)
     workshop, wider = make(dtype), make(dtype, side=WIDE)
-    # Some optimizers keep float32 copies of the weights only where these are of half precision.
+    # Some optimizers keep float32 copies of the weights, or what rounding loses, only for those of half precision.
     narrow = None if dtype is None or HALF.isdisjoint(p.dtype for p in parameters) else make(None)
     with undisturbed(parameters) as guard:
         try:
-            verdict = Trial(workshop, guard, wider).verdict()
-            if narrow is not None and verdict.update is None:
-                verdict = replace(verdict, update=Trial(narrow, guard).against_update())
-            return verdict
+            trial = Trial(workshop, guard, wider)
+            verdict = trial.verdict()
+            return verdict if narrow is None else Trial(narrow, guard).narrowed(verdict, trial)
         except Exception as error:
             reason = guard.stopped or error
     if isinstance(reason, CommunicatesError):
@@ -308,6 +311,7 @@ class Trial:
         self.replaces = False
         self.copies = False
         self.writes_options = False
+        self.state: set[tuple[str, str]] = set()
         self.failure = ""
         self._runs: dict[Plan, Run] = {}
 
@@ -324,6 +328,19 @@ class Trial:
         if self.replaces:
             return replace(verdict, lr=REPLACED, groups=REPLACED, replaces=True)
         return replace(verdict, scales_rate=self.writes_equal("permanent"), **self.against_rates(bare))
+
+    def narrowed(self, verdict: Verdict, wide: Trial) -> Verdict:
+        """Return the verdict for half precision, from that of float64."""
+        update = verdict.update or self.against_update()
+        self.run(BARE)
+        if update is None and self.state != wide.state:
+            update = KEEPS_ROUNDING
+        return replace(
+            verdict,
+            update=update,
+            scales_rate=verdict.scales_rate and self.writes_equal("permanent"),
+            scales_update=verdict.scales_update and update is None and self.writes_equal("finished"),
+        )
 
     def writes_equal(self, how: Literal["finished", "permanent"]) -> bool:
         """Tell whether scaled writes are what another way of scaling gives.
@@ -470,6 +487,9 @@ class Trial:
             run.append(_copies(toys))
             if bare and number < 3:
                 self.copies |= holds_copies(optimizer, [*run[-2], *run[-1]])
+                for state in list(optimizer.state.values()):
+                    items = cast("dict[Any, Any]", state).items() if isinstance(state, dict) else ()
+                    self.state |= {(str(name), type(value).__name__) for name, value in items}
         if bare:
             self.writes_options |= options != list(map(_options_of, optimizer.param_groups))
         return run
