@@ -332,9 +332,9 @@ class Trial:
     def narrowed(self, verdict: Verdict, wide: Trial) -> Verdict:
         """Return the verdict for half precision, from that of float64."""
         update = verdict.update or self.against_update()
-        self.run(BARE)
-        if update is None and self.state != wide.state:
-            update = KEEPS_ROUNDING
+        if update is None:
+            self.run(BARE)
+            update = KEEPS_ROUNDING if self.state != wide.state else None
         return replace(
             verdict,
             update=update,
