@@ -6,7 +6,9 @@ import itertools
 import logging
 import multiprocessing
 import multiprocessing.connection
+import os
 import pickle
+import signal
 import tempfile
 import traceback
 import warnings
@@ -86,6 +88,9 @@ def end() -> None:
     """End the processes that wait for a call, and the one that they are forked from."""
     while _worlds:
         _worlds.pop().end(60)
+    # Killed: it would wait for every process that was forked since, such as a loader's worker that a traceback keeps.
+    if forkserver._forkserver._forkserver_pid is not None:
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
     forkserver._forkserver._stop()
 
 
