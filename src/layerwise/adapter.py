@@ -20,7 +20,8 @@ from ._arguments import StaysBehind, check_choice, chosen
 from ._fused import DealtStep, FactorsInChunks, can_be_dealt, make_chunks
 from ._hooks import OptimizerHooks, makes_state_only
 from ._places.allowed import automatic_place, check_groups, check_place, no_effect, scales_writes
-from ._places.first_steps import FirstSteps, KnownGroups
+from ._places.averaging import compare_gradients
+from ._places.known_groups import KnownGroups
 from ._places.trial import try_again, verdict_of
 from ._tensors import (
     can_be_measured,
@@ -28,6 +29,7 @@ from ._tensors import (
     holds_weights,
     moved,
     runs_on_fakes,
+    several_processes,
     warn_without_values,
 )
 from ._writes import is_compiled
@@ -53,7 +55,7 @@ from .rules.combine import check_bounds
 from .rules.elementwise import check_elementwise, is_elementwise
 from .rules.replication import check_processes, refuse_stages
 from .rules.state import State, check_saved, copied, described
-from .sharding import absent, find_shards
+from .sharding import absent, can_compare, find_shards
 from .statistics import (
     AS_NUMBERS,
     NOTHING,
@@ -233,15 +235,18 @@ class AttachedRule:
         self._now: list[dict[str, Any]] = []
         self._holder, self._optimizer = weakref.ref(holder), weakref.ref(optimizer)
         verdict = verdict_of(optimizer)
-        may_replace = verdict is not None and (verdict.replaces or verdict.untried is not None)
-        self._known = KnownGroups(holder.param_groups) if may_replace else None
+        replaces = verdict is not None and verdict.replaces
+        self._known = KnownGroups(holder.param_groups) if replaces else None
         self._take(Resolution(optimizer, self._source, request))
-        self._first: FirstSteps | None = None
-        if verdict is not None:
-            reads = bool(set(self._rule.needs) - INDEPENDENT)
-            under_update = self.place == "update"
-            name = type(optimizer).__name__
-            self._first = FirstSteps(name, verdict, reads_gradients=reads, under_update=under_update)
+        # The other processes wait for it, so one in which the rule is paused compares too.
+        self._compares = (
+            verdict is not None
+            and verdict.communicates
+            and bool(set(self._rule.needs) - INDEPENDENT)
+            and several_processes()
+            and can_compare()
+        )
+        self._process_group = verdict.process_group if verdict is not None else None
         OptimizerHooks.add(optimizer, self)
         # ZeRO recreates its inner optimizer when a group is added.
         self._follows = None if optimizer is holder else holder.register_step_pre_hook(self._follow)
@@ -350,8 +355,9 @@ class AttachedRule:
         if self._finite is not None:
             with absent(not self.enabled):
                 self._finite.check(getattr(optimizer, "found_inf", None))
-        if self._first is not None:
-            self._first.before(optimizer)
+        if self._compares:
+            self._compares = False
+            compare_gradients(optimizer, self._process_group)
 
     def measure(self, optimizer: Any, *, unseen: bool = False) -> bool:
         """Compute this step's factors from the gradients as they arrived; return whether any of them may not be 1."""
@@ -412,8 +418,7 @@ class AttachedRule:
     @property
     def takes_part(self) -> bool:
         """Whether it has something to do in a step: also while paused, where a collective may follow."""
-        compares = self._first is not None and self._first.compares
-        return self.enabled or self.found.statistics.sharing is not None or compares
+        return self.enabled or self.found.statistics.sharing is not None or self._compares
 
     def act(self, view: Any, *, private: bool, writes: Writes) -> list[Split]:
         """Let this step's factors act on the view."""
@@ -428,9 +433,6 @@ class AttachedRule:
     def finish(self) -> None:
         """Act after the step."""
         self._place.finish()
-        if self._first is not None:
-            self._first.after(self._optimizer())
-            self._first = None
         if self.factors is not None:
             self.factors.complete()
         self._before_chunks = None

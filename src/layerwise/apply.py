@@ -592,7 +592,7 @@ class Update(Place):
     """`w ← w_old + f_l (w_new − w_old)`.
 
     What the step writes is scaled. Where its writes cannot be seen, a copy of the parameters is kept during the step:
-    in compiled steps, and in those of other packages that communicate or could not be tried.
+    in compiled steps, and in those of other packages that communicate.
     """
 
     def __init__(self) -> None:

@@ -647,15 +647,20 @@ class CannotBeCopied(optim.Optimizer):
         self.move()
 
 
-def test_an_optimizer_that_cannot_be_tried_gets_update_and_lr_is_refused() -> None:
-    found, place = trained(lambda model: CannotBeCopied(model.parameters()))
-    assert place == "update"
-    assert close(found, interpolated(lambda model: CannotBeCopied(model.parameters())))
+@pytest.mark.parametrize("place", ["auto", "lr", "update"])
+def test_an_optimizer_that_cannot_be_tried_is_refused(place: Any) -> None:
     model = network()
     before = weights(model)
-    with pytest.raises(ValueError, match=r"cannot be tried on toy parameters .*use apply='update'"):
-        layerwise.LayerwiseLR(CannotBeCopied(model.parameters()), Constant(FACTORS), model, apply="lr")
-    assert close(before, weights(model))
+    optimizer = CannotBeCopied(model.parameters())
+    with pytest.raises(
+        ValueError, match=r"cannot be tried on toy parameters .*use apply='gradient', or .*param_groups"
+    ):
+        layerwise.LayerwiseLR(optimizer, Constant(FACTORS), model, apply=place)
+    give_gradients(model, 0)
+    layerwise.LayerwiseLR(optimizer, Constant(FACTORS), model, apply="gradient")
+    optimizer.step()
+    gradients = [p.grad for p in model.parameters()]
+    assert close(weights(model), [w - 0.1 * g for w, g in zip(before, gradients, strict=True)])
 
 
 # --- Steps inside backward --------------------------------------------------------------------------------------------
@@ -694,40 +699,6 @@ def test_an_optimizer_of_one_parameter_may_step_in_backward() -> None:
     release(model, lambda p: optimizer.step())
     model(torch.ones(2, 3, dtype=torch.float64)).sum().backward()
     assert close(weights(model), [before[0] - 0.2 * p.grad for p in model.parameters()])
-
-
-# --- What an optimizer that cannot be tried shows in its first step ---------------------------------------------------
-
-
-class UntriedAndSlow(optim.Optimizer):
-    """Reaches its parameters through a closure, and moves them towards weights of its own."""
-
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
-        params = list(params)
-        super().__init__(params, {"lr": lr, "k": 0})
-        self.every = lambda: params
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            group["k"] += 1
-        for p in self.every():
-            slow = self.state[p].setdefault("slow", p.clone())
-            slow.sub_(0.1 * p.grad)
-            p.copy_(slow)
-
-
-def test_own_weights_of_an_untried_optimizer_stop_its_first_step() -> None:
-    model = network()
-    optimizer = UntriedAndSlow(model.parameters())
-    assert layerwise.LayerwiseLR(optimizer, Constant(FACTORS), model).apply == "update"
-    give_gradients(model, 0)
-    before = weights(model)
-    with pytest.raises(RuntimeError, match=r"copies of the weights.*as before this step.*layerwise\.param_groups"):
-        optimizer.step()
-    assert close(before, weights(model))
-    assert not optimizer.state
-    assert optimizer.param_groups[0]["k"] == 0
 
 
 # --- Groups that a step replaces --------------------------------------------------------------------------------------

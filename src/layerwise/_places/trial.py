@@ -146,7 +146,6 @@ KEEPS_ROUNDING = (
     "keeps more in its state where weights are of half precision (in a trial on toy parameters), such as what rounding "
     "has lost, so a scaled step would be lost or undone"
 )
-COPIES = "keeps copies of the weights, from which it may compute the next ones, and cannot be tried on toy parameters"
 REPLACED = "replaces its parameter groups in its step"
 FOLLOWS_RATE = "keeps numbers in its parameter groups that follow from the rate"
 MAY_PARTITION = (
@@ -257,11 +256,8 @@ def _attempt(optimizer: Any, construct: bool, double: bool, way: str) -> Verdict
         return Verdict(groups=MAY_PARTITION, communicates=True, process_group=reason.group)
     text = str(reason).strip().partition("\n")[0]
     why = text if isinstance(reason, CannotTryError) else f"{type(reason).__name__}: {text}"
-    return Verdict(
-        lr=f"cannot be tried on toy parameters ({why}), so whether a factor on its rate acts is not known",
-        update=COPIES if keeps_copies(optimizer) else None,
-        untried=why,
-    )
+    unknown = f"cannot be tried on toy parameters ({why}), so whether factors act as they should is not known"
+    return Verdict(lr=unknown, update=unknown, untried=why)
 
 
 Run = list[list[Tensor]]
@@ -558,13 +554,6 @@ def divide(twin: Any, partition: Partition, factors: Sequence[float] | None) -> 
     for split in splits:
         split.remember()
     return cast("list[Any]", splits)
-
-
-def keeps_copies(optimizer: Any) -> bool:
-    """Tell whether the optimizer holds copies of its parameters, in its state or in its attributes."""
-    parameters = parameters_of(optimizer)
-    held = tensors_in(attributes_of(optimizer), 4)
-    return holds_copies(optimizer, parameters) or any(is_copy(tensor, parameters) for tensor in held)
 
 
 def holds_copies(optimizer: Any, weights: Sequence[Tensor]) -> bool:
