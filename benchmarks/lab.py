@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from layerwise.lab import recipe, rule_making
-from layerwise.lab.configuration import Configuration
-from layerwise.lab.engine import Training
-from layerwise.lab.experiment import carry_out
-from layerwise.lab.outcome import Settings
-from layerwise.lab.plan import Plan
-from layerwise.lab.trial import Trial, build
+from layerwise.lab.experiments import recipe
+from layerwise.lab.experiments import rules as rule_making
+from layerwise.lab.experiments.outcome import Settings
+from layerwise.lab.experiments.plan import Plan
+from layerwise.lab.experiments.runner import carry_out
+from layerwise.lab.runs.configuration import Configuration
+from layerwise.lab.training.engine import Training
+from layerwise.lab.training.trial import Trial, build
 
 LOOP_TARGET = 1.05
 """The lab's loop, with all its records, against a bare loop."""

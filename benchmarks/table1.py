@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 import layerwise
-from layerwise.lab import recipe, rule_making, trial
-from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiment import carry_out
-from layerwise.lab.outcome import Settings
-from layerwise.lab.plan import Plan, PlannedRun
+from layerwise.lab.experiments import recipe
+from layerwise.lab.experiments import rules as rule_making
+from layerwise.lab.experiments.outcome import Settings
+from layerwise.lab.experiments.plan import Plan, PlannedRun
+from layerwise.lab.experiments.runner import carry_out
+from layerwise.lab.runs.configuration import Configuration
+from layerwise.lab.training import trial
 
 from .lab import update
 from .timing import Row

@@ -80,7 +80,8 @@ def commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("name", "line"), commands())
 def test_a_command_of_a_page_is_understood(name: str, line: str) -> None:
     pytest.importorskip("tyro", reason="the lab is not installed")
-    from layerwise.lab import options, recipe
+    from layerwise.lab import options
+    from layerwise.lab.experiments import recipe
 
     asked = options.parse(shlex.split(line.partition(" > ")[0], comments=True)[1:])
     if isinstance(asked, options.Run | options.Sweep):

@@ -15,12 +15,14 @@ import torch
 import victims
 from made_up import finish, finish_plan, outcome_of, table_plan, table_value
 
-from layerwise.lab import chains, files, work
 from layerwise.lab.cli import main
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiment import carry_out, load_finished
-from layerwise.lab.outcome import Settings
-from layerwise.lab.runs import Runs
+from layerwise.lab.experiments import chain as chains
+from layerwise.lab.experiments import work
+from layerwise.lab.experiments.outcome import Settings
+from layerwise.lab.experiments.runner import carry_out, load_finished
+from layerwise.lab.runs import files
+from layerwise.lab.runs.folder import Runs
 
 pytestmark = pytest.mark.full
 

@@ -29,13 +29,15 @@ from test_cifar import publish, text  # noqa: F401
 from test_data import put, sets  # noqa: F401
 
 from layerwise import rules
-from layerwise.lab import recorder, report, store
+from layerwise.lab import report
 from layerwise.lab.data import cifar, cifar_pickle, folder, mnist, photographs
 from layerwise.lab.errors import UsageError
-from layerwise.lab.pool import Failure
+from layerwise.lab.experiments.pool import Failure
 from layerwise.lab.report import anything, found, saved
-from layerwise.lab.runs import MAGIC, RunFolder, Runs
-from layerwise.lab.store import signed, write_whole
+from layerwise.lab.runs import record as recorder
+from layerwise.lab.runs import store
+from layerwise.lab.runs.folder import MAGIC, RunFolder, Runs
+from layerwise.lab.runs.store import signed, write_whole
 
 pytestmark = pytest.mark.full
 
@@ -472,7 +474,7 @@ def test_no_other_program_is_started(watched):
 def test_folders_of_passing_use_are_private(tmp_path, monkeypatch):
     import tempfile
 
-    from layerwise.lab import cluster
+    from layerwise.lab.experiments import ray as cluster
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     names = set()

@@ -17,9 +17,9 @@ import pytest
 import victims
 from serving import Server
 
-from layerwise.lab.experiment import carry_out, load_finished
-from layerwise.lab.outcome import Settings
-from layerwise.lab.runs import Runs
+from layerwise.lab.experiments.outcome import Settings
+from layerwise.lab.experiments.runner import carry_out, load_finished
+from layerwise.lab.runs.folder import Runs
 
 pytestmark = [
     pytest.mark.full,

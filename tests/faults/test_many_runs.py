@@ -11,11 +11,11 @@ from dataclasses import replace
 import pytest
 from made_up import finish, table_plan
 
-from layerwise.lab import recorder
 from layerwise.lab.cli import main
 from layerwise.lab.report import anything, charts, files, layers, page
-from layerwise.lab.runs import Runs
-from layerwise.lab.store import read_signed, signed
+from layerwise.lab.runs import record as recorder
+from layerwise.lab.runs.folder import Runs
+from layerwise.lab.runs.store import read_signed, signed
 
 pytestmark = pytest.mark.full
 

@@ -24,10 +24,10 @@ from test_data import put, sets  # noqa: F401
 from layerwise import rules
 from layerwise.lab.data import cifar, digits, folder, mnist, photographs
 from layerwise.lab.errors import UsageError
-from layerwise.lab.recorder import Recorder
 from layerwise.lab.report import anything, found, saved
-from layerwise.lab.runs import RunFolder, Runs
-from layerwise.lab.store import signed
+from layerwise.lab.runs.folder import RunFolder, Runs
+from layerwise.lab.runs.record import Recorder
+from layerwise.lab.runs.store import signed
 
 pytestmark = pytest.mark.full
 
@@ -143,7 +143,7 @@ from collections import Counter
 from pathlib import Path
 from mutations import mutated
 from layerwise.lab.errors import UsageError
-from layerwise.lab.recorder import read_frame
+from layerwise.lab.runs.record import read_frame
 from layerwise.lab.runs import MAGIC, RunFolder
 kind, place, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 chance, told = random.Random(3), Counter()

@@ -15,11 +15,11 @@ import pytest
 import victims
 from serving import Server
 
-from layerwise.lab.experiment import carry_out, load_finished
-from layerwise.lab.outcome import Settings
+from layerwise.lab.experiments.outcome import Settings
+from layerwise.lab.experiments.runner import carry_out, load_finished
 from layerwise.lab.report import anything
 from layerwise.lab.report.page import build
-from layerwise.lab.runs import Runs
+from layerwise.lab.runs.folder import Runs
 
 pytestmark = [
     pytest.mark.full,
@@ -157,7 +157,8 @@ def test_a_crash_ends_one_run_and_is_told(tmp_path, ends, words, which):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs limits of memory")
 def test_too_little_memory_in_this_process_ends_one_run(tmp_path):
-    from layerwise.lab import chains, work
+    from layerwise.lab.experiments import chain as chains
+    from layerwise.lab.experiments import work
 
     failures = []
     plan = ending(tmp_path / "log", "memory", "plain")

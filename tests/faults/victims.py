@@ -21,15 +21,17 @@ import torch
 from torch import nn
 
 from layerwise import rules
-from layerwise.lab import chains, experiment, work
-from layerwise.lab.arms import Arm
-from layerwise.lab.configuration import Configuration
-from layerwise.lab.engine import Training
-from layerwise.lab.experiment import load_finished
-from layerwise.lab.outcome import Outcome, Settings
-from layerwise.lab.plan import Plan, PlannedRun, Quantity, Subject
-from layerwise.lab.runs import Runs
-from layerwise.lab.trial import Trial
+from layerwise.lab.experiments import chain as chains
+from layerwise.lab.experiments import runner as experiment
+from layerwise.lab.experiments import work
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.outcome import Outcome, Settings
+from layerwise.lab.experiments.plan import Plan, PlannedRun, Quantity, Subject
+from layerwise.lab.experiments.runner import load_finished
+from layerwise.lab.runs.configuration import Configuration
+from layerwise.lab.runs.folder import Runs
+from layerwise.lab.training.engine import Training
+from layerwise.lab.training.trial import Trial
 
 UPDATES, EPOCH = 24, 8
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from lab_helpers import runs_in_process
 
-from layerwise.lab import chains, work
-from layerwise.lab.experiment import load_finished
-from layerwise.lab.outcome import Outcome, Settings
-from layerwise.lab.plan import Plan
-from layerwise.lab.runs import Runs
+from layerwise.lab.experiments import chain as chains
+from layerwise.lab.experiments import work
+from layerwise.lab.experiments.outcome import Outcome, Settings
+from layerwise.lab.experiments.plan import Plan
+from layerwise.lab.experiments.runner import load_finished
+from layerwise.lab.runs.folder import Runs
 
 
 @pytest.fixture

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from layerwise.lab import chains, experiment, recipe, work
 from layerwise.lab.data import digits
+from layerwise.lab.experiments import chain as chains
+from layerwise.lab.experiments import recipe, work
+from layerwise.lab.experiments import runner as experiment
+from layerwise.lab.experiments.plan import Plan
 from layerwise.lab.models.lenet import LeNet
-from layerwise.lab.plan import Plan
 
 
 def tiny_plan(seeds: int = 1, **constants: Any) -> Plan:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from layerwise.lab import controls
-from layerwise.lab.configuration import Configuration
-from layerwise.lab.experiment import load_finished
-from layerwise.lab.outcome import Outcome, Settings
-from layerwise.lab.plan import Plan, PlannedRun
-from layerwise.lab.recipe import Recipe, load
-from layerwise.lab.recorder import Recorder
-from layerwise.lab.runs import Record, Runs
+from layerwise.lab.experiments import controls
+from layerwise.lab.experiments.outcome import Outcome, Settings
+from layerwise.lab.experiments.plan import Plan, PlannedRun
+from layerwise.lab.experiments.recipe import Recipe, load
+from layerwise.lab.experiments.runner import load_finished
+from layerwise.lab.runs.configuration import Configuration
+from layerwise.lab.runs.folder import Record, Runs
+from layerwise.lab.runs.record import Recorder
 
 LAYERS = ["conv1", "conv2", "ip1"]
 

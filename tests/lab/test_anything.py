@@ -21,12 +21,13 @@ from made_up import (
     table_value,
 )
 
-from layerwise.lab import recipe, report
-from layerwise.lab.plan import QUANTITIES, Quantity
+from layerwise.lab import report
+from layerwise.lab.experiments import recipe
+from layerwise.lab.experiments.plan import QUANTITIES, Quantity
 from layerwise.lab.report import anything, judged, saved
 from layerwise.lab.report.files import markdown
 from layerwise.lab.report.page import build
-from layerwise.lab.runs import Record
+from layerwise.lab.runs.folder import Record
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import pytest
 from lab_helpers import tiny_plan
 
 from layerwise import rules
-from layerwise.lab import arms
-from layerwise.lab.arms import Arm
-from layerwise.lab.controls import displaced, recorded_factors
 from layerwise.lab.errors import UsageError
-from layerwise.lab.rule_making import make_rule, phases
+from layerwise.lab.experiments import arms
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.controls import displaced, recorded_factors
+from layerwise.lab.experiments.rules import make_rule, phases
 
 
 def test_rules_are_made_of_names_and_numbers():

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from layerwise import LayerwiseLR
-from layerwise.lab import caffe
 from layerwise.lab.errors import UsageError
 from layerwise.lab.models.lenet import LeNet
+from layerwise.lab.training import caffe
 from layerwise.rules import Constant, LayerAdaptive
 
 MU, DECAY, STEPS = 0.9, 0.03, 50

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerwise.lab import checkup, cli, tasks
+from layerwise.lab import cli
 from layerwise.lab.errors import UsageError
+from layerwise.lab.tasks import checkup
+from layerwise.lab.tasks import task as tasks
 
 HEAD = """
 import torch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from layerwise.lab import recipe
-from layerwise.lab.citations import distinct, written
+from layerwise.lab.experiments import recipe
+from layerwise.lab.experiments.citations import distinct, written
 
 
 def constants(name: str, scale: str, **more):

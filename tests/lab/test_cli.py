@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 import layerwise
-from layerwise.lab import cli, data, options, places, recipe
-from layerwise.lab.configuration import Constants
+from layerwise.lab import cli, data, options
 from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments import datasets as places
+from layerwise.lab.experiments import recipe
+from layerwise.lab.runs.configuration import Constants
 
 RECIPE = """
 title = "A few updates of LeNet"

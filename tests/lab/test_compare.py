@@ -11,13 +11,18 @@ from pathlib import Path
 import pytest
 from lab_helpers import runs_in_process
 
-from layerwise.lab import chains, compare, examination, methods, progress, report, tasks, tuning
-from layerwise.lab.arms import FACTORS_ALONE
+from layerwise.lab import progress, report
 from layerwise.lab.errors import UsageError
-from layerwise.lab.judgement import MINIMUM_PAIRS
-from layerwise.lab.outcome import Display, Settings
-from layerwise.lab.plan import LARGEST_SEEDS
+from layerwise.lab.experiments import chain as chains
+from layerwise.lab.experiments import methods
+from layerwise.lab.experiments.arms import FACTORS_ALONE
+from layerwise.lab.experiments.outcome import Display, Settings
+from layerwise.lab.experiments.plan import LARGEST_SEEDS
 from layerwise.lab.report import anything, maps
+from layerwise.lab.stats.comparison import MINIMUM_PAIRS
+from layerwise.lab.tasks import compare, tuning
+from layerwise.lab.tasks import doctor as examination
+from layerwise.lab.tasks import task as tasks
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_task.py"
 

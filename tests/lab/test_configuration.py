@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 
-from layerwise.lab import configuration
-from layerwise.lab.configuration import Configuration, Constants
 from layerwise.lab.errors import UsageError
+from layerwise.lab.runs import configuration
+from layerwise.lab.runs.configuration import Configuration, Constants
 
 VALUES = {
     "data": "digits5k",

@@ -10,10 +10,14 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from layerwise.lab import catalogue, cli, data, experiment, places, recipe, trial
+from layerwise.lab import catalogue, cli, data
 from layerwise.lab.errors import UsageError
-from layerwise.lab.outcome import Settings
-from layerwise.lab.runs import Runs
+from layerwise.lab.experiments import datasets as places
+from layerwise.lab.experiments import recipe
+from layerwise.lab.experiments import runner as experiment
+from layerwise.lab.experiments.outcome import Settings
+from layerwise.lab.runs.folder import Runs
+from layerwise.lab.training import trial
 
 
 def write(root: Path, classes: int, train: int, test: int, shade: int = 0) -> Path:

@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn import functional
 
 from layerwise import rules
-from layerwise.lab import work
-from layerwise.lab.configuration import Configuration, Constants
-from layerwise.lab.engine import Training, skipping
-from layerwise.lab.runs import RunFolder
-from layerwise.lab.trial import StoppedError, Trial, build
+from layerwise.lab.experiments import work
+from layerwise.lab.runs.configuration import Configuration, Constants
+from layerwise.lab.runs.folder import RunFolder
+from layerwise.lab.training.engine import Training, skipping
+from layerwise.lab.training.trial import StoppedError, Trial, build
 
 LENET = {
     "data": "digits5k",

@@ -209,7 +209,7 @@ def test_a_list_or_plan_that_is_no_plain_file_ends_no_report(experiment, tmp_pat
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint-before.pt", "status.json", "lock", "factors.jsonl"])
 def test_other_files_of_a_run_that_are_no_plain_files_hang_nothing(method, name):
-    from layerwise.lab.runs import Runs
+    from layerwise.lab.runs.folder import Runs
 
     (record,) = [each for each in Runs(Path("runs")).all() if each.folder == method]
     folder = Runs(Path("runs")).folder(record.configuration)
@@ -628,7 +628,7 @@ def test_a_task_that_is_no_plain_file_is_refused(tmp_path, monkeypatch, capsys, 
 
 
 def test_a_checkpoint_is_read_only_with_its_checksum(tmp_path):
-    from layerwise.lab.runs import RunFolder
+    from layerwise.lab.runs.folder import RunFolder
 
     run = RunFolder(tmp_path, None)
     run.save_checkpoint({"number": torch.tensor(1)})

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from layerwise.lab import intervals
 from layerwise.lab.errors import UsageError
-from layerwise.lab.intervals import bootstrap_interval, holm, paired_p_value, percentile_interval
+from layerwise.lab.stats import bootstrap as intervals
+from layerwise.lab.stats.bootstrap import bootstrap_interval, holm, paired_p_value, percentile_interval
 
 FIVE = [-1.0, 1.2, -0.9, 0.1, -0.05]
 numbers = st.lists(st.integers(-1000, 1000).map(lambda value: value / 8), min_size=2, max_size=5)

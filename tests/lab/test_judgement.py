@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from layerwise.lab.conclusions import conclusion, note
 from layerwise.lab.errors import UsageError
-from layerwise.lab.intervals import bootstrap_interval
-from layerwise.lab.judgement import NONE, Pair, judge
-from layerwise.lab.wording import signed
+from layerwise.lab.stats.bootstrap import bootstrap_interval
+from layerwise.lab.stats.comparison import NONE, Pair, judge
+from layerwise.lab.stats.conclusions import conclusion, note
+from layerwise.lab.stats.wording import signed
 
 BETTER = [-1.0, -1.2, -0.9, -1.1, -1.05]
 WORSE = [-value for value in BETTER]

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from layerwise.lab.measures import LayerMeasures
+from layerwise.lab.training.measures import LayerMeasures
 
 
 def test_norms_are_those_of_all_parameters_of_a_layer_and_nothing_is_changed():

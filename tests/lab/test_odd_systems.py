@@ -10,7 +10,8 @@ import sys
 import pytest
 from made_up import finish, finish_plan, table_plan
 
-from layerwise.lab import cli, recipe
+from layerwise.lab import cli
+from layerwise.lab.experiments import recipe
 
 COMMAND = "import sys; from layerwise.__main__ import main; sys.argv[0] = 'layerwise'; sys.exit(main())"
 

@@ -202,7 +202,7 @@ def test_half_written_files_of_others_stay_and_those_of_the_lab_go(runs):
 
 
 def test_a_killed_report_leaves_a_folder_that_is_known_again(runs, monkeypatch):
-    from layerwise.lab import files
+    from layerwise.lab.runs import files
 
     write, left = files.write_whole, [5]
 
@@ -265,7 +265,7 @@ def test_what_lies_in_the_way_is_refused_before_anything_is_trained(tmp_path, mo
 
 def test_a_run_folder_that_is_a_link_is_not_touched(tmp_path, monkeypatch):
     from layerwise.lab.errors import UsageError
-    from layerwise.lab.runs import Runs
+    from layerwise.lab.runs.folder import Runs
 
     run, other = chosen()
     folder = Runs(tmp_path / "runs").folder(run.configuration)
@@ -285,7 +285,7 @@ def test_a_run_folder_that_is_a_link_is_not_touched(tmp_path, monkeypatch):
 
 
 def test_files_of_others_in_a_runs_folder_stay(tmp_path):
-    from layerwise.lab.runs import Runs
+    from layerwise.lab.runs.folder import Runs
 
     run = chosen()[0]
     folder = Runs(tmp_path).folder(run.configuration)
@@ -302,7 +302,7 @@ def test_files_of_others_in_a_runs_folder_stay(tmp_path):
 
 
 def test_what_is_set_aside_overwrites_nothing(tmp_path):
-    from layerwise.lab.runs import Runs
+    from layerwise.lab.runs.folder import Runs
 
     record = finish(tmp_path, chosen()[0], 1.5)
     (record.folder / "record.json.broken").write_text("mine")

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from layerwise import LayerwiseLR
-from layerwise.lab import caffe
 from layerwise.lab.errors import UsageError
-from layerwise.lab.policies import POLICIES, multiplier, scheduler
+from layerwise.lab.training import caffe
+from layerwise.lab.training.policies import POLICIES, multiplier, scheduler
 from layerwise.rules import Constant
 
 ARGUMENTS: dict[str, dict[str, Any]] = {

@@ -7,9 +7,9 @@ from lab_helpers import tiny_plan
 from rich.console import Console
 
 from layerwise.lab import progress
-from layerwise.lab.outcome import Outcome, Settings
+from layerwise.lab.experiments.outcome import Outcome, Settings
+from layerwise.lab.experiments.results import Results
 from layerwise.lab.progress import BarDisplay, LineDisplay, duration
-from layerwise.lab.results import Results
 
 
 @pytest.fixture

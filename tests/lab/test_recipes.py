@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerwise.lab import inputs, networks, recipe, rule_making, solvers
 from layerwise.lab.data import FOLDER
 from layerwise.lab.errors import UsageError
-from layerwise.lab.outcome import Outcome
-from layerwise.lab.plan import Plan, Subject
+from layerwise.lab.experiments import recipe
+from layerwise.lab.experiments import rules as rule_making
+from layerwise.lab.experiments.outcome import Outcome
+from layerwise.lab.experiments.plan import Plan, Subject
+from layerwise.lab.training import inputs, networks, solvers
 
 NAMES = recipe.names()
 EVERY = [(name, scale) for name in NAMES for scale in recipe.load(name).content["scales"]]

@@ -4,7 +4,7 @@ import polars
 import pytest
 import torch
 
-from layerwise.lab.recorder import SCHEMA_COLUMNS, Recorder
+from layerwise.lab.runs.record import SCHEMA_COLUMNS, Recorder
 
 
 @pytest.fixture

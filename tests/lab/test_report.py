@@ -29,7 +29,7 @@ from made_up import (
 
 from layerwise.lab import printing, report
 from layerwise.lab.errors import UsageError
-from layerwise.lab.pool import Failure
+from layerwise.lab.experiments.pool import Failure
 from layerwise.lab.report import anything, charts, files, layers, maps, sweeps
 from layerwise.lab.report.drawing import Drawing, shortened, slugs
 from layerwise.lab.report.headline import headline
@@ -37,7 +37,7 @@ from layerwise.lab.report.layouts import best_of, sheet
 from layerwise.lab.report.looks import COLOURS, looks
 from layerwise.lab.report.page import build
 from layerwise.lab.report.verdicts import verdicts
-from layerwise.lab.runs import Runs
+from layerwise.lab.runs.folder import Runs
 
 HOSTILE = '"><script>alert("x")</script>\x1b[31m'
 

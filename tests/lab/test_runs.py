@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from layerwise.lab import runs as runs_module
-from layerwise.lab.configuration import Configuration, Constants
-from layerwise.lab.locks import BusyError
-from layerwise.lab.recorder import Recorder
-from layerwise.lab.runs import MAGIC, RunFolder, Runs
+from layerwise.lab.runs import folder as runs_module
+from layerwise.lab.runs.configuration import Configuration, Constants
+from layerwise.lab.runs.folder import MAGIC, RunFolder, Runs
+from layerwise.lab.runs.locks import BusyError
+from layerwise.lab.runs.record import Recorder
 
 VALUES = {
     "data": "digits5k",

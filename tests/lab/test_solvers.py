@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from layerwise.lab import caffe, networks, solvers
-from layerwise.lab.configuration import Constants
 from layerwise.lab.errors import UsageError
 from layerwise.lab.models.lenet import LeNet
+from layerwise.lab.runs.configuration import Constants
+from layerwise.lab.training import caffe, networks, solvers
 
 VALUES = {
     "data": "digits5k",

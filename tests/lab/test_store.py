@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from layerwise.lab import store
-from layerwise.lab.store import write_whole
+from layerwise.lab.runs import store
+from layerwise.lab.runs.store import write_whole
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -3,10 +3,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from layerwise.lab import inputs
 from layerwise.lab.data import Dataset, augmentation, digits
 from layerwise.lab.errors import UsageError
-from layerwise.lab.streams import MemoryStream, epoch_generator, shortened
+from layerwise.lab.training import inputs
+from layerwise.lab.training.streams import MemoryStream, epoch_generator, shortened
 
 
 def photographs(name="cifar10", count=50):

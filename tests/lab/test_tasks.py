@@ -17,14 +17,18 @@ import numpy
 import pytest
 import torch
 
-from layerwise.lab import Task, chains, compare, looking, tasks, work
-from layerwise.lab.arms import Arm
-from layerwise.lab.configuration import Configuration
+from layerwise.lab import Task
 from layerwise.lab.errors import UsageError
-from layerwise.lab.guests import Stream, moved, same
-from layerwise.lab.plan import PlannedRun
-from layerwise.lab.runs import Runs
-from layerwise.lab.trial import StoppedError
+from layerwise.lab.experiments import chain as chains
+from layerwise.lab.experiments import work
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.plan import PlannedRun
+from layerwise.lab.runs.configuration import Configuration
+from layerwise.lab.runs.folder import Runs
+from layerwise.lab.tasks import compare, looking
+from layerwise.lab.tasks import task as tasks
+from layerwise.lab.tasks.guests import Stream, moved, same
+from layerwise.lab.training.trial import StoppedError
 
 HEAD = """
 import torch
@@ -335,7 +339,7 @@ def test_what_the_file_adds_to_the_path_stays(write, tmp_path, monkeypatch):
 
 
 def test_the_lab_imports_the_protocol_when_it_is_asked_for():
-    code = "import sys, layerwise.lab; assert 'layerwise.lab.tasks' not in sys.modules; layerwise.lab.Task"
+    code = "import sys, layerwise.lab; assert 'layerwise.lab.tasks.task' not in sys.modules; layerwise.lab.Task"
     subprocess.run([sys.executable, "-c", code], check=True)
     import layerwise.lab
 

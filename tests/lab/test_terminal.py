@@ -20,9 +20,9 @@ from made_up import (
 )
 from rich.console import Console
 
-from layerwise.lab import terminal
-from layerwise.lab.pool import Failure
-from layerwise.lab.results import Results
+from layerwise.lab.experiments.pool import Failure
+from layerwise.lab.experiments.results import Results
+from layerwise.lab.report import terminal
 
 HOSTILE = "[bold]x[/bold]\x1b[31m\x07[/nothing]"
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from made_up import finish_plan, noise, outcome_of, sweep_plan, sweep_value
 
-from layerwise.lab import recipe
-from layerwise.lab.arms import Arm
 from layerwise.lab.errors import UsageError
-from layerwise.lab.methods import make_arms
+from layerwise.lab.experiments import recipe
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.methods import make_arms
 from layerwise.lab.report.layers import factor_words
 from layerwise.lab.report.layouts import sheet
 from layerwise.lab.report.page import build

@@ -14,9 +14,12 @@ import pytest
 import torch
 
 import layerwise
-from layerwise.lab import chains, compare, tasks, work
-from layerwise.lab.experiment import load_finished
-from layerwise.lab.runs import Runs
+from layerwise.lab.experiments import chain as chains
+from layerwise.lab.experiments import work
+from layerwise.lab.experiments.runner import load_finished
+from layerwise.lab.runs.folder import Runs
+from layerwise.lab.tasks import compare
+from layerwise.lab.tasks import task as tasks
 
 from .conftest import ROOT
 

@@ -39,7 +39,7 @@ def test_no_module_takes_the_place_of_a_name() -> None:
 def test_the_version_of_torch_is_told_without_importing_it() -> None:
     program = """
 import sys
-from layerwise.lab.store import versions
+from layerwise.lab.runs.store import versions
 told = versions()
 assert "torch" not in sys.modules
 import layerwise, torch

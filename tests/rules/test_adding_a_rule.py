@@ -67,7 +67,7 @@ rule_cases.RULES["InverseNorm"] = rule_cases.RuleCase(
 PAGES = """
 import new_row
 import rule_pages
-from layerwise.lab.rule_making import make_rule
+from layerwise.lab.experiments.rules import make_rule
 
 row = "| [`InverseNorm()`](api/rules.md#layerwise.rules.InverseNorm) | A rule of the tests. | f_l = 1 / ‖g_l‖ |"
 assert row + " Nobody 2026 |" in rule_pages.expanded("rules.md", "<!-- rules -->")

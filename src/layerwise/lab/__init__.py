@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layerwise.lab.tasks import Task
+    from layerwise.lab.tasks.task import Task
 
 __all__ = ["Task"]
 
@@ -17,7 +17,7 @@ __all__ = ["Task"]
 def __getattr__(name: str) -> Any:
     """Import ``Task`` when it is first asked for."""
     if name == "Task":
-        from layerwise.lab.tasks import Task
+        from layerwise.lab.tasks.task import Task
 
         return Task
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,18 +16,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from layerwise.lab import data, places, recipe
-from layerwise.lab.configuration import Configuration
+from layerwise.lab import data
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiment import load_finished
+from layerwise.lab.experiments import datasets as places
+from layerwise.lab.experiments import recipe
+from layerwise.lab.experiments.runner import load_finished
 from layerwise.lab.meter import Meter
 from layerwise.lab.printing import columns, shown
-from layerwise.lab.records import Record
-from layerwise.lab.runs import Runs
+from layerwise.lab.runs.configuration import Configuration
+from layerwise.lab.runs.folder import Runs
+from layerwise.lab.runs.records import Record
 
 if TYPE_CHECKING:
     from layerwise.lab.data.folder import ImageFolder
-    from layerwise.lab.plan import Plan
+    from layerwise.lab.experiments.plan import Plan
 
 
 class _Looked(Runs):

@@ -18,8 +18,8 @@ from layerwise.lab.printing import open_streams, shown
 
 if TYPE_CHECKING:
     from layerwise.lab import options
-    from layerwise.lab.outcome import Outcome, Settings
-    from layerwise.lab.plan import Plan
+    from layerwise.lab.experiments.outcome import Outcome, Settings
+    from layerwise.lab.experiments.plan import Plan
 
 
 DEMOS = ("lenet", "amplification")
@@ -34,8 +34,8 @@ KEEPING = ("demo", "run", "sweep", "compare", "data")
 
 
 def _settings(asked: options.Work) -> Settings:
-    from layerwise.lab import places
-    from layerwise.lab.outcome import Settings
+    from layerwise.lab.experiments import datasets as places
+    from layerwise.lab.experiments.outcome import Settings
 
     return Settings(
         out=asked.out,
@@ -55,7 +55,8 @@ def _carry_out(
     next_command: Callable[[Outcome], str],
 ) -> int:
     """Carry an experiment out, write its report and say what came of it; of several processes the first does so."""
-    from layerwise.lab import progress, report, terminal
+    from layerwise.lab import progress, report
+    from layerwise.lab.report import terminal
 
     settings = _settings(asked)
     target = terminal.console()
@@ -91,7 +92,8 @@ def _write_report(outcome: Outcome, arguments: Sequence[str], *, silent: bool) -
 
 
 def _plan_runner(plan: Plan) -> Callable[[Settings, Any], Outcome]:
-    from layerwise.lab import experiment, places
+    from layerwise.lab.experiments import datasets as places
+    from layerwise.lab.experiments import runner as experiment
 
     def do(settings: Settings, display: Any) -> Outcome:
         return experiment.carry_out(places.ready(plan, settings.data_dir), settings, display)
@@ -100,7 +102,8 @@ def _plan_runner(plan: Plan) -> Callable[[Settings, Any], Outcome]:
 
 
 def _demo(asked: options.Demo, arguments: Sequence[str]) -> int:
-    from layerwise.lab import data, recipe
+    from layerwise.lab import data
+    from layerwise.lab.experiments import recipe
 
     if asked.which not in DEMOS:
         raise UsageError(f"demo {asked.which!r} is not known: use {' or '.join(DEMOS)}.{nearest(asked.which, DEMOS)}")
@@ -128,13 +131,14 @@ def _demo(asked: options.Demo, arguments: Sequence[str]) -> int:
 
 
 def _run(asked: options.Run, arguments: Sequence[str]) -> int:
-    from layerwise.lab import data, recipe
+    from layerwise.lab import data
+    from layerwise.lab.experiments import recipe
 
     read = recipe.load(asked.recipe)
     scale = asked.scale or read.default_scale
     plan = read.plan(scale, seeds=asked.seeds)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from layerwise.lab import shared_runs
+        from layerwise.lab.experiments import torchrun as shared_runs
 
         return _carry_out(asked, partial(shared_runs.run_shared, plan), arguments, lambda outcome: "")
     scales = [name for name in recipe.SCALES if name in read.content["scales"]]
@@ -155,7 +159,7 @@ def _run(asked: options.Run, arguments: Sequence[str]) -> int:
 
 
 def _sweep(asked: options.Sweep, arguments: Sequence[str]) -> int:
-    from layerwise.lab import recipe
+    from layerwise.lab.experiments import recipe
     from layerwise.lab.options import assignments
 
     vary = assignments(asked.vary, "vary")
@@ -174,8 +178,8 @@ def _more_seeds(arguments: Sequence[str], outcome: Outcome) -> str:
 
 
 def _compare(asked: options.Compare, arguments: Sequence[str]) -> int:
-    from layerwise.lab import compare
     from layerwise.lab.options import assignments
+    from layerwise.lab.tasks import compare
 
     tune = assignments(asked.tune, "tune")
     seeds = 5 if asked.seeds is None else asked.seeds
@@ -188,14 +192,14 @@ def _compare(asked: options.Compare, arguments: Sequence[str]) -> int:
 
 
 def _doctor(asked: options.Doctor, arguments: Sequence[str]) -> int:
-    from layerwise.lab import doctor
+    from layerwise.lab.report import examined as doctor
 
     return doctor.run(asked, arguments, program())
 
 
 def _report(asked: options.Report, arguments: Sequence[str]) -> int:
-    from layerwise.lab import report, terminal
-    from layerwise.lab.report import anything
+    from layerwise.lab import report
+    from layerwise.lab.report import anything, terminal
 
     threading.Thread(target=report.prepare, daemon=True).start()  # while the runs are read
     outcome = anything.gather(asked.runs, out=asked.out)
@@ -208,7 +212,9 @@ def _report(asked: options.Report, arguments: Sequence[str]) -> int:
 
 
 def _list(asked: options.List, arguments: Sequence[str]) -> int:
-    from layerwise.lab import catalogue, places, recipe
+    from layerwise.lab import catalogue
+    from layerwise.lab.experiments import datasets as places
+    from layerwise.lab.experiments import recipe
 
     folder = places.data_dir(asked.data_dir)
     chosen = [recipe.load(asked.recipe).name] if asked.recipe else recipe.names()
@@ -220,7 +226,8 @@ def _list(asked: options.List, arguments: Sequence[str]) -> int:
 
 
 def _data(asked: options.Data, arguments: Sequence[str]) -> int:
-    from layerwise.lab import catalogue, places
+    from layerwise.lab import catalogue
+    from layerwise.lab.experiments import datasets as places
 
     # The folder that is named may not exist yet: it is made for what is fetched.
     folder = asked.data_dir or places.data_dir(None)

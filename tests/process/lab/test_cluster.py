@@ -12,18 +12,18 @@ import pytest
 import torch
 from lab_helpers import tiny_plan
 
-from layerwise.lab import cluster
-from layerwise.lab.arms import Arm
-from layerwise.lab.chains import Advance, Chain, Finished, Skipped
-from layerwise.lab.cluster_task import Board, BoardLink, is_shared
-from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiment import carry_out
-from layerwise.lab.outcome import Settings
-from layerwise.lab.plan import PlannedRun
-from layerwise.lab.pool import Failure
-from layerwise.lab.runs import Runs
-from layerwise.lab.trial import Trial
+from layerwise.lab.experiments import ray as cluster
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.chain import Advance, Chain, Finished, Skipped
+from layerwise.lab.experiments.outcome import Settings
+from layerwise.lab.experiments.plan import PlannedRun
+from layerwise.lab.experiments.pool import Failure
+from layerwise.lab.experiments.ray_task import Board, BoardLink, is_shared
+from layerwise.lab.experiments.runner import carry_out
+from layerwise.lab.runs.configuration import Configuration
+from layerwise.lab.runs.folder import Runs
+from layerwise.lab.training.trial import Trial
 
 pytestmark = pytest.mark.full
 

@@ -17,7 +17,7 @@ from made_up import finish, table_plan
 
 from layerwise.lab import cli, options
 from layerwise.lab.catalogue import shortly
-from layerwise.lab.recipe import load, names
+from layerwise.lab.experiments.recipe import load, names
 
 ROOT = Path(__file__).parents[3]
 COMMAND = "import sys; from layerwise.__main__ import main; sys.argv[0] = 'layerwise'; sys.exit(main())"

@@ -18,16 +18,18 @@ import pytest
 import torch
 from lab_helpers import tiny_plan
 
-from layerwise.lab import distributed, shared_runs, work
-from layerwise.lab.arms import Arm
-from layerwise.lab.chains import Advance, Chain
-from layerwise.lab.configuration import Configuration, Constants
-from layerwise.lab.engine import Training
 from layerwise.lab.errors import UsageError
-from layerwise.lab.plan import PlannedRun
-from layerwise.lab.pool import Failure
-from layerwise.lab.runs import RunFolder, Runs
-from layerwise.lab.trial import StoppedError, build
+from layerwise.lab.experiments import torchrun as shared_runs
+from layerwise.lab.experiments import work
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.chain import Advance, Chain
+from layerwise.lab.experiments.plan import PlannedRun
+from layerwise.lab.experiments.pool import Failure
+from layerwise.lab.runs.configuration import Configuration, Constants
+from layerwise.lab.runs.folder import RunFolder, Runs
+from layerwise.lab.training import distributed
+from layerwise.lab.training.engine import Training
+from layerwise.lab.training.trial import StoppedError, build
 
 pytestmark = pytest.mark.full
 
@@ -203,8 +205,8 @@ class Dropping(torch.nn.Sequential):
 
 
 def dropping(processes, folder=None, blow_up=None, loss=None):
-    from layerwise.lab.engine import skipping
-    from layerwise.lab.trial import Trial
+    from layerwise.lab.training.engine import skipping
+    from layerwise.lab.training.trial import Trial
 
     model, calls = Dropping(), []
 
@@ -432,7 +434,7 @@ from dataclasses import replace
 from pathlib import Path
 from lab_helpers import tiny_plan
 from layerwise.lab import shared_runs
-from layerwise.lab.outcome import Settings
+from layerwise.lab.experiments.outcome import Settings
 if __name__ == "__main__":
     plan = tiny_plan(batch_size=int(sys.argv[2]), iterations=int(sys.argv[3]))
     if len(sys.argv) > 4:

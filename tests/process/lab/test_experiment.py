@@ -15,11 +15,11 @@ import pytest
 import torch
 from lab_helpers import tiny_plan
 
-from layerwise.lab import experiment
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiment import carry_out, load_finished
-from layerwise.lab.outcome import Display, Settings
-from layerwise.lab.runs import Runs
+from layerwise.lab.experiments import runner as experiment
+from layerwise.lab.experiments.outcome import Display, Settings
+from layerwise.lab.experiments.runner import carry_out, load_finished
+from layerwise.lab.runs.folder import Runs
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
@@ -29,8 +29,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from lab_helpers import tiny_plan
 from layerwise.lab import work
-from layerwise.lab.experiment import carry_out
-from layerwise.lab.outcome import Display, Settings
+from layerwise.lab.experiments.runner import carry_out
+from layerwise.lab.experiments.outcome import Display, Settings
 class Told(Display):
     def stopping(self):
         print("stopping")

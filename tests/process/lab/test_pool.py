@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from layerwise.lab.pool import Interrupt, run_jobs
+from layerwise.lab.experiments.pool import Interrupt, run_jobs
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def test_the_first_interrupt_is_a_flag_its_echo_is_nothing_and_a_later_one_is_ra
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # as when a press reaches the process and its group
         assert interrupt.requested
-        monkeypatch.setattr("layerwise.lab.pool.SAME_PRESS_SECONDS", -1.0)
+        monkeypatch.setattr("layerwise.lab.experiments.pool.SAME_PRESS_SECONDS", -1.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

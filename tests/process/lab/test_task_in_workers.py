@@ -252,7 +252,7 @@ def test_a_failure_stops_the_rest_only_where_all_share_it(tmp_path, monkeypatch,
     (tmp_path / "own.py").write_text(BROKEN.replace("SEEDS", seeds), encoding="utf-8")
     arguments = ["compare", "own.py:task", "--seeds", "5", "--jobs", "1"]
     # The command tries the task before anything is trained; this fault shows in the workers alone.
-    monkeypatch.setattr("layerwise.lab.experiment.chains_left", breaking(monkeypatch))
+    monkeypatch.setattr("layerwise.lab.experiments.runner.chains_left", breaking(monkeypatch))
     assert cli.main(arguments) == 1
     told = capfd.readouterr().out
     said = " ".join(told.split())
@@ -275,7 +275,7 @@ def test_a_failure_stops_the_rest_only_where_all_share_it(tmp_path, monkeypatch,
 
 def breaking(monkeypatch):
     """Let the workers, which begin after the chains were laid out, see the fault."""
-    from layerwise.lab import experiment
+    from layerwise.lab.experiments import runner as experiment
 
     before = experiment.chains_left
 

@@ -27,7 +27,7 @@ from layerwise.lab.data import Dataset
 from layerwise.lab.data.cifar_forms import CHANNELS, CLASSES, CONTENTS, FORMS, PIXELS, SIDE, TITLES, Form
 from layerwise.lab.data.cifar_pickle import read_batch
 from layerwise.lab.errors import UsageError
-from layerwise.lab.store import read_bytes
+from layerwise.lab.runs.store import read_bytes
 
 
 def _remedy(form: Form) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.plain_files import kind_of
-from layerwise.lab.store import write_whole
+from layerwise.lab.runs.plain_files import kind_of
+from layerwise.lab.runs.store import write_whole
 
 
 class Contents:

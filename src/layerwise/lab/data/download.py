@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.plain_files import kind_of, parts
+from layerwise.lab.runs.plain_files import kind_of, parts
 
 TIMEOUT = 30.0
 """Seconds that a server may stay silent."""

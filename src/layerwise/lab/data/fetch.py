@@ -14,7 +14,7 @@ from layerwise.lab import data
 from layerwise.lab.data import cifar, mnist
 from layerwise.lab.data.download import MirrorsError, Progress, RemoteFile, checksum, fetch_file, present_size
 from layerwise.lab.errors import UsageError
-from layerwise.lab.files import refuse_links
+from layerwise.lab.runs.files import refuse_links
 
 _IDX_SERVERS = {
     "mnist": (

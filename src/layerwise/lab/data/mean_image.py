@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from layerwise.lab.store import read_bytes, write_whole
+from layerwise.lab.runs.store import read_bytes, write_whole
 
 DIGEST_LENGTH = 32
 """Bytes of the checksum at the end of a mean image's file."""

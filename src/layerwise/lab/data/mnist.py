@@ -20,7 +20,7 @@ import torch
 
 from layerwise.lab.data import Dataset
 from layerwise.lab.errors import UsageError
-from layerwise.lab.store import read_bytes
+from layerwise.lab.runs.store import read_bytes
 
 SIDE = 28
 

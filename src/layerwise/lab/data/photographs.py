@@ -21,7 +21,7 @@ from PIL import Image
 
 from layerwise.lab.data.contents import Contents
 from layerwise.lab.errors import UsageError
-from layerwise.lab.store import read_bytes
+from layerwise.lab.runs.store import read_bytes
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
 """Of the files that count as images, in upper or lower case."""

@@ -9,17 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from layerwise.lab.arms import Arm
-from layerwise.lab.outcome import Outcome, Settings
-from layerwise.lab.plan import Plan, PlannedRun, Subject
-from layerwise.lab.records import Record
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.outcome import Outcome, Settings
+from layerwise.lab.experiments.plan import Plan, PlannedRun, Subject
+from layerwise.lab.experiments.results import Key, Results
 from layerwise.lab.report.families import grouped
 from layerwise.lab.report.found import RUNS, Found, find
 from layerwise.lab.report.judged import judged
 from layerwise.lab.report.placed import CORE, PLAIN, Placed, arm_key, key_of, label_of, place, rivals, told_of
 from layerwise.lab.report.saved import PLAN, rebuilt
 from layerwise.lab.report.words import FOUND
-from layerwise.lab.results import Key, Results
+from layerwise.lab.runs.records import Record
 
 NAME = "report"
 """Of the folder of the pages."""

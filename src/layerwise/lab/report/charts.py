@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from layerwise.lab.judgement import MINIMUM_PAIRS, Comparison
-from layerwise.lab.plan import Plan
+from layerwise.lab.experiments.plan import Plan
+from layerwise.lab.experiments.results import Cell, Results, summarise
 from layerwise.lab.report.drawing import Drawing, shortened, slugs, vega
 from layerwise.lab.report.looks import Look, encodings
 from layerwise.lab.report.verdicts import Verdict
 from layerwise.lab.report.words import item_of
-from layerwise.lab.results import Cell, Results, summarise
+from layerwise.lab.stats.comparison import MINIMUM_PAIRS, Comparison
 
 WIDTH, HEIGHT = 300, 190
 """Plotting area in pixels; with its labels a chart fits a telephone held upright."""

@@ -10,9 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerwise.lab.conclusions import note
-from layerwise.lab.files import OwnFolder, check_page, remove_leftovers
-from layerwise.lab.outcome import Outcome
+from layerwise.lab.experiments.outcome import Outcome
 from layerwise.lab.printing import shown
 from layerwise.lab.report.drawing import Drawing
 from layerwise.lab.report.found import RUNS
@@ -23,7 +21,9 @@ from layerwise.lab.report.saved import PLAN, as_json
 from layerwise.lab.report.sheets import Entry
 from layerwise.lab.report.verdicts import verdicts
 from layerwise.lab.report.words import FOUND, capital, place_words
-from layerwise.lab.store import signed, usable_cores, write_whole
+from layerwise.lab.runs.files import OwnFolder, check_page, remove_leftovers
+from layerwise.lab.runs.store import signed, usable_cores, write_whole
+from layerwise.lab.stats.conclusions import note
 
 if TYPE_CHECKING:
     import polars

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.recorder import read_tables
-from layerwise.lab.records import Record, read_run
-from layerwise.lab.schema import RUN_LIST, check
-from layerwise.lab.store import read_json
+from layerwise.lab.runs.record import read_tables
+from layerwise.lab.runs.records import Record, read_run
+from layerwise.lab.runs.schema import RUN_LIST, check
+from layerwise.lab.runs.store import read_json
 
 if TYPE_CHECKING:
     import polars

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from layerwise.lab.judgement import MINIMUM_PAIRS
-from layerwise.lab.outcome import Outcome
+from layerwise.lab.experiments.outcome import Outcome
 from layerwise.lab.report.verdicts import Verdict, verdicts
 from layerwise.lab.report.words import capital, place_words
-from layerwise.lab.wording import listed
+from layerwise.lab.stats.comparison import MINIMUM_PAIRS
+from layerwise.lab.stats.wording import listed
 
 NAMED = 4
 """So many names are listed in a sentence; more are counted."""

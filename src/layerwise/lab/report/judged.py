@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from layerwise.lab.plan import QUANTITIES, Quantity
-from layerwise.lab.records import Record
+from layerwise.lab.experiments.plan import QUANTITIES, Quantity
+from layerwise.lab.runs.records import Record
 
 HIGHER = ("accuracy", "auc", "f1", "recall", "precision", "score", "bleu")
 """Words in the name of a quantity of which more is better."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from layerwise.lab.arms import Arm
-from layerwise.lab.layer_means import layer_ranges
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.layer_means import layer_ranges
+from layerwise.lab.experiments.results import Results
 from layerwise.lab.report.charts import representatives
 from layerwise.lab.report.drawing import Drawing, slugs
 from layerwise.lab.report.maps import COLUMNS, Grid, Scale, choices, grid, heat_map
 from layerwise.lab.report.words import item_of
-from layerwise.lab.results import Results
 
 QUANTITIES = {
     "factor": ("Factor", "What the rule multiplies a layer's step by."),

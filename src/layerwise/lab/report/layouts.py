@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from layerwise.lab.arms import Arm
-from layerwise.lab.plan import PaperValue, Plan, Quantity
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.plan import PaperValue, Plan, Quantity
+from layerwise.lab.experiments.results import Results
 from layerwise.lab.report.sheets import (
     Entry,
     Row,
@@ -23,8 +24,7 @@ from layerwise.lab.report.sheets import (
     steps,
 )
 from layerwise.lab.report.words import capital, item_of, item_words, number, plain_arm, value_words
-from layerwise.lab.results import Results
-from layerwise.lab.wording import listed
+from layerwise.lab.stats.wording import listed
 
 LARGEST_CHOICES = 20_000
 """So many choices of runs are enumerated for the best of several; beyond, the bound for all runs is taken."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from layerwise.lab.plan import Plan
+from layerwise.lab.experiments.plan import Plan
 from layerwise.lab.report.words import item_words, plain_arm
 
 COLOURS: dict[str, tuple[str, str]] = {

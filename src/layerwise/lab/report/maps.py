@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from layerwise.lab.layer_means import layer_means
+from layerwise.lab.experiments.layer_means import layer_means
+from layerwise.lab.experiments.results import Results
 from layerwise.lab.report.drawing import LETTER, Drawing, shortened
-from layerwise.lab.results import Results
 
 VIRIDIS = (
     "#440154",

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from layerwise.lab.arms import Arm
-from layerwise.lab.judgement import MINIMUM_PAIRS
-from layerwise.lab.networks import NETWORKS
-from layerwise.lab.outcome import Outcome
-from layerwise.lab.plan import Plan
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.outcome import Outcome
+from layerwise.lab.experiments.plan import Plan
 from layerwise.lab.report.charts import MOST_LINES, MOST_SUBJECTS, representatives
 from layerwise.lab.report.words import value_words
-from layerwise.lab.wording import listed
+from layerwise.lab.stats.comparison import MINIMUM_PAIRS
+from layerwise.lab.stats.wording import listed
+from layerwise.lab.training.networks import NETWORKS
 
 FEW_SEEDS = 10
 """With fewer the page says that small differences need more."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import layerwise
-from layerwise.lab.conclusions import note
-from layerwise.lab.outcome import Outcome
+from layerwise.lab.experiments.outcome import Outcome
+from layerwise.lab.experiments.results import Results
 from layerwise.lab.report import charts, layers, maps, sweeps
 from layerwise.lab.report.drawing import Drawing, slugs
 from layerwise.lab.report.headline import headline
@@ -19,7 +19,7 @@ from layerwise.lab.report.sheets import FAR
 from layerwise.lab.report.templates import template
 from layerwise.lab.report.verdicts import verdicts
 from layerwise.lab.report.words import FOUND, SMOKE, capital, item_of, place_words
-from layerwise.lab.results import Results
+from layerwise.lab.stats.conclusions import note
 
 MOST_DRAWN = 24
 """Verdicts that have a drawing; further ones are said in words and stand in the table."""

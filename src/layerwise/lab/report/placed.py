@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerwise.lab.arms import FACTORS_ALONE, Control
-from layerwise.lab.records import Record
+from layerwise.lab.experiments.arms import FACTORS_ALONE, Control
+from layerwise.lab.runs.records import Record
 
 CORE = (
     "model",

@@ -28,7 +28,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from layerwise.lab.store import usable_cores
+from layerwise.lab.runs.store import usable_cores
 
 MOST_PROCESSES = 4
 """That turn SVG into pixels side by side; a page has some hundred figures of 20 milliseconds."""

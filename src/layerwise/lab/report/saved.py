@@ -8,16 +8,16 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from layerwise.lab.arms import Arm
-from layerwise.lab.configuration import Configuration
 from layerwise.lab.errors import UsageError
-from layerwise.lab.plan import LAYOUTS, PaperValue, Plan, PlannedRun, Quantity, Subject
-from layerwise.lab.records import Record, read_run
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.plan import LAYOUTS, PaperValue, Plan, PlannedRun, Quantity, Subject
+from layerwise.lab.experiments.results import Key, Results
 from layerwise.lab.report.found import listed_place, run_list, skipped
-from layerwise.lab.results import Key, Results
-from layerwise.lab.schema import PLAN as FORM
-from layerwise.lab.schema import check
-from layerwise.lab.store import read_signed
+from layerwise.lab.runs.configuration import Configuration
+from layerwise.lab.runs.records import Record, read_run
+from layerwise.lab.runs.schema import PLAN as FORM
+from layerwise.lab.runs.schema import check
+from layerwise.lab.runs.store import read_signed
 
 PLAN = "plan.json"
 """File with the plan of an experiment, from which and the list of runs its page can be made again."""

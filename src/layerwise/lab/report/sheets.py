@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from layerwise.lab.arms import Arm
-from layerwise.lab.plan import PaperValue, Plan, Quantity
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.plan import PaperValue, Plan, Quantity
+from layerwise.lab.experiments.results import Cell, Results
 from layerwise.lab.report.words import capital, item_of, item_words, number
-from layerwise.lab.results import Cell, Results
 
 FAR = 2.0
 """Standard deviations of the paper from which a difference to it is marked."""

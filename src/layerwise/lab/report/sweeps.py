@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from layerwise.lab.experiments.results import Results
 from layerwise.lab.report.charts import HEIGHT, WIDTH, band, value_axis
 from layerwise.lab.report.drawing import Drawing, slugs, vega
 from layerwise.lab.report.looks import Look, encodings
 from layerwise.lab.report.words import item_of, plain_arm
-from layerwise.lab.results import Results
 
 
 def thresholds(results: Results, shown: dict[str, Look]) -> dict[str, Drawing]:

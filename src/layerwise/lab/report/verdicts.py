@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from layerwise.lab.arms import Arm
-from layerwise.lab.conclusions import conclusion
-from layerwise.lab.judgement import MINIMUM_PAIRS, NONE, Comparison
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.results import Results
 from layerwise.lab.report.words import item_of, last_step, value_words
-from layerwise.lab.results import Results
-from layerwise.lab.wording import listed
+from layerwise.lab.stats.comparison import MINIMUM_PAIRS, NONE, Comparison
+from layerwise.lab.stats.conclusions import conclusion
+from layerwise.lab.stats.wording import listed
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""The methods and controls that can be arms of a comparison on a person's own task, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from layerwise.lab.errors import UsageError, nearest
+from layerwise.lab.experiments.arms import Arm, Control
+
+PLAIN = "plain"
+DEFAULT_ARMS = (PLAIN, "layer-adaptive", "mean-factor", "shuffled", "frozen")
+LEAST_EPOCHS = 3
+"""Of a run with gradient amplification: a plain epoch, one of analysis, one that is amplified."""
+
+THRESHOLD, RATIO = 1.0, 0.16
+"""On z, and the share of layers at random: of normal z, 16 % are above 1. Basodi et al. 2023 try 0.7 to 3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method that can be an arm.
+
+    Attributes:
+        words: for people.
+        rule: its name and arguments, without the phases of an amplification.
+        against: methods that are its controls where they are arms too.
+        note: what the page says of it where nothing was tuned.
+    """
+
+    words: str
+    rule: Mapping[str, Any]
+    against: tuple[str, ...] = ()
+    note: str = ""
+
+
+def _amplification(words: str, selection: Mapping[str, Any], against: tuple[str, ...] = ()) -> Method:
+    return Method(words=words, rule={"name": "GradientAmplification", "selection": selection}, against=against)
+
+
+def _scale(name: str, coefficient: str) -> str:
+    return (
+        f"{name} multiplies the rate by a trust coefficient of {coefficient}, so it wants another base rate than the "
+        "plain optimizer: without --tune this comparison is unfair to it."
+    )
+
+
+METHODS: dict[str, Method] = {
+    "layer-adaptive": Method(words="layer-adaptive", rule={"name": "LayerAdaptive"}),
+    "lars": Method(words="LARS", rule={"name": "LARS"}, note=_scale("LARS", "0.001")),
+    "larc": Method(words="LARC", rule={"name": "LARC"}, note=_scale("LARC", "0.02")),
+    "layer-decay": Method(words="layer-wise decay of 0.8", rule={"name": "LayerDecay", "decay": 0.8}),
+    "amplification-G": _amplification(
+        "amplification by G",
+        {"name": "Directionality", "measure": "G", "threshold": THRESHOLD},
+        ("amplification-random", "amplification-all"),
+    ),
+    "amplification-G-prime": _amplification(
+        "amplification by G′",
+        {"name": "Directionality", "measure": "G_prime", "threshold": THRESHOLD},
+        ("amplification-random", "amplification-all"),
+    ),
+    "amplification-random": _amplification(
+        "amplification of random layers", {"name": "RandomLayers", "ratio": RATIO, "after_analysis": True}
+    ),
+    "amplification-all": _amplification("amplification of all layers", {"name": "AllLayers"}),
+}
+
+CONTROLS: dict[str, tuple[Control, str]] = {
+    "mean-factor": ("mean factor", "plain at the mean factor"),
+    "shuffled": ("shuffled layers", "factors of other layers"),
+    "frozen": ("frozen factors", "mean factor of each layer"),
+}
+
+
+def make_arms(names: Sequence[str] = ()) -> list[Arm]:
+    """Give the arms of names: the plain one, and each method with its controls after it.
+
+    Args:
+        names: of methods (keys of ``METHODS``) and controls: ``"shuffled"`` is one of every method,
+            ``"shuffled:lars"`` of LARS. The plain arm and each method's mean factor are there in any case.
+            Empty for ``DEFAULT_ARMS``.
+
+    Returns:
+        The arms; the rules of amplifications are without their phases.
+
+    Raises:
+        UsageError: an unknown name, or no method.
+    """
+    names = list(dict.fromkeys(names or DEFAULT_ARMS))
+    asked: dict[str, list[str]] = {}
+    for name in names:
+        control, _, method = name.partition(":")
+        if name in METHODS:
+            asked.setdefault(name, [])
+        elif control in CONTROLS and method in METHODS:
+            asked.setdefault(method, []).append(control)
+        elif name != PLAIN and name not in CONTROLS:
+            own = [f"{word}:{one}" for word in CONTROLS for one in METHODS] if ":" in name else []
+            raise UsageError(
+                f"arm {name!r} is not known: use {PLAIN}, {', '.join(METHODS)}, and the controls "
+                f"{', '.join(CONTROLS)}, of one method as shuffled:lars."
+                f"{nearest(name, own or [PLAIN, *METHODS, *CONTROLS])}"
+            )
+    if not asked:
+        raise UsageError(f"arms={' '.join(names)!r} hold no method to compare: add one of {', '.join(METHODS)}")
+    arms = [Arm(name=PLAIN, words="plain")]
+    for name, own in asked.items():
+        method = METHODS[name]
+        controls = [word for word in CONTROLS if word == "mean-factor" or word in own or word in names]
+        titles = {word: word if len(asked) == 1 else f"{word}:{name}" for word in controls}
+        others = tuple(other for other in method.against if other in asked)
+        against = (PLAIN, *titles.values(), *others)
+        arms.append(Arm(name=name, words=method.words, rule=method.rule, against=against))
+        for word, title in titles.items():
+            control, words = CONTROLS[word]
+            words = words if len(asked) == 1 else f"{words} ({method.words})"
+            arms.append(Arm(name=title, words=words, control=control, of=name))
+    return arms
+
+
+def phases(epochs: int | None) -> list[list[Any]]:
+    """Give the phases of an amplification: plain in the first third, amplified up to 13/15 of the epochs, plain.
+
+    The shares are those of the paper's phases for its simple networks, 50 and 130 of 150 epochs, without the second
+    analysis, which goes with the paper's one change of the rate. Basodi et al. 2023, section 4.
+
+    Args:
+        epochs: of a run; None for a run that is counted in iterations.
+
+    Returns:
+        Rows of last epoch, whether it amplifies, and factor.
+
+    Raises:
+        UsageError: too few epochs, or none.
+    """
+    if epochs is None or epochs < LEAST_EPOCHS:
+        given = "iterations" if epochs is None else f"epochs={epochs!r}"
+        raise UsageError(f"{given}: amplification counts epochs; let the task return epochs of at least {LEAST_EPOCHS}")
+    first = max(1, round(epochs / 3))
+    last = max(first + 2, round(epochs * 13 / 15))
+    rows: list[list[Any]] = [[first, False, 1.0], [last, True, 2.0]]
+    return rows if last == epochs else [*rows, [epochs, False, 1.0]]

@@ -1,0 +1,221 @@
+"""What an experiment is: subjects, arms, seeds, and what is looked at; from a recipe or from a person's own task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.runs.configuration import Configuration
+
+Layout = Literal["steps", "curves", "thresholds", "best", "times"]
+LAYOUTS: tuple[Layout, ...] = ("steps", "curves", "thresholds", "best", "times")
+"""What the paper shows: values at some steps; curves over steps; the last value over thresholds; the best value of each
+group of arms; running times of each group of arms."""
+
+LARGEST_SEEDS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """What arms are compared by.
+
+    Attributes:
+        name: in the metrics of a run; ``"seconds"`` is the running time.
+        words: of it.
+        unit: of a value, as ``"%"``, or "".
+        difference_unit: of a difference, as ``"points"``.
+        higher_is_better: which way is better.
+    """
+
+    name: str = "test_error"
+    words: str = "test error"
+    unit: str = "%"
+    difference_unit: str = "points"
+    higher_is_better: bool = False
+
+
+QUANTITIES = {
+    "test_error": Quantity(),
+    "accuracy": Quantity(name="accuracy", words="accuracy", higher_is_better=True),
+    "seconds": Quantity(name="seconds", words="running time", unit="s", difference_unit="s"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One thing that all arms are tried on: a solver of Table I, a network.
+
+    Attributes:
+        name: short.
+        words: for people.
+        constants: values that it changes.
+        kind: tells subjects with other phases and other thresholds apart, or "".
+        varied: values of a sweep, which hold for every arm.
+        origin: name of the recipe's subject that a sweep varies, or "".
+    """
+
+    name: str
+    words: str
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = ""
+    varied: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperValue:
+    """A number of the paper; a lost one has no mean.
+
+    Attributes:
+        subject: name of the subject.
+        arm: name of the arm, or of the group of arms.
+        step: updates or, in runs counted in epochs, epochs; None for the last.
+        mean: the value.
+        sd: its standard deviation, or None.
+        note: what else the paper says, or why the value is lost.
+    """
+
+    subject: str
+    arm: str
+    step: int | None = None
+    mean: float | None = None
+    sd: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run of a plan.
+
+    Attributes:
+        subject: name of the subject.
+        arm: the arm.
+        seed: of the run.
+        configuration: what it is; of a control, without what follows from its method's run.
+        task: a person's own task, as ``tasks.py`` names it, or None.
+    """
+
+    subject: str
+    arm: Arm
+    seed: int
+    configuration: Configuration
+    task: Any = None
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Subject, arm and seed."""
+        return self.subject, self.arm.name, self.seed
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"{self.subject} {self.arm.name} seed {self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """An experiment.
+
+    Attributes:
+        name: of its folder.
+        title: one line.
+        source: paper and section, or the person's file.
+        layout: what is shown.
+        quantity: what is compared.
+        columns: steps that the table shows; empty for the last one alone.
+        step_unit: ``"iteration"`` or ``"epoch"``: what columns and curves count.
+        subjects: in order.
+        arms: in order.
+        seeds: of the runs.
+        runs: all of them.
+        paper: the paper's numbers.
+        claims: what the paper says in words, each a sentence with its place.
+        constants: name -> (value, source), for the page.
+        notes: what differs from the paper, and what the page does not show.
+        scale: ``"smoke"``, ``"reduced"``, ``"full"``, or "" for a person's own task.
+        data_title: the data in words.
+        found: it was made from finished runs, so its comparisons were chosen after them.
+    """
+
+    name: str
+    title: str
+    source: str
+    layout: Layout
+    quantity: Quantity
+    columns: tuple[int, ...]
+    step_unit: str
+    subjects: tuple[Subject, ...]
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    runs: tuple[PlannedRun, ...]
+    paper: tuple[PaperValue, ...] = ()
+    claims: tuple[str, ...] = ()
+    constants: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    scale: str = ""
+    data_title: str = ""
+    found: bool = False
+
+    def arms_of(self, subject: str) -> list[Arm]:
+        """Give the arms that a subject has, in order."""
+        return [arm for arm in self.arms if not arm.subjects or subject in arm.subjects]
+
+    def arm(self, name: str) -> Arm:
+        """Give an arm by its name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def subject(self, name: str) -> Subject:
+        """Give a subject by its name."""
+        return next(subject for subject in self.subjects if subject.name == name)
+
+    def pairs(self) -> Iterator[tuple[str, Arm, Arm]]:
+        """Give every comparison that was planned: subject, arm, and the arm that it is compared with."""
+        for subject in self.subjects:
+            present = {arm.name: arm for arm in self.arms_of(subject.name)}
+            for arm in present.values():
+                for other in arm.against:
+                    if other in present:
+                        yield subject.name, arm, present[other]
+
+    def labels(self, subject: str) -> dict[str, Any]:
+        """Say what the runs of a subject belong to and are judged by, for what reads them without this plan."""
+        words = self.subject(subject).words
+        return {"experiment": self.name, "subject_words": words, "quantity": asdict(self.quantity)}
+
+    def chains(self) -> list[tuple[PlannedRun, ...]]:
+        """Group the runs into chains: a method's run and then the controls that need it; other runs stand alone.
+
+        Seeds come first, so that what is finished early is complete for some seeds.
+        """
+        chains: dict[tuple[str, str, int], list[PlannedRun]] = {}
+        for run in sorted(self.runs, key=lambda run: (run.seed, run.arm.control is not None)):
+            head = (run.subject, run.arm.of or run.arm.name, run.seed)
+            chains.setdefault(head, []).append(run)
+        return [tuple(chain) for chain in chains.values()]
+
+
+def check_seeds(count: int) -> tuple[int, ...]:
+    """Give the seeds 0, 1, ... of a number of seeds.
+
+    Args:
+        count: from 1 to ``LARGEST_SEEDS``.
+
+    Returns:
+        The seeds.
+
+    Raises:
+        UsageError: another number.
+    """
+    if not 1 <= count <= LARGEST_SEEDS:
+        raise UsageError(f"seeds={count!r}: must be from 1 to {LARGEST_SEEDS}; fewer than 5 never show a difference")
+    return tuple(range(count))
+
+
+def check_names(kind: str, names: Sequence[str]) -> None:
+    """Refuse names that occur twice."""
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise UsageError(f"{kind} {twice[0]!r} is named twice; names tell runs apart")

@@ -1,0 +1,305 @@
+"""Recipes: data files, one a table or figure of the papers, every constant with its source.
+
+A recipe is TOML: ``[constants]`` (each ``{ value = ..., source = "..." }``), ``[[subjects]]``, ``[[arms]]``,
+``[[grids]]`` (an arm for each value of a list), ``[[paper]]`` (the paper's numbers) and ``[scales.smoke]``,
+``[scales.reduced]``, ``[scales.full]``, which say how long and on what the runs are. ``extends`` names a recipe whose
+tables it takes over and changes. Where subjects have a ``kind``, the values of a grid and the ``phases`` of a rule may
+be tables: kind -> what its subjects have.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+from layerwise.lab.errors import UsageError, nearest
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.citations import sourced
+from layerwise.lab.experiments.plan import (
+    LAYOUTS,
+    QUANTITIES,
+    PaperValue,
+    Plan,
+    PlannedRun,
+    Subject,
+    check_names,
+    check_seeds,
+)
+from layerwise.lab.experiments.rules import resolved
+from layerwise.lab.runs.configuration import Configuration, Constants
+from layerwise.lab.training.trial import check
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found]
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+SCALES = ("smoke", "reduced", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What a scale of a recipe needs.
+
+    Attributes:
+        data: in words.
+        time: measured, or estimated where that is said.
+        memory: of one process.
+    """
+
+    data: str
+    time: str
+    memory: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as it was read.
+
+    Attributes:
+        name: of the file, without its ending.
+        content: of the file, with what it extends.
+    """
+
+    name: str
+    content: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """One line."""
+        return self.content["title"]
+
+    @property
+    def default_scale(self) -> str:
+        """The scale that is run where none is named."""
+        return "reduced" if "reduced" in self.content["scales"] else next(iter(self.content["scales"]))
+
+    def need(self, scale: str) -> Need:
+        """Say what a scale needs."""
+        return Need(**self.content["scales"][scale]["needs"])
+
+    def datasets(self, scale: str) -> set[str]:
+        """Name the data sets that the runs of a scale read."""
+        return {run.configuration.trial["data"] for run in self.plan(scale, seeds=1).runs}
+
+    def plan(
+        self,
+        scale: str,
+        *,
+        seeds: int | None = None,
+        vary: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Plan:
+        """Lay out the runs.
+
+        Args:
+            scale: one of ``SCALES``.
+            seeds: number of seeds; None for the scale's.
+            vary: constant -> values: every combination becomes a subject of its own.
+
+        Returns:
+            The plan.
+
+        Raises:
+            UsageError: unknown scale or constant, or a value out of its range.
+        """
+        content = self.content
+        if scale not in content["scales"]:
+            raise UsageError(f"scale={scale!r}: recipe {self.name} has {', '.join(content['scales'])}")
+        chosen = content["scales"][scale]
+        subjects = _subjects(content, chosen, vary or {})
+        arms = _arms(content, chosen, subjects)
+        check_names("subject", [subject.name for subject in subjects])
+        check_names("arm", [arm.name for arm in arms])
+        base = {name: entry["value"] for name, entry in content["constants"].items()} | chosen.get("constants", {})
+        given = check_seeds(seeds if seeds is not None else chosen["seeds"])
+        runs = tuple(
+            PlannedRun(subject=subject.name, arm=arm, seed=seed, configuration=replace(configuration, seed=seed))
+            for subject in subjects
+            for arm in arms
+            if not arm.subjects or subject.name in arm.subjects
+            for configuration in [_configuration(base, subject, arm)]
+            for seed in given
+        )
+        layout = content["layout"]
+        if layout not in LAYOUTS:
+            raise UsageError(f"layout={layout!r} of recipe {self.name}: use one of {', '.join(LAYOUTS)}")
+        in_epochs = runs[0].configuration.constants.epochs is not None
+        return Plan(
+            name=f"{self.name}-{scale}{_suffix(vary or {})}",
+            title=f"Smoke test of: {content['title']}" if scale == "smoke" else content["title"],
+            source=content["source"],
+            layout=layout,
+            quantity=QUANTITIES[content["quantity"]],
+            columns=tuple(chosen.get("columns", content.get("columns", ()))),
+            step_unit="epoch" if in_epochs else "iteration",
+            subjects=tuple(subjects),
+            arms=tuple(arms),
+            seeds=given,
+            runs=runs,
+            paper=_paper(content, subjects, arms) if chosen.get("paper", scale != "smoke") else (),
+            claims=tuple(content.get("claims", ())),
+            constants=sourced(content, chosen, subjects, arms),
+            notes=(*chosen.get("notes", ()), *content.get("notes", ())),
+            scale=scale,
+            data_title=chosen["needs"]["data"],
+        )
+
+
+def _suffix(vary: Mapping[str, Sequence[Any]]) -> str:
+    """Tell the folder of a sweep from that of another one, in signs that any file system takes."""
+    if not vary:
+        return ""
+    words = "-".join(f"{name}={','.join(map(str, values))}" for name, values in vary.items())
+    return "-sweep-" + re.sub(r"[^A-Za-z0-9_.,=+-]", "_", words)[:80]
+
+
+def _paper(content: Mapping[str, Any], subjects: Sequence[Subject], arms: Sequence[Arm]) -> tuple[PaperValue, ...]:
+    """Give the paper's numbers for what is run at a scale."""
+    names = {subject.name for subject in subjects}
+    compared = {name for arm in arms for name in (arm.name, arm.group)}
+    rows = [PaperValue(**row) for row in content.get("paper", ())]
+    return tuple(row for row in rows if row.subject in names and row.arm in compared)
+
+
+def _configuration(base: Mapping[str, Any], subject: Subject, arm: Arm) -> Configuration:
+    """Put together what the runs of an arm are, but for their seeds."""
+    constants = Constants.of({**base, **subject.constants, **arm.constants, **subject.varied})
+    check(constants)
+    rule = arm.rule
+    if rule is not None and isinstance(rule.get("phases"), Mapping):
+        rule = {**rule, "phases": _of_kind(rule["phases"], subject.kind)}
+    rule = resolved(rule, constants.epochs)
+    return Configuration.make(constants, rule=rule, apply=arm.apply)
+
+
+def _subjects(
+    content: Mapping[str, Any], chosen: Mapping[str, Any], vary: Mapping[str, Sequence[Any]]
+) -> list[Subject]:
+    """Give the subjects of a scale, times every combination of the varied constants."""
+    wanted = chosen.get("subjects")
+    rows = [row for row in content["subjects"] if wanted is None or row["name"] in wanted]
+    changes = chosen.get("subject_constants", {})
+    subjects = [
+        Subject(**{**row, "constants": {**row.get("constants", {}), **changes.get(row["name"], {})}}) for row in rows
+    ]
+    known = {field.name for field in fields(Constants)}
+    for name, values in vary.items():
+        if name not in known:
+            raise UsageError(f"unknown constant {name!r}: use one of {', '.join(sorted(known))}.{nearest(name, known)}")
+        subjects = [
+            replace(
+                subject,
+                name=f"{subject.name} {name}={value}",
+                words=f"{subject.words}, {name} {value}",
+                varied={**subject.varied, name: value},
+                origin=subject.origin or subject.name,
+            )
+            for subject in subjects
+            for value in values
+        ]
+    return subjects
+
+
+def _arms(content: Mapping[str, Any], chosen: Mapping[str, Any], subjects: Sequence[Subject]) -> list[Arm]:
+    """Give the arms of a scale: the listed ones, then one for each value of each grid; none that no subject has."""
+    arms = [_arm(row, chosen, subjects) for row in content.get("arms", ())]
+    for grid in content.get("grids", ()):
+        given = chosen.get("values", {}).get(grid["group"], chosen.get("grid_values", grid["values"]))
+        allowed = [
+            subject
+            for subject in subjects
+            if "subjects" not in grid or (subject.origin or subject.name) in grid["subjects"]
+        ]
+        values = {(subject.origin or subject.name): _of_kind(given, subject.kind) for subject in allowed}
+        judged = grid.get("judged")
+        row = {name: entry for name, entry in grid.items() if name not in ("values", "judged")}
+        for value in sorted({value for listed in values.values() for value in listed}):
+            having = [name for name, listed in values.items() if value in listed]
+            filled = _filled(row, value)
+            if judged is not None and value not in judged:
+                filled = {**filled, "against": []}
+            arms.append(_arm({**filled, "value": float(value), "subjects": having}, chosen, subjects))
+    wanted = chosen.get("arms")
+    return [arm for arm in arms if arm is not None and (wanted is None or arm.name in wanted or arm.group in wanted)]
+
+
+def _of_kind(entry: Any, kind: str) -> Any:
+    """Give what a kind of subject has; what is no table is the same for all."""
+    if not isinstance(entry, Mapping):
+        return entry
+    if kind not in entry:
+        raise UsageError(f"kind={kind!r} of a subject: use one of {', '.join(entry)}")
+    return entry[kind]
+
+
+def _arm(row: Mapping[str, Any], chosen: Mapping[str, Any], subjects: Sequence[Subject]) -> Arm | None:
+    """Make an arm of its row, None if no subject has it; a scale may change its constants and take subjects away."""
+    name = row.get("name")
+    row = {**row, "constants": {**row.get("constants", {}), **chosen.get("arm_constants", {}).get(name, {})}}
+    wanted = chosen.get("arm_subjects", {}).get(name, row.get("subjects", ()))
+    having = tuple(subject.name for subject in subjects if not wanted or (subject.origin or subject.name) in wanted)
+    row |= {"subjects": having if len(having) < len(subjects) else (), "against": tuple(row.get("against", ()))}
+    try:
+        return Arm(**row) if having else None
+    except TypeError as error:
+        raise UsageError(f"arm {name!r}: {error}") from error
+
+
+def _filled(entry: Any, value: Any) -> Any:
+    """Put a grid's value in the place of ``{value}``: as a number where it stands alone, else as text."""
+    if isinstance(entry, Mapping):
+        return {name: _filled(inner, value) for name, inner in entry.items()}
+    if isinstance(entry, list):
+        return [_filled(inner, value) for inner in entry]
+    if entry == "{value}":
+        return value
+    return entry.replace("{value}", f"{value:g}") if isinstance(entry, str) else entry
+
+
+def names() -> list[str]:
+    """Name the recipes, in order; those that only others extend begin with an underscore and are left out."""
+    found = [path.stem for path in FOLDER.glob("*.toml") if not path.name.startswith("_")]
+    return sorted(found, key=lambda name: [part.zfill(4) for part in re.split(r"(\d+)$", name)])
+
+
+def load(name: str) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        name: one of ``names()``.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    if name not in names():
+        raise UsageError(f"recipe {name!r} is not known: layerwise list names them.{nearest(name, names())}")
+    return Recipe(name, _content(name))
+
+
+def _content(name: str) -> dict[str, Any]:
+    """Read a recipe's file and lay it over the one that it extends."""
+    content = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+    if "extends" not in content:
+        return content
+    below = _content(cast(str, content.pop("extends")))
+    merged = {**below, **content}
+    for table in ("constants", "scales"):
+        merged[table] = _laid_over(below.get(table, {}), content.get(table, {}))
+    return merged
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge tables; where both have a table it is merged, but for a constant, which is replaced."""
+    merged = dict(below)
+    for name, entry in above.items():
+        both = isinstance(entry, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = _laid_over(merged[name], entry) if both and "value" not in entry else entry
+    return merged

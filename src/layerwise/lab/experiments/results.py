@@ -1,0 +1,315 @@
+"""The finished runs of a plan gathered: summaries over seeds, curves, comparisons, one long table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import compress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.plan import PaperValue, Plan
+from layerwise.lab.runs.record import read_tables
+from layerwise.lab.runs.records import Record
+from layerwise.lab.stats.comparison import Comparison, Pair, judge
+
+if TYPE_CHECKING:
+    import polars
+
+Key = tuple[str, str, int]
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean and spread over seeds of one quantity at one step.
+
+    Attributes:
+        step: updates or epochs, as the plan counts.
+        mean: over the seeds that did not diverge; nan if all did.
+        sd: over them (n - 1); nan for fewer than two.
+        count: of them.
+        diverged: seeds that diverged before.
+    """
+
+    step: int
+    mean: float
+    sd: float
+    count: int
+    diverged: int = 0
+
+
+def _epoch_means(pairs: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Average what was recorded in each epoch."""
+    epochs: dict[int, list[float]] = {}
+    for epoch, value in pairs:
+        epochs.setdefault(epoch, []).append(value)
+    return [(epoch, statistics.fmean(values)) for epoch, values in epochs.items()]
+
+
+def summarise(step: int, values: list[float], diverged: int = 0) -> Cell:
+    """Summarise values, one a seed."""
+    mean = statistics.fmean(values) if values else math.nan
+    sd = statistics.stdev(values) if len(values) > 1 else math.nan
+    return Cell(step, mean, sd, len(values), diverged)
+
+
+@dataclass
+class Results:
+    """The finished runs of a plan.
+
+    Attributes:
+        plan: what was to be done.
+        records: subject, arm and seed -> record.
+        tables: what was read of their numbers, by file.
+    """
+
+    plan: Plan
+    records: dict[Key, Record] = field(default_factory=dict)
+    _series: dict[tuple[Key, str], list[tuple[int, float]]] = field(default_factory=dict, repr=False)
+    tables: dict[Path, polars.DataFrame] = field(default_factory=dict, repr=False)
+    _compared: tuple[list[Comparison] | None, dict[tuple[str, str], list[tuple[str, int | None, Comparison]]]] = field(
+        default=(None, {}), repr=False
+    )
+    _made: dict[Callable[[Results], Any], tuple[int, Plan, Any]] = field(default_factory=dict, repr=False)
+
+    def once(self, make: Callable[[Results], Made]) -> Made:
+        """Give what a function makes of these results; it is called again when runs have come, or for another plan.
+
+        A record is never exchanged for another of the same run.
+        """
+        count, plan, made = self._made.get(make, (-1, self.plan, None))
+        if count != len(self.records) or plan is not self.plan:
+            made = make(self)
+            self._made[make] = len(self.records), self.plan, made
+        return made
+
+    def of(self, subject: str, arm: str) -> dict[int, Record]:
+        """Give the finished runs of an arm: seed -> record."""
+        found = {seed: self.records.get((subject, arm, seed)) for seed in self.plan.seeds}
+        return {seed: record for seed, record in found.items() if record is not None}
+
+    def diverged(self, subject: str, arm: str) -> frozenset[int]:
+        """Give the seeds of an arm that diverged."""
+        return frozenset(seed for seed, record in self.of(subject, arm).items() if record.diverged)
+
+    def metrics(self, key: Key) -> polars.DataFrame:
+        """Give every number of one run; those of all runs are read together, and once."""
+        file = self.records[key].metrics_file  # runs of one configuration are one run, under several names
+        if file not in self.tables:
+            tables, broken = read_tables(each.metrics_file for each in self.records.values())
+            self.tables.update(tables)
+            if file in broken:
+                raise UsageError(broken[file])
+        return self.tables[file]
+
+    def leave_out_unreadable(self) -> list[str]:
+        """Read every table, and leave the runs out whose table is damaged; say which and why."""
+        left = (each.metrics_file for each in self.records.values() if each.metrics_file not in self.tables)
+        tables, broken = read_tables(left)
+        self.tables.update(tables)
+        self.records = {key: each for key, each in self.records.items() if each.metrics_file not in broken}
+        return list(broken.values())
+
+    def series(self, key: Key, quantity: str) -> list[tuple[int, float]]:
+        """Give the pairs of step and value of one run; steps are epochs where the plan counts epochs."""
+        if (key, quantity) not in self._series:
+            frame = self.metrics(key)
+            # Lists and no queries: of thousands of small tables those would take most of the time.
+            whole = [layer is None for layer in frame["layer"].to_list()]
+            by_epoch = self.plan.step_unit == "epoch"
+            names = ("quantity", "epoch" if by_epoch else "step", "value")
+            kept = (compress(frame[name].to_list(), whole) for name in names)
+            found: dict[str, list[tuple[int, float]]] = {quantity: []}
+            for name, place, value in zip(*kept, strict=True):
+                found.setdefault(name, []).append((place, value))
+            for name, pairs in found.items():
+                self._series[(key, name)] = _epoch_means(pairs) if by_epoch and name == "training_loss" else pairs
+        return self._series[(key, quantity)]
+
+    def values(self, subject: str, arm: str, step: int | None = None) -> dict[int, float]:
+        """Give the plan's quantity of the runs of an arm that did not diverge: seed -> value.
+
+        Args:
+            subject: its name.
+            arm: its name.
+            step: which one; None for the last.
+
+        Returns:
+            Seeds without this step are left out.
+        """
+        quantity = self.plan.quantity.name
+        found = {}
+        for seed, record in self.of(subject, arm).items():
+            if record.diverged:
+                continue
+            if quantity == "seconds":
+                found[seed] = record.summary["seconds"] - record.summary["test_seconds"]
+            elif step is None:
+                if record.summary["finals"].get(quantity) is not None:
+                    found[seed] = record.summary["finals"][quantity]
+            else:
+                value = dict(self.series((subject, arm, seed), quantity)).get(step)
+                if value is not None:
+                    found[seed] = value
+        return found
+
+    def cell(self, subject: str, arm: str, step: int | None = None) -> Cell | None:
+        """Summarise the plan's quantity of an arm over seeds at a step (None: the last); None without a run."""
+        known = self.once(_no_cells)
+        if (subject, arm, step) not in known:
+            found = None
+            if self.of(subject, arm):
+                values = list(self.values(subject, arm, step).values())
+                found = summarise(-1 if step is None else step, values, len(self.diverged(subject, arm)))
+            known[subject, arm, step] = found
+        return known[subject, arm, step]
+
+    def cells(self, subject: str, arm: str) -> list[Cell | None]:
+        """Give the cells of an arm at the plan's columns, or the last one alone."""
+        return [self.cell(subject, arm, step) for step in self.plan.columns or (None,)]
+
+    def layer_names(self, subject: str, arm: str) -> list[str]:
+        """Give the names of the layers in the network's order, and then those that the rule alone has, as LARS does."""
+        for record in self.of(subject, arm).values():
+            factor = record.summary["factor"]
+            return list(dict.fromkeys([*record.summary["layers"], *(factor.get("names") or factor.get("layers", ()))]))
+        return []
+
+    def mean_factor(self, subject: str, arm: str) -> float | None:
+        """Give the mean factor over layers, updates and seeds."""
+        records = self.of(subject, arm).values()
+        return statistics.fmean(record.summary["factor"]["mean"] for record in records) if records else None
+
+    def spread(self, subject: str, arm: str) -> float | None:
+        """Give the largest factor over the smallest of one update, averaged over updates and seeds."""
+        records = self.of(subject, arm).values()
+        return statistics.fmean(record.summary["factor"]["spread"] for record in records) if records else None
+
+    @cached_property
+    def family(self) -> int:
+        """Number of comparisons planned together."""
+        return len(list(self.plan.pairs())) * max(1, len(self.plan.columns))
+
+    @cached_property
+    def arms(self) -> dict[str, Arm]:
+        """Arms by their names."""
+        return {arm.name: arm for arm in self.plan.arms}
+
+    @cached_property
+    def planned(self) -> Counter[tuple[str, str]]:
+        """Number of runs that the plan has of each subject and arm."""
+        return Counter((run.subject, run.arm.name) for run in self.plan.runs)
+
+    @property
+    def compared(self) -> dict[tuple[str, str], list[tuple[str, int | None, Comparison]]]:
+        """What each arm is compared with: subject and arm -> other arm, step, and what that shows."""
+        if self._compared[0] is not self._judged:
+            found: dict[tuple[str, str], list[tuple[str, int | None, Comparison]]] = {}
+            for (subject, arm, other, step), each in self.comparisons().items():
+                found.setdefault((subject, arm), []).append((other, step, each))
+            self._compared = self._judged, found
+        return self._compared[1]
+
+    @cached_property
+    def _judged(self) -> list[Comparison]:
+        quantity = self.plan.quantity
+        pairs = [
+            Pair(
+                subject=self.plan.subject(subject).words,
+                arm=arm.words,
+                against=other.words,
+                values=self.values(subject, arm.name, step),
+                reference=self.values(subject, other.name, step),
+                diverged=self.diverged(subject, arm.name),
+                diverged_reference=self.diverged(subject, other.name),
+                step=-1 if step is None else step,
+            )
+            for subject, arm, other in self.plan.pairs()
+            for step in self.plan.columns or (None,)
+        ]
+        return judge(
+            pairs,
+            quantity=quantity.words,
+            higher_is_better=quantity.higher_is_better,
+            unit=quantity.difference_unit,
+            family=max(1, self.family),
+        )
+
+    def comparisons(self) -> dict[tuple[str, str, str, int | None], Comparison]:
+        """Give every planned comparison: subject, arm, other arm, step -> what it shows, Holm over all of them."""
+        keys = [
+            (subject, arm.name, other.name, step)
+            for subject, arm, other in self.plan.pairs()
+            for step in self.plan.columns or (None,)
+        ]
+        return dict(zip(keys, self._judged, strict=True))
+
+    def paper(self, subject: str, arm: str, step: int | None = None) -> PaperValue | None:
+        """Give the paper's number for a cell, or None."""
+        for value in self.plan.paper:
+            if (value.subject, value.arm, value.step) == (subject, arm, step):
+                return value
+        return None
+
+    def frame(self) -> polars.DataFrame:
+        """Gather every number in one long table: subject, arm, seed, step, epoch, quantity, layer, value, diverged."""
+        import polars
+
+        keys = sorted(self.records)
+        if not keys:
+            return polars.DataFrame()
+        frames = [self.metrics(key) for key in keys]
+        of = places_of(frames)
+        names = ("subject", "arm", "seed")
+        told = [polars.Series(name, list(column)) for name, column in zip(names, zip(*keys, strict=True), strict=True)]
+        diverged = polars.Series("diverged", [self.records[key].diverged for key in keys])
+        before = polars.DataFrame([column.gather(of) for column in told])
+        return before.hstack(polars.concat(frames).get_columns()).hstack([diverged.gather(of)])
+
+    def table(self) -> polars.DataFrame:
+        """Give the table of the plan's quantity beside the paper's: a row a subject, arm and column."""
+        import polars
+
+        rows: list[dict[str, Any]] = []
+        for subject in self.plan.subjects:
+            for arm in self.plan.arms_of(subject.name):
+                for step, cell in zip(self.plan.columns or (None,), self.cells(subject.name, arm.name), strict=True):
+                    paper = self.paper(subject.name, arm.name, step)
+                    rows.append(
+                        {
+                            "subject": subject.name,
+                            "arm": arm.name,
+                            "group": arm.group or None,
+                            "value": arm.value,
+                            "step": step,
+                            "quantity": self.plan.quantity.name,
+                            "mean": cell.mean if cell and cell.count else None,
+                            "sd": cell.sd if cell and cell.count > 1 else None,
+                            "seeds": cell.count if cell else 0,
+                            "diverged": cell.diverged if cell else 0,
+                            "paper_mean": paper.mean if paper else None,
+                            "paper_sd": paper.sd if paper else None,
+                        }
+                    )
+        floats = dict.fromkeys(("value", "mean", "sd", "paper_mean", "paper_sd"), polars.Float64)
+        return polars.DataFrame(rows, schema_overrides={**floats, "step": polars.Int64, "group": polars.String})
+
+
+def places_of(frames: Sequence[polars.DataFrame]) -> polars.Series:
+    """Give for each row of all tables together the place of its table."""
+    import numpy
+    import polars
+
+    heights = [frame.height for frame in frames]
+    return polars.Series("place", numpy.repeat(numpy.arange(len(frames), dtype=numpy.uint32), heights))
+
+
+def _no_cells(results: Results) -> dict[tuple[str, str, int | None], Cell | None]:
+    return {}

@@ -1,0 +1,209 @@
+"""Carrying out a plan: what is finished is found, the rest is done side by side, and every run is kept as it ends."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments.chain import Advance, Chain, Finished, Skipped, complete
+from layerwise.lab.experiments.outcome import Display, Outcome, Settings
+from layerwise.lab.experiments.plan import Plan, PlannedRun
+from layerwise.lab.experiments.pool import Failure, Interrupt, run_jobs
+from layerwise.lab.experiments.results import Results
+from layerwise.lab.experiments.work import do_chain
+from layerwise.lab.runs.files import OwnFolder, check_page, refuse_links
+from layerwise.lab.runs.folder import Runs
+from layerwise.lab.runs.locks import locked
+from layerwise.lab.runs.store import usable_cores
+
+
+def load_finished(plan: Plan, runs: Runs) -> Results:
+    """Read the runs of a plan that are finished.
+
+    Args:
+        plan: the experiment.
+        runs: all runs.
+
+    Returns:
+        The results so far; a control whose method's run is not finished is not looked for.
+    """
+    results = Results(plan)
+    for chain in plan.chains():
+        method = None
+        for planned in chain:
+            configuration = complete(planned, method)
+            record = runs.find(configuration) if configuration is not None else None
+            if record is not None:
+                results.records[planned.key] = record
+            if planned.arm.control is None:
+                method = record
+    return results
+
+
+def placed(plan: Plan, settings: Settings) -> Plan:
+    """Write threads and device, which decide how numbers are rounded, into the configurations of a plan's runs."""
+    device = settings.device.partition(":")[0]
+    if settings.threads is None and device == "cpu":
+        return plan
+
+    def of(run: PlannedRun) -> PlannedRun:
+        threads = settings.threads or run.configuration.threads
+        return replace(run, configuration=replace(run.configuration, threads=threads, device=device))
+
+    return replace(plan, runs=tuple(of(run) for run in plan.runs))
+
+
+def chains_left(plan: Plan, results: Results, settings: Settings) -> list[Chain]:
+    """Give the chains with a run that is not finished; a finished method stays at the head of its controls."""
+    return [
+        Chain(
+            runs=chain,
+            out=settings.out,
+            data_dir=settings.data_dir,
+            device=settings.device,
+            labels=plan.labels(chain[0].subject),
+        )
+        for chain in plan.chains()
+        if any(run.key not in results.records for run in chain)
+    ]
+
+
+def fail_alike(runs: Sequence[PlannedRun], failures: Sequence[Failure]) -> bool:
+    """Say whether runs fail whatever they are: every arm has failed in the same way, in two seeds or settings.
+
+    Args:
+        runs: that were to be done; controls are not counted, as each waits for its method's run.
+        failures: so far; no run was finished.
+
+    Returns:
+        Whether the rest would fail too, as far as can be told. The subjects of a recipe are tried each.
+    """
+
+    def arms(runs: Sequence[PlannedRun]) -> set[tuple[str, str]]:
+        return {("" if run.task is not None else run.subject, run.arm.name) for run in runs}
+
+    def seeds(runs: Sequence[PlannedRun]) -> set[tuple[str, int]]:
+        return {(run.subject, run.seed) for run in runs}
+
+    named = {failure.doing for failure in failures}
+    methods = [run for run in runs if run.arm.control is None]
+    failed = [run for run in methods if run.label in named]
+    one_cause = len({failure.kind for failure in failures}) == 1
+    return one_cause and arms(failed) == arms(methods) and len(seeds(failed)) >= min(2, len(seeds(methods)))
+
+
+def carry_out(
+    plan: Plan, settings: Settings, display: Display | None = None, *, engine: Engine | None = None
+) -> Outcome:
+    """Do the runs of a plan that are not finished yet.
+
+    Args:
+        plan: the experiment.
+        settings: how.
+        display: told what happens.
+        engine: what does the chains, as ``pool.run_jobs`` does jobs; None for the one that the settings name.
+
+    Returns:
+        The outcome; tables and report are not written by this function.
+
+    Raises:
+        UsageError: a value that cannot be used, or the folder cannot be written.
+    """
+    display = display or Display()
+    clock = time.perf_counter()
+    runs = Runs(settings.out)
+    _check_writable(settings.out, plan.name)
+    plan = placed(plan, settings)
+    outcome = Outcome(plan, settings, load_finished(plan, runs), set_aside=runs.set_aside)
+    outcome.found = len(outcome.results.records)
+    for record in outcome.results.records.values():
+        runs.tidy(record)
+    chains = chains_left(plan, outcome.results, settings)
+    side_by_side = settings.jobs or max(1, usable_cores() // (settings.threads or 1))
+    # Runs beside one another take each other's time: where that is what is asked, they go one by one.
+    outcome.jobs = 1 if plan.quantity.name == "seconds" else max(1, min(side_by_side, len(chains)))
+    planned: dict[tuple[str, str, int], PlannedRun] = {run.key: run for run in plan.runs}
+    skipped: dict[tuple[str, str, int], str] = {}
+    left = [run for run in plan.runs if run.key not in outcome.results.records]
+    failures: list[Failure] = []
+
+    def on_failure(failure: Failure) -> None:
+        failures.append(failure)
+        if len(outcome.results.records) == outcome.found:
+            outcome.alike = fail_alike(left, failures)
+
+    def on_message(worker: int, message: object) -> None:
+        if isinstance(message, Advance):
+            display.advance(worker, message.run, message.done, message.total)
+        elif isinstance(message, Failure):
+            outcome.failures.append(message)
+            on_failure(message)
+        elif isinstance(message, Skipped):
+            skipped[message.key] = message.reason
+        elif isinstance(message, Finished) and message.key not in outcome.results.records:
+            record = runs.find(message.configuration)
+            if record is not None:
+                outcome.results.records[message.key] = record
+                display.finished(worker, planned[message.key].label, outcome.result_words(record), record.diverged)
+
+    def stop() -> bool:
+        if interrupt.requested and not outcome.interrupted:
+            outcome.interrupted = True
+            display.stopping()
+        return interrupt.requested or outcome.alike
+
+    # Processes that share runs are ended by SIGTERM when one of them has died: there is nobody to wait for then.
+    with Interrupt(*([signal.SIGTERM] if engine is None else [])) as interrupt:
+        display.begin(outcome, outcome.jobs)
+        try:
+            do = engine or _engine(settings)
+            outcome.failures += do(chains, outcome.jobs, on_message=on_message, on_failure=on_failure, stop=stop)
+        finally:
+            display.end()
+        outcome.interrupted = interrupt.requested
+    # Runs of one configuration are one run: it may have been done under another name.
+    outcome.results.records |= load_finished(plan, runs).records
+    outcome.skipped += outcome.results.leave_out_unreadable()
+    failed = {failure.doing for failure in outcome.failures}
+    for run in plan.runs:
+        if run.key in outcome.results.records or run.label in failed or outcome.interrupted or outcome.alike:
+            continue
+        outcome.skipped.append(f"{run.label}: {skipped.get(run.key, 'the process that was to do it ended')}")
+    outcome.seconds = time.perf_counter() - clock
+    return outcome
+
+
+Engine = Callable[..., list[Failure]]
+
+
+def _engine(settings: Settings) -> Engine:
+    """Give what does chains side by side: processes of this machine, or a Ray cluster."""
+    if settings.engine == "local":
+        return _local
+    from layerwise.lab.experiments import ray as cluster
+
+    return lambda chains, jobs, **told: cluster.run_chains(chains, jobs, address=settings.address, **told)
+
+
+def _local(chains: Sequence[Chain], jobs: int, **told: Any) -> list[Failure]:
+    return run_jobs(do_chain, chains, jobs, rest=lambda chain, doing: chain.rest(doing), **told)
+
+
+def _check_writable(out: Path, name: str) -> None:
+    """Refuse a folder in which runs and pages cannot be written, before anything is trained."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as probe:
+            locked(probe, out)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"out={str(out)!r} cannot be written ({reason}): give another folder with --out") from error
+    refuse_links(Runs(out).path, out)
+    OwnFolder(out / name, out)
+    check_page(out / "report.html", out)

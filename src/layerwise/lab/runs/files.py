@@ -1,0 +1,222 @@
+"""Folders of the lab, in which only files that the lab has written are removed or overwritten.
+
+Such a folder holds ``files.json``, which lists each of its files with a checksum. A file that is not listed is never
+removed or overwritten. Below the folder that ``--out`` names, no link is followed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from layerwise.lab.errors import UsageError
+from layerwise.lab.runs.plain_files import kind_of, parts
+from layerwise.lab.runs.store import digest_of, read_signed, signed, write_whole
+
+FILES = "files.json"
+"""Lists the files that the lab has written into a folder."""
+
+BEFORE = (
+    *("report.html", "table.md", "plan.json", "runs.json"),
+    *("tables/table.parquet", "tables/metrics.parquet", "tables/comparisons.parquet"),
+)
+"""The files, besides figures, of an earlier version that wrote no ``files.json``."""
+
+GENERATOR = b'<meta name="generator" content="layerwise">'
+GENERATOR_BEFORE = (b"style-src 'unsafe-inline'; img-src data:", "· layerwise".encode())
+"""Texts that identify a page of this version, and one of an earlier version."""
+
+LEFTOVER_SECONDS = 3600.0
+"""Age from which a half-written file counts as abandoned."""
+
+HEAD, LARGEST_PAGE = 1 << 12, 1 << 32
+
+
+def refuse_links(folder: Path, above: Path, option: str = "--out") -> None:
+    """Refuse a folder that is reached through a link.
+
+    Args:
+        folder: a folder below ``above``; it need not exist.
+        above: the folder that the user has named, which may be a link.
+        option: the option that names it.
+
+    Raises:
+        UsageError: a part of the path is a link, or is no folder.
+    """
+    for place in (folder, *folder.parents):
+        if place == above:
+            return
+        kind = kind_of(place)
+        if kind != "a folder" and os.path.lexists(place):
+            raise UsageError(
+                f"{place}: is {kind or 'a file'}, where the lab creates a folder; remove it, or give another "
+                f"folder with {option}"
+            )
+
+
+def is_page(path: Path) -> bool:
+    """Tell whether a file is a page that the lab has written."""
+    try:
+        head = next(parts(path, LARGEST_PAGE), b"")[:HEAD]
+    except (OSError, ValueError):
+        return False
+    return GENERATOR in head or all(words in head for words in GENERATOR_BEFORE)
+
+
+def check_page(path: Path, above: Path) -> None:
+    """Refuse to overwrite a file that is not a page of the lab.
+
+    Args:
+        path: the page to write.
+        above: the folder that ``--out`` names.
+
+    Raises:
+        UsageError: another file exists there, or a part of the path is a link.
+    """
+    refuse_links(path.parent, above)
+    if os.path.lexists(path) and not is_page(path):
+        raise UsageError(
+            f"{path}: is {kind_of(path) or 'a file'} that layerwise has not written; move it away, or give another "
+            "folder with --out"
+        )
+
+
+class OwnFolder:
+    """A folder that only the lab writes into.
+
+    Args:
+        path: the folder; need not exist.
+        above: the folder that ``--out`` names.
+
+    Raises:
+        UsageError: the folder is a link, or holds files but no valid list of them.
+    """
+
+    def __init__(self, path: Path, above: Path) -> None:
+        refuse_links(path, above)
+        self.path = path
+        self.names = self._listed()
+
+    def _listed(self) -> dict[str, str]:
+        """Read the list of the lab's files: name -> checksum."""
+        other = UsageError(
+            f"{self.path}: holds files that layerwise has not written (it has no valid {FILES}); give another folder "
+            f"with --out, or move {self.path.name} away"
+        )
+        try:
+            held = [name for name in os.listdir(self.path) if not re.fullmatch(r"\..+\.\d+\.tmp", name)]
+        except FileNotFoundError:
+            return {}
+        if not held:
+            return {}
+        if FILES not in held:
+            try:  # a folder of an earlier version
+                if "configurations" in read_signed(self.path / "plan.json"):
+                    return {name: "" for name in (*BEFORE, *self._figures()) if _is_inside(name)}
+            except (OSError, ValueError):
+                pass
+            raise other
+        try:
+            names = read_signed(self.path / FILES)["files"]
+        except (OSError, ValueError, KeyError):
+            raise other from None
+        good = isinstance(names, dict) and all(_is_inside(name) and isinstance(names[name], str) for name in names)
+        if not good:
+            raise other
+        return names
+
+    def _figures(self) -> Iterator[str]:
+        """Give the figures of an earlier version, which may be overwritten by figures of the same name."""
+        with suppress(OSError):
+            yield from (f"figures/{name}" for name in os.listdir(self.path / "figures"))
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse names of files that the lab has not written, before anything is written.
+
+        Raises:
+            UsageError: such a file exists, or a part of the path is a link.
+        """
+        for name in names:
+            path = self.path / name
+            refuse_links(path.parent, self.path)
+            kind = kind_of(path)
+            if kind is not None or (name not in self.names and os.path.lexists(path)):
+                raise UsageError(
+                    f"{path}: is {kind or 'a file'} that layerwise has not written; move it away, or give another "
+                    "folder with --out"
+                )
+
+    def write(self, contents: Mapping[str, bytes]) -> None:
+        """Write files in order, and remove those of the previous list that are not among them.
+
+        Args:
+            contents: name -> content. A name may hold one folder, as ``"figures/a.png"``.
+
+        Raises:
+            OSError: a file cannot be written.
+            UsageError: as in ``check``.
+        """
+        self.check(contents)
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        self._list({**self.names, **digests})  # first, so that a killed process leaves no file that is not listed
+        self._remove_leftovers()
+        for name, content in contents.items():
+            # Figures can be drawn again, so only a page and its tables are flushed to the disk.
+            write_whole(self.path / name, content, flush=not name.startswith("figures/"))
+        for name in self.names.keys() - digests.keys():
+            self._remove(name)
+        self._list(digests)
+
+    def _list(self, names: Mapping[str, str]) -> None:
+        write_whole(self.path / FILES, signed({"files": names}, indent=0))
+        self.names = {**self.names, **names}
+
+    def _remove(self, name: str) -> None:
+        """Remove a file if its content is still what the lab wrote."""
+        path = self.path / name
+        if kind_of(path.parent) != "a folder" or kind_of(path) is not None:
+            return
+        with suppress(OSError, UsageError):
+            if digest_of(path) == self.names[name]:
+                path.unlink()
+
+    def _remove_leftovers(self) -> None:
+        """Remove old half-written files of killed processes; young ones may belong to a running process."""
+        names = [FILES, *self.names]
+        for folder in {self.path / PurePosixPath(name).parent for name in names}:
+            if kind_of(folder) == "a folder":
+                remove_leftovers(folder, [PurePosixPath(name).name for name in names])
+
+
+def remove_leftovers(folder: Path, names: Iterable[str], seconds: float = LEFTOVER_SECONDS) -> None:
+    """Remove half-written files of given names, and no others.
+
+    Args:
+        folder: the folder; it need not exist.
+        names: the names of the complete files.
+        seconds: the age from which they count as abandoned.
+    """
+    ours, known = re.compile(r"\.(.+)\.\d+\.tmp"), set(names)
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            found = ours.fullmatch(entry.name)
+            if found is None or found[1] not in known:
+                continue
+            with suppress(OSError):
+                about = entry.stat(follow_symlinks=False)
+                if stat.S_ISREG(about.st_mode) and time.time() - about.st_mtime >= seconds:
+                    os.unlink(entry.path)
+
+
+def _is_inside(name: Any) -> bool:
+    """Tell whether a name is that of a file in the folder or in a subfolder, so that no path leads out."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?", name):
+        return False
+    return not any(part.startswith(".") for part in name.split("/"))

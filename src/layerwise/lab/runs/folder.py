@@ -1,0 +1,290 @@
+"""Folders of runs, which survive being killed at any moment.
+
+A run's folder holds ``run.json`` (configuration, versions, hardware; written once), ``status.json`` (how far it is),
+``checkpoint.pt`` and the one before it while it runs, and ``metrics.parquet`` and ``record.json`` when it is finished.
+Every file is written beside its place and moved there when it is whole. ``record.json`` comes last and names the
+checksum of ``metrics.parquet``: a run with both is finished, any other is gone on with from its last checkpoint.
+
+A lock of the operating system, which ends with the process that holds it, keeps a second process out of the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import platform
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from layerwise.lab.errors import UsageError
+from layerwise.lab.runs.configuration import Configuration
+from layerwise.lab.runs.files import refuse_links, remove_leftovers
+from layerwise.lab.runs.locks import BusyError, alone_in
+from layerwise.lab.runs.plain_files import parts
+from layerwise.lab.runs.record import Recorder
+from layerwise.lab.runs.records import Record, read_about, read_summary
+from layerwise.lab.runs.store import digest_of, hardware, plain, read_bytes, read_signed, signed, versions, write_whole
+
+MAGIC = b"layerwise checkpoint 1\n"
+DIGEST_LENGTH = 32
+
+CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")
+FACTORS = "factors.jsonl"
+"""Recorded factors, in the folder of a run that repeats them."""
+
+NAMES = ("run.json", "status.json", "metrics.parquet", "record.json", *CHECKPOINTS)
+"""The files that the lab writes into a run's folder, besides ``FACTORS`` and the lock; others are never removed."""
+
+LARGEST_CHECKPOINT = 1 << 38
+"""Bytes of a checkpoint."""
+
+
+@dataclass
+class RunFolder:
+    """One run's folder.
+
+    Attributes:
+        path: the folder.
+        configuration: of the run.
+        set_aside: broken files that were renamed.
+    """
+
+    path: Path
+    configuration: Configuration
+    set_aside: list[Path] = field(default_factory=list)
+    _held: bool = field(default=False, repr=False)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep every other process out of the folder.
+
+        Raises:
+            BusyError: one is in it.
+            UsageError: it is a link, or its file system cannot lock files.
+        """
+        refuse_links(self.path, self.path.parent.parent)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with alone_in(self.path):
+            remove_leftovers(self.path, NAMES, seconds=0.0)
+            for leftover in self.path.glob(f"{FACTORS}.*.part"):
+                leftover.unlink(missing_ok=True)
+            self._held = True
+            try:
+                yield
+            finally:
+                self._held = False
+
+    def begin(self, labels: dict[str, Any]) -> dict[str, Any]:
+        """Write ``run.json``, unless it is there already, and give what it holds.
+
+        A run that goes on on another machine names that one too, under ``later``.
+        """
+        found, here = self._read("run.json", read_about), hardware()
+        about = None if found is None else found[1]
+        if about is None:
+            about = {
+                "configuration": self.configuration.as_json(),
+                "labels": labels,
+                "versions": versions(),
+                "python": platform.python_version(),
+                "hardware": here,
+                "later": [],
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+            self._write("run.json", about)
+        elif here not in (about["hardware"], *about.setdefault("later", [])):
+            about["later"].append(here)
+            self._write("run.json", about)
+        return about
+
+    def say(self, state: str, iteration: int, total: int | None, **more: Any) -> None:
+        """Write ``status.json``: what the run is doing, for people and for ``layerwise list``."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._write("status.json", {"state": state, "iteration": iteration, "of": total, "at": now, **more})
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write the state of the training; the checkpoint before is kept until the next one."""
+        import torch
+
+        buffer = io.BytesIO()
+        torch.save(plain(state), buffer)
+        content = buffer.getbuffer()
+        path = self.path / "checkpoint.pt"
+        if path.exists():
+            os.replace(path, self.path / "checkpoint-before.pt")
+        write_whole(path, MAGIC + hashlib.sha256(content).digest() + content)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """Read the newest whole checkpoint; one that is damaged is set aside and the one before it is taken.
+
+        Raises:
+            UsageError: one is whole and yet no state of a training.
+        """
+        for name in CHECKPOINTS:
+            path = self.path / name
+            try:
+                content = _content_of(path)
+            except FileNotFoundError:
+                continue
+            if content is not None:
+                return _state_of(path, content)
+            self._put_aside(path)
+        return None
+
+    def finish(self, recorder: Recorder, summary: dict[str, Any]) -> None:
+        """Write the metrics and the record; the run is then finished and its checkpoints are removed."""
+        buffer = io.BytesIO()
+        recorder.frame().write_parquet(buffer, compression="zstd")
+        content = buffer.getvalue()
+        write_whole(self.path / "metrics.parquet", content)
+        self._write("record.json", {**summary, "metrics_sha256": hashlib.sha256(content).hexdigest()})
+        self.tidy(summary)
+
+    def tidy(self, summary: dict[str, Any]) -> None:
+        """Say that the run is finished and remove its checkpoints; again, if it was killed before it could."""
+        left = [path for name in CHECKPOINTS if os.path.lexists(path := self.path / name)]
+        state = "finished" if summary["diverged_at"] is None else "diverged"
+        status = self._read("status.json", lambda folder: read_signed(folder / "status.json")) if not left else None
+        if status is None or status.get("state") != state:
+            self.say(state, summary["iterations"], summary["iterations"])
+        for path in left:
+            with suppress(FileNotFoundError):
+                path.unlink()
+
+    def record(self) -> Record | None:
+        """Read the finished run; None if it is not finished, or damaged (then it is set aside)."""
+        about, summary = self._read("run.json", read_about), self._read("record.json", read_summary)
+        if about is None or summary is None:
+            return None
+        if about[0].identity != self.configuration.identity:  # the files were copied from another run
+            self._put_aside(self.path / "run.json")
+            return None
+        path = self.path / "metrics.parquet"
+        try:
+            digest = digest_of(path)
+        except (FileNotFoundError, ValueError):
+            digest = None
+        if digest != summary["metrics_sha256"]:
+            for broken in (path, self.path / "record.json"):
+                self._put_aside(broken)
+            return None
+        return Record(self.path, self.configuration, summary, about[1])
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file that names its own checksum."""
+        write_whole(self.path / name, signed(content))
+
+    def _read(self, name: str, read: Callable[[Path], Any]) -> Any:
+        """Read a file of the run; None if it does not exist or is damaged. A damaged file is renamed."""
+        if self.path.is_symlink():
+            return None
+        try:
+            return read(self.path)
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            self._put_aside(self.path / name)
+            return None
+
+    def _put_aside(self, path: Path) -> None:
+        """Rename a broken file, unless another process is at work here: what looks broken may be half of its work.
+
+        Where nothing can be written it stays; it is not taken for whole there either.
+        """
+        if not self._held:
+            with suppress(BusyError, OSError, UsageError), self.lock():
+                self._put_aside(path)
+            return
+        with suppress(FileNotFoundError):
+            aside = path.with_name(path.name + ".broken")
+            for number in count(2):  # files that were renamed before stay
+                if not os.path.lexists(aside):
+                    break
+                aside = path.with_name(f"{path.name}.broken-{number}")
+            path.rename(aside)
+            self.set_aside.append(path)
+
+
+def _content_of(path: Path) -> memoryview | None:
+    """Read the content of a checkpoint after comparing its checksum; None if it is damaged."""
+    try:
+        stream = parts(path, LARGEST_CHECKPOINT)
+        first = next(stream, b"")
+        if not first.startswith(MAGIC):
+            return None
+        begin = len(MAGIC) + DIGEST_LENGTH
+        digest = hashlib.sha256(first[begin:])
+        for part in stream:
+            digest.update(part)
+        if digest.digest() != first[len(MAGIC) : begin]:
+            return None
+        return memoryview(read_bytes(path, LARGEST_CHECKPOINT))[begin:]
+    except ValueError:  # no plain file
+        return None
+
+
+def _state_of(path: Path, content: memoryview) -> dict[str, Any]:
+    """Read the state in a checkpoint; nothing that it names is run, and it takes no more memory than it is long."""
+    import torch
+
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as packed:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in packed.infolist()):
+                raise ValueError("it is compressed, as no checkpoint is")
+            if sum(part.file_size for part in packed.infolist()) > len(content):
+                raise ValueError("its parts overlap")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # what is made by hand raises nearly everything
+        reason = (str(error) or type(error).__name__).partition("\n")[0]
+        raise UsageError(
+            f"{path}: no checkpoint of layerwise: torch.load(weights_only=True) refuses it, and nothing in it was run "
+            f"({reason}); remove it, and the run goes on from the one before it or begins anew"
+        ) from error
+
+
+class Runs:
+    """All runs below a folder, by configuration, whatever experiment asked for them first.
+
+    Args:
+        out: the folder that ``--out`` names; runs are in its subfolder ``store``.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / "store"
+        self.set_aside: list[Path] = []
+
+    def folder(self, configuration: Configuration) -> RunFolder:
+        """Give the folder of a run; it need not exist."""
+        return RunFolder(self.path / configuration.name, configuration, self.set_aside)
+
+    def find(self, configuration: Configuration) -> Record | None:
+        """Give a finished run, or None."""
+        return self.folder(configuration).record()
+
+    def tidy(self, record: Record) -> None:
+        """Remove what a kill has left beside a finished run, unless another process is just about to."""
+        left = (*record.folder.glob("checkpoint*.pt"), *record.folder.glob(".*.tmp"))
+        if left:
+            folder = RunFolder(record.folder, record.configuration, self.set_aside)
+            with suppress(BusyError, OSError, UsageError), folder.lock():
+                folder.tidy(record.summary)
+
+    def all(self) -> Iterator[Record]:
+        """Give every finished run of this version, in the order of their names."""
+        for path in sorted(self.path.glob("*/run.json")):
+            try:
+                configuration, _ = read_about(path.parent)
+            except (OSError, ValueError):
+                continue
+            if configuration.name != path.parent.name:
+                continue
+            record = RunFolder(path.parent, configuration, self.set_aside).record()
+            if record is not None:
+                yield record

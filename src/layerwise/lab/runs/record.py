@@ -1,0 +1,257 @@
+"""The numbers of a run, in memory while it runs, as a table when it is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerwise.lab.errors import UsageError
+from layerwise.lab.runs.plain_files import kind_of
+from layerwise.lab.runs.store import LARGEST_NUMBER, LARGEST_TABLE, read_bytes
+
+if TYPE_CHECKING:
+    import polars
+
+SCHEMA_COLUMNS = ("step", "epoch", "quantity", "layer", "value")
+"""Columns of ``metrics.parquet``. The step is the number of updates done; the layer of the whole network is null."""
+
+TOGETHER = 256
+"""Tables that are read by one call, which takes about as long as for one of them where they are small."""
+
+LARGEST_TOGETHER = 1 << 25
+"""Bytes of the files that are read by one call."""
+
+LARGEST_STEP = 2**53
+
+LARGEST_ROWS = 100_000_000
+"""Rows of a run's table; a million updates of a network of a hundred layers have less."""
+
+ROWS, ROWS_A_BYTE = 1_000_000, 40
+"""The most rows of a table, and the rows added for each byte: a small file may claim more than fit into memory."""
+
+
+class Recorder:
+    """Series of numbers: quantity and layer -> steps and values.
+
+    Example:
+        >>> recorder = Recorder()
+        >>> recorder.add("test_error", 200, 1, 8.5)
+        >>> recorder.last("test_error")
+        (200, 8.5)
+    """
+
+    def __init__(self) -> None:
+        self._series: dict[tuple[str, str | None], tuple[list[int], list[int], list[float]]] = {}
+
+    def add(self, quantity: str, step: int, epoch: int, value: float, layer: str | None = None) -> None:
+        """Append one number; a layer of None is the whole network, and "" the layer of the root module."""
+        steps, epochs, values = self._series.setdefault((quantity, layer), ([], [], []))
+        steps.append(step)
+        epochs.append(epoch)
+        values.append(value)
+
+    def add_layers(self, quantity: str, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Append one number a layer."""
+        for layer, value in values.items():
+            self.add(quantity, step, epoch, value, layer)
+
+    def last(self, quantity: str) -> tuple[int, float] | None:
+        """Give step and value of the last number of a quantity of the whole network."""
+        series = self._series.get((quantity, None))
+        return (series[0][-1], series[2][-1]) if series else None
+
+    def whole_quantities(self) -> list[str]:
+        """Give the names of the quantities of the whole network, in the order in which they came."""
+        return [quantity for quantity, layer in self._series if layer is None]
+
+    def layer_means(self, quantity: str) -> dict[str, float]:
+        """Give the mean of a quantity over the steps, for each layer; values that are not finite are left out."""
+        means = {}
+        for (name, layer), (_, _, values) in self._series.items():
+            finite = [value for value in values if math.isfinite(value)]
+            if name == quantity and layer is not None and finite:
+                means[layer] = math.fsum(finite) / len(finite)
+        return means
+
+    def spread(self, quantity: str) -> float | None:
+        """Give the largest value over the smallest among the layers of a step, averaged over steps."""
+        series = self._series.items()
+        rows = [values for (name, layer), (_, _, values) in series if name == quantity and layer is not None]
+        ratios = [
+            max(column) / min(column)
+            for column in zip(*rows, strict=True)
+            if min(column) > 0 and math.isfinite(max(column))
+        ]
+        return math.fsum(ratios) / len(ratios) if ratios else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give everything as tensors, which ``torch.load(weights_only=True)`` reads."""
+        import torch
+
+        return {
+            "keys": [list(key) for key in self._series],
+            "steps": [torch.tensor(series[0], dtype=torch.int64) for series in self._series.values()],
+            "epochs": [torch.tensor(series[1], dtype=torch.int64) for series in self._series.values()],
+            "values": [torch.tensor(series[2], dtype=torch.float64) for series in self._series.values()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        rows = zip(state["keys"], state["steps"], state["epochs"], state["values"], strict=True)
+        self._series = {
+            (quantity, layer): (steps.tolist(), epochs.tolist(), values.tolist())
+            for (quantity, layer), steps, epochs, values in rows
+        }
+
+    def frame(self) -> polars.DataFrame:
+        """Gather everything in one long table with the columns ``SCHEMA_COLUMNS``."""
+        import polars
+
+        frames = [
+            polars.DataFrame(
+                {"step": steps, "epoch": epochs, "value": values},
+                schema={"step": polars.Int64, "epoch": polars.Int32, "value": polars.Float64},
+            ).with_columns(
+                polars.lit(quantity).alias("quantity"),
+                polars.lit(layer, dtype=polars.String).alias("layer"),
+            )
+            for (quantity, layer), (steps, epochs, values) in self._series.items()
+        ]
+        empty = polars.DataFrame(schema=_schema())
+        return polars.concat([empty, *(frame.select(SCHEMA_COLUMNS) for frame in frames)])
+
+
+def _schema() -> dict[str, Any]:
+    import polars
+
+    kinds = (polars.Int64, polars.Int32, polars.String, polars.String, polars.Float64)
+    return dict(zip(SCHEMA_COLUMNS, kinds, strict=True))
+
+
+def read_frame(path: Path) -> polars.DataFrame:
+    """Read a table that ``Recorder.frame`` gave.
+
+    Args:
+        path: of the Parquet file.
+
+    Returns:
+        The table.
+
+    Raises:
+        OSError: it is not there or cannot be read.
+        UsageError: it is damaged, or another table, or has more rows than a run's.
+    """
+    import polars
+
+    content = read_bytes(path, LARGEST_TABLE)
+    most = _most_rows(len(content))
+    try:
+        height = polars.scan_parquet(content).select(polars.len()).collect().item()
+        frame = polars.read_parquet(content, n_rows=min(height, most) + 1, parallel="none", use_statistics=False)
+    except BaseException as error:  # a file made by hand can make polars panic, which is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{path}: cannot be read ({reason}); remove the run's folder and do it again") from error
+    if dict(frame.schema) != _schema() or max(height, frame.height) > most:
+        raise UsageError(
+            f"{path}: holds {max(height, frame.height)} rows of {', '.join(frame.columns)}, not up to {most} of "
+            f"{', '.join(SCHEMA_COLUMNS)}; remove the run's folder and do it again"
+        )
+    if not _plain(frame):
+        raise UsageError(f"{path}: holds numbers that no run writes; remove the run's folder and run it again")
+    return frame.select(SCHEMA_COLUMNS)
+
+
+def _most_rows(size: int) -> int:
+    """Give the most rows that a table of this many bytes may have."""
+    return min(LARGEST_ROWS, ROWS + ROWS_A_BYTE * size)
+
+
+def _plain(frame: polars.DataFrame) -> bool:
+    """Tell whether every row is complete, with numbers that later computations can use."""
+    import polars
+
+    step, epoch, value = polars.col("step"), polars.col("epoch"), polars.col("value")
+    # Norms of layers may overflow where training diverges. Values of the whole network are finite, or the run ends.
+    good = (step >= 0) & (step <= LARGEST_STEP) & (epoch >= 0) & polars.col("quantity").is_not_null()
+    good &= polars.col("layer").is_not_null() | (value.abs() <= LARGEST_NUMBER)
+    return bool(frame.select((good & value.is_not_null()).fill_null(False).all()).item())
+
+
+def read_tables(paths: Iterable[Path]) -> tuple[dict[Path, polars.DataFrame], dict[Path, str]]:
+    """Read many tables that ``Recorder.frame`` gave, ``TOGETHER`` by one call.
+
+    Args:
+        paths: of the Parquet files.
+
+    Returns:
+        The tables; and of those that cannot be read what is wrong.
+    """
+    tables: dict[Path, polars.DataFrame] = {}
+    broken: dict[Path, str] = {}
+    for some in _batches(list(dict.fromkeys(paths))):
+        together = _read_together(some)
+        if together is not None:
+            tables.update(zip(some, together, strict=True))
+            continue
+        for path in some:  # read one by one, for an error message of each
+            try:
+                tables[path] = read_frame(path)
+            except (OSError, UsageError) as error:
+                broken[path] = str(error)
+    return tables, broken
+
+
+def _batches(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Yield paths so many at a time, fewer of large files."""
+    some: list[Path] = []
+    size = 0
+    for path in paths:
+        length = _size(path)
+        if some and (len(some) == TOGETHER or size + length > LARGEST_TOGETHER):
+            yield some
+            some, size = [], 0
+        some.append(path)
+        size += length
+    if some:
+        yield some
+
+
+def _read_together(paths: Sequence[Path]) -> list[polars.DataFrame] | None:
+    """Read some tables by one call; None where that does not go, as one of them is damaged or they are too large."""
+    import polars
+
+    if any(kind_of(path) is not None for path in paths):
+        return None
+    most = _most_rows(sum(map(_size, paths)))
+    try:
+        scanned = polars.scan_parquet(
+            list(paths), schema=_schema(), parallel="none", use_statistics=False, glob=False, include_file_paths="file"
+        )
+        if scanned.select(polars.len()).collect().item() > most:
+            return None
+        whole = scanned.head(most + 1).collect()
+    except BaseException as error:  # as in read_frame
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        return None
+    if whole.height > most or not _plain(whole):
+        return None
+    lengths = dict(whole["file"].rle().struct.unnest().select("value", "len").iter_rows())
+    whole, frames, begin = whole.drop("file"), [], 0
+    for path in paths:
+        length = lengths.pop(str(path), 0)
+        frames.append(whole.slice(begin, length))
+        begin += length
+    return None if lengths else frames
+
+
+def _size(path: Path) -> int:
+    """Give the bytes of a file; 0 where it is gone."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -1,0 +1,280 @@
+"""What paired runs show, and what they do not.
+
+Every comparison is paired: both arms of a seed begin with the same weights and see the same batches, so the
+differences are free of the spread between seeds. A difference is called only where
+
+* at least MINIMUM_PAIRS pairs can be compared,
+* the 95 % bootstrap interval of the mean difference leaves out 0, and
+* the p-value of Student's paired t, adjusted by Holm's procedure for all planned comparisons, is below ALPHA.
+
+Everything else is "no difference shown", with the reason.
+
+A diverged run counts as diverged. It has no number that means anything (chance level, NaN and 1e30 all say the same),
+so the numbers are of the pairs in which neither run diverged, and the count of diverged runs stands beside them. The
+pairs left are then the ones that an arm survived: an arm that diverged more often than the other is judged on its
+easier seeds, and so is never called the better one of the two, whichever it is. It may still be called the worse one.
+Where both diverged equally often the numbers decide. Divergence alone is reported as a count and not as an outcome.
+
+Reference:
+    ``layerwise.lab.stats.bootstrap`` for the interval, the p-value and the correction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from layerwise.lab.errors import UsageError
+from layerwise.lab.stats.bootstrap import bootstrap_interval, holm, paired_p_value
+from layerwise.lab.stats.wording import counted, decimals_of, probability, signed
+
+ALPHA = 0.05
+"""Chance, over all comparisons together, of calling a difference where there is none."""
+
+MINIMUM_PAIRS = 5
+"""Fewer pairs than this show nothing: their bootstrap interval is far from 95 % sure."""
+
+NONE = "no difference shown"
+"""The outcome where nothing is called; the others are "lower" and "higher" with the quantity."""
+
+DUST = 1e-11
+"""What subtraction leaves of equal numbers, relative to the largest of them: differences this small are 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two arms that are to be compared, with their numbers by seed.
+
+    Attributes:
+        subject: what both arms have in common, in words, such as the solver.
+        arm: the arm in question, in words.
+        against: the other arm, in words that can follow "beats", such as "the plain solver".
+        step: updates after which the quantity was measured.
+        values: seed -> quantity of the arm; of a diverged seed anything or nothing.
+        reference: seed -> quantity of the other arm.
+        diverged: seeds in which the arm diverged.
+        diverged_reference: seeds in which the other arm diverged.
+
+    Raises:
+        UsageError: a number is not finite and its seed is not among the diverged ones.
+    """
+
+    subject: str
+    arm: str
+    against: str
+    step: int
+    values: Mapping[int, float]
+    reference: Mapping[int, float]
+    diverged: frozenset[int] = field(default_factory=frozenset)
+    diverged_reference: frozenset[int] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        for name, numbers, diverged in (
+            ("values", self.values, self.diverged),
+            ("reference", self.reference, self.diverged_reference),
+        ):
+            for seed, value in numbers.items():
+                if seed not in diverged and not math.isfinite(value):
+                    suffix = "_reference" if name == "reference" else ""
+                    raise UsageError(
+                        f"{name}[{seed}]={value!r} of {self.arm} and {self.against}: must be finite; a run without a "
+                        f"finite result has diverged: add its seed to diverged{suffix}"
+                    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One arm against another, paired by seed.
+
+    Attributes:
+        subject: what both arms have in common, in words.
+        arm: the arm in question, in words.
+        against: the other arm, in words.
+        step: updates after which the quantity was measured.
+        seeds: of the pairs in which neither run diverged.
+        differences: quantity of ``arm`` minus that of ``against``, one for each of ``seeds``.
+        mean: of the differences; None without a pair.
+        sd: of the differences (n - 1); None with fewer than two pairs.
+        low: lower end of the 95 % interval; None with fewer than ``MINIMUM_PAIRS`` pairs or without spread.
+        high: upper end.
+        p: two-sided p-value; None where ``low`` is.
+        adjusted_p: after Holm's procedure over the family; None where ``low`` is.
+        outcome: "lower" or "higher" with the quantity, or ``NONE``.
+        reason: why the outcome is ``NONE``, or "".
+        diverged: seeds run by both arms in which ``arm`` diverged.
+        diverged_against: the same of ``against``.
+        quantity: what is compared, in the singular and without an article.
+        higher_is_better: which way of it is good.
+        unit: of the differences, or "".
+    """
+
+    subject: str
+    arm: str
+    against: str
+    step: int
+    seeds: tuple[int, ...]
+    differences: tuple[float, ...]
+    mean: float | None
+    sd: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    adjusted_p: float | None
+    outcome: str
+    reason: str
+    diverged: tuple[int, ...]
+    diverged_against: tuple[int, ...]
+    quantity: str
+    higher_is_better: bool
+    unit: str
+
+    @property
+    def better(self) -> bool:
+        """The arm is shown to be better than the other."""
+        return self.outcome == f"{'higher' if self.higher_is_better else 'lower'} {self.quantity}"
+
+    @property
+    def worse(self) -> bool:
+        """The arm is shown to be worse than the other."""
+        return self.outcome != NONE and not self.better
+
+    @property
+    def runs(self) -> int:
+        """Number of seeds that both arms ran, diverged ones among them."""
+        return len(self.seeds) + len({*self.diverged, *self.diverged_against})
+
+    @property
+    def statistics(self) -> str:
+        """Mean difference, interval, adjusted p-value and number of pairs in one line."""
+        if self.mean is None:
+            return "no numbers to compare" if self.runs else "no pair of finished runs"
+        numbers = [value for value in (self.mean, self.low, self.high) if value is not None]
+        decimals = decimals_of(numbers)
+        words = f"{signed(self.mean, decimals)} {self.unit}".rstrip()
+        if self.low is not None and self.high is not None and self.adjusted_p is not None:
+            # An end that is 0 to the last bit, and not by rounding, is written as such.
+            low, high = (signed(end, decimals) if end else "0" for end in (self.low, self.high))
+            words += f", 95 % interval {low} to {high}"
+            words += f", adjusted p {probability(self.adjusted_p, ALPHA)}"
+        return f"{words}, n = {len(self.seeds)}"
+
+    @property
+    def sentence(self) -> str:
+        """The outcome in words."""
+        if self.outcome == NONE:
+            pair = f"{self.arm} and {self.against}"
+            words = f"no difference shown between {pair} ({self.statistics}; {self.reason})."
+        else:
+            words = f"{self.arm} has a {self.outcome} than {self.against} ({self.statistics})."
+        if self.diverged or self.diverged_against:
+            words += (
+                f" {self.arm} diverged in {len(self.diverged)} of {counted(self.runs, 'seed')} "
+                f"(against {len(self.diverged_against)})"
+            )
+            words += "; the numbers are of the pairs in which neither did." if self.seeds else "."
+        return words
+
+
+def judge(
+    pairs: Sequence[Pair], *, quantity: str, higher_is_better: bool, unit: str, family: int | None = None
+) -> list[Comparison]:
+    """Compare every pair of arms, with Holm's correction over all of them.
+
+    Args:
+        pairs: all comparisons of one quantity that there are so far.
+        quantity: what is compared, in the singular and without an article: "test error", "accuracy", "running time".
+        higher_is_better: which way of it is good.
+        unit: of the differences: "points", "s", or "" for none.
+        family: number of comparisons that were planned together; those not in ``pairs`` count as p = 1. None: as many
+            as there are pairs.
+
+    Returns:
+        One comparison a pair, in their order.
+
+    Raises:
+        UsageError: ``quantity`` is empty, or ``family`` is less than the number of pairs.
+    """
+    if not quantity:
+        raise UsageError(f"quantity={quantity!r}: must name what is compared, such as 'test error'")
+    planned = len(pairs) if family is None else family
+    if planned < len(pairs):
+        raise UsageError(f"family={family!r}: must be at least the {len(pairs)} comparisons that are given; raise it")
+    measured = [_measure(pair, quantity, higher_is_better, unit) for pair in pairs]
+    # What cannot be judged is never called; as p = 1 it stays in the family without making room for the others.
+    p_values = [1.0 if each.p is None else each.p for each in measured]
+    adjusted = holm(p_values + [1.0] * (planned - len(pairs)))
+    return [_decide(each, p, planned) for each, p in zip(measured, adjusted, strict=False)]
+
+
+def _measure(pair: Pair, quantity: str, higher_is_better: bool, unit: str) -> Comparison:
+    """Compute the numbers of one comparison, with no outcome yet; the reason says where there can be none."""
+    ran = (pair.values.keys() | pair.diverged) & (pair.reference.keys() | pair.diverged_reference)
+    seeds = tuple(sorted(ran - pair.diverged - pair.diverged_reference))
+    differences = tuple(float(pair.values[seed] - pair.reference[seed]) for seed in seeds)
+    dust = DUST * max((max(abs(pair.values[seed]), abs(pair.reference[seed])) for seed in seeds), default=0.0)
+    constant = bool(differences) and max(differences) - min(differences) <= dust
+    mean = sd = low = high = p = None
+    reason = ""
+    if differences:
+        mean = math.fsum(differences) / len(differences)
+        mean = 0.0 if abs(mean) <= dust else mean
+        if len(differences) >= 2:
+            squares = math.fsum((value - mean) ** 2 for value in differences)
+            sd = 0.0 if constant else math.sqrt(squares / (len(differences) - 1))
+    if len(differences) < MINIMUM_PAIRS:
+        reason = f"fewer than {MINIMUM_PAIRS} pairs"
+        if len(ran) >= MINIMUM_PAIRS:
+            reason += " without a diverged run"
+    elif constant:
+        reason = (
+            f"the {quantity} is the same in every pair"
+            if max(map(abs, differences)) <= dust
+            else "every pair differs by the same amount, which leaves no spread to judge it by"
+        )
+    else:
+        low, high = bootstrap_interval(differences)
+        # An end that is 0 but for rounding must not leave 0 out.
+        low, high = (0.0 if abs(end) <= dust else end for end in (low, high))
+        p = paired_p_value(differences)
+    return Comparison(
+        subject=pair.subject,
+        arm=pair.arm,
+        against=pair.against,
+        step=pair.step,
+        seeds=seeds,
+        differences=differences,
+        mean=mean,
+        sd=sd,
+        low=low,
+        high=high,
+        p=p,
+        adjusted_p=None,
+        outcome=NONE,
+        reason=reason,
+        diverged=tuple(sorted(ran & pair.diverged)),
+        diverged_against=tuple(sorted(ran & pair.diverged_reference)),
+        quantity=quantity,
+        higher_is_better=higher_is_better,
+        unit=unit,
+    )
+
+
+def _decide(measured: Comparison, adjusted_p: float, family: int) -> Comparison:
+    """Give a measured comparison its outcome, and where that is none the reason."""
+    mean, low, high = measured.mean, measured.low, measured.high
+    if mean is None or low is None or high is None:
+        return measured
+    measured = replace(measured, adjusted_p=adjusted_p)
+    if low <= 0.0 <= high:
+        return replace(measured, reason="the interval holds 0")
+    if adjusted_p >= ALPHA:
+        correction = f" after Holm's correction over {family} comparisons" if family > 1 else ""
+        return replace(measured, reason=f"p is not below {ALPHA}{correction}")
+    called = replace(measured, outcome=f"{'lower' if mean < 0.0 else 'higher'} {measured.quantity}")
+    more_often = len(measured.diverged) - len(measured.diverged_against)
+    if more_often > 0 and called.better:
+        return replace(measured, reason=f"{measured.arm} diverged more often")
+    if more_often < 0 and called.worse:
+        return replace(measured, reason=f"{measured.against} diverged more often")
+    return called

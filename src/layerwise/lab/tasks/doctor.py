@@ -1,0 +1,267 @@
+"""What ``layerwise doctor`` reports about a user's own task."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+
+import layerwise
+from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments.methods import DEFAULT_ARMS, make_arms
+from layerwise.lab.progress import duration
+from layerwise.lab.runs.configuration import Configuration
+from layerwise.lab.runs.store import usable_cores
+from layerwise.lab.tasks import checkup
+from layerwise.lab.tasks.checkup import Checkup
+from layerwise.lab.tasks.compare import plan, setting_words
+from layerwise.lab.tasks.guests import Stream
+from layerwise.lab.tasks.looking import Look
+from layerwise.lab.tasks.task import TaskFile
+from layerwise.lab.training.engine import Training
+from layerwise.lab.training.trial import StoppedError
+from layerwise.rules import LayerAdaptive
+
+UPDATES = 8
+"""Of the dry run: the first ones take longer than the rest."""
+
+UPDATE_SECONDS = 5.0
+"""After which the dry run ends with its second update or later."""
+
+SEEDS = 5
+
+TRIED = "a few updates with the layer-adaptive rule: "
+"""How a problem begins that came up in them."""
+
+NOT_FINITE = "the loss is not finite"
+"""How the problem begins that the training tells more of, if it has it too."""
+
+NO_FORK = "where Python does not fork (macOS, Windows, any system from Python 3.14 on) the loader fails: "
+"""How the note begins of a loader that works only with forked workers."""
+
+BESIDE_SECONDS = 10.0
+"""To start the command, to start a worker, and to write the report: 3, 3 and 4 s of a free core."""
+
+RUN_SECONDS = 0.15
+"""Of a run beside its updates and tests: the task is built, and its files are written."""
+
+
+@dataclass
+class Timed:
+    """Batches that remember when each was asked for."""
+
+    batches: Any
+    asked: list[float] = field(default_factory=list)
+
+    def __call__(self, epoch: int, skip: int) -> Iterator[Any]:
+        """Give the batches."""
+        for batch in self.batches(epoch, skip):
+            yield batch
+            self.asked.append(time.perf_counter())
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found of a task.
+
+    Attributes:
+        described: what it is, what a comparison would do, and where a factor would act, in lines.
+        faults: what the dry run found wrong, a sentence each.
+        checkup: what a short training showed; None where no update could be done.
+        notes: what is no problem here, a sentence each.
+    """
+
+    described: list[str]
+    faults: list[str]
+    checkup: Checkup | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def problems(self) -> list[str]:
+        """Everything that is wrong, a sentence each."""
+        findings = self.checkup.findings if self.checkup else ()
+        return [*self.faults, *(finding.sentence for finding in findings if finding.serious)]
+
+    @property
+    def conclusion(self) -> list[str]:
+        """What is wrong, and what may be, in lines: "problem" or "note" at the beginning, "remedy" below."""
+        told = [f"{'problem':<12}{problem}" for problem in self.faults]
+        for finding in self.checkup.findings if self.checkup else ():
+            told.append(f"{'problem' if finding.serious else 'note':<12}{finding.sentence}")
+            told.append(f"{'  remedy':<12}{finding.remedy}")
+        told += [f"{'note':<12}{note}" for note in self.notes]
+        return told if self.problems else [f"{'problems':<12}none found", *told]
+
+    @property
+    def lines(self) -> list[str]:
+        """Everything, as it is printed."""
+        trained = [] if self.checkup is None else ["", f"{'trained':<12}{self.checkup.words}, without a rule"]
+        return [*self.described, *trained, "", *self.conclusion]
+
+
+def examine(
+    task_file: TaskFile,
+    device: str = "cpu",
+    *,
+    steps: int = checkup.STEPS,
+    seconds: float = checkup.SECONDS,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Examination:
+    """Try a task, do a few updates, say what a comparison would do, and train it for a little while.
+
+    Args:
+        task_file: the task.
+        device: where the network is put.
+        steps: updates of the training.
+        seconds: after which the training ends earlier.
+        advance: told of the training's updates.
+
+    Returns:
+        What was found.
+
+    Raises:
+        UsageError: the task cannot be used at all, or a length is out of its range.
+    """
+    checkup.check(steps, seconds)
+    look = task_file.look(device, spawned=True)
+    problems = _problems_of_plan(task_file, look)
+    jobs = max(1, min(usable_cores(), SEEDS * sum(arm.control is None for arm in make_arms())))
+    with Stream(0):
+        an_update, found = _updates(look, 1)
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        layerwise.diagnose(look.trial.optimizer, look.trial.model)
+    diagnosis, more = _sorted(text.getvalue())
+    described = [*_described(task_file, look), *_times(look, an_update, jobs), "", *diagnosis]
+    trained = None
+    if math.isfinite(an_update):
+        trained = checkup.train(task_file, steps=steps, seconds=seconds, device=device, advance=advance)
+        if any(finding.kind == "non-finite" for finding in trained.findings):
+            found = [problem for problem in found if not problem.startswith(NOT_FINITE)]
+    told: list[str] = []
+    for problem in (*problems, *found, *more):
+        # What cannot be attached is found three times: by the plan, by the updates and by the diagnosis.
+        if not any(problem.removeprefix(TRIED) in other for other in told):
+            told.append(problem)
+    return Examination(described, told, trained, (f"{NO_FORK}{look.spawned}",) if look.spawned else ())
+
+
+def _sorted(diagnosis: str) -> tuple[list[str], list[str]]:
+    """Take the problems out of a diagnosis, and what to do next, which is another thing here."""
+    kept, problems = [], []
+    for line in diagnosis.rstrip().splitlines():
+        name, _, rest = line.partition(" ")
+        if name == "problem":
+            problems.append(rest.strip())
+        elif name not in ("problems", "next"):
+            kept.append(line)
+    while kept and not kept[-1]:
+        kept.pop()
+    return kept, problems
+
+
+def _described(task_file: TaskFile, look: Look) -> list[str]:
+    """Say what the task is."""
+    trial = look.trial
+    parameters = list(trial.model.parameters())
+    types = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+    length, total = trial.epoch_length, trial.total
+    scheduler = "no scheduler"
+    if trial.scheduler is not None:
+        scheduler = f"{type(trial.scheduler).__name__} stepped each {trial.schedule_unit}"
+    passes = f"{trial.iterations} iterations" if trial.epochs is None else f"{trial.epochs} epochs"
+    rows = {
+        "task": f"{task_file.label}, {setting_words({**task_file.defaults, **task_file.values}) or 'no parameters'}",
+        "model": f"{type(trial.model).__name__}, {sum(p.numel() for p in parameters):,} numbers, {', '.join(types)}",
+        "optimizer": f"{type(trial.optimizer).__name__}, {scheduler}",
+        "batches": f"{'an unknown number' if length is None else length} an epoch",
+        "run": f"{passes}, {'an unknown number of' if total is None else total} updates",
+        "metric": f"{look.metric} is {look.value:.4g} untrained, {'higher' if look.higher_is_better else 'lower'} is "
+        f"better; {look.tests} times a run, {look.metric_seconds:.2g} s each",
+        "validation": "there, so that --tune works" if look.has_validation else "none, which --tune needs",
+    }
+    return [f"{name:<12}{words}" for name, words in rows.items()]
+
+
+def _times(look: Look, seconds: float, jobs: int) -> list[str]:
+    """Say what a comparison would take."""
+    arms, total = make_arms(), look.trial.total
+    runs = SEEDS * len(arms)
+    words = f"{', '.join(DEFAULT_ARMS)} at {SEEDS} seeds: {runs} runs, {jobs} side by side"
+    if not math.isfinite(seconds):
+        return [f"{'update':<12}not done", f"{'comparison':<12}{words}"]
+    if total is None:
+        words += "; how long is not known, as batches do not tell their number"
+    else:
+        training = runs * (total * seconds + look.tests * look.metric_seconds + RUN_SECONDS) / jobs
+        words += (
+            f", about {duration(BESIDE_SECONDS + training)} on free cores ({BESIDE_SECONDS:.0f} s of it to start and "
+            "to write the report), longer where they have other work"
+        )
+    return [f"{'update':<12}{1000 * seconds:.3g} ms, with the layer-adaptive rule", f"{'comparison':<12}{words}"]
+
+
+def _problems_of_plan(task_file: TaskFile, look: Look) -> list[str]:
+    """Say why a comparison could not be laid out."""
+    try:
+        plan(task_file, seeds=SEEDS, look=look)
+    except UsageError as error:
+        return [str(error)]
+    return []
+
+
+def _updates(look: Look, threads: int) -> tuple[float, list[str]]:
+    """Do a few updates as the lab does them: the median of their seconds, without the first, and what went wrong."""
+    timed = Timed(look.trial.batches)
+    trial = replace(
+        look.trial, batches=timed, evaluate=lambda model, stop: {}, iterations=UPDATES, epochs=None, test_every=None
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        training = Training(trial, LayerAdaptive(), Configuration(trial={}, rule={"name": "LayerAdaptive"}))
+        began = time.perf_counter()
+        with contextlib.suppress(StoppedError):
+            training.run(lambda: training.position.iteration > 1 and time.perf_counter() - began > UPDATE_SECONDS)
+        ends = [*timed.asked, time.perf_counter()]
+        seconds = median(later - earlier for earlier, later in pairwise(ends if len(ends) > 1 else [began, *ends]))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        return math.nan, [f"{TRIED}{error}"]
+    finally:
+        torch.set_num_threads(before)
+    problems = []
+    if training.diverged_at is not None:
+        words = f"{NOT_FINITE} after {training.diverged_at} updates with the layer-adaptive rule"
+        problems.append(f"{words}: is the rate too large?")
+    named = [(name, p) for name, p in trial.model.named_parameters() if p.requires_grad]
+    without = [name for name, p in named if p.grad is None]
+    if without:
+        shown = ", ".join(without[:5]) + (", …" if len(without) > 5 else "")
+        problems.append(f"the loss gives no gradient to {shown}")
+    problems += _unsaved(training)
+    if training.adapter is not None:
+        training.adapter.detach()
+    return seconds, problems
+
+
+def _unsaved(training: Training) -> list[str]:
+    """Say why a checkpoint could not be read again."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(training.state_dict(), buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:  # the user's scheduler or optimizer may keep anything
+        reason = str(error).strip().partition("\n")[0]
+        return [f"a checkpoint cannot be read again, so a stopped run begins anew: {type(error).__name__}: {reason}"]
+    return []

@@ -1,0 +1,254 @@
+"""What the layers of a short training show that is wrong, in words, each with its number, its limit and a remedy.
+
+The limits are rules of thumb, each with its source or reason beside it; docs/doctor.md says the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from layerwise.lab.tasks.layer_numbers import LayerNumbers, is_finite, numbers_of
+from layerwise.sinks import Record
+
+LOW_RATIO, HIGH_RATIO = 1e-4, 1e-2
+"""Usual range of ‖Δw‖ / ‖w‖ of one update. About 1e-3 is the rule of thumb of Stanford's course CS231n (notes "Neural
+Networks Part 3", section "Ratio of weights:updates"); this is a decade to either side."""
+
+FAR = 3.0
+"""How many times outside of that range is a problem; nearer, within half a decade, is a note, since small networks
+train well at 2e-2."""
+
+EXPLODING = 10.0
+"""‖g‖ / ‖w‖ above which gradients explode: plain descent then moves the layer by more than HIGH_RATIO an update even at
+a rate of 1e-3, among the smallest in common use; healthy networks have 0.001 to 1. That gradients grow so is described
+by Pascanu et al. 2013. It is a note where it is nearer than FAR times and the updates keep to their range, as the sum
+of a loss over the batch in place of its mean does it too."""
+
+VANISHING = 1e-4
+"""Part of the largest ‖g‖ / ‖w‖ of all layers below which a layer's vanishes. One rate serves all layers if these lie
+within the two decades of the usual range; at twice as many a layer stands still where another moves as far as it may.
+That gradients shrink so from layer to layer is described by Glorot and Bengio 2010."""
+
+MOST_NAMED = 5
+"""Layers that a sentence names."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found, of one layer or of several.
+
+    Attributes:
+        kind: ``"non-finite"``, ``"exploding"``, ``"vanishing"``, ``"dead"``, ``"unmoved"``, ``"fast"``, ``"slow"`` or
+            ``"frozen"``.
+        serious: it is a problem, not a note.
+        layers: names of the layers, the worst first; empty where no layer can be told.
+        values: a number of each, what ``quantity`` says; none where there is nothing to measure.
+        quantity: what the numbers are.
+        limit: what they should keep to, in words.
+        words: the finding.
+        remedy: what to do.
+    """
+
+    kind: str
+    serious: bool
+    layers: tuple[str, ...]
+    values: tuple[float, ...]
+    quantity: str
+    limit: str
+    words: str
+    remedy: str
+
+    @property
+    def evidence(self) -> str:
+        """What was measured: the numbers and the layers; "" where no layer can be told."""
+        numbers = [f"{value:.3g} in " for value in self.values] or [""] * len(self.layers)
+        pairs = zip(self.layers[:MOST_NAMED], numbers, strict=False)
+        named = ", ".join(f"{number}{layer or '(root)'!r}" for layer, number in pairs)
+        more = len(self.layers) - MOST_NAMED
+        named += f" and {more} more" if more > 0 else ""
+        return f"{self.quantity} {named}".strip()
+
+    @property
+    def sentence(self) -> str:
+        """The finding with layers, numbers and limit."""
+        return f"{': '.join(filter(None, (self.words, self.evidence)))} ({self.limit})"
+
+
+def find(
+    records: Sequence[Record],
+    *,
+    diverged_at: int | None = None,
+    frozen: Collection[str] = (),
+    ungiven: Collection[str] = (),
+) -> list[Finding]:
+    """Say what is wrong.
+
+    What follows from another finding is not told besides: a layer without a gradient does not vanish too, and a slow
+    layer is no news where gradients vanish.
+
+    Args:
+        records: of every update in order.
+        diverged_at: updates after which the loss was not finite, or None.
+        frozen: names of layers whose parameters are not to be trained.
+        ungiven: names of layers to which the loss gives no gradient at all, which is reported elsewhere.
+
+    Returns:
+        Findings, problems before notes.
+    """
+    layers = [layer for layer in numbers_of(records) if layer.name not in (*frozen, *ungiven)]
+    dead = [layer for layer in layers if layer.dead_from]
+    unmoved = [layer for layer in layers if layer.relative_gradient > 0 and layer.largest_update == 0]
+    # Beside weights that grow from 0 everything is large at first, which says nothing.
+    judged = [layer for layer in layers if layer.relative_gradient > 0 and not layer.from_zero]
+    largest = max((layer.relative_gradient for layer in judged), default=0.0)
+    exploding = [layer for layer in judged if layer.relative_gradient > EXPLODING]
+    vanishing = [layer for layer in judged if layer.relative_gradient < VANISHING * largest]
+    moving = [layer for layer in judged if layer not in unmoved]
+    fast = [] if exploding else [layer for layer in moving if layer.ratio > HIGH_RATIO]
+    slow = [] if vanishing else [layer for layer in moving if layer.ratio < LOW_RATIO]
+    found = [
+        *non_finite(records, diverged_at),
+        *made(
+            EXPLODES,
+            exploding,
+            lambda layer: layer.relative_gradient,
+            serious=any(layer.relative_gradient > FAR * EXPLODING or layer.ratio > HIGH_RATIO for layer in exploding),
+            largest_first=True,
+        ),
+        *made(DIES, dead, lambda layer: layer.dead_from),
+        *made(VANISHES, vanishing, lambda layer: layer.relative_gradient / largest),
+        *made(STAYS, unmoved, lambda layer: layer.lr),
+        *ratio_finding(TOO_FAST, fast, lambda layer: layer.ratio > FAR * HIGH_RATIO, largest_first=True),
+        *ratio_finding(TOO_SLOW, slow, lambda layer: layer.ratio < LOW_RATIO / FAR),
+    ]
+    if frozen:
+        found.append(
+            Finding("frozen", False, tuple(frozen), (), "", "requires_grad=False", "layers are frozen",
+                    "Right if you froze them; else call requires_grad_(True) before the optimizer is made.")
+        )  # fmt: skip
+    return sorted(found, key=lambda finding: not finding.serious)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of finding says."""
+
+    name: str
+    quantity: str
+    limit: str
+    words: str
+    remedy: str
+
+
+EXPLODES = Kind(
+    "exploding",
+    "‖g‖/‖w‖",
+    f"limit {EXPLODING:g}",
+    "gradients explode",
+    "Look at the initialisation (gains far above 1) and at the scale of inputs, targets and loss; normalise the "
+    "layers, or clip with torch.nn.utils.clip_grad_norm_.",
+)
+DIES = Kind(
+    "dead",
+    "no gradient from update",
+    "to the end",
+    "layers are dead",
+    "Look behind the one next to the loss: an activation that is 0 for every input (a ReLU after a large negative bias "
+    "or too large a step), a detach(), or an unused branch. Lower the rate, use LeakyReLU or GELU, initialise anew.",
+)
+VANISHES = Kind(
+    "vanishing",
+    "relative ‖g‖/‖w‖",
+    f"limit {VANISHING:g} of the largest",
+    "gradients vanish",
+    "Replace saturating activations (sigmoid, tanh) by ReLU or GELU, add normalisation or residual connections, and "
+    "initialise for the activation (torch.nn.init.kaiming_normal_).",
+)
+STAYS = Kind(
+    "unmoved",
+    "rate",
+    "no change in any update, though there is a gradient",
+    "layers do not move",
+    "Is their rate 0, or a factor? Are they of a low precision, in which so small an update rounds to nothing?",
+)
+TOO_FAST = Kind(
+    "fast",
+    "‖Δw‖/‖w‖",
+    f"usual {LOW_RATIO:g} to {HIGH_RATIO:g}",
+    "layers move fast",
+    "Lower the rate, of these layers (layerwise.rules.Constant) or of all; a small network may learn well all the "
+    "same.",
+)
+TOO_SLOW = Kind(
+    "slow",
+    "‖Δw‖/‖w‖",
+    f"usual {LOW_RATIO:g} to {HIGH_RATIO:g}",
+    "layers move slowly",
+    "Raise the rate, of these layers or of all, unless a scheduler still warms it up, or the loss is at its least.",
+)
+
+
+NOT_A_NUMBER = (
+    "Look for NaN or infinity in that batch, and for log, sqrt or a division at 0; if numbers grew before, the rate is "
+    "too large. torch.autograd.set_detect_anomaly(True) names the operation."
+)
+TOO_LARGE = "The gradients are finite and the update is not: lower the rate."
+
+
+def made(
+    kind: Kind,
+    layers: Sequence[LayerNumbers],
+    value: Callable[[LayerNumbers], float],
+    *,
+    serious: bool = True,
+    largest_first: bool = False,
+) -> list[Finding]:
+    """Make the finding of a kind, if there are layers of it."""
+    if not layers:
+        return []
+    backwards = list(reversed(layers))  # of equal ones, as the dead, the one next to the loss comes first
+    ordered = sorted(backwards, key=value, reverse=largest_first)
+    names, values = tuple(layer.name for layer in ordered), tuple(map(value, ordered))
+    return [Finding(kind.name, serious, names, values, kind.quantity, kind.limit, kind.words, kind.remedy)]
+
+
+def ratio_finding(
+    kind: Kind,
+    layers: Sequence[LayerNumbers],
+    far: Callable[[LayerNumbers], bool],
+    *,
+    largest_first: bool = False,
+) -> list[Finding]:
+    """Make the finding on update and weight, serious if one layer is far outside."""
+    serious = any(map(far, layers))
+    return made(kind, layers, lambda layer: layer.ratio, serious=serious, largest_first=largest_first)
+
+
+def non_finite(records: Sequence[Record], diverged_at: int | None) -> list[Finding]:
+    """Say where numbers ceased to be finite first."""
+    first = next((record for record in records if not is_finite(record)), None)
+    if first is None and diverged_at is None:
+        return []
+    names: list[str] = []
+    values: list[float] = []
+    quantity, update = "", (diverged_at or 0) + 1
+    if first is not None:
+        update = first.step
+        for words, norms in (("‖w‖", first.weight_norm), ("‖g‖", first.gradient_norm), ("‖Δw‖", first.update_norm)):
+            found = [(name, v) for name, v in zip(first.layers, norms, strict=True) if not math.isfinite(v)]
+            if found and not names:
+                quantity, names, values = words, [name for name, _ in found], [v for _, v in found]
+    return [
+        Finding(
+            "non-finite",
+            True,
+            tuple(names),
+            tuple(values),
+            quantity,
+            "must be finite",
+            f"{'numbers are' if names else 'the loss is'} not finite from update {update} on",
+            TOO_LARGE if quantity == "‖Δw‖" else NOT_A_NUMBER,
+        )
+    ]

@@ -1,0 +1,214 @@
+"""Tuning: every arm tries the same values on the same seeds, judged by validation alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments.methods import make_arms
+from layerwise.lab.experiments.outcome import Display, Outcome, Settings
+from layerwise.lab.experiments.plan import LARGEST_SEEDS, Plan, Quantity, Subject, check_names
+from layerwise.lab.experiments.runner import carry_out
+from layerwise.lab.runs.values import Value
+from layerwise.lab.tasks.compare import Layout, setting_words, value_words
+from layerwise.lab.tasks.looking import Look
+from layerwise.lab.tasks.task import TaskFile
+
+FIRST_SEED = 10_000
+"""Above every seed of a comparison, which are below ``plan.LARGEST_SEEDS``: what was tuned on is never judged on."""
+
+SEEDS = 2
+LARGEST_GRID = 1000
+
+Grid = Mapping[str, Sequence[Value]]
+Setting = dict[str, Value]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What came of a tuning.
+
+    Attributes:
+        outcome: of its runs.
+        grid: parameter -> values.
+        settings: every combination of them, in order.
+        higher_is_better: which way validation is better.
+    """
+
+    outcome: Outcome
+    grid: Grid
+    settings: tuple[Setting, ...]
+    higher_is_better: bool
+
+    @property
+    def plan(self) -> Plan:
+        """Of the tuning's runs: a subject each setting."""
+        return self.outcome.plan
+
+    @property
+    def complete(self) -> bool:
+        """Every run is finished, so that no arm had a smaller budget."""
+        return self.outcome.complete
+
+    def scores(self, arm: str) -> list[float]:
+        """Give the mean validation of an arm at each setting; the worst of all where a seed diverged.
+
+        Args:
+            arm: its name.
+        """
+        return [self._score(subject.name, arm) for subject in self.plan.subjects]
+
+    def _score(self, subject: str, arm: str) -> float:
+        records = self.outcome.results.of(subject, arm)
+        values = [record.summary["finals"].get("validation") for record in records.values()]
+        known = [value for value in values if value is not None]
+        if len(known) < len(self.plan.seeds) or any(record.diverged for record in records.values()):
+            return -math.inf if self.higher_is_better else math.inf
+        return math.fsum(known) / len(known)
+
+    @property
+    def chosen(self) -> dict[str, Setting]:
+        """Give the best setting of each arm; of equal ones the first."""
+        best = {}
+        for arm in self.plan.arms:
+            scores = self.scores(arm.name)
+            place = scores.index((max if self.higher_is_better else min)(scores))
+            best[arm.name] = self.settings[place]
+        return best
+
+    @property
+    def notes(self) -> list[str]:
+        """Say what was tried, on what, and what was chosen."""
+        grid = "; ".join(f"{name} of {', '.join(map(value_words, values))}" for name, values in self.grid.items())
+        seeds = self.plan.seeds
+        budget = len(self.settings) * len(seeds)
+        return [
+            f"Tuned: {grid}. Every arm, the plain one and the controls too, had the same {len(self.settings)} settings "
+            f"on the same {len(seeds)} seeds ({', '.join(map(str, seeds))}), {budget} runs an arm, judged by the mean "
+            "of validation alone; no seed of the tuning is among those of the comparison.",
+            *self.choices,
+        ]
+
+    @property
+    def choices(self) -> list[str]:
+        """Say what was chosen, and which choices are at the edge of the grid."""
+        chosen, words = self.chosen, {arm.name: arm.words for arm in self.plan.arms}
+        notes = [
+            f"Chosen: {'; '.join(f'{words[name]}: {setting_words(setting)}' for name, setting in chosen.items())}."
+        ]
+        for name, setting in chosen.items():
+            if not any(map(math.isfinite, self.scores(name))):
+                notes.append(f"Warning: {words[name]} diverged at every setting; the first one stands.")
+            for parameter in self._at_edge(setting):
+                value = value_words(setting[parameter])
+                notes.append(
+                    f"Warning: {words[name]} has {parameter}={value}, at the edge of its values: better ones may lie "
+                    "beyond, so give more of them."
+                )
+        return notes
+
+    def _at_edge(self, setting: Setting) -> list[str]:
+        """Name the parameters whose value is the lowest or highest of several numbers; 0 has nothing below it."""
+        found = []
+        for name, values in self.grid.items():
+            numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+            value = setting[name]
+            if len(numbers) < 2 or len(numbers) < len(values) or not isinstance(value, (int, float)):
+                continue
+            if value == max(numbers) or (value == min(numbers) and value != 0):
+                found.append(name)
+        return found
+
+
+def settings_of(task_file: TaskFile, grid: Grid) -> tuple[Setting, ...]:
+    """Give every combination of a grid's values.
+
+    Args:
+        task_file: whose parameters they are.
+        grid: parameter -> values.
+
+    Returns:
+        The settings; the last parameter changes first.
+
+    Raises:
+        UsageError: a name that is no parameter, a value that cannot be one, a parameter without values, or too many.
+    """
+    values: dict[str, list[Value]] = {}
+    for name, given in grid.items():
+        if isinstance(given, str) or not given:
+            raise UsageError(f"tune {name}={given!r}: give a list of values, as {name}=0.01,0.03,0.1")
+        for value in given:
+            task_file.with_values({name: value})
+        values[name] = list(dict.fromkeys(given))
+    settings = tuple(dict(zip(values, row, strict=True)) for row in product(*values.values()))
+    if len(settings) > LARGEST_GRID:
+        raise UsageError(f"tune has {len(settings)} settings: must be at most {LARGEST_GRID}; give fewer values")
+    return settings
+
+
+def tune(
+    task_file: TaskFile,
+    grid: Grid,
+    *,
+    arms: Sequence[str] = (),
+    seeds: int = SEEDS,
+    settings: Settings,
+    display: Display | None = None,
+    look: Look | None = None,
+) -> Tuning:
+    """Try every setting of a grid with every arm. The runs never call the metric.
+
+    Args:
+        task_file: the task, which must return ``validation``.
+        grid: parameter -> values.
+        arms: names, as ``methods.make_arms`` takes them.
+        seeds: number of tuning seeds.
+        settings: how runs are carried out.
+        display: told what happens.
+        look: what a look at the task has found already.
+
+    Returns:
+        The tuning.
+
+    Raises:
+        UsageError: a value that cannot be used, or a task without validation; told before anything is trained.
+    """
+    if not 1 <= seeds <= LARGEST_SEEDS:
+        raise UsageError(f"tuning seeds={seeds!r}: must be from 1 to {LARGEST_SEEDS}")
+    combinations = settings_of(task_file, grid)
+    look = look or task_file.look(settings.device, validation=True)
+    layout = Layout(task_file, look)
+    # A control follows its method's run of the same setting and seed; settings are not compared with one another.
+    chosen = tuple(replace(arm, against=()) for arm in make_arms(arms))
+    subjects = tuple(Subject(name=setting_words(one), words=setting_words(one), constants=one) for one in combinations)
+    check_names("setting", [subject.name for subject in subjects])
+    given = tuple(range(FIRST_SEED, FIRST_SEED + seeds))
+    runs = tuple(
+        layout.run(subject.name, arm, seed, subject.constants, "validation")
+        for subject in subjects
+        for arm in chosen
+        for seed in given
+    )
+    layout.check(runs)
+    plan = Plan(
+        name=f"{layout.name}-tuning",
+        title=f"{task_file.label}: tuning",
+        source=task_file.label,
+        layout="curves",
+        quantity=Quantity(
+            name="validation", words="validation", unit="", difference_unit="", higher_is_better=look.higher_is_better
+        ),
+        columns=(),
+        step_unit=layout.step_unit,
+        subjects=subjects,
+        arms=chosen,
+        seeds=given,
+        runs=runs,
+        constants=layout.constants(),
+        notes=("Runs of a tuning: they choose values, and nothing is concluded from them.",),
+    )
+    grid = {name: tuple(dict.fromkeys(values)) for name, values in grid.items()}
+    return Tuning(carry_out(plan, settings, display), grid, combinations, look.higher_is_better)

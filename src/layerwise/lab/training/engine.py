@@ -1,0 +1,310 @@
+"""Training one run from its first update, or from its last checkpoint, to its record."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+import layerwise
+from layerwise.lab.errors import UsageError
+from layerwise.lab.runs.configuration import Configuration
+from layerwise.lab.runs.folder import RunFolder
+from layerwise.lab.runs.record import Recorder
+from layerwise.lab.training.measures import LayerMeasures
+from layerwise.lab.training.processes import Processes
+from layerwise.lab.training.snapshots import CHECKPOINT_SECONDS, restore, state_of
+from layerwise.lab.training.summary import digest_of, selection_of, summary_of
+from layerwise.lab.training.trial import StoppedError, Trial
+
+LOSSES_EVERY = 10
+"""Updates between two looks at the losses, which wait for the device; a loss that is not finite is found then."""
+
+
+@dataclass
+class Position:
+    """How far a run is.
+
+    Attributes:
+        iteration: updates done.
+        epoch: the current one, from 1.
+        batch: batches of it that are done.
+    """
+
+    iteration: int = 0
+    epoch: int = 1
+    batch: int = 0
+
+
+class Training:
+    """One run at work.
+
+    Args:
+        trial: what is trained.
+        rule: of the adapter, or None for none.
+        configuration: where its factors act, and the seed of what the training itself draws, as dropout does.
+        folder: where checkpoints go; None keeps none.
+        processes: of a run that is shared by several.
+        checkpoint_seconds: between two checkpoints.
+    """
+
+    def __init__(
+        self,
+        trial: Trial,
+        rule: Any,
+        configuration: Configuration,
+        *,
+        folder: RunFolder | None = None,
+        processes: Processes | None = None,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    ) -> None:
+        self.trial, self.folder, self.checkpoint_seconds = trial, folder, checkpoint_seconds
+        self.processes = processes or Processes()
+        self.adapter = None
+        if rule is not None:
+            places: Any = {"apply": configuration.apply, "decay": configuration.decay}
+            # A control gives its factors to the layers that its method had, parameters for LARS.
+            places["layers"] = (configuration.rule or {}).get("layers_by", "auto")
+            self.adapter = layerwise.LayerwiseLR(trial.optimizer, rule, trial.model, **places)
+        self.measures = LayerMeasures(trial.optimizer, trial.model)
+        self.network = self.processes.wrap(trial.model)
+        self.recorder = Recorder()
+        self.position = Position()
+        self.selections: list[dict[str, Any]] = []
+        self.diverged_at: int | None = None
+        self.tested_at = -1
+        self.seconds = self.test_seconds = 0.0
+        self.sessions, self.counts = 1, [self.processes.count]
+        self.losses: list[float] = []
+        """Those that are here and not yet looked at."""
+        self._pending: list[torch.Tensor] = []
+        self._stop: Callable[[], bool] = lambda: False
+        torch.manual_seed(configuration.seed + self.processes.rank)  # dropout of another part of the batch
+        random.seed(configuration.seed)
+
+    def run(
+        self, stop: Callable[[], bool] = lambda: False, progress: Callable[[int], None] = lambda iteration: None
+    ) -> dict[str, Any]:
+        """Train to the end.
+
+        Args:
+            stop: asked once an update; True writes a checkpoint and ends.
+            progress: called with the number of updates done, now and then.
+
+        Returns:
+            The summary of ``runs.Record``.
+
+        Raises:
+            StoppedError: ``stop`` said so.
+        """
+        self._stop = stop
+        self._resume()
+        self._clock = self._saved = time.perf_counter()
+        progress(self.position.iteration)
+        try:
+            self._train(progress)
+        except StoppedError:
+            self._save("stopped")
+            raise
+        self._read_losses()
+        self._tick()
+        return summary_of(self, self._weights())
+
+    def _train(self, progress: Callable[[int], None]) -> None:
+        trial, position = self.trial, self.position
+        self._test_if_due()
+        (stopping,) = self.processes.agree(self._stop())
+        if stopping:
+            raise StoppedError
+        while not self._ended() and self.diverged_at is None:
+            for batch in trial.batches(position.epoch, position.batch):
+                self._update(batch)
+                if position.iteration % LOSSES_EVERY == 0:
+                    self._read_losses()
+                    progress(position.iteration)
+                    if self.diverged_at is not None:
+                        return
+                if trial.test_every is not None:
+                    self._test_if_due()
+                    if self.diverged_at is not None:
+                        return
+                if self._ended():
+                    break
+                overdue = time.perf_counter() - self._saved > self.checkpoint_seconds
+                stopping, overdue = self.processes.agree(self._stop(), overdue)
+                if stopping:  # before the next batch is drawn, which may change the random state
+                    raise StoppedError
+                if overdue:
+                    self._save("running")
+            else:
+                self._end_epoch()
+                if self.diverged_at is not None:
+                    return
+                self._test_if_due()
+
+    def _ended(self) -> bool:
+        if self.trial.iterations is not None:
+            return self.position.iteration >= self.trial.iterations
+        return self.position.epoch > (self.trial.epochs or 0)
+
+    def _update(self, batch: Any) -> None:
+        """Do one update and count it."""
+        trial, position = self.trial, self.position
+        optimizer = trial.optimizer
+        step = position.iteration + 1
+        measured = step % trial.layers_every == 0 or step == 1
+        optimizer.zero_grad()
+        loss = trial.loss(self.network, self.processes.share(trial.prepare(batch), begins=position.batch == 0))
+        loss.backward()
+        if measured:
+            self.measures.before()
+        optimizer.step()
+        self._pending.append(loss.detach())
+        if measured or step % trial.factors_every == 0:
+            self._record_layers(step, measured)
+        if trial.scheduler is not None and trial.schedule_unit == "iteration":
+            trial.scheduler.step()
+        position.iteration, position.batch = step, position.batch + 1
+
+    def _record_layers(self, step: int, measured: bool) -> None:
+        """Record factor and rate of each layer, and its norms where they were measured."""
+        epoch = self.position.epoch
+        if self.adapter is not None:
+            self.recorder.add_layers("factor", step, epoch, self.adapter.get_last_factors())
+        if not measured:
+            return
+        rates = self.measures.rates() if self.adapter is None else self.adapter.get_last_lr()
+        self.recorder.add_layers("rate", step, epoch, rates)
+        for quantity, values in self.measures.after().items():
+            self.recorder.add_layers(quantity, step, epoch, values)
+
+    def fetch_losses(self) -> None:
+        """Bring the losses since the last time from the device."""
+        if self._pending:
+            self.losses += self.processes.mean(torch.stack(self._pending).double()).tolist()
+            self._pending.clear()
+
+    def _read_losses(self) -> None:
+        """Bring the losses since the last time to the recorder; find the first one that is not finite."""
+        self.fetch_losses()
+        values, self.losses = self.losses, []
+        first = self.position.iteration - len(values) + 1
+        for step, value in enumerate(values, start=first):
+            if not math.isfinite(value):
+                self.diverged_at = step - 1
+                return
+            self.recorder.add("training_loss", step, self.position.epoch, value)
+
+    def _end_epoch(self) -> None:
+        """Count an epoch: the adapter's, the policy's and ours."""
+        trial, position = self.trial, self.position
+        self._read_losses()
+        if position.batch == 0:
+            raise ValueError(f"epoch {position.epoch} has no batch: batches must give at least one")
+        if self.diverged_at is not None:
+            return
+        if trial.scheduler is not None and trial.schedule_unit == "epoch":
+            with warnings.catch_warnings():
+                # The optimizer has stepped, though after a checkpoint at the end of the epoch not in this process.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+                trial.scheduler.step()
+        if self.adapter is not None:
+            before = selection_of(self.adapter)
+            self.adapter.end_epoch()
+            self._record_selection(before, selection_of(self.adapter))
+        position.epoch, position.batch = position.epoch + 1, 0
+
+    def _record_selection(self, before: dict[str, list[Any]] | None, after: dict[str, list[Any]] | None) -> None:
+        """Keep a choice that the end of the epoch has changed."""
+        if after is not None and after != before:
+            self.selections.append({"epoch": self.position.epoch, "layers": after})
+
+    def _test_if_due(self) -> None:
+        """Test the network where the plan asks for it and it is not done yet."""
+        trial, position = self.trial, self.position
+        if trial.test_every is not None:
+            due = position.iteration % trial.test_every == 0 or self._ended()
+        else:
+            due = position.batch == 0 and position.epoch > 1
+        if not due or self._tested() or self.diverged_at is not None:
+            return
+        self._read_losses()
+        if self.diverged_at is not None:
+            return
+        began = time.perf_counter()
+        epoch = position.epoch - (position.batch == 0 and position.iteration > 0)
+        values = self.processes.from_first(lambda: trial.evaluate(trial.model, self._stop))
+        # All processes hear of it, so that none trains on alone after a divergence.
+        values = self.processes.gather(values)[0]
+        for quantity, value in values.items():
+            if not math.isfinite(value):
+                self.diverged_at = position.iteration
+                break
+            self.recorder.add(quantity, position.iteration, epoch if position.iteration else 0, float(value))
+        self.tested_at = position.iteration
+        self.test_seconds += time.perf_counter() - began
+
+    def _tested(self) -> bool:
+        return self.tested_at == self.position.iteration
+
+    def _tick(self) -> None:
+        """Count the time since the last look at the clock."""
+        now = time.perf_counter()
+        self.seconds += now - self._clock
+        self._clock = now
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give everything that the rest of the training depends on."""
+        return state_of(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
+        restore(self, state)
+
+    def _resume(self) -> None:
+        # Read by one alone: it may be the only one that sees the folder, and writes the next checkpoint into it.
+        state = self.processes.from_first(lambda: self.folder.load_checkpoint() if self.folder is not None else None)
+        if state is None:
+            return
+        try:
+            self.load_state_dict(state)
+        except Exception as error:
+            place = self.folder.path if self.folder is not None else "the run's folder"
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise UsageError(
+                f"{place}: the checkpoint is not of this run ({reason}); remove the folder, and the run begins anew"
+            ) from error
+
+    def _save(self, status: str) -> None:
+        """Write a checkpoint; the processes beside the first one only give their part."""
+        self._tick()
+        state = self.state_dict()
+        if self.processes.count > 1:
+            self._weights()  # reports a difference before it is written, not at the end of a long run
+        if self.folder is not None and self.processes.first:
+            self.folder.save_checkpoint(state)
+            self.folder.say(status, self.position.iteration, self.trial.total, seconds=round(self.seconds, 1))
+        self._saved = time.perf_counter()
+
+    def _weights(self) -> str:
+        """Give the digest of the weights, which all processes must share."""
+        digest = digest_of(self.trial.model.state_dict().values())
+        digests = self.processes.gather(digest)
+        if len(set(digests)) > 1:
+            raise RuntimeError(
+                f"after {self.position.iteration} updates the weights of {len(digests)} processes differ: use machines "
+                "of one kind, and a loss that calls the network itself; delete the run's folder and start again"
+            )
+        return digest
+
+
+def skipping(batches: Callable[[int], Any]) -> Callable[[int, int], Any]:
+    """Make batches that can begin anywhere out of ones that begin at the first: those before are made and dropped."""
+    return lambda epoch, skip: islice(iter(batches(epoch)), skip, None)

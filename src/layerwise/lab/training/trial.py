@@ -1,0 +1,223 @@
+"""What a run trains: network, optimizer, batches, loss and measure, made from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from layerwise.lab import data
+from layerwise.lab.errors import UsageError
+from layerwise.lab.runs.configuration import Configuration, Constants
+from layerwise.lab.training import inputs, networks, solvers
+from layerwise.lab.training.streams import FolderStream, MemoryStream, shortened
+
+MEMORY_FORMAT = torch.channels_last
+"""Layout of the convolutions. On one thread an iteration of LeNet takes 11 ms so, 20 ms in the default layout."""
+
+
+class StoppedError(Exception):
+    """The run was told to stop; what it did up to then is in its checkpoint."""
+
+
+@dataclass
+class Trial:
+    """What the engine needs to train; a recipe's or a person's own.
+
+    Attributes:
+        model: the network.
+        optimizer: of its parameters.
+        scheduler: of the rate, or None.
+        schedule_unit: when ``scheduler.step`` is called: ``"iteration"`` or ``"epoch"``.
+        batches: epoch (from 1) and number of batches to leave out -> the batches.
+        loss: model and batch -> the loss, a scalar tensor.
+        evaluate: model and a function that says whether to stop -> name and value of each quantity.
+        iterations: updates of the run, or None if it is counted in epochs.
+        epochs: passes of the run, or None if it is counted in iterations.
+        epoch_length: batches of an epoch, or None if it is not known.
+        test_every: iterations between two tests, the first before the first update; None for each epoch's end.
+        layers_every: iterations between two records of each layer's norms.
+        factors_every: iterations between two records of each layer's factor.
+        prepare: puts a batch into the layout and on the device where the network reads it.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    schedule_unit: str
+    batches: Callable[[int, int], Iterator[Any]]
+    loss: Callable[[nn.Module, Any], torch.Tensor]
+    evaluate: Callable[[nn.Module, Callable[[], bool]], dict[str, float]]
+    iterations: int | None
+    epochs: int | None
+    epoch_length: int | None
+    test_every: int | None
+    layers_every: int
+    factors_every: int
+    prepare: Callable[[Any], Any] = field(default=lambda batch: batch)
+
+    @property
+    def total(self) -> int | None:
+        """Updates of the whole run, where that is known beforehand."""
+        if self.iterations is not None:
+            return self.iterations
+        return None if self.epoch_length is None else self.epoch_length * (self.epochs or 0)
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Compute the mean cross-entropy of a batch, in nats."""
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def classification(
+    tests: Callable[[], Iterator[Any]], prepare: Callable[[Any], Any]
+) -> Callable[[nn.Module, Callable[[], bool]], dict[str, float]]:
+    """Make the measure of a classifier.
+
+    Args:
+        tests: gives the test batches.
+        prepare: as in ``Trial``.
+
+    Returns:
+        A function that gives ``test_error`` and ``accuracy`` in % and ``test_loss`` in nats, in evaluation mode.
+    """
+
+    def evaluate(model: nn.Module, stop: Callable[[], bool]) -> dict[str, float]:
+        wrong, loss, count = 0, 0.0, 0
+        model.eval()
+        try:
+            with torch.no_grad():
+                for batch in tests():
+                    if stop():
+                        raise StoppedError
+                    inputs, labels = prepare(batch)
+                    scores = model(inputs)
+                    wrong += int((scores.argmax(1) != labels).sum())
+                    loss += float(functional.cross_entropy(scores, labels, reduction="sum"))
+                    count += len(labels)
+        finally:
+            model.train()
+        right = 100.0 * (count - wrong) / count
+        return {"test_error": 100.0 * wrong / count, "accuracy": right, "test_loss": loss / count}
+
+    return evaluate
+
+
+def check(constants: Constants) -> None:
+    """Refuse constants that no run can have, before any is begun.
+
+    Args:
+        constants: of a run.
+
+    Raises:
+        UsageError: an unknown data set, network, solver, policy or form of the inputs, or values that do not go
+            together.
+    """
+    data.known(constants.data)
+    networks.check(constants.model, constants.width)
+    solvers.check(constants)
+    if constants.data != data.FOLDER:
+        inputs.check(constants.inputs)
+    elif (constants.train_count, constants.test_count, constants.inputs, constants.order) != (
+        None,
+        None,
+        "crops",
+        "shuffled",
+    ):
+        raise UsageError(
+            "an image folder is read whole, shuffled, in crops: use inputs='crops' and order='shuffled', and leave "
+            "train_count and test_count out"
+        )
+
+
+@lru_cache(maxsize=1)
+def _stream_data(constants: tuple[str, str | None, int | None, int | None], data_dir: Path | None) -> Any:
+    """Read a data set once a process, shortened; open the image folder that the run was planned for, and no other."""
+    name, digest, train_count, test_count = constants
+    if name == data.FOLDER:
+        folder = data.open_folder(data_dir)
+        if folder.digest != digest:
+            raise UsageError(
+                f"data_digest={digest!r}, and the image folder in data-dir={str(data_dir)!r} has {folder.digest!r}: "
+                "its files are not those that this run was planned for; start the command again, which makes other "
+                "runs of other files, or give the folder that it had with --data-dir"
+            )
+        return folder
+    whole = data.load(name, data_dir)
+    return shortened(whole, train_count, test_count), int(whole.train_labels.max()) + 1
+
+
+def make_stream(constants: Constants, seed: int, data_dir: Path | None) -> MemoryStream | FolderStream:
+    """Open the data of a run.
+
+    Args:
+        constants: which data, in which order and form.
+        seed: of the run.
+        data_dir: folder of the data.
+
+    Returns:
+        The stream.
+
+    Raises:
+        UsageError: data missing or damaged, or an image folder that is not the one that the run was planned for.
+    """
+    wanted = constants.data, constants.data_digest, constants.train_count, constants.test_count
+    source = _stream_data(wanted, data_dir)
+    sizes = {"batch_size": constants.batch_size, "test_batch_size": constants.test_batch_size}
+    if constants.data == data.FOLDER:
+        return FolderStream(source, seed=seed, **sizes)
+    dataset, classes = source
+    return MemoryStream(dataset, constants.inputs, constants.order, classes=classes, seed=seed, **sizes)
+
+
+def build(configuration: Configuration, data_dir: Path | None = None, device: str = "cpu") -> Trial:
+    """Make the trial of a recipe's run.
+
+    Args:
+        configuration: of the run.
+        data_dir: folder of the data.
+        device: where the network is trained.
+
+    Returns:
+        The trial, ready for its first update.
+
+    Raises:
+        UsageError: a value that cannot be used, or data missing or damaged.
+    """
+    constants = configuration.constants
+    stream = make_stream(constants, configuration.seed, data_dir)
+    model = networks.build(
+        constants.model,
+        configuration.seed,
+        classes=stream.classes,
+        channels=stream.channels,
+        width=constants.width,
+    ).to(device=device, memory_format=MEMORY_FORMAT)  # type: ignore[call-overload]
+    optimizer, scheduler = solvers.build(constants, model)
+
+    def prepare(batch: Any) -> Any:
+        inputs, labels = batch
+        return inputs.to(device).contiguous(memory_format=MEMORY_FORMAT), labels.to(device)
+
+    return Trial(
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        schedule_unit=constants.policy_unit,
+        batches=stream.batches,
+        loss=cross_entropy,
+        evaluate=classification(stream.tests, prepare),
+        iterations=constants.iterations,
+        epochs=constants.epochs,
+        epoch_length=stream.epoch_length,
+        test_every=constants.test_every,
+        layers_every=constants.layers_every,
+        factors_every=constants.factors_every,
+        prepare=prepare,
+    )
