@@ -205,8 +205,8 @@ import sys, warnings
 warnings.simplefilter("error")
 from pathlib import Path
 from test_cluster import guest_chain
-from layerwise.lab import cluster
 from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments import ray as cluster
 if __name__ == "__main__":
     out, address = Path(sys.argv[1]), sys.argv[2]
     seen = []
@@ -224,7 +224,7 @@ if __name__ == "__main__":
 def test_a_cluster_is_joined_and_left(tmp_path, ray):
     script = tmp_path / "join.py"
     script.write_text(JOIN)
-    places = os.pathsep.join([str(HERE), str(TESTS / "lab"), str(TESTS)])
+    places = os.pathsep.join([str(HERE), str(TESTS / "lab"), str(TESTS), os.environ.get("PYTHONPATH", "")])
     address = ray.get_runtime_context().gcs_address
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "out"), address],

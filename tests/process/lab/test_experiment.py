@@ -28,7 +28,6 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from lab_helpers import tiny_plan
-from layerwise.lab import work
 from layerwise.lab.experiments.runner import carry_out
 from layerwise.lab.experiments.outcome import Display, Settings
 class Told(Display):
@@ -37,7 +36,7 @@ class Told(Display):
 plan = tiny_plan(seeds=1, iterations={iterations}, test_every={iterations})
 if __name__ == "__main__":
     import functools
-    from layerwise.lab import experiment
+    from layerwise.lab.experiments import runner as experiment
     experiment.Chain = functools.partial(experiment.Chain, checkpoint_seconds=0.02)
     outcome = carry_out(plan, Settings(out=Path(sys.argv[1]), jobs=2), Told())
     print(len(outcome.results.records), outcome.interrupted, outcome.failures, outcome.skipped)

@@ -8,8 +8,8 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,10 +25,9 @@ from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import FACTORS, RunFolder, Runs
 from layerwise.lab.runs.locks import BusyError
 from layerwise.lab.runs.records import Record
-from layerwise.lab.runs.store import LARGEST_TABLE, read_bytes
 from layerwise.lab.training import trial
+from layerwise.lab.training.distributed import Processes
 from layerwise.lab.training.engine import Training
-from layerwise.lab.training.processes import Processes
 from layerwise.lab.training.trial import StoppedError, Trial
 from layerwise.layers import DOUBTS
 
@@ -58,18 +57,16 @@ def _errors_only() -> Iterator[None]:
 
 
 @_errors_only()
-def do_chain(
-    chain: Chain, link: Any, do: Callable[..., Record] | None = None, survives: Callable[[], bool] = lambda: True
-) -> None:
+def do_chain(chain: Chain, link: Any, processes: Processes | None = None) -> None:
     """Do the runs of a chain; send ``Advance`` now and then, ``Finished``, ``Skipped`` or a ``Failure`` for each.
 
     Args:
         chain: what to do.
         link: where messages go and a stop comes from, as ``pool.Link``.
-        do: what does one run; None for ``do_run``.
-        survives: asked after an error whether the next run can be tried; the error is raised if not.
+        processes: that share each run, of which this is the first; None for this one alone.
     """
     torch.set_num_threads(chain.threads)
+    processes = processes or Processes()
     runs, method = Runs(chain.out), None
     for planned in chain.runs:
         link.doing(planned.label)
@@ -79,15 +76,17 @@ def do_chain(
             continue
         record = runs.find(configuration)
         if record is None:
+            # The processes beside this one wait for it in torchrun.follow.
+            processes.from_first(partial(tuple, (planned, configuration, chain)))
             try:
-                record = (do or do_run)(planned, configuration, chain, link, method=method)
+                record = do_run(planned, configuration, chain, link, method=method, processes=processes)
             except BusyError as error:
                 link.send(Skipped(planned.key, str(error)))
                 continue
             except StoppedError:
                 return
             except Exception as error:
-                if not survives():
+                if not processes.in_step:
                     raise
                 link.send(failure_of(chain.name, planned.label, error))
                 continue
@@ -127,20 +126,23 @@ def do_run(
     """
     folder = Runs(chain.out).folder(configuration)
     processes = processes or Processes()
-    with ExitStack() as held:
+    with ExitStack() as held, processes.step():
         finished = processes.from_first(lambda: _begin(planned, chain, folder, held))
         if finished is not None:
             return finished
-        rule = _shared_rule(configuration, folder, method, processes, held)
         training = Training(
-            processes.together(lambda: make_trial(planned, configuration, chain)),
-            rule,
+            make_trial(planned, configuration, chain),
+            processes.from_first(lambda: make_rule(configuration, folder, method)),
             configuration,
             folder=folder if processes.first else None,
             processes=processes,
             checkpoint_seconds=chain.checkpoint_seconds,
         )
-        return _train(training, planned, folder, link, {"threads": configuration.threads}, processes)
+        if processes.first:
+            return _train(training, planned, folder, link)
+        # Beside the first process nothing is written or sent.
+        training.run(link.stopped)
+        return processes.from_first(lambda: _expected(folder))
 
 
 def _begin(planned: PlannedRun, chain: Chain, folder: RunFolder, held: ExitStack) -> Record | None:
@@ -154,37 +156,8 @@ def _begin(planned: PlannedRun, chain: Chain, folder: RunFolder, held: ExitStack
     return None
 
 
-def _shared_rule(
-    configuration: Configuration, folder: RunFolder, method: Record | None, processes: Processes, held: ExitStack
-) -> Any:
-    """Make the rule in every process; recorded factors are sent to those that may not see the run's folder."""
-    if processes.count == 1:
-        return make_rule(configuration, folder, method)
-
-    def written() -> bytes | None:
-        make_rule(configuration, folder, method)
-        path = folder.path / FACTORS
-        return read_bytes(path, LARGEST_TABLE) if path.exists() else None
-
-    factors = processes.from_first(written)
-    private = RunFolder(Path(held.enter_context(TemporaryDirectory(prefix="layerwise-"))), configuration)
-    if factors is not None:
-        (private.path / FACTORS).write_bytes(factors)
-    return make_rule(configuration, private, None)
-
-
-def _train(
-    training: Training,
-    planned: PlannedRun,
-    folder: RunFolder,
-    link: Any,
-    about: dict[str, Any],
-    processes: Processes,
-) -> Record:
-    """Train a run to its record; in the processes beside the first one nothing is written or sent."""
-    if not processes.first:
-        training.run(link.stopped)
-        return processes.from_first(lambda: _expected(folder))
+def _train(training: Training, planned: PlannedRun, folder: RunFolder, link: Any) -> Record:
+    """Train a run to its record."""
     begin_memory()
     total = training.trial.total
     folder.say("running", training.position.iteration, total)
@@ -198,10 +171,11 @@ def _train(
         raise
 
     def finish() -> Record:
-        folder.finish(training.recorder, {**summary, **about, "peak_memory": peak_memory()})
+        threads = folder.configuration.threads
+        folder.finish(training.recorder, {**summary, "threads": threads, "peak_memory": peak_memory()})
         return _expected(folder)
 
-    return processes.from_first(finish)
+    return training.processes.from_first(finish)
 
 
 def make_trial(planned: PlannedRun, configuration: Configuration, chain: Chain) -> Trial:
