@@ -14,13 +14,11 @@ from lab_helpers import tiny_plan
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import ray as cluster
-from layerwise.lab.experiments.arms import Arm
 from layerwise.lab.experiments.chain import Advance, Chain, Finished, Skipped
-from layerwise.lab.experiments.outcome import Settings
-from layerwise.lab.experiments.plan import PlannedRun
+from layerwise.lab.experiments.plan import Arm, PlannedRun
 from layerwise.lab.experiments.pool import Failure
 from layerwise.lab.experiments.ray_task import Board, BoardLink, is_shared
-from layerwise.lab.experiments.runner import carry_out
+from layerwise.lab.experiments.runner import Settings, carry_out
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import Runs
 from layerwise.lab.training.trial import Trial

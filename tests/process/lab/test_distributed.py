@@ -19,11 +19,10 @@ import torch
 from lab_helpers import tiny_plan
 
 from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments import chain as chains
 from layerwise.lab.experiments import torchrun as shared_runs
-from layerwise.lab.experiments import work
-from layerwise.lab.experiments.arms import Arm
 from layerwise.lab.experiments.chain import Advance, Chain
-from layerwise.lab.experiments.plan import PlannedRun
+from layerwise.lab.experiments.plan import Arm, PlannedRun
 from layerwise.lab.experiments.pool import Failure
 from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.runs.folder import RunFolder, Runs
@@ -118,7 +117,7 @@ def training_of(constants, rule=None, processes=None, folder=None, *, double=Tru
         single = trial.prepare
         trial.prepare = lambda batch: (single(batch)[0].double(), batch[1])
         trial.evaluate = lambda model, stop: {"test_error": float(sum(p.sum() for p in model.state_dict().values()))}
-    made = work.make_rule(configuration, folder, None)
+    made = chains.make_rule(configuration, folder, None)
     return Training(trial, made, configuration, folder=folder, processes=processes, checkpoint_seconds=1e9)
 
 
@@ -430,7 +429,7 @@ from dataclasses import replace
 from pathlib import Path
 from lab_helpers import tiny_plan
 from layerwise.lab.experiments import torchrun as shared_runs
-from layerwise.lab.experiments.outcome import Settings
+from layerwise.lab.experiments.runner import Settings
 if __name__ == "__main__":
     plan = tiny_plan(batch_size=int(sys.argv[2]), iterations=int(sys.argv[3]))
     if len(sys.argv) > 4:

@@ -17,8 +17,7 @@ from lab_helpers import tiny_plan
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import runner as experiment
-from layerwise.lab.experiments.outcome import Display, Settings
-from layerwise.lab.experiments.runner import carry_out, load_finished
+from layerwise.lab.experiments.runner import Display, Settings, carry_out, load_finished
 from layerwise.lab.runs.folder import Runs
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -29,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from lab_helpers import tiny_plan
 from layerwise.lab.experiments.runner import carry_out
-from layerwise.lab.experiments.outcome import Display, Settings
+from layerwise.lab.experiments.runner import Display, Settings
 class Told(Display):
     def stopping(self):
         print("stopping")

@@ -3,7 +3,7 @@
 Every chain is one Ray task. A task whose machine sees the folder of the runs works in it, as a local worker does, with
 its locks and checkpoints. Another works in a folder of its own; what is finished travels to the driver, which writes it
 into the folder, and the finished runs that controls need travel to the task. A run that is stopped there begins anew
-the next time. The numbers are the same everywhere: what is done is ``work.do_chain``.
+the next time. The numbers are the same everywhere: what is done is ``chains.do_chain``.
 
 A small actor, the board, holds what tasks have said until the driver takes it, and whether they are to stop.
 """

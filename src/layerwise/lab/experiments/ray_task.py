@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiments.chain import Advance, Chain, Finished
-from layerwise.lab.experiments.work import do_chain
+from layerwise.lab.experiments.chain import Advance, Chain, Finished, do_chain
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import Runs
 from layerwise.lab.runs.store import LARGEST_TABLE, read_bytes, versions, write_whole

@@ -14,12 +14,10 @@ from typing import Any
 import torch.distributed as dist
 
 from layerwise.lab.experiments import datasets as places
-from layerwise.lab.experiments.chain import Chain
-from layerwise.lab.experiments.outcome import Display, Outcome, Settings
+from layerwise.lab.experiments.chain import Alone, Chain, do_chain, do_run
 from layerwise.lab.experiments.plan import Plan
 from layerwise.lab.experiments.pool import Failure, Interrupt
-from layerwise.lab.experiments.runner import carry_out
-from layerwise.lab.experiments.work import Alone, do_chain, do_run
+from layerwise.lab.experiments.runner import Display, Outcome, Settings, carry_out
 from layerwise.lab.training.distributed import Processes, indivisible, joined
 
 
