@@ -15,9 +15,8 @@ from layerwise.lab import progress, report
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import chain as chains
 from layerwise.lab.experiments import methods
-from layerwise.lab.experiments.arms import FACTORS_ALONE
-from layerwise.lab.experiments.outcome import Display, Settings
-from layerwise.lab.experiments.plan import LARGEST_SEEDS
+from layerwise.lab.experiments.plan import FACTORS_ALONE, LARGEST_SEEDS
+from layerwise.lab.experiments.runner import Display, Settings
 from layerwise.lab.report import anything, maps
 from layerwise.lab.stats.comparison import MINIMUM_PAIRS
 from layerwise.lab.tasks import compare, tuning

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from layerwise import rules
-from layerwise.lab.experiments import work
+from layerwise.lab.experiments import chain as chains
 from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.runs.folder import RunFolder
 from layerwise.lab.training.engine import Training, skipping
@@ -71,7 +71,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def training_of(constants, rule=None, apply="auto", folder=None, seed=0, seconds=1e9):
     configuration = Configuration.make(Constants.of(constants), rule=rule, apply=apply, seed=seed)
-    made = work.make_rule(configuration, folder, None)
+    made = chains.make_rule(configuration, folder, None)
     return Training(build(configuration), made, configuration, folder=folder, checkpoint_seconds=seconds)
 
 

@@ -7,8 +7,8 @@ from lab_helpers import tiny_plan
 from rich.console import Console
 
 from layerwise.lab import progress
-from layerwise.lab.experiments.outcome import Outcome, Settings
 from layerwise.lab.experiments.results import Results
+from layerwise.lab.experiments.runner import Outcome, Settings
 from layerwise.lab.progress import BarDisplay, LineDisplay, duration
 
 

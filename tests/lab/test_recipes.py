@@ -17,8 +17,8 @@ from layerwise.lab.data import FOLDER
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments import rules as rule_making
-from layerwise.lab.experiments.outcome import Outcome
 from layerwise.lab.experiments.plan import Plan, Subject
+from layerwise.lab.experiments.runner import Outcome
 from layerwise.lab.training import inputs, networks, solvers
 
 NAMES = recipe.names()

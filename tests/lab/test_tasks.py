@@ -20,9 +20,7 @@ import torch
 from layerwise.lab import Task
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import chain as chains
-from layerwise.lab.experiments import work
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.plan import PlannedRun
+from layerwise.lab.experiments.plan import Arm, PlannedRun
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import Runs
 from layerwise.lab.tasks import compare, looking
@@ -437,8 +435,8 @@ def do(task_file: tasks.TaskFile, out: Path, stops: list[int] | None = None, **a
     for count in stops or ():
         left = iter(range(count))
         with pytest.raises(StoppedError):
-            work.do_run(planned, configuration, chain, work.Alone(lambda left=left: next(left, None) is None))
-    return work.do_run(planned, configuration, chain, work.Alone())
+            chains.do_run(planned, configuration, chain, chains.Alone(lambda left=left: next(left, None) is None))
+    return chains.do_run(planned, configuration, chain, chains.Alone())
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from layerwise.lab.printing import open_streams, shown
 
 if TYPE_CHECKING:
     from layerwise.lab import options
-    from layerwise.lab.experiments.outcome import Outcome, Settings
     from layerwise.lab.experiments.plan import Plan
+    from layerwise.lab.experiments.runner import Outcome, Settings
 
 
 DEMOS = ("lenet", "amplification")
@@ -35,7 +35,7 @@ KEEPING = ("demo", "run", "sweep", "compare", "data")
 
 def _settings(asked: options.Work) -> Settings:
     from layerwise.lab.experiments import datasets as places
-    from layerwise.lab.experiments.outcome import Settings
+    from layerwise.lab.experiments.runner import Settings
 
     return Settings(
         out=asked.out,

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from layerwise.lab.experiments.outcome import Display, Outcome
+from layerwise.lab.experiments.runner import Display, Outcome
 from layerwise.lab.printing import shown
 
 PLAIN_LINE_SECONDS = 10.0

@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from layerwise.lab.errors import UsageError, nearest
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.citations import sourced
 from layerwise.lab.experiments.plan import (
     LAYOUTS,
     QUANTITIES,
+    Arm,
     PaperValue,
     Plan,
     PlannedRun,
     Subject,
     check_names,
     check_seeds,
+    sourced,
 )
 from layerwise.lab.experiments.rules import resolved
 from layerwise.lab.runs.configuration import Configuration, Constants

@@ -10,17 +10,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import polars
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.plan import PaperValue, Plan
+from layerwise.lab.experiments.plan import Arm, PaperValue, Plan
 from layerwise.lab.runs.record import read_tables
 from layerwise.lab.runs.records import Record
 from layerwise.lab.stats.comparison import Comparison, Pair, judge
-
-if TYPE_CHECKING:
-    import polars
 
 Key = tuple[str, str, int]
 Made = TypeVar("Made")
@@ -260,8 +258,6 @@ class Results:
 
     def frame(self) -> polars.DataFrame:
         """Gather every number in one long table: subject, arm, seed, step, epoch, quantity, layer, value, diverged."""
-        import polars
-
         keys = sorted(self.records)
         if not keys:
             return polars.DataFrame()
@@ -275,8 +271,6 @@ class Results:
 
     def table(self) -> polars.DataFrame:
         """Give the table of the plan's quantity beside the paper's: a row a subject, arm and column."""
-        import polars
-
         rows: list[dict[str, Any]] = []
         for subject in self.plan.subjects:
             for arm in self.plan.arms_of(subject.name):
@@ -305,7 +299,6 @@ class Results:
 def places_of(frames: Sequence[polars.DataFrame]) -> polars.Series:
     """Give for each row of all tables together the place of its table."""
     import numpy
-    import polars
 
     heights = [frame.height for frame in frames]
     return polars.Series("place", numpy.repeat(numpy.arange(len(frames), dtype=numpy.uint32), heights))
@@ -313,3 +306,72 @@ def places_of(frames: Sequence[polars.DataFrame]) -> polars.Series:
 
 def _no_cells(results: Results) -> dict[tuple[str, str, int | None], Cell | None]:
     return {}
+
+
+SCHEMA = {"layer": polars.String, "step": polars.Int64, "value": polars.Float64}
+
+
+def layer_means(results: Results, subject: str, arm: str, quantity: str) -> polars.DataFrame:
+    """Give the mean over seeds of a layer's quantity.
+
+    Args:
+        results: the finished runs.
+        subject: its name.
+        arm: its name.
+        quantity: of the metrics.
+
+    Returns:
+        Layer, step, value, in the order in which they were recorded; empty if it was not.
+    """
+    return results.once(_means_by_arm).get((subject, arm, quantity), polars.DataFrame(schema=SCHEMA))
+
+
+def layer_ranges(results: Results, quantity: str) -> dict[tuple[str, str], dict[str, tuple[float, float, float]]]:
+    """Give mean, smallest and largest value of every layer over the steps, of the means over seeds that are numbers.
+
+    Args:
+        results: the finished runs, at least one.
+        quantity: of the metrics.
+
+    Returns:
+        Subject and arm -> layer -> mean, smallest, largest.
+    """
+    arms, means = results.once(_means_of_layers)
+    rows = (
+        means.lazy()
+        .filter((polars.col("quantity") == quantity) & polars.col("value").is_not_nan())
+        .group_by("arm", "layer", maintain_order=True)
+        .agg(polars.mean("value"), polars.min("value").alias("low"), polars.max("value").alias("high"))
+        .collect()
+    )
+    found: dict[tuple[str, str], dict[str, tuple[float, float, float]]] = {}
+    for place, layer, mean, low, high in rows.iter_rows():
+        found.setdefault(arms[place], {})[layer] = mean, low, high
+    return found
+
+
+def _means_of_layers(results: Results) -> tuple[list[tuple[str, str]], polars.DataFrame]:
+    """Give subjects with arms, and the means over seeds: place of the arm, quantity, layer, step, value."""
+    arms = list(dict.fromkeys((subject, arm) for subject, arm, _ in results.records))
+    keys = [(place, (*arm, seed)) for place, arm in enumerate(arms) for seed in results.of(*arm)]
+    frames = [results.metrics(key) for _, key in keys]
+    places = polars.Series("arm", [place for place, _ in keys], polars.UInt32)
+    means = (
+        polars.concat(frames)
+        .with_columns(places.gather(places_of(frames)))
+        .lazy()
+        .filter(polars.col("layer").is_not_null())
+        .group_by("arm", "quantity", "layer", "step", maintain_order=True)
+        .agg(polars.col("value").mean())
+        .collect()
+    )
+    return arms, means
+
+
+def _means_by_arm(results: Results) -> dict[tuple[str, str, str], polars.DataFrame]:
+    """Give the means of the layers: subject, arm, quantity -> layer, step, value."""
+    if not results.records:
+        return {}
+    arms, means = results.once(_means_of_layers)
+    parts = means.partition_by("arm", "quantity", as_dict=True, include_key=False, maintain_order=True)
+    return {(*arms[place], quantity): rows for (place, quantity), rows in parts.items()}

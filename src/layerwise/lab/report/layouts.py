@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.plan import PaperValue, Plan, Quantity
+from layerwise.lab.experiments.plan import Arm, PaperValue, Plan, Quantity
 from layerwise.lab.experiments.results import Results
 from layerwise.lab.report.sheets import (
     Entry,

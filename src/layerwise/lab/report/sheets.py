@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.plan import PaperValue, Plan, Quantity
+from layerwise.lab.experiments.plan import Arm, PaperValue, Plan, Quantity
 from layerwise.lab.experiments.results import Cell, Results
 from layerwise.lab.report.words import capital, item_of, item_words, number
 

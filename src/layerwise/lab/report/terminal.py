@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from layerwise.lab.experiments.outcome import Outcome
+from layerwise.lab.experiments.runner import Outcome
 from layerwise.lab.printing import columns, shown
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.plan import Plan, Quantity
+from layerwise.lab.experiments.plan import Arm, Plan, Quantity
 
 FOUND = (
     "Made from runs found, not from a plan: the comparisons were chosen after the runs, so the verdicts weigh less "

@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING, Any
 import layerwise
 from layerwise import rules
 from layerwise.lab.experiments import rules as rule_making
-from layerwise.lab.experiments.arms import FACTORS_ALONE, Arm
 from layerwise.lab.experiments.methods import METHODS, make_arms, phases
-from layerwise.lab.experiments.outcome import Display, Outcome, Settings
-from layerwise.lab.experiments.plan import Plan, PlannedRun, Quantity, Subject, check_names, check_seeds
-from layerwise.lab.experiments.runner import carry_out
+from layerwise.lab.experiments.plan import (
+    FACTORS_ALONE,
+    Arm,
+    Plan,
+    PlannedRun,
+    Quantity,
+    Subject,
+    check_names,
+    check_seeds,
+)
+from layerwise.lab.experiments.runner import Display, Outcome, Settings, carry_out
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.values import Value
 from layerwise.lab.tasks import task as tasks

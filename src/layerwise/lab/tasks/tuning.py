@@ -9,9 +9,8 @@ from itertools import product
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.methods import make_arms
-from layerwise.lab.experiments.outcome import Display, Outcome, Settings
 from layerwise.lab.experiments.plan import LARGEST_SEEDS, Plan, Quantity, Subject, check_names
-from layerwise.lab.experiments.runner import carry_out
+from layerwise.lab.experiments.runner import Display, Outcome, Settings, carry_out
 from layerwise.lab.runs.values import Value
 from layerwise.lab.tasks.compare import Layout, setting_words, value_words
 from layerwise.lab.tasks.looking import Look

@@ -18,8 +18,8 @@ from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import RunFolder
 from layerwise.lab.runs.record import Recorder
+from layerwise.lab.training.distributed import Processes
 from layerwise.lab.training.measures import LayerMeasures
-from layerwise.lab.training.processes import Processes
 from layerwise.lab.training.snapshots import CHECKPOINT_SECONDS, restore, state_of
 from layerwise.lab.training.summary import digest_of, selection_of, summary_of
 from layerwise.lab.training.trial import StoppedError, Trial
