@@ -25,7 +25,7 @@ from layerwise.lab.experiments.arms import Arm
 from layerwise.lab.experiments.plan import PlannedRun
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import Runs
-from layerwise.lab.tasks import compare, looking
+from layerwise.lab.tasks import layout, looking
 from layerwise.lab.tasks import task as tasks
 from layerwise.lab.tasks.guests import Stream, moved, same
 from layerwise.lab.training.trial import StoppedError
@@ -686,7 +686,7 @@ def test_the_task_of_the_documentation_works_and_learns(tmp_path, carried_out):
     path.write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], encoding="utf-8")
     look = tasks.load(f"{path}:task").look(validation=True)
     assert (look.metric, look.trial.total) == ("test_error", 160)
-    outcome = carried_out(compare.plan(tasks.load(f"{path}:task"), seeds=1))
+    outcome = carried_out(layout.plan(tasks.load(f"{path}:task"), seeds=1))
     errors = {arm: outcome.results.values("task", arm)[0] for arm in ("plain", "layer-adaptive")}
     assert max(errors.values()) < 30, errors  # guessing is wrong in 50 %
     named = re.findall(r"^\| `(\w+)`(?: or `(\w+)`)?", text, re.MULTILINE)

@@ -18,7 +18,7 @@ from layerwise.lab.experiments import chain as chains
 from layerwise.lab.experiments import work
 from layerwise.lab.experiments.runner import load_finished
 from layerwise.lab.runs.folder import Runs
-from layerwise.lab.tasks import compare
+from layerwise.lab.tasks import layout
 from layerwise.lab.tasks import task as tasks
 
 from .conftest import ROOT
@@ -80,7 +80,7 @@ def test_the_language_model_is_a_task_that_a_comparison_carries_out(tmp_path):
     look = task.look(validation=True)
     assert (look.metric, look.higher_is_better, look.has_validation) == ("test_loss", False, True)
     assert look.value == pytest.approx(math.log(128), abs=0.3)  # untrained
-    plan = compare.plan(task, seeds=1)
+    plan = layout.plan(task, seeds=1)
     for chain in plan.chains():
         work.do_chain(chains.Chain(runs=chain, out=tmp_path, data_dir=None), work.Alone())  # type: ignore[arg-type]
     torch.set_num_threads(1)

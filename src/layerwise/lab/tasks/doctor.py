@@ -22,8 +22,8 @@ from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.store import usable_cores
 from layerwise.lab.tasks import checkup
 from layerwise.lab.tasks.checkup import Checkup
-from layerwise.lab.tasks.compare import plan, setting_words
 from layerwise.lab.tasks.guests import Stream
+from layerwise.lab.tasks.layout import plan, setting_words
 from layerwise.lab.tasks.looking import Look
 from layerwise.lab.tasks.task import TaskFile
 from layerwise.lab.training.engine import Training

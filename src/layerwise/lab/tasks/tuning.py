@@ -10,10 +10,11 @@ from itertools import product
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.methods import make_arms
 from layerwise.lab.experiments.outcome import Display, Outcome, Settings
-from layerwise.lab.experiments.plan import LARGEST_SEEDS, Plan, Quantity, Subject, check_names
+from layerwise.lab.experiments.plan import LARGEST_SEEDS, Plan, Quantity, Subject, check_names, check_seeds
 from layerwise.lab.experiments.runner import carry_out
 from layerwise.lab.runs.values import Value
-from layerwise.lab.tasks.compare import Layout, setting_words, value_words
+from layerwise.lab.tasks import task as tasks
+from layerwise.lab.tasks.layout import Layout, plan, setting_words, value_words
 from layerwise.lab.tasks.looking import Look
 from layerwise.lab.tasks.task import TaskFile
 
@@ -193,7 +194,7 @@ def tune(
         for seed in given
     )
     layout.check(runs)
-    plan = Plan(
+    tuning = Plan(
         name=f"{layout.name}-tuning",
         title=f"{task_file.label}: tuning",
         source=task_file.label,
@@ -211,4 +212,43 @@ def tune(
         notes=("Runs of a tuning: they choose values, and nothing is concluded from them.",),
     )
     grid = {name: tuple(dict.fromkeys(values)) for name, values in grid.items()}
-    return Tuning(carry_out(plan, settings, display), grid, combinations, look.higher_is_better)
+    return Tuning(carry_out(tuning, settings, display), grid, combinations, look.higher_is_better)
+
+
+def run(
+    file_and_function: str,
+    grid: Grid,
+    *,
+    arms: Sequence[str] = (),
+    seeds: int = 5,
+    settings: Settings,
+    display: Display | None = None,
+) -> Outcome:
+    """Tune every arm on a task, then compare them, each at its own values.
+
+    Args:
+        file_and_function: ``"file.py:function"``.
+        grid: parameter -> values.
+        arms: names, as ``methods.make_arms`` takes them.
+        seeds: number of seeds of the comparison.
+        settings: how runs are carried out.
+        display: told what happens, of the tuning and then of the comparison.
+
+    Returns:
+        The outcome of the comparison; that of the tuning where it was interrupted, or a run of it failed.
+
+    Raises:
+        UsageError: a value that cannot be used, reported before anything is trained.
+    """
+    check_seeds(seeds)
+    task_file = tasks.load(file_and_function)
+    look = task_file.look(settings.device, validation=True)
+    plan(task_file, arms=arms, seeds=seeds, look=look)  # what is wrong with it is reported before the tuning
+    tuned = tune(task_file, grid, arms=arms, settings=settings, display=display, look=look)
+    if not tuned.complete:
+        return tuned.outcome
+    chosen = plan(task_file, arms=arms, seeds=seeds, tuned=tuned.chosen, notes=tuned.notes, look=look)
+    if display is not None:
+        for words in tuned.choices:
+            display.say(words)
+    return carry_out(chosen, settings, display)
