@@ -132,7 +132,7 @@ def test_the_records_are_those_of_a_loop_by_hand(write):
     assert [record.step for record in found.records] == list(range(1, 26))
     assert found.words.startswith("25 updates, in ")
     # Model, data and batches of seed 0, trained here in float64 arithmetic of the norms.
-    trial = task_file.look().trial
+    trial = task_file.tried().trial
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     batches = [batch for epoch in (1, 2) for batch in trial.batches(epoch, 0)]

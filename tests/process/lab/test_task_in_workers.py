@@ -186,7 +186,7 @@ def test_what_cannot_be_pickled_is_told_with_the_remedy(write, capfd):
     assert code == 2
     assert said.count("Can't ") == 1
     assert REMEDY in said
-    assert "task_files" not in said
+    assert "task_module" not in said
     # Each remedy works: the first in the tests above, the others here.
     write(FORK, change=LOCAL)
     code, said = doctor(capfd)

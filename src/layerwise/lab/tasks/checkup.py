@@ -15,9 +15,8 @@ import layerwise
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.tasks.findings import Finding, find
-from layerwise.lab.tasks.guests import Stream
 from layerwise.lab.tasks.layer_numbers import LayerNumbers, numbers_of
-from layerwise.lab.tasks.task import TaskFile
+from layerwise.lab.tasks.task import Stream, TaskFile
 from layerwise.lab.training.engine import Training
 from layerwise.lab.training.trial import StoppedError
 from layerwise.layers import clean_name

@@ -36,5 +36,5 @@ def run(
     """
     check_seeds(seeds)
     task_file = tasks.load(file_and_function)
-    look = task_file.look(settings.device)
-    return carry_out(plan(task_file, arms=arms, seeds=seeds, look=look), settings, display)
+    tried = task_file.tried(settings.device)
+    return carry_out(plan(task_file, arms=arms, seeds=seeds, tried=tried), settings, display)

@@ -22,10 +22,8 @@ from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.store import usable_cores
 from layerwise.lab.tasks import checkup
 from layerwise.lab.tasks.checkup import Checkup
-from layerwise.lab.tasks.guests import Stream
 from layerwise.lab.tasks.layout import plan, setting_words
-from layerwise.lab.tasks.looking import Look
-from layerwise.lab.tasks.task import TaskFile
+from layerwise.lab.tasks.task import Stream, TaskFile, TriedTask
 from layerwise.lab.training.engine import Training
 from layerwise.lab.training.trial import StoppedError
 from layerwise.rules import LayerAdaptive
@@ -131,16 +129,16 @@ def examine(
         UsageError: the task cannot be used at all, or a length is out of its range.
     """
     checkup.check(steps, seconds)
-    look = task_file.look(device, spawned=True)
-    problems = _problems_of_plan(task_file, look)
+    tried = task_file.tried(device, spawned=True)
+    problems = _problems_of_plan(task_file, tried)
     jobs = max(1, min(usable_cores(), SEEDS * sum(arm.control is None for arm in make_arms())))
     with Stream(0):
-        an_update, found = _updates(look, 1)
+        an_update, found = _updates(tried, 1)
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        layerwise.diagnose(look.trial.optimizer, look.trial.model)
+        layerwise.diagnose(tried.trial.optimizer, tried.trial.model)
     diagnosis, more = _sorted(text.getvalue())
-    described = [*_described(task_file, look), *_times(look, an_update, jobs), "", *diagnosis]
+    described = [*_described(task_file, tried), *_times(tried, an_update, jobs), "", *diagnosis]
     trained = None
     if math.isfinite(an_update):
         trained = checkup.train(task_file, steps=steps, seconds=seconds, device=device, advance=advance)
@@ -151,7 +149,7 @@ def examine(
         # What cannot be attached is found three times: by the plan, by the updates and by the diagnosis.
         if not any(problem.removeprefix(TRIED) in other for other in told):
             told.append(problem)
-    return Examination(described, told, trained, (f"{NO_FORK}{look.spawned}",) if look.spawned else ())
+    return Examination(described, told, trained, (f"{NO_FORK}{tried.spawned}",) if tried.spawned else ())
 
 
 def _sorted(diagnosis: str) -> tuple[list[str], list[str]]:
@@ -168,9 +166,9 @@ def _sorted(diagnosis: str) -> tuple[list[str], list[str]]:
     return kept, problems
 
 
-def _described(task_file: TaskFile, look: Look) -> list[str]:
+def _described(task_file: TaskFile, tried: TriedTask) -> list[str]:
     """Say what the task is."""
-    trial = look.trial
+    trial = tried.trial
     parameters = list(trial.model.parameters())
     types = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
     length, total = trial.epoch_length, trial.total
@@ -179,21 +177,22 @@ def _described(task_file: TaskFile, look: Look) -> list[str]:
         scheduler = f"{type(trial.scheduler).__name__} stepped each {trial.schedule_unit}"
     passes = f"{trial.iterations} iterations" if trial.epochs is None else f"{trial.epochs} epochs"
     rows = {
-        "task": f"{task_file.label}, {setting_words({**task_file.defaults, **task_file.values}) or 'no parameters'}",
+        "task": f"{task_file.label}, {setting_words(task_file.settings) or 'no parameters'}",
         "model": f"{type(trial.model).__name__}, {sum(p.numel() for p in parameters):,} numbers, {', '.join(types)}",
         "optimizer": f"{type(trial.optimizer).__name__}, {scheduler}",
         "batches": f"{'an unknown number' if length is None else length} an epoch",
         "run": f"{passes}, {'an unknown number of' if total is None else total} updates",
-        "metric": f"{look.metric} is {look.value:.4g} untrained, {'higher' if look.higher_is_better else 'lower'} is "
-        f"better; {look.tests} times a run, {look.metric_seconds:.2g} s each",
-        "validation": "there, so that --tune works" if look.has_validation else "none, which --tune needs",
+        "metric": f"{tried.metric} is {tried.value:.4g} untrained, "
+        f"{'higher' if tried.higher_is_better else 'lower'} is better; {tried.tests} times a run, "
+        f"{tried.metric_seconds:.2g} s each",
+        "validation": "there, so that --tune works" if tried.has_validation else "none, which --tune needs",
     }
     return [f"{name:<12}{words}" for name, words in rows.items()]
 
 
-def _times(look: Look, seconds: float, jobs: int) -> list[str]:
+def _times(tried: TriedTask, seconds: float, jobs: int) -> list[str]:
     """Say what a comparison would take."""
-    arms, total = make_arms(), look.trial.total
+    arms, total = make_arms(), tried.trial.total
     runs = SEEDS * len(arms)
     words = f"{', '.join(DEFAULT_ARMS)} at {SEEDS} seeds: {runs} runs, {jobs} side by side"
     if not math.isfinite(seconds):
@@ -201,7 +200,7 @@ def _times(look: Look, seconds: float, jobs: int) -> list[str]:
     if total is None:
         words += "; how long is not known, as batches do not tell their number"
     else:
-        training = runs * (total * seconds + look.tests * look.metric_seconds + RUN_SECONDS) / jobs
+        training = runs * (total * seconds + tried.tests * tried.metric_seconds + RUN_SECONDS) / jobs
         words += (
             f", about {duration(BESIDE_SECONDS + training)} on free cores ({BESIDE_SECONDS:.0f} s of it to start and "
             "to write the report), longer where they have other work"
@@ -209,20 +208,20 @@ def _times(look: Look, seconds: float, jobs: int) -> list[str]:
     return [f"{'update':<12}{1000 * seconds:.3g} ms, with the layer-adaptive rule", f"{'comparison':<12}{words}"]
 
 
-def _problems_of_plan(task_file: TaskFile, look: Look) -> list[str]:
+def _problems_of_plan(task_file: TaskFile, tried: TriedTask) -> list[str]:
     """Say why a comparison could not be laid out."""
     try:
-        plan(task_file, seeds=SEEDS, look=look)
+        plan(task_file, seeds=SEEDS, tried=tried)
     except UsageError as error:
         return [str(error)]
     return []
 
 
-def _updates(look: Look, threads: int) -> tuple[float, list[str]]:
+def _updates(tried: TriedTask, threads: int) -> tuple[float, list[str]]:
     """Do a few updates as the lab does them: the median of their seconds, without the first, and what went wrong."""
-    timed = Timed(look.trial.batches)
+    timed = Timed(tried.trial.batches)
     trial = replace(
-        look.trial, batches=timed, evaluate=lambda model, stop: {}, iterations=UPDATES, epochs=None, test_every=None
+        tried.trial, batches=timed, evaluate=lambda model, stop: {}, iterations=UPDATES, epochs=None, test_every=None
     )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -16,8 +16,7 @@ from layerwise.lab.experiments.methods import METHODS, make_arms, phases
 from layerwise.lab.experiments.plan import Plan, PlannedRun, Quantity, Subject, check_names, check_seeds
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.values import Value
-from layerwise.lab.tasks.looking import Look
-from layerwise.lab.tasks.task import TaskFile
+from layerwise.lab.tasks.task import Stream, TaskFile, TriedTask
 
 
 @contextmanager
@@ -42,12 +41,12 @@ class Layout:
 
     Args:
         task_file: the task.
-        look: what a look at it found.
+        tried: what a try of it found.
     """
 
-    def __init__(self, task_file: TaskFile, look: Look) -> None:
-        self.task_file = replace(task_file, length=look.trial.epoch_length)
-        self.look = look
+    def __init__(self, task_file: TaskFile, tried: TriedTask) -> None:
+        self.task_file = replace(task_file, length=tried.trial.epoch_length)
+        self.tried = tried
         self._passes: dict[tuple[Any, ...], int | None] = {}
 
     def run(self, subject: str, arm: Arm, seed: int, values: Mapping[str, Value], measure: str) -> PlannedRun:
@@ -62,7 +61,7 @@ class Layout:
         """
         chosen = self.task_file.with_values(values)
         configuration = Configuration(
-            trial=chosen.configuration(layers_every=self.look.layers_every, measure=measure),
+            trial=chosen.configuration(layers_every=self.tried.layers_every, measure=measure),
             rule=self._rule(arm, chosen),
             apply=arm.apply,
             seed=seed,
@@ -75,7 +74,8 @@ class Layout:
             return None if arm.rule is None else dict(arm.rule)
         key = tuple(sorted(chosen.values.items()))
         if key not in self._passes:
-            self._passes[key] = chosen.look(str(next(self.look.trial.model.parameters()).device)).trial.epochs
+            with Stream(0):
+                self._passes[key] = chosen.build(0).passes
         return {**arm.rule, "selection": dict(arm.rule["selection"]), "phases": phases(self._passes[key])}
 
     def check(self, runs: Sequence[PlannedRun]) -> None:
@@ -84,7 +84,7 @@ class Layout:
         Raises:
             UsageError: a rule cannot be attached to the task's optimizer.
         """
-        trial = self.look.trial
+        trial = self.tried.trial
         for planned in {run.arm.name: run for run in runs}.values():
             rule: Any = rule_making.make_rule(planned.configuration.rule, 0)
             places: dict[str, Any] = {}
@@ -96,9 +96,9 @@ class Layout:
                         layerwise.LayerwiseLR(trial.optimizer, rule, trial.model, **places).detach()
                 except (TypeError, ValueError) as error:
                     problem = f"arm {planned.arm.name!r} cannot be attached: {error}"
-                    raise self.task_file.guest.refuse(problem) from error
+                    raise self.task_file.refuse(problem) from error
                 if warned:  # a choice that can choose nothing: the arm would be the plain one
-                    raise self.task_file.guest.refuse(
+                    raise self.task_file.refuse(
                         f"arm {planned.arm.name!r} would be plain training: {warned[0]}; it takes a model of more "
                         "layers; leave the arm out, or try amplification-random or amplification-all"
                     )
@@ -106,9 +106,9 @@ class Layout:
     @property
     def quantity(self) -> Quantity:
         """What arms are judged by."""
-        words = self.look.metric.replace("_", " ")
-        better = self.look.higher_is_better
-        return Quantity(name=self.look.metric, words=words, unit="", difference_unit="", higher_is_better=better)
+        words = self.tried.metric.replace("_", " ")
+        better = self.tried.higher_is_better
+        return Quantity(name=self.tried.metric, words=words, unit="", difference_unit="", higher_is_better=better)
 
     @property
     def name(self) -> str:
@@ -119,11 +119,11 @@ class Layout:
     @property
     def step_unit(self) -> str:
         """What curves count."""
-        return "iteration" if self.look.trial.iterations is not None else "epoch"
+        return "iteration" if self.tried.trial.iterations is not None else "epoch"
 
     def constants(self) -> dict[str, tuple[Any, str]]:
         """Give what the page says of the task: name -> value and source."""
-        trial, file = self.look.trial, self.task_file
+        trial, file = self.tried.trial, self.task_file
         group = trial.optimizer.param_groups[0]
         shown = {name: group[name] for name in ("lr", "momentum", "weight_decay", "betas") if name in group}
         found: dict[str, Any] = {
@@ -147,7 +147,7 @@ def plan(
     tuned: Mapping[str, Mapping[str, Value]] | None = None,
     notes: Sequence[str] = (),
     device: str = "cpu",
-    look: Look | None = None,
+    tried: TriedTask | None = None,
 ) -> Plan:
     """Lay out a comparison on a task.
 
@@ -158,7 +158,7 @@ def plan(
         tuned: name of each arm -> values that were chosen for it; None where nothing was tuned.
         notes: what the page says besides.
         device: where networks are trained.
-        look: what a look at the task has found already.
+        tried: what a try of the task has found already.
 
     Returns:
         The plan. A control whose values are not its method's repeats factors of an arm that is there for that alone:
@@ -170,7 +170,7 @@ def plan(
     given = check_seeds(seeds)
     chosen = list(_at_own_values(make_arms(arms), tuned or {}))
     check_names("arm", [arm.name for arm in chosen])
-    layout = Layout(task_file, look or task_file.look(device))
+    layout = Layout(task_file, tried or task_file.tried(device))
     runs = tuple(layout.run("task", arm, seed, arm.constants, "metric") for arm in chosen for seed in given)
     layout.check(runs)
     methods = [METHODS[arm.name] for arm in chosen if arm.name in METHODS]

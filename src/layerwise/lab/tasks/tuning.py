@@ -15,8 +15,7 @@ from layerwise.lab.experiments.runner import carry_out
 from layerwise.lab.runs.values import Value
 from layerwise.lab.tasks import task as tasks
 from layerwise.lab.tasks.layout import Layout, plan, setting_words, value_words
-from layerwise.lab.tasks.looking import Look
-from layerwise.lab.tasks.task import TaskFile
+from layerwise.lab.tasks.task import TaskFile, TriedTask
 
 FIRST_SEED = 10_000
 """Above every seed of a comparison, which are below ``plan.LARGEST_SEEDS``: what was tuned on is never judged on."""
@@ -158,7 +157,7 @@ def tune(
     seeds: int = SEEDS,
     settings: Settings,
     display: Display | None = None,
-    look: Look | None = None,
+    tried: TriedTask | None = None,
 ) -> Tuning:
     """Try every setting of a grid with every arm. The runs never call the metric.
 
@@ -169,7 +168,7 @@ def tune(
         seeds: number of tuning seeds.
         settings: how runs are carried out.
         display: told what happens.
-        look: what a look at the task has found already.
+        tried: what a try of the task has found already.
 
     Returns:
         The tuning.
@@ -180,8 +179,8 @@ def tune(
     if not 1 <= seeds <= LARGEST_SEEDS:
         raise UsageError(f"tuning seeds={seeds!r}: must be from 1 to {LARGEST_SEEDS}")
     combinations = settings_of(task_file, grid)
-    look = look or task_file.look(settings.device, validation=True)
-    layout = Layout(task_file, look)
+    tried = tried or task_file.tried(settings.device, validation=True)
+    layout = Layout(task_file, tried)
     # A control follows its method's run of the same setting and seed; settings are not compared with one another.
     chosen = tuple(replace(arm, against=()) for arm in make_arms(arms))
     subjects = tuple(Subject(name=setting_words(one), words=setting_words(one), constants=one) for one in combinations)
@@ -200,7 +199,7 @@ def tune(
         source=task_file.label,
         layout="curves",
         quantity=Quantity(
-            name="validation", words="validation", unit="", difference_unit="", higher_is_better=look.higher_is_better
+            name="validation", words="validation", unit="", difference_unit="", higher_is_better=tried.higher_is_better
         ),
         columns=(),
         step_unit=layout.step_unit,
@@ -212,7 +211,7 @@ def tune(
         notes=("Runs of a tuning: they choose values, and nothing is concluded from them.",),
     )
     grid = {name: tuple(dict.fromkeys(values)) for name, values in grid.items()}
-    return Tuning(carry_out(tuning, settings, display), grid, combinations, look.higher_is_better)
+    return Tuning(carry_out(tuning, settings, display), grid, combinations, tried.higher_is_better)
 
 
 def run(
@@ -242,12 +241,12 @@ def run(
     """
     check_seeds(seeds)
     task_file = tasks.load(file_and_function)
-    look = task_file.look(settings.device, validation=True)
-    plan(task_file, arms=arms, seeds=seeds, look=look)  # what is wrong with it is reported before the tuning
-    tuned = tune(task_file, grid, arms=arms, settings=settings, display=display, look=look)
+    tried = task_file.tried(settings.device, validation=True)
+    plan(task_file, arms=arms, seeds=seeds, tried=tried)  # what is wrong with it is reported before the tuning
+    tuned = tune(task_file, grid, arms=arms, settings=settings, display=display, tried=tried)
     if not tuned.complete:
         return tuned.outcome
-    chosen = plan(task_file, arms=arms, seeds=seeds, tuned=tuned.chosen, notes=tuned.notes, look=look)
+    chosen = plan(task_file, arms=arms, seeds=seeds, tuned=tuned.chosen, notes=tuned.notes, tried=tried)
     if display is not None:
         for words in tuned.choices:
             display.say(words)
