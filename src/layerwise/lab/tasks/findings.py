@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from operator import attrgetter
 from statistics import median
 
 from layerwise.sinks import Record
@@ -179,20 +180,16 @@ def find(
     moving = [layer for layer in judged if layer not in unmoved]
     fast = [] if exploding else [layer for layer in moving if layer.ratio > HIGH_RATIO]
     slow = [] if vanishing else [layer for layer in moving if layer.ratio < LOW_RATIO]
+    too_far = any(layer.relative_gradient > FAR * EXPLODING or layer.ratio > HIGH_RATIO for layer in exploding)
+    ratio = attrgetter("ratio")
     found = [
         *non_finite(records, diverged_at),
-        *made(
-            EXPLODES,
-            exploding,
-            lambda layer: layer.relative_gradient,
-            serious=any(layer.relative_gradient > FAR * EXPLODING or layer.ratio > HIGH_RATIO for layer in exploding),
-            largest_first=True,
-        ),
-        *made(DIES, dead, lambda layer: layer.dead_from),
+        *made(EXPLODES, exploding, attrgetter("relative_gradient"), serious=too_far, largest_first=True),
+        *made(DIES, dead, attrgetter("dead_from")),
         *made(VANISHES, vanishing, lambda layer: layer.relative_gradient / largest),
-        *made(STAYS, unmoved, lambda layer: layer.lr),
-        *ratio_finding(TOO_FAST, fast, lambda layer: layer.ratio > FAR * HIGH_RATIO, largest_first=True),
-        *ratio_finding(TOO_SLOW, slow, lambda layer: layer.ratio < LOW_RATIO / FAR),
+        *made(STAYS, unmoved, attrgetter("lr")),
+        *made(TOO_FAST, fast, ratio, serious=any(ratio(one) > FAR * HIGH_RATIO for one in fast), largest_first=True),
+        *made(TOO_SLOW, slow, ratio, serious=any(ratio(one) < LOW_RATIO / FAR for one in slow)),
     ]
     if frozen:
         found.append(
@@ -283,18 +280,6 @@ def made(
     ordered = sorted(backwards, key=value, reverse=largest_first)
     names, values = tuple(layer.name for layer in ordered), tuple(map(value, ordered))
     return [Finding(kind.name, serious, names, values, kind.quantity, kind.limit, kind.words, kind.remedy)]
-
-
-def ratio_finding(
-    kind: Kind,
-    layers: Sequence[LayerNumbers],
-    far: Callable[[LayerNumbers], bool],
-    *,
-    largest_first: bool = False,
-) -> list[Finding]:
-    """Make the finding on update and weight, serious if one layer is far outside."""
-    serious = any(map(far, layers))
-    return made(kind, layers, lambda layer: layer.ratio, serious=serious, largest_first=largest_first)
 
 
 def non_finite(records: Sequence[Record], diverged_at: int | None) -> list[Finding]:

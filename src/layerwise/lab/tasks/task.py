@@ -36,7 +36,7 @@ from layerwise.lab.errors import UsageError, nearest
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.store import LARGEST_JSON, read_bytes
 from layerwise.lab.runs.values import Value, equal, is_plain, kind_of, like
-from layerwise.lab.tasks.task_module import TaskModule, signature_of
+from layerwise.lab.tasks.task_module import TaskModule
 from layerwise.lab.training.engine import skipping
 from layerwise.lab.training.randomness import random_state, set_random_state
 from layerwise.lab.training.trial import StoppedError, Trial
@@ -372,29 +372,25 @@ def load(file_and_function: str, values: Mapping[str, Value] | None = None) -> T
 
 def _task_of(returned: Any, file: TaskModule) -> Task:
     """Read what the function returned."""
-    wanted = f"return a layerwise.lab.Task or a dict with {', '.join(REQUIRED)}"
     if isinstance(returned, Task):
         return returned
     if not isinstance(returned, Mapping):
-        raise file.refuse(f"returned {'nothing' if returned is None else type(returned).__name__}: {wanted}")
+        kind = "nothing" if returned is None else type(returned).__name__
+        raise file.refuse(f"returned {kind}: return a layerwise.lab.Task or a dict with {', '.join(REQUIRED)}")
     known = [entry.name for entry in fields(Task)]
-    unknown = [name for name in returned if name not in known]
-    if unknown:
-        hint = nearest(unknown[0], known)
-        raise file.refuse(f"returned a dict with {unknown[0]!r}: use the names {', '.join(known)}.{hint}")
-    missing = [name for name in REQUIRED if name not in returned]
-    if missing:
-        raise file.refuse(f"returned a dict without {', '.join(map(repr, missing))}: {wanted}")
+    unknown = [f"with {name!r}" for name in returned if name not in known]
+    wrong = unknown + [f"without {name!r}" for name in REQUIRED if name not in returned]
+    if wrong:
+        hint = nearest(unknown[0], known) if unknown else ""
+        raise file.refuse(f"returned a dict {', '.join(wrong)}: use the names {', '.join(known)}.{hint}")
     return Task(**returned)
 
 
 def _check(task: Task, file: TaskModule) -> None:
     """Refuse a task with a part of the wrong kind; nothing is called."""
     model, batches = task.model, task.batches
-    if isinstance(model, type):
-        raise file.refuse(f"model is the class {model.__name__}: return an instance, {model.__name__}(...)")
     if not isinstance(model, nn.Module):
-        raise file.refuse(f"model is {type(model).__name__}: return a torch.nn.Module")
+        raise file.refuse(f"model={model!r:.80}: return an instance of torch.nn.Module")
     if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
         raise file.refuse("model has lazy layers without weights yet: call it once on a batch before it is returned")
     if not task.parameters:
@@ -404,14 +400,10 @@ def _check(task: Task, file: TaskModule) -> None:
             f"batches is a {type(batches).__name__}, which is exhausted after one epoch: return a list, a loader, "
             "or a function of the epoch that makes it anew"
         )
-    if not isinstance(batches, Iterable) and callable(batches):
-        file.check_call("batches", batches, "epoch")
-    elif not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping)):
-        raise file.refuse(f"batches={batches!r:.80}: return a list, a loader, or a function of the epoch")
-    file.check_call("loss", task.loss, "model", "batch")
-    file.check_call("metric", task.metric, "model")
-    if task.validation is not None:
-        file.check_call("validation", task.validation, "model")
+    for name, given in (("loss", "model and batch"), ("metric", "the model"), ("validation", "the model")):
+        part = getattr(task, name)
+        if isinstance(part, type) or not (callable(part) or (name == "validation" and part is None)):
+            raise file.refuse(f"{name}={part!r:.80}: return a function of {given}")
     for name in ("epochs", "iterations", "test_every"):
         value = getattr(task, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -468,10 +460,8 @@ class _Parts:
             with self.file.running(f"torch.optim.SGD(lr={rate!r})"):
                 return torch.optim.SGD(parameters, lr=rate, momentum=DEFAULT_MOMENTUM)
         if not isinstance(optimizer, torch.optim.Optimizer):
-            self.file.check_call("optimizer", optimizer, "parameters")
-            signature = signature_of(optimizer)
-            of_model = signature is not None and next(iter(signature.parameters), "") == "model"
             with self.file.running("optimizer"):
+                of_model = next(iter(inspect.signature(optimizer).parameters), "") == "model"
                 optimizer = optimizer(self.task.model if of_model else parameters)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise refuse(f"optimizer is {type(optimizer).__name__}: return a torch.optim.Optimizer or what makes one")
@@ -488,8 +478,7 @@ class _Parts:
         if scheduler is None:
             return None
         if isinstance(scheduler, type) or not hasattr(scheduler, "step"):
-            self.file.check_call("scheduler", scheduler, "optimizer")
-            with self.file.running("scheduler"):
+            with self.file.running("scheduler(optimizer)"):
                 scheduler = scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             raise refuse(
@@ -508,10 +497,12 @@ class _Parts:
         A generator that was given to a loader goes on from epoch to epoch, so a run that goes on from a checkpoint
         would see other batches; it is seeded anew for each epoch. Workers that a loader keeps begin anew too.
         """
-        batches = self.task.batches
-        source = batches if isinstance(batches, Iterable) else batches(epoch)
-        if not isinstance(source, Iterable):
-            raise self.file.refuse(f"batches({epoch}) returned {type(source).__name__}: return a list or a loader")
+        source: Any = self.task.batches
+        if callable(source) and not isinstance(source, Iterable):
+            source = source(epoch)
+        if not isinstance(source, Iterable) or isinstance(source, (str, Mapping)):
+            kind = type(source).__name__
+            raise self.file.refuse(f"batches gives {kind}: return a list, a loader, or a function of the epoch")
         if isinstance(source, DataLoader):
             vars(source)["persistent_workers"] = False  # as an attribute it is read-only
             samplers = [source.sampler, source.batch_sampler, getattr(source.batch_sampler, "sampler", None)]
@@ -546,7 +537,7 @@ class _Parts:
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """Compute the loss of a batch, and refuse what cannot be minimised."""
-        with self.file.running("loss"):
+        with self.file.running("loss(model, batch)"):
             value: Any = self.task.loss(model, batch)
         if not isinstance(value, torch.Tensor):
             raise self.file.refuse(f"loss returned {type(value).__name__}: return a scalar tensor")
@@ -602,17 +593,15 @@ class _Parts:
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
-            with Stream(_seed_of(self.seed, name)), torch.no_grad(), self.file.running(name):
+            with Stream(_seed_of(self.seed, name)), torch.no_grad(), self.file.running(f"{name}(model)"):
                 return function(model)
         finally:
             for module, training in modes:
                 module.training = training
 
     def _number(self, name: str, value: Any) -> float:
-        if isinstance(value, torch.Tensor):
-            raise self.file.refuse(f"{name} returned a tensor of shape {tuple(value.shape)}: return float(...) of one")
         if not isinstance(value, Real) or isinstance(value, bool):
-            raise self.file.refuse(f"{name} returned {type(value).__name__}: return a float")
+            raise self.file.refuse(f"{name} returned {type(value).__name__}: return a float, as float(tensor)")
         return float(value)
 
     def tried(self, *, validation: bool, spawned: bool) -> TriedTask:

@@ -10,17 +10,15 @@ from __future__ import annotations
 import atexit
 import hashlib
 import importlib
-import inspect
 import json
 import multiprocessing
 import os
-import pickle
 import re
 import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -37,6 +35,9 @@ __path__: list[str] = []  # makes this module a package, whose modules `_Copy` f
 
 _PLACES = "LAYERWISE_TASK_"
 """Prefix of the environment variables that hold the places of a copy and of its original, for other processes."""
+
+_START_METHOD = multiprocessing.get_start_method(allow_none=True)
+"""Of processes, before any task has set another."""
 
 _QUOTED = "Original Traceback (most recent call last):"
 """Line before the traceback of a loader's worker in the message of its error."""
@@ -87,14 +88,6 @@ def _temporary() -> Path:
     return Path(path)
 
 
-@cache
-def _start_method() -> str | None:
-    """Give the start method of processes before any task has set another; None for Python's default."""
-    default, *_ = multiprocessing.get_all_start_methods()
-    chosen = multiprocessing.get_start_method(allow_none=True)
-    return None if chosen == default else chosen  # None lets the task choose without force
-
-
 @dataclass(frozen=True)
 class TaskModule:
     """A file with a task's function, as it was when it was read.
@@ -141,7 +134,9 @@ class TaskModule:
         if not copy.is_file() or read_bytes(copy, len(self.source) + 1) != self.source:
             write_whole(copy, self.source)
         os.environ[_PLACES + stem] = json.dumps([str(copy), str(self.path)])
-        multiprocessing.set_start_method(_start_method(), force=True)
+        default, *_ = multiprocessing.get_all_start_methods()
+        # None lets the task choose without force.
+        multiprocessing.set_start_method(None if default == _START_METHOD else _START_METHOD, force=True)
         name = f"{__name__}.{stem}"
         sys.modules.pop(name, None)
         with self.running("the file"):
@@ -167,66 +162,18 @@ class TaskModule:
     def _described(self, error: BaseException) -> str:
         words, path = str(error).strip(), str(self.path)
         first = f"{type(error).__name__}: {words}".partition("\n")[0].removesuffix(": ")
-        frames = traceback.extract_tb(error.__traceback__)
-        places = [(frame.lineno or 0, frame.name) for frame in frames if frame.filename == path]
-        if isinstance(error, SyntaxError) and error.filename == path and error.lineno:
-            places = [(error.lineno, "<module>")]
         if _QUOTED in words:
             first = words.splitlines()[-1]
-            quoted = re.findall(rf'^ *File "{re.escape(path)}", line (\d+), in (.*)', words, re.MULTILINE)
-            places += [(int(line), name) for line, name in quoted]
         first = first.replace(f"{__name__}.{_stem_of(self.source)}", self.path.name)
+        # Those of the traceback, of a syntax error, and of the traceback that a loader's worker has sent.
+        text = "".join(traceback.format_exception(error))
+        places = re.findall(rf'^ *File "{re.escape(path)}", line (\d+)(?:, in (.*))?', text, re.MULTILINE)
         lines = [f"{first} (line {places[-1][0]})" if places else first]
         for number, name in places:
-            line = self.source.splitlines()[number - 1].decode(errors="replace").strip()
-            lines.append(f'  File "{path}", line {number}, in {name}\n    {line}')
-        return "\n".join([*lines, *self._remedies(error)])
-
-    def _remedies(self, error: BaseException) -> Iterator[str]:
-        """Say why a module was not found that lies near, and why a worker of a loader did not start."""
-        words = str(error).lower()
-        if isinstance(error, pickle.PicklingError) or "pickle" in words or "can't get local object" in words:
-            yield _PICKLED.format(self.path.name)
-        if not isinstance(error, ModuleNotFoundError):
-            return
-        name = (error.name or "").partition(".")[0]
-        for folder, where in ((self.path.parent, "beside it"), (Path(), "in the working directory")):
-            for place in (folder / f"{name}.py", folder / name):
-                if place.exists():
-                    yield (
-                        f"{place.name} lies {where}, but only {self.path.name} is read and fingerprinted: put the code "
-                        f"into {self.path.name}, or install {name} as a package, whose changes are then not noticed"
-                    )
-                    return
-
-    def check_call(self, name: str, function: Any, *arguments: str) -> None:
-        """Refuse what cannot be called with so many arguments.
-
-        Args:
-            name: of what was returned.
-            function: the value.
-            *arguments: what it is called with, in words.
-
-        Raises:
-            UsageError: it is no function, a class that was not called, or takes other arguments.
-        """
-        wanted = f"return a function of {' and '.join(arguments)}"
-        if not callable(function):
-            raise self.refuse(f"{name}={function!r:.80} is no function: {wanted}")
-        if isinstance(function, type) and name not in ("optimizer", "scheduler"):
-            raise self.refuse(f"{name} is the class {function.__name__}: {wanted}")
-        signature = signature_of(function)
-        try:
-            if signature is not None:
-                signature.bind(*arguments)
-        except TypeError:
-            shown = getattr(function, "__name__", type(function).__name__)
-            raise self.refuse(f"{name} is {shown}{signature}: {wanted}") from None
-
-
-def signature_of(function: Callable[..., Any]) -> inspect.Signature | None:
-    """Give the signature of a function; None for those written in C that do not tell it."""
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):
-        return None
+            line = self.source.splitlines()[int(number) - 1].decode(errors="replace").strip()
+            lines.append(f'  File "{path}", line {number}, in {name or "<module>"}\n    {line}')
+        if isinstance(error, ModuleNotFoundError):
+            lines.append(f"Only {self.path.name} is read: install {error.name}, or put its code into {self.path.name}")
+        if any(word in words.lower() for word in ("pickle", "can't get local object")):
+            lines.append(_PICKLED.format(self.path.name))
+        return "\n".join(lines)
