@@ -179,14 +179,15 @@ def _more_seeds(arguments: Sequence[str], outcome: Outcome) -> str:
 
 def _compare(asked: options.Compare, arguments: Sequence[str]) -> int:
     from layerwise.lab.options import assignments
-    from layerwise.lab.tasks import compare
+    from layerwise.lab.tasks import compare, tuning
 
     tune = assignments(asked.tune, "tune")
     seeds = 5 if asked.seeds is None else asked.seeds
     arms = tuple(name for word in asked.arms for name in word.split(",") if name)
 
     def do(settings: Settings, display: Any) -> Outcome:
-        return compare.run(asked.task, arms=arms, seeds=seeds, tune=tune, settings=settings, display=display)
+        how = {"arms": arms, "seeds": seeds, "settings": settings, "display": display}
+        return tuning.run(asked.task, tune, **how) if tune else compare.run(asked.task, **how)
 
     return _carry_out(asked, do, arguments, partial(_more_seeds, arguments))
 
