@@ -277,7 +277,7 @@ def test_links_that_lie_in_a_folder_are_not_followed(tmp_path):
     (place / f"factors.jsonl.{os.getpid()}.part").symlink_to(outside)
     rules.save_factors(place / "factors.jsonl", [{"a": 1.0}])
     (place / "lock").symlink_to(tmp_path / "made by a lock")
-    with pytest.raises(OSError, match=r"symbolic links.*lock"), RunFolder(place, None).lock():
+    with pytest.raises(UsageError, match=r"lock: is a link.*remove it"), RunFolder(place, None).lock():
         pass
     assert outside.read_bytes() == b"mine"
     assert not (tmp_path / "made by a lock").exists()
