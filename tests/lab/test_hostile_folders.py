@@ -581,19 +581,6 @@ def test_a_photograph_that_has_become_a_pipe_is_named(tmp_path):
             photographs.decoded(path, 8)
 
 
-def test_checksums_of_photographs_are_written_into_no_link(tmp_path):
-    import numpy as np
-
-    from layerwise.lab.data.contents import Contents
-
-    outside = tmp_path / "outside"
-    outside.write_bytes(bytes(4))
-    (tmp_path / "known.crc").symlink_to(outside)
-    Contents(tmp_path / "known.crc", 1).check(0, tmp_path / "a.png", b"content")
-    assert outside.read_bytes() == bytes(4)
-    assert np.fromfile(tmp_path / "known.crc", np.uint32)[0] != 0
-
-
 @pytest.mark.parametrize("make", [pipe, zeros, listening, Path.mkdir, huge])
 def test_a_task_that_is_no_plain_file_is_refused(tmp_path, monkeypatch, capsys, make):
     monkeypatch.chdir(tmp_path)
