@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.plain_files import kind_of
@@ -128,10 +129,10 @@ def fetch_file(remote: RemoteFile, folder: Path, *, progress: Progress | None = 
     try:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as passing:
             for url in remote.urls:
-                bar = _Bar(remote, progress)
-                download = pooch.HTTPDownloader(progressbar=bar, chunk_size=BLOCK, timeout=TIMEOUT, headers=headers)
+                bar: Any = _Bar(remote, progress)
+                get: Any = pooch.HTTPDownloader(progressbar=bar, chunk_size=BLOCK, timeout=TIMEOUT, headers=headers)
                 try:
-                    whole = pooch.retrieve(url, f"md5:{remote.md5}", remote.name, passing, downloader=download)
+                    whole = pooch.retrieve(url, f"md5:{remote.md5}", remote.name, passing, downloader=get)
                 except (requests.RequestException, ValueError) as error:
                     reasons[url] = _reason(error)
                 else:
