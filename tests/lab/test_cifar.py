@@ -248,11 +248,10 @@ def test_one_wrong_bit_of_an_unpacked_pickle_is_refused_before_it_is_unpickled(
     assert {hashlib.md5(content).hexdigest() for content in read} <= set(form.file_md5s.values())
 
 
-def test_unpacked_binary_cifar_100_is_refused_and_its_archive_beside_it_is_taken(tmp_path, publish):
+def test_unpacked_binary_cifar_100_is_not_read_and_its_archive_beside_it_is_taken(tmp_path, publish):
     publish(tmp_path, "cifar100", "binary")
-    place = tmp_path / "cifar-100-binary"
-    assert cifar.find("cifar100", tmp_path) == place
-    words = r"cannot be checked.*give the archive itself \(MD5 03b5dce01913d631647c71ecec9e9cb8\).*cifar-100-python"
+    assert cifar.find("cifar100", tmp_path) is None
+    words = r"expected cifar-100-python\.tar\.gz or .*, or cifar-100-binary\.tar\.gz, not unpacked; fetch it with"
     with pytest.raises(UsageError, match=words):
         cifar.load("cifar100", tmp_path)
     (tmp_path / "below").mkdir()

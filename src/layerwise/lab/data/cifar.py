@@ -8,7 +8,7 @@ unpacked to the disk.
 
 What is read is what was published: an archive by its MD5; a file of the python version by its MD5, before it is
 unpickled; CIFAR-10, in whatever form, by the SHA-256 of its pixels and classes. Unpacked files of CIFAR-100's binary
-version have no known checksum and are refused.
+version have no known checksum and are not read.
 """
 
 from __future__ import annotations
@@ -39,14 +39,8 @@ def _remedy(form: Form) -> str:
     return f"fetch {form.archive} (MD5 {form.md5}) again from www.cs.toronto.edu/~kriz/cifar.html"
 
 
-def _checkable(name: str, form: Form) -> bool:
-    """Tell whether unpacked files of a form can be told from other files of their sizes."""
-    return name in CONTENTS or bool(form.file_md5s)
-
-
 def _search(name: str, folder: Path) -> tuple[Form, Path] | None:
-    """Look for a form of a data set: the archive, or the folder with at least one of the files."""
-    uncheckable = None
+    """Look for a form of a data set: the archive, or the folder with at least one of the files that have checksums."""
     if name not in FORMS:
         raise UsageError(f"name={name!r}: use one of {', '.join(map(repr, FORMS))}")
     if not folder.is_dir():
@@ -57,15 +51,12 @@ def _search(name: str, folder: Path) -> tuple[Form, Path] | None:
         )
     for place in (folder / name, folder):
         for form in FORMS[name]:
-            for candidate in (place / form.folder, place):
+            for candidate in (place / form.folder, place) if name in CONTENTS or form.file_md5s else ():
                 if any((candidate / file).is_file() for file in form.files):
-                    if _checkable(name, form):
-                        return form, candidate
-                    # An archive may lie beside it, which can be checked; else this is what is refused.
-                    uncheckable = uncheckable or (form, candidate)
+                    return form, candidate
             if (place / form.archive).is_file():
                 return form, place / form.archive
-    return uncheckable
+    return None
 
 
 def find(name: str, folder: Path) -> Path | None:
@@ -77,7 +68,7 @@ def find(name: str, folder: Path) -> Path | None:
 
     Returns:
         The folder with at least one of the published files, or the archive, or None. What is unpacked comes
-        before the archive unless it cannot be checked, and the python version before the binary one.
+        before the archive, and the python version before the binary one.
 
     Raises:
         UsageError: unknown name, or the folder does not exist.
@@ -174,14 +165,13 @@ def load(name: str, folder: Path) -> Dataset:
     """
     found = _search(name, folder)
     if found is None:
-        expected = ", ".join(f"{form.archive} or {form.folder}/" for form in FORMS[name])
-        raise UsageError(f"data-dir={str(folder)!r} holds no {TITLES[name]} file: expected {expected}")
-    form, place = found
-    if place.is_dir() and not _checkable(name, form):
+        first, second = FORMS[name]
         raise UsageError(
-            f"{place}: unpacked files of {form.archive} cannot be checked, as their checksums are not known: give the "
-            f"archive itself (MD5 {form.md5}), in this folder or the one above, or {FORMS[name][0].archive}"
+            f"data-dir={str(folder)!r} holds no {TITLES[name]} file: expected {first.archive} or {first.folder}/, or "
+            f"{second.archive}{f' or {second.folder}/' if name in CONTENTS else ', not unpacked'}; fetch it with  "
+            f"layerwise data {name}"
         )
+    form, place = found
     counts = list(form.files.values())
     images = torch.empty((sum(counts), CHANNELS, SIDE, SIDE), dtype=torch.uint8)
     labels = torch.empty(sum(counts), dtype=torch.int64)
