@@ -17,12 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from layerwise.lab import data
-from layerwise.lab.errors import UsageError
+from layerwise.lab.errors import UsageError, columns, shown
 from layerwise.lab.experiments import datasets as places
 from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments.runner import load_finished
-from layerwise.lab.meter import Meter
-from layerwise.lab.printing import columns, shown
+from layerwise.lab.progress import Meter
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import Runs
 from layerwise.lab.runs.records import Record

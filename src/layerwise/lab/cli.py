@@ -13,8 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from layerwise.lab.errors import INTERRUPTED, UsageError, leaving, missing_extra, nearest
-from layerwise.lab.printing import open_streams, shown
+from layerwise.lab.errors import INTERRUPTED, UsageError, leaving, missing_extra, nearest, open_streams, shown
 
 if TYPE_CHECKING:
     from layerwise.lab import options
@@ -84,7 +83,7 @@ def _write_report(outcome: Outcome, arguments: Sequence[str], *, silent: bool) -
     from rich.console import Console
 
     from layerwise.lab import report
-    from layerwise.lab.meter import Meter
+    from layerwise.lab.progress import Meter
 
     target = None if silent else Console(stderr=True, highlight=False)
     with Meter(target, "writing the report", "figures") as meter:

@@ -12,8 +12,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from layerwise.lab.errors import columns, shown
 from layerwise.lab.experiments.outcome import Outcome
-from layerwise.lab.printing import columns, shown
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet
 from layerwise.lab.report.sheets import Entry, Row, Sheet
