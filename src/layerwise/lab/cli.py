@@ -74,7 +74,7 @@ def _carry_out(
             words = shown(f"{failure.doing}{more}: {failure.reason}")
             sys.stderr.write(f"layerwise: {words}\n{shown(failure.details.rstrip(), lines=True)}\n")
     else:
-        terminal.show(outcome, target, quiet=asked.quiet, next_command=command)
+        terminal.show(outcome, target, quiet=asked.quiet, explain=asked.explain, next_command=command)
     return outcome.exit_code
 
 
@@ -207,7 +207,8 @@ def _report(asked: options.Report, arguments: Sequence[str]) -> int:
     if asked.json:
         sys.stdout.write(terminal.as_json(outcome) + "\n")
     else:
-        terminal.show(outcome, terminal.console(), quiet=asked.quiet, next_command=typed(["list"]))
+        how = {"quiet": asked.quiet, "explain": asked.explain}
+        terminal.show(outcome, terminal.console(), **how, next_command=typed(["list"]))
     return 0
 
 

@@ -42,7 +42,7 @@ class Places:
     """Print one JSON value and nothing else."""
 
     quiet: Flag = False
-    """Print the conclusion and the place of the report only."""
+    """Print the verdicts and the place of the report only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,9 @@ class Work(Places):
 
     address: Annotated[str | None, _left_out("one is started here", "ADDRESS")] = None
     """Of the Ray cluster."""
+
+    explain: Flag = False
+    """Print every number and comparison too, and how comparisons are judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +192,9 @@ class Report(Places):
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[FOLDER ...]")] = (Path("runs"),)
     """Folders: what --out named, an experiment in it, or single runs."""
+
+    explain: Flag = False
+    """Print every number and comparison too, and how comparisons are judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
