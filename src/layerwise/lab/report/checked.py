@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 import layerwise
-from layerwise.lab.printing import shown
+from layerwise.lab.errors import shown
 from layerwise.lab.report.charts import HEIGHT, WIDTH
 from layerwise.lab.report.drawing import Drawing, vega
 from layerwise.lab.report.looks import COLOURS

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from layerwise.lab.meter import Meter
-from layerwise.lab.printing import columns, shown
+from layerwise.lab.errors import columns, shown
+from layerwise.lab.progress import Meter
 from layerwise.lab.report import checked
 from layerwise.lab.report.terminal import finite
 from layerwise.lab.tasks import task as tasks
