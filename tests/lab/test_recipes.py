@@ -291,6 +291,16 @@ def test_the_running_times_are_the_papers_in_seconds(name, table):
                 assert float(printed[3]) == pytest.approx(100 * (minutes / row[0] - 1), abs=0.03)
 
 
+@pytest.mark.parametrize("number", range(3, 11))
+def test_captioned_figures_are_not_called_inferred(number):
+    plan = plan_of(f"basodi2023-figure{number}")
+    assert plan.source == f"Basodi et al. 2023, Figure {number}"
+    assert "caption" in plan.notes[0]
+    assert any("The heading" in note for note in plan.notes) == (number == 9)
+    assert any("epochs 51 to 145" in note for note in plan.notes) == (number in (5, 6, 9, 10))
+    assert any("A second reading" in note for note in plan.notes) == (number in (9, 10))
+
+
 def test_the_few_numbers_of_singh_that_are_left():
     paper = {(row.subject, row.arm, row.step): row.mean for row in plan_of("singh2015-figure1").paper}
     assert paper["sgd", "layer-adaptive-50k", None] == 82.08

@@ -144,7 +144,7 @@ class Directionality(LayerChoice):
 
     Args:
         measure: `"G"` or `"G_prime"`.
-        threshold: On ẑ, at least 0. The paper's best lay from 0.7 to 3; of normal ẑ, 6.7 % are above 1.5.
+        threshold: On ẑ, at least 0. The paper tries 0.7 to 3; of normal ẑ, 6.7 % are above 1.5.
         sides: `"upper"` (case 1) or `"both"` (case 2).
         reselect: None, or after how many epochs of an amplified phase the layers are chosen anew.
         kinds: Kinds of layers that are measured and chosen, of `"conv"`, `"bn"`, `"fc"`; None for all.
@@ -161,7 +161,7 @@ class Directionality(LayerChoice):
 
     Reference:
         Basodi, Pusuluri, Xiao, Pan: Intelligent gradient amplification for deep neural networks, 2023, arXiv
-        2305.18445, equations 4 to 9.
+        2305.18445, equations 4 to 9; the two cases are section 3.6 and Algorithm 1.
     """
 
     measure: Measure | None = "G"

@@ -3,8 +3,8 @@
 A recipe is TOML: ``[constants]`` (each ``{ value = ..., source = "..." }``), ``[[subjects]]``, ``[[arms]]``,
 ``[[grids]]`` (an arm for each value of a list), ``[[paper]]`` (the paper's numbers) and ``[scales.smoke]``,
 ``[scales.reduced]``, ``[scales.full]``, which say how long and on what the runs are. ``extends`` names a recipe whose
-tables it takes over and changes. Where subjects have a ``kind``, the values of a grid and the ``phases`` of a rule may
-be tables: kind -> what its subjects have.
+tables it takes over and changes; its ``own_notes`` stand before the ``notes`` taken over. Where subjects have a
+``kind``, the values of a grid and the ``phases`` of a rule may be tables: kind -> what its subjects have.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Recipe:
             paper=_paper(content, subjects, arms) if chosen.get("paper", scale != "smoke") else (),
             claims=tuple(content.get("claims", ())),
             constants=sourced(content, chosen, subjects, arms),
-            notes=(*chosen.get("notes", ()), *content.get("notes", ())),
+            notes=(*chosen.get("notes", ()), *content.get("own_notes", ()), *content.get("notes", ())),
             scale=scale,
             data_title=chosen["needs"]["data"],
         )
