@@ -290,6 +290,14 @@ def test_one_seed_has_no_spread_and_of_equal_means_none_is_best(table_runs, tmp_
     assert not any(one.best for row in rows for one in row.entries)
 
 
+def test_the_papers_numbers_beside_a_smaller_scale_say_so_and_have_no_distance(table):
+    table.results.plan = replace(table.plan, paper=tuple(replace(row, full_scale=True) for row in table.plan.paper))
+    last = sheet(table.results).sections[0][1][0].entries[-1]
+    assert last.lines == (("paper, full scale", "1.52 ± 0.09"),)
+    assert last.off is None
+    assert "paper, full scale" in build(table, "").html
+
+
 def test_values_of_the_paper_without_a_cell_are_listed(table):
     few = replace(table.plan, columns=(1800,))
     table.results.plan = few
@@ -338,7 +346,8 @@ def test_the_table_of_thresholds_has_a_column_for_each_value(sweep_runs, tmp_pat
 
 def test_the_table_of_times_is_relative_to_plain(sweep_runs, tmp_path):
     plan = replace(sweep_plan("best"), layout="times")
-    plan = replace(plan, quantity=sweep_plan("times", "seconds").quantity)
+    paper = tuple(replace(row, gain="+0.05 %" if row.arm == "G case 1" else "") for row in plan.paper)
+    plan = replace(plan, quantity=sweep_plan("times", "seconds").quantity, paper=paper)
     outcome = outcome_of(plan, sweep_runs, tmp_path)
     record = outcome.results.records["one", "all", 0]
     outcome.results.records["one", "all", 0] = replace(record, summary={**record.summary, "seconds": 13.0})
@@ -346,7 +355,7 @@ def test_the_table_of_times_is_relative_to_plain(sweep_runs, tmp_path):
     assert rows[0].entries[0].text == "12.0 ± 1.6"
     # Seed 0 takes 12 s without the tests instead of 10, the others as long as plain: a mean of 4 %.
     assert rows[0].entries[1].text == f"+4.0 % ± {statistics.stdev([20.0, 0, 0, 0, 0]):.1f}"
-    assert dict(rows[0].entries[2].lines)["paper"] == "+1.6 %"
+    assert dict(rows[0].entries[2].lines)["paper"] == "+0.05 %"
     assert "Running time" in build(outcome, "").html
 
 

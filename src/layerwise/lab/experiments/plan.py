@@ -55,6 +55,7 @@ class Subject:
         kind: tells subjects with other phases and other thresholds apart, or "".
         varied: values of a sweep, which hold for every arm.
         origin: name of the recipe's subject that a sweep varies, or "".
+        stands_for: name of the paper's subject that it is a smaller kind of, or "".
     """
 
     name: str
@@ -63,6 +64,7 @@ class Subject:
     kind: str = ""
     varied: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
+    stands_for: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,8 @@ class PaperValue:
         mean: the value.
         sd: its standard deviation, or None.
         note: what else the paper says, or why the value is lost.
+        gain: what the paper prints as the difference to the original, in its own digits, or "".
+        full_scale: the runs beside it are of a smaller scale.
     """
 
     subject: str
@@ -84,6 +88,13 @@ class PaperValue:
     mean: float | None = None
     sd: float | None = None
     note: str = ""
+    gain: str = ""
+    full_scale: bool = False
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return "paper, full scale" if self.full_scale else "paper"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -128,6 +128,7 @@ class Recipe:
         layout = content["layout"]
         if layout not in LAYOUTS:
             raise UsageError(f"layout={layout!r} of recipe {self.name}: use one of {', '.join(LAYOUTS)}")
+        paper = _paper(content, chosen, subjects, arms, full_scale=not chosen.get("paper", scale != "smoke"))
         in_epochs = runs[0].configuration.constants.epochs is not None
         return Plan(
             name=f"{self.name}-{scale}{_suffix(vary or {})}",
@@ -141,10 +142,15 @@ class Recipe:
             arms=tuple(arms),
             seeds=given,
             runs=runs,
-            paper=_paper(content, subjects, arms) if chosen.get("paper", scale != "smoke") else (),
+            paper=paper,
             claims=tuple(content.get("claims", ())),
             constants=sourced(content, chosen, subjects, arms),
-            notes=(*chosen.get("notes", ()), *content.get("own_notes", ()), *content.get("notes", ())),
+            notes=(
+                *chosen.get("notes", ()),
+                *_stand_ins(content, subjects, paper),
+                *content.get("own_notes", ()),
+                *content.get("notes", ()),
+            ),
             scale=scale,
             data_title=chosen["needs"]["data"],
         )
@@ -158,12 +164,33 @@ def _suffix(vary: Mapping[str, Sequence[Any]]) -> str:
     return "-sweep-" + re.sub(r"[^A-Za-z0-9_.,=+-]", "_", words)[:80]
 
 
-def _paper(content: Mapping[str, Any], subjects: Sequence[Subject], arms: Sequence[Arm]) -> tuple[PaperValue, ...]:
-    """Give the paper's numbers for what is run at a scale."""
-    names = {subject.name for subject in subjects}
+def _paper(
+    content: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    subjects: Sequence[Subject],
+    arms: Sequence[Arm],
+    *,
+    full_scale: bool,
+) -> tuple[PaperValue, ...]:
+    """Give the paper's numbers for what is run at a scale; its columns stand for the paper's, in their order."""
     compared = {name for arm in arms for name in (arm.name, arm.group)}
-    rows = [PaperValue(**row) for row in content.get("paper", ())]
-    return tuple(row for row in rows if row.subject in names and row.arm in compared)
+    steps = dict(zip(content.get("columns", ()), chosen.get("columns", ()), strict=False))
+    return tuple(
+        PaperValue(**{**row, "subject": subject.name, "step": steps.get(step, step), "full_scale": full_scale})
+        for subject in subjects
+        for row in content.get("paper", ())
+        if row["subject"] == (subject.stands_for or subject.name) and row["arm"] in compared and not subject.varied
+        for step in [row.get("step")]
+    )
+
+
+def _stand_ins(content: Mapping[str, Any], subjects: Sequence[Subject], paper: Sequence[PaperValue]) -> Iterator[str]:
+    """Say of which of the paper's subjects the numbers beside a smaller one are."""
+    words = {row["name"]: row["words"] for row in content["subjects"]}
+    shown = {row.subject for row in paper}
+    for subject in subjects:
+        if subject.stands_for and subject.name in shown:
+            yield f"The paper's numbers beside {subject.words} are those of {words[subject.stands_for]}."
 
 
 def _configuration(base: Mapping[str, Any], subject: Subject, arm: Arm) -> Configuration:

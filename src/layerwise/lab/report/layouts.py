@@ -180,7 +180,6 @@ def _times(results: Results) -> Sheet:
     for subject in plan.subjects:
         plain = plain_arm(plan, subject.name)
         base = results.values(subject.name, plain.name) if plain else {}
-        paper_base = results.paper(subject.name, plain.name) if plain else None
         entries = []
         for item in columns:
             members = [arm for arm in plan.arms_of(subject.name) if item_of(arm) == item]
@@ -192,10 +191,8 @@ def _times(results: Results) -> Sheet:
             more = relative_times(results, subject.name, members, base)
             sd = f"± {statistics.stdev(more):.1f}" if len(more) > 1 else ""
             lines: tuple[tuple[str, str], ...] = ()
-            if paper and paper_base and paper.mean and paper_base.mean:
-                lines = (("paper", _percent(100.0 * (paper.mean / paper_base.mean - 1.0))),)
-            elif paper and paper.mean is None:
-                lines = (("paper", "lost"),)
+            if paper:
+                lines = ((paper.label, paper.gain or paper_words(paper, plan.quantity)),)
             entries.append(Entry(f"{_percent(statistics.fmean(more))}" if more else "–", sd, lines))
         rows.append(Row(subject.words, tuple(entries), "", missing(results, subject.name, plan.arms_of(subject.name))))
     lead = (

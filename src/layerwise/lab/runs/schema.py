@@ -161,6 +161,7 @@ PLAN = {
             "kind": words,
             "varied": Each(anything),
             "origin": words,
+            "stands_for?": words,
         }
     ],
     "arms": [_ARM],
@@ -174,6 +175,8 @@ PLAN = {
             "mean": Maybe(number),
             "sd": Maybe(number),
             "note": words,
+            "gain?": words,
+            "full_scale?": switch,
         }
     ],
     "claims": [words],
