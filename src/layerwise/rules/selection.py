@@ -252,7 +252,9 @@ def check_kinds(kinds: Sequence[Kind] | None) -> None:
     if isinstance(kinds, str) or not has_type(kinds, Sequence) or not kinds:
         raise ValueError(f"kinds={kinds!r} must be a tuple of {', '.join(map(repr, KINDS))}, such as ('conv', 'fc')")
     for kind in kinds:
-        if not (kind in KINDS if isinstance(kind, str) else has_type(kind, type) and issubclass(kind, nn.Module)):
+        given: object = kind
+        known = kind in KINDS if isinstance(kind, str) else isinstance(given, type) and issubclass(given, nn.Module)
+        if not known:
             raise ValueError(f"kinds holds {kind!r}; allowed: {', '.join(map(repr, KINDS))}, or a class of modules")
 
 
