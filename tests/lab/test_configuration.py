@@ -56,13 +56,8 @@ def test_every_value_changes_the_identity_and_equal_ones_share_it():
     others = [Configuration.make(constants, rule=None, apply="auto", seed=1)]
     others.append(Configuration.make(constants, rule={"name": "LARS"}, apply="auto", seed=0))
     others.append(Configuration.make(constants, rule=None, apply="lr", seed=0))
-    for name, value in (
-        ("rate", 0.2),
-        ("batch_size", 32),
-        ("train_count", 10),
-        ("gamma", 0.5),
-        ("training_accuracy", True),
-    ):
+    changed = {"rate": 0.2, "batch_size": 32, "train_count": 10, "gamma": 0.5, "epochs": 3, "training_accuracy": True}
+    for name, value in changed.items():
         others.append(Configuration.make(Constants.of({**VALUES, name: value}), rule=None, apply="auto", seed=0))
     assert len({other.identity for other in (first, *others)}) == len(others) + 1
 

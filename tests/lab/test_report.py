@@ -29,7 +29,9 @@ from made_up import (
 
 from layerwise.lab import printing, report
 from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments.plan import PaperValue, quantity_of
 from layerwise.lab.experiments.pool import Failure
+from layerwise.lab.experiments.results import Results
 from layerwise.lab.report import anything, charts, files, layers, maps, sweeps
 from layerwise.lab.report.drawing import Drawing, shortened, slugs
 from layerwise.lab.report.headline import headline
@@ -296,6 +298,57 @@ def test_the_papers_numbers_beside_a_smaller_scale_say_so_and_have_no_distance(t
     assert last.lines == (("paper, full scale", "1.52 ± 0.09"),)
     assert last.off is None
     assert "paper, full scale" in build(table, "").html
+
+
+def test_other_quantities_are_tabled_and_compared_below_the_plans_own(table):
+    paper = (PaperValue(subject="sgd", arm="layer-adaptive", mean=295000, gain="−14.5 %", quantity="reach 60"),)
+    beside = ("test_loss", "reach 60", "best_accuracy")
+    results = Results(replace(table.plan, columns=(1000, 1800), beside=beside, paper=paper), table.results.records)
+    for key in results.records:
+        early = 60.0 if key[1] == "layer-adaptive" else 50.0
+        results._series[key, "accuracy"] = [(0, 99.0), (600, early), (1000, 60.0 + key[2]), (1800, 58.0)]
+        results._series[key, "test_loss"] = [
+            (1000, 0.5),
+            (1800, 0.3 if early == 50.0 else 0.32 + 0.001 * key[2]),
+        ]
+    made = sheet(results)
+    assert [title for title, _ in made.sections[::3]] == [
+        "SGD",
+        "SGD: test loss, nats",
+        "SGD: number of iterations until 60 % accuracy",
+        "SGD: best accuracy, %",
+    ]
+    sections = {title: {row.words: row.entries for row in rows} for title, rows in made.sections}
+    loss = sections["SGD: test loss, nats"]
+    assert [one.main for one in loss["plain"]] == ["0.5", "0.3"]
+    reached = sections["SGD: number of iterations until 60 % accuracy"]
+    assert [one.text for one in reached["plain"]] == ["", "1,000 ± 0"]
+    assert [one.text for one in reached["layer-adaptive"]] == ["", "600 ± 0"]
+    assert reached["layer-adaptive"][1].lines == (("paper", "295,000 (−14.5 %)"),)
+    told = "SGD, number of iterations until 60 % accuracy (−40.0 %): no difference shown between layer-adaptive"
+    assert any(note.startswith(told) and "every pair differs by the same amount" in note for note in made.notes)
+    told = "SGD, test loss: layer-adaptive has a higher test loss than plain (+0.02"
+    assert any(note.startswith(told) for note in made.notes)
+    best = sections["SGD: best accuracy, %"]["plain"][1]
+    assert best.main == "62.00"  # the mean of 60 to 64; 99 was before the first update
+    rows = results.table()
+    assert rows["quantity"].unique(maintain_order=True).to_list() == [
+        "test_error",
+        "test_loss",
+        "number of iterations until 60 % accuracy",
+        "best accuracy",
+    ]
+    assert [quantity_of(name).level for name in beside] == [0.0, 60.0, 0.0]
+    with pytest.raises(UsageError, match=r"quantity='reach far': use one of test_error, .*, or 'reach 57\.5'"):
+        replace(table.plan, beside=("reach far",))
+
+
+def test_a_level_that_is_never_reached_has_no_number(table):
+    results = Results(replace(table.plan, beside=("reach 99.5",)), table.results.records)
+    for key in results.records:
+        results._series[key, "accuracy"] = [(0, 99.9), (1800, 99.4)]
+    (_, rows) = sheet(results).sections[-1]
+    assert {one.text for row in rows for one in row.entries} == {"", "–"}
 
 
 def test_values_of_the_paper_without_a_cell_are_listed(table):

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -251,9 +251,8 @@ def check_kinds(kinds: Sequence[Kind] | None) -> None:
         return
     if isinstance(kinds, str) or not has_type(kinds, Sequence) or not kinds:
         raise ValueError(f"kinds={kinds!r} must be a tuple of {', '.join(map(repr, KINDS))}, such as ('conv', 'fc')")
-    for kind in kinds:
-        given: object = kind
-        known = kind in KINDS if isinstance(kind, str) else isinstance(given, type) and issubclass(given, nn.Module)
+    for kind in cast("Sequence[object]", kinds):
+        known = kind in KINDS if isinstance(kind, str) else isinstance(kind, type) and issubclass(kind, nn.Module)
         if not known:
             raise ValueError(f"kinds holds {kind!r}; allowed: {', '.join(map(repr, KINDS))}, or a class of modules")
 

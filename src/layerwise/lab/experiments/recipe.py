@@ -21,13 +21,13 @@ from layerwise.lab.experiments.arms import Arm
 from layerwise.lab.experiments.citations import sourced
 from layerwise.lab.experiments.plan import (
     LAYOUTS,
-    QUANTITIES,
     PaperValue,
     Plan,
     PlannedRun,
     Subject,
     check_names,
     check_seeds,
+    quantity_of,
 )
 from layerwise.lab.experiments.rules import resolved
 from layerwise.lab.runs.configuration import Configuration, Constants
@@ -135,7 +135,7 @@ class Recipe:
             title=f"Smoke test of: {content['title']}" if scale == "smoke" else content["title"],
             source=content["source"],
             layout=layout,
-            quantity=QUANTITIES[content["quantity"]],
+            quantity=quantity_of(content["quantity"]),
             columns=tuple(chosen.get("columns", content.get("columns", ()))),
             step_unit="epoch" if in_epochs else "iteration",
             subjects=tuple(subjects),
@@ -143,6 +143,7 @@ class Recipe:
             seeds=given,
             runs=runs,
             paper=paper,
+            beside=tuple(chosen.get("beside", content.get("beside", ()))),
             claims=tuple(content.get("claims", ())),
             constants=sourced(content, chosen, subjects, arms),
             notes=(
@@ -172,15 +173,21 @@ def _paper(
     *,
     full_scale: bool,
 ) -> tuple[PaperValue, ...]:
-    """Give the paper's numbers for what is run at a scale; its columns stand for the paper's, in their order."""
+    """Give the paper's numbers for what is run at a scale.
+
+    A scale's columns, and its other quantities, stand for the paper's in their order.
+    """
     compared = {name for arm in arms for name in (arm.name, arm.group)}
-    steps = dict(zip(content.get("columns", ()), chosen.get("columns", ()), strict=False))
+    steps, besides = (
+        dict(zip(content.get(name, ()), chosen.get(name, ()), strict=False)) for name in ("columns", "beside")
+    )
     return tuple(
-        PaperValue(**{**row, "subject": subject.name, "step": steps.get(step, step), "full_scale": full_scale})
+        PaperValue(**{**row, "subject": subject.name, "full_scale": full_scale, "step": step, "quantity": quantity})
         for subject in subjects
         for row in content.get("paper", ())
         if row["subject"] == (subject.stands_for or subject.name) and row["arm"] in compared and not subject.varied
-        for step in [row.get("step")]
+        for step in [steps.get(row.get("step"), row.get("step"))]
+        for quantity in [besides.get(row.get("quantity"), row.get("quantity", ""))]
     )
 
 

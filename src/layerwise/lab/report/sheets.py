@@ -133,7 +133,7 @@ def notes_of(plan: Plan, used: Sequence[PaperValue]) -> tuple[str, ...]:
     """Give what the paper's values have to say, and those that no cell of the table shows."""
     notes = list(dict.fromkeys(value.note for value in used if value.note))
     for value in plan.paper:
-        if value not in used:
+        if value not in used and not value.quantity:
             names = {subject.name: subject.words for subject in plan.subjects}
             arms = {arm.name: arm.words for arm in plan.arms} | item_words(plan)
             if value.subject not in names or value.arm not in arms:

@@ -82,7 +82,15 @@ CONFIGURATION = {
 }
 """The configuration of a run."""
 
-QUANTITY = {"name": words, "words?": words, "unit?": words, "difference_unit?": words, "higher_is_better?": switch}
+QUANTITY = {
+    "name": words,
+    "words?": words,
+    "unit?": words,
+    "difference_unit?": words,
+    "higher_is_better?": switch,
+    "take?": words,
+    "level?": number,
+}
 
 RUN = {
     "configuration": CONFIGURATION,
@@ -177,8 +185,10 @@ PLAN = {
             "note": words,
             "gain?": words,
             "full_scale?": switch,
+            "quantity?": words,
         }
     ],
+    "beside?": [words],
     "claims": [words],
     "constants": Each((anything, words)),
     "notes": [words],
