@@ -10,6 +10,9 @@ from typing import Any, Literal
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.configuration import Configuration, Constants
 
+Take = Literal["last", "best", "first"]
+"""Which value of a run counts: that at a step, the best of all tests, or the first step at which a level is reached."""
+
 Layout = Literal["steps", "curves", "thresholds", "best", "times"]
 LAYOUTS: tuple[Layout, ...] = ("steps", "curves", "thresholds", "best", "times")
 """What the paper shows: values at some steps; curves over steps; the last value over thresholds; the best value of each
@@ -28,6 +31,8 @@ class Quantity:
         unit: of a value, as ``"%"``, or "".
         difference_unit: of a difference, as ``"points"``.
         higher_is_better: which way is better.
+        take: which value of a run counts.
+        level: that ``"first"`` waits for.
     """
 
     name: str = "test_error"
@@ -35,13 +40,41 @@ class Quantity:
     unit: str = "%"
     difference_unit: str = "points"
     higher_is_better: bool = False
+    take: Take = "last"
+    level: float = 0.0
 
 
 QUANTITIES = {
     "test_error": Quantity(),
     "accuracy": Quantity(name="accuracy", words="accuracy", higher_is_better=True),
+    "best_accuracy": Quantity(name="accuracy", words="best accuracy", higher_is_better=True, take="best"),
+    "training_accuracy": Quantity(name="training_accuracy", words="training accuracy", higher_is_better=True),
+    "test_loss": Quantity(name="test_loss", words="test loss", unit="nats", difference_unit="nats"),
     "seconds": Quantity(name="seconds", words="running time", unit="s", difference_unit="s"),
 }
+
+
+def quantity_of(name: str) -> Quantity:
+    """Give a quantity by its name in a recipe.
+
+    Args:
+        name: a key of ``QUANTITIES``, or ``"reach 57.5"``: the iterations until the accuracy is at least this.
+
+    Returns:
+        The quantity.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    begin, _, level = name.partition(" ")
+    if begin == "reach" and level.replace(".", "", 1).isdigit():
+        words = f"number of iterations until {level} % accuracy"
+        return Quantity(
+            name="accuracy", words=words, unit="", difference_unit="iterations", take="first", level=float(level)
+        )
+    if name not in QUANTITIES:
+        raise UsageError(f"quantity={name!r}: use one of {', '.join(QUANTITIES)}, or 'reach 57.5'")
+    return QUANTITIES[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +88,7 @@ class Subject:
         kind: tells subjects with other phases and other thresholds apart, or "".
         varied: values of a sweep, which hold for every arm.
         origin: name of the recipe's subject that a sweep varies, or "".
+        stands_for: name of the paper's subject that it is a smaller kind of, or "".
     """
 
     name: str
@@ -63,6 +97,7 @@ class Subject:
     kind: str = ""
     varied: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
+    stands_for: str = ""
 
 
 Control = Literal["mean factor", "shuffled layers", "frozen factors"]
@@ -144,6 +179,9 @@ class PaperValue:
         mean: the value.
         sd: its standard deviation, or None.
         note: what else the paper says, or why the value is lost.
+        gain: what the paper prints as the difference to the original, in its own digits, or "".
+        full_scale: the runs beside it are of a smaller scale.
+        quantity: of the plan's other quantities, the one that it is of; "" for the plan's own.
     """
 
     subject: str
@@ -152,6 +190,14 @@ class PaperValue:
     mean: float | None = None
     sd: float | None = None
     note: str = ""
+    gain: str = ""
+    full_scale: bool = False
+    quantity: str = ""
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return "paper, full scale" if self.full_scale else "paper"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +246,7 @@ class Plan:
         seeds: of the runs.
         runs: all of them.
         paper: the paper's numbers.
+        beside: names of quantities that are shown and compared beside the plan's own, as ``quantity_of`` takes them.
         claims: what the paper says in words, each a sentence with its place.
         constants: name -> (value, source), for the page.
         notes: what differs from the paper, and what the page does not show.
@@ -220,12 +267,18 @@ class Plan:
     seeds: tuple[int, ...]
     runs: tuple[PlannedRun, ...]
     paper: tuple[PaperValue, ...] = ()
+    beside: tuple[str, ...] = ()
     claims: tuple[str, ...] = ()
     constants: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     scale: str = ""
     data_title: str = ""
     found: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beside", tuple(self.beside))
+        for name in self.beside:
+            quantity_of(name)
 
     def arms_of(self, subject: str) -> list[Arm]:
         """Give the arms that a subject has, in order."""

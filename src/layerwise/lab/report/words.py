@@ -54,6 +54,8 @@ def number(value: float, quantity: Quantity, sd: float = math.nan) -> str:
     """
     if not math.isfinite(value):
         return str(value)
+    if quantity.take == "first":
+        return f"{value:,.0f}"
     if quantity.unit == "%":
         return f"{value:.2f}"
     if math.isfinite(sd) and sd > 0:
