@@ -66,7 +66,7 @@ class DistributedProcesses(Processes):
         index = torch.device(self.device).index
         return DistributedDataParallel(model, device_ids=None if index is None else [index])
 
-    def share(self, batch: Any, *, begins: bool) -> Any:
+    def share(self, batch: Any, *, begins: bool, whole: int | None = None) -> Any:
         """Give this process's part of a batch.
 
         The last batch of an epoch may be smaller. If it cannot be divided, every process computes all of it: the
@@ -75,6 +75,8 @@ class DistributedProcesses(Processes):
         Args:
             batch: tensors of one first dimension, or tuples, lists or mappings of them.
             begins: the batch is the first of its epoch.
+            whole: examples of the whole batch, where ``batch`` is already the part of this process, or, of one that
+                cannot be divided, all of it.
 
         Returns:
             A part of the same form.
@@ -82,8 +84,10 @@ class DistributedProcesses(Processes):
         Raises:
             UsageError: the first batch of an epoch cannot be divided, or it is of another form.
         """
-        size = batch_size(batch)
+        size = whole or batch_size(batch)
         self.undivided = size % self.count != 0
+        if not self.undivided and whole is not None:
+            return batch
         if not self.undivided:
             part = size // self.count
             return cut(batch, slice(self.rank * part, (self.rank + 1) * part), size)

@@ -161,7 +161,8 @@ class Training:
         step = position.iteration + 1
         measured = step % trial.layers_every == 0 or step == 1
         optimizer.zero_grad()
-        loss = trial.loss(self.network, self.processes.share(trial.prepare(batch), begins=position.batch == 0))
+        begins, whole = position.batch == 0, trial.whole(position.batch)
+        loss = trial.loss(self.network, self.processes.share(trial.prepare(batch), begins=begins, whole=whole))
         loss.backward()
         if measured:
             self.measures.before()

@@ -26,8 +26,8 @@ class Processes:
         """Give what the loss is computed with."""
         return model
 
-    def share(self, batch: Any, *, begins: bool) -> Any:
-        """Give this process's part of a batch; ``begins`` says that the batch is the first of its epoch."""
+    def share(self, batch: Any, *, begins: bool, whole: int | None = None) -> Any:
+        """Give this process's part of a batch; see ``distributed.DistributedProcesses``."""
         return batch
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:

@@ -45,6 +45,8 @@ class Trial:
         layers_every: iterations between two records of each layer's norms.
         factors_every: iterations between two records of each layer's factor.
         prepare: puts a batch into the layout and on the device where the network reads it.
+        whole: number of a batch in its epoch -> examples of it, where ``batches`` gives only the part of this process;
+            None where it gives all of it.
     """
 
     model: nn.Module
@@ -61,6 +63,7 @@ class Trial:
     layers_every: int
     factors_every: int
     prepare: Callable[[Any], Any] = field(default=lambda batch: batch)
+    whole: Callable[[int], int | None] = field(default=lambda number: None)
 
     @property
     def total(self) -> int | None:
@@ -153,13 +156,14 @@ def _stream_data(constants: tuple[str, str | None, int | None, int | None], data
     return shortened(whole, train_count, test_count), int(whole.train_labels.max()) + 1
 
 
-def make_stream(constants: Constants, seed: int, data_dir: Path | None) -> MemoryStream | FolderStream:
+def make_stream(constants: Constants, seed: int, data_dir: Path | None, **how: Any) -> MemoryStream | FolderStream:
     """Open the data of a run.
 
     Args:
         constants: which data, in which order and form.
         seed: of the run.
         data_dir: folder of the data.
+        **how: ``loaders``, ``pin`` and ``share`` of a ``FolderStream``.
 
     Returns:
         The stream.
@@ -171,18 +175,27 @@ def make_stream(constants: Constants, seed: int, data_dir: Path | None) -> Memor
     source = _stream_data(wanted, data_dir)
     sizes = {"batch_size": constants.batch_size, "test_batch_size": constants.test_batch_size}
     if constants.data == data.FOLDER:
-        return FolderStream(source, seed=seed, **sizes)
+        return FolderStream(source, seed=seed, **sizes, **how)
     dataset, classes = source
     return MemoryStream(dataset, constants.inputs, constants.order, classes=classes, seed=seed, **sizes)
 
 
-def build(configuration: Configuration, data_dir: Path | None = None, device: str = "cpu") -> Trial:
+def build(
+    configuration: Configuration,
+    data_dir: Path | None = None,
+    device: str = "cpu",
+    *,
+    loaders: int = 0,
+    share: tuple[int, int] = (0, 1),
+) -> Trial:
     """Make the trial of a recipe's run.
 
     Args:
         configuration: of the run.
         data_dir: folder of the data.
         device: where the network is trained.
+        loaders: processes that decode an image folder ahead.
+        share: rank and number of the processes that share the run.
 
     Returns:
         The trial, ready for its first update.
@@ -191,7 +204,8 @@ def build(configuration: Configuration, data_dir: Path | None = None, device: st
         UsageError: a value that cannot be used, or data missing or damaged.
     """
     constants = configuration.constants
-    stream = make_stream(constants, configuration.seed, data_dir)
+    cuda = device.startswith("cuda")
+    stream = make_stream(constants, configuration.seed, data_dir, loaders=loaders, pin=cuda, share=share)
     model = networks.build(
         constants.model,
         configuration.seed,
@@ -203,7 +217,8 @@ def build(configuration: Configuration, data_dir: Path | None = None, device: st
 
     def prepare(batch: Any) -> Any:
         inputs, labels = batch
-        return inputs.to(device).contiguous(memory_format=MEMORY_FORMAT), labels.to(device)
+        inputs, labels = (each.to(device, non_blocking=cuda) for each in (inputs, labels))
+        return inputs.contiguous(memory_format=MEMORY_FORMAT), labels
 
     return Trial(
         model=model,
@@ -220,4 +235,5 @@ def build(configuration: Configuration, data_dir: Path | None = None, device: st
         layers_every=constants.layers_every,
         factors_every=constants.factors_every,
         prepare=prepare,
+        **({"whole": stream.whole} if isinstance(stream, FolderStream) else {}),
     )
