@@ -23,6 +23,7 @@ class Chain:
         out: the folder of ``--out``.
         data_dir: folder of the data, or None.
         device: where networks are trained.
+        loaders: processes beside this one that decode photographs ahead.
         checkpoint_seconds: between two checkpoints.
         labels: what run.json says of the experiment, by which a report of any runs knows what they were judged by.
     """
@@ -31,6 +32,7 @@ class Chain:
     out: Path
     data_dir: Path | None = None
     device: str = "cpu"
+    loaders: int = 0
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     labels: Mapping[str, Any] = field(default_factory=dict)
 
@@ -65,6 +67,14 @@ class Advance:
     run: str
     done: int
     total: int | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A run has done its first updates with so many bytes of a device that has so many."""
+
+    used: int
+    whole: int
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Settings:
     Attributes:
         out: folder of the runs and the reports.
         data_dir: folder of the data, or None.
-        jobs: processes side by side; None for as many as the cores take.
+        jobs: processes side by side; None for one a GPU, and on the CPU for as many as the cores take.
         threads: of each process; None for the plan's, which is 1. Another number rounds otherwise: other runs.
         device: where networks are trained.
         engine: ``"local"`` or ``"ray"``.
@@ -43,7 +43,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.jobs is not None and not 1 <= self.jobs <= LARGEST_JOBS:
             raise UsageError(
-                f"jobs={self.jobs!r}: must be from 1 to {LARGEST_JOBS}; leave --jobs out to use every core"
+                f"jobs={self.jobs!r}: must be from 1 to {LARGEST_JOBS}; leave --jobs out to use every core or GPU"
             )
         if self.threads is not None and not 1 <= self.threads <= LARGEST_JOBS:
             raise UsageError(f"threads={self.threads!r}: must be from 1 to {LARGEST_JOBS}")

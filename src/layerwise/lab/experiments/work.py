@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +18,7 @@ from layerwise import rules
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import controls
 from layerwise.lab.experiments import rules as rule_making
-from layerwise.lab.experiments.chain import Advance, Chain, Finished, Skipped, complete
+from layerwise.lab.experiments.chain import Advance, Chain, Finished, Memory, Skipped, complete
 from layerwise.lab.experiments.plan import PlannedRun
 from layerwise.lab.experiments.pool import Failure
 from layerwise.lab.runs.configuration import Configuration
@@ -27,6 +27,7 @@ from layerwise.lab.runs.locks import BusyError
 from layerwise.lab.runs.records import Record
 from layerwise.lab.runs.store import LARGEST_TABLE, read_bytes
 from layerwise.lab.training import trial
+from layerwise.lab.training.devices import begin_memory, card_count, device_of_worker, peak_memory, whole_memory
 from layerwise.lab.training.engine import Training
 from layerwise.lab.training.processes import Processes
 from layerwise.lab.training.trial import StoppedError, Trial
@@ -55,6 +56,14 @@ def _errors_only() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def do_placed(chain: Chain, link: Any) -> None:
+    """Do the runs of a chain on the device of this worker; see ``do_chain``."""
+    device = device_of_worker(chain.device, link.number, card_count())
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # else some memory is taken on the first GPU too
+    do_chain(replace(chain, device=device), link)
 
 
 @_errors_only()
@@ -133,14 +142,14 @@ def do_run(
             return finished
         rule = _shared_rule(configuration, folder, method, processes, held)
         training = Training(
-            processes.together(lambda: make_trial(planned, configuration, chain)),
+            processes.together(lambda: make_trial(planned, configuration, chain, (processes.rank, processes.count))),
             rule,
             configuration,
             folder=folder if processes.first else None,
             processes=processes,
             checkpoint_seconds=chain.checkpoint_seconds,
         )
-        return _train(training, planned, folder, link, {"threads": configuration.threads}, processes)
+        return _train(training, planned, folder, link, chain.device, processes)
 
 
 def _begin(planned: PlannedRun, chain: Chain, folder: RunFolder, held: ExitStack) -> Record | None:
@@ -178,18 +187,26 @@ def _train(
     planned: PlannedRun,
     folder: RunFolder,
     link: Any,
-    about: dict[str, Any],
+    device: str,
     processes: Processes,
 ) -> Record:
     """Train a run to its record; in the processes beside the first one nothing is written or sent."""
     if not processes.first:
         training.run(link.stopped)
         return processes.from_first(lambda: _expected(folder))
-    begin_memory()
-    total = training.trial.total
+    begin_memory(device)
+    total, reports = training.trial.total, 0
     folder.say("running", training.position.iteration, total)
+
+    def advance(done: int) -> None:
+        nonlocal reports
+        reports += 1
+        link.send(Advance(planned.label, done, total))
+        if reports == 2:  # the first one comes before any update of this process
+            link.send(Memory(peak_memory(device), whole_memory(device)))
+
     try:
-        summary = training.run(link.stopped, lambda done: link.send(Advance(planned.label, done, total)))
+        summary = training.run(link.stopped, advance)
     except StoppedError:
         raise
     except BaseException as error:
@@ -198,17 +215,20 @@ def _train(
         raise
 
     def finish() -> Record:
-        folder.finish(training.recorder, {**summary, **about, "peak_memory": peak_memory()})
+        about = {"threads": folder.configuration.threads, "peak_memory": peak_memory(device)}
+        folder.finish(training.recorder, {**summary, **about})
         return _expected(folder)
 
     return processes.from_first(finish)
 
 
-def make_trial(planned: PlannedRun, configuration: Configuration, chain: Chain) -> Trial:
+def make_trial(
+    planned: PlannedRun, configuration: Configuration, chain: Chain, share: tuple[int, int] = (0, 1)
+) -> Trial:
     """Make what a run trains: a recipe's trial, or a user's own task."""
     if planned.task is not None:
         return planned.task.trial(configuration, chain.device, chain.out / COPIES)
-    return trial.build(configuration, chain.data_dir, chain.device)
+    return trial.build(configuration, chain.data_dir, chain.device, loaders=chain.loaders, share=share)
 
 
 def make_rule(configuration: Configuration, folder: RunFolder, method: Record | None) -> Any:
@@ -228,26 +248,6 @@ def _expected(folder: RunFolder) -> Record:
     if record is None:
         raise RuntimeError(f"{folder.path}: the record just written cannot be read; is the disk full or failing?")
     return record
-
-
-def begin_memory() -> None:
-    """Begin to look for the largest memory of this process anew, where the system allows it."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Give the largest memory of this process since ``begin_memory``, in bytes; since its start, or 0, elsewhere."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Alone:

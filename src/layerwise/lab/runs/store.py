@@ -75,7 +75,7 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def write_whole(path: Path, data: bytes, *, flush: bool = True) -> None:
+def write_whole(path: Path, data: bytes | memoryview, *, flush: bool = True) -> None:
     """Write a file so that no reader ever finds half of it: a temporary file beside it, then ``os.replace``.
 
     Args:
