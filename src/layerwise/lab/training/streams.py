@@ -74,6 +74,11 @@ class MemoryStream:
         """Batches of an epoch; None where the order has no epochs."""
         return None if self.order == "sequential" else -(-len(self.dataset.train_labels) // self.batch_size)
 
+    @property
+    def test_length(self) -> int:
+        """Batches of a test."""
+        return -(-len(self.dataset.test_labels) // self.test_batch_size)
+
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Give the batches of an epoch.
 
@@ -212,6 +217,11 @@ class FolderStream:
     def epoch_length(self) -> int:
         """Batches of an epoch."""
         return -(-self.folder.train_count // self.batch_size)
+
+    @property
+    def test_length(self) -> int:
+        """Batches of a test."""
+        return -(-self.folder.test_count // self.test_batch_size)
 
     def whole(self, number: int) -> int:
         """Give the images of a training batch of an epoch, from 0, in all processes together."""

@@ -45,6 +45,7 @@ class Trial:
         layers_every: iterations between two records of each layer's norms.
         factors_every: iterations between two records of each layer's factor.
         prepare: puts a batch into the layout and on the device where the network reads it.
+        test_batches: of a test, or None if not known.
         whole: number of a batch in its epoch -> examples of it, where ``batches`` gives only the part of this process;
             None where it gives all of it.
     """
@@ -63,6 +64,7 @@ class Trial:
     layers_every: int
     factors_every: int
     prepare: Callable[[Any], Any] = field(default=lambda batch: batch)
+    test_batches: int | None = None
     whole: Callable[[int], int | None] = field(default=lambda number: None)
 
     @property
@@ -235,5 +237,6 @@ def build(
         layers_every=constants.layers_every,
         factors_every=constants.factors_every,
         prepare=prepare,
+        test_batches=stream.test_length,
         **({"whole": stream.whole} if isinstance(stream, FolderStream) else {}),
     )
