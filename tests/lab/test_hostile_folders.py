@@ -206,7 +206,9 @@ def test_a_list_or_plan_that_is_no_plain_file_ends_no_report(experiment, tmp_pat
         place.rmdir() if make is Path.mkdir else place.unlink()
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint-before.pt", "status.json", "lock", "factors.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint.pt", "checkpoint-before.pt", "checkpoint-rows.bin", "status.json", "lock", "factors.jsonl"]
+)
 def test_other_files_of_a_run_that_are_no_plain_files_hang_nothing(method, name):
     from layerwise.lab.runs.folder import Runs
 

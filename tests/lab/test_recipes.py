@@ -18,7 +18,8 @@ from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments import rules as rule_making
 from layerwise.lab.experiments.plan import Plan, Subject
-from layerwise.lab.experiments.runner import Outcome
+from layerwise.lab.experiments.results import Results
+from layerwise.lab.experiments.runner import Outcome, Settings, chains_left
 from layerwise.lab.training import inputs, networks, solvers
 
 NAMES = recipe.names()
@@ -472,3 +473,41 @@ def test_times_are_those_that_the_reproductions_were_measured_to_take():
     assert len(rows) >= 3
     for name, scale, measured in rows:
         assert measured in recipe.load(name).need(scale).time, name
+
+
+def test_arguments_of_rules_and_choices_are_varied():
+    vary = {"factor": [1.5, 3], "kinds": ["conv", "conv+fc"], "ratio": [0.1]}
+    plan = recipe.load("demo-amplification").plan("digits", seeds=1, vary=vary)
+    assert len(plan.subjects) == 4
+    runs = {(run.subject.partition(" ")[2], run.arm.name): run.configuration for run in plan.runs}
+    rule = runs["factor=3 kinds=conv+fc ratio=0.1", "random"].rule
+    assert rule["selection"] == {"name": "RandomLayers", "ratio": 0.1, "after_analysis": True, "kinds": ["conv", "fc"]}
+    assert {factor for _, amplified, factor in rule["phases"] if amplified} == {3}
+    chosen = [each for (subject, _), each in runs.items() if subject == "factor=1.5 kinds=conv ratio=0.1"]
+    assert all("ratio" not in each.rule["selection"] for each in chosen if each.rule and "measure" in str(each.rule))
+    assert len({each.name for (_, arm), each in runs.items() if arm == "plain"}) == 1
+    assert len({each.name for (_, arm), each in runs.items() if arm == "random"}) == 4
+
+
+def test_runs_that_a_varied_argument_does_not_change_are_done_once():
+    plan = recipe.load("demo-lenet").plan("full", seeds=1, vary={"log_base": [2, 10]})
+    chains = chains_left(plan, Results(plan), Settings())
+    names = [tuple(run.configuration.name for run in chain.runs) for chain in chains]
+    assert len(names) == len(set(names)) < len(plan.chains())
+    assert {name for chain in names for name in chain} == {run.configuration.name for run in plan.runs}
+
+
+@pytest.mark.parametrize(
+    ("vary", "words"),
+    [
+        ({"ratio": [1.5]}, "ratio=1.5"),
+        ({"kinds": ["conv+cone"]}, "cone"),
+        ({"factor": ["much"]}, "much"),
+        ({"facto": [2]}, "unknown constant 'facto'.*arguments of its rules: .*factor.*Did you mean factor?"),
+        ({"seed": [2]}, "unknown constant 'seed'"),
+    ],
+)
+def test_wrong_arguments_of_rules_are_refused_by_one_line(vary, words):
+    with pytest.raises(UsageError, match=words) as caught:
+        recipe.load("demo-amplification").plan("digits", seeds=1, vary=vary)
+    assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shlex
 import shutil
@@ -156,6 +157,17 @@ def _run(asked: options.Run, arguments: Sequence[str]) -> int:
         return _with_data(command, read.datasets(larger), asked, outcome.settings.data_dir)
 
     return _carry_out(asked, _plan_runner(plan), arguments, following)
+
+
+def _estimate(asked: options.Estimate, arguments: Sequence[str]) -> int:
+    from layerwise.lab.experiments import estimate, recipe
+
+    read = recipe.load(asked.recipe)
+    plan = read.plan(asked.scale or read.default_scale, seeds=asked.seeds)
+    told = (lambda words: None) if asked.json or asked.quiet else _complain
+    found = estimate.estimate(plan, _settings(asked), told)
+    sys.stdout.write((json.dumps(found, indent=2) if asked.json else shown(estimate.words(found), lines=True)) + "\n")
+    return 0
 
 
 def _sweep(asked: options.Sweep, arguments: Sequence[str]) -> int:
@@ -340,6 +352,7 @@ def _done(arguments: list[str]) -> int:
     handlers: dict[str, Callable[[Any, Sequence[str]], int]] = {
         "Demo": _demo,
         "Run": _run,
+        "Estimate": _estimate,
         "Sweep": _sweep,
         "Compare": _compare,
         "Doctor": _doctor,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from layerwise.lab.runs.folder import FACTORS, RunFolder, Runs
 from layerwise.lab.runs.locks import BusyError
 from layerwise.lab.runs.records import Record
 from layerwise.lab.training import trial
+from layerwise.lab.training.devices import begin_memory, card_count, device_of_worker, peak_memory, whole_memory
 from layerwise.lab.training.distributed import Processes
 from layerwise.lab.training.engine import Training
 from layerwise.lab.training.snapshots import CHECKPOINT_SECONDS
@@ -42,6 +42,7 @@ class Chain:
         out: the folder of ``--out``.
         data_dir: folder of the data, or None.
         device: where networks are trained.
+        loaders: processes beside this one that decode photographs ahead.
         checkpoint_seconds: between two checkpoints.
         labels: what run.json says of the experiment, by which a report of any runs knows what they were judged by.
     """
@@ -50,6 +51,7 @@ class Chain:
     out: Path
     data_dir: Path | None = None
     device: str = "cpu"
+    loaders: int = 0
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     labels: Mapping[str, Any] = field(default_factory=dict)
 
@@ -84,6 +86,14 @@ class Advance:
     run: str
     done: int
     total: int | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A run has done its first updates with so many bytes of a device that has so many."""
+
+    used: int
+    whole: int
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,14 @@ def _errors_only() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def do_placed(chain: Chain, link: Any) -> None:
+    """Do the runs of a chain on the device of this worker; see ``do_chain``."""
+    device = device_of_worker(chain.device, link.number, card_count())
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # else some memory is taken on the first GPU too
+    do_chain(replace(chain, device=device), link)
 
 
 @_errors_only()
@@ -225,7 +243,7 @@ def do_run(
         if finished is not None:
             return finished
         training = Training(
-            make_trial(planned, configuration, chain),
+            make_trial(planned, configuration, chain, (processes.rank, processes.count)),
             processes.from_first(lambda: make_rule(configuration, folder, method)),
             configuration,
             folder=folder if processes.first else None,
@@ -233,7 +251,7 @@ def do_run(
             checkpoint_seconds=chain.checkpoint_seconds,
         )
         if processes.first:
-            return _train(training, planned, folder, link)
+            return _train(training, planned, folder, link, chain.device)
         # Beside the first process nothing is written or sent.
         training.run(link.stopped)
         return processes.from_first(lambda: _expected(folder))
@@ -250,13 +268,21 @@ def _begin(planned: PlannedRun, chain: Chain, folder: RunFolder, held: ExitStack
     return None
 
 
-def _train(training: Training, planned: PlannedRun, folder: RunFolder, link: Any) -> Record:
+def _train(training: Training, planned: PlannedRun, folder: RunFolder, link: Any, device: str) -> Record:
     """Train a run to its record."""
-    begin_memory()
-    total = training.trial.total
+    begin_memory(device)
+    total, reports = training.trial.total, 0
     folder.say("running", training.position.iteration, total)
+
+    def advance(done: int) -> None:
+        nonlocal reports
+        reports += 1
+        link.send(Advance(planned.label, done, total))
+        if reports == 2:  # the first one comes before any update of this process
+            link.send(Memory(peak_memory(device), whole_memory(device)))
+
     try:
-        summary = training.run(link.stopped, lambda done: link.send(Advance(planned.label, done, total)))
+        summary = training.run(link.stopped, advance)
     except StoppedError:
         raise
     except BaseException as error:
@@ -266,17 +292,19 @@ def _train(training: Training, planned: PlannedRun, folder: RunFolder, link: Any
 
     def finish() -> Record:
         threads = folder.configuration.threads
-        folder.finish(training.recorder, {**summary, "threads": threads, "peak_memory": peak_memory()})
+        folder.finish(training.recorder, {**summary, "threads": threads, "peak_memory": peak_memory(device)})
         return _expected(folder)
 
     return training.processes.from_first(finish)
 
 
-def make_trial(planned: PlannedRun, configuration: Configuration, chain: Chain) -> Trial:
+def make_trial(
+    planned: PlannedRun, configuration: Configuration, chain: Chain, share: tuple[int, int] = (0, 1)
+) -> Trial:
     """Make what a run trains: a recipe's trial, or a user's own task."""
     if planned.task is not None:
         return planned.task.trial(configuration, chain.device, chain.out / COPIES)
-    return trial.build(configuration, chain.data_dir, chain.device)
+    return trial.build(configuration, chain.data_dir, chain.device, loaders=chain.loaders, share=share)
 
 
 def make_rule(configuration: Configuration, folder: RunFolder, method: Record | None) -> Any:
@@ -296,26 +324,6 @@ def _expected(folder: RunFolder) -> Record:
     if record is None:
         raise RuntimeError(f"{folder.path}: the record just written cannot be read; is the disk full or failing?")
     return record
-
-
-def begin_memory() -> None:
-    """Begin to look for the largest memory of this process anew, where the system allows it."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Give the largest memory of this process since ``begin_memory``, in bytes; since its start, or 0, elsewhere."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Alone:

@@ -29,7 +29,7 @@ from layerwise.lab.experiments.plan import (
     quantity_of,
     sourced,
 )
-from layerwise.lab.experiments.rules import resolved
+from layerwise.lab.experiments.rules import arguments_of, resolved, with_arguments
 from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.training.trial import check
 
@@ -40,6 +40,7 @@ else:
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 SCALES = ("smoke", "reduced", "full")
+CONSTANTS = {field.name for field in fields(Constants)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,8 @@ class Recipe:
         Args:
             scale: one of ``SCALES``.
             seeds: number of seeds; None for the scale's.
-            vary: constant -> values: every combination becomes a subject of its own.
+            vary: constant, or argument of a rule -> values: every combination becomes a subject of its own. Arms whose
+                rule does not take the argument have the same runs in each.
 
         Returns:
             The plan.
@@ -202,12 +204,15 @@ def _stand_ins(content: Mapping[str, Any], subjects: Sequence[Subject], paper: S
 
 def _configuration(base: Mapping[str, Any], subject: Subject, arm: Arm) -> Configuration:
     """Put together what the runs of an arm are, but for their seeds."""
-    constants = Constants.of({**base, **subject.constants, **arm.constants, **subject.varied})
+    varied = {name: value for name, value in subject.varied.items() if name in CONSTANTS}
+    constants = Constants.of({**base, **subject.constants, **arm.constants, **varied})
     check(constants)
     rule = arm.rule
     if rule is not None and isinstance(rule.get("phases"), Mapping):
         rule = {**rule, "phases": _of_kind(rule["phases"], subject.kind)}
     rule = resolved(rule, constants.epochs)
+    if rule is not None:
+        rule = with_arguments(rule, subject.varied)
     return Configuration.make(constants, rule=rule, apply=arm.apply)
 
 
@@ -221,10 +226,13 @@ def _subjects(
     subjects = [
         Subject(**{**row, "constants": {**row.get("constants", {}), **changes.get(row["name"], {})}}) for row in rows
     ]
-    known = {field.name for field in fields(Constants)}
+    rules_of = (*content.get("arms", ()), *content.get("grids", ()))
+    arguments = {name for row in rules_of for name in arguments_of(row.get("rule"))}
     for name, values in vary.items():
-        if name not in known:
-            raise UsageError(f"unknown constant {name!r}: use one of {', '.join(sorted(known))}.{nearest(name, known)}")
+        if name not in CONSTANTS and name not in arguments:
+            rules = f", or of the arguments of its rules: {', '.join(sorted(arguments))}" if arguments else ""
+            words = f"use one of {', '.join(sorted(CONSTANTS))}{rules}.{nearest(name, [*CONSTANTS, *arguments])}"
+            raise UsageError(f"unknown constant {name!r}: {words}")
         subjects = [
             replace(
                 subject,

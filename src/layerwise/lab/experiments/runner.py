@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiments.chain import Advance, Chain, Finished, Skipped, do_chain, finished_runs
+from layerwise.lab.experiments.chain import Advance, Chain, Finished, Memory, Skipped, do_placed, finished_runs
 from layerwise.lab.experiments.plan import Plan, PlannedRun
 from layerwise.lab.experiments.pool import Failure, Interrupt, run_jobs
 from layerwise.lab.experiments.results import Results
@@ -20,7 +21,7 @@ from layerwise.lab.runs.folder import Runs
 from layerwise.lab.runs.locks import alone_in
 from layerwise.lab.runs.records import Record
 from layerwise.lab.runs.store import usable_cores
-from layerwise.lab.training.devices import check_device
+from layerwise.lab.training.devices import card_count, check_device, default_jobs, loader_count, memory_words
 
 LARGEST_JOBS = 1024
 
@@ -32,7 +33,7 @@ class Settings:
     Attributes:
         out: folder of the runs and the reports.
         data_dir: folder of the data, or None.
-        jobs: processes side by side; None for as many as the cores take.
+        jobs: processes side by side; None for one a GPU, and on the CPU for as many as the cores take.
         threads: of each process; None for the plan's, which is 1. Another number rounds otherwise: other runs.
         device: where networks are trained.
         engine: ``"local"`` or ``"ray"``.
@@ -50,7 +51,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.jobs is not None and not 1 <= self.jobs <= LARGEST_JOBS:
             raise UsageError(
-                f"jobs={self.jobs!r}: must be from 1 to {LARGEST_JOBS}; leave --jobs out to use every core"
+                f"jobs={self.jobs!r}: must be from 1 to {LARGEST_JOBS}; leave --jobs out to use every core or GPU"
             )
         if self.threads is not None and not 1 <= self.threads <= LARGEST_JOBS:
             raise UsageError(f"threads={self.threads!r}: must be from 1 to {LARGEST_JOBS}")
@@ -192,8 +193,30 @@ def placed(plan: Plan, settings: Settings) -> Plan:
     return replace(plan, runs=tuple(of(run) for run in plan.runs))
 
 
+def cards_of(device: str) -> int:
+    """Count the GPUs that runs are divided among."""
+    return card_count() if device == "cuda" else 0
+
+
+def side_by_side(settings: Settings, most: int) -> tuple[int, int]:
+    """Give the number of processes side by side, ``most`` at most, and of those that decode ahead for each of them."""
+    cores, threads = usable_cores(), settings.threads or 1
+    jobs = settings.jobs or default_jobs(settings.device, cores=cores, threads=threads, cards=cards_of(settings.device))
+    jobs = max(1, min(jobs, most))
+    if settings.engine != "local":  # a cluster gives a task its cores
+        return jobs, 0
+    shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun
+    return jobs, loader_count(cores=cores, threads=threads, processes=jobs * shared)
+
+
 def chains_left(plan: Plan, results: Results, settings: Settings) -> list[Chain]:
-    """Give the chains with a run that is not finished; a finished method stays at the head of its controls."""
+    """Give the chains with a run that is not finished; a finished method stays at the head of its controls.
+
+    Of chains of the same runs, as a sweep of a rule's argument makes of the plain arm, the first stands for all.
+    """
+    different: dict[Any, tuple[PlannedRun, ...]] = {}
+    for chain in plan.chains():
+        different.setdefault(tuple((run.configuration.name, run.arm.control) for run in chain), chain)
     return [
         Chain(
             runs=chain,
@@ -202,7 +225,7 @@ def chains_left(plan: Plan, results: Results, settings: Settings) -> list[Chain]
             device=settings.device,
             labels=plan.labels(chain[0].subject),
         )
-        for chain in plan.chains()
+        for chain in different.values()
         if any(run.key not in results.records for run in chain)
     ]
 
@@ -258,13 +281,14 @@ def carry_out(
     for record in outcome.results.records.values():
         runs.tidy(record)
     chains = chains_left(plan, outcome.results, settings)
-    side_by_side = settings.jobs or max(1, usable_cores() // (settings.threads or 1))
     # Runs beside one another take each other's time: where that is what is asked, they go one by one.
-    outcome.jobs = 1 if plan.quantity.name == "seconds" else max(1, min(side_by_side, len(chains)))
+    outcome.jobs, loaders = side_by_side(settings, 1 if plan.quantity.name == "seconds" else len(chains))
+    chains = [replace(chain, loaders=loaders) for chain in chains]
     planned: dict[tuple[str, str, int], PlannedRun] = {run.key: run for run in plan.runs}
     skipped: dict[tuple[str, str, int], str] = {}
     left = [run for run in plan.runs if run.key not in outcome.results.records]
     failures: list[Failure] = []
+    told: set[str] = set()
 
     def on_failure(failure: Failure) -> None:
         failures.append(failure)
@@ -274,6 +298,12 @@ def carry_out(
     def on_message(worker: int, message: object) -> None:
         if isinstance(message, Advance):
             display.advance(worker, message.run, message.done, message.total)
+        elif isinstance(message, Memory) and settings.engine == "local":
+            how = {"jobs": outcome.jobs, "cards": cards_of(settings.device)}
+            words = memory_words(settings.device, message.used, message.whole, **how)
+            if words and not told:  # runs of one plan differ little
+                told.add(words)
+                display.say(words)
         elif isinstance(message, Failure):
             outcome.failures.append(message)
             on_failure(message)
@@ -325,7 +355,7 @@ def _engine(settings: Settings) -> Engine:
 
 
 def _local(chains: Sequence[Chain], jobs: int, **told: Any) -> list[Failure]:
-    return run_jobs(do_chain, chains, jobs, rest=lambda chain, doing: chain.rest(doing), **told)
+    return run_jobs(do_placed, chains, jobs, rest=lambda chain, doing: chain.rest(doing), **told)
 
 
 def _check_writable(out: Path, name: str) -> None:

@@ -66,12 +66,13 @@ class Processes:
                 module.forward = partial(_batch_norm, module, self)  # type: ignore[assignment]
         return DistributedDataParallel(model)
 
-    def share(self, batch: Any, *, begins: bool) -> Any:
+    def share(self, batch: Any, *, begins: bool, whole: int | None = None) -> Any:
         """Give this process's part of a batch: of its tensors, and of lists of one entry an example.
 
         If the last batch of an epoch cannot be divided, every process computes all of it: the average of equal
         gradients is that gradient. The first one (``begins``) is refused with a UsageError, and so is a batch without
-        tensors, or with tensors of several lengths.
+        tensors, or with tensors of several lengths. ``whole`` is the size of the whole batch, where this process has
+        read only its part of it, or, of one that cannot be divided, all of it.
         """
         if self.count == 1:
             return batch
@@ -82,7 +83,7 @@ class Processes:
                 f"a batch of type {type(batch).__name__} with tensors of shapes {shapes} cannot be divided among "
                 "processes: give tensors of one length, or tuples, lists or dicts of them, or start one process"
             )
-        size = len(tensors[0])
+        size = whole or len(tensors[0])
         self.undivided = size % self.count != 0
         if self.undivided and begins:
             raise indivisible(size, self.count)
@@ -97,7 +98,7 @@ class Processes:
         def cut(entry: Any) -> Any:
             return entry[own] if (isinstance(entry, Tensor) and entry.dim()) or listed(entry) else entry
 
-        return batch if self.undivided else tree_map(cut, batch, is_leaf=listed)
+        return batch if self.undivided or whole is not None else tree_map(cut, batch, is_leaf=listed)
 
     def gather(self, value: T) -> list[T]:
         """Give the values of all processes, in the order of their ranks."""

@@ -164,11 +164,11 @@ class Training:
         step = position.iteration + 1
         measured = step % trial.layers_every == 0 or step == 1
         optimizer.zero_grad()
-        batch = trial.prepare(batch)
-        loss = trial.loss(self.network, self.processes.share(batch, begins=position.batch == 0))
+        batch, whole = trial.prepare(batch), trial.whole(position.batch)
+        loss = trial.loss(self.network, self.processes.share(batch, begins=position.batch == 0, whole=whole))
         if trial.training_metric:
             loss, metric = loss
-            self._metrics.append((metric.detach(), len(batch[1])))
+            self._metrics.append((metric.detach(), whole or len(batch[1])))
         loss.backward()
         if measured:
             self.measures.before()

@@ -46,6 +46,9 @@ class Trial:
         factors_every: iterations between two records of each layer's factor.
         training_metric: what ``loss`` gives beside the loss, averaged over each epoch's examples; "" for nothing.
         prepare: puts a batch into the layout and on the device where the network reads it.
+        test_batches: of a test, or None if not known.
+        whole: number of a batch in its epoch -> examples of it, where ``batches`` gives only the part of this process;
+            None where it gives all of it.
     """
 
     model: nn.Module
@@ -63,6 +66,8 @@ class Trial:
     factors_every: int
     training_metric: str = ""
     prepare: Callable[[Any], Any] = field(default=lambda batch: batch)
+    test_batches: int | None = None
+    whole: Callable[[int], int | None] = field(default=lambda number: None)
 
     @property
     def total(self) -> int | None:
@@ -162,13 +167,14 @@ def _stream_data(constants: tuple[str, str | None, int | None, int | None], data
     return shortened(whole, train_count, test_count), int(whole.train_labels.max()) + 1
 
 
-def make_stream(constants: Constants, seed: int, data_dir: Path | None) -> MemoryStream | FolderStream:
+def make_stream(constants: Constants, seed: int, data_dir: Path | None, **how: Any) -> MemoryStream | FolderStream:
     """Open the data of a run.
 
     Args:
         constants: which data, in which order and form.
         seed: of the run.
         data_dir: folder of the data.
+        **how: ``loaders``, ``pin`` and ``share`` of a ``FolderStream``.
 
     Returns:
         The stream.
@@ -180,18 +186,27 @@ def make_stream(constants: Constants, seed: int, data_dir: Path | None) -> Memor
     source = _stream_data(wanted, data_dir)
     sizes = {"batch_size": constants.batch_size, "test_batch_size": constants.test_batch_size}
     if constants.data == data.FOLDER:
-        return FolderStream(source, seed=seed, **sizes)
+        return FolderStream(source, seed=seed, **sizes, **how)
     dataset, classes = source
     return MemoryStream(dataset, constants.inputs, constants.order, classes=classes, seed=seed, **sizes)
 
 
-def build(configuration: Configuration, data_dir: Path | None = None, device: str = "cpu") -> Trial:
+def build(
+    configuration: Configuration,
+    data_dir: Path | None = None,
+    device: str = "cpu",
+    *,
+    loaders: int = 0,
+    share: tuple[int, int] = (0, 1),
+) -> Trial:
     """Make the trial of a recipe's run.
 
     Args:
         configuration: of the run.
         data_dir: folder of the data.
         device: where the network is trained.
+        loaders: processes that decode an image folder ahead.
+        share: rank and number of the processes that share the run.
 
     Returns:
         The trial, ready for its first update.
@@ -200,7 +215,8 @@ def build(configuration: Configuration, data_dir: Path | None = None, device: st
         UsageError: a value that cannot be used, or data missing or damaged.
     """
     constants = configuration.constants
-    stream = make_stream(constants, configuration.seed, data_dir)
+    cuda = device.startswith("cuda")
+    stream = make_stream(constants, configuration.seed, data_dir, loaders=loaders, pin=cuda, share=share)
     model = networks.build(
         constants.model,
         configuration.seed,
@@ -212,7 +228,8 @@ def build(configuration: Configuration, data_dir: Path | None = None, device: st
 
     def prepare(batch: Any) -> Any:
         inputs, labels = batch
-        return inputs.to(device).contiguous(memory_format=MEMORY_FORMAT), labels.to(device)
+        inputs, labels = (each.to(device, non_blocking=cuda) for each in (inputs, labels))
+        return inputs.contiguous(memory_format=MEMORY_FORMAT), labels
 
     return Trial(
         model=model,
@@ -230,4 +247,6 @@ def build(configuration: Configuration, data_dir: Path | None = None, device: st
         layers_every=constants.layers_every,
         factors_every=constants.factors_every,
         prepare=prepare,
+        test_batches=stream.test_length,
+        **({"whole": stream.whole} if isinstance(stream, FolderStream) else {}),
     )
