@@ -508,7 +508,7 @@ WRONG = {
     ),
     "batches of a generator of their own": (
         "parts(batches=lambda epoch, g=torch.Generator(): [torch.rand(2, 3, generator=g)])",
-        ["other batches when epoch 1 is asked for twice", "of seed and epoch"],
+        ["other batches when epoch 1 begins again", "of seed and epoch"],
     ),
     "a class as loss": (
         "parts(loss=nn.CrossEntropyLoss)",
