@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import random
@@ -276,6 +277,12 @@ def test_the_command_finds_no_module_beside_the_file(tmp_path, inside, package):
     assert ended.returncode == 2, ended.stderr
     assert "ModuleNotFoundError: No module named 'helper'" in ended.stderr
     assert "Only own.py is read: install helper, or put its code into own.py" in ended.stderr
+
+
+def test_the_source_of_a_function_is_the_one_that_was_read(write):
+    task_file = write(returning("parts()"))
+    task_file.path.write_text("changed = True\n", encoding="utf-8")
+    assert inspect.getsource(task_file.import_function()) == returning("parts()")
 
 
 def test_what_is_on_the_path_is_found_though_it_lies_beside_the_file(write, tmp_path, monkeypatch):

@@ -163,15 +163,21 @@ def examine(
     """
     _check(steps, seconds)
     tried = task_file.tried(device, spawned=True)
-    problems = _problems_of_plan(task_file, tried)
+    problems: list[str] = []
+    try:
+        plan(task_file, seeds=SEEDS, tried=tried)
+    except UsageError as error:
+        problems = [str(error)]
     jobs = max(1, min(usable_cores(), SEEDS * sum(arm.control is None for arm in make_arms())))
     with Stream(0), _one_thread():
         an_update, found = _updates(tried)
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         layerwise.diagnose(tried.trial.optimizer, tried.trial.model)
-    diagnosis, more = _sorted(text.getvalue())
-    described = [*_described(task_file, tried), *_times(tried, an_update, jobs), "", *diagnosis]
+    diagnosis = [(line.partition(" ")[0], line) for line in text.getvalue().splitlines()]
+    more = [line.removeprefix(name).strip() for name, line in diagnosis if name == "problem"]
+    kept = "\n".join(line for name, line in diagnosis if name not in ("problem", "problems", "next")).rstrip()
+    described = [*_described(task_file, tried), *_times(tried, an_update, jobs), "", *kept.splitlines()]
     trained = None
     if math.isfinite(an_update):
         trained = train(task_file, steps=steps, seconds=seconds, device=device, advance=advance)
@@ -183,20 +189,6 @@ def examine(
         if not any(problem.removeprefix(TRIED) in other for other in faults):
             faults.append(problem)
     return Examination(described, faults, trained, (f"{NO_FORK}{tried.spawned}",) if tried.spawned else ())
-
-
-def _sorted(diagnosis: str) -> tuple[list[str], list[str]]:
-    """Take the problems out of a diagnosis, and what to do next, which is another thing here."""
-    kept, problems = [], []
-    for line in diagnosis.rstrip().splitlines():
-        name, _, rest = line.partition(" ")
-        if name == "problem":
-            problems.append(rest.strip())
-        elif name not in ("problems", "next"):
-            kept.append(line)
-    while kept and not kept[-1]:
-        kept.pop()
-    return kept, problems
 
 
 def _described(task_file: TaskFile, tried: TriedTask) -> list[str]:
@@ -239,15 +231,6 @@ def _times(tried: TriedTask, seconds: float, jobs: int) -> list[str]:
             "to write the report), longer where they have other work"
         )
     return [f"{'update':<12}{1000 * seconds:.3g} ms, with the layer-adaptive rule", f"{'comparison':<12}{words}"]
-
-
-def _problems_of_plan(task_file: TaskFile, tried: TriedTask) -> list[str]:
-    """Say why a comparison could not be laid out."""
-    try:
-        plan(task_file, seeds=SEEDS, tried=tried)
-    except UsageError as error:
-        return [str(error)]
-    return []
 
 
 def _check(steps: int, seconds: float) -> None:
