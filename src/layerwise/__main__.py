@@ -2,19 +2,21 @@
 
 import os
 import sys
+from contextlib import suppress
 
 from layerwise.lab.errors import leaving
 
 
 def main() -> int:
     """Import the lab and run the command; Ctrl-C during the import ends it silently. Returns the exit code."""
-    if __name__ == "__main__" and sys.path[0] == os.getcwd() != os.path.dirname(os.path.dirname(__file__)):
-        # `python -m` puts the working directory there, and `layerwise` does not: a task is to find the same modules.
-        del sys.path[0]
     with leaving():
         from layerwise.lab import cli
     return cli.main()
 
 
 if __name__ == "__main__":
+    with suppress(FileNotFoundError):  # the working directory was removed
+        # `python -m` puts it first, which `layerwise` does not: a task finds the same modules with both.
+        if sys.path[0] == os.getcwd() != os.path.dirname(os.path.dirname(__file__)):
+            del sys.path[0]
     sys.exit(main())

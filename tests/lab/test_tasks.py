@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import random
@@ -276,6 +277,12 @@ def test_the_command_finds_no_module_beside_the_file(tmp_path, inside, package):
     assert "Only own.py is read: install helper, or put its code into own.py" in ended.stderr
 
 
+def test_the_source_of_a_function_is_the_one_that_was_read(write):
+    task_file = write(returning("parts()"))
+    task_file.path.write_text("changed = True\n", encoding="utf-8")
+    assert inspect.getsource(task_file.import_function()) == returning("parts()")
+
+
 def test_what_is_on_the_path_is_found_though_it_lies_beside_the_file(write, tmp_path, monkeypatch):
     (tmp_path / "helper_installed.py").write_text("VALUE = 1\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))  # as PYTHONPATH and editable installations do
@@ -506,7 +513,7 @@ WRONG = {
     ),
     "batches of a generator of their own": (
         "parts(batches=lambda epoch, g=torch.Generator(): [torch.rand(2, 3, generator=g)])",
-        ["other batches when epoch 1 is asked for twice", "of seed and epoch"],
+        ["other batches when epoch 1 begins again", "of seed and epoch"],
     ),
     "a class as loss": (
         "parts(loss=nn.CrossEntropyLoss)",

@@ -25,7 +25,7 @@ def run(
         arms: names, as ``methods.make_arms`` takes them.
         seeds: number of seeds.
         settings: how runs are carried out.
-        display: told what happens.
+        display: shows what happens.
 
     Returns:
         The outcome.

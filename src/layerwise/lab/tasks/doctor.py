@@ -51,7 +51,7 @@ TRIED = "a few updates with the layer-adaptive rule: "
 """How a problem begins that came up in them."""
 
 NOT_FINITE = "the loss is not finite"
-"""How the problem begins that the training tells more of, if it has it too."""
+"""How the problem begins of which the training reports more, if it has it too."""
 
 NO_FORK = "where Python does not fork (macOS, Windows, any system from Python 3.14 on) the loader fails: "
 """How the note begins of a loader that works only with forked workers."""
@@ -124,12 +124,12 @@ class Examination:
     @property
     def conclusion(self) -> list[str]:
         """What is wrong, and what may be, in lines: "problem" or "note" at the beginning, "remedy" below."""
-        told = [f"{'problem':<12}{problem}" for problem in self.faults]
+        lines = [f"{'problem':<12}{problem}" for problem in self.faults]
         for finding in self.checkup.findings if self.checkup else ():
-            told.append(f"{'problem' if finding.serious else 'note':<12}{finding.sentence}")
-            told.append(f"{'  remedy':<12}{finding.remedy}")
-        told += [f"{'note':<12}{note}" for note in self.notes]
-        return told if self.problems else [f"{'problems':<12}none found", *told]
+            lines.append(f"{'problem' if finding.serious else 'note':<12}{finding.sentence}")
+            lines.append(f"{'  remedy':<12}{finding.remedy}")
+        lines += [f"{'note':<12}{note}" for note in self.notes]
+        return lines if self.problems else [f"{'problems':<12}none found", *lines]
 
     @property
     def lines(self) -> list[str]:
@@ -153,7 +153,7 @@ def examine(
         device: where the network is put.
         steps: updates of the training.
         seconds: after which the training ends earlier.
-        advance: told of the training's updates.
+        advance: called with the updates that are done and with how many there will be.
 
     Returns:
         What was found.
@@ -163,40 +163,32 @@ def examine(
     """
     _check(steps, seconds)
     tried = task_file.tried(device, spawned=True)
-    problems = _problems_of_plan(task_file, tried)
+    problems: list[str] = []
+    try:
+        plan(task_file, seeds=SEEDS, tried=tried)
+    except UsageError as error:
+        problems = [str(error)]
     jobs = max(1, min(usable_cores(), SEEDS * sum(arm.control is None for arm in make_arms())))
     with Stream(0), _one_thread():
         an_update, found = _updates(tried)
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         layerwise.diagnose(tried.trial.optimizer, tried.trial.model)
-    diagnosis, more = _sorted(text.getvalue())
-    described = [*_described(task_file, tried), *_times(tried, an_update, jobs), "", *diagnosis]
+    diagnosis = [(line.partition(" ")[0], line) for line in text.getvalue().splitlines()]
+    more = [line.removeprefix(name).strip() for name, line in diagnosis if name == "problem"]
+    kept = "\n".join(line for name, line in diagnosis if name not in ("problem", "problems", "next")).rstrip()
+    described = [*_described(task_file, tried), *_times(tried, an_update, jobs), "", *kept.splitlines()]
     trained = None
     if math.isfinite(an_update):
         trained = train(task_file, steps=steps, seconds=seconds, device=device, advance=advance)
         if any(finding.kind == "non-finite" for finding in trained.findings):
             found = [problem for problem in found if not problem.startswith(NOT_FINITE)]
-    told: list[str] = []
+    faults: list[str] = []
     for problem in (*problems, *found, *more):
         # What cannot be attached is found three times: by the plan, by the updates and by the diagnosis.
-        if not any(problem.removeprefix(TRIED) in other for other in told):
-            told.append(problem)
-    return Examination(described, told, trained, (f"{NO_FORK}{tried.spawned}",) if tried.spawned else ())
-
-
-def _sorted(diagnosis: str) -> tuple[list[str], list[str]]:
-    """Take the problems out of a diagnosis, and what to do next, which is another thing here."""
-    kept, problems = [], []
-    for line in diagnosis.rstrip().splitlines():
-        name, _, rest = line.partition(" ")
-        if name == "problem":
-            problems.append(rest.strip())
-        elif name not in ("problems", "next"):
-            kept.append(line)
-    while kept and not kept[-1]:
-        kept.pop()
-    return kept, problems
+        if not any(problem.removeprefix(TRIED) in other for other in faults):
+            faults.append(problem)
+    return Examination(described, faults, trained, (f"{NO_FORK}{tried.spawned}",) if tried.spawned else ())
 
 
 def _described(task_file: TaskFile, tried: TriedTask) -> list[str]:
@@ -231,7 +223,7 @@ def _times(tried: TriedTask, seconds: float, jobs: int) -> list[str]:
     if not math.isfinite(seconds):
         return [f"{'update':<12}not done", f"{'comparison':<12}{words}"]
     if total is None:
-        words += "; how long is not known, as batches do not tell their number"
+        words += "; how long is not known, as batches have no length"
     else:
         training = runs * (total * seconds + tried.tests * tried.metric_seconds + RUN_SECONDS) / jobs
         words += (
@@ -239,15 +231,6 @@ def _times(tried: TriedTask, seconds: float, jobs: int) -> list[str]:
             "to write the report), longer where they have other work"
         )
     return [f"{'update':<12}{1000 * seconds:.3g} ms, with the layer-adaptive rule", f"{'comparison':<12}{words}"]
-
-
-def _problems_of_plan(task_file: TaskFile, tried: TriedTask) -> list[str]:
-    """Say why a comparison could not be laid out."""
-    try:
-        plan(task_file, seeds=SEEDS, tried=tried)
-    except UsageError as error:
-        return [str(error)]
-    return []
 
 
 def _check(steps: int, seconds: float) -> None:
@@ -335,7 +318,7 @@ def train(
         steps: updates; fewer if the task's own run is shorter.
         seconds: after which it ends earlier.
         device: where the network is trained.
-        advance: told of the updates done, and of how many there will be.
+        advance: called with the updates that are done and with how many there will be.
 
     Returns:
         What it showed.

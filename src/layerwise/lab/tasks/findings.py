@@ -115,7 +115,7 @@ class Finding:
         kind: ``"non-finite"``, ``"exploding"``, ``"vanishing"``, ``"dead"``, ``"unmoved"``, ``"fast"``, ``"slow"`` or
             ``"frozen"``.
         serious: it is a problem, not a note.
-        layers: names of the layers, the worst first; empty where no layer can be told.
+        layers: names of the layers, the worst first; empty where no layer can be named.
         values: a number of each, what ``quantity`` says; none where there is nothing to measure.
         quantity: what the numbers are.
         limit: what they should keep to, in words.
@@ -134,7 +134,7 @@ class Finding:
 
     @property
     def evidence(self) -> str:
-        """What was measured: the numbers and the layers; "" where no layer can be told."""
+        """What was measured: the numbers and the layers; "" where no layer can be named."""
         numbers = [f"{value:.3g} in " for value in self.values] or [""] * len(self.layers)
         pairs = zip(self.layers[:MOST_NAMED], numbers, strict=False)
         named = ", ".join(f"{number}{layer or '(root)'!r}" for layer, number in pairs)
@@ -157,7 +157,7 @@ def find(
 ) -> list[Finding]:
     """Say what is wrong.
 
-    What follows from another finding is not told besides: a layer without a gradient does not vanish too, and a slow
+    What follows from another finding is not reported again: a layer without a gradient does not vanish too, and a slow
     layer is no news where gradients vanish.
 
     Args:

@@ -164,7 +164,7 @@ def plan(
         arms: names, as ``methods.make_arms`` takes them.
         seeds: number of seeds.
         tuned: name of each arm -> values that were chosen for it; None where nothing was tuned.
-        notes: what the page says besides.
+        notes: what the page says in addition.
         device: where networks are trained.
         tried: what a try of the task has found already.
 

@@ -244,7 +244,7 @@ class TaskFile(TaskModule):
         return replace(self, values=kept)
 
     def configuration(self, *, layers_every: int = 50, measure: str = "metric") -> dict[str, Any]:
-        """Give what tells runs of this task from others, for ``Configuration.trial``; the path is no part of it.
+        """Give what identifies runs of this task, for ``Configuration.trial``; the path is no part of it.
 
         Args:
             layers_every: updates between two records of each layer's norms.
@@ -253,15 +253,16 @@ class TaskFile(TaskModule):
         about = {"task": self.sha256, "function": self.function, "values": dict(self.values)}
         return {**about, "layers_every": layers_every, "measure": measure}
 
-    def found(self, copies: Path | None = None) -> Callable[..., Any]:
+    def import_function(self, copies: Path | None = None) -> Callable[..., Any]:
         """Import the file anew and give the function; arguments and errors are those of ``imported``."""
         module = self.imported(copies)
         function = getattr(module, self.function, None)
         if callable(function):
             return function
         defined = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
-        own = [f"{self.path.name}:{value.__name__}" for value in defined if inspect.isfunction(value)]
-        remedy = f"use {' or '.join(own)}" if own else "write def task(seed, lr=0.1), as docs/compare.md says"
+        names = [value.__name__ for value in defined if inspect.isfunction(value) and value.__name__[0].isalpha()]
+        own = " or ".join(f"{self.path.name}:{name}" for name in names)
+        remedy = f"use {own}" if own else "write def task(seed, lr=0.1), as docs/compare.md says"
         problem = f"has no function {self.function!r}" if self.function else "names no function"
         raise UsageError(f"{self.path.name} {problem}: {remedy}")
 
@@ -279,7 +280,7 @@ class TaskFile(TaskModule):
             UsageError: the code raised something, or what it returned cannot be used.
         """
         _seed_everything(seed)
-        function = self.found(copies)
+        function = self.import_function(copies)
         _seed_everything(seed)  # whatever the file itself has drawn
         with self.running(f"{self.function}(seed={seed})"):
             returned = function(seed=seed, **self.values)
@@ -352,7 +353,7 @@ def load(file_and_function: str, values: Mapping[str, Value] | None = None) -> T
         raise UsageError(f"task={file_and_function!r}: {reason}; give FILE:FUNCTION, as my_task.py:task") from None
     task_file = TaskFile(path.resolve(), function, source)
     with Stream(0):
-        found = task_file.found()
+        found = task_file.import_function()
     with task_file.running("its signature"):
         parameters = dict(inspect.signature(found).parameters)
     seed = parameters.pop("seed", None)
@@ -378,11 +379,12 @@ def _task_of(returned: Any, file: TaskModule) -> Task:
         kind = "nothing" if returned is None else type(returned).__name__
         raise file.refuse(f"returned {kind}: return a layerwise.lab.Task or a dict with {', '.join(REQUIRED)}")
     known = [entry.name for entry in fields(Task)]
-    unknown = [f"with {name!r}" for name in returned if name not in known]
-    wrong = unknown + [f"without {name!r}" for name in REQUIRED if name not in returned]
-    if wrong:
+    unknown = [name for name in returned if name not in known]
+    missing = [f"without {name!r}" for name in REQUIRED if name not in returned]
+    if unknown or missing:
+        words = ", ".join([*(f"with {name!r}" for name in unknown), *missing])
         hint = nearest(unknown[0], known) if unknown else ""
-        raise file.refuse(f"returned a dict {', '.join(wrong)}: use the names {', '.join(known)}.{hint}")
+        raise file.refuse(f"returned a dict {words}: use the names {', '.join(known)}.{hint}")
     return Task(**returned)
 
 
@@ -614,7 +616,7 @@ class _Parts:
         batch = next(iter(self.batches(1)))
         if not same(batch, next(iter(self.batches(1)))):
             raise refuse(
-                "batches gives other batches when epoch 1 is asked for twice, so a run that goes on from a checkpoint "
+                "batches gives other batches when epoch 1 begins again, so a run that goes on from a checkpoint "
                 "would see others: draw from torch's, Python's or NumPy's global generator, which the lab seeds for "
                 "each epoch, or make the generator inside of batches(epoch), of seed and epoch"
             )
@@ -625,8 +627,8 @@ class _Parts:
         name, value = next(iter(self.metric(trial.model).items()))
         seconds = time.perf_counter() - began
         _check_finite(name, value, self.file)
-        better, told = task.higher_is_better, {better for word, better in DIRECTIONS.items() if word in name.lower()}
-        if better is None and len(told) != 1:
+        better, named = task.higher_is_better, {better for word, better in DIRECTIONS.items() if word in name.lower()}
+        if better is None and len(named) != 1:
             raise refuse(
                 f"higher_is_better is not given, and the name {name!r} does not tell: return higher_is_better=True or "
                 "False"
@@ -637,7 +639,7 @@ class _Parts:
             trial=trial,
             metric=name,
             value=value,
-            higher_is_better=told.pop() if better is None else better,
+            higher_is_better=named.pop() if better is None else better,
             has_validation=task.validation is not None,
             metric_seconds=seconds,
             spawned=self.spawned(source) if spawned else "",
@@ -674,7 +676,7 @@ def _begun(source: Iterable[Any]) -> Iterator[Any]:
 
 
 def _length_of(batches: Any) -> int | None:
-    """Give the number of batches of an epoch where they tell it, as no function and no loader of a stream does."""
+    """Give the number of batches of an epoch; None for a function and for a loader of a stream."""
     return operator.length_hint(batches) or None
 
 

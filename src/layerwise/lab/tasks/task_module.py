@@ -11,6 +11,7 @@ import atexit
 import hashlib
 import importlib
 import json
+import linecache
 import multiprocessing
 import os
 import re
@@ -23,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.abc import SourceLoader
-from importlib.util import spec_from_loader
+from importlib.util import decode_source, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,6 +75,8 @@ class _Copy(SourceLoader):
         source = Path(self.copy).read_bytes()
         if _stem_of(source) != self.stem:
             raise ImportError(f"{self.copy} has changed: its SHA-256 does not match its name; remove it")
+        # What reads the source again, as torch.jit.script does, finds this one, also if the original has changed.
+        linecache.cache[self.original] = len(source), None, decode_source(source).splitlines(True), self.original
         return source
 
 

@@ -166,14 +166,14 @@ def tune(
         arms: names, as ``methods.make_arms`` takes them.
         seeds: number of tuning seeds.
         settings: how runs are carried out.
-        display: told what happens.
+        display: shows what happens.
         tried: what a try of the task has found already.
 
     Returns:
         The tuning.
 
     Raises:
-        UsageError: a value that cannot be used, or a task without validation; told before anything is trained.
+        UsageError: a value that cannot be used, or a task without validation; reported before anything is trained.
     """
     if not 1 <= seeds <= LARGEST_SEEDS:
         raise UsageError(f"tuning seeds={seeds!r}: must be from 1 to {LARGEST_SEEDS}")
@@ -230,7 +230,7 @@ def run(
         arms: names, as ``methods.make_arms`` takes them.
         seeds: number of seeds of the comparison.
         settings: how runs are carried out.
-        display: told what happens, of the tuning and then of the comparison.
+        display: shows what happens, of the tuning and then of the comparison.
 
     Returns:
         The outcome of the comparison; that of the tuning where it was interrupted, or a run of it failed.
