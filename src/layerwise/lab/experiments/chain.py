@@ -27,8 +27,7 @@ from layerwise.lab.runs.locks import BusyError
 from layerwise.lab.runs.records import Record
 from layerwise.lab.training import trial
 from layerwise.lab.training.distributed import Processes
-from layerwise.lab.training.engine import Training
-from layerwise.lab.training.snapshots import CHECKPOINT_SECONDS
+from layerwise.lab.training.engine import CHECKPOINT_SECONDS, Training
 from layerwise.lab.training.trial import StoppedError, Trial
 from layerwise.layers import DOUBTS
 
