@@ -326,4 +326,4 @@ class Alone:
         self.stopped, self.send = stop, message
 
     def doing(self, name: str) -> None:
-        """Nobody needs to be told."""
+        """Do nothing: a crash here needs no name."""
