@@ -168,7 +168,7 @@ def test_a_reader_moves_nothing_while_the_run_is_at_work(tmp_path, configuration
     script = """
     import sys, time
     from pathlib import Path
-    from layerwise.lab.runs import RunFolder
+    from layerwise.lab.runs.folder import RunFolder
     with RunFolder(Path(sys.argv[1]), None).lock():
         print("locked", flush=True)
         time.sleep(60)
@@ -212,7 +212,7 @@ def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path, configurati
     script = """
     import sys, time
     from pathlib import Path
-    from layerwise.lab.runs import RunFolder
+    from layerwise.lab.runs.folder import RunFolder
     with RunFolder(Path(sys.argv[1]), None).lock():
         print("locked", flush=True)
         time.sleep(60)
@@ -236,7 +236,7 @@ def test_a_process_forked_from_the_one_that_was_killed_holds_no_lock(tmp_path, c
     script = """
     import os, sys, time
     from pathlib import Path
-    from layerwise.lab.runs import RunFolder
+    from layerwise.lab.runs.folder import RunFolder
     with RunFolder(Path(sys.argv[1]), None).lock():
         if os.fork() == 0:
             print(os.getpid(), flush=True)
@@ -284,7 +284,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_is_kept(tmp_path, config
     import resource, signal, sys
     from pathlib import Path
     import torch
-    from layerwise.lab.runs import RunFolder
+    from layerwise.lab.runs.folder import RunFolder
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     try:

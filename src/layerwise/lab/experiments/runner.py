@@ -17,7 +17,7 @@ from layerwise.lab.experiments.pool import Failure, Interrupt, run_jobs
 from layerwise.lab.experiments.results import Results
 from layerwise.lab.runs.files import OwnFolder, check_page, refuse_links
 from layerwise.lab.runs.folder import Runs
-from layerwise.lab.runs.locks import locked
+from layerwise.lab.runs.locks import alone_in
 from layerwise.lab.runs.records import Record
 from layerwise.lab.runs.store import usable_cores
 from layerwise.lab.training.devices import check_device
@@ -332,8 +332,8 @@ def _check_writable(out: Path, name: str) -> None:
     """Refuse a folder in which runs and pages cannot be written, before anything is trained."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as probe:
-            locked(probe, out)
+        with tempfile.TemporaryDirectory(dir=out) as probe, alone_in(Path(probe)):
+            pass
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"out={str(out)!r} cannot be written ({reason}): give another folder with --out") from error
