@@ -27,8 +27,7 @@ from layerwise.lab.runs.records import Record
 from layerwise.lab.training import trial
 from layerwise.lab.training.devices import begin_memory, card_count, device_of_worker, peak_memory, whole_memory
 from layerwise.lab.training.distributed import Processes
-from layerwise.lab.training.engine import Training
-from layerwise.lab.training.snapshots import CHECKPOINT_SECONDS
+from layerwise.lab.training.engine import CHECKPOINT_SECONDS, Training
 from layerwise.lab.training.trial import StoppedError, Trial
 from layerwise.layers import DOUBTS
 
@@ -335,4 +334,4 @@ class Alone:
         self.stopped, self.send = stop, message
 
     def doing(self, name: str) -> None:
-        """Nobody needs to be told."""
+        """Do nothing: a crash here needs no name."""

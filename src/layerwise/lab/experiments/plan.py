@@ -1,4 +1,4 @@
-"""What an experiment is: subjects, arms, seeds, and what is looked at; from a recipe or from a person's own task."""
+"""What an experiment is: subjects, arms, seeds, and what is looked at; from a recipe or a user's own task."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ class PlannedRun:
         arm: the arm.
         seed: of the run.
         configuration: what it is; of a control, without what follows from its method's run.
-        task: a person's own task, as ``tasks.py`` names it, or None.
+        task: a user's own task, as ``tasks.py`` names it, or None.
     """
 
     subject: str
@@ -236,7 +236,7 @@ class Plan:
     Attributes:
         name: of its folder.
         title: one line.
-        source: paper and section, or the person's file.
+        source: paper and section, or the user's file.
         layout: what is shown.
         quantity: what is compared.
         columns: steps that the table shows; empty for the last one alone.
@@ -250,7 +250,7 @@ class Plan:
         claims: what the paper says in words, each a sentence with its place.
         constants: name -> (value, source), for the page.
         notes: what differs from the paper, and what the page does not show.
-        scale: ``"smoke"``, ``"reduced"``, ``"full"``, or "" for a person's own task.
+        scale: ``"smoke"``, ``"reduced"``, ``"full"``, or "" for a user's own task.
         data_title: the data in words.
         found: it was made from finished runs, so its comparisons were chosen after them.
     """

@@ -1,8 +1,8 @@
 """Chains of runs on Ray: on the processors of this machine, or of a cluster.
 
 Every chain is one Ray task. A task whose machine sees the folder of the runs works in it, as a local worker does, with
-its locks and checkpoints. Another works in a folder of its own: finished runs travel both ways, and a run that is
-stopped there begins anew the next time. The numbers are the same everywhere.
+its locks and checkpoints. Another works in a folder of its own: finished runs travel both ways, and a stopped run
+starts again the next time. The numbers are the same everywhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Carrying out a plan, and what came of it: finished runs are found, the rest is done and kept run by run."""
+"""Carrying out a plan, and its outcome: finished runs are found, the rest is done and kept run by run."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ class Display:
         """A run is finished with this result, in words."""
 
     def stopping(self) -> None:
-        """The person has interrupted it; runs at work write their checkpoints."""
+        """The user has interrupted it; running processes write their checkpoints."""
 
     def say(self, words: str) -> None:
-        """Something came up that the person is to know."""
+        """The user must know this."""
 
     def end(self) -> None:
         """No run is worked on any more."""
@@ -97,7 +97,7 @@ class Outcome:
         failures: runs that failed.
         alike: every arm's first run failed in the same way, so that no further one was begun.
         skipped: runs that another process works on.
-        interrupted: the person stopped it.
+        interrupted: the user stopped it.
         seconds: wall clock time.
         jobs: number of processes.
     """
@@ -154,7 +154,7 @@ class Outcome:
         return 130 if self.interrupted else 0 if self.complete else 1
 
     def result_words(self, record: Record) -> str:
-        """Say what came of a run."""
+        """Give the result of a run in words."""
         quantity = self.plan.quantity
         if record.diverged:
             return "diverged"
@@ -321,7 +321,7 @@ def carry_out(
             display.stopping()
         return interrupt.requested or outcome.alike
 
-    # Processes that share runs are ended by SIGTERM when one of them has died: there is nobody to wait for then.
+    # Processes that share runs are ended by SIGTERM when one of them has died: no other process would do so.
     with Interrupt(*([signal.SIGTERM] if engine is None else [])) as interrupt:
         display.begin(outcome, outcome.jobs)
         try:

@@ -22,12 +22,9 @@ from layerwise.lab.training.distributed import Processes, indivisible, joined
 
 
 def run_shared(plan: Plan, settings: Settings, display: Display | None = None) -> Outcome | None:
-    """Do the runs of a plan one after another, each shared by all processes.
+    """Do the runs of the first process's plan one after another, each shared by all processes.
 
-    Args:
-        plan: the experiment; only the first process's counts.
-        settings: how; jobs, engine and address have no meaning here.
-        display: told what happens, in the first process.
+    Jobs, engine and address have no meaning here.
 
     Returns:
         The outcome in the first process, as ``runner.carry_out`` gives it; None in the others.
@@ -56,13 +53,7 @@ def run_shared(plan: Plan, settings: Settings, display: Display | None = None) -
 
 
 def lead(
-    processes: Processes,
-    chains: Sequence[Chain],
-    jobs: int,
-    *,
-    on_message: Callable[[int, Any], None],
-    on_failure: Callable[[Failure], None],
-    stop: Callable[[], bool],
+    processes: Processes, chains: Sequence[Chain], jobs: int, *, on_message: Any, stop: Callable[[], bool], **told: Any
 ) -> list[Failure]:
     """Be the first process: do chains one after another, with the others at every run; failures come as messages."""
     for chain in chains:
@@ -73,12 +64,7 @@ def lead(
 
 
 def follow(processes: Processes, stop: Callable[[], bool] = lambda: False) -> None:
-    """Be a process beside the first one: do what ``do_chain`` does there until that is over.
-
-    Args:
-        processes: of which this is not the first.
-        stop: asked once an update; True stops the run in all processes.
-    """
+    """Be a process beside the first one: do what ``do_chain`` does there; ``stop`` stops the run in all of them."""
     while True:
         order: Any = processes.from_first(lambda: None)
         if order is None:

@@ -25,11 +25,9 @@ from layerwise.lab.errors import UsageError
 
 T = TypeVar("T")
 
-LONGEST_WAIT = timedelta(days=2)
-"""How long processes wait for the first one, which may be testing a large network or reading a large file."""
-
-FAILURE_WAIT = timedelta(seconds=60)
-"""How long a process in which a run failed waits for the others to fail too."""
+LONGEST_WAIT, FAILURE_WAIT = timedelta(days=2), timedelta(seconds=60)
+"""How long processes wait for the first one, which may test a large network; and how long a process in which a run
+failed waits for the others to fail too."""
 
 
 class Processes:
@@ -54,7 +52,7 @@ class Processes:
         return self.rank == 0
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Give the network that averages its gradients; every parameter must have a part in the loss."""
+        """Give the network that averages its gradients; the loss must depend on every parameter."""
         if self.count == 1:
             return model
         if self.device != "cpu":
@@ -113,10 +111,13 @@ class Processes:
 
     def agree(self, *wishes: bool) -> tuple[bool, ...]:
         """Say of each wish whether any process has it."""
-        return tuple(map(any, zip(*self.gather(wishes), strict=True)))
+        votes = torch.tensor(wishes, dtype=torch.uint8)
+        if self.count > 1:
+            dist.all_reduce(votes, dist.ReduceOp.MAX, self._group)
+        return tuple(map(bool, votes.tolist()))
 
     def from_first(self, act: Callable[[], T]) -> T:
-        """Do something in the first process while the others wait, and give all what came of it, an error too."""
+        """Do something in the first process while the others wait; all get its result or its error."""
         value: Any = None
         failure: Exception | None = None
         try:
@@ -147,10 +148,7 @@ class Processes:
 
 
 def joined(device: str = "cpu") -> Processes:
-    """Join the processes that ``torchrun`` started.
-
-    Args:
-        device: where networks are trained; with ``"cuda"`` each process of a machine takes a card of its own.
+    """Join the processes that ``torchrun`` started; on ``"cuda"`` each process of a machine takes a card of its own.
 
     Raises:
         UsageError: not started by ``torchrun``, a device that cannot be shared, or more processes than cards.
