@@ -121,7 +121,7 @@ class Sweep(Work):
             help="CONSTANT=VALUE,VALUE,... as in rate=0.005,0.01; once for each constant. Constants: rate, momentum, "
             "weight_decay, delta, batch_size, test_batch_size, model, width, solver, policy, policy_unit, gamma, "
             "power, stepsize, steps, iterations, epochs, data, data_digest, train_count, test_count, inputs, order, "
-            "test_every, layers_every, factors_every, timed."
+            "test_every, layers_every, factors_every, training_accuracy, timed."
         ),
     ] = ()
 
