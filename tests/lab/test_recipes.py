@@ -78,7 +78,7 @@ def numbers(table: str) -> dict[str, list[float]]:
 
 
 def test_there_is_a_recipe_for_every_table_and_figure_of_the_papers():
-    expected = {f"singh2015-{part}" for part in ("table1", "table2", "table3", "figure1", "figure2")}
+    expected = {f"singh2015-{part}" for part in ("table1", "table2", "table3", "figure1", "figure2", "best")}
     expected |= {f"basodi2023-figure{number}" for number in range(2, 12)}
     expected |= {f"basodi2023-table{number}" for number in range(1, 5)}
     assert set(NAMES) == expected | {"demo-lenet", "demo-amplification"}
@@ -158,7 +158,7 @@ def test_every_number_of_the_paper_belongs_to_a_run_of_the_full_scale(name):
     for row in plan.paper:
         assert row.mean is not None or row.note, row
         if plan.layout == "steps" and plan.columns:
-            assert row.step in plan.columns
+            assert row.step in plan.columns or row.quantity
 
 
 @pytest.mark.parametrize(("name", "scale"), EVERY)
@@ -173,7 +173,8 @@ def test_the_papers_numbers_stand_beside_every_scale_and_say_so(name, scale):
     same_size = scale == "full" or (name, scale) == ("singh2015-table1", "reduced")
     assert {row.label for row in plan.paper} <= {"paper" if same_size else "paper, full scale"}
     if plan.layout == "steps" and plan.columns:
-        assert all(row.step in plan.columns for row in plan.paper)
+        assert all(row.step in plan.columns or row.quantity for row in plan.paper)
+    assert {row.quantity for row in plan.paper} <= {"", *plan.beside}
     stand_ins = [subject for subject in plan.subjects if subject.stands_for and plan.paper]
     assert sum("numbers beside" in note for note in plan.notes) == len(stand_ins)
 
@@ -336,7 +337,13 @@ def test_the_few_numbers_of_singh_that_are_left():
     paper = {(row.subject, row.arm, row.step): row.mean for row in plan_of("singh2015-figure1").paper}
     assert paper["sgd", "layer-adaptive-50k", None] == 82.08
     paper = {(row.subject, row.arm, row.step): row.mean for row in plan_of("singh2015-figure2").paper}
-    assert paper["alexnet", "layer-adaptive", 295000] == paper["alexnet", "plain", 345000] == 57.5
+    assert paper["alexnet", "layer-adaptive", None] == 295000
+    assert paper["alexnet", "plain", None] == 345000
+    assert {row.gain for row in plan_of("singh2015-figure2").paper} == {
+        "",
+        f"{100 * (295 / 345 - 1):+.1f} %".replace("-", "−"),
+    }
+    assert {row.mean for row in plan_of("singh2015-best").paper} == {99.2}
     for name, rows in (("singh2015-table2", 24), ("singh2015-table3", 6)):
         lost = plan_of(name).paper
         assert len(lost) == rows
@@ -363,7 +370,11 @@ def test_cifar10_full_is_trained_as_caffe_trains_it():
 
 
 def test_alexnet_has_the_papers_two_rates_and_the_controls_that_of_the_method():
-    runs = {run.arm.name: run.configuration for run in plan_of("singh2015-figure2").runs}
+    every = plan_of("singh2015-figure2").runs
+    runs = {run.arm.name: run.configuration for run in every if run.subject == "alexnet"}
+    adagrad = {run.arm.name: run.configuration.constants for run in every if run.subject == "adagrad"}
+    assert adagrad.keys() == {"plain", "layer-adaptive", "mean-factor"}
+    assert {(one.solver, one.momentum) for one in adagrad.values()} == {("caffe-adagrad", 0.0)}
     plain = runs["plain"].constants
     assert (plain.data, plain.inputs, plain.order, plain.batch_size) == ("imagenet", "crops", "shuffled", 256)
     assert (plain.rate, plain.momentum, plain.weight_decay) == (0.01, 0.9, 0.0005)

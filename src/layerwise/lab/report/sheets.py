@@ -105,7 +105,7 @@ def entry(cell: Cell | None, quantity: Quantity, paper: PaperValue | None = None
 def paper_words(paper: PaperValue, quantity: Quantity) -> str:
     """Write a number of the paper."""
     if paper.mean is None:
-        return "lost"
+        return "a curve" if "a curve only" in paper.note else "lost"
     sd = "" if paper.sd is None else f" ± {number(paper.sd, quantity, paper.sd)}"
     gain = f" ({paper.gain})" if paper.gain else ""
     return number(paper.mean, quantity, paper.sd or math.nan) + sd + gain
