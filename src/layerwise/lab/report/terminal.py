@@ -163,9 +163,9 @@ def metrics(results: Results) -> list[Quantity]:
     """Give what the runs recorded at their end besides what they are judged by, in the order of the records."""
     finals = [record.summary["finals"] for record in results.records.values()]
     names = dict.fromkeys(name for each in finals for name, value in each.items() if value is not None)
-    judged = results.plan.quantity.name
-    # Accuracy and test error say the same; validation is what a tuning is judged by.
-    told = {"accuracy": "test_error", "test_error": "accuracy"}.get(judged)
+    judged, told = results.plan.quantity.name, None
+    if results.plan.scale:  # a recipe records both, which say the same
+        told = {"accuracy": "test_error", "test_error": "accuracy"}.get(judged)
     return [
         QUANTITIES.get(name) or Quantity(name=name, words=name.replace("_", " "), unit="", difference_unit="")
         for name in names
