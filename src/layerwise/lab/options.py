@@ -42,7 +42,7 @@ class Places:
     """Print one JSON value and nothing else."""
 
     quiet: Flag = False
-    """Print the verdicts and the place of the report only."""
+    """Print the conclusion and the place of the report only."""
 
 
 @dataclass(frozen=True, kw_only=True)
