@@ -144,7 +144,7 @@ from pathlib import Path
 from mutations import mutated
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.record import read_frame
-from layerwise.lab.runs import MAGIC, RunFolder
+from layerwise.lab.runs.folder import MAGIC, RunFolder
 kind, place, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 chance, told = random.Random(3), Counter()
 content = (place / "whole").read_bytes()
