@@ -52,24 +52,21 @@ def lab_seconds(plan: Plan, data: Path, jobs: int, threads: int) -> float:
 
 def bare_seconds(run: PlannedRun, data: Path) -> float:
     """Time the loop that a person would write for a run: default layout, the loss read at each step, the same tests."""
-    configuration: Configuration = run.configuration
-    layout, trial.MEMORY_FORMAT = trial.MEMORY_FORMAT, torch.contiguous_format
-    try:
-        built = trial.build(configuration, data)
-        rule = rule_making.make_rule(configuration.rule, 0)
-        if rule is not None:
-            place: Any = {"apply": configuration.apply, "decay": configuration.decay}
-            layerwise.LayerwiseLR(built.optimizer, rule, built.model, **place)
-        start = time.perf_counter()
-        batches = built.batches(1, 0)
-        for iteration in range(built.total or 0):
-            if iteration % (built.test_every or 1) == 0:
-                built.evaluate(built.model, lambda: False)
-            update(built, batches)
-        built.evaluate(built.model, lambda: False)
-        return time.perf_counter() - start
-    finally:
-        trial.MEMORY_FORMAT = layout
+    trained = {**run.configuration.trial, "memory_format": "contiguous"}
+    configuration: Configuration = dataclasses.replace(run.configuration, trial=trained)
+    built = trial.build(configuration, data)
+    rule = rule_making.make_rule(configuration.rule, 0)
+    if rule is not None:
+        place: Any = {"apply": configuration.apply, "decay": configuration.decay}
+        layerwise.LayerwiseLR(built.optimizer, rule, built.model, **place)
+    start = time.perf_counter()
+    batches = built.batches(1, 0)
+    for iteration in range(built.total or 0):
+        if iteration % (built.test_every or 1) == 0:
+            built.evaluate(built.model, lambda: False)
+        update(built, batches)
+    built.evaluate(built.model, lambda: False)
+    return time.perf_counter() - start
 
 
 def measure(rounds: int) -> dict[str, Row]:

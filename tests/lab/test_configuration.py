@@ -37,6 +37,9 @@ VALUES = {
         ({"rat": 1.0}, "unknown constant 'rat': use one of"),
         ({"data_digest": 5}, "data_digest=5: must be the digest of an image folder, or None"),
         ({"weight_decay": "big"}, "weight_decay='big'"),
+        ({"precision": "fp16"}, "precision='fp16': use one of float32, tf32, bfloat16"),
+        ({"memory_format": "nhwc"}, "memory_format='nhwc': use one of channels_last, contiguous"),
+        ({"compile": 1}, "compile=1: use one of false, true"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named(change, words):
@@ -88,3 +91,12 @@ def test_a_configuration_survives_json():
 def test_the_name_is_made_for_people():
     made = Configuration.make(Constants.of(VALUES), rule={"name": "LARS"}, seed=7)
     assert made.name == f"lenet-digits5k-LARS-seed7-{made.identity}"
+
+
+def test_constants_of_the_big_machine_leave_finished_runs_finished():
+    plain = Configuration.make(Constants.of(VALUES))
+    same = {"precision": "float32", "memory_format": "channels_last", "compile": "false"}
+    assert Configuration.make(Constants.of({**VALUES, **same})).name == plain.name
+    other = [{"precision": "tf32"}, {"memory_format": "contiguous"}, {"compile": "true"}]
+    names = {Configuration.make(Constants.of({**VALUES, **change})).name for change in other}
+    assert len(names | {plain.name}) == 4

@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import replace
+from functools import partialmethod
 from types import SimpleNamespace
 
 import polars
@@ -334,3 +335,25 @@ def test_runs_in_this_process_leave_the_log_level(carried_out):
     plan = tiny_plan()
     carried_out(replace(plan, runs=plan.runs[:1]))
     assert logger.level == level
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": "bfloat16"},
+        {"memory_format": "contiguous"},
+        {"compile": True},
+    ],
+    ids=["bfloat16", "contiguous", "compile"],
+)
+def test_precision_layout_and_compilation_are_near_to_float32(change, monkeypatch):
+    # Traced as ever, but without the C++ compiler, which takes half a minute.
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    constants = {**LENET, "iterations": 3}
+    plain, changed = training_of(constants), training_of({**constants, **change})
+    expected, summary = plain.run(), changed.run()
+    assert summary["finals"]["test_loss"] == pytest.approx(expected["finals"]["test_loss"], rel=0.02)
+    assert {p.dtype for p in changed.trial.model.parameters()} == {torch.float32}
+    if change.get("precision") == "bfloat16":
+        assert summary["weights"] != expected["weights"]
+    assert changed.measures.names == plain.measures.names

@@ -140,6 +140,8 @@ class ImageFolder:
                 "both need folders of the same names, or the labels would not agree"
             )
         self.side, self.crop, self.workers = side, crop, workers
+        self.shared = False
+        """Whether batches are made in memory that processes share, as a loader's workers need it."""
         self._cache = user_cache_path("layerwise") if cache is None else cache
         self._train = Part(root / train, found, side)
         self._test = Part(root / validation, tested, side)
@@ -255,7 +257,11 @@ class ImageFolder:
     ) -> torch.Tensor:
         """Decode images, subtract the mean image, crop and mirror, several at a time."""
         # NumPy and not torch: it uses one thread a call, and these calls are in threads already.
-        batch = np.empty((len(numbers), 3, self.crop, self.crop), dtype=np.float32)
+        shape = (len(numbers), 3, self.crop, self.crop)
+        made = torch.empty(shape)
+        if self.shared:  # by PyTorch's queues it would be copied into such memory
+            made.share_memory_()
+        batch = made.numpy()
 
         def make(position: int) -> None:
             top, left, mirror = places[position]
@@ -266,7 +272,7 @@ class ImageFolder:
         with ThreadPoolExecutor(self.workers) as pool:
             for _ in pool.map(make, range(len(numbers))):
                 pass
-        return torch.from_numpy(batch)
+        return made
 
     def mean_image(self, progress: Progress | None = None) -> torch.Tensor:
         """Give the mean of all training images, pixel by pixel; computed once and kept in the folder of the cache.

@@ -17,6 +17,9 @@ from layerwise.lab.runs.store import versions
 ORDERS = ("sequential", "shuffled")
 """Order of the training images: in file order without end, or shuffled anew in every epoch."""
 
+PRECISIONS = ("float32", "tf32", "bfloat16")
+MEMORY_FORMATS = ("channels_last", "contiguous")
+
 IDENTITY_LENGTH = 12
 """Letters of a run's identity in its name; 48 bits, so that a million runs are distinct."""
 
@@ -54,6 +57,10 @@ class Constants:
         layers_every: iterations between two records of each layer's norms, and of its factor and rate.
         factors_every: iterations between two records of each layer's factor; 1 where controls repeat them.
         training_accuracy: whether the accuracy on the training batches is recorded at the end of each epoch.
+        precision: one of ``PRECISIONS``: ``"float32"`` is the papers'; ``"tf32"`` lets a GPU multiply with 10 bits of
+            fraction; ``"bfloat16"`` is autocast, with weights and updates in float32.
+        memory_format: layout of the convolutions, one of ``MEMORY_FORMATS``.
+        compile: whether ``torch.compile`` makes the network's kernels.
         timed: the running time is what is asked for, so the run is not shared with recipes that do not ask for it.
     """
 
@@ -84,6 +91,9 @@ class Constants:
     layers_every: int = 50
     factors_every: int = 10
     training_accuracy: bool = False
+    precision: str = "float32"
+    memory_format: str = "channels_last"
+    compile: bool = False
     timed: bool = False
 
     def __post_init__(self) -> None:
@@ -101,6 +111,10 @@ class Constants:
             )
         if self.order not in ORDERS:
             raise UsageError(f"order={self.order!r}: use one of {', '.join(ORDERS)}")
+        for name, known in (("precision", PRECISIONS), ("memory_format", MEMORY_FORMATS), ("compile", (False, True))):
+            value = getattr(self, name)
+            if not any(value == each and type(value) is type(each) for each in known):
+                raise UsageError(f"{name}={value!r}: use one of {', '.join(map(str, known)).lower()}")
         if self.policy_unit not in ("iteration", "epoch"):
             raise UsageError(f"policy_unit={self.policy_unit!r}: use 'iteration' or 'epoch'")
         if self.order == "sequential" and (self.epochs is not None or self.test_every is None):
@@ -142,6 +156,8 @@ class Constants:
             raise UsageError(f"unknown constant {unknown[0]!r}: use one of {', '.join(sorted(known))}")
         steps = values.get("steps") or ()
         given = {**values, "steps": (steps,) if isinstance(steps, int) else tuple(steps)}
+        for name in ("compile", "timed"):  # as a command line has them
+            given |= {name: given[name] == "true"} if given.get(name) in ("true", "false") else {}
         try:
             return cls(**given)
         except TypeError as error:

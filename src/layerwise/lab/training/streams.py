@@ -131,7 +131,8 @@ class _Decoder:
 def _begin_worker(number: int) -> None:
     """Let the process that trains decide what an interrupt means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cast(Any, get_worker_info()).dataset.folder.workers = 1
+    folder = cast(Any, get_worker_info()).dataset.folder
+    folder.workers, folder.shared = 1, True
 
 
 class Loader:

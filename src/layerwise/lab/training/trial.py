@@ -18,8 +18,8 @@ from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.training import inputs, networks, solvers
 from layerwise.lab.training.streams import FolderStream, MemoryStream, shortened
 
-MEMORY_FORMAT = torch.channels_last
-"""Layout of the convolutions. On one thread an iteration of LeNet takes 11 ms so, 20 ms in the default layout."""
+MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+"""Layouts of the convolutions. On one thread an iteration of LeNet takes 11 ms in the first, 20 ms in the second."""
 
 
 class StoppedError(Exception):
@@ -215,7 +215,7 @@ def build(
         UsageError: a value that cannot be used, or data missing or damaged.
     """
     constants = configuration.constants
-    cuda = device.startswith("cuda")
+    cuda, memory_format = device.startswith("cuda"), MEMORY_FORMATS[constants.memory_format]
     stream = make_stream(constants, configuration.seed, data_dir, loaders=loaders, pin=cuda, share=share)
     model = networks.build(
         constants.model,
@@ -223,13 +223,22 @@ def build(
         classes=stream.classes,
         channels=stream.channels,
         width=constants.width,
-    ).to(device=device, memory_format=MEMORY_FORMAT)  # type: ignore[call-overload]
+    ).to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    if constants.compile:
+        # A graph for each shape: one for all shapes would be compiled at another moment in a run that goes on.
+        model.compile(dynamic=False)
+    if cuda:  # convolutions use TF32 by PyTorch's default; float32 here is float32
+        torch.set_float32_matmul_precision("high" if constants.precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = constants.precision == "tf32"
+    at_precision: Callable[[Any], Any] = lambda function: function  # noqa: E731
+    if constants.precision == "bfloat16":
+        at_precision = torch.autocast(torch.device(device).type, torch.bfloat16)
     optimizer, scheduler = solvers.build(constants, model)
 
     def prepare(batch: Any) -> Any:
         inputs, labels = batch
         inputs, labels = (each.to(device, non_blocking=cuda) for each in (inputs, labels))
-        return inputs.contiguous(memory_format=MEMORY_FORMAT), labels
+        return inputs.contiguous(memory_format=memory_format), labels
 
     return Trial(
         model=model,
@@ -237,9 +246,9 @@ def build(
         scheduler=scheduler,
         schedule_unit=constants.policy_unit,
         batches=stream.batches,
-        loss=cross_entropy_and_accuracy if constants.training_accuracy else cross_entropy,
+        loss=at_precision(cross_entropy_and_accuracy if constants.training_accuracy else cross_entropy),
         training_metric="training_accuracy" if constants.training_accuracy else "",
-        evaluate=classification(stream.tests, prepare),
+        evaluate=at_precision(classification(stream.tests, prepare)),
         iterations=constants.iterations,
         epochs=constants.epochs,
         epoch_length=stream.epoch_length,
