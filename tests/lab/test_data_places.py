@@ -15,7 +15,7 @@ from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import datasets as places
 from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments import runner as experiment
-from layerwise.lab.experiments.outcome import Settings
+from layerwise.lab.experiments.runner import Settings
 from layerwise.lab.runs.folder import Runs
 from layerwise.lab.training import trial
 

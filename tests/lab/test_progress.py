@@ -11,8 +11,8 @@ from lab_helpers import tiny_plan
 from rich.console import Console
 
 from layerwise.lab import progress
-from layerwise.lab.experiments.outcome import Display, Outcome, Settings
 from layerwise.lab.experiments.results import Results
+from layerwise.lab.experiments.runner import Display, Outcome, Settings
 from layerwise.lab.progress import Meter, RunDisplay, duration
 
 

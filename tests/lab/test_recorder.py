@@ -50,3 +50,30 @@ def test_the_state_is_loaded_without_running_anything(filled):
     again.add("test_error", 4, 2, 1.0)
     assert again.last("test_error") == (4, 1.0)
     assert filled.last("test_error") == (3, 12.5)
+
+
+def test_rows_only_grow_so_that_a_checkpoint_need_only_add_the_new_ones(filled):
+    before = filled.state_dict()["rows"]
+    kept = before.clone()
+    for step in range(4, 4000):  # more than there was room for
+        filled.add("training_loss", step, 1, 0.5)
+    after = filled.state_dict()["rows"]
+    assert torch.equal(before, kept)
+    assert torch.equal(after[: len(kept)], kept)
+    assert len(after) == 24 * (10 + 3996)
+
+
+def test_a_state_of_an_earlier_version_is_loaded(filled):
+    state = {"keys": [["training_loss", None], ["factor", "a"], ["factor", "b"], ["test_error", None]]}
+    state["steps"] = [torch.tensor(steps) for steps in ([1, 2, 3], [1, 2, 3], [1, 2, 3], [3])]
+    state["epochs"] = [torch.ones_like(steps) for steps in state["steps"]]
+    values = ([1.0, 1 / 2, 1 / 3], [2.0, 4.0, 6.0], [1.0, 2.0, 3.0], [12.5])
+    state["values"] = [torch.tensor(each, dtype=torch.float64) for each in values]
+    again = Recorder()
+    again.load_state_dict(state)
+    assert again.frame().equals(filled.frame())
+
+
+def test_rows_of_no_series_are_refused(filled):
+    with pytest.raises(ValueError, match="unknown series"):
+        Recorder().load_state_dict({**filled.state_dict(), "series": []})

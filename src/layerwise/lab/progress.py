@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from layerwise.lab.errors import shown
-from layerwise.lab.experiments.outcome import Display, Outcome
+from layerwise.lab.experiments.runner import Display, Outcome
 
 LINE_SECONDS = 10.0
 """Seconds between two lines where the output is not a terminal."""

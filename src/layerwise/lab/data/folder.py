@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,21 @@ TRAIN, VALIDATION = "train", "val"
 
 CHUNK = 256
 """Images that are decoded between two calls of a progress function."""
+
+
+class Job(NamedTuple):
+    """A batch that is to be decoded.
+
+    Attributes:
+        training: whether its images are training images.
+        numbers: of the images.
+        places: for each image, top and left of its crop, and whether it is mirrored.
+    """
+
+    training: bool
+    numbers: list[int]
+    places: list[tuple[int, int, bool]]
+
 
 Progress = Callable[[int, int], object]
 """Called with the number of images that are done and of all."""
@@ -82,8 +98,7 @@ class ImageFolder:
         workers: threads that decode.
         memory_bytes: decoded images stay in memory if all training images fit in so much; the test images too if they
             fit in what is left. 0 keeps none.
-        cache: folder of the mean images and of checksums of the photographs; None for the user's folder of cached
-            files.
+        cache: folder of the mean images; None for the user's folder of cached files.
 
     Attributes:
         name: of the folder.
@@ -126,8 +141,8 @@ class ImageFolder:
             )
         self.side, self.crop, self.workers = side, crop, workers
         self._cache = user_cache_path("layerwise") if cache is None else cache
-        self._train = Part(root / train, found, side, self._cache)
-        self._test = Part(root / validation, tested, side, self._cache)
+        self._train = Part(root / train, found, side)
+        self._test = Part(root / validation, tested, side)
         room = self._train.keep(memory_bytes)
         if self._train.kept is not None:
             self._test.keep(room)
@@ -146,7 +161,7 @@ class ImageFolder:
     def digest(self) -> str:
         """What tells the folder from others: a checksum of the names, classes and sizes of all images of both parts.
 
-        Their content is not read, which would take as long as some epochs; ``contents`` sees whether it changes.
+        Their content is not read, which would take as long as some epochs.
         """
         digest = hashlib.sha256(b"image folder 1\n")
         for name, part in ((b"to train\n", self._train), (b"to test\n", self._test)):
@@ -175,8 +190,7 @@ class ImageFolder:
     def train_batch(self, index: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Make a training batch: a random crop of each image, mirrored with probability 1/2.
 
-        x = mirror(crop(image - mean)). All random numbers are drawn before an image is read, so they depend on the
-        number of images alone. The first batch needs the mean image; see ``mean_image``.
+        x = mirror(crop(image - mean)). The first batch needs the mean image; see ``mean_image``.
 
         Args:
             index: numbers of the images, int64, shape (n,), each from 0 to train_count - 1.
@@ -188,15 +202,25 @@ class ImageFolder:
         Raises:
             UsageError: not such numbers; or an image is damaged.
         """
+        return self.decoded(self.drawn(index, generator))
+
+    def drawn(self, index: torch.Tensor, generator: torch.Generator) -> Job:
+        """Draw the random numbers of a training batch, before an image is read: they depend on the number alone.
+
+        Arguments and errors are those of ``train_batch``.
+        """
         if index.dtype != torch.int64 or index.ndim != 1:
             raise UsageError(f"index of {index.dtype} and shape {tuple(index.shape)}: give torch.int64 of shape (n,)")
         wrong = index[(index < 0) | (index >= self.train_count)]
         if len(wrong):
             raise UsageError(f"index={int(wrong[0])!r}: use numbers of images from 0 to {self.train_count - 1}")
-        mean = self._mean_values(None)
         (left, top), mirrored = self._draw(len(index), generator)
-        places = list(zip(top.tolist(), left.tolist(), mirrored.tolist(), strict=True))
-        return self._batch(self._train, index.tolist(), places, mean), self.train_labels[index]
+        return Job(True, index.tolist(), list(zip(top.tolist(), left.tolist(), mirrored.tolist(), strict=True)))
+
+    def decoded(self, job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode a batch, in any process: inputs, float32, shape (n, 3, crop, crop), and labels, int64, shape (n,)."""
+        part = self._train if job.training else self._test
+        return self._batch(part, job.numbers, job.places, self._mean_values(None)), part.labels[job.numbers]
 
     def test_batches(self, size: int = 50) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Give all test images in order: the crop in the middle of each, not mirrored.
@@ -211,16 +235,20 @@ class ImageFolder:
         Raises:
             UsageError: size below 1.
         """
+        return map(self.decoded, self.test_jobs(size))
+
+    def test_jobs(self, size: int) -> list[Job]:
+        """Give what ``test_batches`` decodes."""
         if size < 1:
             raise UsageError(f"size={size!r}: use a whole number from 1")
-        return self._test_batches(size)
+        middle = (self.side - self.crop) // 2
+        numbers = torch.arange(self.test_count).split(size)
+        return [Job(False, each.tolist(), [(middle, middle, False)] * len(each)) for each in numbers]
 
-    def _test_batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Make the test batches as they are asked for."""
-        mean, middle = self._mean_values(None), (self.side - self.crop) // 2
-        for numbers in torch.arange(self.test_count).split(size):
-            places = [(middle, middle, False)] * len(numbers)
-            yield self._batch(self._test, numbers.tolist(), places, mean), self.test_labels[numbers]
+    @property
+    def kept(self) -> bool:
+        """Whether decoded images stay in memory, so that each is decoded once."""
+        return self._train.kept is not None
 
     def _batch(
         self, part: Part, numbers: list[int], places: list[tuple[int, int, bool]], mean: np.ndarray

@@ -71,10 +71,10 @@ class Failure:
 
 
 class Link:
-    """A worker's end of the pipe, given to the function that does the job."""
+    """A worker's end of the pipe, given to the function that does the job; ``number`` is the worker's, from 0."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, number: int) -> None:
+        self._connection, self.number = connection, number
         self._stopped = False
 
     def stopped(self) -> bool:
@@ -135,12 +135,12 @@ def _interrupt_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(connection: Connection, work: Callable[[Any, Link], None], method: str | None) -> None:
+def _serve(connection: Connection, work: Callable[[Any, Link], None], method: str | None, number: int) -> None:
     """Be a worker: do one job after another until told to stop."""
     # It was spawned, and would spawn the workers of a loader too, whatever the master's default is.
     multiprocessing.set_start_method(method, force=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    link = Link(connection)
+    link = Link(connection, number)
     try:
         connection.send(("ready", None))
         while (job := connection.recv()) is not None:
@@ -163,11 +163,11 @@ def _serve(connection: Connection, work: Callable[[Any, Link], None], method: st
 class _Worker:
     """The master's view of one process."""
 
-    def __init__(self, work: Callable[[Any, Link], None]) -> None:
+    def __init__(self, work: Callable[[Any, Link], None], number: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         # No daemon: daemons may not start processes, as a task's loader does. Without its master it ends by its pipe.
-        given = (theirs, work, multiprocessing.get_start_method(allow_none=True))
+        given = (theirs, work, multiprocessing.get_start_method(allow_none=True), number)
         self.process = context.Process(target=_serve, args=given, daemon=False)
         resource_tracker.ensure_running()  # begun by start(), it would let interrupts through again
         with _interrupt_blocked():
@@ -232,7 +232,7 @@ def run_jobs(
 
     workers: list[_Worker | None] = []
     try:
-        workers += [_Worker(work) for _ in range(min(count, len(waiting)))]
+        workers += [_Worker(work, number) for number in range(min(count, len(waiting)))]
         while any(workers):
             if stop():
                 _stop([worker for worker in workers if worker], workers, on_message)
@@ -249,7 +249,7 @@ def run_jobs(
                         waiting.appendleft(left)
                     worker.close()
                     # One that died before its first job would die again; one that died in a job is replaced.
-                    workers[number] = _Worker(work) if waiting and worker.ready else None
+                    workers[number] = _Worker(work, number) if waiting and worker.ready else None
                     continue
                 try:
                     kind, content = worker.connection.recv()

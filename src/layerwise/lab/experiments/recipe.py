@@ -3,33 +3,33 @@
 A recipe is TOML: ``[constants]`` (each ``{ value = ..., source = "..." }``), ``[[subjects]]``, ``[[arms]]``,
 ``[[grids]]`` (an arm for each value of a list), ``[[paper]]`` (the paper's numbers) and ``[scales.smoke]``,
 ``[scales.reduced]``, ``[scales.full]``, which say how long and on what the runs are. ``extends`` names a recipe whose
-tables it takes over and changes. Where subjects have a ``kind``, the values of a grid and the ``phases`` of a rule may
-be tables: kind -> what its subjects have.
+tables it takes over and changes; its ``own_notes`` stand before the ``notes`` taken over. Where subjects have a
+``kind``, the values of a grid and the ``phases`` of a rule may be tables: kind -> what its subjects have.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 from layerwise.lab.errors import UsageError, nearest
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.citations import sourced
 from layerwise.lab.experiments.plan import (
     LAYOUTS,
-    QUANTITIES,
+    Arm,
     PaperValue,
     Plan,
     PlannedRun,
     Subject,
     check_names,
     check_seeds,
+    quantity_of,
+    sourced,
 )
-from layerwise.lab.experiments.rules import resolved
+from layerwise.lab.experiments.rules import arguments_of, resolved, with_arguments
 from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.training.trial import check
 
@@ -40,6 +40,7 @@ else:
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 SCALES = ("smoke", "reduced", "full")
+CONSTANTS = {field.name for field in fields(Constants)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,8 @@ class Recipe:
         Args:
             scale: one of ``SCALES``.
             seeds: number of seeds; None for the scale's.
-            vary: constant -> values: every combination becomes a subject of its own.
+            vary: constant, or argument of a rule -> values: every combination becomes a subject of its own. Arms whose
+                rule does not take the argument have the same runs in each.
 
         Returns:
             The plan.
@@ -128,23 +130,30 @@ class Recipe:
         layout = content["layout"]
         if layout not in LAYOUTS:
             raise UsageError(f"layout={layout!r} of recipe {self.name}: use one of {', '.join(LAYOUTS)}")
+        paper = _paper(content, chosen, subjects, arms, full_scale=not chosen.get("paper", scale != "smoke"))
         in_epochs = runs[0].configuration.constants.epochs is not None
         return Plan(
             name=f"{self.name}-{scale}{_suffix(vary or {})}",
             title=f"Smoke test of: {content['title']}" if scale == "smoke" else content["title"],
             source=content["source"],
             layout=layout,
-            quantity=QUANTITIES[content["quantity"]],
+            quantity=quantity_of(content["quantity"]),
             columns=tuple(chosen.get("columns", content.get("columns", ()))),
             step_unit="epoch" if in_epochs else "iteration",
             subjects=tuple(subjects),
             arms=tuple(arms),
             seeds=given,
             runs=runs,
-            paper=_paper(content, subjects, arms) if chosen.get("paper", scale != "smoke") else (),
+            paper=paper,
+            beside=tuple(chosen.get("beside", content.get("beside", ()))),
             claims=tuple(content.get("claims", ())),
             constants=sourced(content, chosen, subjects, arms),
-            notes=(*chosen.get("notes", ()), *content.get("notes", ())),
+            notes=(
+                *chosen.get("notes", ()),
+                *_stand_ins(content, subjects, paper),
+                *content.get("own_notes", ()),
+                *content.get("notes", ()),
+            ),
             scale=scale,
             data_title=chosen["needs"]["data"],
         )
@@ -158,22 +167,52 @@ def _suffix(vary: Mapping[str, Sequence[Any]]) -> str:
     return "-sweep-" + re.sub(r"[^A-Za-z0-9_.,=+-]", "_", words)[:80]
 
 
-def _paper(content: Mapping[str, Any], subjects: Sequence[Subject], arms: Sequence[Arm]) -> tuple[PaperValue, ...]:
-    """Give the paper's numbers for what is run at a scale."""
-    names = {subject.name for subject in subjects}
+def _paper(
+    content: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    subjects: Sequence[Subject],
+    arms: Sequence[Arm],
+    *,
+    full_scale: bool,
+) -> tuple[PaperValue, ...]:
+    """Give the paper's numbers for what is run at a scale.
+
+    A scale's columns, and its other quantities, stand for the paper's in their order.
+    """
     compared = {name for arm in arms for name in (arm.name, arm.group)}
-    rows = [PaperValue(**row) for row in content.get("paper", ())]
-    return tuple(row for row in rows if row.subject in names and row.arm in compared)
+    steps, besides = (
+        dict(zip(content.get(name, ()), chosen.get(name, ()), strict=False)) for name in ("columns", "beside")
+    )
+    return tuple(
+        PaperValue(**{**row, "subject": subject.name, "full_scale": full_scale, "step": step, "quantity": quantity})
+        for subject in subjects
+        for row in content.get("paper", ())
+        if row["subject"] == (subject.stands_for or subject.name) and row["arm"] in compared and not subject.varied
+        for step in [steps.get(row.get("step"), row.get("step"))]
+        for quantity in [besides.get(row.get("quantity"), row.get("quantity", ""))]
+    )
+
+
+def _stand_ins(content: Mapping[str, Any], subjects: Sequence[Subject], paper: Sequence[PaperValue]) -> Iterator[str]:
+    """Say of which of the paper's subjects the numbers beside a smaller one are."""
+    words = {row["name"]: row["words"] for row in content["subjects"]}
+    shown = {row.subject for row in paper}
+    for subject in subjects:
+        if subject.stands_for and subject.name in shown:
+            yield f"The paper's numbers beside {subject.words} are those of {words[subject.stands_for]}."
 
 
 def _configuration(base: Mapping[str, Any], subject: Subject, arm: Arm) -> Configuration:
     """Put together what the runs of an arm are, but for their seeds."""
-    constants = Constants.of({**base, **subject.constants, **arm.constants, **subject.varied})
+    varied = {name: value for name, value in subject.varied.items() if name in CONSTANTS}
+    constants = Constants.of({**base, **subject.constants, **arm.constants, **varied})
     check(constants)
     rule = arm.rule
     if rule is not None and isinstance(rule.get("phases"), Mapping):
         rule = {**rule, "phases": _of_kind(rule["phases"], subject.kind)}
     rule = resolved(rule, constants.epochs)
+    if rule is not None:
+        rule = with_arguments(rule, subject.varied)
     return Configuration.make(constants, rule=rule, apply=arm.apply)
 
 
@@ -187,10 +226,13 @@ def _subjects(
     subjects = [
         Subject(**{**row, "constants": {**row.get("constants", {}), **changes.get(row["name"], {})}}) for row in rows
     ]
-    known = {field.name for field in fields(Constants)}
+    rules_of = (*content.get("arms", ()), *content.get("grids", ()))
+    arguments = {name for row in rules_of for name in arguments_of(row.get("rule"))}
     for name, values in vary.items():
-        if name not in known:
-            raise UsageError(f"unknown constant {name!r}: use one of {', '.join(sorted(known))}.{nearest(name, known)}")
+        if name not in CONSTANTS and name not in arguments:
+            rules = f", or of the arguments of its rules: {', '.join(sorted(arguments))}" if arguments else ""
+            words = f"use one of {', '.join(sorted(CONSTANTS))}{rules}.{nearest(name, [*CONSTANTS, *arguments])}"
+            raise UsageError(f"unknown constant {name!r}: {words}")
         subjects = [
             replace(
                 subject,

@@ -11,8 +11,13 @@ from layerwise import rules
 from layerwise.lab.errors import UsageError
 from layerwise.rules.selection import LayerChoice
 
-PHASES = {"params_1": rules.PARAMS_1, "params_2": rules.PARAMS_2}
-"""Phases of Basodi et al. 2023, section 4, by name."""
+PHASES = {
+    "params_1": rules.PARAMS_1,
+    "params_2": rules.PARAMS_2,
+    "params_1_to_the_end": (*rules.PARAMS_1[:2], rules.Phase(150, amplify=True)),
+    "params_2_to_the_end": (*rules.PARAMS_2[:2], rules.Phase(150, amplify=True)),
+}
+"""Phases of Basodi et al. 2023, section 4, by name, and the same without the plain epochs at the end."""
 
 
 def public(base: type) -> dict[str, Any]:
@@ -57,6 +62,52 @@ def resolved(rule: Mapping[str, Any] | None, epochs: int | None) -> dict[str, An
     if "phases" in written:
         written["phases"] = phases(written["phases"], epochs)
     return written
+
+
+def arguments_of(rule: Mapping[str, Any] | None) -> set[str]:
+    """Name the arguments of a rule that a sweep can vary: its own, those of its choice of layers, and the factor."""
+    if rule is None:
+        return set()
+    found = set(signature(public(rules.Rule)[rule["name"]]).parameters)
+    if rule["name"] == "GradientAmplification":
+        choice = rule["selection"].get("of", rule["selection"])
+        found |= {"factor", *signature(public(LayerChoice)[choice["name"]]).parameters}
+    return found - {"selection", "phases", "seed", "measured", "factors_by_pattern"}
+
+
+def with_arguments(rule: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a rule other arguments.
+
+    Args:
+        rule: with its phases as rows.
+        values: name -> value, as a command line has it: ``kinds`` are joined by "+".
+
+    Returns:
+        The rule with those of the arguments that it takes.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+    known = arguments_of(rule)
+    given = {name: _plain(name, value) for name, value in values.items() if name in known}
+    if not given:
+        return dict(rule)
+    changed = {**rule, **given}
+    if rule["name"] == "GradientAmplification":
+        factor = given.pop("factor", None)
+        rows = [[until, on, factor if on and factor is not None else old] for until, on, old in rule["phases"]]
+        choice = rule["selection"]
+        choice = {**choice, "of": {**choice["of"], **given}} if "of" in choice else {**choice, **given}
+        changed = {**rule, "phases": rows, "selection": choice}
+    make_rule(changed, 0)
+    return changed
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Read a value of a command line."""
+    if name == "kinds":
+        return str(value).split("+")
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
 
 def make_rule(specification: Mapping[str, Any] | None, seed: int, replay: Path | None = None) -> Any:

@@ -1,26 +1,169 @@
-"""Carrying out a plan: what is finished is found, the rest is done side by side, and every run is kept as it ends."""
+"""Carrying out a plan, and what came of it: finished runs are found, the rest is done and kept run by run."""
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiments.chain import Advance, Chain, Finished, Skipped, complete
-from layerwise.lab.experiments.outcome import Display, Outcome, Settings
 from layerwise.lab.experiments.plan import Plan, PlannedRun
 from layerwise.lab.experiments.pool import Failure, Interrupt, run_jobs
 from layerwise.lab.experiments.results import Results
-from layerwise.lab.experiments.work import do_chain
 from layerwise.lab.runs.files import OwnFolder, check_page, refuse_links
 from layerwise.lab.runs.folder import Runs
-from layerwise.lab.runs.locks import locked
+from layerwise.lab.runs.locks import alone_in
+from layerwise.lab.runs.records import Record
 from layerwise.lab.runs.store import usable_cores
+from layerwise.lab.training.devices import card_count, check_device, default_jobs, loader_count, memory_words
+
+if TYPE_CHECKING:  # it imports PyTorch, for which a report does not wait
+    from layerwise.lab.experiments.chain import Chain
+
+LARGEST_JOBS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a plan is carried out.
+
+    Attributes:
+        out: folder of the runs and the reports.
+        data_dir: folder of the data, or None.
+        jobs: processes side by side; None for one a GPU, and on the CPU for as many as the cores take.
+        threads: of each process; None for the plan's, which is 1. Another number rounds otherwise: other runs.
+        device: where networks are trained.
+        engine: ``"local"`` or ``"ray"``.
+        address: of the Ray cluster; None starts one here.
+    """
+
+    out: Path = Path("runs")
+    data_dir: Path | None = None
+    jobs: int | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    engine: str = "local"
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.jobs is not None and not 1 <= self.jobs <= LARGEST_JOBS:
+            raise UsageError(
+                f"jobs={self.jobs!r}: must be from 1 to {LARGEST_JOBS}; leave --jobs out to use every core or GPU"
+            )
+        if self.threads is not None and not 1 <= self.threads <= LARGEST_JOBS:
+            raise UsageError(f"threads={self.threads!r}: must be from 1 to {LARGEST_JOBS}")
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"out={str(self.out)!r} is a file: give a folder, or a name that does not exist yet")
+        if self.engine not in ("local", "ray"):
+            raise UsageError(f"engine={self.engine!r}: use 'local' or 'ray'")
+        check_device(self.device, here=self.engine == "local")
+
+
+class Display:
+    """Where an experiment says what happens; this one says nothing."""
+
+    def begin(self, outcome: Outcome, workers: int) -> None:
+        """The plan is made and the finished runs are found."""
+
+    def advance(self, worker: int, run: str, done: int, total: int | None) -> None:
+        """A worker has done so many updates of a run."""
+
+    def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
+        """A run is finished with this result, in words."""
+
+    def stopping(self) -> None:
+        """The person has interrupted it; runs at work write their checkpoints."""
+
+    def say(self, words: str) -> None:
+        """Something came up that the person is to know."""
+
+    def end(self) -> None:
+        """No run is worked on any more."""
+
+
+@dataclass
+class Outcome:
+    """What came of an experiment.
+
+    Attributes:
+        plan: what was to be done.
+        settings: how.
+        results: the finished runs.
+        found: runs that were finished before.
+        set_aside: broken files that were renamed.
+        failures: runs that failed.
+        alike: every arm's first run failed in the same way, so that no further one was begun.
+        skipped: runs that another process works on.
+        interrupted: the person stopped it.
+        seconds: wall clock time.
+        jobs: number of processes.
+    """
+
+    plan: Plan
+    settings: Settings
+    results: Results
+    found: int = 0
+    set_aside: list[Path] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    alike: bool = False
+    skipped: list[str] = field(default_factory=list)
+    interrupted: bool = False
+    seconds: float = 0.0
+    jobs: int = 1
+
+    @property
+    def planned(self) -> int:
+        """Number of runs of the whole plan."""
+        return len(self.plan.runs)
+
+    @property
+    def not_begun(self) -> int:
+        """Number of runs that were not begun because those before them had all failed in the same way."""
+        failed = {failure.doing for failure in self.failures}
+        left = [run for run in self.plan.runs if run.key not in self.results.records and run.label not in failed]
+        return len(left) if self.alike else 0
+
+    def causes(self) -> list[list[Failure]]:
+        """Put the failures of one cause together."""
+        found: dict[str, list[Failure]] = {}
+        for failure in self.failures:
+            found.setdefault(failure.kind, []).append(failure)
+        return list(found.values())
+
+    @property
+    def complete(self) -> bool:
+        """Every run is finished."""
+        return len(self.results.records) == self.planned
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the report, the tables and the figures."""
+        return self.settings.out / self.plan.name
+
+    @property
+    def report(self) -> Path:
+        """File of the report."""
+        return self.folder / "report.html"
+
+    @property
+    def exit_code(self) -> int:
+        """0, 1 if a run failed or is left, 130 if interrupted."""
+        return 130 if self.interrupted else 0 if self.complete else 1
+
+    def result_words(self, record: Record) -> str:
+        """Say what came of a run."""
+        quantity = self.plan.quantity
+        if record.diverged:
+            return "diverged"
+        if quantity.name == "seconds":
+            return f"{record.summary['seconds']:.0f} s"
+        value = record.summary["finals"].get(quantity.name)
+        return "no result" if value is None else f"{value:.4g} {quantity.unit} {quantity.words}".replace("  ", " ")
 
 
 def load_finished(plan: Plan, runs: Runs) -> Results:
@@ -33,16 +176,11 @@ def load_finished(plan: Plan, runs: Runs) -> Results:
     Returns:
         The results so far; a control whose method's run is not finished is not looked for.
     """
+    from layerwise.lab.experiments.chain import finished_runs
+
     results = Results(plan)
     for chain in plan.chains():
-        method = None
-        for planned in chain:
-            configuration = complete(planned, method)
-            record = runs.find(configuration) if configuration is not None else None
-            if record is not None:
-                results.records[planned.key] = record
-            if planned.arm.control is None:
-                method = record
+        results.records |= finished_runs(chain, runs)
     return results
 
 
@@ -59,8 +197,32 @@ def placed(plan: Plan, settings: Settings) -> Plan:
     return replace(plan, runs=tuple(of(run) for run in plan.runs))
 
 
+def cards_of(device: str) -> int:
+    """Count the GPUs that runs are divided among."""
+    return card_count() if device == "cuda" else 0
+
+
+def side_by_side(settings: Settings, most: int) -> tuple[int, int]:
+    """Give the number of processes side by side, ``most`` at most, and of those that decode ahead for each of them."""
+    cores, threads = usable_cores(), settings.threads or 1
+    jobs = settings.jobs or default_jobs(settings.device, cores=cores, threads=threads, cards=cards_of(settings.device))
+    jobs = max(1, min(jobs, most))
+    if settings.engine != "local":  # a cluster gives a task its cores
+        return jobs, 0
+    shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun
+    return jobs, loader_count(cores=cores, threads=threads, processes=jobs * shared)
+
+
 def chains_left(plan: Plan, results: Results, settings: Settings) -> list[Chain]:
-    """Give the chains with a run that is not finished; a finished method stays at the head of its controls."""
+    """Give the chains with a run that is not finished; a finished method stays at the head of its controls.
+
+    Of chains of the same runs, as a sweep of a rule's argument makes of the plain arm, the first stands for all.
+    """
+    from layerwise.lab.experiments.chain import Chain
+
+    different: dict[Any, tuple[PlannedRun, ...]] = {}
+    for chain in plan.chains():
+        different.setdefault(tuple((run.configuration.name, run.arm.control) for run in chain), chain)
     return [
         Chain(
             runs=chain,
@@ -69,7 +231,7 @@ def chains_left(plan: Plan, results: Results, settings: Settings) -> list[Chain]
             device=settings.device,
             labels=plan.labels(chain[0].subject),
         )
-        for chain in plan.chains()
+        for chain in different.values()
         if any(run.key not in results.records for run in chain)
     ]
 
@@ -115,6 +277,8 @@ def carry_out(
     Raises:
         UsageError: a value that cannot be used, or the folder cannot be written.
     """
+    from layerwise.lab.experiments.chain import Advance, Finished, Memory, Skipped
+
     display = display or Display()
     clock = time.perf_counter()
     runs = Runs(settings.out)
@@ -125,13 +289,14 @@ def carry_out(
     for record in outcome.results.records.values():
         runs.tidy(record)
     chains = chains_left(plan, outcome.results, settings)
-    side_by_side = settings.jobs or max(1, usable_cores() // (settings.threads or 1))
     # Runs beside one another take each other's time: where that is what is asked, they go one by one.
-    outcome.jobs = 1 if plan.quantity.name == "seconds" else max(1, min(side_by_side, len(chains)))
+    outcome.jobs, loaders = side_by_side(settings, 1 if plan.quantity.name == "seconds" else len(chains))
+    chains = [replace(chain, loaders=loaders) for chain in chains]
     planned: dict[tuple[str, str, int], PlannedRun] = {run.key: run for run in plan.runs}
     skipped: dict[tuple[str, str, int], str] = {}
     left = [run for run in plan.runs if run.key not in outcome.results.records]
     failures: list[Failure] = []
+    told: set[str] = set()
 
     def on_failure(failure: Failure) -> None:
         failures.append(failure)
@@ -141,6 +306,12 @@ def carry_out(
     def on_message(worker: int, message: object) -> None:
         if isinstance(message, Advance):
             display.advance(worker, message.run, message.done, message.total)
+        elif isinstance(message, Memory) and settings.engine == "local":
+            how = {"jobs": outcome.jobs, "cards": cards_of(settings.device)}
+            words = memory_words(settings.device, message.used, message.whole, **how)
+            if words and not told:  # runs of one plan differ little
+                told.add(words)
+                display.say(words)
         elif isinstance(message, Failure):
             outcome.failures.append(message)
             on_failure(message)
@@ -192,15 +363,17 @@ def _engine(settings: Settings) -> Engine:
 
 
 def _local(chains: Sequence[Chain], jobs: int, **told: Any) -> list[Failure]:
-    return run_jobs(do_chain, chains, jobs, rest=lambda chain, doing: chain.rest(doing), **told)
+    from layerwise.lab.experiments.chain import do_placed
+
+    return run_jobs(do_placed, chains, jobs, rest=lambda chain, doing: chain.rest(doing), **told)
 
 
 def _check_writable(out: Path, name: str) -> None:
     """Refuse a folder in which runs and pages cannot be written, before anything is trained."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as probe:
-            locked(probe, out)
+        with tempfile.TemporaryDirectory(dir=out) as probe, alone_in(Path(probe)):
+            pass
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"out={str(out)!r} cannot be written ({reason}): give another folder with --out") from error

@@ -20,9 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from layerwise.lab.errors import columns, shown
-from layerwise.lab.experiments.outcome import Outcome
 from layerwise.lab.experiments.plan import QUANTITIES, Quantity
 from layerwise.lab.experiments.results import Cell, Results, summarise
+from layerwise.lab.experiments.runner import Outcome
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet
 from layerwise.lab.report.sheets import Entry, Row, Sheet, entry, missing
@@ -146,7 +146,7 @@ def _table(whole: Sheet, title: str, rows: Sequence[Row], widths: dict[int, int]
             made.add_row(Padding(Text(shown(f"({row.remark})")), (0, 0, 0, 4)))
         if not inside:
             below = dict.fromkeys(name for one in entries for name, _ in one.lines)
-            for name in sorted(below, key=lambda name: name == "paper"):  # the paper's last, else as they come
+            for name in sorted(below, key=lambda name: name.startswith("paper")):  # the paper's last, else as they come
                 lines = [Text(shown(dict(one.lines).get(name, "")), style="dim") for one in entries]
                 made.add_row(
                     Text("    " + shown(name), style="dim"), *(Text(shown(line), style="dim") for line in lines)

@@ -53,6 +53,7 @@ class Constants:
         test_every: iterations between two tests, the first before the first update; None for each epoch's end.
         layers_every: iterations between two records of each layer's norms, and of its factor and rate.
         factors_every: iterations between two records of each layer's factor; 1 where controls repeat them.
+        training_accuracy: whether the accuracy on the training batches is recorded at the end of each epoch.
         timed: the running time is what is asked for, so the run is not shared with recipes that do not ask for it.
     """
 
@@ -82,6 +83,7 @@ class Constants:
     test_every: int | None = None
     layers_every: int = 50
     factors_every: int = 10
+    training_accuracy: bool = False
     timed: bool = False
 
     def __post_init__(self) -> None:
@@ -106,6 +108,8 @@ class Constants:
                 "order='sequential' goes on without end and has no epochs: give iterations and test_every, or "
                 "order='shuffled'"
             )
+        if self.order == "sequential" and self.training_accuracy:
+            raise UsageError("training_accuracy=True with order='sequential', which has no epochs: use 'shuffled'")
         if self.order == "sequential" and self.policy_unit == "epoch":
             raise UsageError("policy_unit='epoch' with order='sequential', which has no epochs: use 'iteration'")
         if self.policy == "poly" and (self.policy_unit == "epoch") != (self.epochs is not None):

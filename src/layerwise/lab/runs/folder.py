@@ -1,8 +1,10 @@
 """Folders of runs, which survive being killed at any moment.
 
 A run's folder holds ``run.json`` (configuration, versions, hardware; written once), ``status.json`` (how far it is),
-``checkpoint.pt`` and the one before it while it runs, and ``metrics.parquet`` and ``record.json`` when it is finished.
-Every file is written beside its place and moved there when it is whole. ``record.json`` comes last and names the
+``checkpoint.pt``, the one before it and ``checkpoint-rows.bin`` while it runs, and ``metrics.parquet`` and
+``record.json`` when it is finished. What is recorded only grows, so it is not in the checkpoints: each appends the new
+rows to ``checkpoint-rows.bin``, and says how long that file is and what its checksum is. What lies behind is ignored.
+Every other file is written beside its place and moved there when it is whole. ``record.json`` comes last and names the
 checksum of ``metrics.parquet``: a run with both is finished, any other is gone on with from its last checkpoint.
 
 A lock of the operating system, which ends with the process that holds it, keeps a second process out of the folder.
@@ -23,19 +25,35 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.files import refuse_links, remove_leftovers
 from layerwise.lab.runs.locks import BusyError, alone_in
-from layerwise.lab.runs.plain_files import parts
+from layerwise.lab.runs.plain_files import kind_of, parts
 from layerwise.lab.runs.record import Recorder
 from layerwise.lab.runs.records import Record, read_about, read_summary
-from layerwise.lab.runs.store import digest_of, hardware, plain, read_bytes, read_signed, signed, versions, write_whole
+from layerwise.lab.runs.store import (
+    LARGEST_TABLE,
+    append,
+    digest_of,
+    hardware,
+    plain,
+    read_bytes,
+    read_signed,
+    signed,
+    versions,
+    write_whole,
+)
 
 MAGIC = b"layerwise checkpoint 1\n"
 DIGEST_LENGTH = 32
 
-CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")
+STATES, ROWS = ("checkpoint.pt", "checkpoint-before.pt"), "checkpoint-rows.bin"
+CHECKPOINTS = (*STATES, ROWS)
+"""What an unfinished run is gone on with: the state of the training twice, and what is recorded."""
+
 FACTORS = "factors.jsonl"
 """Recorded factors, in the folder of a run that repeats them."""
 
@@ -60,6 +78,8 @@ class RunFolder:
     configuration: Configuration
     set_aside: list[Path] = field(default_factory=list)
     _held: bool = field(default=False, repr=False)
+    _rows: tuple[int, Any] = field(default_factory=lambda: (0, hashlib.sha256()), repr=False)
+    """Length and checksum of ``checkpoint-rows.bin``, as far as it belongs to this run."""
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -110,9 +130,16 @@ class RunFolder:
         self._write("status.json", {"state": state, "iteration": iteration, "of": total, "at": now, **more})
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Write the state of the training; the checkpoint before is kept until the next one."""
+        """Write the state of the training; the checkpoint before is kept until the next one.
+
+        Args:
+            state: what ``load_checkpoint`` gives again. ``state["recorder"]["rows"]``, if there is one, is a tensor of
+                bytes that only grows from one checkpoint to the next; what is new is appended to a file of its own.
+        """
         import torch
 
+        if "recorder" in state:
+            state = {**state, "recorder": {**state["recorder"], "rows": self._append(state["recorder"]["rows"])}}
         buffer = io.BytesIO()
         torch.save(plain(state), buffer)
         content = buffer.getbuffer()
@@ -127,16 +154,47 @@ class RunFolder:
         Raises:
             UsageError: one is whole and yet no state of a training.
         """
-        for name in CHECKPOINTS:
+        for name in STATES:
             path = self.path / name
             try:
                 content = _content_of(path)
             except FileNotFoundError:
                 continue
-            if content is not None:
-                return _state_of(path, content)
+            state = None if content is None else _state_of(path, content)
+            if state is not None and self._read_rows(state):
+                return state
             self._put_aside(path)
         return None
+
+    def _append(self, rows: Any) -> list[Any]:
+        """Append what is new of the recorded rows to their file; give its length and checksum."""
+        (length, digest), path, content = self._rows, self.path / ROWS, memoryview(rows.numpy())
+        if not (length and append(path, length, content[length:])):
+            write_whole(path, content)
+        digest = digest.copy()
+        digest.update(content[length:])
+        self._rows = (len(content), digest)
+        return [len(content), digest.hexdigest()]
+
+    def _read_rows(self, state: Any) -> bool:
+        """Put the recorded rows into the state of a checkpoint; False if their file does not hold them."""
+        import torch
+
+        match state:
+            case {"recorder": {"rows": [int() as length, str() as expected]}} if length >= 0:
+                pass
+            case _:  # of an earlier version, all of it in the checkpoint; or no state, as will be found
+                return True
+        try:
+            content = read_bytes(self.path / ROWS, LARGEST_TABLE)[:length]
+        except (FileNotFoundError, ValueError):
+            return False
+        digest = hashlib.sha256(content)
+        if len(content) < length or digest.hexdigest() != expected:
+            return False
+        state["recorder"]["rows"] = torch.from_numpy(np.array(memoryview(content)))
+        self._rows = (length, digest)
+        return True
 
     def finish(self, recorder: Recorder, summary: dict[str, Any]) -> None:
         """Write the metrics and the record; the run is then finished and its checkpoints are removed."""
@@ -155,6 +213,8 @@ class RunFolder:
         if status is None or status.get("state") != state:
             self.say(state, summary["iterations"], summary["iterations"])
         for path in left:
+            if kind_of(path) == "a folder":  # none that the lab has made
+                self._put_aside(path)
             with suppress(FileNotFoundError):
                 path.unlink()
 
@@ -270,8 +330,8 @@ class Runs:
 
     def tidy(self, record: Record) -> None:
         """Remove what a kill has left beside a finished run, unless another process is just about to."""
-        left = (*record.folder.glob("checkpoint*.pt"), *record.folder.glob(".*.tmp"))
-        if left:
+        left = [name for name in CHECKPOINTS if os.path.lexists(record.folder / name)]
+        if left or any(record.folder.glob(".*.tmp")):
             folder = RunFolder(record.folder, record.configuration, self.set_aside)
             with suppress(BusyError, OSError, UsageError), folder.lock():
                 folder.tidy(record.summary)

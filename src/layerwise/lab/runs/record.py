@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.plain_files import kind_of
@@ -32,8 +35,18 @@ ROWS, ROWS_A_BYTE = 1_000_000, 40
 """The most rows of a table, and the rows added for each byte: a small file may claim more than fit into memory."""
 
 
+ROW = struct.Struct("<iiqd")
+"""A number as it is kept: index of its series, epoch, step, value."""
+
+FIELDS = [("series", "<i4"), ("epoch", "<i4"), ("step", "<i8"), ("value", "<f8")]
+"""The same for NumPy."""
+
+
 class Recorder:
     """Series of numbers: quantity and layer -> steps and values.
+
+    They are kept in the order in which they come, each in 24 bytes, so that a checkpoint need only add the new ones to
+    those that are on the disk.
 
     Example:
         >>> recorder = Recorder()
@@ -43,24 +56,44 @@ class Recorder:
     """
 
     def __init__(self) -> None:
-        self._series: dict[tuple[str, str | None], tuple[list[int], list[int], list[float]]] = {}
+        self._series: dict[tuple[str, str | None], int] = {}
+        self._rows = bytearray(1024 * ROW.size)
+        self._size = 0
 
     def add(self, quantity: str, step: int, epoch: int, value: float, layer: str | None = None) -> None:
         """Append one number; a layer of None is the whole network, and "" the layer of the root module."""
-        steps, epochs, values = self._series.setdefault((quantity, layer), ([], [], []))
-        steps.append(step)
-        epochs.append(epoch)
-        values.append(value)
+        series = self._series.setdefault((quantity, layer), len(self._series))
+        if self._size == len(self._rows):  # a new one: what ``state_dict`` gave may be part of the old one
+            self._rows = self._rows + bytes(self._size or ROW.size)
+        ROW.pack_into(self._rows, self._size, series, epoch, step, value)
+        self._size += ROW.size
 
     def add_layers(self, quantity: str, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Append one number a layer."""
         for layer, value in values.items():
             self.add(quantity, step, epoch, value, layer)
 
+    def _table(self) -> np.ndarray:
+        """Give all numbers in the order in which they came."""
+        return np.frombuffer(self._rows, FIELDS, self._size // ROW.size)
+
+    def _values(self, quantity: str) -> dict[str, list[float]]:
+        """Give the values of a quantity, for each layer."""
+        table = self._table()
+        found = {layer: number for (name, layer), number in self._series.items() if name == quantity}
+        return {
+            layer: table["value"][table["series"] == number].tolist()
+            for layer, number in found.items()
+            if layer is not None
+        }
+
     def last(self, quantity: str) -> tuple[int, float] | None:
         """Give step and value of the last number of a quantity of the whole network."""
-        series = self._series.get((quantity, None))
-        return (series[0][-1], series[2][-1]) if series else None
+        table, series = self._table(), self._series.get((quantity, None))
+        if series is None:
+            return None
+        row = table[np.flatnonzero(table["series"] == series)[-1]]
+        return int(row["step"]), float(row["value"])
 
     def whole_quantities(self) -> list[str]:
         """Give the names of the quantities of the whole network, in the order in which they came."""
@@ -69,58 +102,52 @@ class Recorder:
     def layer_means(self, quantity: str) -> dict[str, float]:
         """Give the mean of a quantity over the steps, for each layer; values that are not finite are left out."""
         means = {}
-        for (name, layer), (_, _, values) in self._series.items():
+        for layer, values in self._values(quantity).items():
             finite = [value for value in values if math.isfinite(value)]
-            if name == quantity and layer is not None and finite:
+            if finite:
                 means[layer] = math.fsum(finite) / len(finite)
         return means
 
     def spread(self, quantity: str) -> float | None:
         """Give the largest value over the smallest among the layers of a step, averaged over steps."""
-        series = self._series.items()
-        rows = [values for (name, layer), (_, _, values) in series if name == quantity and layer is not None]
         ratios = [
             max(column) / min(column)
-            for column in zip(*rows, strict=True)
+            for column in zip(*self._values(quantity).values(), strict=True)
             if min(column) > 0 and math.isfinite(max(column))
         ]
         return math.fsum(ratios) / len(ratios) if ratios else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Give everything as tensors, which ``torch.load(weights_only=True)`` reads."""
+        """Give everything as ``torch.load(weights_only=True)`` reads it; ``rows`` only grows from one to the next."""
         import torch
 
-        return {
-            "keys": [list(key) for key in self._series],
-            "steps": [torch.tensor(series[0], dtype=torch.int64) for series in self._series.values()],
-            "epochs": [torch.tensor(series[1], dtype=torch.int64) for series in self._series.values()],
-            "values": [torch.tensor(series[2], dtype=torch.float64) for series in self._series.values()],
-        }
+        rows = torch.frombuffer(self._rows, dtype=torch.uint8)[: self._size]
+        return {"series": [list(key) for key in self._series], "rows": rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
-        rows = zip(state["keys"], state["steps"], state["epochs"], state["values"], strict=True)
-        self._series = {
-            (quantity, layer): (steps.tolist(), epochs.tolist(), values.tolist())
-            for (quantity, layer), steps, epochs, values in rows
-        }
+        """Take over what ``state_dict`` gave, in an earlier version too."""
+        if "keys" in state:
+            self._series, self._size = {}, 0
+            rows = zip(state["keys"], state["steps"], state["epochs"], state["values"], strict=True)
+            for (quantity, layer), *series in rows:
+                for step, epoch, value in zip(*(each.tolist() for each in series), strict=True):
+                    self.add(quantity, step, epoch, value, layer)
+            return
+        self._series = {(quantity, layer): number for number, (quantity, layer) in enumerate(state["series"])}
+        self._rows, self._size = bytearray(state["rows"].numpy().tobytes()), len(state["rows"])
+        if not set(self._table()["series"].tolist()) <= set(self._series.values()):
+            raise ValueError("rows of unknown series")
 
     def frame(self) -> polars.DataFrame:
-        """Gather everything in one long table with the columns ``SCHEMA_COLUMNS``."""
+        """Gather everything in one long table with the columns ``SCHEMA_COLUMNS``, one series after another."""
         import polars
 
-        frames = [
-            polars.DataFrame(
-                {"step": steps, "epoch": epochs, "value": values},
-                schema={"step": polars.Int64, "epoch": polars.Int32, "value": polars.Float64},
-            ).with_columns(
-                polars.lit(quantity).alias("quantity"),
-                polars.lit(layer, dtype=polars.String).alias("layer"),
-            )
-            for (quantity, layer), (steps, epochs, values) in self._series.items()
-        ]
-        empty = polars.DataFrame(schema=_schema())
-        return polars.concat([empty, *(frame.select(SCHEMA_COLUMNS) for frame in frames)])
+        table = self._table()
+        table = table[np.argsort(table["series"], kind="stable")]
+        words = {"quantity": polars.String, "layer": polars.String}
+        names = polars.DataFrame(list(self._series), schema=words, orient="row")
+        columns = {name: np.ascontiguousarray(table[name]) for name in ("step", "epoch", "value")}
+        return polars.DataFrame(columns).hstack(names[table["series"]]).select(SCHEMA_COLUMNS)
 
 
 def _schema() -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Record:
             before the first non-finite loss, or None), ``iterations``, ``epochs``, ``parameters``, ``seconds``
             and ``test_seconds`` (over all sessions), ``sessions``, ``processes`` (how many shared it, each once),
             ``factor`` (mean, spread and means by layer), ``weights`` (SHA-256 of the final weights), ``selections``,
-            ``threads``, ``peak_memory`` (bytes).
+            ``threads``, ``peak_memory`` (bytes, of the device that trained it).
         about: the content of ``run.json``: versions, hardware, times.
     """
 

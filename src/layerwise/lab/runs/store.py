@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import layerwise
 from layerwise.lab.errors import UsageError
-from layerwise.lab.runs.plain_files import parts, read_plain
+from layerwise.lab.runs.plain_files import kind_of, parts, read_bytes
 
 LARGEST_JSON = 1 << 26
 """Bytes of a JSON file of a run or a report; a larger one is not read, as it could only be meant to fill the memory."""
@@ -75,7 +75,7 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def write_whole(path: Path, data: bytes, *, flush: bool = True) -> None:
+def write_whole(path: Path, data: bytes | memoryview, *, flush: bool = True) -> None:
     """Write a file so that no reader ever finds half of it: a temporary file beside it, then ``os.replace``.
 
     Args:
@@ -102,6 +102,39 @@ def write_whole(path: Path, data: bytes, *, flush: bool = True) -> None:
             raise
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(path)) from error
+
+
+def append(path: Path, length: int, data: Any) -> bool:
+    """Append to a file, and wait until it is on the disk; what lies behind its first bytes is overwritten.
+
+    A process that is killed meanwhile leaves the first bytes as they are.
+
+    Args:
+        path: the file.
+        length: bytes that stay.
+        data: the bytes that come after them.
+
+    Returns:
+        Whether there was a plain file of so many bytes; if not, nothing is written.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; the error names the file.
+    """
+    if kind_of(path) is not None or not path.exists():
+        return False
+    try:
+        flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        with open(os.open(path, flags), "r+b") as stream:
+            if os.fstat(stream.fileno()).st_size < length:
+                return False
+            stream.truncate(length)
+            stream.seek(length)
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    return True
 
 
 def _flush_folder(path: Path) -> None:
@@ -150,35 +183,11 @@ def signed(content: Mapping[str, Any], indent: int | None = 1) -> bytes:
     return json.dumps({**content, "sha256": _digest(content)}, indent=indent).encode()
 
 
-def read_bytes(path: str | Path, most: int, *, links: bool = False) -> bytes:
-    """Read a file of unknown origin; every file of a run, a report or a data set is read by this function.
-
-    Args:
-        path: the file.
-        most: bytes that it may have.
-        links: whether it may be a link, as users' own data may be.
-
-    Returns:
-        Its content.
-
-    Raises:
-        OSError: it is not there or cannot be read.
-        UsageError: it is no plain file, or larger.
-    """
-    try:
-        return read_plain(path, most, links=links)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
 def digest_of(path: str | Path, most: int = LARGEST_TABLE) -> str:
     """Give the SHA-256 of a file, which need not fit into memory; arguments and errors are those of ``read_bytes``."""
     digest = hashlib.sha256()
-    try:
-        for part in parts(path, most):
-            digest.update(part)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    for part in parts(path, most):
+        digest.update(part)
     return digest.hexdigest()
 
 

@@ -18,8 +18,8 @@ from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import RunFolder
 from layerwise.lab.runs.record import Recorder
+from layerwise.lab.training.distributed import Processes
 from layerwise.lab.training.measures import LayerMeasures
-from layerwise.lab.training.processes import Processes
 from layerwise.lab.training.snapshots import CHECKPOINT_SECONDS, restore, state_of
 from layerwise.lab.training.summary import digest_of, selection_of, summary_of
 from layerwise.lab.training.trial import StoppedError, Trial
@@ -84,7 +84,10 @@ class Training:
         self.sessions, self.counts = 1, [self.processes.count]
         self.losses: list[float] = []
         """Those that are here and not yet looked at."""
+        self.metric = [0.0, 0]
+        """Of the epoch so far: the sum of the training metric over the examples, and their number."""
         self._pending: list[torch.Tensor] = []
+        self._metrics: list[tuple[torch.Tensor, int]] = []
         self._stop: Callable[[], bool] = lambda: False
         torch.manual_seed(configuration.seed + self.processes.rank)  # dropout of another part of the batch
         random.seed(configuration.seed)
@@ -161,7 +164,11 @@ class Training:
         step = position.iteration + 1
         measured = step % trial.layers_every == 0 or step == 1
         optimizer.zero_grad()
-        loss = trial.loss(self.network, self.processes.share(trial.prepare(batch), begins=position.batch == 0))
+        batch, whole = trial.prepare(batch), trial.whole(position.batch)
+        loss = trial.loss(self.network, self.processes.share(batch, begins=position.batch == 0, whole=whole))
+        if trial.training_metric:
+            loss, metric = loss
+            self._metrics.append((metric.detach(), whole or len(batch[1])))
         loss.backward()
         if measured:
             self.measures.before()
@@ -190,6 +197,11 @@ class Training:
         if self._pending:
             self.losses += self.processes.mean(torch.stack(self._pending).double()).tolist()
             self._pending.clear()
+        if self._metrics:
+            values = self.processes.mean(torch.stack([value for value, _ in self._metrics]).double()).tolist()
+            for value, (_, size) in zip(values, self._metrics, strict=True):
+                self.metric = [self.metric[0] + value * size, self.metric[1] + size]
+            self._metrics.clear()
 
     def _read_losses(self) -> None:
         """Bring the losses since the last time to the recorder; find the first one that is not finite."""
@@ -210,6 +222,11 @@ class Training:
             raise ValueError(f"epoch {position.epoch} has no batch: batches must give at least one")
         if self.diverged_at is not None:
             return
+        if trial.training_metric:
+            self.recorder.add(
+                trial.training_metric, position.iteration, position.epoch, self.metric[0] / self.metric[1]
+            )
+            self.metric = [0.0, 0]
         if trial.scheduler is not None and trial.schedule_unit == "epoch":
             with warnings.catch_warnings():
                 # The optimizer has stepped, though after a checkpoint at the end of the epoch not in this process.

@@ -36,6 +36,7 @@ def state_of(training: Training) -> dict[str, Any]:
         "tests": training.tested_at,
         "diverged_at": training.diverged_at,
         "losses": list(training.losses),
+        "metric": list(training.metric),
         "selections": training.selections,
         "seconds": [training.seconds, training.test_seconds],
         "sessions": training.sessions,
@@ -62,6 +63,7 @@ def restore(training: Training, state: Mapping[str, Any]) -> None:
     position.iteration, position.epoch, position.batch = state["position"]
     training.tested_at, training.diverged_at = state["tests"], state["diverged_at"]
     training.losses = list(state.get("losses", ()))
+    training.metric = list(state.get("metric", (0.0, 0)))
     training.selections = list(state["selections"])
     training.seconds, training.test_seconds = state["seconds"]
     training.sessions = state["sessions"] + 1

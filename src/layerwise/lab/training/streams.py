@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
+from torch.utils.data import DataLoader, get_worker_info
 
 from layerwise.lab.data import Dataset, training_batch
 from layerwise.lab.data.augmentation import shuffled_batches
+from layerwise.lab.data.folder import ImageFolder, Job
+from layerwise.lab.errors import UsageError
 from layerwise.lab.training import inputs as lab_inputs
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -69,6 +74,11 @@ class MemoryStream:
         """Batches of an epoch; None where the order has no epochs."""
         return None if self.order == "sequential" else -(-len(self.dataset.train_labels) // self.batch_size)
 
+    @property
+    def test_length(self) -> int:
+        """Batches of a test."""
+        return -(-len(self.dataset.test_labels) // self.test_batch_size)
+
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Give the batches of an epoch.
 
@@ -101,40 +111,147 @@ class MemoryStream:
             yield self.inputs.test(part), labels
 
 
-class FolderStream:
-    """Batches of an image folder, read as they are needed.
+AHEAD = 4
+"""Batches that are decoded ahead, at least."""
+
+
+class _Decoder:
+    """What a worker process of a loader has: it decodes batches, each by one thread."""
+
+    def __init__(self, folder: ImageFolder) -> None:
+        self.folder = folder
+
+    def __getitem__(self, job: Job) -> Any:
+        try:
+            return self.folder.decoded(job)
+        except UsageError as error:  # raised in the worker it would arrive as a traceback
+            return error
+
+
+def _begin_worker(number: int) -> None:
+    """Let the process that trains decide what an interrupt means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cast(Any, get_worker_info()).dataset.folder.workers = 1
+
+
+class Loader:
+    """Worker processes that decode batches of an image folder ahead, in order.
+
+    They are spawned: PyTorch, a GPU and the threads of the process that trains do not survive a fork.
 
     Args:
-        folder: an ``ImageFolder``.
+        folder: the images.
+        count: of the processes.
+        pin: put batches into memory from which a GPU copies while it computes.
+        stay: the processes stay from one series of batches to the next.
+    """
+
+    def __init__(self, folder: ImageFolder, count: int, *, pin: bool, stay: bool) -> None:
+        folder.mean_image()  # once, and not in every worker
+        self._jobs: Iterable[Job] = ()
+        self._loader = DataLoader(
+            cast(Any, _Decoder(folder)),
+            batch_size=None,
+            sampler=self,
+            num_workers=count,
+            prefetch_factor=max(2, -(-AHEAD // count)),
+            pin_memory=pin,
+            persistent_workers=stay,
+            multiprocessing_context="spawn",
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # else it draws from the generator that dropout draws from
+        )
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self._jobs)
+
+    def batches(self, jobs: Iterable[Job]) -> Iterator[Batch]:
+        """Decode batches; what was asked for before and not taken is dropped."""
+        self._jobs = jobs
+        for batch in self._loader:
+            if isinstance(batch, UsageError):
+                raise batch
+            yield batch
+
+
+@lru_cache(maxsize=1)
+def _staying(folder: ImageFolder, count: int, pin: bool) -> Loader:
+    """Give the loader of training batches, which all runs of this process share."""
+    return Loader(folder, count, pin=pin, stay=True)
+
+
+class FolderStream:
+    """Batches of an image folder, read as they are needed, or ahead by other processes.
+
+    Args:
+        folder: the images.
         batch_size: images of a training batch.
         test_batch_size: images of a test batch.
         seed: of the shuffling and of the crops.
+        loaders: processes that decode ahead; 0 for this one when it needs a batch. The batches are the same.
+        pin: see ``Loader``.
+        share: rank and number of the processes that share the run. Each decodes its part of a training batch, or all
+            of one that cannot be divided.
     """
 
     channels = 3
 
-    def __init__(self, folder: Any, *, batch_size: int, test_batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        folder: ImageFolder,
+        *,
+        batch_size: int,
+        test_batch_size: int,
+        seed: int,
+        loaders: int = 0,
+        pin: bool = False,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
         self.folder, self.seed = folder, seed
         self.batch_size, self.test_batch_size = batch_size, test_batch_size
         self.classes = folder.classes
+        self.loaders = 0 if folder.kept else loaders
+        self.pin, self.share = pin, share
 
     @property
     def epoch_length(self) -> int:
         """Batches of an epoch."""
         return -(-self.folder.train_count // self.batch_size)
 
+    @property
+    def test_length(self) -> int:
+        """Batches of a test."""
+        return -(-self.folder.test_count // self.test_batch_size)
+
+    def whole(self, number: int) -> int:
+        """Give the images of a training batch of an epoch, from 0, in all processes together."""
+        return min(self.batch_size, self.folder.train_count - number * self.batch_size)
+
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Give the batches of an epoch, shuffled; see ``MemoryStream.batches``."""
-        generator = epoch_generator(self.seed, epoch)
+        if not self.loaders:
+            return map(self.folder.decoded, self._jobs(epoch, skip))
+        return _staying(self.folder, self.loaders, self.pin).batches(self._jobs(epoch, skip))
+
+    def _jobs(self, epoch: int, skip: int) -> Iterator[Job]:
+        """Draw what is to be decoded."""
+        generator, (rank, count) = epoch_generator(self.seed, epoch), self.share
         for number, index in enumerate(shuffled_batches(self.folder.train_count, self.batch_size, generator)):
             if number < skip:
                 self.folder.skip_batch(len(index), generator)
-            else:
-                yield self.folder.train_batch(index, generator)
+                continue
+            job, size = self.folder.drawn(index, generator), len(index)
+            if size % count == 0:
+                own = slice(rank * size // count, (rank + 1) * size // count)
+                job = job._replace(numbers=job.numbers[own], places=job.places[own])
+            yield job
 
     def tests(self) -> Iterator[Batch]:
         """Give all test images, in order."""
-        yield from self.folder.test_batches(self.test_batch_size)
+        jobs = self.folder.test_jobs(self.test_batch_size)
+        if not self.loaders:
+            return map(self.folder.decoded, jobs)
+        return Loader(self.folder, min(self.loaders, len(jobs)), pin=self.pin, stay=False).batches(jobs)
 
 
 def shortened(dataset: Dataset, train_count: int | None, test_count: int | None) -> Dataset:

@@ -36,7 +36,7 @@ class Trial:
         scheduler: of the rate, or None.
         schedule_unit: when ``scheduler.step`` is called: ``"iteration"`` or ``"epoch"``.
         batches: epoch (from 1) and number of batches to leave out -> the batches.
-        loss: model and batch -> the loss, a scalar tensor.
+        loss: model and batch -> the loss, a scalar tensor; with a training metric the loss and the batch's metric.
         evaluate: model and a function that says whether to stop -> name and value of each quantity.
         iterations: updates of the run, or None if it is counted in epochs.
         epochs: passes of the run, or None if it is counted in iterations.
@@ -44,7 +44,11 @@ class Trial:
         test_every: iterations between two tests, the first before the first update; None for each epoch's end.
         layers_every: iterations between two records of each layer's norms.
         factors_every: iterations between two records of each layer's factor.
+        training_metric: what ``loss`` gives beside the loss, averaged over each epoch's examples; "" for nothing.
         prepare: puts a batch into the layout and on the device where the network reads it.
+        test_batches: of a test, or None if not known.
+        whole: number of a batch in its epoch -> examples of it, where ``batches`` gives only the part of this process;
+            None where it gives all of it.
     """
 
     model: nn.Module
@@ -52,7 +56,7 @@ class Trial:
     scheduler: Any
     schedule_unit: str
     batches: Callable[[int, int], Iterator[Any]]
-    loss: Callable[[nn.Module, Any], torch.Tensor]
+    loss: Callable[[nn.Module, Any], Any]
     evaluate: Callable[[nn.Module, Callable[[], bool]], dict[str, float]]
     iterations: int | None
     epochs: int | None
@@ -60,7 +64,10 @@ class Trial:
     test_every: int | None
     layers_every: int
     factors_every: int
+    training_metric: str = ""
     prepare: Callable[[Any], Any] = field(default=lambda batch: batch)
+    test_batches: int | None = None
+    whole: Callable[[int], int | None] = field(default=lambda number: None)
 
     @property
     def total(self) -> int | None:
@@ -73,6 +80,13 @@ class Trial:
 def cross_entropy(model: nn.Module, batch: Any) -> torch.Tensor:
     """Compute the mean cross-entropy of a batch, in nats."""
     return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def cross_entropy_and_accuracy(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the mean cross-entropy of a batch, in nats, and the accuracy on it, in %."""
+    scores = model(batch[0])
+    right = (scores.detach().argmax(1) == batch[1]).double().mean()
+    return functional.cross_entropy(scores, batch[1]), 100.0 * right
 
 
 def classification(
@@ -153,13 +167,14 @@ def _stream_data(constants: tuple[str, str | None, int | None, int | None], data
     return shortened(whole, train_count, test_count), int(whole.train_labels.max()) + 1
 
 
-def make_stream(constants: Constants, seed: int, data_dir: Path | None) -> MemoryStream | FolderStream:
+def make_stream(constants: Constants, seed: int, data_dir: Path | None, **how: Any) -> MemoryStream | FolderStream:
     """Open the data of a run.
 
     Args:
         constants: which data, in which order and form.
         seed: of the run.
         data_dir: folder of the data.
+        **how: ``loaders``, ``pin`` and ``share`` of a ``FolderStream``.
 
     Returns:
         The stream.
@@ -171,18 +186,27 @@ def make_stream(constants: Constants, seed: int, data_dir: Path | None) -> Memor
     source = _stream_data(wanted, data_dir)
     sizes = {"batch_size": constants.batch_size, "test_batch_size": constants.test_batch_size}
     if constants.data == data.FOLDER:
-        return FolderStream(source, seed=seed, **sizes)
+        return FolderStream(source, seed=seed, **sizes, **how)
     dataset, classes = source
     return MemoryStream(dataset, constants.inputs, constants.order, classes=classes, seed=seed, **sizes)
 
 
-def build(configuration: Configuration, data_dir: Path | None = None, device: str = "cpu") -> Trial:
+def build(
+    configuration: Configuration,
+    data_dir: Path | None = None,
+    device: str = "cpu",
+    *,
+    loaders: int = 0,
+    share: tuple[int, int] = (0, 1),
+) -> Trial:
     """Make the trial of a recipe's run.
 
     Args:
         configuration: of the run.
         data_dir: folder of the data.
         device: where the network is trained.
+        loaders: processes that decode an image folder ahead.
+        share: rank and number of the processes that share the run.
 
     Returns:
         The trial, ready for its first update.
@@ -191,7 +215,8 @@ def build(configuration: Configuration, data_dir: Path | None = None, device: st
         UsageError: a value that cannot be used, or data missing or damaged.
     """
     constants = configuration.constants
-    stream = make_stream(constants, configuration.seed, data_dir)
+    cuda = device.startswith("cuda")
+    stream = make_stream(constants, configuration.seed, data_dir, loaders=loaders, pin=cuda, share=share)
     model = networks.build(
         constants.model,
         configuration.seed,
@@ -203,7 +228,8 @@ def build(configuration: Configuration, data_dir: Path | None = None, device: st
 
     def prepare(batch: Any) -> Any:
         inputs, labels = batch
-        return inputs.to(device).contiguous(memory_format=MEMORY_FORMAT), labels.to(device)
+        inputs, labels = (each.to(device, non_blocking=cuda) for each in (inputs, labels))
+        return inputs.contiguous(memory_format=MEMORY_FORMAT), labels
 
     return Trial(
         model=model,
@@ -211,7 +237,8 @@ def build(configuration: Configuration, data_dir: Path | None = None, device: st
         scheduler=scheduler,
         schedule_unit=constants.policy_unit,
         batches=stream.batches,
-        loss=cross_entropy,
+        loss=cross_entropy_and_accuracy if constants.training_accuracy else cross_entropy,
+        training_metric="training_accuracy" if constants.training_accuracy else "",
         evaluate=classification(stream.tests, prepare),
         iterations=constants.iterations,
         epochs=constants.epochs,
@@ -220,4 +247,6 @@ def build(configuration: Configuration, data_dir: Path | None = None, device: st
         layers_every=constants.layers_every,
         factors_every=constants.factors_every,
         prepare=prepare,
+        test_batches=stream.test_length,
+        **({"whole": stream.whole} if isinstance(stream, FolderStream) else {}),
     )

@@ -1,0 +1,167 @@
+"""What a recipe will take on this machine, from ten updates of each of its subjects."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments import datasets as places
+from layerwise.lab.experiments.chain import Chain, make_rule, make_trial
+from layerwise.lab.experiments.plan import Plan, PlannedRun
+from layerwise.lab.experiments.pool import run_jobs
+from layerwise.lab.experiments.runner import Settings, placed, side_by_side
+from layerwise.lab.runs.folder import Runs
+from layerwise.lab.training.devices import begin_memory, device_of_worker, peak_memory
+from layerwise.lab.training.engine import Training
+from layerwise.lab.training.trial import StoppedError
+
+STEPS = 10
+"""Updates, and batches of a test, that are timed."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run of a subject takes.
+
+    Attributes:
+        updates: of a run; None if not known beforehand.
+        tests: in a run.
+        update: seconds of an update, the median of those after the first.
+        test: seconds of a test.
+        memory: bytes of a process on its device.
+    """
+
+    updates: int | None
+    tests: int
+    update: float
+    test: float
+    memory: int
+
+    @property
+    def seconds(self) -> float:
+        """The time of a run."""
+        return (self.updates or 0) * self.update + self.tests * self.test
+
+
+def estimate(plan: Plan, settings: Settings, say: Callable[[str], None] = lambda words: None) -> dict[str, Any]:
+    """Do ten updates of each subject of a plan, and part of a test, each in a process of its own; nothing is written.
+
+    Args:
+        plan: the experiment.
+        settings: how it would be carried out.
+        say: called with a line for each subject, before it is measured.
+
+    Returns:
+        Runs, updates, seconds of an update and a test, hours and bytes of a run for each subject; hours of all; jobs.
+
+    Raises:
+        UsageError: data missing, a value that cannot be used, or an update that fails.
+    """
+    plan = placed(places.ready(plan, settings.data_dir), settings)
+    jobs, loaders = side_by_side(settings, 1 if plan.quantity.name == "seconds" else len(plan.chains()))
+    rows = []
+    for subject in plan.subjects:
+        runs = [run for run in plan.runs if run.subject == subject.name]
+        methods = [run for run in runs if run.arm.control is None]
+        first = next((run for run in methods if run.arm.rule is not None), methods[0])
+        say(f"measuring {subject.words}")
+        found = _measured(first, settings, loaders)
+        rows.append(
+            {
+                "subject": subject.name,
+                "words": subject.words,
+                "runs": len(runs),
+                "updates": found.updates,
+                "seconds_an_update": found.update,
+                "seconds_a_test": found.test,
+                "hours_a_run": found.seconds / 3600,
+                "memory": found.memory,
+            }
+        )
+    hours = sum(row["runs"] * row["hours_a_run"] for row in rows) / jobs
+    return {"device": settings.device, "jobs": jobs, "subjects": rows, "hours": hours}
+
+
+def _measured(run: PlannedRun, settings: Settings, loaders: int) -> Measured:
+    """Measure a run in a process of its own, so that its memory is its own too."""
+    chain = Chain(runs=(run,), out=settings.out, data_dir=settings.data_dir, device=settings.device, loaders=loaders)
+    found: list[Measured] = []
+    failures = run_jobs(measure, [chain], 1, on_message=lambda worker, message: found.append(message))
+    if not found:
+        reason = failures[0].reason if failures else "interrupted"
+        raise UsageError(reason.removeprefix("UsageError: "))
+    return found[0]
+
+
+def measure(chain: Chain, link: Any) -> None:
+    """Do ten updates of a chain's first run and ten batches of its test, and send what they took."""
+    torch.set_num_threads(chain.threads)
+    (run,), device = chain.runs, device_of_worker(chain.device, 0, 1)
+    begin_memory(device)
+    configuration = run.configuration
+    trial = make_trial(run, configuration, chain)
+    updates, every, epochs = trial.total, trial.test_every, trial.epochs
+    batches, evaluate = trial.batches, trial.evaluate
+    clock: list[float] = []
+
+    def timed(epoch: int, skip: int) -> Any:
+        for batch in batches(epoch, skip):
+            clock.append(_now(device))
+            yield batch
+
+    trial.batches, trial.evaluate = timed, lambda model, stop: {}
+    trial.iterations, trial.epochs, trial.test_every = STEPS + 1, None, None
+    training = Training(trial, make_rule(configuration, Runs(chain.out).folder(configuration), None), configuration)
+    training.run()
+    steps = [after - before for before, after in pairwise(clock[1:])]
+    clock.clear()
+
+    def stop() -> bool:
+        clock.append(_now(device))
+        return len(clock) > STEPS
+
+    with suppress(StoppedError):
+        evaluate(trial.model, stop)
+    batch = (clock[-1] - clock[0]) / max(1, len(clock) - 1)
+    tests = (epochs or 0) if every is None else 1 + math.ceil((updates or 0) / every)
+    test = batch * (trial.test_batches or len(clock))
+    link.send(Measured(updates, tests, statistics.median(steps or [0.0]), test, peak_memory(device)))
+
+
+def _now(device: str) -> float:
+    """Give the time when the device has done what it was asked for."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def words(found: dict[str, Any]) -> str:
+    """Write an estimate for a terminal.
+
+    Args:
+        found: from ``estimate``.
+
+    Returns:
+        A table, and the hours of all runs.
+    """
+    head = ("subject", "runs", "updates", "s an update", "hours a run", "GB a process")
+    lines: list[tuple[str, ...]] = [head]
+    for row in found["subjects"]:
+        numbers = (row["seconds_an_update"], row["hours_a_run"], row["memory"] / 1e9)
+        counts = (str(row["runs"]), "not known" if row["updates"] is None else f"{row['updates']:,}")
+        lines.append((row["words"], *counts, *(f"{number:.2g}" for number in numbers)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    runs = sum(row["runs"] for row in found["subjects"])
+    whole = f"{runs} runs: {found['hours']:.2g} hours on {found['device']}, {found['jobs']} side by side"
+    how = f"Measured: {STEPS} updates and {STEPS} batches of a test, one subject at a time."
+    return "\n".join([*table, "", f"{whole}, if they do not slow one another.", how])
