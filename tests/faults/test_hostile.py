@@ -324,7 +324,7 @@ def hostile_page(tmp_path_factory):
     outcome.failures = [Failure(WORDS[0], WORDS[1], f"RuntimeError: {word}", word) for word in WORDS]
     outcome.plan = outcome.results.plan = replace(outcome.plan, scale="smoke", title=WORDS[0], notes=WORDS)
     outcome.results.records.pop(next(iter(outcome.results.records)))
-    return report.write(outcome, f"layerwise report '{WORDS[3]}'")
+    return report.write(outcome, f"layerwise report '{WORDS[3]}'", figures=True)
 
 
 @pytest.mark.parametrize("bypass", [False, True], ids=["as it is", "without its own rules against scripts"])
@@ -336,7 +336,10 @@ def test_no_word_of_a_run_is_run_in_a_browser(browser, hostile_page, bypass):  #
     page.on("request", lambda request: asked.append(request.url))
     page.goto(hostile_page.as_uri())
     assert page.evaluate("document.title") != "ran"
-    assert page.evaluate("document.querySelectorAll('script, #trap, [onerror], [onload], iframe, object').length") == 0
+    page.wait_for_function("[...document.querySelectorAll('.plot')].some(each => each.dataset.drawn)")
+    assert page.evaluate("document.querySelectorAll('body > script').length") == 2
+    traps = "main script, #trap, [onerror], [onload], iframe, object"
+    assert page.evaluate(f"document.querySelectorAll('{traps}').length") == 0
     assert (
         page.evaluate("[...document.querySelectorAll('[href]')].filter(e => e.href.startsWith('javascript')).length")
         == 0

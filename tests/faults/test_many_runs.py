@@ -93,10 +93,9 @@ def test_each_file_of_a_run_is_read_once_or_twice(tmp_path, opened, capsys, arms
     assert all(times <= (2 if path.endswith("metrics.parquet") else 1) for path, times in ours.items())
     html = (tmp_path / "page" / "report" / "report.html").read_text()
     assert html.count("<figure") <= page.MOST_DRAWN + 2 * charts.MOST_SUBJECTS + 4 * 24
-    figures = list((tmp_path / "page" / "report" / "figures").glob("*.png"))
-    assert len(figures) <= page.MOST_DRAWN + 2 * charts.MOST_SUBJECTS + 4 * 24
-    if arms > 48:
-        assert f"{arms // 2 - page.MOST_DRAWN} more, which are not drawn, in words" in html
+    assert len(html) < 10_000_000
+    if arms // 2 > page.MOST_ROWS:
+        assert f"{arms // 2 - page.MOST_ROWS} more comparisons" in html
         assert f"Curves are drawn of the first {charts.MOST_LINES} arms" in html
     if count >= 5000:
         with capsys.disabled():

@@ -384,7 +384,7 @@ def test_values_that_do_not_belong_there_are_told_even_with_a_right_checksum(tmp
             from layerwise.lab.report.page import build
 
             if number % 10 == 0:
-                assert "<script>" not in build(outcome, "").html
+                assert build([outcome], "").html.count("<script>") == 1
             outcome.results.table()
             outcome.results.comparisons()
             counts["a page"] += 1

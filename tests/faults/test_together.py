@@ -105,7 +105,7 @@ def test_a_report_may_be_made_while_runs_are_written(server, tmp_path, rounds):
                 outcome.results.table()
                 counts.append(len(records))
                 if len(counts) == 2:
-                    assert build(outcome, "").html.rstrip().endswith("</html>")
+                    assert build([outcome], "").html.rstrip().endswith("</html>")
             seen = records
             if len(records) == 12:
                 break

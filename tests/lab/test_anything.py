@@ -157,7 +157,7 @@ def test_the_folder_of_an_experiment_gives_its_own_page_again(table, out, tmp_pa
     assert again.plan.columns == table.plan.columns
     assert again.plan.paper == table.plan.paper
     assert again.plan.claims == table.plan.claims
-    assert shown(build(again, "").html) == shown(build(table, "").html)
+    assert shown(build([again], "").html) == shown(build([table], "").html)
     assert report.write(again, "") == out / "report" / "report.html"
     third = anything.gather([out / "report"], tmp_path / "third")
     assert markdown(third) == markdown(table)
@@ -203,7 +203,7 @@ def test_a_mix_counts_every_comparison_and_says_that_they_were_chosen_after_the_
     outcome = anything.gather([out, tmp_path / "sweep"], tmp_path)
     assert outcome.results.family == len(outcome.results.comparisons()) == 3 * 2 + 2 * 7
     words = "Made from runs found, not from a plan: the comparisons were chosen after the runs"
-    html = build(outcome, "").html
+    html = build([outcome], "").html
     assert html.index(words) < html.index("<h2>Verdict</h2>")
     assert "(5 seeds found)" in html
     assert words in markdown(outcome)

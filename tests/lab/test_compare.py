@@ -18,7 +18,8 @@ from layerwise.lab.experiments import methods
 from layerwise.lab.experiments.arms import FACTORS_ALONE
 from layerwise.lab.experiments.outcome import Display, Settings
 from layerwise.lab.experiments.plan import LARGEST_SEEDS
-from layerwise.lab.report import anything, maps
+from layerwise.lab.report import anything
+from layerwise.lab.report import layers as maps
 from layerwise.lab.stats.comparison import MINIMUM_PAIRS
 from layerwise.lab.tasks import compare, tuning
 from layerwise.lab.tasks import doctor as examination

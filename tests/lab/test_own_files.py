@@ -35,7 +35,7 @@ def chosen():
 
 
 def report(*words):
-    return main(["report", *map(str, words), "--quiet"])
+    return main(["report", *map(str, words), "--quiet", "--figures"])
 
 
 def contents(folder):

@@ -110,7 +110,7 @@ def test_one_judged_value_of_a_group_is_named(tmp_path):
     outcome = outcome_of(plan, tmp_path, tmp_path)
     found = {verdict.item: verdict.conclusion for verdict in verdicts(outcome.results)}
     assert found["G case 1"] == "At 1.5, the one value that is judged, it beats plain. It beats the controls too."
-    assert "what is judged is the threshold 1.5 by itself" in build(outcome, "").html
+    assert "what is judged is the threshold 1.5 by itself" in build([outcome], "").html
 
 
 def test_the_best_of_fewer_plain_runs_is_said_to_be_of_fewer(tmp_path):

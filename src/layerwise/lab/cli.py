@@ -65,7 +65,7 @@ def _carry_out(
     if outcome is None:
         return 0
     if outcome.results.records:
-        _write_report(outcome, arguments, silent=asked.json or asked.quiet)
+        _write_report(outcome, arguments, silent=asked.json or asked.quiet, figures=asked.figures)
     again = shlex.join([program(), *arguments])
     command = next_command(outcome) if outcome.complete else "" if outcome.alike else again
     if asked.json:
@@ -79,7 +79,7 @@ def _carry_out(
     return outcome.exit_code
 
 
-def _write_report(outcome: Outcome, arguments: Sequence[str], *, silent: bool) -> None:
+def _write_report(outcome: Outcome, arguments: Sequence[str], *, silent: bool, figures: bool) -> None:
     """Write the page, and show how far it is."""
     from rich.console import Console
 
@@ -88,7 +88,7 @@ def _write_report(outcome: Outcome, arguments: Sequence[str], *, silent: bool) -
 
     target = None if silent else Console(stderr=True, highlight=False)
     with Meter(target, "writing the report", "figures") as meter:
-        report.write(outcome, shlex.join(["layerwise", *arguments]), meter.show)
+        report.write(outcome, shlex.join(["layerwise", *arguments]), meter.show, figures=figures)
 
 
 def _plan_runner(plan: Plan) -> Callable[[Settings, Any], Outcome]:
@@ -203,7 +203,7 @@ def _report(asked: options.Report, arguments: Sequence[str]) -> int:
 
     threading.Thread(target=report.prepare, daemon=True).start()  # while the runs are read
     outcome = anything.gather(asked.runs, out=asked.out)
-    _write_report(outcome, arguments, silent=asked.json or asked.quiet)
+    _write_report(outcome, arguments, silent=asked.json or asked.quiet, figures=asked.figures)
     if asked.json:
         sys.stdout.write(terminal.as_json(outcome) + "\n")
     else:

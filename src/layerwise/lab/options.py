@@ -49,6 +49,9 @@ class Places:
 class Work(Places):
     """How runs are done."""
 
+    figures: Flag = False
+    """Write the figures of the report as SVG and PNG too."""
+
     seeds: Annotated[int | None, _left_out("5, or the recipe's")] = None
     """Number of seeds; fewer than 5 never show a difference."""
 
@@ -180,6 +183,9 @@ class Report(Places):
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[FOLDER ...]")] = (Path("runs"),)
     """Folders: what --out named, an experiment in it, or single runs."""
+
+    figures: Flag = False
+    """Write the figures as SVG and PNG too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,7 +158,7 @@ def test_in_a_pipe_there_are_plain_lines_and_no_escapes(folder):
 @pytest.mark.dist
 def test_a_comparison_shows_rate_and_time_left_and_no_colour_where_none_is_wanted(folder):
     (folder / "short.py").write_text(TASK.replace("pause=0.0", "pause=0.02"), encoding="utf-8")
-    words = ["compare", "short.py:task", "--arms", "layer-decay", "--seeds", "1", "--jobs", "1"]
+    words = ["compare", "short.py:task", "--arms", "layer-decay", "--seeds", "1", "--jobs", "1", "--figures"]
     text, code = in_terminal(words, folder, NO_COLOR="1")
     assert code == 0
     assert re.search(r"all runs .*\d/\d+ runs, [\d.,]+ updates/s, \d+ s left", ESCAPE.sub("", text))
