@@ -17,7 +17,6 @@ import pytest
 from made_up import (
     SWEEP_LAYERS,
     TABLE_STEPS,
-    finish,
     finish_plan,
     outcome_of,
     sweep_plan,
@@ -28,9 +27,8 @@ from made_up import (
 )
 
 from layerwise.lab import report
-from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.pool import Failure
-from layerwise.lab.report import anything, charts, files, layers
+from layerwise.lab.report import charts, files, layers
 from layerwise.lab.report.bundle import bundle
 from layerwise.lab.report.figures import rows_of, slugs
 from layerwise.lab.report.headline import headline
@@ -38,7 +36,6 @@ from layerwise.lab.report.layouts import best_of, sheet
 from layerwise.lab.report.looks import COLOURS, looks
 from layerwise.lab.report.page import build
 from layerwise.lab.report.verdicts import verdicts
-from layerwise.lab.runs.folder import Runs
 
 HOSTILE = '"><script>alert("x")</script>\x1b[31m'
 
@@ -576,57 +573,6 @@ def test_markdown_signs_are_escaped():
     assert files.escaped("a|b *c* <i> [d](e)\nf") == r"a\|b \*c\* &#60;i&#62; \[d\](e) f"
 
 
-def test_any_folders_make_a_report(table_runs, tmp_path):
-    outcome = anything.gather([table_runs], tmp_path)
-    plan = outcome.plan
-    assert outcome.complete
-    assert {subject.name for subject in plan.subjects} == {"adagrad", "nag", "sgd"}
-    assert {arm.name: (arm.control, arm.of) for arm in plan.arms} == {
-        "plain": (None, None),
-        "layer-adaptive": (None, None),
-        "mean-factor": ("mean factor", "layer-adaptive"),
-    }
-    assert plan.arm("layer-adaptive").against == ("plain", "mean-factor")
-    assert plan.quantity.name == "test_error"
-    assert plan.seeds == (0, 1, 2, 3, 4)
-    expected = outcome_of(table_plan(), table_runs, tmp_path).results
-    assert outcome.results.values("sgd", "plain") == expected.values("sgd", "plain")
-    path = report.write(outcome, "layerwise report")
-    assert path == tmp_path / "report" / "report.html"
-    assert "comparisons show layer-adaptive with" in path.read_text()
-
-
-def test_an_experiment_a_single_run_and_copies_are_counted_once(table, table_runs, tmp_path):
-    report.write(table, "")
-    one = next(iter(table.results.records.values())).folder
-    outcome = anything.gather([table.folder, one, table_runs], tmp_path / "again")
-    assert len(outcome.results.records) == 45
-    assert len(anything.gather([one], tmp_path / "one").results.records) == 1
-    copied = tmp_path / "copied" / one.name
-    copied.mkdir(parents=True)
-    for path in one.iterdir():
-        (copied / path.name).write_bytes(path.read_bytes())
-    outcome = anything.gather([one, tmp_path / "copied"], tmp_path / "again")
-    assert len(outcome.results.records) == 1
-    assert "1 copies of runs are counted once." in outcome.plan.notes
-
-
-def test_runs_of_several_experiments_become_subjects_of_their_own(table_runs, sweep_runs, tmp_path):
-    outcome = anything.gather([table_runs, sweep_runs], tmp_path)
-    names = {subject.name for subject in outcome.plan.subjects}
-    assert names == {"sgd", "nag", "adagrad", "one", "two"}
-    assert len(outcome.results.records) == 45 + 80
-    assert all(arm.against == () for arm in outcome.plan.arms if arm.control is not None)
-
-
-def test_arms_that_differ_by_a_threshold_are_found_to_be_a_group(sweep_runs, tmp_path):
-    plan = anything.gather([sweep_runs], tmp_path).plan
-    assert plan.layout == "thresholds"
-    groups = {(arm.group, arm.value) for arm in plan.arms if arm.group}
-    assert groups == {(group, value) for group in ("G case 1", "G′ case 1") for value in (0.7, 1.5, 2.5)}
-    assert {arm.name for arm in plan.arms if not arm.group} == {"plain", "all"}
-
-
 def test_maps_of_many_layers_keep_within_a_size(sweep, monkeypatch):
     shown = layers.ruled(sweep.results)
     assert {subject: len(arms) for subject, arms in shown.items()} == {"one": 3, "two": 3}
@@ -636,60 +582,6 @@ def test_maps_of_many_layers_keep_within_a_size(sweep, monkeypatch):
     monkeypatch.setattr(layers, "MOST_MAPS", 4)
     assert list(layers.ruled(sweep.results)) == ["one"]
     assert "Maps of layers are drawn for 1 of 2 subjects." in build([sweep], "").html
-
-
-def test_arms_with_other_constants_are_compared_with_their_own_plain_arm(tmp_path):
-    plan = table_plan(seeds=1)
-    runs = [run for run in plan.runs if run.subject == "sgd" and run.arm.name in ("plain", "layer-adaptive")]
-    for rate in (0.01, 0.02):
-        for run in runs:
-            trial = {**run.configuration.trial, "rate": rate}
-            configuration = replace(run.configuration, trial=trial)
-            finish(tmp_path / "runs", run, 1.0 + rate, configuration=configuration, steps=TABLE_STEPS)
-    found = anything.gather([tmp_path / "runs"], tmp_path).plan
-    assert len(found.subjects) == 1
-    assert {arm.name: arm.against for arm in found.arms} == {
-        "plain, rate 0.01": (),
-        "plain, rate 0.02": (),
-        "layer-adaptive, rate 0.01": ("plain, rate 0.01",),
-        "layer-adaptive, rate 0.02": ("plain, rate 0.02",),
-    }
-
-
-def test_damaged_and_unfinished_runs_are_left_out_and_untouched(tmp_path):
-    plan = table_plan(seeds=2)
-    runs = [run for run in plan.runs if run.subject == "sgd" and run.arm.name == "plain"]
-    for run in runs:
-        finish(tmp_path / "runs", run, 1.5, steps=TABLE_STEPS)
-    folder = Runs(tmp_path / "runs").folder(runs[1].configuration).path
-    (folder / "metrics.parquet").write_bytes(b"broken")
-    unfinished = tmp_path / "runs" / "store" / "other"
-    unfinished.mkdir()
-    (unfinished / "run.json").write_text("{}")
-    before = sorted(path for path in tmp_path.rglob("*"))
-    outcome = anything.gather([tmp_path / "runs"], tmp_path / "page")
-    assert len(outcome.results.records) == 1
-    assert "Left out: 1 runs that are not finished, 1 that are damaged." in outcome.plan.notes
-    assert sorted(path for path in tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "is not a folder"), ("", "no finished run is below: looked for folders with run.json")],
-)
-def test_nothing_found_says_what_was_looked_for(tmp_path, content, message):
-    place = tmp_path / "nothing"
-    if content is not None:
-        place.mkdir()
-    with pytest.raises(UsageError, match=message):
-        anything.gather([place], tmp_path)
-
-
-def test_a_hostile_list_of_runs_is_not_followed_into_errors(tmp_path):
-    for content in ("[]", '{"runs": 3}', '{"runs": [{"folder": 3}]}', "not JSON"):
-        (tmp_path / "runs.json").write_text(content)
-        with pytest.raises(UsageError, match="no finished run"):
-            anything.gather([tmp_path], tmp_path)
 
 
 def test_the_list_of_runs_is_relative(table):

@@ -179,10 +179,10 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Places):
-    """Make a report of finished runs: of experiments, of single runs, of any mix."""
+    """Make a report of experiments from their finished runs, each judged by its own plan."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[FOLDER ...]")] = (Path("runs"),)
-    """Folders: what --out named, an experiment in it, or single runs."""
+    """Folders: what --out named, or experiments in it."""
 
     figures: Flag = False
     """Write the figures as SVG and PNG too."""

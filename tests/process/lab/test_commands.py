@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from made_up import finish, table_plan
+from made_up import finish_plan, listed, table_plan
 
 from layerwise.lab import cli, options
 from layerwise.lab.catalogue import shortly
@@ -231,8 +231,8 @@ def test_a_problem_ends_with_1(folder, monkeypatch, capsys):
 
 def test_a_report_does_without_torch(tmp_path):
     plan = table_plan(seeds=2)
-    for run in plan.runs:
-        finish(tmp_path / "runs", run, 1.5 + 0.1 * run.seed)
+    finish_plan(plan, tmp_path / "runs", lambda run: 1.5 + 0.1 * run.seed)
+    listed(plan, tmp_path / "runs")
     assert any(run.arm.control for run in plan.runs)  # whose names need the versions at work
     program = COMMAND.replace("sys.exit(main())", "code = main(); sys.exit(code if 'torch' not in sys.modules else 9)")
     for folder in ("runs", "runs/report"):

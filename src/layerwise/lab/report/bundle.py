@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
-from pathlib import Path
+
+from platformdirs import user_cache_path
 
 from layerwise.lab.runs.store import write_whole
 
@@ -21,8 +21,7 @@ def bundle() -> str:
     import vl_convert
 
     version = metadata.version("vl-convert-python")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    place = base / "layerwise" / f"vega-{version}.js"
+    place = user_cache_path("layerwise") / f"vega-{version}.js"
     with suppress(OSError, UnicodeError):
         found = place.read_text(encoding="utf-8")
         if "window.vegaEmbed=" in found:

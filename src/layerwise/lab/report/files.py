@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 
 from layerwise.lab.experiments.outcome import Outcome
 from layerwise.lab.printing import shown
-from layerwise.lab.report.found import RUNS
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet
 from layerwise.lab.report.page import build
-from layerwise.lab.report.saved import PLAN, as_json
+from layerwise.lab.report.saved import PLAN, RUNS, as_json
 from layerwise.lab.report.sheets import Entry
 from layerwise.lab.report.verdicts import verdicts
-from layerwise.lab.report.words import FOUND, capital, place_words
+from layerwise.lab.report.words import capital, place_words
 from layerwise.lab.runs.files import OwnFolder, check_page, remove_leftovers
 from layerwise.lab.runs.store import signed, write_whole
 from layerwise.lab.stats.conclusions import note
@@ -68,7 +67,7 @@ def write_all(
     contents["table.md"] = _bytes("\n\n".join(map(markdown, outcomes)))
     if not several:
         contents[PLAN] = signed(json.loads(as_json(first.plan)), indent=None)
-        contents[RUNS] = json.dumps(_run_list(first), indent=1).encode()
+        contents[RUNS] = json.dumps(listing(first), indent=1).encode()
     html = page.html.encode()
     # All is there before anything is written, so that one file of somebody else's keeps all as they were.
     own.write({**contents, first.report.name: html})
@@ -129,7 +128,7 @@ def comparison_frame(outcome: Outcome) -> polars.DataFrame:
     return polars.DataFrame(rows, schema_overrides={**floats, **lists, "step": polars.Int64}, infer_schema_length=None)
 
 
-def _run_list(outcome: Outcome) -> dict[str, object]:
+def listing(outcome: Outcome) -> dict[str, object]:
     """Name the experiment and where its finished runs are, relative to its folder."""
     above: dict[Path, str] = {}
 
@@ -165,8 +164,6 @@ def _markdown(outcome: Outcome) -> Iterator[str]:
     scale = f", {plan.scale} scale" if plan.scale else ""
     yield f"# {escaped(plan.title)}"
     yield f"\n{escaped(plan.source)}{scale}. {len(results.records)} of {outcome.planned} runs finished.\n"
-    if plan.found:
-        yield f"{escaped(FOUND)}\n"
     yield f"**{escaped(headline(outcome))}**\n"
     yield f"{escaped(capital(table.lead))}.\n"
     for title, rows in table.sections:
@@ -185,7 +182,7 @@ def _markdown(outcome: Outcome) -> Iterator[str]:
         yield f"- {escaped(verdict.subject_words)}, {escaped(verdict.words)}: {escaped(verdict.conclusion)}"
         for _, comparison in verdict.rows:
             yield f"  - {escaped(capital(comparison.sentence))}"
-    yield f"\n{escaped(note(max(1, results.family), len(plan.seeds), planned=not plan.found))}"
+    yield f"\n{escaped(note(max(1, results.family), len(plan.seeds)))}"
 
 
 def cell_markdown(one: Entry) -> str:

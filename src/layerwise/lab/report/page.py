@@ -20,7 +20,7 @@ from layerwise.lab.report.origins import caveats, origins, rule_words
 from layerwise.lab.report.sheets import FAR
 from layerwise.lab.report.templates import rendered
 from layerwise.lab.report.verdicts import verdict_lines, verdicts
-from layerwise.lab.report.words import FOUND, SMOKE, capital, item_of, number, place_words
+from layerwise.lab.report.words import SMOKE, capital, item_of, number, place_words
 from layerwise.lab.stats.conclusions import note
 
 MOST_DRAWN = 24
@@ -129,7 +129,7 @@ def _section(outcome: Outcome, key: str, prefix: str, figures: dict[str, Figure]
         "rows": verdict_lines(results),
         "verdicts": found,
         "place": place_words(plan),
-        "note": note(max(1, results.family), len(plan.seeds), planned=not plan.found),
+        "note": note(max(1, results.family), len(plan.seeds)),
         "table": table,
         "offs": any(one.off is not None for one in entries),
         "bold": any(one.best for one in entries),
@@ -158,7 +158,7 @@ def _section(outcome: Outcome, key: str, prefix: str, figures: dict[str, Figure]
 
 def notices(outcome: Outcome) -> list[str]:
     """Say what the reader must know before anything else: an incomplete plan, failures, the smoke scale."""
-    found = [FOUND] if outcome.plan.found else []
+    found: list[str] = []
     if not outcome.complete:
         begin = "Interrupted: " if outcome.interrupted else ""
         failed = "".join(f" {failure.doing} failed: {failure.reason}." for failure in outcome.failures)
