@@ -37,8 +37,8 @@ def headline(outcome: Outcome) -> str:
         seeds = len(plan.seeds)
         if seeds >= MINIMUM_PAIRS:
             return f"{place}, too few runs are finished to compare the {quantity}."
-        many = f"{seeds} seed{'s' * (seeds > 1)}"
-        return f"{place}, {many} cannot show a difference in {quantity}; it takes {MINIMUM_PAIRS}."
+        many = f"{seeds} seeds are" if seeds > 1 else "1 seed is"
+        return f"{place}, {many} too few to show a difference in {quantity}; it takes {MINIMUM_PAIRS}."
     ways = ("higher", "lower") if plan.quantity.higher_is_better else ("lower", "higher")
     others = {verdict.rows[0][1].against for verdict in found}
     than = others.pop() if len(others) == 1 else "what they are compared with"
