@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import victims
-from made_up import finish, finish_plan, outcome_of, table_plan, table_value
+from made_up import finish, finish_plan, listed, outcome_of, table_plan, table_value
 
 from layerwise.lab.cli import main
 from layerwise.lab.errors import UsageError
@@ -109,6 +109,7 @@ def plan():
 def test_a_report_on_a_full_disk_is_one_line_and_the_page_before_stays(tmp_path, capsys, plan):
     with mounted(tmp_path / "disk", "size=4m") as disk:
         finish_plan(plan, tmp_path / "runs", table_value)
+        listed(plan, tmp_path / "runs")
         arguments = ["report", str(tmp_path / "runs"), "--out", str(disk / "pages"), "--quiet"]
         assert main(arguments) == 0
         before = (disk / "pages" / "report" / "report.html").read_bytes()
@@ -129,6 +130,7 @@ def test_a_report_on_a_full_disk_is_one_line_and_the_page_before_stays(tmp_path,
 def test_a_folder_that_is_read_only_can_be_read_and_is_named_when_it_is_written(tmp_path, capsys, plan):
     with mounted(tmp_path / "disk", "size=4m") as disk:
         finish_plan(plan, disk / "runs", table_value)
+        listed(plan, disk / "runs")
         outcome = outcome_of(plan, disk / "runs", tmp_path / "pages")
         records = dict(outcome.results.records)
         broken = next(iter(records.values())).folder / "metrics.parquet"
@@ -184,6 +186,7 @@ def test_a_write_that_stops_within_a_file_leaves_the_file_before(tmp_path, whole
 
 def test_every_error_of_the_system_is_one_line_that_names_the_file(tmp_path, capsys, monkeypatch, plan):
     finish(tmp_path / "runs", plan.runs[0], 1.5)
+    listed(plan, tmp_path / "runs")
 
     def broken(path, data, **how):
         raise OSError(errno.EIO, "Input/output error", str(path))

@@ -21,7 +21,7 @@ import numpy as np
 import polars
 import pytest
 import torch
-from made_up import finish, table_plan
+from made_up import finish, outcome_of, table_plan
 from mutations import named
 from PIL import Image
 from test_browser import browser  # noqa: F401
@@ -33,10 +33,11 @@ from layerwise.lab import report
 from layerwise.lab.data import cifar, folder, mnist, photographs
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.pool import Failure
-from layerwise.lab.report import anything, found, saved
+from layerwise.lab.report import saved
 from layerwise.lab.runs import record as recorder
 from layerwise.lab.runs import store
 from layerwise.lab.runs.folder import MAGIC, RunFolder, Runs
+from layerwise.lab.runs.records import read_run
 from layerwise.lab.runs.store import signed, write_whole
 
 pytestmark = pytest.mark.full
@@ -100,7 +101,7 @@ def test_no_file_of_a_run_is_run(tmp_path, finished, mark, form):
         Runs(tmp_path / "runs").find(finished.configuration)
         assert saved.rebuilt(place) is None
         if name in ("plan.json", "runs.json", "status.json"):
-            assert len(found.find([place]).records) == 1
+            assert read_run(place).summary == finished.summary
     (place / "metrics.parquet").write_bytes(content)
     with pytest.raises(UsageError, match="cannot be read"):
         recorder.read_frame(place / "metrics.parquet")
@@ -304,28 +305,19 @@ def hostile_page(tmp_path_factory):
         word = WORDS[place % len(WORDS)]
         record = finish(tmp_path / "runs", run, 1.5, layers=[f"{word}{n}" for n in range(2)])
         about = store.read_signed(record.folder / "run.json")
-        about["labels"] = {
-            "subject": WORDS[0] + run.subject,
-            "subject_words": WORDS[1] + run.subject,
-            "arm": WORDS[2] + run.arm.name,
-            "arm_words": WORDS[3] + run.arm.name,
-            "experiment": WORDS[4],
-            "quantity": {
-                "name": "test_error",
-                "words": WORDS[5],
-                "unit": WORDS[0],
-                "difference_unit": WORDS[1],
-                "higher_is_better": False,
-            },
-        }
         about |= {"hardware": {"processor": WORDS[0], "cores": WORDS[1], "system": WORDS[2]}, "python": WORDS[3]}
         about["versions"] = {"torch": WORDS[4], "layerwise": WORDS[5]}
         (record.folder / "run.json").write_bytes(signed(about))
-    outcome = anything.gather([tmp_path / "runs"], tmp_path / "page")
+    arms = tuple(replace(arm, words=WORDS[2] + arm.name) for arm in plan.arms if not arm.control)
+    runs = tuple(run for run in plan.runs if run.subject == "sgd" and not run.arm.control)
+    subject = replace(plan.subject("sgd"), words=WORDS[1])
+    quantity = replace(plan.quantity, words=WORDS[5], unit=WORDS[0], difference_unit=WORDS[1])
+    plan = replace(plan, subjects=(subject,), arms=arms, runs=runs, quantity=quantity, source=WORDS[4])
+    outcome = outcome_of(plan, tmp_path / "runs", tmp_path / "page")
     outcome.failures = [Failure(WORDS[0], WORDS[1], f"RuntimeError: {word}", word) for word in WORDS]
     outcome.plan = outcome.results.plan = replace(outcome.plan, scale="smoke", title=WORDS[0], notes=WORDS)
     outcome.results.records.pop(next(iter(outcome.results.records)))
-    return report.write(outcome, f"layerwise report '{WORDS[3]}'")
+    return report.write(outcome, f"layerwise report '{WORDS[3]}'", figures=True)
 
 
 @pytest.mark.parametrize("bypass", [False, True], ids=["as it is", "without its own rules against scripts"])
@@ -337,7 +329,10 @@ def test_no_word_of_a_run_is_run_in_a_browser(browser, hostile_page, bypass):  #
     page.on("request", lambda request: asked.append(request.url))
     page.goto(hostile_page.as_uri())
     assert page.evaluate("document.title") != "ran"
-    assert page.evaluate("document.querySelectorAll('script, #trap, [onerror], [onload], iframe, object').length") == 0
+    page.wait_for_function("[...document.querySelectorAll('.plot')].some(each => each.dataset.drawn)")
+    assert page.evaluate("document.querySelectorAll('body > script').length") == 2
+    traps = "main script, #trap, [onerror], [onload], iframe, object"
+    assert page.evaluate(f"document.querySelectorAll('{traps}').length") == 0
     assert (
         page.evaluate("[...document.querySelectorAll('[href]')].filter(e => e.href.startsWith('javascript')).length")
         == 0
@@ -450,7 +445,8 @@ def test_nothing_asks_the_network(watched):
 def test_nothing_is_written_outside_the_folders_of_runs_and_pages(watched):
     place, events = watched
     written = {words for event, words in events if event.startswith(("open", "os.")) and event != "os.posix_spawn"}
-    allowed = (str(place / "work" / "runs"), str(place / "temporary"))
+    # The page's script is put together once and kept in the user's cache.
+    allowed = (str(place / "work" / "runs"), str(place / "temporary"), str(place / "home" / ".cache"))
     devices = ("/dev/null", "/dev/tty", "/proc/self/clear_refs", "/dev/shm")
     assert sorted(path for path in written if not path.startswith((*allowed, *devices))) == []
     assert sum(path.startswith(allowed[0]) for path in written) > 20

@@ -15,8 +15,7 @@ import pytest
 import victims
 from serving import Server
 
-from layerwise.lab.experiments.runner import Settings, carry_out, load_finished
-from layerwise.lab.report import anything
+from layerwise.lab.experiments.runner import Outcome, Settings, carry_out, load_finished
 from layerwise.lab.report.page import build
 from layerwise.lab.runs.folder import Runs
 
@@ -92,6 +91,7 @@ def test_a_report_may_be_made_while_runs_are_written(server, tmp_path, rounds):
     for number in range(rounds):
         out = tmp_path / f"{number}"
         numbers = [server.start("share", out, seeds=3) for _ in range(3)]
+        plan = victims.plan_of(Path(str(out) + ".log"), seeds=3)
         seen, counts = {}, []
         while True:
             runs = Runs(out)
@@ -99,12 +99,12 @@ def test_a_report_may_be_made_while_runs_are_written(server, tmp_path, rounds):
             assert runs.set_aside == []
             assert records.items() >= seen.items()
             if len(records) > len(seen):
-                outcome = anything.gather([out], tmp_path / "page")
+                outcome = Outcome(plan, Settings(out=tmp_path / "page"), load_finished(plan, runs))
                 assert len(outcome.results.records) >= len(records)
                 outcome.results.table()
                 counts.append(len(records))
                 if len(counts) == 2:
-                    assert build(outcome, "").html.rstrip().endswith("</html>")
+                    assert build([outcome], "").html.rstrip().endswith("</html>")
             seen = records
             if len(records) == 12:
                 break

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ from layerwise.lab.experiments import controls
 from layerwise.lab.experiments.plan import Plan, PlannedRun
 from layerwise.lab.experiments.recipe import Recipe, load
 from layerwise.lab.experiments.runner import Outcome, Settings, load_finished
+from layerwise.lab.report.files import listing
+from layerwise.lab.report.saved import PLAN, RUNS, as_json
 from layerwise.lab.runs.configuration import Configuration
+from layerwise.lab.runs.files import OwnFolder
 from layerwise.lab.runs.folder import Record, Runs
 from layerwise.lab.runs.record import Recorder
+from layerwise.lab.runs.store import signed
 
 LAYERS = ["conv1", "conv2", "ip1"]
 
@@ -99,6 +105,21 @@ def outcome_of(plan: Plan, out: Path, pages: Path, **changes: Any) -> Outcome:
     results = load_finished(plan, Runs(out))
     found = {"found": len(results.records), **changes}
     return Outcome(plan, Settings(out=pages), results, **found)
+
+
+def only(plan: Plan, subject: str, *arms: str) -> Plan:
+    """Keep some arms of one subject."""
+    runs = tuple(run for run in plan.runs if run.subject == subject and run.arm.name in arms)
+    chosen = tuple(arm for arm in plan.arms if arm.name in arms)
+    return replace(plan, subjects=(plan.subject(subject),), arms=chosen, runs=runs)
+
+
+def listed(plan: Plan, out: Path) -> Path:
+    """Write the plan of an experiment and the list of its finished runs, as beside its page; give the folder."""
+    outcome = outcome_of(plan, out, out)
+    names = {PLAN: signed(json.loads(as_json(plan))), RUNS: json.dumps(listing(outcome)).encode()}
+    OwnFolder(outcome.folder, out).write(names)
+    return outcome.folder
 
 
 MEANS = {"plain": 1.5, "layer-adaptive": 1.3, "mean-factor": 1.3}

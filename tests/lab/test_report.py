@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-import math
 import re
 import statistics
-import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations, pairwise
@@ -17,7 +17,6 @@ import pytest
 from made_up import (
     SWEEP_LAYERS,
     TABLE_STEPS,
-    finish,
     finish_plan,
     outcome_of,
     sweep_plan,
@@ -27,19 +26,19 @@ from made_up import (
     table_value,
 )
 
-from layerwise.lab import printing, report
+from layerwise.lab import report
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.plan import PaperValue, quantity_of
 from layerwise.lab.experiments.pool import Failure
 from layerwise.lab.experiments.results import Results
-from layerwise.lab.report import anything, charts, files, layers, maps, sweeps
-from layerwise.lab.report.drawing import Drawing, shortened, slugs
+from layerwise.lab.report import charts, files, layers
+from layerwise.lab.report.bundle import bundle
+from layerwise.lab.report.figures import rows_of, slugs
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import best_of, sheet
 from layerwise.lab.report.looks import COLOURS, looks
 from layerwise.lab.report.page import build
 from layerwise.lab.report.verdicts import verdicts
-from layerwise.lab.runs.folder import Runs
 
 HOSTILE = '"><script>alert("x")</script>\x1b[31m'
 
@@ -98,13 +97,13 @@ def sweep(sweep_runs, tmp_path):
 @pytest.fixture(scope="module")
 def table_page(table_runs, tmp_path_factory):
     return build(
-        outcome_of(table_plan(), table_runs, tmp_path_factory.mktemp("page")), "layerwise run singh2015-table1"
+        [outcome_of(table_plan(), table_runs, tmp_path_factory.mktemp("page"))], "layerwise run singh2015-table1"
     )
 
 
 @pytest.fixture(scope="module")
 def sweep_page(sweep_runs, tmp_path_factory):
-    return build(outcome_of(sweep_plan("best"), sweep_runs, tmp_path_factory.mktemp("page")), "layerwise run x")
+    return build([outcome_of(sweep_plan("best"), sweep_runs, tmp_path_factory.mktemp("page"))], "layerwise run x")
 
 
 def hostile_outcome(runs, tmp_path):
@@ -125,15 +124,43 @@ def hostile_outcome(runs, tmp_path):
     return outcome
 
 
+def own(html: str) -> str:
+    """Leave the scripts out of a page."""
+    return re.sub(r"<script.*?</script>", "", html, flags=re.S)
+
+
+def data_of(html: str) -> dict:
+    """Read the figures of a page."""
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)
+    return json.loads(found)["figures"]
+
+
 @pytest.mark.parametrize("name", ["table_page", "sweep_page"])
 def test_the_page_asks_the_network_for_nothing(name, request):
     html = request.getfixturevalue(name).html
     checker = Checker()
     checker.feed(html)
-    assert set(checker.addresses) <= {"data:,"}
-    assert not re.search(r"https?:|//cdn|@import|fetch\(|<script|url\((?!#)", html)
-    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in html
+    assert {each for each in checker.addresses if not each.startswith("#")} <= {"data:,"}
+    assert not re.search(r"https?:|//cdn|@import|fetch\(|<script|url\((?!#)", own(html))
+    assert html.count("<script") == 2
     assert len(html.encode()) < 3_000_000
+
+
+def test_the_policy_allows_the_own_script_alone(table_page):
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', table_page.html)
+    (code,) = re.findall(r"<script>(.*?)</script>", table_page.html, re.S)
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    assert policy == (f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'")
+
+
+def test_a_bundle_that_cannot_be_kept_is_made_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    assert "window.vegaEmbed=" in bundle.__wrapped__()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "folder"))
+    made = bundle.__wrapped__()
+    (kept,) = (tmp_path / "folder").rglob("vega-*.js")
+    assert kept.read_text(encoding="utf-8") == made == bundle.__wrapped__()
 
 
 @pytest.mark.parametrize("name", ["table_page", "sweep_page"])
@@ -147,8 +174,11 @@ def test_the_page_is_well_formed_and_ids_are_unique(name, request):
 def test_the_page_of_a_table_holds_all_its_parts(table_page):
     html = table_page.html
     for words in (
-        "layer-adaptive is shown to have a lower test error than plain with 3 of 3 (SGD, NAG and AdaGrad)",
-        "In none of these is it shown to be more than the controls give.",
+        "After iteration 1,800, 3 of 3 comparisons show layer-adaptive with SGD, NAG and AdaGrad to have a lower test "
+        "error than plain, and none beats every control.",
+        '<span class="answer yes">yes</span>',
+        '<span class="answer unclear">unclear</span>',
+        "[−0.24, −0.16]",
         "It beats plain but not plain at the mean factor",
         "paper",
         "3.29",
@@ -156,7 +186,7 @@ def test_the_page_of_a_table_holds_all_its_parts(table_page):
         "Training loss",
         "Gradient norm",
         "Update to weight",
-        "Between layers",
+        "between layers",
         "What the paper says",
         "layerwise run singh2015-table1",
         "431,080 parameters in 3 layers",
@@ -166,9 +196,57 @@ def test_the_page_of_a_table_holds_all_its_parts(table_page):
         "prefers-color-scheme: dark",
     ):
         assert words in html
-    assert "nan" not in re.sub(r"<[^>]*>", "", html).lower()
-    # Three differences, errors and losses; maps of four quantities for three subjects and two arms with a rule.
-    assert len(re.findall(r'<svg role="img"', html)) == 9 + 4 * 3 * 2 == len(table_page.figures)
+    assert "nan" not in re.sub(r"<[^>]*>", "", own(html)).lower()
+    # Differences, errors and losses of three subjects; maps of four quantities and two arms with a rule.
+    assert html.count('class="plot"') == 9 + 4 * 3 * 2 == len(table_page.figures) == len(data_of(html))
+
+
+def test_each_figure_has_a_sentence_and_its_numbers(sweep_page):
+    for figure in sweep_page.figures:
+        assert re.fullmatch(r"[^.]([^.]|\.(?! ))*\.", figure.summary), figure.summary
+        assert figure.table.rows
+        assert {len(row) for row in figure.table.rows} == {len(figure.table.headings)}
+        assert f'aria-describedby="{figure.name}-says"' in sweep_page.html
+
+
+def test_what_answers_comes_before_evidence_and_evidence_before_its_origin(table_page):
+    heads = re.findall(r"<h2>(.*?)</h2>", own(table_page.html))
+    assert heads[:4] == [
+        "Verdict",
+        "Test error, the paper&#39;s and ours".replace("&#39;", "'"),
+        "Learning curves: test error, %",
+        "Differences, seed by seed",
+    ]
+    assert heads[-3:] == ["What the paper says", "How it was run", "Caveats"]
+
+
+def test_all_metrics_of_a_run_are_shown(table):
+    for key, record in table.results.records.items():
+        finals = {**record.summary["finals"], "wasted_words": 7.0 + key[2]}
+        table.results.records[key] = replace(record, summary={**record.summary, "finals": finals})
+    html = build([table], "").html
+    assert '<th scope="col">wasted words</th>' in html
+    assert "9.0 ± 1.6" in html
+
+
+def test_curves_hold_every_seed_with_its_steps_and_values(table, table_page):
+    rows = rows_of(data_of(table_page.html)["curve-test-error-nag"]["data"])
+    seeds = {(row["arm"], row["seed"], row["step"]): row["value"] for row in rows if row["seed"] is not None}
+    assert len(seeds) == 3 * 5 * 5
+    for seed in range(5):
+        for step, value in table.results.series(("nag", "layer-adaptive", seed), "test_error"):
+            assert step == 0 or seeds["layer-adaptive", seed, step] == pytest.approx(value, rel=1e-4)
+    means = {row["step"]: row for row in rows if row["seed"] is None and row["arm"] == "plain"}
+    values = [table_value(run) for run in table.plan.runs if run.subject == "nag" and run.arm.name == "plain"]
+    assert means[1800]["value"] == pytest.approx(statistics.fmean(values))
+    assert means[1800]["high"] - means[1800]["low"] == pytest.approx(2 * statistics.stdev(values), rel=1e-3)
+
+
+def test_curves_of_very_many_runs_hold_means_alone(table, monkeypatch):
+    monkeypatch.setattr(charts, "SEED_POINTS", 10)
+    page = build([table], "")
+    data = data_of(page.html)["curve-test-error-sgd"]["data"]
+    assert set(data["seed"]) == {None}
 
 
 def test_the_page_of_thresholds_holds_all_its_parts(sweep_page):
@@ -189,14 +267,17 @@ def test_the_page_of_thresholds_holds_all_its_parts(sweep_page):
     ):
         assert words in html
     names = {figure.name for figure in sweep_page.figures}
-    assert {"thresholds-one", "chosen-one", "chosen-layers-one-g-1-5", "accuracy-two", "factor-one-all"} <= names
+    wanted = {"thresholds-one", "chosen-one", "chosen-layers-one-g-1-5", "curve-accuracy-two", "factor-one-all"}
+    assert wanted <= names
 
 
 def test_hostile_strings_are_escaped(table_runs, tmp_path):
     outcome = hostile_outcome(table_runs, tmp_path)
-    path = report.write(outcome, f"layerwise --out {HOSTILE}")
+    path = report.write(outcome, f"layerwise --out {HOSTILE}", figures=True)
     html = path.read_text()
-    assert "<script" not in html
+    assert "<script" not in own(html)
+    assert html.count("<script") == 2
+    assert "\x1b" not in html
     assert html.count("&lt;script&gt;alert(&#34;x&#34;)") > 30
     checker = Checker()
     checker.feed(html)
@@ -211,12 +292,14 @@ def test_hostile_strings_are_escaped(table_runs, tmp_path):
 
 def test_everything_is_written(table, tmp_path):
     path = report.write(table, "layerwise run singh2015-table1")
+    assert not (table.folder / "figures").exists()
+    path = report.write(table, "layerwise run singh2015-table1", figures=True)
     assert path == table.report == table.folder / "report.html"
     assert (tmp_path / "report.html").read_bytes() == path.read_bytes()
     figures = sorted(each.name for each in (table.folder / "figures").iterdir())
     assert len(figures) == 2 * 33
-    svg = (table.folder / "figures" / "test_error-sgd.svg").read_text()
-    assert svg.startswith("<svg xmlns=")
+    svg = (table.folder / "figures" / "curve-test-error-sgd.svg").read_text()
+    assert svg.startswith("<svg")
     assert "var(--" not in svg
     assert "layer-adaptive" in svg
     png = (table.folder / "figures" / "factor-sgd-layer-adaptive.png").read_bytes()
@@ -239,7 +322,7 @@ def test_one_run_and_no_run_make_a_page(table, tmp_path):
     table.results.records = {key: table.results.records[key]}
     html = report.write(table, "").read_text()
     assert "1 of 45 runs are finished" in html
-    assert "too few runs are finished" in html
+    assert "too few runs are finished to compare the test error" in html
     table.results.records = {}
     assert "No run is finished yet." in report.write(table, "").read_text()
 
@@ -248,7 +331,7 @@ def test_an_interrupted_experiment_says_what_is_missing(table):
     table.interrupted = True
     table.failures = [Failure("nag plain seed 1", "nag plain seed 1", "the disk is full")]
     del table.results.records["nag", "plain", 1]
-    html = build(table, "").html
+    html = build([table], "").html
     assert "Interrupted: 44 of 45 runs are finished." in html
     assert "nag plain seed 1 failed: the disk is full." in html
     assert "(4 of 5 runs)" in html
@@ -258,7 +341,7 @@ def test_diverged_runs_are_counted_and_have_no_number(table):
     record = table.results.records["sgd", "mean-factor", 0]
     broken = replace(record, summary={**record.summary, "diverged_at": 3})
     table.results.records["sgd", "mean-factor", 0] = broken
-    html = build(table, "").html
+    html = build([table], "").html
     assert "(1 of 5 diverged)" in html
     assert "1 runs diverged" in html
 
@@ -409,7 +492,7 @@ def test_the_table_of_times_is_relative_to_plain(sweep_runs, tmp_path):
     # Seed 0 takes 12 s without the tests instead of 10, the others as long as plain: a mean of 4 %.
     assert rows[0].entries[1].text == f"+4.0 % ± {statistics.stdev([20.0, 0, 0, 0, 0]):.1f}"
     assert dict(rows[0].entries[2].lines)["paper"] == "+0.05 %"
-    assert "Running time" in build(outcome, "").html
+    assert "Running time" in build([outcome], "").html
 
 
 def test_a_group_is_never_said_to_be_better_than_at_the_values_where_it_is(sweep):
@@ -422,11 +505,10 @@ def test_a_group_is_never_said_to_be_better_than_at_the_values_where_it_is(sweep
     assert group.conclusion == (
         "Of 3 values, it beats plain at 1.5 and it does worse at 2.5. It beats the controls too at 1.5."
     )
-    words = headline(sweep)
-    assert (
-        "2 of 6 (G case 1 (ResNet-10) at 1 of 3 values and G case 1 (ResNet-10, wider) at 1 of 3 values) are" in words
+    assert headline(sweep) == (
+        "At the end of the runs, 2 of 6 comparisons show a higher accuracy than plain, and 2 beat every control; 2 of "
+        "6 comparisons show a lower one."
     )
-    assert "In 2 of these it is shown to be more than every control gives." in words
 
 
 def test_the_headline_claims_no_more_than_is_shown(table):
@@ -434,21 +516,18 @@ def test_the_headline_claims_no_more_than_is_shown(table):
     for key in table.results.records:
         table.results.records[key] = replace(same, configuration=table.results.records[key].configuration)
     words = headline(table)
-    assert words == (
-        "After iteration 1,800, layer-adaptive is not shown to have a lower test error than plain with any of SGD, NAG "
-        "and AdaGrad."
-    )
+    assert words == ("After iteration 1,800, none of 3 comparisons shows a lower test error than plain.")
     table.plan = replace(table.plan, seeds=(0, 1))
     table.results.plan = table.plan
     del table.results.__dict__["_judged"]
-    words = "After iteration 1,800, 2 seeds are too few to tell whether the test error differs; 5 are needed."
+    words = "After iteration 1,800, 2 seeds are too few to show a difference in test error; it takes 5."
     assert headline(table) == words
 
 
 def test_a_long_series_is_averaged_in_spans_as_a_slow_reference_does(table, monkeypatch):
     monkeypatch.setattr(charts, "POINTS", 10)
     monkeypatch.setattr(charts, "SPANS", 4)
-    found = charts.curve(table.results, "sgd", "plain", "training_loss")
+    found = charts.curve(charts.seed_curves(table.results, "sgd", "plain", "training_loss"))
     slow = {}
     for seed in range(5):
         pairs = table.results.records["sgd", "plain", seed].series("training_loss")
@@ -461,63 +540,59 @@ def test_a_long_series_is_averaged_in_spans_as_a_slow_reference_does(table, monk
 
 
 def test_a_curve_leaves_out_what_was_measured_before_the_first_update(table):
-    steps = [cell.step for cell in charts.curve(table.results, "sgd", "plain", "test_error")]
+    steps = [cell.step for cell in charts.curve(charts.seed_curves(table.results, "sgd", "plain", "test_error"))]
     assert steps == [200, 600, 1000, 1400, 1800]
 
 
 def test_a_grid_averages_over_seeds_and_neighbouring_steps(table):
-    found = maps.grid(table.results, "sgd", "layer-adaptive", "gradient_norm")
+    found = layers.grid(table.results, "sgd", "layer-adaptive", "gradient_norm")
     assert found.ends == (1, 10, 20)
     assert found.values["conv2"] == pytest.approx([10**1.9, 10.0, 1.0])
-    found = maps.grid(table.results, "sgd", "layer-adaptive", "gradient_norm", 2)
+    found = layers.grid(table.results, "sgd", "layer-adaptive", "gradient_norm", 2)
     assert found.ends == (10, 20)
     assert found.values["conv2"] == pytest.approx([(10**1.9 + 10.0) / 2, 1.0])
-    assert maps.grid(table.results, "sgd", "plain", "factor") is None
+    assert layers.grid(table.results, "sgd", "plain", "factor") is None
 
 
-def test_a_scale_colours_its_ends_and_chooses_logarithms():
-    linear = maps.Scale.of([1.0, 2.0, 3.0])
-    assert not linear.log
-    assert [linear.colour(v) for v in (1.0, 2.0, 3.0)] == [maps.VIRIDIS[0], maps.VIRIDIS[10], maps.VIRIDIS[-1]]
-    wide = maps.Scale.of([0.0, 1e-3, 1.0])
+def test_a_scale_holds_its_ends_and_chooses_logarithms():
+    linear = layers.Scale.of([1.0, 2.0, 3.0])
+    assert (linear.low, linear.high, linear.log) == (1.0, 3.0, False)
+    wide = layers.Scale.of([0.0, 1e-3, 1.0])
     assert wide.log
     assert wide.low == 1e-3
-    assert wide.colour(0.0) == maps.VIRIDIS[0]
-    assert wide.colour(math.sqrt(1e-3)) == maps.VIRIDIS[10]
-    assert maps.Scale.of([2.0, 2.0]).words == ("2", "2 everywhere")
-    assert maps.Scale.of([]).colour(0.0) in maps.VIRIDIS
+    assert layers.Scale.of([2.0, 2.0]).words == ("2", "2 everywhere")
+    assert layers.Scale.of([]).words == ("0", "0 everywhere")
 
 
-def test_a_heat_map_covers_every_cell_once(table):
-    data = maps.grid(table.results, "sgd", "layer-adaptive", "rate")
-    drawn = maps.heat_map(data, maps.Scale.of(data.finite), "x", "Rate")
-    strokes = re.findall(r'<path stroke="(#\w+)" d="([^"]+)"', drawn.body)
-    length = sum(
-        float(end) - float(begin) for _, d in strokes for begin, end in re.findall(r"M([\d.]+) [\d.]+H([\d.]+)", d)
-    )
-    assert length == pytest.approx(maps.WIDTH * 3)
-    assert len(strokes) == 3  # each layer has its own constant rate
-    for layer in ("conv1", "conv2", "ip1"):
-        assert f">{layer}</text>" in drawn.body
+def test_a_heat_map_holds_every_cell_once(table):
+    data = layers.grid(table.results, "sgd", "layer-adaptive", "rate")
+    drawn = layers.heat_map(data, layers.Scale.of(data.finite), "x", "Rate", "Rate", "iteration")
+    cells = {(row["layer"], row["step"]): row["value"] for row in rows_of(drawn.data)}
+    assert cells == {
+        (layer, step): pytest.approx(0.01 * place)
+        for place, layer in enumerate(("conv1", "conv2", "ip1"), start=1)
+        for step in (1, 10, 20)
+    }
+    assert drawn.summary == "Rate by layer and iteration: from 0.01 to 0.03; on average 0.01 in conv1 and 0.03 in ip1."
 
 
 def test_the_chosen_layers_are_counted_and_marked(sweep):
-    assert sweeps.chosen_counts(sweep.results, "one", "G-0.7") == [3] * 10
-    assert sweeps.chosen_counts(sweep.results, "one", "G-2.5") == [0] * 10
-    drawn, left_out = maps.choices(sweep.results, "one", "G-0.7", "x", "Choices")
-    assert drawn.body.count("<circle") == 3 * 10
+    assert charts.chosen_counts(sweep.results, "one", "G-0.7") == [3] * 10
+    assert charts.chosen_counts(sweep.results, "one", "G-2.5") == [0] * 10
+    drawn, left_out = layers.choices(sweep.results, "one", "G-0.7", "x", "Choices")
+    assert sum(drawn.data["chosen"]) == 3 * 10
     assert left_out == ""
     drawings, _ = layers.chosen_maps(sweep.results)
-    assert [title for title, _ in drawings] == [
-        f"{subject}: {group}, 1.5"
+    assert [figure.title for figure in drawings] == [
+        f"{group}, 1.5, {subject}"
         for subject in ("ResNet-10", "ResNet-10, wider")
         for group in ("G case 1", "G′ case 1")
     ]
 
 
 def test_many_choices_are_thinned_and_said_so(sweep, monkeypatch):
-    monkeypatch.setattr(maps, "MOST_COLUMNS", 4)
-    _, left_out = maps.choices(sweep.results, "one", "G-0.7", "x", "Choices")
+    monkeypatch.setattr(layers, "MOST_CHOICES", 4)
+    _, left_out = layers.choices(sweep.results, "one", "G-0.7", "x", "Choices")
     assert left_out == "the first 2 of 5 seeds"
 
 
@@ -525,7 +600,7 @@ def test_arms_are_told_apart_by_colour_dash_and_shape(sweep):
     shown = looks(sweep.plan)
     assert list(shown) == ["plain", "all", "G case 1", "G′ case 1"]
     assert shown["plain"].variable == "plain"
-    for part in ("variable", "dash", "shape", "key"):
+    for part in ("variable", "dash", "shape", "words"):
         assert len({getattr(look, part) for look in shown.values()}) == 4
     many = replace(sweep.plan, arms=tuple(replace(sweep.plan.arms[1], name=str(n), words=str(n)) for n in range(24)))
     assert len({(look.variable, look.dash, look.shape) for look in looks(many).values()}) == 24
@@ -557,132 +632,19 @@ def test_names_of_files_are_unique_and_harmless():
     assert len(set(names.values())) == 5
 
 
-def test_long_and_broken_names_can_be_drawn():
-    assert shortened("encoder.layers.11.attention.output", 15) == "encoder….output"
-    assert printing.shown("a\x00b\ud800") == r"a\x00b\ud800"
-    drawn = Drawing("x", "a \x00 < b", 100, 50, "", scale=("#000000, #ffffff", "0", "1"))
-    assert drawn.png.startswith(b"\x89PNG")
-    assert "&lt;" in drawn.inline
-
-
 def test_markdown_signs_are_escaped():
     assert files.escaped("a|b *c* <i> [d](e)\nf") == r"a\|b \*c\* &#60;i&#62; \[d\](e) f"
-
-
-def test_any_folders_make_a_report(table_runs, tmp_path):
-    outcome = anything.gather([table_runs], tmp_path)
-    plan = outcome.plan
-    assert outcome.complete
-    assert {subject.name for subject in plan.subjects} == {"adagrad", "nag", "sgd"}
-    assert {arm.name: (arm.control, arm.of) for arm in plan.arms} == {
-        "plain": (None, None),
-        "layer-adaptive": (None, None),
-        "mean-factor": ("mean factor", "layer-adaptive"),
-    }
-    assert plan.arm("layer-adaptive").against == ("plain", "mean-factor")
-    assert plan.quantity.name == "test_error"
-    assert plan.seeds == (0, 1, 2, 3, 4)
-    expected = outcome_of(table_plan(), table_runs, tmp_path).results
-    assert outcome.results.values("sgd", "plain") == expected.values("sgd", "plain")
-    path = report.write(outcome, "layerwise report")
-    assert path == tmp_path / "report" / "report.html"
-    assert "layer-adaptive is shown to have a lower test error" in path.read_text()
-
-
-def test_an_experiment_a_single_run_and_copies_are_counted_once(table, table_runs, tmp_path):
-    report.write(table, "")
-    one = next(iter(table.results.records.values())).folder
-    outcome = anything.gather([table.folder, one, table_runs], tmp_path / "again")
-    assert len(outcome.results.records) == 45
-    assert len(anything.gather([one], tmp_path / "one").results.records) == 1
-    copied = tmp_path / "copied" / one.name
-    copied.mkdir(parents=True)
-    for path in one.iterdir():
-        (copied / path.name).write_bytes(path.read_bytes())
-    outcome = anything.gather([one, tmp_path / "copied"], tmp_path / "again")
-    assert len(outcome.results.records) == 1
-    assert "1 copies of runs are counted once." in outcome.plan.notes
-
-
-def test_runs_of_several_experiments_become_subjects_of_their_own(table_runs, sweep_runs, tmp_path):
-    outcome = anything.gather([table_runs, sweep_runs], tmp_path)
-    names = {subject.name for subject in outcome.plan.subjects}
-    assert names == {"sgd", "nag", "adagrad", "one", "two"}
-    assert len(outcome.results.records) == 45 + 80
-    assert all(arm.against == () for arm in outcome.plan.arms if arm.control is not None)
-
-
-def test_arms_that_differ_by_a_threshold_are_found_to_be_a_group(sweep_runs, tmp_path):
-    plan = anything.gather([sweep_runs], tmp_path).plan
-    assert plan.layout == "thresholds"
-    groups = {(arm.group, arm.value) for arm in plan.arms if arm.group}
-    assert groups == {(group, value) for group in ("G case 1", "G′ case 1") for value in (0.7, 1.5, 2.5)}
-    assert {arm.name for arm in plan.arms if not arm.group} == {"plain", "all"}
 
 
 def test_maps_of_many_layers_keep_within_a_size(sweep, monkeypatch):
     shown = layers.ruled(sweep.results)
     assert {subject: len(arms) for subject, arms in shown.items()} == {"one": 3, "two": 3}
-    assert layers.columns_for(sweep.results, shown) == maps.COLUMNS
+    assert layers.columns_for(sweep.results, shown) == layers.COLUMNS
     monkeypatch.setattr(layers, "MOST_CELLS", 20 * 4 * 6 * len(SWEEP_LAYERS))
     assert layers.columns_for(sweep.results, shown) == 20
     monkeypatch.setattr(layers, "MOST_MAPS", 4)
     assert list(layers.ruled(sweep.results)) == ["one"]
-    assert "Maps of layers are drawn for 1 of 2 subjects." in build(sweep, "").html
-
-
-def test_arms_with_other_constants_are_compared_with_their_own_plain_arm(tmp_path):
-    plan = table_plan(seeds=1)
-    runs = [run for run in plan.runs if run.subject == "sgd" and run.arm.name in ("plain", "layer-adaptive")]
-    for rate in (0.01, 0.02):
-        for run in runs:
-            trial = {**run.configuration.trial, "rate": rate}
-            configuration = replace(run.configuration, trial=trial)
-            finish(tmp_path / "runs", run, 1.0 + rate, configuration=configuration, steps=TABLE_STEPS)
-    found = anything.gather([tmp_path / "runs"], tmp_path).plan
-    assert len(found.subjects) == 1
-    assert {arm.name: arm.against for arm in found.arms} == {
-        "plain, rate 0.01": (),
-        "plain, rate 0.02": (),
-        "layer-adaptive, rate 0.01": ("plain, rate 0.01",),
-        "layer-adaptive, rate 0.02": ("plain, rate 0.02",),
-    }
-
-
-def test_damaged_and_unfinished_runs_are_left_out_and_untouched(tmp_path):
-    plan = table_plan(seeds=2)
-    runs = [run for run in plan.runs if run.subject == "sgd" and run.arm.name == "plain"]
-    for run in runs:
-        finish(tmp_path / "runs", run, 1.5, steps=TABLE_STEPS)
-    folder = Runs(tmp_path / "runs").folder(runs[1].configuration).path
-    (folder / "metrics.parquet").write_bytes(b"broken")
-    unfinished = tmp_path / "runs" / "store" / "other"
-    unfinished.mkdir()
-    (unfinished / "run.json").write_text("{}")
-    before = sorted(path for path in tmp_path.rglob("*"))
-    outcome = anything.gather([tmp_path / "runs"], tmp_path / "page")
-    assert len(outcome.results.records) == 1
-    assert "Left out: 1 runs that are not finished, 1 that are damaged." in outcome.plan.notes
-    assert sorted(path for path in tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "is not a folder"), ("", "no finished run is below: looked for folders with run.json")],
-)
-def test_nothing_found_says_what_was_looked_for(tmp_path, content, message):
-    place = tmp_path / "nothing"
-    if content is not None:
-        place.mkdir()
-    with pytest.raises(UsageError, match=message):
-        anything.gather([place], tmp_path)
-
-
-def test_a_hostile_list_of_runs_is_not_followed_into_errors(tmp_path):
-    for content in ("[]", '{"runs": 3}', '{"runs": [{"folder": 3}]}', "not JSON"):
-        (tmp_path / "runs.json").write_text(content)
-        with pytest.raises(UsageError, match="no finished run"):
-            anything.gather([tmp_path], tmp_path)
+    assert "Maps of layers are drawn for 1 of 2 subjects." in build([sweep], "").html
 
 
 def test_the_list_of_runs_is_relative(table):
@@ -692,7 +654,7 @@ def test_the_list_of_runs_is_relative(table):
     assert all(not Path(each["folder"]).is_absolute() for each in listed["runs"])
 
 
-def test_the_renderer_can_be_started_beforehand():
+def test_what_a_report_needs_can_be_imported_beforehand():
     report.prepare()
 
 
@@ -701,25 +663,9 @@ def test_thresholds_of_networks_far_apart_are_each_drawn_on_a_scale_of_their_own
     more = {"layers": SWEEP_LAYERS, "selections": sweep_selections, "quantity": "accuracy"}
     finish_plan(plan, tmp_path, lambda run: sweep_value(run) - (60 if run.subject == "two" else 0), **more)
     results = outcome_of(plan, tmp_path, tmp_path).results
-    found = sweeps.thresholds(results, looks(plan))
+    found = charts.thresholds(results, looks(plan))
     for name, low, high in (("one", 84, 94), ("two", 24, 34)):
-        ticks = [float(text) for text in re.findall(r"<text[^>]*>(\d+)</text>", found[name].body)]
+        svg = found[name].files()[f"figures/thresholds-{name}.svg"].decode()
+        ticks = [float(text) for text in re.findall(r"<text[^>]*>(\d+)</text>", svg)]
         assert len(ticks) >= 3
         assert low < min(ticks) < max(ticks) < high
-
-
-def test_a_figure_that_cannot_be_written_does_not_let_the_others_be_waited_for(table, monkeypatch):
-    begun = []
-
-    def full(drawing):
-        begun.append(drawing)
-        time.sleep(0.3)
-        raise OSError(28, "No space left on device", "figure")
-
-    monkeypatch.setattr(files, "usable_cores", lambda: 0)  # one at a time
-    monkeypatch.setattr(files, "_image", full)
-    monkeypatch.setattr(files, "_rest", lambda outcome: time.sleep(2) or {})
-    with pytest.raises(OSError, match="No space left"):
-        report.write(table, "")
-    assert len(begun) < 5  # of 33: one is at work while the first tells of its error
-    assert not table.report.exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from made_up import finish_plan, noise, outcome_of, sweep_plan, sweep_value
+from made_up import finish_plan, noise, only, outcome_of, sweep_plan, sweep_value
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import recipe
@@ -15,13 +15,6 @@ from layerwise.lab.report.layers import factor_words
 from layerwise.lab.report.layouts import sheet
 from layerwise.lab.report.page import build
 from layerwise.lab.report.verdicts import verdicts
-
-
-def kept(plan, subject: str, arms):
-    """Keep some arms of one subject."""
-    runs = tuple(run for run in plan.runs if run.subject == subject and run.arm.name in arms)
-    chosen = tuple(arm for arm in plan.arms if arm.name in arms)
-    return replace(plan, subjects=(plan.subject(subject),), arms=chosen, runs=runs)
 
 
 def amplified(selection: str) -> Arm:
@@ -53,7 +46,7 @@ def test_what_an_arm_is_to_others_follows_from_its_rule_or_its_role():
 
 def test_a_method_of_another_length_is_judged_by_its_own_plain_arm(tmp_path):
     arms = ("plain", "plain-50k", "layer-adaptive-50k")
-    plan = kept(recipe.load("singh2015-figure1").plan("reduced", seeds=5), "sgd", arms)
+    plan = only(recipe.load("singh2015-figure1").plan("reduced", seeds=5), "sgd", *arms)
     means = {"plain": 82.0, "plain-50k": 80.0, "layer-adaptive-50k": 82.0}
     signs = {"layer-adaptive-50k": -1}
 
@@ -73,7 +66,7 @@ def test_a_method_of_another_length_is_judged_by_its_own_plain_arm(tmp_path):
 
 def test_a_group_has_its_rivals_in_a_sentence_of_their_own(tmp_path):
     plan = sweep_plan("best")
-    plan = kept(plan, "one", {arm.name for arm in plan.arms})
+    plan = only(plan, "one", *(arm.name for arm in plan.arms))
     arms = []
     for arm in plan.arms:
         against = ("plain", f"G-{arm.value:g}") if arm.group == "G′ case 1" else arm.against
@@ -103,14 +96,14 @@ def test_choosing_again_is_a_rival_of_choosing_once():
 
 def test_one_judged_value_of_a_group_is_named(tmp_path):
     plan = sweep_plan("best")
-    plan = kept(plan, "one", {arm.name for arm in plan.arms})
+    plan = only(plan, "one", *(arm.name for arm in plan.arms))
     arms = [replace(arm, against=arm.against if arm.value in (None, 1.5) else ()) for arm in plan.arms]
     plan = replace(plan, arms=tuple(arms))
     finish_plan(plan, tmp_path, sweep_value, quantity="accuracy")
     outcome = outcome_of(plan, tmp_path, tmp_path)
     found = {verdict.item: verdict.conclusion for verdict in verdicts(outcome.results)}
     assert found["G case 1"] == "At 1.5, the one value that is judged, it beats plain. It beats the controls too."
-    assert "what is judged is the threshold 1.5 by itself" in build(outcome, "").html
+    assert "what is judged is the threshold 1.5 by itself" in build([outcome], "").html
 
 
 def test_the_best_of_fewer_plain_runs_is_said_to_be_of_fewer(tmp_path):

@@ -66,7 +66,7 @@ def _carry_out(
     if outcome is None:
         return 0
     if outcome.results.records:
-        _write_report(outcome, arguments, silent=asked.json or asked.quiet)
+        _write_report([outcome], arguments, silent=asked.json or asked.quiet, figures=asked.figures)
     command = next_command(outcome) if outcome.complete else "" if outcome.alike else typed(arguments)
     if asked.json:
         sys.stdout.write(terminal.as_json(outcome) + "\n")
@@ -79,7 +79,7 @@ def _carry_out(
     return outcome.exit_code
 
 
-def _write_report(outcome: Outcome, arguments: Sequence[str], *, silent: bool) -> None:
+def _write_report(outcomes: Sequence[Outcome], arguments: Sequence[str], *, silent: bool, figures: bool) -> None:
     """Write the page, and show how far it is."""
     from rich.console import Console
 
@@ -88,7 +88,7 @@ def _write_report(outcome: Outcome, arguments: Sequence[str], *, silent: bool) -
 
     target = None if silent else Console(stderr=True, highlight=False)
     with Meter(target, "writing the report", "figures") as meter:
-        report.write(outcome, shlex.join(["layerwise", *arguments]), meter.show)
+        report.write(outcomes, shlex.join(["layerwise", *arguments]), meter.show, figures=figures)
 
 
 def _plan_runner(plan: Plan) -> Callable[[Settings, Any], Outcome]:
@@ -212,16 +212,19 @@ def _doctor(asked: options.Doctor, arguments: Sequence[str]) -> int:
 
 def _report(asked: options.Report, arguments: Sequence[str]) -> int:
     from layerwise.lab import report
-    from layerwise.lab.report import anything, terminal
+    from layerwise.lab.report import saved, terminal
 
     threading.Thread(target=report.prepare, daemon=True).start()  # while the runs are read
-    outcome = anything.gather(asked.runs, out=asked.out)
-    _write_report(outcome, arguments, silent=asked.json or asked.quiet)
+    outcomes = saved.gather(asked.runs, out=asked.out)
+    _write_report(outcomes, arguments, silent=asked.json or asked.quiet, figures=asked.figures)
     if asked.json:
-        sys.stdout.write(terminal.as_json(outcome) + "\n")
-    else:
-        how = {"quiet": asked.quiet, "explain": asked.explain}
-        terminal.show(outcome, terminal.console(), **how, next_command=typed(["list"]))
+        told = [terminal.as_json(outcome) for outcome in outcomes]
+        sys.stdout.write((told[0] if len(told) == 1 else f"[{', '.join(told)}]") + "\n")
+        return 0
+    how = {"quiet": asked.quiet, "explain": asked.explain}
+    for outcome in outcomes:
+        last = outcome is outcomes[-1]
+        terminal.show(outcome, terminal.console(), **how, next_command=typed(["list"]) if last else "")
     return 0
 
 

@@ -49,6 +49,9 @@ class Places:
 class Work(Places):
     """How runs are done."""
 
+    figures: Flag = False
+    """Write the figures of the report as SVG and PNG too."""
+
     seeds: Annotated[int | None, _left_out("5, or the recipe's")] = None
     """Number of seeds; fewer than 5 never show a difference."""
 
@@ -201,13 +204,13 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Places):
-    """Make a report of finished runs.
-
-    Of experiments, of single runs, of any mix.
-    """
+    """Make a report of experiments from their finished runs, each judged by its own plan."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[FOLDER ...]")] = (Path("runs"),)
-    """Folders: what --out named, an experiment in it, or single runs."""
+    """Folders: what --out named, or experiments in it."""
+
+    figures: Flag = False
+    """Write the figures as SVG and PNG too."""
 
     explain: Flag = False
     """Print every number and comparison too, and how comparisons are judged."""

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from made_up import finish, table_plan
+from made_up import finish_plan, listed, table_plan
 
 from layerwise.lab import cli, options
 from layerwise.lab.catalogue import shortly
@@ -157,7 +157,7 @@ def test_in_a_pipe_there_are_plain_lines_and_no_escapes(folder):
 @pytest.mark.dist
 def test_a_comparison_shows_rate_and_time_left_and_no_colour_where_none_is_wanted(folder):
     (folder / "short.py").write_text(TASK.replace("pause=0.0", "pause=0.02"), encoding="utf-8")
-    words = ["compare", "short.py:task", "--arms", "layer-decay", "--seeds", "1", "--jobs", "1"]
+    words = ["compare", "short.py:task", "--arms", "layer-decay", "--seeds", "1", "--jobs", "1", "--figures"]
     text, code = in_terminal(words, folder, NO_COLOR="1")
     assert code == 0
     assert re.search(r"all runs .*\d/\d+ runs, [\d.,]+ updates/s, \d+ s left", ESCAPE.sub("", text))
@@ -230,8 +230,8 @@ def test_a_problem_ends_with_1(folder, monkeypatch, capsys):
 
 def test_a_report_does_without_torch(tmp_path):
     plan = table_plan(seeds=2)
-    for run in plan.runs:
-        finish(tmp_path / "runs", run, 1.5 + 0.1 * run.seed)
+    finish_plan(plan, tmp_path / "runs", lambda run: 1.5 + 0.1 * run.seed)
+    listed(plan, tmp_path / "runs")
     assert any(run.arm.control for run in plan.runs)  # whose names need the versions at work
     program = COMMAND.replace("sys.exit(main())", "code = main(); sys.exit(code if 'torch' not in sys.modules else 9)")
     for folder in ("runs", "runs/report"):

@@ -1,21 +1,16 @@
-"""The page of what ``layerwise doctor`` found: one HTML file that needs no network and no script."""
+"""The page of what ``layerwise doctor`` found: one HTML file that needs no network."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import layerwise
-from layerwise.lab.errors import shown
-from layerwise.lab.report.charts import HEIGHT, WIDTH
-from layerwise.lab.report.drawing import Drawing, vega
-from layerwise.lab.report.looks import COLOURS
-from layerwise.lab.report.maps import COLUMNS, VIRIDIS, Grid, Scale, heat_map
-from layerwise.lab.report.templates import template
+from layerwise.lab.report.figures import HEIGHT, Figure, Table, quantitative, short, tip, written
+from layerwise.lab.report.layers import COLUMNS, VIRIDIS, Grid, Scale, heat_map
+from layerwise.lab.report.templates import rendered
 from layerwise.lab.runs.files import check_page
 from layerwise.lab.runs.store import write_whole
 from layerwise.lab.tasks.doctor import Checkup, Examination
@@ -49,7 +44,7 @@ def write(label: str, command: str, found: Examination, out: Path) -> Path | Non
     if found.checkup is None:
         return None
     path = place_of(label, out)
-    write_whole(path, shown(build(label, command, found, found.checkup), lines=True).encode())
+    write_whole(path, build(label, command, found, found.checkup).encode())
     return path
 
 
@@ -64,7 +59,11 @@ def place_of(label: str, out: Path) -> Path:
 def build(label: str, command: str, found: Examination, checkup: Checkup) -> str:
     """Make the page, with every string escaped."""
     maps = [(key, *words, drawn) for key, words in QUANTITIES.items() if (drawn := drawing(checkup.records, key))]
-    return template("checked.html.j2").render(
+    losses = curve(checkup.losses)
+    figures = {drawn[0].name: drawn[0] for *_, drawn in maps} | ({losses.name: losses} if losses else {})
+    return rendered(
+        "checked.html.j2",
+        figures,
         label=label,
         command=command,
         headline=headline(found),
@@ -74,14 +73,11 @@ def build(label: str, command: str, found: Examination, checkup: Checkup) -> str
         notes=found.notes,
         layers=[row(layer, checkup.layers) for layer in checkup.layers],
         maps=maps,
-        quantities=[key.replace("_", "-") for key, *_ in maps],
-        viridis=", ".join(VIRIDIS),
-        curve=curve(checkup.losses),
+        tabs=[(f"tab-{drawn[0].name}", f"pane-{drawn[0].name}") for *_, drawn in maps],
+        viridis=VIRIDIS,
+        curve=losses,
         described="\n".join(found.described),
         limits={"low": LOW_RATIO, "high": HIGH_RATIO, "far": FAR, "exploding": EXPLODING, "vanishing": VANISHING},
-        colours=COLOURS,
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        version=layerwise.__version__,
     )
 
 
@@ -113,7 +109,7 @@ def row(layer: LayerNumbers, layers: Sequence[LayerNumbers]) -> dict[str, Any]:
     }
 
 
-def drawing(records: Sequence[Record], quantity: str) -> tuple[Drawing, str, str] | None:
+def drawing(records: Sequence[Record], quantity: str) -> tuple[Figure, str, str] | None:
     """Draw a quantity of every layer by update, and give both ends of its colours in words; None without a number."""
     if not records:
         return None
@@ -133,7 +129,7 @@ def drawing(records: Sequence[Record], quantity: str) -> tuple[Drawing, str, str
         return None
     scale = Scale.of(grid.finite)
     title = QUANTITIES[quantity][0]
-    drawn = heat_map(grid, scale, quantity.replace("_", "-"), f"{title} of each layer by update", "update")
+    drawn = heat_map(grid, scale, quantity.replace("_", "-"), f"{title} of each layer by update", title, "update")
     return drawn, *scale.words
 
 
@@ -143,31 +139,25 @@ def mean_of(values: Sequence[float]) -> float | None:
     return fmean(finite) if finite else None
 
 
-def curve(losses: Sequence[float]) -> Drawing | None:
+def curve(losses: Sequence[float]) -> Figure | None:
     """Draw the training loss by update; None without two finite ones."""
-    rows = [{"x": step, "y": loss} for step, loss in enumerate(losses, start=1) if math.isfinite(loss)]
-    if len(rows) < 2:
+    pairs = [(step, loss) for step, loss in enumerate(losses, start=1) if math.isfinite(loss)]
+    if len(pairs) < 2:
         return None
-    body = {
-        "width": 2 * WIDTH,
+    zoom = {"name": "zoom", "bind": "scales", "select": {"type": "interval", "zoom": "wheel![event.shiftKey]"}}
+    spec = {
+        "params": [zoom],
+        "data": {"name": "rows"},
         "height": HEIGHT,
-        "data": {"values": rows},
-        "mark": {"type": "line", "strokeWidth": 1.8, "color": "var(--accent)"},
+        "mark": {"type": "line", "strokeWidth": 1.8, "color": "var(--accent)", "clip": True, "point": {"opacity": 0}},
         "encoding": {
-            "x": {
-                "field": "x",
-                "type": "quantitative",
-                "title": "update",
-                "scale": {"domain": [0, max(len(losses), 2)], "nice": False},
-                "axis": {"grid": False, "tickCount": 5, "format": ",d", "tickMinStep": 1},
-            },
-            "y": {
-                "field": "y",
-                "type": "quantitative",
-                "title": "training loss",
-                "scale": {"zero": False},
-                "axis": {"tickCount": 5, "format": ".4~g"},
-            },
+            "x": quantitative("step", "update", axis={"grid": False, "format": ",d", "tickMinStep": 1}),
+            "y": quantitative("value", "training loss", axis={"tickCount": 5, "format": ".4~g"}),
+            "tooltip": [tip("step", "update", ",d"), tip("value", "training loss", ".5~g")],
         },
     }
-    return vega("training-loss", "Training loss by update", body)
+    data = {"step": [step for step, _ in pairs], "value": [short(loss) for _, loss in pairs]}
+    spread = pairs[:: -(-len(pairs) // 20)]
+    table = Table(("update", "training loss"), [(f"{step:,}", written(loss)) for step, loss in spread])
+    summary = f"From {written(pairs[0][1])} to {written(pairs[-1][1])} in {len(losses):,} updates."
+    return Figure("training-loss", "Training loss by update", summary, spec, data, table)

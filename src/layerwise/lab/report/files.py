@@ -5,24 +5,21 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerwise.lab.errors import shown
 from layerwise.lab.experiments.runner import Outcome
-from layerwise.lab.report.drawing import Drawing
-from layerwise.lab.report.found import RUNS
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet
-from layerwise.lab.report.page import build, maps_drawn
-from layerwise.lab.report.saved import PLAN, as_json
+from layerwise.lab.report.page import build
+from layerwise.lab.report.saved import PLAN, RUNS, as_json
 from layerwise.lab.report.sheets import Entry
 from layerwise.lab.report.verdicts import verdicts
-from layerwise.lab.report.words import FOUND, capital, place_words
+from layerwise.lab.report.words import capital, place_words
 from layerwise.lab.runs.files import OwnFolder, check_page, remove_leftovers
-from layerwise.lab.runs.store import signed, usable_cores, write_whole
+from layerwise.lab.runs.store import signed, write_whole
 from layerwise.lab.stats.conclusions import note
 
 if TYPE_CHECKING:
@@ -33,14 +30,19 @@ MEANT = str.maketrans({sign: f"\\{sign}" for sign in "\\`*_[]|#"} | {sign: f"&#{
 
 
 def write_all(
-    outcome: Outcome, command: str, show: Callable[[float, float | None], None] = lambda done, total: None
+    outcomes: Sequence[Outcome],
+    command: str,
+    show: Callable[[float, float | None], None] = lambda done, total: None,
+    *,
+    figures: bool = False,
 ) -> Path:
     """Write everything.
 
     Args:
-        outcome: of a plan.
+        outcomes: of plans; all have one folder.
         command: the command line that made it.
         show: told how many figures are written, and of how many.
+        figures: write each figure as SVG and PNG too.
 
     Returns:
         The page. It comes last, so that a page that is there has its tables and figures.
@@ -48,66 +50,43 @@ def write_all(
     Raises:
         UsageError: a place where a file is to be written holds one that layerwise has not written.
     """
-    show(0, None)
-    results, own = outcome.results, OwnFolder(outcome.folder, outcome.settings.out)
-    copy = outcome.settings.out / "report.html"
-    check_page(copy, outcome.settings.out)
-    remove_leftovers(outcome.settings.out, [copy.name])
-    # Other processes draw the figures: tables are made meanwhile.
-    pool, beside = ThreadPoolExecutor(usable_cores() + 1), ThreadPoolExecutor(1)
-    try:
-        images: list[Future[dict[str, bytes]]] = []
-
-        def drawn(drawing: Drawing) -> None:
-            images.append(pool.submit(_image, drawing))
-
-        for drawing in maps_drawn(results):  # first, as most figures are maps
-            drawn(drawing)
-        # Made before two threads ask for the same.
-        verdicts(results)
-        sheet(results)
-        for key in results.records:
-            results.metrics(key)
-        rest = beside.submit(_rest, outcome)
-        page = build(outcome, command, drawn)
-        contents: dict[str, bytes] = {}
-        for done, image in enumerate(images):
-            show(done, len(images))
-            if rest.done():
-                rest.result()
-            contents |= image.result()
-        html = _bytes(page.html)
-        # All is there before anything is written, so that one file of somebody else's keeps all as they were.
-        own.write({**contents, **rest.result(), outcome.report.name: html})
-    finally:  # an interrupt does not wait for the figures that are left
-        pool.shutdown(cancel_futures=True)
-        beside.shutdown()
+    first = outcomes[0]
+    own = OwnFolder(first.folder, first.settings.out)
+    copy = first.settings.out / "report.html"
+    check_page(copy, first.settings.out)
+    remove_leftovers(first.settings.out, [copy.name])
+    page = build(outcomes, command)
+    contents: dict[str, bytes] = {}
+    for done, figure in enumerate(page.figures if figures else ()):
+        show(done, len(page.figures))
+        contents |= figure.files()
+    several = len(outcomes) > 1
+    for place, outcome in enumerate(outcomes, start=1):
+        if outcome.results.records:
+            contents |= _tables(outcome, f"{place}-" if several else "")
+    contents["table.md"] = _bytes("\n\n".join(map(markdown, outcomes)))
+    if not several:
+        contents[PLAN] = signed(json.loads(as_json(first.plan)), indent=None)
+        contents[RUNS] = json.dumps(listing(first), indent=1).encode()
+    html = page.html.encode()
+    # All is there before anything is written, so that one file of somebody else's keeps all as they were.
+    own.write({**contents, first.report.name: html})
     write_whole(copy, html)
-    return outcome.report
-
-
-def _rest(outcome: Outcome) -> dict[str, bytes]:
-    """Make what is neither page nor figure."""
-    return {
-        **(_tables(outcome) if outcome.results.records else {}),
-        "table.md": _bytes(markdown(outcome)),
-        PLAN: signed(json.loads(as_json(outcome.plan)), indent=None),
-        RUNS: json.dumps(_run_list(outcome), indent=1).encode(),
-    }
+    return first.report
 
 
 def _bytes(text: str) -> bytes:
-    """Write a page, table or drawing, with whatever is not seen in it written out."""
+    """Write a text, with what cannot be seen in it escaped."""
     return shown(text, lines=True).encode()
 
 
-def _tables(outcome: Outcome) -> dict[str, bytes]:
+def _tables(outcome: Outcome, prefix: str) -> dict[str, bytes]:
     frames = {
         "table": outcome.results.table(),
         "metrics": outcome.results.frame(),
         "comparisons": comparison_frame(outcome),
     }
-    return {f"tables/{name}.parquet": _parquet(frame) for name, frame in frames.items()}
+    return {f"tables/{prefix}{name}.parquet": _parquet(frame) for name, frame in frames.items()}
 
 
 def _parquet(frame: polars.DataFrame) -> bytes:
@@ -149,7 +128,7 @@ def comparison_frame(outcome: Outcome) -> polars.DataFrame:
     return polars.DataFrame(rows, schema_overrides={**floats, **lists, "step": polars.Int64}, infer_schema_length=None)
 
 
-def _run_list(outcome: Outcome) -> dict[str, object]:
+def listing(outcome: Outcome) -> dict[str, object]:
     """Name the experiment and where its finished runs are, relative to its folder."""
     above: dict[Path, str] = {}
 
@@ -165,12 +144,6 @@ def _run_list(outcome: Outcome) -> dict[str, object]:
             for (subject, arm, seed), record in sorted(outcome.results.records.items())
         ],
     }
-
-
-def _image(drawing: Drawing) -> dict[str, bytes]:
-    """Make the files of a figure, SVG and PNG."""
-    place = f"figures/{drawing.name}"
-    return {f"{place}.svg": _bytes(drawing.file), f"{place}.png": drawing.png}
 
 
 def markdown(outcome: Outcome) -> str:
@@ -191,8 +164,6 @@ def _markdown(outcome: Outcome) -> Iterator[str]:
     scale = f", {plan.scale} scale" if plan.scale else ""
     yield f"# {escaped(plan.title)}"
     yield f"\n{escaped(plan.source)}{scale}. {len(results.records)} of {outcome.planned} runs finished.\n"
-    if plan.found:
-        yield f"{escaped(FOUND)}\n"
     yield f"**{escaped(headline(outcome))}**\n"
     yield f"{escaped(capital(table.lead))}.\n"
     for title, rows in table.sections:
@@ -211,7 +182,7 @@ def _markdown(outcome: Outcome) -> Iterator[str]:
         yield f"- {escaped(verdict.subject_words)}, {escaped(verdict.words)}: {escaped(verdict.conclusion)}"
         for _, comparison in verdict.rows:
             yield f"  - {escaped(capital(comparison.sentence))}"
-    yield f"\n{escaped(note(max(1, results.family), len(plan.seeds), planned=not plan.found))}"
+    yield f"\n{escaped(note(max(1, results.family), len(plan.seeds)))}"
 
 
 def cell_markdown(one: Entry) -> str:

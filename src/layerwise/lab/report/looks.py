@@ -1,10 +1,11 @@
-"""How arms are distinguished: by colour, and by dashes and shapes for readers who do not see it."""
+"""How arms are told apart: by colour, and by dashes and shapes for readers who do not see it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from layerwise.lab.errors import shown
 from layerwise.lab.experiments.plan import Plan
 from layerwise.lab.report.words import item_words, plain_arm
 
@@ -15,7 +16,8 @@ COLOURS: dict[str, tuple[str, str]] = {
     "muted": ("#5b6472", "#a2acbb"),
     "line": ("#dfe3ea", "#323a48"),
     "accent": ("#0b5fa5", "#7cc0f2"),
-    "notice": ("#c75000", "#f0a030"),
+    "notice": ("#b34700", "#f0a030"),
+    "yes": ("#00705d", "#35c9a5"),
     "above": ("#0b5fa5", "#5aaef0"),
     "below": ("#c75000", "#f0a030"),
     "empty": ("#eef0f3", "#262d39"),
@@ -31,6 +33,8 @@ COLOURS: dict[str, tuple[str, str]] = {
 }
 """Variable of the page -> its colour on light and on dark. The last nine are those of the arms."""
 
+ARM_COLOURS = tuple(f"c{number}" for number in range(1, 9))
+
 DASHES: tuple[tuple[int, ...], ...] = (
     (1, 0),
     (7, 3),
@@ -42,20 +46,8 @@ DASHES: tuple[tuple[int, ...], ...] = (
     (6, 2, 2, 2, 2, 2),
 )
 
-SHAPES: dict[str, str] = {
-    "circle": "M12.5 6A4.5 4.5 0 1 0 21.5 6A4.5 4.5 0 1 0 12.5 6Z",
-    "triangle-up": "M17 1L22 10L12 10Z",
-    "diamond": "M17 0L22.5 6L17 12L11.5 6Z",
-    "triangle-down": "M17 11L22 2L12 2Z",
-    "cross": "M15.5 1H18.5V4.5H22V7.5H18.5V11H15.5V7.5H12V4.5H15.5Z",
-    "triangle-right": "M22 6L13 11L13 1Z",
-    "triangle-left": "M12 6L21 11L21 1Z",
-    "stroke": "M12 4.5H22V7.5H12Z",
-    "square": "M13 2H21V10H13Z",
-}
-"""Shape of Vega-Lite -> the same in a legend of 34 x 12 pixels; the last one is that of the plain arm."""
-
-ARM_COLOURS = tuple(f"c{number}" for number in range(1, 9))
+SHAPES = ("circle", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left", "stroke")
+"""Shapes of points; that of the plain arm is a square."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +55,12 @@ class Look:
     """How one arm, or one group of arms, is drawn.
 
     Attributes:
-        key: unique in the page, of letters and digits.
-        words: its name.
+        words: its name, which no other look has.
         variable: of its colour in the page.
         dash: lengths of line and gap.
-        shape: of its points, a key of ``SHAPES``.
+        shape: of its points.
     """
 
-    key: str
     words: str
     variable: str
     dash: tuple[int, ...]
@@ -78,18 +68,13 @@ class Look:
 
     @property
     def colour(self) -> str:
-        """As the page's style sheet and its drawings name it."""
+        """As the page's style sheet and its figures name it."""
         return f"var(--{self.variable})"
 
     @property
     def stroke(self) -> str:
         """The dashes as SVG writes them."""
         return " ".join(map(str, self.dash)) if self.dash[1] else "none"
-
-    @property
-    def sign(self) -> str:
-        """Path of the shape in a legend."""
-        return SHAPES[self.shape]
 
 
 def looks(plan: Plan) -> dict[str, Look]:
@@ -102,39 +87,25 @@ def looks(plan: Plan) -> dict[str, Look]:
         Arm or group -> look. Beyond eight, colours return with another dash and shape.
     """
     plain = next((arm.name for subject in plan.subjects if (arm := plain_arm(plan, subject.name))), None)
+    items = item_words(plan)
     found, place = {}, 0
-    for key, (item, words) in enumerate(item_words(plan).items()):
+    for (item, _), words in zip(items.items(), unique(items.values()), strict=True):
         if item == plain:
-            found[item] = Look(f"a{key}", words, "plain", (2, 2), "square")
+            found[item] = Look(words, "plain", (2, 2), "square")
             continue
         turn = place // len(ARM_COLOURS)
-        found[item] = Look(
-            f"a{key}",
-            words,
-            ARM_COLOURS[place % len(ARM_COLOURS)],
-            DASHES[(place + 3 * turn) % len(DASHES)],
-            list(SHAPES)[(place + 5 * turn) % (len(SHAPES) - 1)],
-        )
+        dash, shape = DASHES[(place + 3 * turn) % len(DASHES)], SHAPES[(place + 5 * turn) % len(SHAPES)]
+        found[item] = Look(words, ARM_COLOURS[place % len(ARM_COLOURS)], dash, shape)
         place += 1
     return found
 
 
-def encodings(shown: list[Look]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Give Vega-Lite's encodings of colour, dash and shape for rows with a field ``item``.
-
-    Args:
-        shown: the looks of a chart.
-
-    Returns:
-        Colour, dash, shape.
-    """
-
-    def scaled(name: str, values: list[Any]) -> dict[str, Any]:
-        scale = {"domain": [look.key for look in shown], "range": values}
-        return {name: {"field": "item", "type": "nominal", "scale": scale, "legend": None}}
-
-    return (
-        scaled("color", [look.colour for look in shown]),
-        scaled("strokeDash", [list(look.dash) for look in shown]),
-        scaled("shape", [look.shape for look in shown]),
-    )
+def unique(names: Any) -> list[str]:
+    """Write names as they are shown, with a number after one that is there already."""
+    made: dict[str, None] = {}
+    for name in map(shown, names):
+        words, count = name, 2
+        while words in made:
+            words, count = f"{name} ({count})", count + 1
+        made[words] = None
+    return list(made)

@@ -1,31 +1,36 @@
-"""The page: one HTML file that needs no network and no script."""
+"""The page: one HTML file that needs no network."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime, timezone
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import layerwise
+from layerwise.lab.experiments.plan import Quantity
 from layerwise.lab.experiments.results import Results
 from layerwise.lab.experiments.runner import Outcome
-from layerwise.lab.report import charts, layers, maps, sweeps
-from layerwise.lab.report.drawing import Drawing, slugs
+from layerwise.lab.report import charts, layers
+from layerwise.lab.report.figures import Figure, Table, slugs
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet
-from layerwise.lab.report.looks import COLOURS, Look, looks
+from layerwise.lab.report.looks import Look, looks
 from layerwise.lab.report.origins import caveats, origins, rule_words
 from layerwise.lab.report.sheets import FAR
-from layerwise.lab.report.templates import template
-from layerwise.lab.report.verdicts import verdicts
-from layerwise.lab.report.words import FOUND, SMOKE, capital, item_of, place_words
+from layerwise.lab.report.templates import rendered
+from layerwise.lab.report.verdicts import verdict_lines, verdicts
+from layerwise.lab.report.words import SMOKE, capital, item_of, number, place_words
 from layerwise.lab.stats.conclusions import note
 
 MOST_DRAWN = 24
-"""Verdicts that have a drawing; further ones are said in words and stand in the table."""
+"""Subjects of which the differences are drawn; all stand in the table."""
 
-SMALL = 290
-"""Widest drawing that stands four in a row, in pixels."""
+MOST_ROWS = 30
+"""Comparisons that are shown at once; more are there to be opened."""
+
+MOST_METRICS = 8
+"""Metrics whose curves are drawn; all stand in the table."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +41,15 @@ class Row:
         heading: above it.
         lead: what it shows.
         legend: of its charts.
-        drawings: title and drawing of each.
+        figures: id and figure of each.
+        curves: the scale that learning curves begin with, ``"log"`` or ``"linear"``; "" for other charts.
     """
 
     heading: str
     lead: str
     legend: list[Look]
-    drawings: list[tuple[str, Drawing]]
+    figures: list[tuple[str, Figure]]
+    curves: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,72 +58,92 @@ class Page:
 
     Attributes:
         html: the page, with every string escaped.
-        figures: all drawings in it.
+        figures: all figures in it, by name.
     """
 
     html: str
-    figures: list[Drawing]
+    figures: list[Figure]
 
 
-def build(outcome: Outcome, command: str, drawn: Callable[[Drawing], None] = lambda drawing: None) -> Page:
-    """Make the page of an outcome.
+def build(outcomes: Sequence[Outcome], command: str) -> Page:
+    """Make the page of one outcome or of several, a section each.
 
     Args:
-        outcome: of any plan.
+        outcomes: of any plans.
         command: the command line that made it, or "".
-        drawn: given each drawing but the maps as soon as it is there.
 
     Returns:
         The page and its figures.
     """
+    figures: dict[str, Figure] = {}
+    keys = [f"experiment-{place}" for place in range(1, len(outcomes) + 1)]
+    experiments = [
+        _section(outcome, key, f"{key}-" if len(outcomes) > 1 else "", figures)
+        for outcome, key in zip(outcomes, keys, strict=True)
+    ]
+    title = outcomes[0].plan.title if len(outcomes) == 1 else f"{len(outcomes)} experiments"
+    tabs = [
+        (f"{it['key']}-tab-{pane.key}", f"{it['key']}-pane-{pane.key}") for it in experiments for pane in it["panes"]
+    ]
+    html = rendered(
+        "page.html.j2",
+        figures,
+        title=title,
+        experiments=experiments,
+        command=command,
+        tabs=tabs,
+        far=FAR,
+        most_rows=MOST_ROWS,
+        viridis=layers.VIRIDIS,
+        z_limit=layers.Z_LIMIT,
+        factor=layers.factor_words,
+    )
+    return Page(html, [replace(figure, name=name) for name, figure in figures.items()])
+
+
+def _section(outcome: Outcome, key: str, prefix: str, figures: dict[str, Figure]) -> dict[str, Any]:
+    """Gather what the template needs of one experiment, and its figures."""
     plan, results = outcome.plan, outcome.results
     shown, found, table = looks(plan), verdicts(results), sheet(results)
-    reach = {
-        subject.name: charts.reach_of(c for v in found if v.subject == subject.name for _, c in v.rows)
-        for subject in plan.subjects
-    }
-    panes, (chosen, left_out) = maps_of(results)
-    rows = chart_rows(outcome, shown)
-    for _, drawing in (one for row in rows for one in row.drawings):
-        drawn(drawing)
-    names = slugs(f"{v.subject} {v.item}" for v in found)
-    cards = []
-    for v in found[:MOST_DRAWN]:
-        name = f"differences-{names[f'{v.subject} {v.item}']}"
-        cards.append((v, charts.differences(v, shown[v.item], reach[v.subject], name)))
-        drawn(cards[-1][1])
     entries = [one for _, lines in table.sections for line in lines for one in line.entries]
     grouped = any(arm.group for arm in plan.arms)
     words = {arm.name: arm.words for arm in plan.arms}
-    html = template("page.html.j2").render(
-        plan=plan,
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        headline=headline(outcome),
-        notices=notices(outcome),
-        cards=cards,
-        undrawn=found[MOST_DRAWN:],
-        several=len({v.item for v in found}) > 1,
-        place=place_words(plan),
-        note=note(max(1, results.family), len(plan.seeds), planned=not plan.found),
-        table=table,
-        offs=any(one.off is not None for one in entries),
-        bold=any(one.best for one in entries),
-        far=FAR,
-        looks=shown,
-        chart_rows=rows,
-        panes=panes,
-        quantities=[pane.key for pane in panes],
-        viridis=", ".join(maps.VIRIDIS),
-        choices=chosen,
-        left_out=left_out,
-        z_limit=maps.Z_LIMIT,
-        small=SMALL,
-        middle=grouped,
-        factor_tables=layers.factor_tables(results),
-        factor=layers.factor_words,
-        command=command,
-        origins=origins(outcome),
-        arms=[
+    names = slugs(subject.name for subject in plan.subjects)
+    drawn = [
+        charts.differences(own, shown, f"differences-{names[subject.name]}")
+        for subject in plan.subjects[:MOST_DRAWN]
+        if (own := [verdict for verdict in found if verdict.subject == subject.name])
+    ]
+    rows = chart_rows(outcome, shown, prefix)
+    panes, (chosen, left_out) = layers.panes(results), layers.chosen_maps(results)
+    maps = [figure for pane in panes for row in pane.rows for figure in row.figures]
+    figures |= {f"{prefix}{figure.name}": figure for figure in [*drawn, *maps, *chosen]}
+    figures |= {name: figure for row in rows for name, figure in row.figures}
+    return {
+        "key": key,
+        "prefix": prefix,
+        "plan": plan,
+        "corner": "solver" if all(subject.constants.get("solver") for subject in plan.subjects) else "case",
+        "headline": headline(outcome),
+        "notices": notices(outcome),
+        "rows": verdict_lines(results),
+        "verdicts": found,
+        "place": place_words(plan),
+        "note": note(max(1, results.family), len(plan.seeds)),
+        "table": table,
+        "offs": any(one.off is not None for one in entries),
+        "bold": any(one.best for one in entries),
+        "looks": shown,
+        "charts": rows,
+        "differences": [(f"{prefix}{figure.name}", figure) for figure in drawn],
+        "metrics": metrics_table(results),
+        "panes": panes,
+        "grouped": grouped,
+        "choices": chosen,
+        "left_out": left_out,
+        "factor_tables": layers.factor_tables(results),
+        "origins": origins(outcome),
+        "arms": [
             {
                 "item": item_of(arm),
                 "words": arm.words,
@@ -125,35 +152,13 @@ def build(outcome: Outcome, command: str, drawn: Callable[[Drawing], None] = lam
             }
             for arm in plan.arms
         ],
-        caveats=caveats(outcome, grouped=grouped, mapped=len(layers.ruled(results))),
-        colours=COLOURS,
-        version=layerwise.__version__,
-    )
-    others = [drawing for row in rows for _, drawing in row.drawings]
-    return Page(html, [*(drawing for _, drawing in cards), *others, *maps_drawn(results)])
-
-
-def maps_of(results: Results) -> tuple[list[layers.Pane], tuple[list[tuple[str, Drawing]], list[str]]]:
-    """Draw what each layer did and which were chosen, once; see ``layers.panes`` and ``layers.chosen_maps``."""
-    return results.once(_maps_of)
-
-
-def _maps_of(results: Results) -> tuple[list[layers.Pane], tuple[list[tuple[str, Drawing]], list[str]]]:
-    return layers.panes(results), layers.chosen_maps(results)
-
-
-def maps_drawn(results: Results) -> list[Drawing]:
-    """Give the drawings of all maps of layers."""
-    panes, (chosen, _) = maps_of(results)
-    return [
-        *(drawing for pane in panes for row in pane.rows for _, drawing in row.drawings),
-        *(drawing for _, drawing in chosen),
-    ]
+        "caveats": caveats(outcome, grouped=grouped, mapped=len(layers.ruled(results))),
+    }
 
 
 def notices(outcome: Outcome) -> list[str]:
     """Say what the reader must know before anything else: an incomplete plan, failures, the smoke scale."""
-    found = [FOUND] if outcome.plan.found else []
+    found: list[str] = []
     if not outcome.complete:
         begin = "Interrupted: " if outcome.interrupted else ""
         failed = "".join(f" {failure.doing} failed: {failure.reason}." for failure in outcome.failures)
@@ -166,50 +171,80 @@ def notices(outcome: Outcome) -> list[str]:
     return found
 
 
-def chart_rows(outcome: Outcome, shown: dict[str, Look]) -> list[Row]:
+def metrics_of(results: Results) -> list[str]:
+    """Name the metrics that the runs ended with: what the plan compares first, the training loss last."""
+    names = dict.fromkeys(name for record in results.records.values() for name in record.summary["finals"])
+    first = results.plan.quantity.name
+    return sorted(names, key=lambda name: (name != first, name == "training_loss"))
+
+
+def metrics_table(results: Results) -> Table:
+    """Give every metric at the end of the runs, a line a subject and arm; empty where there is only one metric."""
+    plan, names = results.plan, metrics_of(results)
+    if len(names) < 2:
+        return Table((), ())
+    rows = []
+    for subject in plan.subjects:
+        for arm in plan.arms_of(subject.name):
+            finals = [one.summary["finals"] for one in results.of(subject.name, arm.name).values() if not one.diverged]
+            cells = [_final_words([each.get(name) for each in finals], name, plan.quantity) for name in names]
+            rows.append((f"{subject.words}, {arm.words}" if len(plan.subjects) > 1 else arm.words, *cells))
+    return Table(("arm", *(name.replace("_", " ") for name in names)), rows)
+
+
+def _final_words(values: Sequence[Any], name: str, judged: Quantity) -> str:
+    """Write mean and standard deviation of the finite values."""
+    finite = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
+    if not finite:
+        return "–"
+    quantity = judged if name == judged.name else Quantity(name=name, words=name, unit="")
+    sd = statistics.stdev(finite) if len(finite) > 1 else math.nan
+    spread = f" ± {number(sd, quantity, sd)}" if math.isfinite(sd) else ""
+    return f"{number(statistics.fmean(finite), quantity, sd)}{spread}"
+
+
+def chart_rows(outcome: Outcome, shown: dict[str, Look], prefix: str = "") -> list[Row]:
     """Draw the rows of charts that the plan's layout asks for.
 
     Args:
         outcome: of any plan.
         shown: how arms and groups are drawn.
+        prefix: of the ids.
 
     Returns:
-        Rows with at least one drawing.
+        Rows with at least one figure.
     """
     plan, results = outcome.plan, outcome.results
-    quantity = plan.quantity
-    title = f"{quantity.words}, {quantity.unit}".rstrip(", ")
-    bands = "Lines: mean over seeds; bands: ± one standard deviation. One scale for all panels."
-    more = " Of a group of arms, that in the middle of its values." if any(arm.group for arm in plan.arms) else ""
-    made: list[tuple[str, str, dict[str, Drawing]]] = []
+    made: list[tuple[str, str, dict[str, Figure], bool]] = []
     if plan.layout in ("thresholds", "best"):
         lead = (
             "Mean over seeds at the end of the runs; upright strokes: ± one standard deviation. An arm without a "
             "threshold is a level line, the plain one with its standard deviation as a band."
         )
-        made.append((f"{capital(quantity.words)} by threshold", lead, sweeps.thresholds(results, shown)))
+        heading = f"{capital(plan.quantity.words)} by threshold"
+        made.append((heading, lead, charts.thresholds(results, shown), False))
         lead = "Mean over phases and seeds. With none chosen a run is plain training."
-        made.append(("How many layers were chosen", lead, sweeps.counts(results, shown)))
-    if quantity.name != "seconds":
-        falling = not quantity.higher_is_better
-        made.append(
-            ("Learning curves", bands + more, charts.curves(results, shown, quantity.name, title, falling=falling))
-        )
-    span = f"The mean over the batches of each of up to {charts.SPANS} spans of updates."
+        made.append(("How many layers were chosen", lead, charts.counts(results, shown), False))
+    more = " Of a group of arms, that in the middle of its values." if any(arm.group for arm in plan.arms) else ""
+    lead = f"Bold lines: mean over seeds; bands: ± one standard deviation; thin lines: seeds.{more}"
+    span = f"Of many updates, the mean over each of {charts.SPANS} spans. "
     if plan.step_unit == "epoch":
-        span = "The mean over the batches of an epoch."
-    made.append(
-        (
-            "Training loss",
-            f"{span} {bands}{more}",
-            charts.curves(results, shown, "training_loss", "training loss", falling=True),
-        )
-    )
-    subjects = {subject.name: subject.words for subject in plan.subjects}
+        span = "The mean over the batches of an epoch. "
+    curves = []
+    for name in metrics_of(results)[:MOST_METRICS]:
+        judged, quantity = name == plan.quantity.name, plan.quantity
+        words = f"{quantity.words}, {quantity.unit}".rstrip(", ") if judged else name.replace("_", " ")
+        falling = not quantity.higher_is_better if judged else "loss" in name or "error" in name
+        drawn = charts.curves(results, shown, name, words, falling=falling)
+        heading = f"Learning curves: {words}" if name != "training_loss" else "Training loss"
+        curves.append((heading, (span if name == "training_loss" else "") + lead, drawn, True))
+    made = [*made[:1], *curves, *made[1:]] if made else curves
     rows = []
-    for heading, lead, drawings in made:
-        if drawings:
-            used = {look.key: look for drawing in drawings.values() for look in drawing.legend}
-            legend = [look for look in shown.values() if look.key in used]
-            rows.append(Row(heading, lead, legend, [(subjects[name], one) for name, one in drawings.items()]))
+    for heading, lead, figures, of_steps in made:
+        if figures:
+            used = {words for figure in figures.values() for words in figure.data["words"]["arm"]}
+            scale = next(iter(figures.values())).spec["layer"][-1]["encoding"]["y"]["scale"].get("type", "linear")
+            legend = [look for look in shown.values() if look.words in used]
+            named = [(f"{prefix}{figure.name}", figure) for figure in figures.values()]
+            rows.append(Row(heading, lead, legend, named, scale if of_steps else ""))
     return rows

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,24 @@ from typing import Any
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.plan import LAYOUTS, Arm, PaperValue, Plan, PlannedRun, Quantity, Subject
 from layerwise.lab.experiments.results import Key, Results
-from layerwise.lab.report.found import listed_place, run_list, skipped
+from layerwise.lab.experiments.runner import Outcome, Settings
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.records import Record, read_run
 from layerwise.lab.runs.schema import PLAN as FORM
-from layerwise.lab.runs.schema import check
-from layerwise.lab.runs.store import read_signed
+from layerwise.lab.runs.schema import RUN_LIST, check
+from layerwise.lab.runs.store import read_json, read_signed
 
 PLAN = "plan.json"
 """File with the plan of an experiment, from which and the list of runs its page can be made again."""
+
+RUNS = "runs.json"
+"""File beside it that names the finished runs."""
+
+NAME = "report"
+"""Of the folder that ``layerwise report`` writes."""
+
+MOST_NAMED = 50
+"""Runs that are left out and named; further ones are counted."""
 
 BROKEN = (OSError, ValueError, KeyError, TypeError, IndexError)
 """What reading a plan may raise whose parts do not fit together; UsageError is a ValueError."""
@@ -138,3 +148,107 @@ def _fits(configuration: Configuration, planned: PlannedRun) -> bool:
         same = configuration.source is not None
         return same and (configuration.trial, configuration.seed) == (expected.trial, expected.seed)
     return configuration == expected
+
+
+def gather(folders: Sequence[Path], out: Path) -> list[Outcome]:
+    """Make an outcome of each experiment in folders, judged by its own plan.
+
+    Args:
+        folders: of experiments, or what ``--out`` named, which holds such folders.
+        out: where the report is to be written; its folder is called ``report``.
+
+    Returns:
+        The outcomes, at least one, in the order of the folders and of their names.
+
+    Raises:
+        UsageError: a folder is not there or holds no experiment, or nothing can be read.
+    """
+    places = dict.fromkeys(place for folder in folders for place in experiments_in(folder))
+    outcomes: list[Outcome] = []
+    broken: list[str] = []
+    for place in places:
+        found = rebuilt(place)
+        if found is None:
+            broken.append(
+                f"{place}: {PLAN} and {RUNS} do not fit together, or no run in them is left; start the command of the "
+                "experiment again, which keeps finished runs and writes both"
+            )
+            continue
+        results, skipped = found
+        # Its own folder stays as it is.
+        results.plan = replace(results.plan, name=NAME)
+        outcomes.append(Outcome(results.plan, Settings(out=out), results, found=len(results.records), skipped=skipped))
+    if not outcomes:
+        raise UsageError(broken[0])
+    outcomes[0].skipped.extend(broken)
+    return outcomes
+
+
+def experiments_in(folder: Path) -> list[Path]:
+    """Give the folders of experiments that a folder is or holds.
+
+    Raises:
+        UsageError: it is no folder, or there is none.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"runs={str(folder)!r} is not a folder: give folders that layerwise has written to")
+    if os.path.lexists(folder / PLAN):
+        return [folder]
+    found = sorted(path.parent for path in folder.glob(f"*/{PLAN}") if not path.parent.is_symlink())
+    # A report made before repeats one of the others.
+    found = [place for place in found if place.name != NAME] or found
+    if not found:
+        raise UsageError(
+            f"runs={str(folder)!r}: holds no experiment ({PLAN}); give the folder that --out named, or start the "
+            "experiment's command again, which keeps finished runs and writes its plan"
+        )
+    return found
+
+
+def listed_place(page: Path, folder: str) -> Path:
+    """Give the folder of a run that an experiment's list names.
+
+    Args:
+        page: folder of the experiment.
+        folder: of the run, as the list names it: relative, and below ``--out``, where the experiment's folder lies.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: it lies elsewhere. A list from somebody else must not gather files of this machine.
+    """
+    if os.path.isabs(folder) or "\0" in folder:
+        raise UsageError(f"{page / RUNS} names it by a path that is not relative")
+    above = os.path.realpath(page.absolute().parent)
+    place = os.path.realpath(page / folder)
+    if os.path.commonpath([above, place]) != above:
+        raise UsageError(f"{page / RUNS} names a run outside of {above}: give the folder of that run to report instead")
+    return page / folder
+
+
+def run_list(folder: Path) -> list[dict[str, Any]]:
+    """Read which runs an experiment has.
+
+    Args:
+        folder: of the experiment.
+
+    Returns:
+        For each run its folder, and subject, arm and seed where they are known.
+
+    Raises:
+        OSError: the list is not there or cannot be read.
+        UsageError: it is damaged.
+    """
+    content = read_json(folder / RUNS)
+    check(content, RUN_LIST, folder / RUNS)
+    return content["runs"]
+
+
+def skipped(left_out: Sequence[tuple[Path, str]]) -> list[str]:
+    """Say what was left out and why; the reason names the file where it is another place."""
+    told = [
+        reason if reason.startswith(str(place)) else f"{place}: {reason}" for place, reason in left_out[:MOST_NAMED]
+    ]
+    more = len(left_out) - len(told)
+    return [*told, *([f"{more} more that could not be read"] if more > 0 else [])]

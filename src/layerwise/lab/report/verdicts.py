@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from layerwise.lab.experiments.plan import Arm
 from layerwise.lab.experiments.results import Results
-from layerwise.lab.report.words import item_of, last_step, value_words
+from layerwise.lab.report.words import capital, item_of, last_step, value_words
 from layerwise.lab.stats.comparison import MINIMUM_PAIRS, NONE, Comparison
 from layerwise.lab.stats.conclusions import conclusion
-from layerwise.lab.stats.wording import listed
+from layerwise.lab.stats.wording import decimals_of, listed, signed
 
 
 @dataclass(frozen=True)
@@ -243,3 +243,58 @@ def _group_conclusion(firsts: Sequence[tuple[str, Comparison]], beyond: Sequence
             words += " At none is that shown to be more than its controls."
     diverged = sum(len(comparison.diverged) for _, comparison in firsts)
     return f"{words} {diverged} of its runs diverged." if diverged else words
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the verdict table.
+
+    Attributes:
+        subject: in words.
+        item: the arm or group whose colour it has.
+        method: in words, of a group with its value.
+        against: the arm that it is compared with, in words.
+        answer: whether the method is better: ``"yes"``, ``"no"`` where it is worse, or ``"unclear"``.
+        difference: mean of the differences.
+        interval: its 95 % interval, or "–".
+        pairs: number of pairs.
+        sentence: the whole comparison in words.
+    """
+
+    subject: str
+    item: str
+    method: str
+    against: str
+    answer: str
+    difference: str
+    interval: str
+    pairs: int
+    sentence: str
+
+
+def verdict_lines(results: Results) -> list[Line]:
+    """Give every comparison at the plan's last column as a line of a table, in the plan's order."""
+    plan, step, found = results.plan, last_step(results.plan), []
+    for subject in plan.subjects:
+        for arm in plan.arms_of(subject.name):
+            for _, column, each in results.compared.get((subject.name, arm.name), ()):
+                if column != step:
+                    continue
+                numbers = [number for number in (each.mean, each.low, each.high) if number is not None]
+                decimals = decimals_of(numbers)
+                interval = "–"
+                if each.low is not None and each.high is not None:
+                    interval = f"[{signed(each.low, decimals)}, {signed(each.high, decimals)}]"
+                line = Line(
+                    subject=subject.words,
+                    item=item_of(arm),
+                    method=f"{arm.group} at {value_words(arm.value)}" if arm.group else arm.words,
+                    against=each.against,
+                    answer="yes" if each.better else "no" if each.worse else "unclear",
+                    difference="–" if each.mean is None else signed(each.mean, decimals),
+                    interval=interval,
+                    pairs=len(each.seeds),
+                    sentence=capital(each.sentence),
+                )
+                found.append(line)
+    return found

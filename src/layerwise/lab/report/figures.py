@@ -1,0 +1,194 @@
+"""Figures as Vega-Lite specifications: the page's script draws them, and ``--figures`` writes them as files."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from layerwise.lab.errors import shown
+from layerwise.lab.report.looks import COLOURS, Look
+from layerwise.lab.report.words import capital
+
+WIDTH, HEIGHT = 420, 220
+"""Plotting area of a file in pixels; in the page the width is that of the card."""
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
+
+_AXIS = {
+    "labelColor": "var(--muted)",
+    "titleColor": "var(--muted)",
+    "gridColor": "var(--line)",
+    "domainColor": "var(--line)",
+    "tickColor": "var(--line)",
+    "labelFontSize": 11,
+    "titleFontSize": 11,
+    "titleFontWeight": "normal",
+    "labelOverlap": "greedy",
+    "labelSeparation": 8,
+}
+
+CONFIG: dict[str, Any] = {
+    "background": "transparent",
+    "font": FONT,
+    "view": {"stroke": None},
+    "axis": _AXIS,
+    "legend": {"labelColor": "var(--ink)", "titleColor": "var(--muted)", "labelFontSize": 11, "titleFontSize": 11},
+    "title": {"color": "var(--ink)", "fontSize": 12, "anchor": "start", "fontWeight": 600},
+}
+"""Of every figure. Colours are variables of the page's style sheet, so that one figure serves light and dark."""
+
+HIDDEN = {"filter": "indexof(hidden, datum.arm) < 0"}
+"""Leaves out the arms that the reader has switched off."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The numbers of a figure.
+
+    Attributes:
+        headings: of the columns.
+        rows: cells as text.
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure.
+
+    Attributes:
+        name: of its file, without the ending.
+        title: above it.
+        summary: what it shows in one sentence, for those who do not see it.
+        spec: Vega-Lite, without data and width. The data is called ``rows``.
+        data: columns by name, of equal length. ``cross`` holds columns of which every combination is a row, the last
+            one fastest. ``words`` holds the texts of columns that are given as numbers.
+        table: its numbers.
+    """
+
+    name: str
+    title: str
+    summary: str
+    spec: Mapping[str, Any]
+    data: Mapping[str, Any]
+    table: Table = field(default_factory=lambda: Table((), ()))
+
+    def whole(self) -> dict[str, Any]:
+        """Give a specification that stands alone: in the colours of light, with title, legend and data."""
+        spec = _alone(self.spec)
+        title = {"text": _wrapped(capital(self.title), 70)}
+        sized = {"width": spec.get("width", WIDTH), "padding": 12, "background": COLOURS["card"][0]}
+        whole = {**spec, **sized, "title": title, "datasets": {"rows": rows_of(self.data)}, "config": _alone(CONFIG)}
+        return cleaned({"$schema": "https://vega.github.io/schema/vega-lite/v6.json", **whole})
+
+    def files(self) -> dict[str, bytes]:
+        """Draw it: ``figures/NAME.svg`` and ``figures/NAME.png``."""
+        import vl_convert
+
+        whole, place = self.whole(), f"figures/{self.name}"
+        svg = vl_convert.vegalite_to_svg(whole).encode()
+        return {f"{place}.svg": svg, f"{place}.png": vl_convert.vegalite_to_png(whole, scale=2)}
+
+
+def cleaned(value: Any) -> Any:
+    """Escape what cannot be seen in every text: a control character in a figure ends the process that draws it."""
+    if isinstance(value, str):
+        return shown(value)
+    if isinstance(value, Mapping):
+        return {shown(name): cleaned(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [each if isinstance(each, (int, float)) or each is None else cleaned(each) for each in value]
+    return value
+
+
+def _alone(value: Any) -> Any:
+    """Put the colours of light in the place of variables, and a legend where the page has one of its own."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"var\(--(\w+)\)", value)
+        return COLOURS[found[1]][0] if found else value
+    if isinstance(value, list):
+        return [_alone(each) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    made = {name: _alone(each) for name, each in value.items()}
+    if "scale" in made and made.get("legend", "") is None:
+        made["legend"] = {"title": None, "orient": "bottom", "columns": 2, "labelLimit": 360}
+    return made
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Break a title into lines."""
+    import textwrap
+
+    return textwrap.wrap(text, width) or [""]
+
+
+def rows_of(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Make the rows of a figure from its columns, as the page's script does."""
+    columns = {name: list(each) for name, each in data.items() if name not in ("cross", "words")}
+    if "cross" in data:
+        names = list(data["cross"])
+        columns |= dict(zip(names, map(list, zip(*product(*data["cross"].values()), strict=True)), strict=True))
+    for name, words in data.get("words", {}).items():
+        columns[name] = [words[place] for place in columns[name]]
+    return [dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)]
+
+
+def short(value: float | None) -> float | None:
+    """Keep five digits of a number, as many as a figure shows; None for what is no number."""
+    return float(f"{value:.5g}") if value is not None and math.isfinite(value) else None
+
+
+def written(value: float | None) -> str:
+    """Write a number of a figure's table."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+
+
+def quantitative(name: str, title: str, **more: Any) -> dict[str, Any]:
+    """Give the encoding of a number on an axis; the scale need not begin at 0."""
+    given = more.pop("scale", {})
+    scale = {"nice": False, **({} if given.get("type") == "log" else {"zero": False}), **given}
+    return {"field": name, "type": "quantitative", "title": title, "scale": scale, **more}
+
+
+def encodings(used: Sequence[Look]) -> dict[str, dict[str, Any]]:
+    """Give the encodings of colour, dash and shape for rows with a field ``arm``."""
+
+    def scaled(values: list[Any]) -> dict[str, Any]:
+        scale = {"domain": [look.words for look in used], "range": values}
+        return {"field": "arm", "type": "nominal", "scale": scale, "legend": None}
+
+    return {
+        "color": scaled([look.colour for look in used]),
+        "strokeDash": scaled([list(look.dash) for look in used]),
+        "shape": scaled([look.shape for look in used]),
+    }
+
+
+def tip(name: str, title: str, number: str = "") -> dict[str, Any]:
+    """Give a line of a tooltip: a text, or a number in a format."""
+    if number:
+        return {"field": name, "type": "quantitative", "title": title, "format": number}
+    return {"field": name, "type": "nominal", "title": title}
+
+
+def slugs(names: Iterable[str]) -> dict[str, str]:
+    """Make names of files and of elements: unique, at most 44 letters, digits and dashes."""
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        if name in found:
+            continue
+        base = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "x"
+        slug, count = base, 2
+        while slug in taken:
+            slug, count = f"{base}-{count}", count + 1
+        taken.add(slug)
+        found[name] = slug
+    return found
