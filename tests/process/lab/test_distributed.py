@@ -21,7 +21,7 @@ from lab_helpers import tiny_plan
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import chain as chains
 from layerwise.lab.experiments import torchrun as shared_runs
-from layerwise.lab.experiments.chain import Advance, Chain
+from layerwise.lab.experiments.chain import Advance, Chain, Memory
 from layerwise.lab.experiments.plan import Arm, PlannedRun
 from layerwise.lab.experiments.pool import Failure
 from layerwise.lab.runs.configuration import Configuration, Constants
@@ -338,7 +338,7 @@ def leading(processes, chains):
     except Exception as raised:
         error = type(raised).__name__
     failures = [message for message in messages if isinstance(message, Failure)]
-    return [message for message in messages if not isinstance(message, Advance | Failure)], failures, error
+    return [message for message in messages if not isinstance(message, Advance | Memory | Failure)], failures, error
 
 
 def failures_of_all(processes, folder):

@@ -310,6 +310,6 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_
     def refused(**_):
         raise NotADirectoryError(20, "Not a directory")
 
-    monkeypatch.setattr(experiment.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(experiment.tempfile, "TemporaryDirectory", refused)
     with pytest.raises(UsageError, match="cannot be written"):
         carry_out(tiny_plan(), Settings(out=tmp_path / "runs"))

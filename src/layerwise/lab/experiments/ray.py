@@ -99,7 +99,7 @@ def _do(chain: Chain, wire: _Wire, token: str, needed: dict[str, str], found: li
             chain, wire.private = replace(chain, out=Path(private)), Runs(Path(private))
             for run in found:
                 _arrived(wire.private, run)
-        do_chain(chain, Link(wire))  # type: ignore[arg-type]
+        do_chain(chain, Link(wire, 0))  # type: ignore[arg-type]
 
 
 @dataclass

@@ -308,8 +308,6 @@ class Results:
 
     def table(self) -> polars.DataFrame:
         """Give the tables of the plan's quantities beside the paper's: a row a quantity, subject, arm and column."""
-        import polars
-
         rows = [row for results in (self, *self.beside()) for row in results.rows()]
         floats = dict.fromkeys(("value", "mean", "sd", "paper_mean", "paper_sd"), polars.Float64)
         return polars.DataFrame(rows, schema_overrides={**floats, "step": polars.Int64, "group": polars.String})
