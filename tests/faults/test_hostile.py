@@ -329,7 +329,7 @@ def test_no_word_of_a_run_is_run_in_a_browser(browser, hostile_page, bypass):  #
     page.on("request", lambda request: asked.append(request.url))
     page.goto(hostile_page.as_uri())
     assert page.evaluate("document.title") != "ran"
-    page.wait_for_function("[...document.querySelectorAll('.plot')].some(each => each.dataset.drawn)")
+    page.locator(".plot svg").first.wait_for()
     assert page.evaluate("document.querySelectorAll('body > script').length") == 2
     traps = "main script, #trap, [onerror], [onload], iframe, object"
     assert page.evaluate(f"document.querySelectorAll('{traps}').length") == 0
