@@ -19,9 +19,8 @@ from torch.nn import functional
 
 from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments import rules as rule_making
-from layerwise.lab.experiments.outcome import Settings
 from layerwise.lab.experiments.plan import Plan
-from layerwise.lab.experiments.runner import carry_out
+from layerwise.lab.experiments.runner import Settings, carry_out
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.training.engine import Training
 from layerwise.lab.training.trial import Trial, build

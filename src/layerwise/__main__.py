@@ -1,6 +1,8 @@
 """The command ``layerwise`` from its first moment; also ``python -m layerwise``, as for ``torchrun -m layerwise``."""
 
+import os
 import sys
+from contextlib import suppress
 
 from layerwise.lab.errors import leaving
 
@@ -13,4 +15,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    with suppress(FileNotFoundError):  # the working directory was removed
+        # `python -m` puts it first, which `layerwise` does not: a task finds the same modules with both.
+        if sys.path[0] == os.getcwd() != os.path.dirname(os.path.dirname(__file__)):
+            del sys.path[0]
     sys.exit(main())

@@ -131,7 +131,12 @@ def is_one_layer(module: nn.Module) -> bool:
     `MultiheadAttention` keeps its output projection in a child. Convolutions of PyTorch Geometric keep weight and bias
     in different modules.
     """
-    return isinstance(module, nn.MultiheadAttention) or any(
+    return isinstance(module, nn.MultiheadAttention) or is_message_passing(module)
+
+
+def is_message_passing(module: nn.Module | None) -> bool:
+    """Return whether a module is a convolution of PyTorch Geometric, which is not imported for it."""
+    return any(
         one.__name__ == "MessagePassing" and one.__module__.partition(".")[0] == "torch_geometric"
         for one in type(module).__mro__
     )

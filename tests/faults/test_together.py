@@ -15,8 +15,7 @@ import pytest
 import victims
 from serving import Server
 
-from layerwise.lab.experiments.outcome import Settings
-from layerwise.lab.experiments.runner import carry_out, load_finished
+from layerwise.lab.experiments.runner import Settings, carry_out, load_finished
 from layerwise.lab.report import anything
 from layerwise.lab.report.page import build
 from layerwise.lab.runs.folder import Runs
@@ -158,13 +157,12 @@ def test_a_crash_ends_one_run_and_is_told(tmp_path, ends, words, which):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs limits of memory")
 def test_too_little_memory_in_this_process_ends_one_run(tmp_path):
     from layerwise.lab.experiments import chain as chains
-    from layerwise.lab.experiments import work
 
     failures = []
     plan = ending(tmp_path / "log", "memory", "plain")
     for chain in plan.chains():
-        link = work.Alone(message=lambda told: failures.append(told) if isinstance(told, work.Failure) else None)
-        work.do_chain(chains.Chain(runs=chain, out=tmp_path / "runs"), link)
+        link = chains.Alone(message=lambda told: failures.append(told) if isinstance(told, chains.Failure) else None)
+        chains.do_chain(chains.Chain(runs=chain, out=tmp_path / "runs"), link)
     (failure,) = failures
     assert failure.doing == "small plain seed 0"
     assert failure.reason.startswith("MemoryError")

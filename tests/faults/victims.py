@@ -23,11 +23,8 @@ from torch import nn
 from layerwise import rules
 from layerwise.lab.experiments import chain as chains
 from layerwise.lab.experiments import runner as experiment
-from layerwise.lab.experiments import work
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.outcome import Outcome, Settings
-from layerwise.lab.experiments.plan import Plan, PlannedRun, Quantity, Subject
-from layerwise.lab.experiments.runner import load_finished
+from layerwise.lab.experiments.plan import Arm, Plan, PlannedRun, Quantity, Subject
+from layerwise.lab.experiments.runner import Outcome, Settings, load_finished
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import Runs
 from layerwise.lab.training.engine import Training
@@ -179,11 +176,11 @@ def share(out: Path, log: Path, seeds: int) -> None:
     while len(load_finished(plan, Runs(out)).records) < len(plan.runs):
         for chain in plan.chains():
             part = chains.Chain(runs=chain, out=out, checkpoint_seconds=0.01)
-            work.do_chain(part, work.Alone(message=_no_error))
+            chains.do_chain(part, chains.Alone(message=_no_error))
 
 
 def _no_error(message: object) -> None:
-    if isinstance(message, work.Failure):
+    if isinstance(message, chains.Failure):
         raise RuntimeError(repr(message))
 
 
@@ -193,10 +190,10 @@ def train(out: Path, log: Path, *, pause: float, checkpoint_seconds: float, seed
     for chain in plan.chains():
         labels = plan.labels(chain[0].subject)
         part = chains.Chain(runs=chain, out=out, checkpoint_seconds=checkpoint_seconds, labels=labels)
-        work.do_chain(part, Alone())
+        chains.do_chain(part, Alone())
 
 
-class Alone(work.Alone):
+class Alone(chains.Alone):
     """A link that lets a failure end the process."""
 
     def __init__(self) -> None:
@@ -204,7 +201,7 @@ class Alone(work.Alone):
 
 
 def _no_failure(message: object) -> None:
-    if isinstance(message, (work.Failure, chains.Skipped)):
+    if isinstance(message, (chains.Failure, chains.Skipped)):
         raise RuntimeError(repr(message))
 
 

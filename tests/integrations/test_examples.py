@@ -16,10 +16,10 @@ pytestmark = pytest.mark.full
 
 FOLDER = Path(__file__).parents[2] / "examples"
 NEEDS = {
-    "lightning_trainer": ["lightning", "mlxtend", "polars"],
-    "fabric_loop": ["lightning.fabric", "mlxtend", "polars"],
-    "accelerate_loop": ["accelerate", "mlxtend", "polars"],
-    "hf_trainer": ["transformers", "accelerate", "mlxtend", "polars"],
+    "lightning_trainer": ["lightning", "numpy", "polars"],
+    "fabric_loop": ["lightning.fabric", "numpy", "polars"],
+    "accelerate_loop": ["accelerate", "numpy", "polars"],
+    "hf_trainer": ["transformers", "accelerate", "numpy", "polars"],
 }
 SAYS = {
     "lightning_trainer": r"accuracy on 1,000 test digits: [6-9]\d\.\d%\n.*\n(  net\.\d(  0\.0\d+){6}\n){3}$",

@@ -11,10 +11,8 @@ import torch
 from lab_helpers import runs_in_process
 
 from layerwise.lab.experiments import chain as chains
-from layerwise.lab.experiments import work
-from layerwise.lab.experiments.outcome import Outcome, Settings
 from layerwise.lab.experiments.plan import Plan
-from layerwise.lab.experiments.runner import load_finished
+from layerwise.lab.experiments.runner import Outcome, Settings, load_finished
 from layerwise.lab.runs.folder import Runs
 
 
@@ -34,7 +32,7 @@ def carried_out(tmp_path: Path, one_thread: None) -> Callable[..., Outcome]:
     def do(plan: Plan, out: Path = tmp_path / "runs", data_dir: Path | None = None) -> Outcome:
         for chain in plan.chains():
             told = plan.labels(chain[0].subject)
-            work.do_chain(chains.Chain(runs=chain, out=out, data_dir=data_dir, labels=told), work.Alone())  # type: ignore[arg-type]
+            chains.do_chain(chains.Chain(runs=chain, out=out, data_dir=data_dir, labels=told), chains.Alone())  # type: ignore[arg-type]
         torch.set_num_threads(1)
         return Outcome(plan, Settings(out=out, data_dir=data_dir), load_finished(plan, Runs(out)))
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from layerwise.lab.data import digits
 from layerwise.lab.experiments import chain as chains
-from layerwise.lab.experiments import recipe, work
+from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments import runner as experiment
 from layerwise.lab.experiments.plan import Plan
 from layerwise.lab.models.lenet import LeNet
@@ -45,7 +45,7 @@ class Here:
 def do_here(jobs: Sequence[chains.Chain], count: int, *, on_message: Any, stop: Any, on_failure: Any) -> list[Any]:
     """Do the chains of an experiment in this process, one after another."""
     for chain in itertools.takewhile(lambda _: not stop(), jobs):
-        work.do_chain(chain, Here(on_message, stop))
+        chains.do_chain(chain, Here(on_message, stop))
     return []
 
 

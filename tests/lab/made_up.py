@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.lab.experiments import controls
-from layerwise.lab.experiments.outcome import Outcome, Settings
 from layerwise.lab.experiments.plan import Plan, PlannedRun
 from layerwise.lab.experiments.recipe import Recipe, load
-from layerwise.lab.experiments.runner import load_finished
+from layerwise.lab.experiments.runner import Outcome, Settings, load_finished
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import Record, Runs
 from layerwise.lab.runs.record import Recorder

@@ -7,9 +7,8 @@ from lab_helpers import tiny_plan
 
 from layerwise import rules
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiments import arms
-from layerwise.lab.experiments.arms import Arm
 from layerwise.lab.experiments.controls import displaced, recorded_factors
+from layerwise.lab.experiments.plan import CONTROLS, Arm
 from layerwise.lab.experiments.rules import make_rule, phases
 
 
@@ -129,4 +128,4 @@ def test_the_mean_factor_is_a_global_rate_to_the_bit(carried_out):
 
 
 def test_the_controls_are_the_three_of_the_design():
-    assert arms.CONTROLS == ("mean factor", "shuffled layers", "frozen factors")
+    assert CONTROLS == ("mean factor", "shuffled layers", "frozen factors")

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from layerwise.lab.data import augmentation
 from layerwise.lab.data.augmentation import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -92,9 +91,9 @@ def test_the_recipes_order_is_kept_padding_then_scaling_then_normalising():
 def test_images_are_normalised_by_channel(mean, std):
     images = random_images(5, channels=len(mean))
     by_hand = torch.stack([(images[:, n].double() / 255 - mean[n]) / std[n] for n in range(len(mean))], dim=1)
-    for made in (normalised(images, mean, std), augmentation.test_images(images, mean, std)):
-        assert made.dtype == torch.float32
-        torch.testing.assert_close(made.double(), by_hand, rtol=1e-5, atol=1e-6)
+    made = normalised(images, mean, std)
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made.double(), by_hand, rtol=1e-5, atol=1e-6)
 
 
 def test_training_images_are_the_normalised_crops():

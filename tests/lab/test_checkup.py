@@ -14,7 +14,7 @@ import torch
 
 from layerwise.lab import cli
 from layerwise.lab.errors import UsageError
-from layerwise.lab.tasks import checkup
+from layerwise.lab.tasks import doctor
 from layerwise.lab.tasks import task as tasks
 
 HEAD = """
@@ -115,7 +115,7 @@ def write(tmp_path):
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found_alone(write, name):
     expected = FAULTS[name][3]
-    found = checkup.train(tasks.load(write(name)))
+    found = doctor.train(tasks.load(write(name)))
     assert [finding.kind for finding in found.findings] == [kind for kind, _ in expected], [
         finding.sentence for finding in found.findings
     ]
@@ -128,11 +128,11 @@ def test_a_planted_fault_is_found_alone(write, name):
 
 def test_the_records_are_those_of_a_loop_by_hand(write):
     task_file = tasks.load(write("healthy"))
-    found = checkup.train(task_file, steps=25)
+    found = doctor.train(task_file, steps=25)
     assert [record.step for record in found.records] == list(range(1, 26))
     assert found.words.startswith("25 updates, in ")
     # Model, data and batches of seed 0, trained here in float64 arithmetic of the norms.
-    trial = task_file.look().trial
+    trial = task_file.tried().trial
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     batches = [batch for epoch in (1, 2) for batch in trial.batches(epoch, 0)]
@@ -164,14 +164,14 @@ def test_a_run_that_is_shorter_than_asked_for_is_whole(tmp_path):
         "return parts(model, torch.optim.SGD(model.parameters(), lr=0.03)) | {'iterations': 7, 'test_every': 7}\n"
     )
     path.write_text(HEAD + textwrap.indent(body, "    "), encoding="utf-8")
-    found = checkup.train(tasks.load(f"{path}:task"))
+    found = doctor.train(tasks.load(f"{path}:task"))
     assert (len(found.records), found.asked, found.ended_early) == (7, 7, False)
 
 
 def test_the_clock_ends_it_earlier_and_says_so(write, monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr(checkup.time, "perf_counter", lambda: next(clock))
-    found = checkup.train(tasks.load(write("healthy")), seconds=10.0)
+    monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(clock))
+    found = doctor.train(tasks.load(write("healthy")), seconds=10.0)
     assert 1 <= len(found.records) < 100
     assert f"{len(found.records)} updates of 100, as the time was up" in found.words
     assert found.findings == ()
@@ -179,7 +179,7 @@ def test_the_clock_ends_it_earlier_and_says_so(write, monkeypatch):
 
 def test_the_progress_is_told(write):
     seen: list[tuple[int, int]] = []
-    checkup.train(tasks.load(write("healthy")), steps=5, advance=lambda done, total: seen.append((done, total)))
+    doctor.train(tasks.load(write("healthy")), steps=5, advance=lambda done, total: seen.append((done, total)))
     assert seen[0] == (0, 5)
     assert (4, 5) in seen
 
@@ -189,7 +189,7 @@ def test_random_numbers_and_threads_stay_as_they_were(write):
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        checkup.train(task_file, steps=3)
+        doctor.train(task_file, steps=3)
         assert torch.equal(torch.get_rng_state(), before)
         assert torch.get_num_threads() == 2
     finally:
@@ -207,7 +207,7 @@ def test_random_numbers_and_threads_stay_as_they_were(write):
 )
 def test_a_length_out_of_its_range_is_refused(write, how, words):
     with pytest.raises(UsageError, match=re.escape(words)):
-        checkup.train(tasks.load(write("healthy")), **how)
+        doctor.train(tasks.load(write("healthy")), **how)
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from layerwise.lab import data
-from layerwise.lab.data import cifar, cifar_pickle
+from layerwise.lab.data import cifar
 from layerwise.lab.errors import UsageError
 
 SMALL = {"cifar10": (dict.fromkeys(range(5), 3), 4), "cifar100": ({0: 7}, 2)}
 """Images of each training file, and of the test file, in the archives that these tests write."""
+
+CLASSES = {"cifar10": 10, "cifar100": 100}
 
 VERSIONS = {"python": 0, "binary": 1}
 
@@ -88,7 +90,7 @@ def publish(monkeypatch):
         expected, files = [], {}
         for file, count in form.files.items():
             pixels = source.integers(0, 256, (count, 3072), dtype=np.uint8)
-            classes = source.integers(0, cifar.CLASSES[name], count).tolist()
+            classes = source.integers(0, CLASSES[name], count).tolist()
             coarse = source.integers(0, 20, count).tolist() if name == "cifar100" else None
             expected.append((pixels.reshape(count, 3, 32, 32), classes))
             if version == "python":
@@ -173,7 +175,15 @@ def test_the_published_files_are_known_by_their_checksums():
         }
     }
     assert {form.folder: form.file_md5s for forms in cifar.FORMS.values() for form in forms if form.file_md5s} == {
-        "cifar-100-python": {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"}
+        "cifar-10-batches-py": {
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+        },
+        "cifar-100-python": {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
     }
 
 
@@ -212,32 +222,36 @@ def test_random_bytes_of_the_right_size_are_not_cifar_10(tmp_path, publish):
 
 def test_files_in_another_order_are_not_cifar_10(tmp_path, publish):
     def alter(files):
-        files["data_batch_1"], files["data_batch_2"] = files["data_batch_2"], files["data_batch_1"]
+        files["data_batch_1.bin"], files["data_batch_2.bin"] = files["data_batch_2.bin"], files["data_batch_1.bin"]
 
-    publish(tmp_path, "cifar10", "python", alter=alter)
+    publish(tmp_path, "cifar10", "binary", alter=alter)
     with pytest.raises(UsageError, match="the training images are not those of CIFAR-10"):
         cifar.load("cifar10", tmp_path)
 
 
-@pytest.mark.parametrize("file", ["train", "test"])
-def test_one_wrong_bit_of_unpacked_cifar_100_is_refused_before_it_is_unpickled(tmp_path, publish, file, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("cifar10", "data_batch_4"), ("cifar10", "test_batch"), ("cifar100", "train"), ("cifar100", "test")],
+)
+def test_one_wrong_bit_of_an_unpacked_pickle_is_refused_before_it_is_unpickled(
+    tmp_path, publish, name, file, monkeypatch
+):
     def alter(files):
         files[file] = changed(files[file], -2000)
 
-    publish(tmp_path, "cifar100", "python", alter=alter)
-    read = []
-    monkeypatch.setattr(cifar, "read_batch", lambda *given: read.append(given[2]) or cifar_pickle.read_batch(*given))
-    md5 = cifar.FORMS["cifar100"][0].file_md5s[file]
-    with pytest.raises(UsageError, match=f"{file}: damaged: MD5 is .*, expected {md5}; fetch cifar-100-python"):
-        cifar.load("cifar100", tmp_path)
-    assert not [source for source in read if source.endswith(file)]
+    publish(tmp_path, name, "python", alter=alter)
+    read, loads = [], pickle.loads
+    monkeypatch.setattr(pickle, "loads", lambda content, **options: read.append(content) or loads(content, **options))
+    form = cifar.FORMS[name][0]
+    with pytest.raises(UsageError, match=f"{file}: damaged: MD5 is .*, expected {form.file_md5s[file]}; fetch cifar-1"):
+        cifar.load(name, tmp_path)
+    assert {hashlib.md5(content).hexdigest() for content in read} <= set(form.file_md5s.values())
 
 
-def test_unpacked_binary_cifar_100_is_refused_and_its_archive_beside_it_is_taken(tmp_path, publish):
+def test_unpacked_binary_cifar_100_is_not_read_and_its_archive_beside_it_is_taken(tmp_path, publish):
     publish(tmp_path, "cifar100", "binary")
-    place = tmp_path / "cifar-100-binary"
-    assert cifar.find("cifar100", tmp_path) == place
-    words = r"cannot be checked.*give the archive itself \(MD5 03b5dce01913d631647c71ecec9e9cb8\).*cifar-100-python"
+    assert cifar.find("cifar100", tmp_path) is None
+    words = r"expected cifar-100-python\.tar\.gz or .*, or cifar-100-binary\.tar\.gz, not unpacked; fetch it with"
     with pytest.raises(UsageError, match=words):
         cifar.load("cifar100", tmp_path)
     (tmp_path / "below").mkdir()
@@ -279,15 +293,6 @@ def test_the_data_are_read_once_and_by_the_common_function(tmp_path, publish):
         data.load("cifar100")
 
 
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_a_batch_pickled_again_by_python_3_is_read(order):
-    pixels = np.asarray(np.arange(2 * 3072).reshape(2, 3072) % 251, dtype=np.uint8, order=order)
-    content = pickle.dumps({b"data": pixels, b"labels": [3, 9]}, protocol=2)
-    read, classes = cifar_pickle.read_batch(content, b"labels", "a file", "fetch it")
-    assert np.array_equal(read, pixels)
-    assert classes.tolist() == [3, 9]
-
-
 def test_the_published_archives_are_known_by_their_md5():
     assert {form.archive: form.md5 for forms in cifar.FORMS.values() for form in forms} == {
         "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
@@ -313,20 +318,8 @@ def test_an_archive_of_another_md5_is_refused_before_it_is_opened(tmp_path, name
     assert "\n" not in words
 
 
-def test_an_archive_that_cannot_be_unpacked_is_named(tmp_path, publish, monkeypatch):
-    publish(tmp_path, "cifar10", "python", packed=True)
-    path = tmp_path / "cifar-10-python.tar.gz"
-    path.write_bytes(path.read_bytes()[:-3000])
-    digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    python, binary = cifar.FORMS["cifar10"]
-    monkeypatch.setitem(cifar.FORMS, "cifar10", (dataclasses.replace(python, md5=digest), binary))
-    with pytest.raises(UsageError, match=r"cifar-10-python\.tar\.gz: cannot be read \(.*fetch"):
-        cifar.load("cifar10", tmp_path)
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "archive"])
-def test_a_missing_file_is_named(tmp_path, publish, packed):
-    publish(tmp_path, "cifar10", "binary", packed, alter=lambda files: files.pop("data_batch_4.bin"))
+def test_a_missing_file_is_named(tmp_path, publish):
+    publish(tmp_path, "cifar10", "binary", alter=lambda files: files.pop("data_batch_4.bin"))
     with pytest.raises(UsageError, match=r"data_batch_4\.bin.*fetch cifar-10-binary\.tar\.gz"):
         cifar.load("cifar10", tmp_path)
 
@@ -334,25 +327,14 @@ def test_a_missing_file_is_named(tmp_path, publish, packed):
 @pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "archive"])
 @pytest.mark.parametrize(
     ("version", "file", "expected"),
-    [("python", "data_batch_2", "9216 to 19515"), ("binary", "data_batch_2.bin", "9219")],
+    [("python", "data_batch_2", "MD5 is "), ("binary", "data_batch_2.bin", "5000 bytes, expected 9219 for 3 images")],
 )
-def test_a_truncated_file_is_named_with_its_size_and_the_expected_one(
-    tmp_path, publish, version, file, expected, packed
-):
+def test_a_truncated_file_is_named_with_what_was_expected(tmp_path, publish, version, file, expected, packed):
     def alter(files):
         files[file] = files[file][:5000]
 
     publish(tmp_path, "cifar10", version, packed, alter=alter)
-    with pytest.raises(UsageError, match=rf"{file}: damaged.* 5000 bytes, expected {expected} for 3 images; fetch"):
-        cifar.load("cifar10", tmp_path)
-
-
-def test_a_pickle_that_ends_too_early_is_named(tmp_path, publish):
-    def alter(files):
-        files["test_batch"] = files["test_batch"][:-20]
-
-    publish(tmp_path, "cifar10", "python", alter=alter)
-    with pytest.raises(UsageError, match=r"test_batch: cannot be read \(.*b'labels'; fetch"):
+    with pytest.raises(UsageError, match=rf"{file}: damaged.*: {expected}.*; fetch"):
         cifar.load("cifar10", tmp_path)
 
 
@@ -361,16 +343,7 @@ def test_classes_that_the_data_set_does_not_have_are_refused(tmp_path, publish):
         files["test_batch.bin"] = b"\x0a" + files["test_batch.bin"][1:]
 
     publish(tmp_path, "cifar10", "binary", alter=alter)
-    with pytest.raises(UsageError, match=r"test_batch\.bin: .* up to 10, expected .* up to 9; fetch"):
-        cifar.load("cifar10", tmp_path)
-
-
-def test_arrays_of_another_shape_are_refused(tmp_path, publish):
-    def alter(files):
-        files["test_batch"] = python_file(np.zeros((5, 3072), dtype=np.uint8), [1] * 5, b"labels")
-
-    publish(tmp_path, "cifar10", "python", alter=alter)
-    with pytest.raises(UsageError, match=r"test_batch: holds pixels of shape \(5, 3072\).* expected \(4, 3072\)"):
+    with pytest.raises(UsageError, match=r"the test images are not those of CIFAR-10.*; fetch"):
         cifar.load("cifar10", tmp_path)
 
 
@@ -386,85 +359,9 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, publish, packed):
         )
 
     publish(tmp_path, "cifar10", "python", packed, alter=alter)
-    with pytest.raises(UsageError, match=r"data_batch_1: asks for posix\.system.*it was not run.*fetch"):
+    with pytest.raises(UsageError, match=r"data_batch_1: damaged: MD5 is .*fetch"):
         cifar.load("cifar10", tmp_path)
     assert not mark.exists()
-
-
-class Hostile:
-    """Pickles into a call."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        Hostile(os.system, "false"),
-        Hostile(eval, "1"),
-        Hostile(getattr, "text", "upper"),
-        Hostile(np.load, "file.npy", None, True),
-        Hostile(np.frombuffer, b"1"),
-        Hostile(torch.load, "file"),
-        Hostile(__import__, "this"),
-    ],
-    ids=lambda hostile: hostile.call[0].__name__,
-)
-def test_no_name_but_those_of_the_files_is_found(hostile, protocol):
-    content = pickle.dumps({b"data": hostile, b"labels": []}, protocol=protocol)
-    with pytest.raises(UsageError, match=r"a file: asks for .*it was not run"):
-        cifar_pickle.read_batch(content, b"labels", "a file", "fetch it")
-
-
-def batch(array, labels=(1,)):
-    return pickle.dumps({b"data": array, b"labels": list(labels)}, protocol=2)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        batch(np.zeros((1, 3), dtype=np.int32)),
-        batch(np.array([[1, "text"]], dtype=object)),
-        batch([1, 2, 3]),
-        batch(np.zeros((1, 3), dtype=np.uint8), labels=["1"]),
-        batch(np.zeros((1, 3), dtype=np.uint8), labels=[-1]),
-        batch(np.zeros((1, 3), dtype=np.uint8), labels=[256]),
-        pickle.dumps([1, 2], protocol=2),
-        pickle.dumps({}, protocol=2),
-        # An array of a million times as many bytes as there are.
-        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01J\xff\xff\xff\x7f\x85"
-        b"cnumpy\ndtype\nU\x02u1\x85R\x89U\x01atbU\x06labels]u.",
-        # A size below 0, and a shape that is no tuple.
-        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01J\xff\xff\xff\xff\x85"
-        b"cnumpy\ndtype\nU\x02u1\x85R\x89U\x01atbU\x06labels]u.",
-        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01K\x01"
-        b"cnumpy\ndtype\nU\x02u1\x85R\x89U\x01atbU\x06labels]u.",
-    ],
-)
-def test_what_is_no_table_of_bytes_with_classes_is_refused(content):
-    with pytest.raises(UsageError, match=r"a file: does not hold bytes and classes.*b'data' and b'labels'; fetch it"):
-        cifar_pickle.read_batch(content, b"labels", "a file", "fetch it")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"not a pickle",
-        b"\x80\x02",
-        b"\x80\x02c_codecs\nencode\nU\x01aU\x04zlib\x86R.",
-        b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x06\x00\x00\x00base64\x86R.",
-        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)RK\x01b.",
-    ],
-)
-def test_damaged_pickles_give_one_kind_of_error(content):
-    with pytest.raises(UsageError, match=r"a file: cannot be read \(.*fetch it"):
-        cifar_pickle.read_batch(content, b"labels", "a file", "fetch it")
 
 
 @pytest.mark.parametrize("name", SMALL)

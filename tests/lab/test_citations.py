@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from layerwise.lab.experiments import recipe
-from layerwise.lab.experiments.citations import distinct, written
+from layerwise.lab.experiments.plan import distinct, written
 
 
 def constants(name: str, scale: str, **more):

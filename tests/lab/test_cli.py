@@ -94,7 +94,13 @@ def test_the_command_alone_prints_its_help(capsys):
         cli.main([])
     assert ended.value.code == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in options.COMMANDS)
+    for name in options.COMMANDS:
+        assert sum(line.split()[:1] == [name] for line in said.splitlines()) == 1
+    assert len(said.splitlines()) <= len(options.COMMANDS) + 8
+    assert max(map(len, said.splitlines())) <= 80
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize("name", options.COMMANDS)
@@ -182,7 +188,7 @@ def test_a_recipe_is_run_its_report_written_and_nothing_repeated(capsys, folder)
     assert "6 of 6 runs were finished already" in words
     assert words.lower().count("too few") == 1
     assert "report.html" in words
-    assert "Next: layerwise run tiny --scale full --data-dir FOLDER (it holds mnist; see layerwise data mnist)" in words
+    assert "Next: layerwise data mnist && layerwise run tiny --scale full" in words
     assert "This is the smoke scale" in words
     assert "Smoke test of: A few updates of LeNet" in words
     assert "no run was needed" in words
@@ -195,12 +201,13 @@ def test_a_recipe_is_run_its_report_written_and_nothing_repeated(capsys, folder)
 
     assert cli.main(["list"]) == 0
     words = words_of(capsys)
-    assert "6/6 runs" in words
-    assert "mnist (not here)" in words
+    assert "6 done" in words
     assert "Get it with layerwise data mnist" in words
     assert cli.main(["list", "tiny"]) == 0
     words = words_of(capsys)
     assert "tiny" in words
+    assert "runs 6/6" in words
+    assert "mnist (not here)" in words
     assert "demo-lenet" not in words
     assert "Times are of cores that do nothing else" in words
     assert cli.main(["list", "--quiet"]) == 0
@@ -226,9 +233,13 @@ def test_a_sweep_tries_every_combination(capsys, folder):
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_demo_ends_with_what_to_try_next(capsys):
+def test_a_demo_ends_with_what_to_try_next(capsys, folder):
     assert cli.main(["demo", "--seeds", "1"]) == 0
-    assert "Next: layerwise run singh2015-table1 --scale full --data-dir FOLDER" in words_of(capsys)
+    assert "Next: layerwise data mnist && layerwise run singh2015-table1 --scale full" in words_of(capsys)
+    (folder / "my data").mkdir()
+    assert cli.main(["demo", "--seeds", "1", "--data-dir", "my data"]) == 0
+    words = "Next: layerwise data mnist --data-dir 'my data' && layerwise run singh2015-table1 --scale full --data-dir"
+    assert words in words_of(capsys)
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "imagenet", "digits5k"])

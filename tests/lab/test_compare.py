@@ -15,12 +15,11 @@ from layerwise.lab import progress, report
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import chain as chains
 from layerwise.lab.experiments import methods
-from layerwise.lab.experiments.arms import FACTORS_ALONE
-from layerwise.lab.experiments.outcome import Display, Settings
-from layerwise.lab.experiments.plan import LARGEST_SEEDS
+from layerwise.lab.experiments.plan import FACTORS_ALONE, LARGEST_SEEDS
+from layerwise.lab.experiments.runner import Display, Settings
 from layerwise.lab.report import anything, maps
 from layerwise.lab.stats.comparison import MINIMUM_PAIRS
-from layerwise.lab.tasks import compare, tuning
+from layerwise.lab.tasks import compare, layout, tuning
 from layerwise.lab.tasks import doctor as examination
 from layerwise.lab.tasks import task as tasks
 
@@ -138,18 +137,18 @@ def test_phases_amplify_at_least_one_epoch_after_the_analysis(epochs):
 
 
 def test_every_method_can_be_planned_and_those_that_count_epochs_need_some(bowl, tmp_path):
-    plan = compare.plan(tasks.load(f"{EXAMPLE}:task"), arms=list(methods.METHODS), seeds=1)
+    plan = layout.plan(tasks.load(f"{EXAMPLE}:task"), arms=list(methods.METHODS), seeds=1)
     assert len(plan.runs) == 1 + 2 * len(methods.METHODS)
     assert any("LARS" in note and "--tune" in note for note in plan.notes)
     with pytest.raises(UsageError, match=r"epochs=2: amplification counts epochs; .* at least 3"):
-        compare.plan(tasks.load(bowl), arms=["amplification-all"], seeds=1)
+        layout.plan(tasks.load(bowl), arms=["amplification-all"], seeds=1)
 
 
 # --- Plans ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_pairs_its_runs_by_seed_and_is_what_json_holds(bowl):
-    plan = compare.plan(tasks.load(bowl), seeds=3)
+    plan = layout.plan(tasks.load(bowl), seeds=3)
     assert (plan.name, plan.source, plan.layout, plan.step_unit) == ("bowl-task", "bowl.py:task", "curves", "epoch")
     assert (plan.quantity.name, plan.quantity.higher_is_better) == ("loss", False)
     assert len(plan.runs) == 15
@@ -166,7 +165,7 @@ def test_a_plan_pairs_its_runs_by_seed_and_is_what_json_holds(bowl):
 @pytest.mark.parametrize("seeds", [0, LARGEST_SEEDS + 1])
 def test_numbers_of_seeds_out_of_range_are_refused(bowl, seeds):
     with pytest.raises(UsageError, match=f"seeds={seeds}"):
-        compare.plan(tasks.load(bowl), seeds=seeds)
+        layout.plan(tasks.load(bowl), seeds=seeds)
 
 
 def test_an_optimizer_that_a_rule_cannot_act_on_is_told_of_before_anything_is_trained(bowl, tmp_path):
@@ -182,16 +181,16 @@ def test_a_choice_that_can_choose_no_layer_is_refused(bowl, arm):
     path = Path(bowl.rpartition(":")[0])
     path.write_text(QUADRATIC.replace('"epochs": 2', '"epochs": 3'), encoding="utf-8")
     with pytest.raises(UsageError) as caught:
-        compare.plan(tasks.load(bowl), arms=[arm], seeds=1)
+        layout.plan(tasks.load(bowl), arms=[arm], seeds=1)
     words = str(caught.value)
     assert f"arm '{arm}' would be plain training: threshold=1 chooses nothing: z of 2 layers is at most 1.00" in words
     assert "a model of more layers; leave the arm out" in words
-    assert compare.plan(tasks.load(bowl), arms=["amplification-all", "amplification-random"], seeds=1).runs
+    assert layout.plan(tasks.load(bowl), arms=["amplification-all", "amplification-random"], seeds=1).runs
 
 
 def test_a_control_at_other_values_repeats_the_method_at_its_values(bowl):
     values = {"plain": {"lr": 1.0}, "layer-adaptive": {"lr": 0.5}, "mean-factor": {"lr": 0.5}, "shuffled": {"lr": 0.25}}
-    plan = compare.plan(tasks.load(bowl), seeds=2, tuned={**values, "frozen": {"lr": 0.25}})
+    plan = layout.plan(tasks.load(bowl), seeds=2, tuned={**values, "frozen": {"lr": 0.25}})
     assert [arm.name for arm in plan.arms] == [
         "plain", "layer-adaptive", "mean-factor", "layer-adaptive lr=0.25", "shuffled", "frozen",
     ]  # fmt: skip
@@ -214,7 +213,7 @@ def test_a_control_at_other_values_repeats_the_method_at_its_values(bowl):
 
 
 def test_the_numbers_of_a_task_are_those_of_a_loop_by_hand(bowl, carried_out):
-    outcome = carried_out(compare.plan(tasks.load(bowl), seeds=2))
+    outcome = carried_out(layout.plan(tasks.load(bowl), seeds=2))
     assert outcome.complete
     for arm, adaptive in (("plain", False), ("layer-adaptive", True)):
         for seed, value in outcome.results.values("task", arm).items():
@@ -227,7 +226,7 @@ def test_the_numbers_of_a_task_are_those_of_a_loop_by_hand(bowl, carried_out):
 @pytest.mark.parametrize("method", ["lars", "larc", "layer-decay", "amplification-all"])
 def test_every_control_can_repeat_every_kind_of_method(method, carried_out):
     task_file = tasks.load(f"{EXAMPLE}:task", {"batch_size": 700})
-    outcome = carried_out(compare.plan(task_file, arms=[method, "shuffled", "frozen"], seeds=1))
+    outcome = carried_out(layout.plan(task_file, arms=[method, "shuffled", "frozen"], seeds=1))
     records = {arm: record for (_, arm, _), record in outcome.results.records.items()}
     assert set(records) == {"plain", method, "mean-factor", "shuffled", "frozen"}
     factors = {arm: records[arm].summary["factor"] for arm in (method, "frozen", "shuffled")}
@@ -254,7 +253,7 @@ def test_every_control_can_repeat_every_kind_of_method(method, carried_out):
 def test_controls_of_a_method_that_diverges_at_once_are_carried_out_too(bowl, tmp_path, carried_out):
     path = Path(bowl.rpartition(":")[0])
     path.write_text(QUADRATIC.replace("model.height(),\n", "model.height() * float('nan'),\n", 1), encoding="utf-8")
-    outcome = carried_out(compare.plan(tasks.load(bowl), seeds=1))
+    outcome = carried_out(layout.plan(tasks.load(bowl), seeds=1))
     assert outcome.complete
     assert all(record.diverged for record in outcome.results.records.values())
 
@@ -263,7 +262,7 @@ def test_controls_of_a_method_that_diverges_at_once_are_carried_out_too(bowl, tm
 def test_the_example_through_workers_is_the_example_in_this_process(tmp_path, carried_out):
     asked = {"arms": ["layer-adaptive", "shuffled"], "seeds": 1}
     task_file = tasks.load(f"{EXAMPLE}:task")
-    here = carried_out(compare.plan(task_file, **asked))
+    here = carried_out(layout.plan(task_file, **asked))
     outcome = compare.run(f"{EXAMPLE}:task", **asked, settings=Settings(out=tmp_path / "workers", jobs=2))
     assert not outcome.failures, outcome.failures[0].details
     assert outcome.complete
@@ -346,7 +345,7 @@ def tuned(tmp_path_factory):
     name, settings = f"{folder / 'bowl.py'}:task", Settings(out=folder / "runs", jobs=1)
     told = Told()
     with runs_in_process():
-        outcome = compare.run(name, seeds=3, tune={"lr": GRID}, settings=settings, display=told)
+        outcome = tuning.run(name, {"lr": GRID}, seeds=3, settings=settings, display=told)
     assert not outcome.failures, outcome.failures[0].details
     # All runs of the tuning are found again, so that this trains nothing.
     again = tuning.tune(tasks.load(name), {"lr": GRID}, settings=settings)
@@ -358,7 +357,7 @@ def tuned(tmp_path_factory):
 def test_a_report_of_tuned_runs_compares_what_the_experiment_did(bowl, carried_out):
     rates = {"plain": 0.5, "layer-adaptive": 0.25, "mean-factor": 0.5, "shuffled": 0.25, "frozen": 0.75}
     chosen = {arm: {"lr": rate} for arm, rate in rates.items()}
-    outcome = carried_out(compare.plan(tasks.load(bowl), seeds=2, tuned=chosen))
+    outcome = carried_out(layout.plan(tasks.load(bowl), seeds=2, tuned=chosen))
     alone = [arm for arm in outcome.plan.arms if arm.words.endswith(FACTORS_ALONE)]
     assert [arm.against for arm in alone] == [(), ()]
     found = anything.gather([outcome.settings.out], out=outcome.settings.out)
@@ -450,7 +449,7 @@ def test_only_a_value_beyond_which_there_could_be_better_ones_is_at_the_edge(tun
 )
 def test_grids_that_cannot_be_tuned_are_refused_before_anything_is_trained(bowl, tmp_path, grid, words):
     with pytest.raises(UsageError) as caught:
-        compare.run(bowl, tune=grid, settings=Settings(out=tmp_path / "runs"))
+        tuning.run(bowl, grid, settings=Settings(out=tmp_path / "runs"))
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert not (tmp_path / "runs").exists()
 
@@ -459,14 +458,14 @@ def test_tuning_needs_a_validation(bowl, tmp_path):
     path = tmp_path / "bowl.py"
     path.write_text(QUADRATIC.replace('"validation": lambda model: float(model.height()),', ""), encoding="utf-8")
     with pytest.raises(UsageError, match="no validation, which --tune needs"):
-        compare.run(bowl, tune={"lr": [0.1]}, settings=Settings(out=tmp_path / "runs"))
+        tuning.run(bowl, {"lr": [0.1]}, settings=Settings(out=tmp_path / "runs"))
 
 
 # --- The doctor -------------------------------------------------------------------------------------------------------
 
 
 def test_the_doctor_says_what_a_comparison_would_do(capsys):
-    found = compare.doctor(f"{EXAMPLE}:task")
+    found = examination.examine(tasks.load(f"{EXAMPLE}:task"))
     text = "\n".join(found.lines)
     assert capsys.readouterr().out == ""
     for words in (
@@ -508,7 +507,7 @@ def test_the_doctor_finds_what_is_wrong(tmp_path):
         """),
         encoding="utf-8",
     )
-    text = "\n".join(compare.doctor(f"{path}:task").lines)
+    text = "\n".join(examination.examine(tasks.load(f"{path}:task")).lines)
     assert "an unknown number an epoch" in text
     assert "how long is not known" in text
     assert "none, which --tune needs" in text
@@ -521,25 +520,25 @@ def test_the_doctor_finds_what_is_wrong(tmp_path):
 def test_the_doctor_tells_of_an_optimizer_that_cannot_be_compared(bowl):
     path = Path(bowl.rpartition(":")[0])
     path.write_text(QUADRATIC.replace("torch.optim.SGD", "torch.optim.LBFGS"), encoding="utf-8")
-    found = compare.doctor(bowl)
+    found = examination.examine(tasks.load(bowl))
     (problem,) = found.problems  # though the plan, the updates and the diagnosis find it
     assert problem.startswith("bowl.py:task: arm 'layer-adaptive' cannot be attached: LBFGS evaluates its closure")
     assert "nan" not in "\n".join(found.lines)
 
 
 def test_the_doctor_counts_what_a_comparison_takes_beside_its_updates(bowl):
-    look = tasks.load(bowl).look()
-    (_, comparison) = examination._times(look, 2.0, 2)
+    tried = tasks.load(bowl).tried()
+    (_, comparison) = examination._times(tried, 2.0, 2)
     # 25 runs of 4 updates and 2 tests, two side by side, and what is there before and after them.
-    seconds = 25 * (4 * 2.0 + 2 * look.metric_seconds + examination.RUN_SECONDS) / 2 + examination.BESIDE_SECONDS
+    seconds = 25 * (4 * 2.0 + 2 * tried.metric_seconds + examination.RUN_SECONDS) / 2 + examination.BESIDE_SECONDS
     assert f"about {progress.duration(seconds)} on free cores" in comparison
-    (_, comparison) = examination._times(look, 0.0, 2)
+    (_, comparison) = examination._times(tried, 0.0, 2)
     assert int(re.search(r"about (\d+) s", comparison)[1]) >= 10
 
 
 def test_a_chain_with_a_task_can_be_sent_to_a_worker(bowl, tmp_path):
     import pickle
 
-    for chain in compare.plan(tasks.load(bowl), seeds=1).chains():
+    for chain in layout.plan(tasks.load(bowl), seeds=1).chains():
         given = chains.Chain(runs=chain, out=tmp_path)
         assert pickle.loads(pickle.dumps(given)) == given

@@ -27,6 +27,10 @@ VALUES = {
         ({"batch_size": True}, "batch_size=True"),
         ({"order": "random"}, "order='random': use one of sequential, shuffled"),
         ({"order": "sequential"}, "has no epochs"),
+        (
+            {"order": "sequential", "epochs": None, "iterations": 5, "test_every": 1, "training_accuracy": True},
+            "training_accuracy=True with order='sequential', which has no epochs: use 'shuffled'",
+        ),
         ({"policy_unit": "day"}, "policy_unit='day'"),
         ({"rate": -1.0}, "rate=-1.0: must be a finite number"),
         ({"rate": float("nan")}, "rate=nan"),
@@ -55,14 +59,16 @@ def test_every_value_changes_the_identity_and_equal_ones_share_it():
     others = [Configuration.make(constants, rule=None, apply="auto", seed=1)]
     others.append(Configuration.make(constants, rule={"name": "LARS"}, apply="auto", seed=0))
     others.append(Configuration.make(constants, rule=None, apply="lr", seed=0))
-    for name, value in (("rate", 0.2), ("batch_size", 32), ("train_count", 10), ("gamma", 0.5), ("epochs", 3)):
+    changed = {"rate": 0.2, "batch_size": 32, "train_count": 10, "gamma": 0.5, "epochs": 3, "training_accuracy": True}
+    for name, value in changed.items():
         others.append(Configuration.make(Constants.of({**VALUES, name: value}), rule=None, apply="auto", seed=0))
     assert len({other.identity for other in (first, *others)}) == len(others) + 1
 
 
 def test_a_constant_at_its_default_is_not_part_of_the_identity():
     plain = Configuration.make(Constants.of(VALUES), seed=0)
-    written = Configuration.make(Constants.of({**VALUES, "momentum": 0.0, "test_batch_size": 100}), seed=0)
+    defaults = {"momentum": 0.0, "test_batch_size": 100, "training_accuracy": False}
+    written = Configuration.make(Constants.of({**VALUES, **defaults}), seed=0)
     assert plain.identity == written.identity
     assert plain.constants == Constants.of(VALUES)
 

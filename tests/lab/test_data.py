@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import digits_file
 from layerwise.lab import data
 from layerwise.lab.data import digits, mnist
 from layerwise.lab.errors import UsageError
@@ -38,29 +39,36 @@ def test_the_file_order_is_fixed():
     assert digits.file_order()[:5].tolist() == np.random.RandomState(2015).permutation(5000)[:5].tolist()
 
 
-def test_the_digits_are_those_of_the_package_row_by_row():
-    source = digits._source()
-    order = digits.file_order()
-    with gzip.open(source, "rt") as lines:
-        rows = [line for number, line in enumerate(lines) if number in (order[0], order[4999])]
-    expected = {tuple(int(float(value)) for value in row.split(",")) for row in rows}
+def test_the_digits_are_those_of_their_file_row_by_row():
+    rows = np.frombuffer(gzip.decompress(digits.FILE.read_bytes()), np.uint8).reshape(5000, 785)[digits.file_order()]
     loaded = digits.load()
-    first = (*loaded.train_images[0].flatten().tolist(), int(loaded.train_labels[0]))
-    last = (*loaded.test_images[-1].flatten().tolist(), int(loaded.test_labels[-1]))
-    assert expected == {first, last}
+    for images, labels, part in (
+        (loaded.train_images, loaded.train_labels, rows[:4000]),
+        (loaded.test_images, loaded.test_labels, rows[4000:]),
+    ):
+        assert np.array_equal(images.flatten(1).numpy(), part[:, :-1])
+        assert np.array_equal(labels.numpy(), part[:, -1])
 
 
-def test_a_damaged_package_file_is_named_with_the_remedy(tmp_path, monkeypatch):
-    broken = tmp_path / "mnist_5k.csv.gz"
-    broken.write_bytes(gzip.compress(b"1,2,3\n4,5,6\n"))
-    monkeypatch.setattr(digits, "_source", lambda: broken)
-    with pytest.raises(UsageError, match=r"mnist_5k\.csv\.gz.*\(2, 3\).*\(5000, 785\).*pip install"):
-        digits.load.__wrapped__()
+def test_the_digits_are_the_first_500_of_each_class_of_mnist(mnist_folder):
+    assert gzip.decompress(digits.FILE.read_bytes()) == digits_file.table(mnist_folder)
 
 
-def test_a_missing_package_file_is_named_with_the_remedy(tmp_path, monkeypatch):
-    monkeypatch.setattr(digits, "_source", lambda: tmp_path / "nowhere.csv.gz")
-    with pytest.raises(UsageError, match=r"nowhere\.csv\.gz.*pip install"):
+def test_the_digits_take_less_than_a_megabyte_and_have_their_licence_beside_them():
+    assert digits.FILE.stat().st_size < 1 << 20
+    assert "creativecommons.org/licenses/by-sa/3.0" in digits.FILE.with_suffix(".txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "No such file"), (b"1,2,3", "Not a gzipped file"), (gzip.compress(b"123"), f"expected {digits.CONTENT}")],
+    ids=["missing", "not compressed", "other content"],
+)
+def test_a_damaged_file_of_digits_is_named_with_the_remedy(tmp_path, monkeypatch, content, reason):
+    monkeypatch.setattr(digits, "FILE", tmp_path / "digits5k.gz")
+    if content is not None:
+        digits.FILE.write_bytes(content)
+    with pytest.raises(UsageError, match=rf"digits5k\.gz: .*{reason}.*install layerwise again"):
         digits.load.__wrapped__()
 
 

@@ -15,7 +15,7 @@ from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import datasets as places
 from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments import runner as experiment
-from layerwise.lab.experiments.outcome import Settings
+from layerwise.lab.experiments.runner import Settings
 from layerwise.lab.runs.folder import Runs
 from layerwise.lab.training import trial
 
@@ -77,7 +77,7 @@ def test_the_plan_says_what_the_folder_holds_and_that_the_papers_data_are_others
         "These runs are on 2 classes, 6 photographs to train and 4 to test. The paper's numbers are of ImageNet: "
         "1,000 classes, 1,281,167 photographs to train and 50,000 to test.",
     )
-    assert places.bound(replace(plan, claims=()), one).notes == plan.notes
+    assert places.bound(replace(plan, claims=(), paper=()), one).notes == plan.notes
 
 
 def test_imagenet_itself_needs_no_note(monkeypatch, one):

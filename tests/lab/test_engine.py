@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from layerwise import rules
-from layerwise.lab.experiments import work
+from layerwise.lab.experiments import chain as chains
 from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.runs.folder import RunFolder
 from layerwise.lab.training.engine import Training, skipping
@@ -72,7 +72,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def training_of(constants, rule=None, apply="auto", folder=None, seed=0, seconds=1e9):
     configuration = Configuration.make(Constants.of(constants), rule=rule, apply=apply, seed=seed)
-    made = work.make_rule(configuration, folder, None)
+    made = chains.make_rule(configuration, folder, None)
     return Training(build(configuration), made, configuration, folder=folder, checkpoint_seconds=seconds)
 
 
@@ -106,6 +106,31 @@ def test_a_run_is_the_bare_loop_to_the_bit():
         trial.scheduler.step()
     for ours, bare in zip(training.trial.model.state_dict().values(), trial.model.state_dict().values(), strict=True):
         assert torch.equal(ours, bare)
+
+
+def test_training_accuracy_is_that_of_each_epochs_images_before_each_update():
+    constants = {**RESNET, "training_accuracy": True}
+    training = training_of(constants)
+    summary = training.run()
+    trial = build(Configuration.make(Constants.of(RESNET), rule=None, apply="auto", seed=0))
+    torch.manual_seed(0)
+    expected = []
+    for epoch in range(1, 7):
+        right = count = 0
+        for batch in trial.batches(epoch, 0):  # of 16, 16 and 8 images
+            inputs, labels = trial.prepare(batch)
+            trial.optimizer.zero_grad()
+            scores = trial.model(inputs)
+            right, count = right + int((scores.argmax(1) == labels).sum()), count + len(labels)
+            functional.cross_entropy(scores, labels).backward()
+            trial.optimizer.step()
+        trial.scheduler.step()
+        expected.append(100 * right / count)
+    frame = training.recorder.frame().filter(polars.col("quantity") == "training_accuracy")
+    assert frame["value"].to_list() == pytest.approx(expected)
+    assert frame["epoch"].to_list() == [1, 2, 3, 4, 5, 6]
+    assert summary["finals"]["training_accuracy"] == pytest.approx(expected[-1])
+    assert summary["weights"] == training_of(RESNET).run()["weights"]
 
 
 def test_tests_and_losses_are_recorded_where_the_plan_says():
@@ -145,7 +170,7 @@ def test_epochs_are_counted_tested_and_ended():
     [
         (LENET, None, "auto"),
         (LENET, {"name": "LayerAdaptive"}, "lr"),
-        (RESNET, AMPLIFICATION, "auto"),
+        ({**RESNET, "training_accuracy": True}, AMPLIFICATION, "auto"),
         pytest.param(
             {**LENET, "solver": "caffe-adagrad", "momentum": 0.0},
             {"name": "LayerAdaptive"},

@@ -7,8 +7,7 @@ import math
 import pytest
 
 from layerwise.lab.tasks import findings
-from layerwise.lab.tasks.findings import find
-from layerwise.lab.tasks.layer_numbers import numbers_of
+from layerwise.lab.tasks.findings import find, numbers_of
 from layerwise.sinks import Record
 
 NAMES = ("in", "middle", "out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -582,43 +581,6 @@ def test_a_photograph_that_has_become_a_pipe_is_named(tmp_path):
         make(path)
         with pytest.raises(UsageError, match=path.name):
             photographs.decoded(path, 8)
-
-
-def test_a_half_downloaded_file_that_is_a_link_or_pipe_is_not_written(tmp_path):
-    from layerwise.lab.data.download import RemoteFile, fetch_file
-    from layerwise.lab.errors import UsageError
-
-    class Answer(io.BytesIO):
-        status, headers = 200, {}
-
-    content = b"published"
-    remote = RemoteFile("file", len(content), hashlib.md5(content).hexdigest(), ("http://one",))
-    outside = tmp_path / "outside"
-    outside.write_bytes(b"mine")
-    for make in (lambda path: path.symlink_to(outside), pipe):
-        part = tmp_path / "file.part"
-        make(part)
-        with pytest.raises(UsageError, match=r"file\.part"):
-            fetch_file(remote, tmp_path, opener=lambda request, timeout: Answer(content))
-        part.unlink()
-    assert outside.read_bytes() == b"mine"
-    (tmp_path / "file").write_bytes(b"of the user")
-    fetch_file(remote, tmp_path, opener=lambda request, timeout: Answer(content))
-    assert (tmp_path / "file").read_bytes() == content
-    assert b"of the user" in [path.read_bytes() for path in tmp_path.iterdir() if path.name.startswith("file.")]
-
-
-def test_checksums_of_photographs_are_written_into_no_link(tmp_path):
-    import numpy as np
-
-    from layerwise.lab.data.contents import Contents
-
-    outside = tmp_path / "outside"
-    outside.write_bytes(bytes(4))
-    (tmp_path / "known.crc").symlink_to(outside)
-    Contents(tmp_path / "known.crc", 1).check(0, tmp_path / "a.png", b"content")
-    assert outside.read_bytes() == bytes(4)
-    assert np.fromfile(tmp_path / "known.crc", np.uint32)[0] != 0
 
 
 @pytest.mark.parametrize("make", [pipe, zeros, listening, Path.mkdir, huge])

@@ -94,7 +94,7 @@ def test_lines_are_as_wide_as_columns_says_in_a_pipe(tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("value", ["0", "-3", "many", "", "10" * 20])
 def test_columns_that_are_no_width_are_80(tmp_path, monkeypatch, capsys, value):
-    from layerwise.lab.printing import WIDEST, columns
+    from layerwise.lab.errors import WIDEST, columns
 
     monkeypatch.setenv("COLUMNS", value)
     assert columns() in (20, 80, WIDEST)

@@ -29,7 +29,9 @@ from made_up import (
 
 from layerwise.lab import printing, report
 from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments.plan import PaperValue, quantity_of
 from layerwise.lab.experiments.pool import Failure
+from layerwise.lab.experiments.results import Results
 from layerwise.lab.report import anything, charts, files, layers, maps, sweeps
 from layerwise.lab.report.drawing import Drawing, shortened, slugs
 from layerwise.lab.report.headline import headline
@@ -290,6 +292,65 @@ def test_one_seed_has_no_spread_and_of_equal_means_none_is_best(table_runs, tmp_
     assert not any(one.best for row in rows for one in row.entries)
 
 
+def test_the_papers_numbers_beside_a_smaller_scale_say_so_and_have_no_distance(table):
+    table.results.plan = replace(table.plan, paper=tuple(replace(row, full_scale=True) for row in table.plan.paper))
+    last = sheet(table.results).sections[0][1][0].entries[-1]
+    assert last.lines == (("paper, full scale", "1.52 ± 0.09"),)
+    assert last.off is None
+    assert "paper, full scale" in build(table, "").html
+
+
+def test_other_quantities_are_tabled_and_compared_below_the_plans_own(table):
+    paper = (PaperValue(subject="sgd", arm="layer-adaptive", mean=295000, gain="−14.5 %", quantity="reach 60"),)
+    beside = ("test_loss", "reach 60", "best_accuracy")
+    results = Results(replace(table.plan, columns=(1000, 1800), beside=beside, paper=paper), table.results.records)
+    for key in results.records:
+        early = 60.0 if key[1] == "layer-adaptive" else 50.0
+        results._series[key, "accuracy"] = [(0, 99.0), (600, early), (1000, 60.0 + key[2]), (1800, 58.0)]
+        results._series[key, "test_loss"] = [
+            (1000, 0.5),
+            (1800, 0.3 if early == 50.0 else 0.32 + 0.001 * key[2]),
+        ]
+    made = sheet(results)
+    assert [title for title, _ in made.sections[::3]] == [
+        "SGD",
+        "SGD: test loss, nats",
+        "SGD: number of iterations until 60 % accuracy",
+        "SGD: best accuracy, %",
+    ]
+    sections = {title: {row.words: row.entries for row in rows} for title, rows in made.sections}
+    loss = sections["SGD: test loss, nats"]
+    assert [one.main for one in loss["plain"]] == ["0.5", "0.3"]
+    reached = sections["SGD: number of iterations until 60 % accuracy"]
+    assert [one.text for one in reached["plain"]] == ["", "1,000 ± 0"]
+    assert [one.text for one in reached["layer-adaptive"]] == ["", "600 ± 0"]
+    assert reached["layer-adaptive"][1].lines == (("paper", "295,000 (−14.5 %)"),)
+    told = "SGD, number of iterations until 60 % accuracy (−40.0 %): no difference shown between layer-adaptive"
+    assert any(note.startswith(told) and "every pair differs by the same amount" in note for note in made.notes)
+    told = "SGD, test loss: layer-adaptive has a higher test loss than plain (+0.02"
+    assert any(note.startswith(told) for note in made.notes)
+    best = sections["SGD: best accuracy, %"]["plain"][1]
+    assert best.main == "62.00"  # the mean of 60 to 64; 99 was before the first update
+    rows = results.table()
+    assert rows["quantity"].unique(maintain_order=True).to_list() == [
+        "test_error",
+        "test_loss",
+        "number of iterations until 60 % accuracy",
+        "best accuracy",
+    ]
+    assert [quantity_of(name).level for name in beside] == [0.0, 60.0, 0.0]
+    with pytest.raises(UsageError, match=r"quantity='reach far': use one of test_error, .*, or 'reach 57\.5'"):
+        replace(table.plan, beside=("reach far",))
+
+
+def test_a_level_that_is_never_reached_has_no_number(table):
+    results = Results(replace(table.plan, beside=("reach 99.5",)), table.results.records)
+    for key in results.records:
+        results._series[key, "accuracy"] = [(0, 99.9), (1800, 99.4)]
+    (_, rows) = sheet(results).sections[-1]
+    assert {one.text for row in rows for one in row.entries} == {"", "–"}
+
+
 def test_values_of_the_paper_without_a_cell_are_listed(table):
     few = replace(table.plan, columns=(1800,))
     table.results.plan = few
@@ -338,7 +399,8 @@ def test_the_table_of_thresholds_has_a_column_for_each_value(sweep_runs, tmp_pat
 
 def test_the_table_of_times_is_relative_to_plain(sweep_runs, tmp_path):
     plan = replace(sweep_plan("best"), layout="times")
-    plan = replace(plan, quantity=sweep_plan("times", "seconds").quantity)
+    paper = tuple(replace(row, gain="+0.05 %" if row.arm == "G case 1" else "") for row in plan.paper)
+    plan = replace(plan, quantity=sweep_plan("times", "seconds").quantity, paper=paper)
     outcome = outcome_of(plan, sweep_runs, tmp_path)
     record = outcome.results.records["one", "all", 0]
     outcome.results.records["one", "all", 0] = replace(record, summary={**record.summary, "seconds": 13.0})
@@ -346,7 +408,7 @@ def test_the_table_of_times_is_relative_to_plain(sweep_runs, tmp_path):
     assert rows[0].entries[0].text == "12.0 ± 1.6"
     # Seed 0 takes 12 s without the tests instead of 10, the others as long as plain: a mean of 4 %.
     assert rows[0].entries[1].text == f"+4.0 % ± {statistics.stdev([20.0, 0, 0, 0, 0]):.1f}"
-    assert dict(rows[0].entries[2].lines)["paper"] == "+1.6 %"
+    assert dict(rows[0].entries[2].lines)["paper"] == "+0.05 %"
     assert "Running time" in build(outcome, "").html
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,20 @@ from rich.console import Console
 from layerwise.lab.experiments.pool import Failure
 from layerwise.lab.experiments.results import Results
 from layerwise.lab.report import terminal
+from layerwise.lab.tasks import compare
+from layerwise.lab.tasks import task as tasks
+
+OWN = """
+import torch
+from torch import nn
+
+def task(seed):
+    inputs = torch.randn(4, 2)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+    loss = lambda model, batch: model(batch).square().mean()
+    metric = lambda model: {"error": float(loss(model, inputs))}
+    return {"model": model, "batches": [inputs], "loss": loss, "metric": metric}
+"""
 
 HOSTILE = "[bold]x[/bold]\x1b[31m\x07[/nothing]"
 
@@ -54,7 +69,7 @@ def printed(outcome, width=80, **how):
 
 
 def test_the_paper_stands_below_ours_in_80_columns(table):
-    text = printed(table, next_command="layerwise run singh2015-table1 --scale full")
+    text = printed(table, explain=True, next_command="layerwise run singh2015-table1 --scale full")
     lines = text.splitlines()
     ours = next(place for place, line in enumerate(lines) if line.startswith("  plain "))
     assert lines[ours].count("±") == 4
@@ -68,8 +83,105 @@ def test_the_paper_stands_below_ours_in_80_columns(table):
     assert max(map(len, short)) <= 80
 
 
+def test_a_run_of_a_usual_size_takes_25_lines(table):
+    text = printed(table, next_command="layerwise run singh2015-table1 --scale full")
+    lines = text.splitlines()
+    assert len(lines) <= 25
+    words = " ".join(text.split())
+    assert "Test error in % after iteration 1,800, mean ± standard deviation over 5 seeds." in words
+    assert "SGD NAG AdaGrad" in words
+    ours = next(place for place, line in enumerate(lines) if line.startswith("  plain "))
+    assert lines[ours + 1].split() == ["paper", *["1.52", "±", "0.09", "1.56", "±", "0.09", "1.41", "±", "0.09"]]
+    assert "lower test error than points [95 % interval]" in words
+    assert re.search(r"SGD layer-adaptive plain YES −0\.20\d? \[−0\.2\d+, −0\.1\d+\]", words)
+    assert re.search(r"plain at the mean factor unclear [−+]0\.0\d+ \[−0\.0\d+, \+0\.0\d+\] NAG layer-adaptive", words)
+    assert "Measured too: training loss; shown with --explain." in words
+    assert words.count("After iteration 1,800, layer-adaptive is shown to have a lower test error than plain") == 1
+    assert lines[-2].startswith(f"Report: {table.report}")
+    assert lines[-1] == "Next:   layerwise run singh2015-table1 --scale full"
+    for method in ("Student", "Holm", "bootstrap", "It beats"):
+        assert method not in text
+        assert method in printed(table, explain=True)
+
+
+def test_explain_adds_every_number_and_every_comparison(table):
+    text = printed(table, explain=True)
+    words = " ".join(text.split())
+    for step in table.plan.columns:
+        assert f"{step:,}" in text
+    assert "Training loss, last" in words
+    assert words.count("Layer-adaptive has a lower test error than plain (−0.20 points") == 3
+    assert "YES: shown to be better. no: shown to be worse." in words
+
+
+def test_verdicts_of_many_subjects_share_a_row(table):
+    plan, arms = table.plan, table.plan.arms
+    twice = tuple(replace(arm, against=(*arm.against, "mean-factor")) if arm.name == "plain" else arm for arm in arms)
+    table.plan = table.results.plan = replace(plan, arms=twice)
+    words = " ".join(printed(table).split())
+    assert re.search(r"layer-adaptive plain YES −0.20 YES −0.20 YES −0.20 plain at the mean unclear", words)
+    assert "95 % interval" not in words
+    many = tuple(replace(subject, name=f"{subject.name} {place}") for place in (1, 2) for subject in plan.subjects)
+    table.plan = replace(table.plan, subjects=many, runs=())
+    records = table.results.records.items()
+    twice_each = {(f"{key[0]} {place}", *key[1:]): record for key, record in records for place in (1, 2)}
+    table.results = Results(table.plan, twice_each)
+    words = " ".join(printed(table).split())
+    assert "on 6 subjects" in words
+    assert "layer-adaptive plain YES 6 plain at the mean factor unclear 6" in words
+
+
+def test_a_group_has_the_lowest_and_the_highest_mean(sweep_runs, tmp_path):
+    outcome = outcome_of(sweep_plan("best"), sweep_runs, tmp_path)
+    words = " ".join(printed(outcome).split())
+    assert "of a group the lowest and the highest mean" in words
+    assert "G case 1 88.00 to 92.00 (paper 93.90) 88.00 to 92.00" in words
+    assert "G case 1 plain YES at 1, no at 1 of 3" in words
+    assert "G′ case 1 plain unclear" in words
+
+
+def test_what_keeps_a_difference_from_being_called_stands_beside_it(table):
+    results = table.results
+    few = {key: record for key, record in results.records.items() if key[0] != "nag" or key[2] < 2}
+    record = few["sgd", "layer-adaptive", 0]
+    few["sgd", "layer-adaptive", 0] = replace(record, summary={**record.summary, "diverged_at": 7})
+    table.results = Results(table.plan, few)
+    words = " ".join(printed(table).split())
+    assert re.search(r"NAG layer-adaptive plain unclear −0.1\d* \(2 pairs\)", words)
+    assert re.search(r"SGD layer-adaptive plain unclear −0.2\d* \(4 pairs, diverged: 1 against 0\)", words)
+
+
+def test_a_subject_alone_has_a_column_for_each_metric(table):
+    (sgd, *_), records = table.plan.subjects, table.results.records
+    for key, record in records.items():
+        finals = {**record.summary["finals"], "top_5": 0.5 + 0.1 * key[2], "accuracy": 98.0}
+        records[key] = replace(record, summary={**record.summary, "finals": finals})
+    table.plan = table.results.plan = replace(table.plan, subjects=(sgd,), columns=(), layout="curves")
+    lines = printed(table).splitlines()
+    place = next(place for place, line in enumerate(lines) if line.startswith("  plain "))
+    assert " ".join(lines[place - 1].split()) == "test error training loss top 5"
+    assert lines[place].split()[-3:] == ["0.70", "±", "0.16"]
+    assert "Measured too" not in printed(table)
+    assert "top 5" in printed(table, explain=True)
+
+
+def test_untuned_arms_are_told_beside_the_verdict(table, tmp_path):
+    (tmp_path / "own.py").write_text(OWN, encoding="utf-8")
+    task = tasks.load(f"{tmp_path / 'own.py'}:task")
+    untuned = compare.plan(task).notes
+    tuned = compare.plan(task, tuned={}).notes
+    table.plan = table.results.plan = replace(table.plan, notes=untuned)
+    lines = printed(table).splitlines()
+    place = next(place for place, line in enumerate(lines) if line.startswith("Untuned: every arm has the task's own"))
+    assert "points" not in lines[place]
+    assert "plain at the mean factor" in lines[place - 1]
+    assert "--tune NAME=VALUE" in " ".join(lines[place : place + 3])
+    table.plan = table.results.plan = replace(table.plan, notes=tuned)
+    assert "Untuned" not in printed(table)
+
+
 def test_the_paper_stands_beside_ours_where_there_is_room(table):
-    line = next(line for line in printed(table, width=160).splitlines() if line.startswith("  plain "))
+    line = next(line for line in printed(table, width=160, explain=True).splitlines() if line.startswith("  plain "))
     assert "(paper 1.52 ± 0.09)" in line
 
 
@@ -77,7 +189,10 @@ def test_the_paper_stands_beside_ours_where_there_is_room(table):
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_every_layout_keeps_within_the_width(sweep_runs, tmp_path, layout, width):
     outcome = outcome_of(replace(sweep_plan("best"), layout=layout), sweep_runs, tmp_path)
-    text = printed(outcome, width=width)
+    for explain in (False, True):
+        text = printed(outcome, width=width, explain=explain)
+        shorter = [line for line in text.splitlines() if not line.startswith(("Report:", "Next:"))]
+        assert max(map(len, shorter)) <= width
     lines = [line for line in text.splitlines() if not line.startswith(("Report:", "Next:"))]
     assert max(map(len, lines)) <= width
     assert "G case 1" in text
@@ -89,7 +204,7 @@ def test_every_layout_keeps_within_the_width(sweep_runs, tmp_path, layout, width
 def test_many_columns_are_spread_over_several_tables(table):
     steps = tuple(range(200, 2200, 200))
     table.results.plan = table.plan = replace(table.plan, columns=steps)
-    text = printed(table)
+    text = printed(table, explain=True)
     for step in steps:
         assert f"{step:,}" in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("Report:")) <= 80
@@ -98,7 +213,7 @@ def test_many_columns_are_spread_over_several_tables(table):
 def test_quiet_prints_the_conclusion_and_the_report(table):
     text = printed(table, quiet=True, next_command="layerwise")
     assert "±" not in text
-    assert "It beats plain" in text
+    assert "SGD layer-adaptive plain YES −0.20 [−0.24, −0.16]" in " ".join(text.split())
     assert "Report:" in text
     assert "Next:" not in text
 
@@ -114,6 +229,8 @@ def test_failures_missing_and_diverged_runs_are_named(table):
     assert "FAILED nag plain seed 1 (job): disk full" in text
     assert "Traceback: here" in text
     assert "Skipped sgd plain seed 3" in text
+    assert "(SGD: 1 of 5 diverged; NAG: 4 of 5 runs)" in text
+    text = " ".join(printed(table, explain=True).split())
     assert "(4 of 5 runs)" in text
     assert "(1 of 5 diverged)" in text
     assert "Incomplete: 44 of 45 runs are finished" in text
@@ -143,20 +260,19 @@ def test_too_few_pairs_are_told_once(table):
     for subject, arm, seed in list(table.results.records):
         if seed > 1 and subject != "sgd":
             del table.results.records[subject, arm, seed]
-    text = " ".join(printed(table).split())
+    text = " ".join(printed(table, explain=True).split())
     assert "SGD, layer-adaptive: It beats plain" in text
-    assert text.lower().count("too few runs to tell") == 1
-    words = "fewer than 5 pairs being finished: NAG, layer-adaptive and AdaGrad, layer-adaptive."
-    assert words in text
+    assert "NAG, layer-adaptive:" not in text
+    assert text.count("(2 pairs)") == 4
     few = {key: record for key, record in table.results.records.items() if key[2] < 2}
     table.results = Results(table.plan, few)
     text = " ".join(printed(table).split())
+    assert text.count("too few") == 1
     assert "too few runs are finished to tell" in text
-    assert "being finished" not in text
     record = table.results.records["nag", "layer-adaptive", 0]
     few["nag", "layer-adaptive", 0] = replace(record, summary={**record.summary, "diverged_at": 7})
     table.results = Results(table.plan, few)
-    assert "It diverged in 1 of 2 seeds" in " ".join(printed(table).split())
+    assert "It diverged in 1 of 2 seeds" in " ".join(printed(table, explain=True).split())
 
 
 def test_what_took_no_run_is_not_said_to_have_taken_no_time(table):
@@ -181,10 +297,11 @@ def test_hostile_names_neither_style_nor_move_the_cursor(table):
     table.plan = table.results.plan = replace(plan, subjects=subjects, arms=arms, title=HOSTILE)
     table.failures = [Failure(HOSTILE, HOSTILE, HOSTILE, HOSTILE)]
     table.skipped = [HOSTILE]
-    text = printed(table, next_command=HOSTILE)
-    assert "[bold]x[/bold]" in text
-    assert "\x1b" not in text
-    assert "\x07" not in text
+    for how in ({}, {"explain": True}, {"quiet": True}):
+        text = printed(table, next_command=HOSTILE, **how)
+        assert "[bold]x[/bold]" in text
+        assert "\x1b" not in text
+        assert "\x07" not in text
 
 
 def test_json_holds_the_table_the_verdict_and_the_files(table):

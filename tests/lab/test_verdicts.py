@@ -9,8 +9,8 @@ from made_up import finish_plan, noise, outcome_of, sweep_plan, sweep_value
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import recipe
-from layerwise.lab.experiments.arms import Arm
 from layerwise.lab.experiments.methods import make_arms
+from layerwise.lab.experiments.plan import Arm
 from layerwise.lab.report.layers import factor_words
 from layerwise.lab.report.layouts import sheet
 from layerwise.lab.report.page import build

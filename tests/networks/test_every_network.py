@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import layerwise
-from layerwise.rules import LayerAdaptive
+import reference
+from layerwise.lab.models.graph import GraphConvolution
+from layerwise.rules import Directionality, GradientAmplification, LayerAdaptive, Phase
+from layerwise.rules.selection import KINDS as KIND_CLASSES
 
 from .by_hand import CASES, OPTIMIZERS, ByHand, Case, PermanentGroups, expected_factors, named
 
@@ -68,6 +73,56 @@ def test_factors_and_weights_are_those_of_the_equations_at_every_step(case: Case
     assert min(min(row) for row in seen) > 1
     assert all(len(set(column)) == STEPS for column in zip(*seen, strict=True))  # they follow the gradient
     assert all(len(set(row)) == len(case.layers) for row in seen)
+
+
+AMPLIFIED = [Phase(1, False), Phase(3, True)]
+KINDS = {
+    "transformer": ("fc", "embedding"),
+    "LSTM": ("recurrent", "fc"),
+    "graph network": (GraphConvolution,),
+    "vision transformer": ("fc", "bn"),
+}
+"""Network -> the kinds of layers that are measured."""
+
+
+@pytest.mark.parametrize("measure", ["G", "G_prime"])
+@every_optimizer
+@every_network
+def test_the_layers_amplified_are_those_of_the_equations(case: Case, optimizer: str, measure: Any) -> None:
+    model, twin = case.build(), case.build()
+    ours = OPTIMIZERS[optimizer](model.parameters())
+    kinds = next(KINDS[name] for name, one in CASES.items() if one is case)
+    rule = GradientAmplification(Directionality(measure, threshold=0.5, kinds=kinds), AMPLIFIED)
+    adapter = layerwise.LayerwiseLR(ours, rule, model)
+    hand = ByHand(twin, case.layers, optimizer)
+    hand.solver.decay = "plain"  # of SGD; AdamW's goes with the rate
+    classes = tuple(one for kind in kinds for one in (KIND_CLASSES[kind] if isinstance(kind, str) else (kind,)))
+    modules = dict(twin.named_modules())
+    measured = [name for name in case.layers if isinstance(modules[name], classes)]
+    factors = dict.fromkeys(case.layers, 1.0)
+    for epoch in (1, 2, 3):
+        gradients = []
+        for step in range(STEPS):
+            for each in (model, twin):
+                backward(case, each, step)
+                for name, p in each.named_parameters():
+                    if name.endswith("query_key_value.bias"):  # of the keys' part all that is left are rounding errors
+                        p.grad.zero_()
+            parameters = named(twin)
+            gradients.append([[parameters[n].grad.numpy().copy() for n in case.layers[name]] for name in measured])
+            ours.step()
+            assert adapter.get_last_factors() == factors
+            hand.step(factors)
+            assert_near(model, twin)
+        adapter.end_epoch()
+        if epoch == 2:
+            values = reference.directionality(gradients, measure)
+            chosen = reference.chosen(reference.z_scores(values), 0.5)
+            factors |= {name: 2.0 for name, one in zip(measured, chosen, strict=True) if one}
+            found = adapter.get_last_selection()
+            assert [found[name].value for name in measured] == pytest.approx(list(values), rel=1e-5)
+            assert {name for name, one in found.items() if one.selected} == {n for n, f in factors.items() if f > 1}
+            assert 0 < sum(chosen) < len(measured) + (len(measured) == 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -15,10 +15,9 @@ import torch
 
 import layerwise
 from layerwise.lab.experiments import chain as chains
-from layerwise.lab.experiments import work
 from layerwise.lab.experiments.runner import load_finished
 from layerwise.lab.runs.folder import Runs
-from layerwise.lab.tasks import compare
+from layerwise.lab.tasks import layout
 from layerwise.lab.tasks import task as tasks
 
 from .conftest import ROOT
@@ -50,7 +49,7 @@ def test_no_example_of_a_network_is_left_out():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_an_example_prints_one_number_a_seed_for_every_arm_and_claims_nothing(name, tmp_path):
-    pytest.importorskip("mlxtend")
+    pytest.importorskip("numpy")
     if name == "lora":
         pytest.importorskip("peft")
     environment = {**os.environ, "PYTHONPATH": str(Path(layerwise.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -77,18 +76,18 @@ def test_an_example_prints_one_number_a_seed_for_every_arm_and_claims_nothing(na
 def test_the_language_model_is_a_task_that_a_comparison_carries_out(tmp_path):
     pytest.importorskip("polars")
     task = tasks.load(f"{EXAMPLES / 'language_model_task.py'}:task", {"steps": 4, "epochs": 1, "width": 8})
-    look = task.look(validation=True)
-    assert (look.metric, look.higher_is_better, look.has_validation) == ("test_loss", False, True)
-    assert look.value == pytest.approx(math.log(128), abs=0.3)  # untrained
-    plan = compare.plan(task, seeds=1)
+    tried = task.tried(validation=True)
+    assert (tried.metric, tried.higher_is_better, tried.has_validation) == ("test_loss", False, True)
+    assert tried.value == pytest.approx(math.log(128), abs=0.3)  # untrained
+    plan = layout.plan(task, seeds=1)
     for chain in plan.chains():
-        work.do_chain(chains.Chain(runs=chain, out=tmp_path, data_dir=None), work.Alone())  # type: ignore[arg-type]
+        chains.do_chain(chains.Chain(runs=chain, out=tmp_path, data_dir=None), chains.Alone())  # type: ignore[arg-type]
     torch.set_num_threads(1)
     records = load_finished(plan, Runs(tmp_path)).records
     losses = {arm: record.summary["finals"]["test_loss"] for (_, arm, _), record in records.items()}
     assert set(losses) == {"plain", "layer-adaptive", "mean-factor", "shuffled", "frozen"}
     assert len(set(losses.values())) == 5
-    assert max(losses.values()) < look.value
+    assert max(losses.values()) < tried.value
     of_method = next(record for (_, arm, _), record in records.items() if arm == "layer-adaptive")
     assert list(of_method.summary["factor"]["layers"])[:2] == ["embedding", "position"]
     assert min(of_method.summary["factor"]["layers"].values()) > 1

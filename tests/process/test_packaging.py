@@ -22,6 +22,7 @@ pytestmark = pytest.mark.full
 
 ROOT = Path(__file__).parents[2]
 NOT_SHIPPED = (".ci/", ".github/")
+NOTICE = "src/layerwise/lab/data/digits5k.txt"
 
 
 def build(tree: Path, kind: str, folder: Path) -> Path:
@@ -104,7 +105,7 @@ def run_with(folders: list[Path], program: str, *words: str) -> subprocess.Compl
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
     files = (path for path in (ROOT / "src" / "layerwise").rglob("*") if path.is_file())
     source = {path.relative_to(ROOT / "src").as_posix(): path.read_bytes() for path in files if path.suffix != ".pyc"}
-    assert {path.rpartition(".")[2] for path in source} == {"py", "toml", "j2", "conf", "typed"}
+    assert {path.rpartition(".")[2] for path in source} == {"py", "toml", "j2", "conf", "typed", "gz", "txt"}
     packed = {path: content for path, content in contents(wheel).items() if ".dist-info/" not in path}
     assert packed.keys() == source.keys()
     assert packed == source
@@ -122,11 +123,13 @@ def test_type_checkers_are_told_to_read_its_annotations(wheel: Path) -> None:
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     told = described(wheel)
     assert (told["Name"], told["Version"]) == ("layerwise", layerwise.__version__)
-    assert (told["License-Expression"], told.get_all("License-File")) == ("MIT", ["LICENSE"])
+    assert told["License-Expression"] == "MIT AND CC-BY-SA-3.0"
+    assert told.get_all("License-File") == ["LICENSE", NOTICE]
     assert told["Requires-Python"] == ">=3.10"
     assert told["Description-Content-Type"] == "text/markdown"
     assert str(told.get_payload()).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
-    assert about(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    for name in ("LICENSE", NOTICE):
+        assert about(wheel, f"licenses/{name}") == (ROOT / name).read_bytes()
     assert b"layerwise = layerwise.__main__:main" in about(wheel, "entry_points.txt")
 
 

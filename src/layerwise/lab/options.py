@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,9 +16,7 @@ import tyro
 
 from layerwise.lab.errors import UsageError, nearest
 
-DESCRIPTION = """Per-layer learning rates for PyTorch, compared honestly.
-
-Begin with: layerwise demo"""
+DESCRIPTION = "Per-layer learning rates for PyTorch, compared honestly."
 
 
 def _left_out(words: str, metavar: str = "NUMBER") -> Any:
@@ -42,7 +42,7 @@ class Places:
     """Print one JSON value and nothing else."""
 
     quiet: Flag = False
-    """Print the conclusion and the place of the report only."""
+    """Print the verdicts and the place of the report only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +67,17 @@ class Work(Places):
     address: Annotated[str | None, _left_out("one is started here", "ADDRESS")] = None
     """Of the Ray cluster."""
 
+    explain: Flag = False
+    """Print every number and comparison too, and how comparisons are judged."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Work):
-    """Train a network with and without per-layer rates, and say what the difference is worth: two minutes, no data.
+    """Train with and without per-layer rates: two minutes, no data.
 
-    The demo lenet, which runs if none is named, trains Caffe's LeNet with three solvers (SGD, NAG, AdaGrad): plain,
-    with the layer-adaptive rule, and plain at its mean factor, on digits that need no download.
+    It says what the difference is worth. The demo lenet, which runs if none is named, trains Caffe's LeNet with three
+    solvers (SGD, NAG, AdaGrad): plain, with the layer-adaptive rule, and plain at its mean factor, on digits that need
+    no download.
 
     The demo amplification trains a narrow ResNet-10 plainly, and with the gradients doubled in some epochs of
     random layers, of the layers that G or G′ chooses, and of every layer. It uses a slice of CIFAR-10 from --data-dir,
@@ -91,10 +95,11 @@ class Demo(Work):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Work):
-    """Run a recipe: a table or figure of the papers, beside the paper's own numbers.
+    """Run a recipe: a table or figure of the papers.
 
-    What is finished is never repeated, and what was stopped goes on from its last checkpoint. Under torchrun all
-    processes share each run: torchrun --nproc-per-node 2 -m layerwise run NAME.
+    The paper's own numbers stand beside ours. What is finished is never repeated, and what was stopped goes on from
+    its last checkpoint. Under torchrun all processes share each run: torchrun --nproc-per-node 2 -m layerwise run
+    NAME.
     """
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
@@ -120,7 +125,10 @@ class Estimate(Work):
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(Work):
-    """Run a recipe over values of its constants: every combination, every arm, the same seeds."""
+    """Run a recipe over values of its constants.
+
+    Every combination of them, every arm, the same seeds.
+    """
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
     """Its name; layerwise list names them all."""
@@ -136,17 +144,17 @@ class Sweep(Work):
             "factor=1.5,2 or kinds=conv,conv+fc or ratio=0.1,0.16, and so is a constant. Constants: rate, momentum, "
             "weight_decay, delta, batch_size, test_batch_size, model, width, solver, policy, policy_unit, gamma, "
             "power, stepsize, steps, iterations, epochs, data, data_digest, train_count, test_count, inputs, order, "
-            "test_every, layers_every, factors_every, precision, memory_format, compile, timed."
+            "test_every, layers_every, factors_every, precision, memory_format, compile, training_accuracy, timed."
         ),
     ] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Work):
-    """Compare methods on a model and data of your own: layerwise compare my_task.py:task.
+    """Compare methods on a model and data of your own.
 
-    The file's function returns model, batches, loss and metric; docs/compare.md says how. This file is the only code
-    that is loaded and run.
+    As in layerwise compare my_task.py:task. The file's function returns model, batches, loss and metric;
+    docs/compare.md says how. This file is the only code that is loaded and run.
     """
 
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE:FUNCTION")]
@@ -161,10 +169,11 @@ class Compare(Work):
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Places):
-    """Look at a task of your own before anything long is run: what would be done, and what is wrong.
+    """Examine a task of your own before anything long is run.
 
-    It tries each part once, measures what a step costs, trains for a little while with the task's own optimizer, and
-    says which layers vanish, explode, are dead, or move too fast or too slowly. The page has the same with pictures.
+    It says what would be done, and what is wrong. It tries each part once, measures what a step costs, trains for a
+    little while with the task's own optimizer, and says which layers vanish, explode, are dead, or move too fast or
+    too slowly. The page has the same with pictures.
     """
 
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE:FUNCTION")]
@@ -179,7 +188,7 @@ class Doctor(Places):
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """Print the completion of a shell, which then finishes commands and options at a press of Tab.
+    """Print what lets a shell complete commands and options.
 
     For bash: layerwise completion bash > ~/.local/share/bash-completion/completions/layerwise. docs/terminal.md says
     the same of the others.
@@ -191,15 +200,21 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Places):
-    """Make a report of finished runs: of experiments, of single runs, of any mix."""
+    """Make a report of finished runs.
+
+    Of experiments, of single runs, of any mix.
+    """
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[FOLDER ...]")] = (Path("runs"),)
     """Folders: what --out named, an experiment in it, or single runs."""
 
+    explain: Flag = False
+    """Print every number and comparison too, and how comparisons are judged."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class List(Places):
-    """Name the recipes, with what they need and how many of their runs are finished."""
+    """Name the recipes, what they need, and what is finished."""
 
     recipe: tyro.conf.Positional[str] = ""
     """The only one to be shown; all if left out."""
@@ -210,7 +225,10 @@ class List(Places):
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Places):
-    """Fetch a data set, or say exactly where to put its files; without a name, say which there are."""
+    """Fetch a data set, or say where to put its files.
+
+    Without a name, say which there are.
+    """
 
     name: tyro.conf.Positional[str] = ""
     """mnist, fashion-mnist, cifar10, cifar100, imagenet (or any image folder in its layout), or digits5k."""
@@ -238,7 +256,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Read the command line; prints help and exits where asked to.
+    """Read the command line; for ``--help``, print it and exit.
 
     Args:
         arguments: without the program's name.
@@ -249,10 +267,13 @@ def parse(arguments: Sequence[str]) -> Command:
     Raises:
         UsageError: there is no command of this name, or it has no such option.
     """
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+    if not arguments or list(arguments) in (["-h"], ["--help"]):
+        sys.stdout.write(overview())
+        raise SystemExit(0)
+    if not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         hint = nearest(arguments[0], COMMANDS)
         raise UsageError(f"command {arguments[0]!r} is not known: use one of {', '.join(COMMANDS)}.{hint}")
-    if arguments and arguments[0] in COMMANDS:
+    if arguments[0] in COMMANDS:
         known = [f"--{field.name.replace('_', '-')}" for field in fields(COMMANDS[arguments[0]])]
         options = takewhile(lambda word: word != "--", arguments[1:])
         for option in (word.partition("=")[0] for word in options if word.startswith("--")):
@@ -260,6 +281,13 @@ def parse(arguments: Sequence[str]) -> Command:
                 how = f"layerwise {arguments[0]} --help lists its options"
                 raise UsageError(f"option {option!r} is not known: {how}.{nearest(option, known)}")
     return _read(arguments)
+
+
+def overview() -> str:
+    """Give the help of the command alone, a line for each of its commands."""
+    rows = [f"  {name:<11} {inspect.cleandoc(known.__doc__).splitlines()[0]}" for name, known in COMMANDS.items()]
+    usage, more = "usage: layerwise COMMAND [OPTION ...]", "layerwise COMMAND --help lists the options of one."
+    return "\n".join([usage, "", DESCRIPTION, "", *rows, "", more, "Begin with:  layerwise demo", ""])
 
 
 def _read(arguments: Sequence[str]) -> Command:

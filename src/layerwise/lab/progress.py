@@ -1,27 +1,126 @@
-"""What the person at the terminal sees while the runs are done."""
+"""How far runs and other work are: bars in a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
+import math
 import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from layerwise.lab.experiments.outcome import Display, Outcome
-from layerwise.lab.printing import shown
+from layerwise.lab.errors import shown
+from layerwise.lab.experiments.runner import Display, Outcome
 
-PLAIN_LINE_SECONDS = 10.0
-"""Seconds between two progress lines where the output is not a terminal."""
+LINE_SECONDS = 10.0
+"""Seconds between two lines where the output is not a terminal."""
+
+FIRST_LINE_SECONDS = 2.0
+"""Work that takes less has no line."""
 
 LONG_RUN_SECONDS = 60.0
-"""Seconds after which a run at work has a line of its own there, so that long runs do not look hung."""
+"""Seconds after which an unfinished run has a line of its own, so that long runs do not look hung."""
+
+REFRESH_SECONDS = 0.2
+"""Seconds between two drawings of a bar."""
 
 BAR = 10
 """Width of a bar."""
 
 LONGEST_NOTE = 42
 """Letters beside a bar: as in "120/480 runs, 1,234 updates/s, 120 min left"."""
+
+
+def duration(seconds: float) -> str:
+    """Write a time roughly."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _bars(target: Console) -> Progress:
+    """Make bars with a name and a note beside them; nothing of them stays."""
+    widest = max(12, target.width - BAR - LONGEST_NOTE - 2)
+    name, note = (Column(max_width=width, no_wrap=True, overflow="ellipsis") for width in (widest, None))
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=name),
+        BarColumn(bar_width=BAR),
+        TextColumn("{task.fields[note]}", markup=False, table_column=note),
+        console=target,
+        transient=True,
+        refresh_per_second=1 / REFRESH_SECONDS,
+    )
+
+
+class Meter:
+    """Shows the count, the rate and the time left of anything that can be counted.
+
+    The clock starts with the first count, and again when the total becomes known.
+
+    Args:
+        target: where; None shows nothing.
+        doing: what is done, in a word or two.
+        unit: what is counted, in the plural.
+        scale: what numbers are divided by before they are shown.
+
+    Example:
+        >>> with Meter(None, "training", "updates") as meter:
+        ...     meter.show(3, 10)
+    """
+
+    def __init__(self, target: Console | None, doing: str, unit: str, *, scale: float = 1.0) -> None:
+        self._target, self._doing, self._unit, self._scale = target, doing, unit, scale
+        self._bar: Progress | None = None
+        self._began, self._last = 0.0, -math.inf
+        self._first: float | None = None
+        self._total: float | None = None
+
+    def __enter__(self) -> Meter:
+        if self._target is not None and self._target.is_terminal:
+            self._bar = _bars(self._target)
+            self._task = self._bar.add_task(self._doing, total=None, note="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, done: float, total: float | None) -> None:
+        """Show how much is done.
+
+        Args:
+            done: the count.
+            total: how much it will be; None where that is not known.
+        """
+        now = time.monotonic()
+        if self._first is None or (self._total is None and total is not None):
+            self._first, self._total, self._began = done, total, now
+            self._last = max(self._last, now + FIRST_LINE_SECONDS - LINE_SECONDS)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, note=self.words(done, total))
+            if now - self._last >= REFRESH_SECONDS:  # the bar's own thread waits while compiled code works
+                self._last = now
+                self._bar.refresh()
+        elif self._target is not None and now - self._last >= LINE_SECONDS:
+            self._last = now
+            self._target.print(f"{self._doing}: {self.words(done, total)}", markup=False)
+
+    def words(self, done: float, total: float | None) -> str:
+        """Write count, rate and time left."""
+        passed, new = time.monotonic() - self._began, done - (self._first or 0.0)
+        of = "" if total is None else f"/{_number(total / self._scale)}"
+        words = [f"{_number(done / self._scale)}{of} {self._unit}"]
+        if new > 0 and passed > 0:
+            rate = new / passed
+            words.append(f"{rate / self._scale:.3g}/s")
+            if total is not None:
+                words.append(f"{duration(max(total - done, 0) / rate)} left")
+        return ", ".join(words)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
 def opening(outcome: Outcome, workers: int) -> list[str]:
@@ -51,46 +150,57 @@ def opening(outcome: Outcome, workers: int) -> list[str]:
     return lines
 
 
-def duration(seconds: float) -> str:
-    """Write a time roughly."""
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+class RunDisplay(Display):
+    """Shows the runs of an experiment: finished ones, those at work, rate and time left.
 
+    In a terminal all runs have a bar, and each worker has one; elsewhere there is a line now and then.
 
-class _Counted(Display):
-    """Counts finished runs and the parts of running ones, from which the remaining time is estimated."""
+    Args:
+        target: where.
+    """
 
     def __init__(self, target: Console) -> None:
         self.target = target
-        self.clock = time.monotonic()
-        self.parts: dict[str, float] = {}
-        self.updates: dict[str, int] = {}
-        self.count = self.total = self.found = 0
+        self._bars: Progress | None = None
 
     def begin(self, outcome: Outcome, workers: int) -> None:
-        """Say what is about to be done."""
-        self.clock = time.monotonic()
-        self.count = self.found = outcome.found
-        self.total = outcome.planned
-        self._first: dict[str, float] = {}
-        self._updates_before: dict[str, int] = {}
+        """Say what is about to be done, and draw the bars."""
+        self._clock = self._last = time.monotonic()
+        self._count = self._found = outcome.found
+        self._total = outcome.planned
+        self._parts: dict[str, float] = {}
+        self._updates: dict[str, int] = {}
+        self._before: dict[str, tuple[float, int]] = {}
         for line in opening(outcome, workers):
             self.say(line)
+        self._bars = _bars(self.target) if self.target.is_terminal and self._total > self._found else None
+        if self._bars is not None:
+            self._whole = self._bars.add_task("all runs", total=self._total - self._found, note="")
+            self._lines = [self._bars.add_task("  starting", total=1.0, note="") for _ in range(workers)]
+            self._bars.start()
 
     def advance(self, worker: int, run: str, done: int, total: int | None) -> None:
-        """Count the part of a run; what a checkpoint had done before is no work of this time."""
+        """Show how far a run is; what a checkpoint has brought is no work of this session."""
         part = done / total if total else 0.0
-        if not self._first:  # the time that the workers took to start is no measure of their work
-            self.clock = time.monotonic()
-        self._first.setdefault(run, part)
-        self._updates_before.setdefault(run, done)
-        self.parts[run], self.updates[run] = part, done
+        if not self._before:  # the time in which workers start says nothing of their rate
+            self._clock = time.monotonic()
+        self._before.setdefault(run, (part, done))
+        self._parts[run], self._updates[run] = part, done
+        if self._bars is not None:
+            self._move(worker, run, f"{done:,} updates")
+        else:
+            self._line(LONG_RUN_SECONDS, f"{run}: {done:,}{f' of {total:,}' if total else ''} updates")
 
     def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
-        """Count a finished run."""
-        self.parts[run] = 1.0
-        self.count += 1
+        """Count a finished run; one that diverged has a line in any case."""
+        self._parts[run] = 1.0
+        self._count += 1
+        if self._bars is None:
+            self._line(0.0 if self._count == self._total or diverged else LINE_SECONDS, f"{run}: {result}")
+            return
+        self._move(worker, run, result)
+        if diverged:
+            self.say(f"{run} diverged")
 
     def stopping(self) -> None:
         """Say what the wait is for."""
@@ -100,117 +210,55 @@ class _Counted(Display):
         """Print a line."""
         self.target.print(shown(words), markup=False)
 
+    def end(self) -> None:
+        """Take the bars away."""
+        if self._bars is not None:
+            self._bars.stop()
+
     @property
     def rate(self) -> str:
-        """How many updates a second are done, in all processes together; "" before there are any."""
-        done = sum(count - self._updates_before[run] for run, count in self.updates.items())
-        passed = time.monotonic() - self.clock
+        """Updates per second of all processes together; "" before there are any."""
+        done = sum(count - self._before[run][1] for run, count in self._updates.items())
+        passed = time.monotonic() - self._clock
         return f"{done / passed:,.3g} updates/s" if done and passed else ""
 
     @property
-    def pace(self) -> str:
-        """Rate and time left."""
-        return ", ".join(filter(None, (self.rate, self.left)))
-
-    @property
     def left(self) -> str:
-        """How long the rest takes, going by the time so far."""
-        done = sum(part - self._first.get(run, 0.0) for run, part in self.parts.items())
+        """Time that the rest takes at the rate so far; "" before that can be told."""
+        done = sum(part - self._before.get(run, (0.0, 0))[0] for run, part in self._parts.items())
         if done < 0.02:
             return ""
-        rest = self.total - self.found - sum(self.parts.values())
-        return f"{duration((time.monotonic() - self.clock) / done * max(rest, 0.0))} left"
+        rest = self._total - self._found - sum(self._parts.values())
+        return f"{duration((time.monotonic() - self._clock) / done * max(rest, 0.0))} left"
 
+    def _pace(self) -> str:
+        """Write the number of finished runs, the rate and the time left."""
+        pace = (self.rate, self.left) if self._count < self._total else ()
+        return ", ".join(filter(None, (f"{self._count}/{self._total} runs", *pace)))
 
-class LineDisplay(_Counted):
-    """A plain line now and then, for logs and pipes."""
-
-    def begin(self, outcome: Outcome, workers: int) -> None:
-        """Say what is about to be done."""
-        super().begin(outcome, workers)
-        self._last = time.monotonic()
-
-    def advance(self, worker: int, run: str, done: int, total: int | None) -> None:
-        """Say how far a run is, where nothing else was said for long."""
-        super().advance(worker, run, done, total)
-        self._say(LONG_RUN_SECONDS, f"{run}: {done:,}{f' of {total:,}' if total else ''} updates")
-
-    def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
-        """Say how far it is, unless that was said a moment ago."""
-        super().finished(worker, run, result, diverged)
-        now = self.count == self.total or diverged
-        self._say(0.0 if now else PLAIN_LINE_SECONDS, f"{run}: {result}")
-
-    def _say(self, after: float, words: str) -> None:
-        """Print a line, if the last one is so many seconds ago."""
+    def _line(self, after: float, words: str) -> None:
+        """Print a line if the last one is at least so many seconds old."""
         now = time.monotonic()
         if now - self._last >= after:
             self._last = now
-            pace = f"{self.pace}; " if self.pace and self.count < self.total else ""
-            self.say(f"{self.count}/{self.total} runs, {pace}{words}")
-
-
-class BarDisplay(_Counted):
-    """A bar of the whole and a line for each worker, for a terminal."""
-
-    def begin(self, outcome: Outcome, workers: int) -> None:
-        """Say what is about to be done and draw the bars."""
-        super().begin(outcome, workers)
-        left = outcome.planned - outcome.found
-        self._progress = None
-        if not left:
-            return
-        widest = max(12, self.target.width - BAR - LONGEST_NOTE - 2)
-        name = Column(max_width=widest, no_wrap=True, overflow="ellipsis")
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False, table_column=name),
-            BarColumn(bar_width=BAR),
-            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-            console=self.target,
-            transient=True,
-            refresh_per_second=5,
-        )
-        self._whole = self._progress.add_task("all runs", total=left, note="")
-        self._lines = [self._progress.add_task("  starting", total=1.0, note="") for _ in range(workers)]
-        self._progress.start()
-
-    def advance(self, worker: int, run: str, done: int, total: int | None) -> None:
-        """Move the bars."""
-        super().advance(worker, run, done, total)
-        self._move(worker, run, f"{done:,} updates")
-
-    def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
-        """Count a run, and say so if it diverged."""
-        super().finished(worker, run, result, diverged)
-        self._move(worker, run, result)
-        if diverged:
-            self.say(f"{run} diverged")
+            self.say(f"{self._pace()}; {words}")
 
     def _move(self, worker: int, run: str, note: str) -> None:
-        if self._progress is None:
-            return
-        part = self.parts[run]
+        """Move the bars of a worker and of all runs."""
+        assert self._bars is not None
         line = self._lines[worker % len(self._lines)]
-        self._progress.update(line, description=f"  {shown(run)}", completed=part, note=shown(note))
-        whole = ", ".join(filter(None, (f"{self.count}/{self.total} runs", self.pace)))
-        self._progress.update(self._whole, completed=sum(self.parts.values()), note=whole)
-
-    def end(self) -> None:
-        """Take the bars away."""
-        if self._progress is not None:
-            self._progress.stop()
+        self._bars.update(line, description=f"  {shown(run)}", completed=self._parts[run], note=shown(note))
+        self._bars.update(self._whole, completed=sum(self._parts.values()), note=self._pace())
 
 
 def display(target: Console, *, silent: bool) -> Display:
-    """Choose what is shown.
+    """Choose what shows the runs.
 
     Args:
         target: the console.
         silent: show nothing.
 
     Returns:
-        Bars in a terminal, lines elsewhere.
+        The display.
     """
-    if silent:
-        return Display()
-    return BarDisplay(target) if target.is_terminal else LineDisplay(target)
+    return Display() if silent else RunDisplay(target)

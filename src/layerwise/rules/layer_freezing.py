@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .base import is_number
 from .directionality import ChoosingRule, with_choice
-from .selection import Directionality, Measure, check_whole
+from .selection import Directionality, Kind, Measure, check_whole
 from .state import State
 
 logger = logging.getLogger("layerwise")
@@ -31,7 +31,7 @@ class LayerFreezing(ChoosingRule):
         start: The first epoch of measuring.
         every: Epochs from one measuring to the next.
         measure: `"G"` or `"G_prime"`.
-        kinds: Kinds of layers that may be frozen, of `"conv"`, `"bn"`, `"fc"`; None for all.
+        kinds: Kinds of layers that may be frozen, as for `AllLayers`; None for all.
         sample: As for `Directionality`.
 
     Raises:
@@ -47,7 +47,7 @@ class LayerFreezing(ChoosingRule):
     start: int = 1
     every: int = 5
     measure: Measure = "G"
-    kinds: Sequence[str] | None = None
+    kinds: Sequence[Kind] | None = None
     sample: int | None = None
     default_place = "lr"
 

@@ -6,21 +6,28 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from .._arguments import has_type
-from ..layers import Layer
+from ..layers import Layer, is_message_passing
 from .base import is_number
 
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "conv": (nn.modules.conv._ConvNd,),
     "bn": (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
     "fc": (nn.Linear,),
+    "recurrent": (nn.RNNBase, nn.RNNCellBase),
+    "attention": (nn.MultiheadAttention,),
+    "embedding": (nn.Embedding, nn.EmbeddingBag),
+    "graph": (),
 }
-"""Kinds of layers: convolutions, normalisations, fully connected layers."""
+"""Kinds of layers; `"graph"` stands for the convolutions of PyTorch Geometric, known by `is_message_passing`."""
+
+Kind = str | type[nn.Module]
+"""A key of `KINDS`, or a class of modules."""
 
 MEASURES = ("G", "G_prime")
 Measure = Literal["G", "G_prime"]
@@ -33,7 +40,7 @@ class LayerChoice(ABC):
     choice needs no epoch of measuring.
     """
 
-    kinds: Sequence[str] | None = None
+    kinds: Sequence[Kind] | None = None
     measure: Measure | None = None
     sample: int | None = None
     reselect: int | None = None
@@ -46,17 +53,22 @@ class LayerChoice(ABC):
         """Return which of the candidates are chosen, by their ẑ or as draw number `draw`."""
 
 
-def of_kinds(layers: Sequence[Layer], kinds: Sequence[str] | None) -> list[bool]:
+def _is_of(module: nn.Module | None, kind: Kind) -> bool:
+    if kind == "graph":
+        return is_message_passing(module)
+    return isinstance(module, KINDS[kind] if isinstance(kind, str) else kind)
+
+
+def of_kinds(layers: Sequence[Layer], kinds: Sequence[Kind] | None) -> list[bool]:
     """Return which layers are of the kinds and not excluded; raise a ValueError if none is of one of the kinds."""
     if kinds is None:
         return [layer.included for layer in layers]
     for kind in kinds:
-        if not any(isinstance(layer.module, KINDS[kind]) for layer in layers):
+        if not any(_is_of(layer.module, kind) for layer in layers):
             found = sorted({type(layer.module).__name__ for layer in layers if layer.module is not None})
             known = f"the layers are {', '.join(found)}" if found else "no layer's module is known; pass the model"
             raise ValueError(f"kinds={tuple(kinds)!r}: no layer is of kind {kind!r}; {known}")
-    classes = tuple(one for kind in kinds for one in KINDS[kind])
-    return [layer.included and isinstance(layer.module, classes) for layer in layers]
+    return [layer.included and any(_is_of(layer.module, kind) for kind in kinds) for layer in layers]
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class AllLayers(LayerChoice):
     """Every layer: the control that asks whether a gain is more than that of a larger rate in the same epochs.
 
     Args:
-        kinds: Kinds of layers, of `"conv"`, `"bn"`, `"fc"`; None for all.
+        kinds: Kinds of layers, keys of `KINDS` such as `"conv"` and `"recurrent"`, or classes of modules; None for all.
         after_analysis: Whether the first epoch of each amplified phase stays plain, in which `Directionality` measures.
 
     Raises:
@@ -75,7 +87,7 @@ class AllLayers(LayerChoice):
         [True, False]
     """
 
-    kinds: Sequence[str] | None = None
+    kinds: Sequence[Kind] | None = None
     after_analysis: bool = True
 
     def __post_init__(self) -> None:
@@ -95,7 +107,7 @@ class RandomLayers(LayerChoice):
 
     Args:
         ratio: Share of the candidates, from 0 to 1.
-        kinds: Kinds of layers, of `"conv"`, `"bn"`, `"fc"`; None for all.
+        kinds: Kinds of layers, keys of `KINDS` such as `"conv"` and `"recurrent"`, or classes of modules; None for all.
         seed: Of the draws.
         redraw: `"phase"`, or `"epoch"` for a draw in each epoch of an amplified phase.
         after_analysis: Whether the first epoch of each amplified phase stays plain, as under `Directionality`, so that
@@ -114,7 +126,7 @@ class RandomLayers(LayerChoice):
     """
 
     ratio: float
-    kinds: Sequence[str] | None = None
+    kinds: Sequence[Kind] | None = None
     seed: int = 0
     redraw: Literal["phase", "epoch"] = "phase"
     after_analysis: bool = False
@@ -144,10 +156,10 @@ class Directionality(LayerChoice):
 
     Args:
         measure: `"G"` or `"G_prime"`.
-        threshold: On ẑ, at least 0. The paper's best lay from 0.7 to 3; of normal ẑ, 6.7 % are above 1.5.
+        threshold: On ẑ, at least 0. The paper tries 0.7 to 3; of normal ẑ, 6.7 % are above 1.5.
         sides: `"upper"` (case 1) or `"both"` (case 2).
         reselect: None, or after how many epochs of an amplified phase the layers are chosen anew.
-        kinds: Kinds of layers that are measured and chosen, of `"conv"`, `"bn"`, `"fc"`; None for all.
+        kinds: Kinds of layers that are measured and chosen, as for `AllLayers`; None for all.
         sample: None, or how many fixed weights stand for each layer: less memory, and an estimate. With 4096 of
             ResNet-18 in training, G and G′ were 0.5 % off on average over the layers and 4 % at worst, ẑ at most 0.16.
         ddof: 0 for the population's σ, 1 for the sample's.
@@ -161,14 +173,14 @@ class Directionality(LayerChoice):
 
     Reference:
         Basodi, Pusuluri, Xiao, Pan: Intelligent gradient amplification for deep neural networks, 2023, arXiv
-        2305.18445, equations 4 to 9.
+        2305.18445, equations 4 to 9; the two cases are section 3.6 and Algorithm 1.
     """
 
     measure: Measure | None = "G"
     threshold: float = 1.5
     sides: Literal["upper", "both"] = "upper"
     reselect: int | None = None
-    kinds: Sequence[str] | None = None
+    kinds: Sequence[Kind] | None = None
     sample: int | None = None
     ddof: int = 0
 
@@ -233,15 +245,16 @@ def drawn(candidates: Sequence[bool], count: int, seed: int, draw: int) -> list[
     return [i in chosen for i in range(len(candidates))]
 
 
-def check_kinds(kinds: Sequence[str] | None) -> None:
+def check_kinds(kinds: Sequence[Kind] | None) -> None:
     """Raise unless every kind is known."""
     if kinds is None:
         return
     if isinstance(kinds, str) or not has_type(kinds, Sequence) or not kinds:
         raise ValueError(f"kinds={kinds!r} must be a tuple of {', '.join(map(repr, KINDS))}, such as ('conv', 'fc')")
-    for kind in kinds:
-        if not has_type(kind, str) or kind not in KINDS:
-            raise ValueError(f"kinds holds {kind!r}; allowed: {', '.join(map(repr, KINDS))}")
+    for kind in cast("Sequence[object]", kinds):
+        known = kind in KINDS if isinstance(kind, str) else isinstance(kind, type) and issubclass(kind, nn.Module)
+        if not known:
+            raise ValueError(f"kinds holds {kind!r}; allowed: {', '.join(map(repr, KINDS))}, or a class of modules")
 
 
 def check_measure(measure: str | None) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,10 @@ from lab_helpers import tiny_plan
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import ray as cluster
-from layerwise.lab.experiments.arms import Arm
 from layerwise.lab.experiments.chain import Advance, Chain, Finished, Skipped
-from layerwise.lab.experiments.outcome import Settings
-from layerwise.lab.experiments.plan import PlannedRun
+from layerwise.lab.experiments.plan import Arm, PlannedRun
 from layerwise.lab.experiments.pool import Failure
-from layerwise.lab.experiments.ray_task import Board, BoardLink, is_shared
-from layerwise.lab.experiments.runner import carry_out
+from layerwise.lab.experiments.runner import Settings, carry_out
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import Runs
 from layerwise.lab.training.trial import Trial
@@ -80,8 +78,7 @@ def ray():
         places = [str(HERE), str(TESTS / "lab"), str(TESTS), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))  # so that workers find this file
         imported = pytest.importorskip("ray")
-        one = guest_chain(Path(), "wait")
-        with cluster._connected(imported, 2, one, None):
+        with cluster._connected(imported, 2, 1, None):
             yield imported
         assert not imported.is_initialized()
 
@@ -123,7 +120,12 @@ def test_the_records_are_those_of_local_workers_to_the_bit(tmp_path, ray, carrie
 
 @pytest.mark.dist
 def test_without_a_shared_folder_runs_travel_both_ways(tmp_path, ray, carried_out, keep, messages, monkeypatch):
-    monkeypatch.setattr(cluster, "write_whole", lambda path, content: None)  # no token: nothing looks shared
+    make = tempfile.NamedTemporaryFile
+
+    def elsewhere(*places, **options):  # no token: nothing looks shared
+        return make(*places, **{**options, "dir": None} if options.get("prefix") == ".shared-" else options)
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", elsewhere)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     plan = tiny_plan()
     plan = replace(plan, runs=tuple(run for run in plan.runs if run.subject == "sgd"))
@@ -205,8 +207,8 @@ import sys, warnings
 warnings.simplefilter("error")
 from pathlib import Path
 from test_cluster import guest_chain
-from layerwise.lab import cluster
 from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments import ray as cluster
 if __name__ == "__main__":
     out, address = Path(sys.argv[1]), sys.argv[2]
     seen = []
@@ -224,7 +226,7 @@ if __name__ == "__main__":
 def test_a_cluster_is_joined_and_left(tmp_path, ray):
     script = tmp_path / "join.py"
     script.write_text(JOIN)
-    places = os.pathsep.join([str(HERE), str(TESTS / "lab"), str(TESTS)])
+    places = os.pathsep.join([str(HERE), str(TESTS / "lab"), str(TESTS), os.environ.get("PYTHONPATH", "")])
     address = ray.get_runtime_context().gcs_address
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "out"), address],
@@ -239,7 +241,7 @@ def test_a_cluster_is_joined_and_left(tmp_path, ray):
     assert refused.startswith("threads=64 of a run: the largest machine of the cluster has 2 processors")
     assert unknown.startswith("address='nowhere': ")
     assert len(digests(tmp_path / "out")) == 1
-    assert ray.get(ray.remote(is_shared).remote(tmp_path, "a token")) is False  # it is still at work
+    assert ray.get(ray.remote(Path.exists).remote(tmp_path)) is True  # it is still at work
 
 
 def test_no_chain_needs_no_ray(keep, monkeypatch):
@@ -252,24 +254,3 @@ def test_a_missing_ray_is_told_with_the_remedy(tmp_path, keep, monkeypatch):
     with pytest.raises(UsageError, match=r"not installed: run  pip install -e '\.\[ray\]'"):
         cluster.run_chains([guest_chain(tmp_path, "work")], 1, address=None, on_message=keep)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_is_known_by_its_token(tmp_path):
-    with cluster._token(tmp_path) as token:
-        assert is_shared(tmp_path, token)
-        assert not is_shared(tmp_path / "other", token)
-        (tmp_path / token).write_text("another")
-        assert not is_shared(tmp_path, token)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_board_gives_each_message_once_in_order():
-    board = Board()
-    board.put("a", "doing", "one")
-    board.put("b", "message", 2)
-    assert board.take() == [("a", "doing", "one"), ("b", "message", 2)]
-    assert board.take() == []
-    assert not board.stopped()
-    board.stop()
-    assert board.stopped()
-    assert BoardLink.private is None

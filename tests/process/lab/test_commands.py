@@ -103,13 +103,15 @@ def folder(tmp_path: Path) -> Path:
 # --- A terminal and a pipe --------------------------------------------------------------------------------------------
 
 
-def test_the_list_fits_80_columns_in_a_terminal_and_has_a_line_a_scale(folder):
+def test_the_list_fits_80_columns_and_has_a_line_a_recipe(folder):
     text, code = in_terminal(["list"], folder, NO_COLOR="1")
     assert code == 0
     lines = ESCAPE.sub("", text).splitlines()
     assert max(map(len, lines)) <= 80
-    scales = [line for line in lines if re.match(r"  (smoke|reduced|full|digits) ", line)]
-    assert len(scales) == sum(len(load(name).content["scales"]) for name in names())
+    assert [line.split()[0] for line in lines[: len(names())]] == names()
+    for name, line in zip(names(), lines, strict=False):
+        assert line.split()[1] == load(name).title.split()[0]
+        assert shortly(load(name).need(load(name).default_scale).time) in line
     assert lines[-1] == "Next:   layerwise run singh2015-figure1 --scale smoke"
 
 
@@ -127,12 +129,9 @@ def test_one_recipe_is_told_with_everything(capsys, monkeypatch, tmp_path):
 
 
 def test_times_are_short_in_the_list():
-    assert {
-        len(shortly(load(name).need(scale).time)) <= 28 for name in names() for scale in load(name).content["scales"]
-    }
-    assert (
-        shortly("about 40 days on one K40 (Caffe docs: 26.5 s, 100 s a test), estimated") == "about 40 days on one K40"
-    )
+    for name in names():
+        assert all(len(shortly(load(name).need(scale).time)) <= 13 for scale in load(name).content["scales"])
+    assert shortly("about 40 days on one K40 (Caffe docs: 26.5 s, 100 s a test), estimated") == "40 days"
 
 
 @pytest.mark.full

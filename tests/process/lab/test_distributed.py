@@ -19,11 +19,10 @@ import torch
 from lab_helpers import tiny_plan
 
 from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments import chain as chains
 from layerwise.lab.experiments import torchrun as shared_runs
-from layerwise.lab.experiments import work
-from layerwise.lab.experiments.arms import Arm
 from layerwise.lab.experiments.chain import Advance, Chain
-from layerwise.lab.experiments.plan import PlannedRun
+from layerwise.lab.experiments.plan import Arm, PlannedRun
 from layerwise.lab.experiments.pool import Failure
 from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.runs.folder import RunFolder, Runs
@@ -90,7 +89,7 @@ def be_a_process(rank, port, folder):
     for part in PARTS:
         done[part.__name__] = part(processes, folder)
         (folder / f"done{rank}").write_bytes(pickle.dumps(done))
-    processes.leave()
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +117,7 @@ def training_of(constants, rule=None, processes=None, folder=None, *, double=Tru
         single = trial.prepare
         trial.prepare = lambda batch: (single(batch)[0].double(), batch[1])
         trial.evaluate = lambda model, stop: {"test_error": float(sum(p.sum() for p in model.state_dict().values()))}
-    made = work.make_rule(configuration, folder, None)
+    made = chains.make_rule(configuration, folder, None)
     return Training(trial, made, configuration, folder=folder, processes=processes, checkpoint_seconds=1e9)
 
 
@@ -277,9 +276,7 @@ def collectives(processes, folder):
         "mean": processes.mean(torch.tensor([rank, 1.0 / (rank + 1)], dtype=torch.float64)).tolist(),
         "agree": processes.agree(rank == 1, False, True),
         "from first": processes.from_first(lambda: rank),
-        "together": processes.together(lambda: rank),
         "error of the first": words_of(lambda: processes.from_first(lambda: refuse(rank))),
-        "error of the second": words_of(lambda: processes.together(lambda: refuse(rank) if rank else None)),
         "unsendable": words_of(lambda: processes.from_first(lambda: int.from_bytes(object()))),
         "part": processes.share((torch.arange(4), {"length": torch.tensor(7), "words": list("abcd")}), begins=True),
         "rest": processes.share(torch.arange(3), begins=False),
@@ -412,9 +409,7 @@ def test_what_processes_say_to_each_other(shared):
     assert first["mean"] == second["mean"] == [0.5, 0.75]
     assert first["agree"] == second["agree"] == (True, False, True)
     assert first["from first"] == second["from first"] == 0
-    assert (first["together"], second["together"]) == (0, 1)
     assert first["error of the first"] == second["error of the first"] == ("UsageError", "value=0: must be another")
-    assert first["error of the second"] == second["error of the second"] == ("UsageError", "value=1: must be another")
     assert first["unsendable"][0] == second["unsendable"][0] == "TypeError"
     assert [seen["part"][0].tolist() for seen in (first, second)] == [[0, 1], [2, 3]]
     assert [seen["part"][1]["words"] for seen in (first, second)] == [["a", "b"], ["c", "d"]]
@@ -422,7 +417,7 @@ def test_what_processes_say_to_each_other(shared):
     assert first["rest"].tolist() == second["rest"].tolist() == [0, 1, 2]
     expected = "batch_size=63 cannot be divided among processes=2: use a multiple of 2, or start 1 of them"
     assert first["odd"] == ("UsageError", expected)
-    assert "shape (5,) in a batch of 4" in first["other"][1]
+    assert "shapes [(4,), (5,)] cannot be divided" in first["other"][1]
     assert "batch of type str" in first["none"][1]
     assert "device='cuda:1'" in first["device"][1]
 
@@ -433,8 +428,8 @@ warnings.simplefilter("error")
 from dataclasses import replace
 from pathlib import Path
 from lab_helpers import tiny_plan
-from layerwise.lab import shared_runs
-from layerwise.lab.experiments.outcome import Settings
+from layerwise.lab.experiments import torchrun as shared_runs
+from layerwise.lab.experiments.runner import Settings
 if __name__ == "__main__":
     plan = tiny_plan(batch_size=int(sys.argv[2]), iterations=int(sys.argv[3]))
     if len(sys.argv) > 4:
@@ -450,7 +445,8 @@ def torchrun(folder, *arguments, **more):
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     command += ["--master-port", str(free_port()), str(script), *map(str, arguments)]
-    places = os.pathsep.join([str(Path(__file__).parents[2] / "lab"), str(Path(__file__).parents[2])])
+    here = Path(__file__).parents[2]
+    places = os.pathsep.join([str(here / "lab"), str(here), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         command, env={**os.environ, "PYTHONPATH": places}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

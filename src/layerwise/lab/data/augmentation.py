@@ -122,25 +122,6 @@ def training_images(
     return normalised(cropped_and_mirrored(images, generator), mean, std)
 
 
-def test_images(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """Make a batch to test on: the images as they are, normalised.
-
-    x = (images / 255 - mean) / std, by channel.
-
-    Args:
-        images: uint8, shape (n, channels, height, width).
-        mean: of each channel on [0, 1].
-        std: divisor of each channel.
-
-    Returns:
-        float32 of the same shape.
-
-    Raises:
-        UsageError: not such images, or not one mean and one positive divisor for each channel.
-    """
-    return normalised(images, mean, std)
-
-
 def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
     """Deal the images of an epoch into batches, in a new random order.
 

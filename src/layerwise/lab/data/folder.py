@@ -98,8 +98,7 @@ class ImageFolder:
         workers: threads that decode.
         memory_bytes: decoded images stay in memory if all training images fit in so much; the test images too if they
             fit in what is left. 0 keeps none.
-        cache: folder of the mean images and of checksums of the photographs; None for the user's folder of cached
-            files.
+        cache: folder of the mean images; None for the user's folder of cached files.
 
     Attributes:
         name: of the folder.
@@ -144,8 +143,8 @@ class ImageFolder:
         self.shared = False
         """Whether batches are made in memory that processes share, as a loader's workers need it."""
         self._cache = user_cache_path("layerwise") if cache is None else cache
-        self._train = Part(root / train, found, side, self._cache)
-        self._test = Part(root / validation, tested, side, self._cache)
+        self._train = Part(root / train, found, side)
+        self._test = Part(root / validation, tested, side)
         room = self._train.keep(memory_bytes)
         if self._train.kept is not None:
             self._test.keep(room)
@@ -164,7 +163,7 @@ class ImageFolder:
     def digest(self) -> str:
         """What tells the folder from others: a checksum of the names, classes and sizes of all images of both parts.
 
-        Their content is not read, which would take as long as some epochs; ``contents`` sees whether it changes.
+        Their content is not read, which would take as long as some epochs.
         """
         digest = hashlib.sha256(b"image folder 1\n")
         for name, part in ((b"to train\n", self._train), (b"to test\n", self._test)):
@@ -262,7 +261,7 @@ class ImageFolder:
         made = torch.empty(shape)
         if self.shared:  # by PyTorch's queues it would be copied into such memory
             storage = torch.UntypedStorage._new_shared(made.nbytes)
-            made = torch.empty(0).set_(cast(Any, storage), 0, shape)
+            made = cast(Any, made).set_(storage, 0, shape)
         batch = made.numpy()
 
         def make(position: int) -> None:

@@ -103,33 +103,27 @@ def _existing(place: Path, file: str) -> Path | None:
     return None
 
 
-def _content(path: Path) -> tuple[bytes | None, bytes]:
-    """Read a file: what is in it, None if that is not of the right size, and the file as it is."""
-    size = CONTENT_SIZES[path.name.removesuffix(".gz") + ".gz"]
-    # No compression makes the content larger than by a thousandth.
-    raw = read_bytes(path, size + size // 1000 + 1000, links=True)
-    if path.suffix != ".gz":
-        return (raw if len(raw) == size else None), raw
-    try:
-        unpacker = zlib.decompressobj(wbits=31)
-        content = unpacker.decompress(raw, size + 1)
-    except zlib.error:
-        return None, raw
-    return (content if len(content) == size and unpacker.eof else None), raw
-
-
 def _md5(content: bytes) -> str:
     """Give the checksum of bytes."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def _owner(path: Path, content: bytes | None) -> str | None:
-    """Say whose file of this name has this content."""
-    if content is None:
-        return None
-    found = _md5(content)
+def _read(path: Path) -> tuple[str | None, bytes, bytes]:
+    """Read a file: whose it is by the checksum of what is in it, None if nobody's; what is in it; the file as it is."""
     file = path.name.removesuffix(".gz") + ".gz"
-    return next((name for name, files in FILES.items() if files[file].content_md5 == found), None)
+    size = CONTENT_SIZES[file]
+    # No compression makes the content larger than by a thousandth.
+    content = raw = read_bytes(path, size + size // 1000 + 1000, links=True)
+    if path.suffix == ".gz":
+        unpacker = zlib.decompressobj(wbits=31)
+        try:
+            content = unpacker.decompress(raw, size + 1)
+        except zlib.error:
+            return None, b"", raw
+        if not unpacker.eof:
+            return None, b"", raw
+    found = _md5(content)
+    return next((name for name, files in FILES.items() if files[file].content_md5 == found), None), content, raw
 
 
 def recognise(path: Path) -> str | None:
@@ -144,7 +138,7 @@ def recognise(path: Path) -> str | None:
     if path.name.removesuffix(".gz") + ".gz" not in CONTENT_SIZES:
         return None
     try:
-        return _owner(path, _content(path)[0])
+        return _read(path)[0]
     except (OSError, UsageError):
         return None
 
@@ -209,14 +203,13 @@ def _payload(place: Path, file: str, name: str) -> bytes:
     """Read one file, check it, and return what is in it."""
     path, expected = _existing(place, file) or place / file, FILES[name][file]
     try:
-        content, raw = _content(path)
+        owner, content, raw = _read(path)
     except (OSError, UsageError) as error:
         reason = getattr(error, "strerror", None) or f"damaged: {str(error).removeprefix(f'{path}: ')}"
         raise UsageError(
             f"{path}: {reason}; expected the {TITLES[name]} file with MD5 {expected.md5}; {_remedy(name)}"
         ) from error
-    owner = _owner(path, content)
-    if content is not None and owner == name:
+    if owner == name:
         return content
     found = f"MD5 is {_md5(raw)} ({len(raw)} bytes)"
     wanted = f"expected {expected.md5} ({expected.size} bytes), or {expected.content_md5} when decompressed"

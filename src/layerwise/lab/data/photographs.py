@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from layerwise.lab.data.contents import Contents
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.store import read_bytes
 
@@ -106,23 +105,21 @@ def resized(pixels: np.ndarray, side: int) -> np.ndarray:
     return (values + 0.5).astype(np.uint8)
 
 
-def decoded(path: Path, side: int, check: Callable[[bytes], None] = lambda content: None) -> np.ndarray:
+def decoded(path: Path, side: int) -> np.ndarray:
     """Read an image.
 
     Args:
         path: of a JPEG or PNG file; grey images and those with a palette or four channels become red, green, blue.
         side: to which it is resized.
-        check: given the content of the file before it is decoded.
 
     Returns:
         uint8, shape (3, side, side).
 
     Raises:
-        UsageError: the file is missing, damaged or cut off, or not what ``check`` expects.
+        UsageError: the file is missing, damaged or cut off.
     """
     try:
         content = read_bytes(path, LARGEST_FILE, links=True)
-        check(content)
         # By its content another form would be taken too, as PostScript, for which Pillow starts an interpreter.
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.format == "JPEG":
@@ -146,11 +143,10 @@ class Part:
         folder: holds one folder a class.
         found: what ``scan`` gave of it.
         side: to which images are resized.
-        cache: folder of what is known of the images.
     """
 
-    def __init__(self, folder: Path, found: dict[str, list[str]], side: int, cache: Path) -> None:
-        self.folder, self.side, self.cache = folder, side, cache
+    def __init__(self, folder: Path, found: dict[str, list[str]], side: int) -> None:
+        self.folder, self.side = folder, side
         self.files = [f"{name}/{file}" for name, files in found.items() for file in files]
         counts = torch.tensor([len(files) for files in found.values()])
         self.labels = torch.arange(len(found)).repeat_interleave(counts)
@@ -183,7 +179,7 @@ class Part:
             uint8, shape (3, side, side).
 
         Raises:
-            UsageError: the file is missing, damaged, or another one than when it was first read.
+            UsageError: the file is missing or damaged.
         """
         if self.kept is None:
             return self._read(number)
@@ -193,13 +189,7 @@ class Part:
         return self.kept[number]
 
     def _read(self, number: int) -> np.ndarray:
-        path = self.folder / self.files[number]
-        return decoded(path, self.side, lambda content: self._contents.check(number, path, content))
-
-    @cached_property
-    def _contents(self) -> Contents:
-        """What is known of the images."""
-        return Contents(self.cache / f"contents-{self.digest[:32]}.crc", len(self.files))
+        return decoded(self.folder / self.files[number], self.side)
 
     @cached_property
     def digest(self) -> str:

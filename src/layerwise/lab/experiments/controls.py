@@ -9,7 +9,7 @@ from typing import Any
 
 from layerwise import rules
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiments.arms import Control
+from layerwise.lab.experiments.plan import Control
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.records import Record
 

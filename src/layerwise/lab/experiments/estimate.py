@@ -15,12 +15,10 @@ import torch
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import datasets as places
-from layerwise.lab.experiments.chain import Chain
-from layerwise.lab.experiments.outcome import Settings
+from layerwise.lab.experiments.chain import Chain, make_rule, make_trial
 from layerwise.lab.experiments.plan import Plan, PlannedRun
 from layerwise.lab.experiments.pool import run_jobs
-from layerwise.lab.experiments.runner import placed, side_by_side
-from layerwise.lab.experiments.work import make_rule, make_trial
+from layerwise.lab.experiments.runner import Settings, placed, side_by_side
 from layerwise.lab.runs.folder import Runs
 from layerwise.lab.training.devices import begin_memory, device_of_worker, peak_memory
 from layerwise.lab.training.engine import Training

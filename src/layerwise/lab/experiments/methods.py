@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerwise.lab.errors import UsageError, nearest
-from layerwise.lab.experiments.arms import Arm, Control
+from layerwise.lab.experiments.plan import Arm, Control
 
 PLAIN = "plain"
 DEFAULT_ARMS = (PLAIN, "layer-adaptive", "mean-factor", "shuffled", "frozen")

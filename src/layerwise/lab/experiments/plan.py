@@ -1,14 +1,17 @@
-"""What an experiment is: subjects, arms, seeds, and what is looked at; from a recipe or from a person's own task."""
+"""What an experiment is: subjects, arms, seeds, and what is looked at; from a recipe or a user's own task."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.runs.configuration import Configuration
+from layerwise.lab.runs.configuration import Configuration, Constants
+
+Take = Literal["last", "best", "first"]
+"""Which value of a run counts: that at a step, the best of all tests, or the first step at which a level is reached."""
 
 Layout = Literal["steps", "curves", "thresholds", "best", "times"]
 LAYOUTS: tuple[Layout, ...] = ("steps", "curves", "thresholds", "best", "times")
@@ -28,6 +31,8 @@ class Quantity:
         unit: of a value, as ``"%"``, or "".
         difference_unit: of a difference, as ``"points"``.
         higher_is_better: which way is better.
+        take: which value of a run counts.
+        level: that ``"first"`` waits for.
     """
 
     name: str = "test_error"
@@ -35,13 +40,41 @@ class Quantity:
     unit: str = "%"
     difference_unit: str = "points"
     higher_is_better: bool = False
+    take: Take = "last"
+    level: float = 0.0
 
 
 QUANTITIES = {
     "test_error": Quantity(),
     "accuracy": Quantity(name="accuracy", words="accuracy", higher_is_better=True),
+    "best_accuracy": Quantity(name="accuracy", words="best accuracy", higher_is_better=True, take="best"),
+    "training_accuracy": Quantity(name="training_accuracy", words="training accuracy", higher_is_better=True),
+    "test_loss": Quantity(name="test_loss", words="test loss", unit="nats", difference_unit="nats"),
     "seconds": Quantity(name="seconds", words="running time", unit="s", difference_unit="s"),
 }
+
+
+def quantity_of(name: str) -> Quantity:
+    """Give a quantity by its name in a recipe.
+
+    Args:
+        name: a key of ``QUANTITIES``, or ``"reach 57.5"``: the iterations until the accuracy is at least this.
+
+    Returns:
+        The quantity.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    begin, _, level = name.partition(" ")
+    if begin == "reach" and level.replace(".", "", 1).isdigit():
+        words = f"number of iterations until {level} % accuracy"
+        return Quantity(
+            name="accuracy", words=words, unit="", difference_unit="iterations", take="first", level=float(level)
+        )
+    if name not in QUANTITIES:
+        raise UsageError(f"quantity={name!r}: use one of {', '.join(QUANTITIES)}, or 'reach 57.5'")
+    return QUANTITIES[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +88,7 @@ class Subject:
         kind: tells subjects with other phases and other thresholds apart, or "".
         varied: values of a sweep, which hold for every arm.
         origin: name of the recipe's subject that a sweep varies, or "".
+        stands_for: name of the paper's subject that it is a smaller kind of, or "".
     """
 
     name: str
@@ -63,6 +97,75 @@ class Subject:
     kind: str = ""
     varied: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
+    stands_for: str = ""
+
+
+Control = Literal["mean factor", "shuffled layers", "frozen factors"]
+CONTROLS: tuple[Control, ...] = ("mean factor", "shuffled layers", "frozen factors")
+
+Role = Literal["method", "plain", "control"]
+ROLES: tuple[Role, ...] = ("method", "plain", "control")
+
+CONTROL_SELECTIONS = ("AllLayers", "RandomLayers", "ShuffledLayers")
+"""Choices of layers that measure nothing, or not where: what a choice that measures must be better than."""
+
+FACTORS_ALONE = "for its factors alone"
+"""How the words of an arm end that is compared with nothing: a method at the values of a control that repeats it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        name: short, as in ``--arms`` and in tables of numbers.
+        words: as in tables for people.
+        rule: name and arguments of the rule; None trains without an adapter.
+        apply: where its factors act.
+        control: what it repeats of the run of ``of``, or None.
+        of: name of the method's arm.
+        constants: values that this arm changes.
+        subjects: names of the only subjects that have this arm; empty for all.
+        group: arms of a group stand together in tables and figures, told apart by ``value``.
+        value: the arm's place in its group, as a threshold.
+        against: names of the arms that it is compared with.
+        role: what it is to the others where that does not follow from its rule, or None.
+    """
+
+    name: str
+    words: str
+    rule: Mapping[str, Any] | None = None
+    apply: str = "auto"
+    control: Control | None = None
+    of: str | None = None
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    subjects: tuple[str, ...] = ()
+    group: str = ""
+    value: float | None = None
+    against: tuple[str, ...] = ()
+    role: Role | None = None
+
+    def __post_init__(self) -> None:
+        if self.role is not None and self.role not in ROLES:
+            raise UsageError(f"role={self.role!r} of arm {self.name!r}: use one of {', '.join(ROLES)}")
+        if self.control is not None and self.control not in CONTROLS:
+            raise UsageError(f"control={self.control!r} of arm {self.name!r}: use one of {', '.join(CONTROLS)}")
+        if (self.control is None) != (self.of is None):
+            raise UsageError(f"arm {self.name!r}: a control names the arm that it is 'of', and only a control does")
+
+    @property
+    def kind(self) -> Role:
+        """What it is to the arms that are compared with it: what they are better than, what they must be more than."""
+        if self.role is not None:
+            return self.role
+        if self.control is not None:
+            return "control"
+        if self.rule is None:
+            return "plain"
+        selection = self.rule.get("selection")
+        name = selection.get("name") if isinstance(selection, Mapping) else None
+        amplifies = self.rule.get("name") == "GradientAmplification"
+        return "control" if amplifies and name in CONTROL_SELECTIONS else "method"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +179,9 @@ class PaperValue:
         mean: the value.
         sd: its standard deviation, or None.
         note: what else the paper says, or why the value is lost.
+        gain: what the paper prints as the difference to the original, in its own digits, or "".
+        full_scale: the runs beside it are of a smaller scale.
+        quantity: of the plan's other quantities, the one that it is of; "" for the plan's own.
     """
 
     subject: str
@@ -84,6 +190,14 @@ class PaperValue:
     mean: float | None = None
     sd: float | None = None
     note: str = ""
+    gain: str = ""
+    full_scale: bool = False
+    quantity: str = ""
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return "paper, full scale" if self.full_scale else "paper"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +209,7 @@ class PlannedRun:
         arm: the arm.
         seed: of the run.
         configuration: what it is; of a control, without what follows from its method's run.
-        task: a person's own task, as ``tasks.py`` names it, or None.
+        task: a user's own task, as ``tasks.py`` names it, or None.
     """
 
     subject: str
@@ -122,7 +236,7 @@ class Plan:
     Attributes:
         name: of its folder.
         title: one line.
-        source: paper and section, or the person's file.
+        source: paper and section, or the user's file.
         layout: what is shown.
         quantity: what is compared.
         columns: steps that the table shows; empty for the last one alone.
@@ -132,10 +246,11 @@ class Plan:
         seeds: of the runs.
         runs: all of them.
         paper: the paper's numbers.
+        beside: names of quantities that are shown and compared beside the plan's own, as ``quantity_of`` takes them.
         claims: what the paper says in words, each a sentence with its place.
         constants: name -> (value, source), for the page.
         notes: what differs from the paper, and what the page does not show.
-        scale: ``"smoke"``, ``"reduced"``, ``"full"``, or "" for a person's own task.
+        scale: ``"smoke"``, ``"reduced"``, ``"full"``, or "" for a user's own task.
         data_title: the data in words.
         found: it was made from finished runs, so its comparisons were chosen after them.
     """
@@ -152,12 +267,18 @@ class Plan:
     seeds: tuple[int, ...]
     runs: tuple[PlannedRun, ...]
     paper: tuple[PaperValue, ...] = ()
+    beside: tuple[str, ...] = ()
     claims: tuple[str, ...] = ()
     constants: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     scale: str = ""
     data_title: str = ""
     found: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beside", tuple(self.beside))
+        for name in self.beside:
+            quantity_of(name)
 
     def arms_of(self, subject: str) -> list[Arm]:
         """Give the arms that a subject has, in order."""
@@ -219,3 +340,89 @@ def check_names(kind: str, names: Sequence[str]) -> None:
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
         raise UsageError(f"{kind} {twice[0]!r} is named twice; names tell runs apart")
+
+
+DEFAULTS = {field.name: field.default for field in fields(Constants)}
+
+
+def sourced(
+    content: Mapping[str, Any], chosen: Mapping[str, Any], subjects: Sequence[Subject], arms: Sequence[Arm]
+) -> dict[str, tuple[Any, str]]:
+    """Give each constant's values at a scale and where they come from.
+
+    Args:
+        content: of the recipe.
+        chosen: its scale.
+        subjects: of the plan.
+        arms: of the plan.
+
+    Returns:
+        Name -> (value, source). A constant that runs have several values of has them all, and the source says which
+        of them is whose: as swept, by subject, by arm; what it would be without stands after "else", with its source.
+    """
+    given, changed = content["constants"], chosen.get("constants", {})
+    base = {name: entry["value"] for name, entry in given.items()} | changed
+    of_subjects = [name for subject in subjects for name in (*subject.constants, *subject.varied)]
+    of_arms = [name for arm in arms for name in arm.constants]
+    # A sweep makes many subjects of one, which have its constants: they are named together.
+    known = {row["name"]: row["words"] for row in content["subjects"]}
+    found = {}
+    each = [
+        {**base, **subject.constants, **arm.constants, **subject.varied}
+        for subject in subjects
+        for arm in arms
+        if not arm.subjects or subject.name in arm.subjects
+    ]
+    for name in dict.fromkeys((*base, *of_subjects, *of_arms)):
+        values = distinct(constants.get(name, DEFAULTS.get(name)) for constants in each)
+        value = values[0] if len(values) == 1 else ", ".join(map(written, values))
+        found[name] = (value, _source(name, given, changed, subjects, arms, known))
+    return found
+
+
+def _source(
+    name: str,
+    given: Mapping[str, Any],
+    changed: Mapping[str, Any],
+    subjects: Sequence[Subject],
+    arms: Sequence[Arm],
+    known: Mapping[str, str],
+) -> str:
+    """Say where the values of a constant come from: what sets it last comes first."""
+    cited = f"{written(given[name]['value'])}: {given[name]['source']}" if name in given else "not set"
+    scale = f"this scale; else {cited}"
+    rest = f"{written(changed[name])}: {scale}" if name in changed else cited
+    if any(name in subject.varied for subject in subjects):
+        return f"as swept; else {rest}"
+    of_arms = [(arm.words, arm.constants[name]) for arm in arms if name in arm.constants]
+    of_subjects = [
+        (known.get(subject.origin or subject.name, subject.words), subject.constants[name])
+        for subject in subjects
+        if name in subject.constants
+    ]
+    parts = [
+        f"differs by {kind}: {_whose(changes)}"
+        for kind, changes in (("arm", of_arms), ("subject", of_subjects))
+        if changes
+    ]
+    if parts:
+        return "; ".join([*parts, f"else {rest}"])
+    return scale if name in changed else given[name]["source"]
+
+
+def _whose(changes: Iterable[tuple[str, Any]]) -> str:
+    """List values and who has them."""
+    owners: dict[str, list[str]] = {}
+    for words, value in changes:
+        owners.setdefault(written(value), []).append(f"“{words}”")
+    return ", ".join(f"{value} for {' and '.join(dict.fromkeys(words))}" for value, words in owners.items())
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """Give each value once, in order; lists count as equal where they are written alike."""
+    return list({written(value): value for value in values}.values())
+
+
+def written(value: Any) -> str:
+    """Write a value: a name as it is, anything else as JSON has it."""
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)

@@ -1,39 +1,114 @@
 """Chains of runs on Ray: on the processors of this machine, or of a cluster.
 
 Every chain is one Ray task. A task whose machine sees the folder of the runs works in it, as a local worker does, with
-its locks and checkpoints. Another works in a folder of its own; what is finished travels to the driver, which writes it
-into the folder, and the finished runs that controls need travel to the task. A run that is stopped there begins anew
-the next time. The numbers are the same everywhere: what is done is ``work.do_chain``.
-
-A small actor, the board, holds what tasks have said until the driver takes it, and whether they are to stop.
+its locks and checkpoints. Another works in a folder of its own: finished runs travel both ways, and a stopped run
+starts again the next time. The numbers are the same everywhere.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
+import socket
 import tempfile
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiments.chain import Chain, Finished, Skipped, complete
-from layerwise.lab.experiments.pool import POLL_SECONDS, STOP_SECONDS, Failure
-from layerwise.lab.experiments.ray_task import Board, Delivery, Files, Parcel, do_parcel, files_of, write_files
+from layerwise.lab.experiments.chain import Advance, Chain, Finished, Skipped, do_chain, finished_runs
+from layerwise.lab.experiments.pool import POLL_SECONDS, STOP_SECONDS, Failure, Link
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import CHECKPOINTS, Runs
 from layerwise.lab.runs.locks import BusyError
-from layerwise.lab.runs.store import versions, write_whole
+from layerwise.lab.runs.store import LARGEST_TABLE, read_bytes, versions, write_whole
 
-OBJECT_STORE_BYTES = 128 * 2**20
-"""Of a Ray that is started here: what travels is a few megabytes."""
+FILES = ("run.json", "status.json", "metrics.parquet", "record.json")
+"""What a finished run consists of; its record last, as it says that the run is finished."""
+
+ASK_SECONDS, TELL_SECONDS = 0.5, 0.2
+"""How often a task asks whether it is to stop, and tells how far it is."""
+
+Run = tuple[Configuration, dict[str, bytes]]
+"""A finished run that travels: its configuration and its files."""
+
+
+@dataclass
+class _Wire:
+    """What a pipe is to a local worker: messages go through one queue, and a stop is that the other is not empty."""
+
+    task: int
+    told: Any
+    stops: Any
+    private: Runs | None = None
+    asked: float = 0.0
+    advanced: float = 0.0
+
+    def poll(self) -> bool:
+        if time.monotonic() - self.asked < ASK_SECONDS:
+            return False
+        self.asked = time.monotonic()
+        return not self.stops.empty()
+
+    def send(self, content: tuple[str, Any]) -> None:
+        message, run = content[1], None
+        if isinstance(message, Advance):
+            if time.monotonic() - self.advanced < TELL_SECONDS:
+                return
+            self.advanced = time.monotonic()
+        if isinstance(message, Finished) and self.private is not None:
+            run = _leaving(self.private, message.configuration)
+        self.told.put((self.task, *content, run))
+
+
+def _leaving(runs: Runs, configuration: Configuration) -> Run:
+    folder = runs.folder(configuration).path
+    return configuration, {name: read_bytes(folder / name, LARGEST_TABLE) for name in FILES if (folder / name).exists()}
+
+
+def _arrived(runs: Runs, run: Run) -> None:
+    """Write a run that travelled, unless it is there."""
+    folder = runs.folder(run[0])
+    with folder.lock():
+        if folder.record() is None:
+            for name in filter(run[1].__contains__, FILES):
+                write_whole(folder.path / name, run[1][name])
+            for leftover in CHECKPOINTS:  # of an earlier attempt here
+                (folder.path / leftover).unlink(missing_ok=True)
+
+
+def _do(chain: Chain, wire: _Wire, token: str, needed: dict[str, str], found: list[Run]) -> None:
+    """Do a chain in a Ray worker; the driver's folder holds the token, and its results depend on the versions."""
+    host, place = socket.gethostname(), chain.data_dir
+    if wire.poll():  # before it could begin
+        return
+    if versions() != needed:
+        raise UsageError(
+            f"versions={versions()!r} of {host} are not the {needed!r} of the machine that asks, and results depend on "
+            "them: install the same there"
+        )
+    if place is not None and not place.is_dir():
+        raise UsageError(f"data_dir={str(place)!r} does not exist on {host}: put the data there on every machine")
+    with tempfile.TemporaryDirectory(prefix="layerwise-") as private:
+        if not (chain.out / token).exists():
+            chain, wire.private = replace(chain, out=Path(private)), Runs(Path(private))
+            for run in found:
+                _arrived(wire.private, run)
+        do_chain(chain, Link(wire))  # type: ignore[arg-type]
+
+
+@dataclass
+class _Task:
+    """The driver's view of a task."""
+
+    reference: Any
+    chain: Chain
+    doing: str
 
 
 def run_chains(
@@ -45,245 +120,117 @@ def run_chains(
     on_failure: Callable[[Failure], None] = lambda failure: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Failure]:
-    """Do chains side by side on Ray.
+    """Do chains side by side on Ray, as ``pool.run_jobs`` does jobs in processes.
 
-    Args:
-        chains: what to do, in order.
-        jobs: at most so many at once where Ray is started here; a cluster takes as many as it has processors for.
-        address: of the cluster, as ``ray.init`` takes it; None starts Ray on this machine and ends it again.
-        on_message: called with a number from 0, which no two running chains share, and a message of ``work``.
-        on_failure: called with each chain that failed, as soon as it has.
-        stop: asked about ten times a second; True lets the running chains write checkpoints and end.
-
-    Returns:
-        The chains that failed. Chains that were stopped or never begun are not failures.
+    Here ``jobs`` limits a Ray that is started for them; a cluster takes as many as it has processors for. ``address``
+    is the cluster's, as ``ray.init`` takes it; None starts Ray on this machine and ends it again.
 
     Raises:
         UsageError: Ray is not installed, no cluster at the address, or no machine of it has the processors.
     """
     if not chains:
         return []
-    ray = _imported()
-    with _connected(ray, jobs, chains[0], address), _token(chains[0].out) as token:
-        return _Driver(ray, jobs if address is None else None, token, on_message, on_failure).carry_out(chains, stop)
-
-
-DIED = "its process died"
-"""How the reason begins where a task did not end by itself."""
-
-
-@dataclass
-class _Running:
-    """The driver's view of a task."""
-
-    name: str
-    chain: Chain
-    number: int
-    doing: str
-
-
-@dataclass
-class _Driver:
-    """Gives chains to Ray and brings back what comes of them."""
-
-    ray: Any
-    jobs: int | None
-    token: str
-    on_message: Callable[[int, Any], None]
-    on_failure: Callable[[Failure], None]
-    failures: list[Failure] = field(default_factory=list)
-    running: dict[Any, _Running] = field(default_factory=dict)
-    given: int = 0
-
-    def carry_out(self, chains: Sequence[Chain], stop: Callable[[], bool]) -> list[Failure]:
-        """Do the chains; see ``run_chains``."""
-        ray, waiting = self.ray, deque(chains)
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=True
-        )
-        self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-        self.task = ray.remote(max_retries=0)(do_parcel)
-        try:
-            while waiting or self.running:
-                if stop():
-                    self._stop()
-                    break
-                while waiting and len(self.running) < self._places(waiting[0]):
-                    self._give(waiting.popleft())
-                waiting.extendleft(self._collect(POLL_SECONDS))
-        finally:
-            for reference in self.running:
-                ray.cancel(reference, force=True)
-            ray.kill(self.board)
-        return self.failures
-
-    def _places(self, chain: Chain) -> int:
-        """Give the number of chains that may be with Ray at once."""
-        if self.jobs is not None:
-            return self.jobs
-        # One more than run, so that no processor waits for the driver.
-        return 1 + int(self.ray.cluster_resources().get("CPU", 0)) // chain.threads
-
-    def _give(self, chain: Chain) -> None:
-        card = chain.device.startswith("cuda")
-        # Ray shows a task its own card only, under the number 0.
-        sent = replace(
-            chain,
-            out=chain.out.resolve(),
-            data_dir=chain.data_dir and chain.data_dir.resolve(),
-            device="cuda" if card else chain.device,
-        )
-        self.given += 1
-        name = f"{self.given} {chain.name}"
-        parcel = Parcel(name, sent, self.token, versions(), tuple(_finished(chain)))
-        options = {"num_cpus": chain.threads, "num_gpus": 1 if card else 0, "name": name}
-        reference = self.task.options(**options).remote(parcel, self.board)
-        taken = {task.number for task in self.running.values()}
-        number = next(number for number in range(len(taken) + 1) if number not in taken)
-        self.running[reference] = _Running(name, chain, number, chain.name)
-
-    def _collect(self, seconds: float) -> list[Chain]:
-        """Wait a moment, pass on what tasks have said, and take leave of those that have ended.
-
-        Returns:
-            What is left to be done of chains whose process died in one of their runs.
-        """
-        left = []
-        ended, _ = self.ray.wait(list(self.running), num_returns=1, timeout=seconds)
-        if ended:
-            ended, _ = self.ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
-        tasks = {task.name: task for task in self.running.values()}
-        for name, kind, content in self.ray.get(self.board.take.remote()):
-            task = tasks.get(name)
-            if task is None:  # a late word of how far a run was, which no task waits to see delivered
-                continue
-            if kind == "doing":
-                task.doing = content
-            else:
-                self._pass_on(task, content)
-        for reference in ended:
-            task = self.running.pop(reference)
-            failure = self._failure(reference)
-            if failure is None:
-                continue
-            self.failures.append(Failure(task.chain.name, task.doing, *failure))
-            self.on_failure(self.failures[-1])
-            rest = task.chain.rest(task.doing) if failure[0].startswith(DIED) else None
-            if rest is not None:
-                left.append(rest)
-        return left
-
-    def _pass_on(self, task: _Running, message: object) -> None:
-        """Give a message to the person who asked; a run that travelled is written first."""
-        if isinstance(message, Delivery):
-            message = _received(task.chain, message)
-        self.on_message(task.number, message)
-
-    def _failure(self, reference: Any) -> tuple[str, str] | None:
-        """Say why a task that has ended failed, or None."""
-        try:
-            return self.ray.get(reference)
-        except self.ray.exceptions.RayTaskError as error:  # as where layerwise is not installed
-            return f"{type(error.cause).__name__}: {error.cause}".partition("\n")[0], str(error)
-        except self.ray.exceptions.RayError as error:
-            return f"{DIED}: {type(error).__name__}: {str(error).partition(chr(10))[0]}", ""
-
-    def _stop(self) -> None:
-        """Ask the tasks to stop, and take what they still say; those that have not begun end as they begin."""
-        self.ray.get(self.board.stop.remote())
-        deadline = time.monotonic() + STOP_SECONDS
-        while self.running and time.monotonic() < deadline:
-            self._collect(POLL_SECONDS)
-
-
-def _received(chain: Chain, delivery: Delivery) -> Finished | Skipped:
-    """Write a run that travelled into the driver's folder, unless it is there or another process works on it."""
-    folder = Runs(chain.out).folder(delivery.finished.configuration)
-    try:
-        with folder.lock():
-            if folder.record() is None:
-                write_files(folder.path, delivery.files)
-                for leftover in CHECKPOINTS:  # of an earlier attempt here
-                    (folder.path / leftover).unlink(missing_ok=True)
-    except BusyError as error:
-        return Skipped(delivery.finished.key, str(error))
-    return delivery.finished
-
-
-def _finished(chain: Chain) -> Iterator[tuple[Configuration, Files]]:
-    """Give the finished runs of a chain, whose controls may need them and which are not to be done again."""
-    runs, method = Runs(chain.out), None
-    for planned in chain.runs:
-        configuration = complete(planned, method)
-        record = runs.find(configuration) if configuration is not None else None
-        if record is not None:
-            yield record.configuration, files_of(record.folder)
-        if planned.arm.control is None:
-            method = record
-
-
-def _imported() -> Any:
-    """Import Ray, or say how to install it."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when it is imported
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "ray":
-            raise
+    if find_spec("ray") is None:
         raise UsageError(
             "engine='ray' needs the module 'ray', which is not installed: run  pip install -e '.[ray]'  in the clone"
-        ) from error
-    return ray
+        )
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when it is imported
+    import ray
+    import ray.exceptions
+    from ray.util.queue import Queue
+
+    waiting, running, failures = deque(chains), dict[int, _Task](), list[Failure]()
+    runs, threads = Runs(chains[0].out), chains[0].threads
+    chains[0].out.mkdir(parents=True, exist_ok=True)
+
+    def give(chain: Chain) -> None:
+        card, data_dir = chain.device.startswith("cuda"), chain.data_dir and chain.data_dir.resolve()
+        # Ray shows a task its own card only, under the number 0.
+        sent = replace(chain, out=chain.out.resolve(), data_dir=data_dir, device="cuda" if card else chain.device)
+        found = [_leaving(runs, record.configuration) for record in finished_runs(chain.runs, runs).values()]
+        number = min(set(range(len(running) + 1)) - running.keys())
+        task = ray.remote(num_cpus=chain.threads, num_gpus=int(card), max_retries=1)(_do)
+        reference = task.remote(sent, _Wire(number, told, stops), Path(token.name).name, versions(), found)
+        running[number] = _Task(reference, chain, chain.name)
+
+    def collect() -> None:
+        references = [task.reference for task in running.values()]
+        ended, _ = ray.wait(references, num_returns=len(references), timeout=POLL_SECONDS)
+        for number, kind, message, run in told.get_nowait_batch(told.qsize()):
+            if number not in running:  # a late word of a process that died
+                continue
+            if kind == "doing":
+                running[number].doing = message
+                continue
+            try:
+                if run is not None:
+                    _arrived(runs, run)
+                on_message(number, message)
+            except BusyError as error:
+                on_message(number, Skipped(message.key, str(error)))
+        for number, task in [(number, task) for number, task in running.items() if task.reference in ended]:
+            del running[number]
+            try:
+                ray.get(task.reference)
+                continue
+            except ray.exceptions.RayTaskError as error:
+                reason, details = f"{type(error.cause).__name__}: {error.cause}".partition("\n")[0], str(error)
+            except ray.exceptions.RayError as error:
+                reason, details = f"its process died: {type(error).__name__}: {error}".partition("\n")[0], ""
+                waiting.extendleft(filter(None, [task.chain.rest(task.doing)]))
+            failures.append(Failure(task.chain.name, task.doing, reason, details))
+            on_failure(failures[-1])
+
+    with (
+        _connected(ray, jobs, threads, address),
+        tempfile.NamedTemporaryFile(prefix=".shared-", dir=chains[0].out) as token,
+    ):
+        # One more than a cluster runs, so that no processor waits for the driver.
+        places = jobs if address is None else 1 + int(ray.cluster_resources().get("CPU", 0)) // threads
+        told, stops = Queue(actor_options={"num_cpus": 0}), Queue(actor_options={"num_cpus": 0})
+        try:
+            while (waiting or running) and not stop():
+                while waiting and len(running) < places:
+                    give(waiting.popleft())
+                collect()
+            stops.put(True)  # those that have not begun end as they begin
+            deadline = time.monotonic() + STOP_SECONDS
+            while running and time.monotonic() < deadline:
+                collect()
+        finally:
+            for task in running.values():
+                ray.cancel(task.reference, force=True)
+            told.shutdown()
+            stops.shutdown()
+    return failures
 
 
 @contextmanager
-def _connected(ray: Any, jobs: int, chain: Chain, address: str | None) -> Iterator[None]:
+def _connected(ray: Any, jobs: int, threads: int, address: str | None) -> Iterator[None]:
     """Join a cluster, or start Ray here; leave as it was found."""
-    if ray.is_initialized():  # by the person's own program
+    if ray.is_initialized():  # by the program that calls
         yield
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is not None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # Sockets lie in it, whose paths may have about a hundred letters.
+    where = "/tmp" if os.path.isdir("/tmp") else None
+    with tempfile.TemporaryDirectory(prefix="lw", dir=where, ignore_cleanup_errors=True) as place:
         try:
-            ray.init(address=address, **quiet)
+            if address is None:
+                own = {"include_dashboard": False, "object_store_memory": 2**27, "_temp_dir": place}
+                ray.init(num_cpus=jobs * threads, **own, **quiet)
+            else:
+                ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise UsageError(f"address={address!r}: {reason}; give the address that  ray start --head  told") from error
         try:
             largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
-            if largest < chain.threads:
+            if largest < threads:
                 raise UsageError(
-                    f"threads={chain.threads!r} of a run: the largest machine of the cluster has {largest:g} "
-                    "processors; use as many threads at most"
+                    f"threads={threads!r} of a run: the largest machine of the cluster has {largest:g} processors; use "
+                    "as many threads at most"
                 )
             yield
         finally:
             ray.shutdown()
-        return
-    # Sockets lie in it, whose paths may have about a hundred letters.
-    place = tempfile.mkdtemp(prefix="lw", dir="/tmp" if os.path.isdir("/tmp") else None)
-    try:
-        ray.init(
-            num_cpus=jobs * chain.threads,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=place,
-            **quiet,
-        )
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(place, ignore_errors=True)
-
-
-@contextmanager
-def _token(out: Path) -> Iterator[str]:
-    """Put a file into the folder of the runs, by which a task knows the folder again."""
-    token = f".shared-{uuid.uuid4().hex}"
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / token, token.encode())
-    try:
-        yield token
-    finally:
-        with suppress(OSError):
-            (out / token).unlink()

@@ -3,31 +3,31 @@
 A recipe is TOML: ``[constants]`` (each ``{ value = ..., source = "..." }``), ``[[subjects]]``, ``[[arms]]``,
 ``[[grids]]`` (an arm for each value of a list), ``[[paper]]`` (the paper's numbers) and ``[scales.smoke]``,
 ``[scales.reduced]``, ``[scales.full]``, which say how long and on what the runs are. ``extends`` names a recipe whose
-tables it takes over and changes. Where subjects have a ``kind``, the values of a grid and the ``phases`` of a rule may
-be tables: kind -> what its subjects have.
+tables it takes over and changes; its ``own_notes`` stand before the ``notes`` taken over. Where subjects have a
+``kind``, the values of a grid and the ``phases`` of a rule may be tables: kind -> what its subjects have.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 from layerwise.lab.errors import UsageError, nearest
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.citations import sourced
 from layerwise.lab.experiments.plan import (
     LAYOUTS,
-    QUANTITIES,
+    Arm,
     PaperValue,
     Plan,
     PlannedRun,
     Subject,
     check_names,
     check_seeds,
+    quantity_of,
+    sourced,
 )
 from layerwise.lab.experiments.rules import arguments_of, resolved, with_arguments
 from layerwise.lab.runs.configuration import Configuration, Constants
@@ -130,23 +130,30 @@ class Recipe:
         layout = content["layout"]
         if layout not in LAYOUTS:
             raise UsageError(f"layout={layout!r} of recipe {self.name}: use one of {', '.join(LAYOUTS)}")
+        paper = _paper(content, chosen, subjects, arms, full_scale=not chosen.get("paper", scale != "smoke"))
         in_epochs = runs[0].configuration.constants.epochs is not None
         return Plan(
             name=f"{self.name}-{scale}{_suffix(vary or {})}",
             title=f"Smoke test of: {content['title']}" if scale == "smoke" else content["title"],
             source=content["source"],
             layout=layout,
-            quantity=QUANTITIES[content["quantity"]],
+            quantity=quantity_of(content["quantity"]),
             columns=tuple(chosen.get("columns", content.get("columns", ()))),
             step_unit="epoch" if in_epochs else "iteration",
             subjects=tuple(subjects),
             arms=tuple(arms),
             seeds=given,
             runs=runs,
-            paper=_paper(content, subjects, arms) if chosen.get("paper", scale != "smoke") else (),
+            paper=paper,
+            beside=tuple(chosen.get("beside", content.get("beside", ()))),
             claims=tuple(content.get("claims", ())),
             constants=sourced(content, chosen, subjects, arms),
-            notes=(*chosen.get("notes", ()), *content.get("notes", ())),
+            notes=(
+                *chosen.get("notes", ()),
+                *_stand_ins(content, subjects, paper),
+                *content.get("own_notes", ()),
+                *content.get("notes", ()),
+            ),
             scale=scale,
             data_title=chosen["needs"]["data"],
         )
@@ -160,12 +167,39 @@ def _suffix(vary: Mapping[str, Sequence[Any]]) -> str:
     return "-sweep-" + re.sub(r"[^A-Za-z0-9_.,=+-]", "_", words)[:80]
 
 
-def _paper(content: Mapping[str, Any], subjects: Sequence[Subject], arms: Sequence[Arm]) -> tuple[PaperValue, ...]:
-    """Give the paper's numbers for what is run at a scale."""
-    names = {subject.name for subject in subjects}
+def _paper(
+    content: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    subjects: Sequence[Subject],
+    arms: Sequence[Arm],
+    *,
+    full_scale: bool,
+) -> tuple[PaperValue, ...]:
+    """Give the paper's numbers for what is run at a scale.
+
+    A scale's columns, and its other quantities, stand for the paper's in their order.
+    """
     compared = {name for arm in arms for name in (arm.name, arm.group)}
-    rows = [PaperValue(**row) for row in content.get("paper", ())]
-    return tuple(row for row in rows if row.subject in names and row.arm in compared)
+    steps, besides = (
+        dict(zip(content.get(name, ()), chosen.get(name, ()), strict=False)) for name in ("columns", "beside")
+    )
+    return tuple(
+        PaperValue(**{**row, "subject": subject.name, "full_scale": full_scale, "step": step, "quantity": quantity})
+        for subject in subjects
+        for row in content.get("paper", ())
+        if row["subject"] == (subject.stands_for or subject.name) and row["arm"] in compared and not subject.varied
+        for step in [steps.get(row.get("step"), row.get("step"))]
+        for quantity in [besides.get(row.get("quantity"), row.get("quantity", ""))]
+    )
+
+
+def _stand_ins(content: Mapping[str, Any], subjects: Sequence[Subject], paper: Sequence[PaperValue]) -> Iterator[str]:
+    """Say of which of the paper's subjects the numbers beside a smaller one are."""
+    words = {row["name"]: row["words"] for row in content["subjects"]}
+    shown = {row.subject for row in paper}
+    for subject in subjects:
+        if subject.stands_for and subject.name in shown:
+            yield f"The paper's numbers beside {subject.words} are those of {words[subject.stands_for]}."
 
 
 def _configuration(base: Mapping[str, Any], subject: Subject, arm: Arm) -> Configuration:

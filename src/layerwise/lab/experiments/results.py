@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import polars
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.plan import PaperValue, Plan
+from layerwise.lab.experiments.plan import Arm, PaperValue, Plan, Quantity, quantity_of
 from layerwise.lab.runs.record import read_tables
 from layerwise.lab.runs.records import Record
 from layerwise.lab.stats.comparison import Comparison, Pair, judge
-
-if TYPE_CHECKING:
-    import polars
 
 Key = tuple[str, str, int]
 Made = TypeVar("Made")
@@ -144,18 +142,22 @@ class Results:
         Returns:
             Seeds without this step are left out.
         """
-        quantity = self.plan.quantity.name
+        quantity = self.plan.quantity
         found = {}
         for seed, record in self.of(subject, arm).items():
             if record.diverged:
                 continue
-            if quantity == "seconds":
+            if quantity.name == "seconds":
                 found[seed] = record.summary["seconds"] - record.summary["test_seconds"]
+            elif quantity.take != "last":
+                value = _taken(quantity, self.series((subject, arm, seed), quantity.name))
+                if value is not None:
+                    found[seed] = value
             elif step is None:
-                if record.summary["finals"].get(quantity) is not None:
-                    found[seed] = record.summary["finals"][quantity]
+                if record.summary["finals"].get(quantity.name) is not None:
+                    found[seed] = record.summary["finals"][quantity.name]
             else:
-                value = dict(self.series((subject, arm, seed), quantity)).get(step)
+                value = dict(self.series((subject, arm, seed), quantity.name)).get(step)
                 if value is not None:
                     found[seed] = value
         return found
@@ -254,14 +256,23 @@ class Results:
     def paper(self, subject: str, arm: str, step: int | None = None) -> PaperValue | None:
         """Give the paper's number for a cell, or None."""
         for value in self.plan.paper:
-            if (value.subject, value.arm, value.step) == (subject, arm, step):
+            if (value.subject, value.arm, value.step, value.quantity) == (subject, arm, step, ""):
                 return value
         return None
 
+    def beside(self) -> list[Results]:
+        """Give the same runs under each of the plan's other quantities, to be shown and compared in the same way."""
+        found = []
+        for name in self.plan.beside:
+            quantity = quantity_of(name)
+            paper = tuple(replace(row, quantity="") for row in self.plan.paper if row.quantity == name)
+            columns = self.plan.columns if quantity.take == "last" else ()
+            plan = replace(self.plan, quantity=quantity, columns=columns, paper=paper, beside=())
+            found.append(Results(plan, self.records, self._series, self.tables))
+        return found
+
     def frame(self) -> polars.DataFrame:
         """Gather every number in one long table: subject, arm, seed, step, epoch, quantity, layer, value, diverged."""
-        import polars
-
         keys = sorted(self.records)
         if not keys:
             return polars.DataFrame()
@@ -273,39 +284,48 @@ class Results:
         before = polars.DataFrame([column.gather(of) for column in told])
         return before.hstack(polars.concat(frames).get_columns()).hstack([diverged.gather(of)])
 
-    def table(self) -> polars.DataFrame:
-        """Give the table of the plan's quantity beside the paper's: a row a subject, arm and column."""
-        import polars
-
-        rows: list[dict[str, Any]] = []
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Give the rows of the table of the plan's own quantity."""
+        quantity = self.plan.quantity
         for subject in self.plan.subjects:
             for arm in self.plan.arms_of(subject.name):
                 for step, cell in zip(self.plan.columns or (None,), self.cells(subject.name, arm.name), strict=True):
                     paper = self.paper(subject.name, arm.name, step)
-                    rows.append(
-                        {
-                            "subject": subject.name,
-                            "arm": arm.name,
-                            "group": arm.group or None,
-                            "value": arm.value,
-                            "step": step,
-                            "quantity": self.plan.quantity.name,
-                            "mean": cell.mean if cell and cell.count else None,
-                            "sd": cell.sd if cell and cell.count > 1 else None,
-                            "seeds": cell.count if cell else 0,
-                            "diverged": cell.diverged if cell else 0,
-                            "paper_mean": paper.mean if paper else None,
-                            "paper_sd": paper.sd if paper else None,
-                        }
-                    )
+                    yield {
+                        "subject": subject.name,
+                        "arm": arm.name,
+                        "group": arm.group or None,
+                        "value": arm.value,
+                        "step": step,
+                        "quantity": quantity.name if quantity.take == "last" else quantity.words,
+                        "mean": cell.mean if cell and cell.count else None,
+                        "sd": cell.sd if cell and cell.count > 1 else None,
+                        "seeds": cell.count if cell else 0,
+                        "diverged": cell.diverged if cell else 0,
+                        "paper_mean": paper.mean if paper else None,
+                        "paper_sd": paper.sd if paper else None,
+                    }
+
+    def table(self) -> polars.DataFrame:
+        """Give the tables of the plan's quantities beside the paper's: a row a quantity, subject, arm and column."""
+        import polars
+
+        rows = [row for results in (self, *self.beside()) for row in results.rows()]
         floats = dict.fromkeys(("value", "mean", "sd", "paper_mean", "paper_sd"), polars.Float64)
         return polars.DataFrame(rows, schema_overrides={**floats, "step": polars.Int64, "group": polars.String})
+
+
+def _taken(quantity: Quantity, pairs: Sequence[tuple[int, float]]) -> float | None:
+    """Give the best value after the first update, or the first step at which a level is reached; None without one."""
+    trained = [(step, value) for step, value in pairs if step > 0]
+    if quantity.take == "first":
+        return next((float(step) for step, value in trained if value >= quantity.level), None)
+    return (max if quantity.higher_is_better else min)((value for _, value in trained), default=None)
 
 
 def places_of(frames: Sequence[polars.DataFrame]) -> polars.Series:
     """Give for each row of all tables together the place of its table."""
     import numpy
-    import polars
 
     heights = [frame.height for frame in frames]
     return polars.Series("place", numpy.repeat(numpy.arange(len(frames), dtype=numpy.uint32), heights))
@@ -313,3 +333,72 @@ def places_of(frames: Sequence[polars.DataFrame]) -> polars.Series:
 
 def _no_cells(results: Results) -> dict[tuple[str, str, int | None], Cell | None]:
     return {}
+
+
+SCHEMA = {"layer": polars.String, "step": polars.Int64, "value": polars.Float64}
+
+
+def layer_means(results: Results, subject: str, arm: str, quantity: str) -> polars.DataFrame:
+    """Give the mean over seeds of a layer's quantity.
+
+    Args:
+        results: the finished runs.
+        subject: its name.
+        arm: its name.
+        quantity: of the metrics.
+
+    Returns:
+        Layer, step, value, in the order in which they were recorded; empty if it was not.
+    """
+    return results.once(_means_by_arm).get((subject, arm, quantity), polars.DataFrame(schema=SCHEMA))
+
+
+def layer_ranges(results: Results, quantity: str) -> dict[tuple[str, str], dict[str, tuple[float, float, float]]]:
+    """Give mean, smallest and largest value of every layer over the steps, of the means over seeds that are numbers.
+
+    Args:
+        results: the finished runs, at least one.
+        quantity: of the metrics.
+
+    Returns:
+        Subject and arm -> layer -> mean, smallest, largest.
+    """
+    arms, means = results.once(_means_of_layers)
+    rows = (
+        means.lazy()
+        .filter((polars.col("quantity") == quantity) & polars.col("value").is_not_nan())
+        .group_by("arm", "layer", maintain_order=True)
+        .agg(polars.mean("value"), polars.min("value").alias("low"), polars.max("value").alias("high"))
+        .collect()
+    )
+    found: dict[tuple[str, str], dict[str, tuple[float, float, float]]] = {}
+    for place, layer, mean, low, high in rows.iter_rows():
+        found.setdefault(arms[place], {})[layer] = mean, low, high
+    return found
+
+
+def _means_of_layers(results: Results) -> tuple[list[tuple[str, str]], polars.DataFrame]:
+    """Give subjects with arms, and the means over seeds: place of the arm, quantity, layer, step, value."""
+    arms = list(dict.fromkeys((subject, arm) for subject, arm, _ in results.records))
+    keys = [(place, (*arm, seed)) for place, arm in enumerate(arms) for seed in results.of(*arm)]
+    frames = [results.metrics(key) for _, key in keys]
+    places = polars.Series("arm", [place for place, _ in keys], polars.UInt32)
+    means = (
+        polars.concat(frames)
+        .with_columns(places.gather(places_of(frames)))
+        .lazy()
+        .filter(polars.col("layer").is_not_null())
+        .group_by("arm", "quantity", "layer", "step", maintain_order=True)
+        .agg(polars.col("value").mean())
+        .collect()
+    )
+    return arms, means
+
+
+def _means_by_arm(results: Results) -> dict[tuple[str, str, str], polars.DataFrame]:
+    """Give the means of the layers: subject, arm, quantity -> layer, step, value."""
+    if not results.records:
+        return {}
+    arms, means = results.once(_means_of_layers)
+    parts = means.partition_by("arm", "quantity", as_dict=True, include_key=False, maintain_order=True)
+    return {(*arms[place], quantity): rows for (place, quantity), rows in parts.items()}

@@ -11,8 +11,13 @@ from layerwise import rules
 from layerwise.lab.errors import UsageError
 from layerwise.rules.selection import LayerChoice
 
-PHASES = {"params_1": rules.PARAMS_1, "params_2": rules.PARAMS_2}
-"""Phases of Basodi et al. 2023, section 4, by name."""
+PHASES = {
+    "params_1": rules.PARAMS_1,
+    "params_2": rules.PARAMS_2,
+    "params_1_to_the_end": (*rules.PARAMS_1[:2], rules.Phase(150, amplify=True)),
+    "params_2_to_the_end": (*rules.PARAMS_2[:2], rules.Phase(150, amplify=True)),
+}
+"""Phases of Basodi et al. 2023, section 4, by name, and the same without the plain epochs at the end."""
 
 
 def public(base: type) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Carrying out a plan: what is finished is found, the rest is done side by side, and every run is kept as it ends."""
+"""Carrying out a plan, and its outcome: finished runs are found, the rest is done and kept run by run."""
 
 from __future__ import annotations
 
@@ -7,22 +7,161 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiments.chain import Advance, Chain, Finished, Memory, Skipped, complete
-from layerwise.lab.experiments.outcome import Display, Outcome, Settings
+from layerwise.lab.experiments.chain import Advance, Chain, Finished, Memory, Skipped, do_placed, finished_runs
 from layerwise.lab.experiments.plan import Plan, PlannedRun
 from layerwise.lab.experiments.pool import Failure, Interrupt, run_jobs
 from layerwise.lab.experiments.results import Results
-from layerwise.lab.experiments.work import do_placed
 from layerwise.lab.runs.files import OwnFolder, check_page, refuse_links
 from layerwise.lab.runs.folder import Runs
-from layerwise.lab.runs.locks import locked
+from layerwise.lab.runs.locks import alone_in
+from layerwise.lab.runs.records import Record
 from layerwise.lab.runs.store import usable_cores
-from layerwise.lab.training.devices import card_count, default_jobs, loader_count, memory_words
+from layerwise.lab.training.devices import card_count, check_device, default_jobs, loader_count, memory_words
+
+LARGEST_JOBS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a plan is carried out.
+
+    Attributes:
+        out: folder of the runs and the reports.
+        data_dir: folder of the data, or None.
+        jobs: processes side by side; None for one a GPU, and on the CPU for as many as the cores take.
+        threads: of each process; None for the plan's, which is 1. Another number rounds otherwise: other runs.
+        device: where networks are trained.
+        engine: ``"local"`` or ``"ray"``.
+        address: of the Ray cluster; None starts one here.
+    """
+
+    out: Path = Path("runs")
+    data_dir: Path | None = None
+    jobs: int | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    engine: str = "local"
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.jobs is not None and not 1 <= self.jobs <= LARGEST_JOBS:
+            raise UsageError(
+                f"jobs={self.jobs!r}: must be from 1 to {LARGEST_JOBS}; leave --jobs out to use every core or GPU"
+            )
+        if self.threads is not None and not 1 <= self.threads <= LARGEST_JOBS:
+            raise UsageError(f"threads={self.threads!r}: must be from 1 to {LARGEST_JOBS}")
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"out={str(self.out)!r} is a file: give a folder, or a name that does not exist yet")
+        if self.engine not in ("local", "ray"):
+            raise UsageError(f"engine={self.engine!r}: use 'local' or 'ray'")
+        check_device(self.device, here=self.engine == "local")
+
+
+class Display:
+    """Where an experiment says what happens; this one says nothing."""
+
+    def begin(self, outcome: Outcome, workers: int) -> None:
+        """The plan is made and the finished runs are found."""
+
+    def advance(self, worker: int, run: str, done: int, total: int | None) -> None:
+        """A worker has done so many updates of a run."""
+
+    def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
+        """A run is finished with this result, in words."""
+
+    def stopping(self) -> None:
+        """The user has interrupted it; running processes write their checkpoints."""
+
+    def say(self, words: str) -> None:
+        """The user must know this."""
+
+    def end(self) -> None:
+        """No run is worked on any more."""
+
+
+@dataclass
+class Outcome:
+    """What came of an experiment.
+
+    Attributes:
+        plan: what was to be done.
+        settings: how.
+        results: the finished runs.
+        found: runs that were finished before.
+        set_aside: broken files that were renamed.
+        failures: runs that failed.
+        alike: every arm's first run failed in the same way, so that no further one was begun.
+        skipped: runs that another process works on.
+        interrupted: the user stopped it.
+        seconds: wall clock time.
+        jobs: number of processes.
+    """
+
+    plan: Plan
+    settings: Settings
+    results: Results
+    found: int = 0
+    set_aside: list[Path] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    alike: bool = False
+    skipped: list[str] = field(default_factory=list)
+    interrupted: bool = False
+    seconds: float = 0.0
+    jobs: int = 1
+
+    @property
+    def planned(self) -> int:
+        """Number of runs of the whole plan."""
+        return len(self.plan.runs)
+
+    @property
+    def not_begun(self) -> int:
+        """Number of runs that were not begun because those before them had all failed in the same way."""
+        failed = {failure.doing for failure in self.failures}
+        left = [run for run in self.plan.runs if run.key not in self.results.records and run.label not in failed]
+        return len(left) if self.alike else 0
+
+    def causes(self) -> list[list[Failure]]:
+        """Put the failures of one cause together."""
+        found: dict[str, list[Failure]] = {}
+        for failure in self.failures:
+            found.setdefault(failure.kind, []).append(failure)
+        return list(found.values())
+
+    @property
+    def complete(self) -> bool:
+        """Every run is finished."""
+        return len(self.results.records) == self.planned
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the report, the tables and the figures."""
+        return self.settings.out / self.plan.name
+
+    @property
+    def report(self) -> Path:
+        """File of the report."""
+        return self.folder / "report.html"
+
+    @property
+    def exit_code(self) -> int:
+        """0, 1 if a run failed or is left, 130 if interrupted."""
+        return 130 if self.interrupted else 0 if self.complete else 1
+
+    def result_words(self, record: Record) -> str:
+        """Give the result of a run in words."""
+        quantity = self.plan.quantity
+        if record.diverged:
+            return "diverged"
+        if quantity.name == "seconds":
+            return f"{record.summary['seconds']:.0f} s"
+        value = record.summary["finals"].get(quantity.name)
+        return "no result" if value is None else f"{value:.4g} {quantity.unit} {quantity.words}".replace("  ", " ")
 
 
 def load_finished(plan: Plan, runs: Runs) -> Results:
@@ -37,14 +176,7 @@ def load_finished(plan: Plan, runs: Runs) -> Results:
     """
     results = Results(plan)
     for chain in plan.chains():
-        method = None
-        for planned in chain:
-            configuration = complete(planned, method)
-            record = runs.find(configuration) if configuration is not None else None
-            if record is not None:
-                results.records[planned.key] = record
-            if planned.arm.control is None:
-                method = record
+        results.records |= finished_runs(chain, runs)
     return results
 
 
@@ -189,7 +321,7 @@ def carry_out(
             display.stopping()
         return interrupt.requested or outcome.alike
 
-    # Processes that share runs are ended by SIGTERM when one of them has died: there is nobody to wait for then.
+    # Processes that share runs are ended by SIGTERM when one of them has died: no other process would do so.
     with Interrupt(*([signal.SIGTERM] if engine is None else [])) as interrupt:
         display.begin(outcome, outcome.jobs)
         try:
@@ -230,8 +362,8 @@ def _check_writable(out: Path, name: str) -> None:
     """Refuse a folder in which runs and pages cannot be written, before anything is trained."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as probe:
-            locked(probe, out)
+        with tempfile.TemporaryDirectory(dir=out) as probe, alone_in(Path(probe)):
+            pass
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"out={str(out)!r} cannot be written ({reason}): give another folder with --out") from error

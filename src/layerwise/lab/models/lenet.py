@@ -1,4 +1,4 @@
-"""Caffe's LeNet, the network of the MNIST experiments of Singh et al. 2015, section V-A."""
+"""Caffe's LeNet, the network of the MNIST experiments of Singh et al. 2015, section IV."""
 
 from __future__ import annotations
 

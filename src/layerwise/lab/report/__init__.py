@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from layerwise.lab.experiments.outcome import Outcome
+    from layerwise.lab.experiments.runner import Outcome
 
 
 def write(

@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.outcome import Outcome, Settings
-from layerwise.lab.experiments.plan import Plan, PlannedRun, Subject
+from layerwise.lab.experiments.plan import Arm, Plan, PlannedRun, Subject
 from layerwise.lab.experiments.results import Key, Results
+from layerwise.lab.experiments.runner import Outcome, Settings
 from layerwise.lab.report.families import grouped
 from layerwise.lab.report.found import RUNS, Found, find
 from layerwise.lab.report.judged import judged

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 import layerwise
-from layerwise.lab.printing import shown
+from layerwise.lab.errors import shown
 from layerwise.lab.report.charts import HEIGHT, WIDTH
 from layerwise.lab.report.drawing import Drawing, vega
 from layerwise.lab.report.looks import COLOURS
@@ -18,10 +18,8 @@ from layerwise.lab.report.maps import COLUMNS, VIRIDIS, Grid, Scale, heat_map
 from layerwise.lab.report.templates import template
 from layerwise.lab.runs.files import check_page
 from layerwise.lab.runs.store import write_whole
-from layerwise.lab.tasks.checkup import Checkup
-from layerwise.lab.tasks.doctor import Examination
-from layerwise.lab.tasks.findings import EXPLODING, FAR, HIGH_RATIO, LOW_RATIO, VANISHING
-from layerwise.lab.tasks.layer_numbers import LayerNumbers
+from layerwise.lab.tasks.doctor import Checkup, Examination
+from layerwise.lab.tasks.findings import EXPLODING, FAR, HIGH_RATIO, LOW_RATIO, VANISHING, LayerNumbers
 from layerwise.sinks import Record
 
 QUANTITIES = {

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerwise.lab.printing import shown
+from layerwise.lab.errors import shown
 from layerwise.lab.report.looks import COLOURS, Look
 from layerwise.lab.report.renderer import renderer
 from layerwise.lab.report.words import capital

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from layerwise.lab.meter import Meter
-from layerwise.lab.printing import columns, shown
+from layerwise.lab.errors import columns, shown
+from layerwise.lab.progress import Meter
 from layerwise.lab.report import checked
 from layerwise.lab.report.terminal import finite
-from layerwise.lab.tasks import compare
-from layerwise.lab.tasks.doctor import Examination
+from layerwise.lab.tasks import task as tasks
+from layerwise.lab.tasks.doctor import Examination, examine
 
 if TYPE_CHECKING:
     from layerwise.lab import options
@@ -39,7 +39,7 @@ def run(asked: options.Doctor, arguments: Sequence[str], program: str) -> int:
     checked.place_of(label, asked.out)  # before anything is trained
     target = None if asked.json or asked.quiet else Console(stderr=True, highlight=False)
     with Meter(target, "training", "updates") as meter:
-        found = compare.doctor(asked.task, steps=asked.steps, seconds=asked.seconds, advance=meter.show)
+        found = examine(tasks.load(asked.task), steps=asked.steps, seconds=asked.seconds, advance=meter.show)
     page = checked.write(label, shlex.join(["layerwise", *arguments]), found, asked.out)
     code = 1 if found.problems else 0
     if asked.json:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.plan import Arm
 
 SIDES = {"upper": "case 1", "both": "case 2"}
 MEASURES = {"G": "G", "G_prime": "G′"}

@@ -10,8 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerwise.lab.experiments.outcome import Outcome
-from layerwise.lab.printing import shown
+from layerwise.lab.errors import shown
+from layerwise.lab.experiments.runner import Outcome
 from layerwise.lab.report.drawing import Drawing
 from layerwise.lab.report.found import RUNS
 from layerwise.lab.report.headline import headline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from layerwise.lab.experiments.outcome import Outcome
+from layerwise.lab.experiments.runner import Outcome
 from layerwise.lab.report.verdicts import Verdict, verdicts
 from layerwise.lab.report.words import capital, place_words
 from layerwise.lab.stats.comparison import MINIMUM_PAIRS

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.layer_means import layer_ranges
-from layerwise.lab.experiments.results import Results
+from layerwise.lab.experiments.plan import Arm
+from layerwise.lab.experiments.results import Results, layer_ranges
 from layerwise.lab.report.charts import representatives
 from layerwise.lab.report.drawing import Drawing, slugs
 from layerwise.lab.report.maps import COLUMNS, Grid, Scale, choices, grid, heat_map

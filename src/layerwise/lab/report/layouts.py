@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.plan import PaperValue, Plan, Quantity
+from layerwise.lab.experiments.plan import Arm, PaperValue, Plan, Quantity
 from layerwise.lab.experiments.results import Results
 from layerwise.lab.report.sheets import (
     Entry,
@@ -23,7 +22,7 @@ from layerwise.lab.report.sheets import (
     paper_words,
     steps,
 )
-from layerwise.lab.report.words import capital, item_of, item_words, number, plain_arm, value_words
+from layerwise.lab.report.words import capital, item_of, item_words, last_step, number, plain_arm, value_words
 from layerwise.lab.stats.wording import listed
 
 LARGEST_CHOICES = 20_000
@@ -39,8 +38,33 @@ def sheet(results: Results) -> Sheet:
     Returns:
         The table.
     """
+    return results.once(_with_others)
+
+
+def _with_others(shown: Results) -> Sheet:
+    """Put the tables of a plan's other quantities below its own, with what comparing them with plain shows."""
     makers: dict[str, Callable[[Results], Sheet]] = {"thresholds": _thresholds, "best": _best, "times": _times}
-    return results.once(makers.get(results.plan.layout, steps))
+    make = makers.get(shown.plan.layout, steps)
+    whole = make(shown)
+    sections, notes = list(whole.sections), list(whole.notes)
+    for results in shown.beside():
+        plan, other = results.plan, make(results)
+        blank = [Entry("")] * (len(whole.columns) - len(other.columns))
+        unit = f", {plan.quantity.unit}" if plan.quantity.unit else ""
+        sections += [
+            (
+                f"{title}: {plan.quantity.words}{unit}".removeprefix(": "),
+                tuple(replace(row, entries=(*blank, *row.entries)) for row in rows),
+            )
+            for title, rows in other.sections
+        ]
+        notes += [note for note in other.notes if note not in notes]
+        for (subject, arm, against, step), each in results.comparisons().items():
+            if step == last_step(plan) and against == plan.arm(arm).against[0]:
+                more = relative_times(results, subject, [plan.arm(arm)], results.values(subject, against))
+                percent = f" ({_percent(statistics.fmean(more))})" if plan.quantity.take == "first" and more else ""
+                notes.append(f"{plan.subject(subject).words}, {plan.quantity.words}{percent}: {each.sentence}")
+    return replace(whole, sections=tuple(sections), notes=tuple(notes))
 
 
 def groups_of(plan: Plan, subject: str) -> dict[str, list[Arm]]:
@@ -180,7 +204,6 @@ def _times(results: Results) -> Sheet:
     for subject in plan.subjects:
         plain = plain_arm(plan, subject.name)
         base = results.values(subject.name, plain.name) if plain else {}
-        paper_base = results.paper(subject.name, plain.name) if plain else None
         entries = []
         for item in columns:
             members = [arm for arm in plan.arms_of(subject.name) if item_of(arm) == item]
@@ -192,10 +215,8 @@ def _times(results: Results) -> Sheet:
             more = relative_times(results, subject.name, members, base)
             sd = f"± {statistics.stdev(more):.1f}" if len(more) > 1 else ""
             lines: tuple[tuple[str, str], ...] = ()
-            if paper and paper_base and paper.mean and paper_base.mean:
-                lines = (("paper", _percent(100.0 * (paper.mean / paper_base.mean - 1.0))),)
-            elif paper and paper.mean is None:
-                lines = (("paper", "lost"),)
+            if paper:
+                lines = ((paper.label, paper.gain or paper_words(paper, plan.quantity)),)
             entries.append(Entry(f"{_percent(statistics.fmean(more))}" if more else "–", sd, lines))
         rows.append(Row(subject.words, tuple(entries), "", missing(results, subject.name, plan.arms_of(subject.name))))
     lead = (

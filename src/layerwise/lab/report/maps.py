@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from layerwise.lab.experiments.layer_means import layer_means
-from layerwise.lab.experiments.results import Results
+from layerwise.lab.experiments.results import Results, layer_means
 from layerwise.lab.report.drawing import LETTER, Drawing, shortened
 
 VIRIDIS = (

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.outcome import Outcome
-from layerwise.lab.experiments.plan import Plan
+from layerwise.lab.experiments.plan import Arm, Plan
+from layerwise.lab.experiments.runner import Outcome
 from layerwise.lab.report.charts import MOST_LINES, MOST_SUBJECTS, representatives
 from layerwise.lab.report.words import value_words
 from layerwise.lab.stats.comparison import MINIMUM_PAIRS

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import layerwise
-from layerwise.lab.experiments.outcome import Outcome
 from layerwise.lab.experiments.results import Results
+from layerwise.lab.experiments.runner import Outcome
 from layerwise.lab.report import charts, layers, maps, sweeps
 from layerwise.lab.report.drawing import Drawing, slugs
 from layerwise.lab.report.headline import headline

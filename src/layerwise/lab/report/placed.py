@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerwise.lab.experiments.arms import FACTORS_ALONE, Control
+from layerwise.lab.experiments.plan import FACTORS_ALONE, Control
 from layerwise.lab.runs.records import Record
 
 CORE = (

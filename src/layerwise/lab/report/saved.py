@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.plan import LAYOUTS, PaperValue, Plan, PlannedRun, Quantity, Subject
+from layerwise.lab.experiments.plan import LAYOUTS, Arm, PaperValue, Plan, PlannedRun, Quantity, Subject
 from layerwise.lab.experiments.results import Key, Results
 from layerwise.lab.report.found import listed_place, run_list, skipped
 from layerwise.lab.runs.configuration import Configuration

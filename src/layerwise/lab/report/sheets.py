@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.plan import PaperValue, Plan, Quantity
+from layerwise.lab.experiments.plan import Arm, PaperValue, Plan, Quantity
 from layerwise.lab.experiments.results import Cell, Results
 from layerwise.lab.report.words import capital, item_of, item_words, number
 
@@ -93,12 +92,12 @@ def entry(cell: Cell | None, quantity: Quantity, paper: PaperValue | None = None
     Returns:
         The entry.
     """
-    lines = ((("paper", paper_words(paper, quantity)),)) if paper is not None else ()
+    lines = ((paper.label, paper_words(paper, quantity)),) if paper is not None else ()
     if cell is None or not cell.count:
         return Entry(lines=lines)
     spread = f"± {number(cell.sd, quantity, cell.sd)}" if math.isfinite(cell.sd) else ""
     off = None
-    if paper is not None and paper.mean is not None and paper.sd:
+    if paper is not None and paper.mean is not None and paper.sd and not paper.full_scale:
         off = (cell.mean - paper.mean) / paper.sd
     return Entry(number(cell.mean, quantity, cell.sd), spread, lines, off)
 
@@ -106,9 +105,10 @@ def entry(cell: Cell | None, quantity: Quantity, paper: PaperValue | None = None
 def paper_words(paper: PaperValue, quantity: Quantity) -> str:
     """Write a number of the paper."""
     if paper.mean is None:
-        return "lost"
+        return "a curve" if "a curve only" in paper.note else "lost"
     sd = "" if paper.sd is None else f" ± {number(paper.sd, quantity, paper.sd)}"
-    return number(paper.mean, quantity, paper.sd or math.nan) + sd
+    gain = f" ({paper.gain})" if paper.gain else ""
+    return number(paper.mean, quantity, paper.sd or math.nan) + sd + gain
 
 
 def missing(results: Results, subject: str, arms: Sequence[Arm]) -> str:
@@ -132,16 +132,14 @@ def notes_of(plan: Plan, used: Sequence[PaperValue]) -> tuple[str, ...]:
     """Give what the paper's values have to say, and those that no cell of the table shows."""
     notes = list(dict.fromkeys(value.note for value in used if value.note))
     for value in plan.paper:
-        if value not in used:
+        if value not in used and not value.quantity:
             names = {subject.name: subject.words for subject in plan.subjects}
             arms = {arm.name: arm.words for arm in plan.arms} | item_words(plan)
             if value.subject not in names or value.arm not in arms:
                 continue
             step = "" if value.step is None else f" after {plan.step_unit} {value.step:,}"
-            note = f": {value.note}" if value.note else ""
-            notes.append(
-                f"Paper, {names[value.subject]}, {arms[value.arm]}{step}: {paper_words(value, plan.quantity)}{note}"
-            )
+            said = paper_words(value, plan.quantity) + (f": {value.note}" if value.note else "")
+            notes.append(f"{capital(value.label)}, {names[value.subject]}, {arms[value.arm]}{step}: {said}")
     return tuple(notes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from layerwise.lab.experiments.arms import Arm
+from layerwise.lab.experiments.plan import Arm
 from layerwise.lab.experiments.results import Results
 from layerwise.lab.report.words import item_of, last_step, value_words
 from layerwise.lab.stats.comparison import MINIMUM_PAIRS, NONE, Comparison

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from layerwise.lab.experiments.arms import Arm
-from layerwise.lab.experiments.plan import Plan, Quantity
+from layerwise.lab.experiments.plan import Arm, Plan, Quantity
 
 FOUND = (
     "Made from runs found, not from a plan: the comparisons were chosen after the runs, so the verdicts weigh less "
@@ -55,6 +54,8 @@ def number(value: float, quantity: Quantity, sd: float = math.nan) -> str:
     """
     if not math.isfinite(value):
         return str(value)
+    if quantity.take == "first":
+        return f"{value:,.0f}"
     if quantity.unit == "%":
         return f"{value:.2f}"
     if math.isfinite(sd) and sd > 0:

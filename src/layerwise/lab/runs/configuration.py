@@ -60,6 +60,7 @@ class Constants:
             fraction; ``"bfloat16"`` is autocast, with weights and updates in float32.
         memory_format: layout of the convolutions, one of ``MEMORY_FORMATS``.
         compile: whether ``torch.compile`` makes the network's kernels.
+        training_accuracy: whether the accuracy on the training batches is recorded at the end of each epoch.
         timed: the running time is what is asked for, so the run is not shared with recipes that do not ask for it.
     """
 
@@ -92,6 +93,7 @@ class Constants:
     precision: str = "float32"
     memory_format: str = "channels_last"
     compile: bool = False
+    training_accuracy: bool = False
     timed: bool = False
 
     def __post_init__(self) -> None:
@@ -120,6 +122,8 @@ class Constants:
                 "order='sequential' goes on without end and has no epochs: give iterations and test_every, or "
                 "order='shuffled'"
             )
+        if self.order == "sequential" and self.training_accuracy:
+            raise UsageError("training_accuracy=True with order='sequential', which has no epochs: use 'shuffled'")
         if self.order == "sequential" and self.policy_unit == "epoch":
             raise UsageError("policy_unit='epoch' with order='sequential', which has no epochs: use 'iteration'")
         if self.policy == "poly" and (self.policy_unit == "epoch") != (self.epochs is not None):

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,15 +23,8 @@ from layerwise.lab.runs.store import digest_of, read_signed, signed, write_whole
 FILES = "files.json"
 """Lists the files that the lab has written into a folder."""
 
-BEFORE = (
-    *("report.html", "table.md", "plan.json", "runs.json"),
-    *("tables/table.parquet", "tables/metrics.parquet", "tables/comparisons.parquet"),
-)
-"""The files, besides figures, of an earlier version that wrote no ``files.json``."""
-
 GENERATOR = b'<meta name="generator" content="layerwise">'
-GENERATOR_BEFORE = (b"style-src 'unsafe-inline'; img-src data:", "· layerwise".encode())
-"""Texts that identify a page of this version, and one of an earlier version."""
+"""Text that identifies a page of the lab."""
 
 LEFTOVER_SECONDS = 3600.0
 """Age from which a half-written file counts as abandoned."""
@@ -64,10 +57,9 @@ def refuse_links(folder: Path, above: Path, option: str = "--out") -> None:
 def is_page(path: Path) -> bool:
     """Tell whether a file is a page that the lab has written."""
     try:
-        head = next(parts(path, LARGEST_PAGE), b"")[:HEAD]
+        return GENERATOR in next(parts(path, LARGEST_PAGE), b"")[:HEAD]
     except (OSError, ValueError):
         return False
-    return GENERATOR in head or all(words in head for words in GENERATOR_BEFORE)
 
 
 def check_page(path: Path, above: Path) -> None:
@@ -116,13 +108,6 @@ class OwnFolder:
             return {}
         if not held:
             return {}
-        if FILES not in held:
-            try:  # a folder of an earlier version
-                if "configurations" in read_signed(self.path / "plan.json"):
-                    return {name: "" for name in (*BEFORE, *self._figures()) if _is_inside(name)}
-            except (OSError, ValueError):
-                pass
-            raise other
         try:
             names = read_signed(self.path / FILES)["files"]
         except (OSError, ValueError, KeyError):
@@ -131,11 +116,6 @@ class OwnFolder:
         if not good:
             raise other
         return names
-
-    def _figures(self) -> Iterator[str]:
-        """Give the figures of an earlier version, which may be overwritten by figures of the same name."""
-        with suppress(OSError):
-            yield from (f"figures/{name}" for name in os.listdir(self.path / "figures"))
 
     def check(self, names: Iterable[str]) -> None:
         """Refuse names of files that the lab has not written, before anything is written.

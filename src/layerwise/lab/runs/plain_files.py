@@ -1,10 +1,12 @@
-"""Plain files read in parts, up to a size; links, pipes, devices and folders are refused."""
+"""Plain files read up to a size; links, pipes, devices and folders are refused."""
 
 from __future__ import annotations
 
 import os
 import stat
 from collections.abc import Iterator
+
+from layerwise.lab.errors import UsageError
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -17,13 +19,16 @@ KINDS = {
 
 
 def parts(path: str | os.PathLike[str], most: int, *, links: bool = False) -> Iterator[bytes]:
-    """Read a plain file of at most `most` bytes in parts; a small file comes in one.
+    """Read a file of unknown origin in parts; a small file comes in one.
 
-    With `links` the path itself may be a link, as to data that several users share.
+    Args:
+        path: the file.
+        most: bytes that it may have.
+        links: whether it may be a link, as users' own data may be.
 
     Raises:
-        OSError: The file does not exist or cannot be read.
-        ValueError: It is a link, a pipe, a device or a folder, or larger than `most`.
+        OSError: it is not there or cannot be read.
+        UsageError: it is no plain file, or larger.
     """
     name = os.fspath(path)
     # Without O_NONBLOCK opening a pipe waits for a writer; O_BINARY exists on Windows.
@@ -32,12 +37,12 @@ def parts(path: str | os.PathLike[str], most: int, *, links: bool = False) -> It
         file = os.open(name, flags | (0 if links else getattr(os, "O_NOFOLLOW", 0)))
     except OSError as error:
         if not isinstance(error, FileNotFoundError) and (kind := kind_of(name)):
-            raise ValueError(f"{name}: is {kind}, not a plain file") from error
+            raise UsageError(f"{name}: is {kind}, not a plain file") from error
         raise
     try:
         about = os.fstat(file)
         if kind := _kind(about.st_mode):
-            raise ValueError(f"{name}: is {kind}, not a file")
+            raise UsageError(f"{name}: is {kind}, not a file")
         length = 0
         # One byte more than the file's length, since it may have grown.
         while about.st_size <= most and (part := os.read(file, min(about.st_size + 1, 1 << 22))):
@@ -46,15 +51,15 @@ def parts(path: str | os.PathLike[str], most: int, *, links: bool = False) -> It
                 break
             yield part
         if max(length, about.st_size) > most:
-            raise ValueError(f"{name}: has more than {most:,} bytes, more than such a file may have")
+            raise UsageError(f"{name}: has more than {most:,} bytes, more than such a file may have")
     except OSError as error:
         raise type(error)(error.errno, error.strerror, name) from error
     finally:
         os.close(file)
 
 
-def read_plain(path: str | os.PathLike[str], most: int, *, links: bool = False) -> bytes:
-    """Read a plain file whole; arguments and errors are those of `parts`."""
+def read_bytes(path: str | os.PathLike[str], most: int, *, links: bool = False) -> bytes:
+    """Read any file of a run, a report or a data set, whole; arguments and errors are those of `parts`."""
     return b"".join(parts(path, most, links=links))
 
 

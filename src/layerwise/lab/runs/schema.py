@@ -82,7 +82,15 @@ CONFIGURATION = {
 }
 """The configuration of a run."""
 
-QUANTITY = {"name": words, "words?": words, "unit?": words, "difference_unit?": words, "higher_is_better?": switch}
+QUANTITY = {
+    "name": words,
+    "words?": words,
+    "unit?": words,
+    "difference_unit?": words,
+    "higher_is_better?": switch,
+    "take?": words,
+    "level?": number,
+}
 
 RUN = {
     "configuration": CONFIGURATION,
@@ -161,6 +169,7 @@ PLAN = {
             "kind": words,
             "varied": Each(anything),
             "origin": words,
+            "stands_for?": words,
         }
     ],
     "arms": [_ARM],
@@ -174,8 +183,12 @@ PLAN = {
             "mean": Maybe(number),
             "sd": Maybe(number),
             "note": words,
+            "gain?": words,
+            "full_scale?": switch,
+            "quantity?": words,
         }
     ],
+    "beside?": [words],
     "claims": [words],
     "constants": Each((anything, words)),
     "notes": [words],

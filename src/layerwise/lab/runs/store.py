@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import layerwise
 from layerwise.lab.errors import UsageError
-from layerwise.lab.runs.plain_files import kind_of, parts, read_plain
+from layerwise.lab.runs.plain_files import kind_of, parts, read_bytes
 
 LARGEST_JSON = 1 << 26
 """Bytes of a JSON file of a run or a report; a larger one is not read, as it could only be meant to fill the memory."""
@@ -183,35 +183,11 @@ def signed(content: Mapping[str, Any], indent: int | None = 1) -> bytes:
     return json.dumps({**content, "sha256": _digest(content)}, indent=indent).encode()
 
 
-def read_bytes(path: str | Path, most: int, *, links: bool = False) -> bytes:
-    """Read a file of unknown origin; every file of a run, a report or a data set is read by this function.
-
-    Args:
-        path: the file.
-        most: bytes that it may have.
-        links: whether it may be a link, as users' own data may be.
-
-    Returns:
-        Its content.
-
-    Raises:
-        OSError: it is not there or cannot be read.
-        UsageError: it is no plain file, or larger.
-    """
-    try:
-        return read_plain(path, most, links=links)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
 def digest_of(path: str | Path, most: int = LARGEST_TABLE) -> str:
     """Give the SHA-256 of a file, which need not fit into memory; arguments and errors are those of ``read_bytes``."""
     digest = hashlib.sha256()
-    try:
-        for part in parts(path, most):
-            digest.update(part)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    for part in parts(path, most):
+        digest.update(part)
     return digest.hexdigest()
 
 

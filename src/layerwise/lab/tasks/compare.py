@@ -1,229 +1,13 @@
-"""Comparing methods on a user's own task: the plan, and what ``layerwise compare`` does."""
+"""Comparing methods on a user's task, without tuning: what ``layerwise compare`` does."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-import layerwise
-from layerwise import rules
-from layerwise.lab.experiments import rules as rule_making
-from layerwise.lab.experiments.arms import FACTORS_ALONE, Arm
-from layerwise.lab.experiments.methods import METHODS, make_arms, phases
-from layerwise.lab.experiments.outcome import Display, Outcome, Settings
-from layerwise.lab.experiments.plan import Plan, PlannedRun, Quantity, Subject, check_names, check_seeds
-from layerwise.lab.experiments.runner import carry_out
-from layerwise.lab.runs.configuration import Configuration
-from layerwise.lab.runs.values import Value
+from layerwise.lab.experiments.plan import check_seeds
+from layerwise.lab.experiments.runner import Display, Outcome, Settings, carry_out
 from layerwise.lab.tasks import task as tasks
-from layerwise.lab.tasks.looking import Look
-from layerwise.lab.tasks.task import TaskFile
-
-if TYPE_CHECKING:
-    from layerwise.lab.tasks.doctor import Examination
-
-
-@contextmanager
-def _heard() -> Iterator[list[str]]:
-    """Take what the library warns of meanwhile."""
-    words: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: words.append(record.getMessage())
-    logger = logging.getLogger("layerwise")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
-    try:
-        yield words
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
-class Layout:
-    """Puts runs of one task together.
-
-    Args:
-        task_file: the task.
-        look: what a look at it found.
-    """
-
-    def __init__(self, task_file: TaskFile, look: Look) -> None:
-        self.task_file = replace(task_file, length=look.trial.epoch_length)
-        self.look = look
-        self._passes: dict[tuple[Any, ...], int | None] = {}
-
-    def run(self, subject: str, arm: Arm, seed: int, values: Mapping[str, Value], measure: str) -> PlannedRun:
-        """Give one run.
-
-        Args:
-            subject: its name.
-            arm: the arm.
-            seed: of the run.
-            values: of the task's parameters.
-            measure: ``"metric"`` or ``"validation"``.
-        """
-        chosen = self.task_file.with_values(values)
-        configuration = Configuration(
-            trial=chosen.configuration(layers_every=self.look.layers_every, measure=measure),
-            rule=self._rule(arm, chosen),
-            apply=arm.apply,
-            seed=seed,
-        )
-        return PlannedRun(subject=subject, arm=arm, seed=seed, configuration=configuration, task=chosen)
-
-    def _rule(self, arm: Arm, chosen: TaskFile) -> dict[str, Any] | None:
-        """Write an arm's rule out, the phases of an amplification for the epochs that a run of these values has."""
-        if arm.rule is None or arm.rule["name"] != "GradientAmplification":
-            return None if arm.rule is None else dict(arm.rule)
-        key = tuple(sorted(chosen.values.items()))
-        if key not in self._passes:
-            self._passes[key] = chosen.look(str(next(self.look.trial.model.parameters()).device)).trial.epochs
-        return {**arm.rule, "selection": dict(arm.rule["selection"]), "phases": phases(self._passes[key])}
-
-    def check(self, runs: Sequence[PlannedRun]) -> None:
-        """Attach the rule of each arm once, so that what cannot be attached is reported before anything is trained.
-
-        Raises:
-            UsageError: a rule cannot be attached to the task's optimizer.
-        """
-        trial = self.look.trial
-        for planned in {run.arm.name: run for run in runs}.values():
-            rule: Any = rule_making.make_rule(planned.configuration.rule, 0)
-            places: dict[str, Any] = {}
-            if planned.arm.control == "mean factor":
-                rule, places = rules.Constant({"*": 1.0}), {"apply": "lr"}
-            if rule is not None:
-                try:
-                    with _heard() as warned:
-                        layerwise.LayerwiseLR(trial.optimizer, rule, trial.model, **places).detach()
-                except (TypeError, ValueError) as error:
-                    problem = f"arm {planned.arm.name!r} cannot be attached: {error}"
-                    raise self.task_file.guest.refuse(problem) from error
-                if warned:  # a choice that can choose nothing: the arm would be the plain one
-                    raise self.task_file.guest.refuse(
-                        f"arm {planned.arm.name!r} would be plain training: {warned[0]}; it takes a model of more "
-                        "layers; leave the arm out, or try amplification-random or amplification-all"
-                    )
-
-    @property
-    def quantity(self) -> Quantity:
-        """What arms are judged by."""
-        words = self.look.metric.replace("_", " ")
-        better = self.look.higher_is_better
-        return Quantity(name=self.look.metric, words=words, unit="", difference_unit="", higher_is_better=better)
-
-    @property
-    def name(self) -> str:
-        """Of the experiment's folder."""
-        stem = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in self.task_file.path.stem)
-        return f"{stem}-{self.task_file.function}"
-
-    @property
-    def step_unit(self) -> str:
-        """What curves count."""
-        return "iteration" if self.look.trial.iterations is not None else "epoch"
-
-    def constants(self) -> dict[str, tuple[Any, str]]:
-        """Give what the page says of the task: name -> value and source."""
-        trial, file = self.look.trial, self.task_file
-        group = trial.optimizer.param_groups[0]
-        shown = {name: group[name] for name in ("lr", "momentum", "weight_decay", "betas") if name in group}
-        found: dict[str, Any] = {
-            "model": type(trial.model).__name__,
-            "parameters": sum(p.numel() for p in trial.model.parameters()),
-            "optimizer": f"{type(trial.optimizer).__name__} ({', '.join(f'{k} {v}' for k, v in shown.items())})",
-            "scheduler": "none" if trial.scheduler is None else type(trial.scheduler).__name__,
-            "updates an epoch": "not told" if trial.epoch_length is None else trial.epoch_length,
-            self.step_unit + "s": trial.iterations or trial.epochs,
-            "SHA-256 of the file": file.sha256,
-        }
-        own = {**dict.fromkeys(file.parameters, "its default"), **file.defaults, **file.values}
-        return {name: (value, file.label) for name, value in {**found, **own}.items()}
-
-
-def plan(
-    task_file: TaskFile,
-    *,
-    arms: Sequence[str] = (),
-    seeds: int = 5,
-    tuned: Mapping[str, Mapping[str, Value]] | None = None,
-    notes: Sequence[str] = (),
-    device: str = "cpu",
-    look: Look | None = None,
-) -> Plan:
-    """Lay out a comparison on a task.
-
-    Args:
-        task_file: the task.
-        arms: names, as ``methods.make_arms`` takes them.
-        seeds: number of seeds.
-        tuned: name of each arm -> values that were chosen for it; None where nothing was tuned.
-        notes: what the page says besides.
-        device: where networks are trained.
-        look: what a look at the task has found already.
-
-    Returns:
-        The plan. A control whose values are not its method's repeats factors of an arm that is there for that alone:
-        the method at the control's values.
-
-    Raises:
-        UsageError: an unknown arm, a number of seeds out of its range, or a task that cannot be used.
-    """
-    given = check_seeds(seeds)
-    chosen = list(_at_own_values(make_arms(arms), tuned or {}))
-    check_names("arm", [arm.name for arm in chosen])
-    layout = Layout(task_file, look or task_file.look(device))
-    runs = tuple(layout.run("task", arm, seed, arm.constants, "metric") for arm in chosen for seed in given)
-    layout.check(runs)
-    methods = [METHODS[arm.name] for arm in chosen if arm.name in METHODS]
-    if tuned is None:
-        untuned = "Nothing was tuned: every arm has the task's own values, whatever method they were chosen for."
-        notes = [untuned, *(method.note for method in methods if method.note), *notes]
-    return Plan(
-        name=layout.name + ("" if tuned is None else "-tuned"),
-        title=f"{layout.task_file.label}: {', '.join(method.words for method in methods)}",
-        source=layout.task_file.label,
-        layout="curves",
-        quantity=layout.quantity,
-        columns=(),
-        step_unit=layout.step_unit,
-        subjects=(Subject(name="task", words=layout.task_file.label),),
-        arms=tuple(chosen),
-        seeds=given,
-        runs=runs,
-        constants=layout.constants(),
-        notes=tuple(notes),
-    )
-
-
-def _at_own_values(arms: Sequence[Arm], tuned: Mapping[str, Mapping[str, Value]]) -> Iterator[Arm]:
-    """Give each arm its chosen values, and a control at other values than its method's a method's arm of its own."""
-    methods: dict[tuple[str, str], str] = {}
-    for arm in arms:
-        values = dict(tuned.get(arm.name, {}))
-        if arm.of is not None and values != dict(tuned.get(arm.of, {})):
-            key = (arm.of, setting_words(values))
-            if key not in methods:
-                method = next(one for one in arms if one.name == arm.of)
-                words = f"{method.words} at {key[1]}, {FACTORS_ALONE}"
-                methods[key] = f"{arm.of} {key[1]}"
-                yield replace(method, name=methods[key], words=words, constants=values, against=())
-            arm = replace(arm, of=methods[key])
-        yield replace(arm, constants=values)
-
-
-def setting_words(values: Mapping[str, Value]) -> str:
-    """Write values of parameters: "lr=0.01, weight_decay=0"."""
-    return ", ".join(f"{name}={value_words(value)}" for name, value in values.items())
-
-
-def value_words(value: Value) -> str:
-    """Write a value, a number in its shortest form."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+from layerwise.lab.tasks.layout import plan
 
 
 def run(
@@ -231,57 +15,25 @@ def run(
     *,
     arms: Sequence[str] = (),
     seeds: int = 5,
-    tune: Mapping[str, Sequence[Value]] | None = None,
     settings: Settings,
     display: Display | None = None,
 ) -> Outcome:
-    """Compare methods on a task; with a grid, tune every arm first.
+    """Compare methods on a task, every arm at the task's own values; see ``tuning.run``.
 
     Args:
         file_and_function: ``"file.py:function"``.
         arms: names, as ``methods.make_arms`` takes them.
-        seeds: number of seeds of the comparison.
-        tune: parameter -> values; None or empty tunes nothing.
+        seeds: number of seeds.
         settings: how runs are carried out.
-        display: told what happens, of the tuning and then of the comparison.
+        display: shows what happens.
 
     Returns:
-        The outcome of the comparison; that of the tuning where it was interrupted, or a run of it failed.
+        The outcome.
 
     Raises:
-        UsageError: a value that cannot be used, told before anything is trained.
+        UsageError: a value that cannot be used, reported before anything is trained.
     """
-    from layerwise.lab.tasks import tuning
-
-    task_file = tasks.load(file_and_function)
     check_seeds(seeds)
-    look = task_file.look(settings.device, validation=bool(tune))
-    if not tune:
-        return carry_out(plan(task_file, arms=arms, seeds=seeds, look=look), settings, display)
-    plan(task_file, arms=arms, seeds=seeds, look=look)  # tells what is wrong with it before the tuning
-    tuned = tuning.tune(task_file, tune, arms=arms, settings=settings, display=display, look=look)
-    if not tuned.complete:
-        return tuned.outcome
-    chosen = plan(task_file, arms=arms, seeds=seeds, tuned=tuned.chosen, notes=tuned.notes, look=look)
-    if display is not None:
-        for words in tuned.choices:
-            display.say(words)
-    return carry_out(chosen, settings, display)
-
-
-def doctor(file_and_function: str, **how: Any) -> Examination:
-    """Look at a task, do a few updates, say what a comparison would do, train it for a little while, say what is wrong.
-
-    Args:
-        file_and_function: ``"file.py:function"``.
-        **how: as ``examination.examine`` takes it: ``device``, ``steps``, ``seconds``, ``advance``.
-
-    Returns:
-        What was found.
-
-    Raises:
-        UsageError: the task cannot be used at all.
-    """
-    from layerwise.lab.tasks import doctor as examination
-
-    return examination.examine(tasks.load(file_and_function), **how)
+    task_file = tasks.load(file_and_function)
+    tried = task_file.tried(settings.device)
+    return carry_out(plan(task_file, arms=arms, seeds=seeds, tried=tried), settings, display)

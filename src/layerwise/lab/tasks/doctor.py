@@ -1,4 +1,4 @@
-"""What ``layerwise doctor`` reports about a user's own task."""
+"""What ``layerwise doctor`` reports about a user's own task: a dry run, and a short training with a monitor."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
 import layerwise
 from layerwise.lab.errors import UsageError
@@ -20,15 +21,23 @@ from layerwise.lab.experiments.methods import DEFAULT_ARMS, make_arms
 from layerwise.lab.progress import duration
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.store import usable_cores
-from layerwise.lab.tasks import checkup
-from layerwise.lab.tasks.checkup import Checkup
-from layerwise.lab.tasks.compare import plan, setting_words
-from layerwise.lab.tasks.guests import Stream
-from layerwise.lab.tasks.looking import Look
-from layerwise.lab.tasks.task import TaskFile
+from layerwise.lab.tasks.findings import Finding, LayerNumbers, find, numbers_of
+from layerwise.lab.tasks.layout import plan, setting_words
+from layerwise.lab.tasks.task import Stream, TaskFile, TriedTask
 from layerwise.lab.training.engine import Training
-from layerwise.lab.training.trial import StoppedError
+from layerwise.lab.training.trial import StoppedError, Trial
+from layerwise.layers import clean_name
 from layerwise.rules import LayerAdaptive
+from layerwise.sinks import Memory, Record
+
+STEPS = 100
+"""Updates of the short training: after as many, faults of initialisation, rate and graph have shown."""
+
+SECONDS = 30.0
+"""After which it ends earlier."""
+
+MOST_STEPS = 100_000
+"""A record of every update is kept in memory."""
 
 UPDATES = 8
 """Of the dry run: the first ones take longer than the rest."""
@@ -42,7 +51,7 @@ TRIED = "a few updates with the layer-adaptive rule: "
 """How a problem begins that came up in them."""
 
 NOT_FINITE = "the loss is not finite"
-"""How the problem begins that the training tells more of, if it has it too."""
+"""How the problem begins of which the training reports more, if it has it too."""
 
 NO_FORK = "where Python does not fork (macOS, Windows, any system from Python 3.14 on) the loader fails: "
 """How the note begins of a loader that works only with forked workers."""
@@ -54,18 +63,40 @@ RUN_SECONDS = 0.15
 """Of a run beside its updates and tests: the task is built, and its files are written."""
 
 
-@dataclass
-class Timed:
-    """Batches that remember when each was asked for."""
+@dataclass(frozen=True)
+class Checkup:
+    """What a short training showed.
 
-    batches: Any
-    asked: list[float] = field(default_factory=list)
+    Attributes:
+        records: of every update.
+        losses: of every update.
+        asked: updates that were to be done.
+        seconds: that the training took.
+        findings: what is wrong.
+    """
 
-    def __call__(self, epoch: int, skip: int) -> Iterator[Any]:
-        """Give the batches."""
-        for batch in self.batches(epoch, skip):
-            yield batch
-            self.asked.append(time.perf_counter())
+    records: tuple[Record, ...]
+    losses: tuple[float, ...]
+    asked: int
+    seconds: float
+    findings: tuple[Finding, ...]
+
+    @property
+    def layers(self) -> list[LayerNumbers]:
+        """Medians of every layer."""
+        return numbers_of(self.records)
+
+    @property
+    def words(self) -> str:
+        """How much was trained."""
+        count = len(self.records)
+        early = f" of {self.asked}, as the time was up" if self.ended_early else ""
+        return f"{count} update{'' if count == 1 else 's'}{early}, in {self.seconds:.1f} s"
+
+    @property
+    def ended_early(self) -> bool:
+        """It was ended by the clock."""
+        return len(self.records) < self.asked and all(map(math.isfinite, self.losses))
 
 
 @dataclass(frozen=True)
@@ -93,12 +124,12 @@ class Examination:
     @property
     def conclusion(self) -> list[str]:
         """What is wrong, and what may be, in lines: "problem" or "note" at the beginning, "remedy" below."""
-        told = [f"{'problem':<12}{problem}" for problem in self.faults]
+        lines = [f"{'problem':<12}{problem}" for problem in self.faults]
         for finding in self.checkup.findings if self.checkup else ():
-            told.append(f"{'problem' if finding.serious else 'note':<12}{finding.sentence}")
-            told.append(f"{'  remedy':<12}{finding.remedy}")
-        told += [f"{'note':<12}{note}" for note in self.notes]
-        return told if self.problems else [f"{'problems':<12}none found", *told]
+            lines.append(f"{'problem' if finding.serious else 'note':<12}{finding.sentence}")
+            lines.append(f"{'  remedy':<12}{finding.remedy}")
+        lines += [f"{'note':<12}{note}" for note in self.notes]
+        return lines if self.problems else [f"{'problems':<12}none found", *lines]
 
     @property
     def lines(self) -> list[str]:
@@ -111,8 +142,8 @@ def examine(
     task_file: TaskFile,
     device: str = "cpu",
     *,
-    steps: int = checkup.STEPS,
-    seconds: float = checkup.SECONDS,
+    steps: int = STEPS,
+    seconds: float = SECONDS,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Examination:
     """Try a task, do a few updates, say what a comparison would do, and train it for a little while.
@@ -122,7 +153,7 @@ def examine(
         device: where the network is put.
         steps: updates of the training.
         seconds: after which the training ends earlier.
-        advance: told of the training's updates.
+        advance: called with the updates that are done and with how many there will be.
 
     Returns:
         What was found.
@@ -130,47 +161,39 @@ def examine(
     Raises:
         UsageError: the task cannot be used at all, or a length is out of its range.
     """
-    checkup.check(steps, seconds)
-    look = task_file.look(device, spawned=True)
-    problems = _problems_of_plan(task_file, look)
+    _check(steps, seconds)
+    tried = task_file.tried(device, spawned=True)
+    problems: list[str] = []
+    try:
+        plan(task_file, seeds=SEEDS, tried=tried)
+    except UsageError as error:
+        problems = [str(error)]
     jobs = max(1, min(usable_cores(), SEEDS * sum(arm.control is None for arm in make_arms())))
-    with Stream(0):
-        an_update, found = _updates(look, 1)
+    with Stream(0), _one_thread():
+        an_update, found = _updates(tried)
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        layerwise.diagnose(look.trial.optimizer, look.trial.model)
-    diagnosis, more = _sorted(text.getvalue())
-    described = [*_described(task_file, look), *_times(look, an_update, jobs), "", *diagnosis]
+        layerwise.diagnose(tried.trial.optimizer, tried.trial.model)
+    diagnosis = [(line.partition(" ")[0], line) for line in text.getvalue().splitlines()]
+    more = [line.removeprefix(name).strip() for name, line in diagnosis if name == "problem"]
+    kept = "\n".join(line for name, line in diagnosis if name not in ("problem", "problems", "next")).rstrip()
+    described = [*_described(task_file, tried), *_times(tried, an_update, jobs), "", *kept.splitlines()]
     trained = None
     if math.isfinite(an_update):
-        trained = checkup.train(task_file, steps=steps, seconds=seconds, device=device, advance=advance)
+        trained = train(task_file, steps=steps, seconds=seconds, device=device, advance=advance)
         if any(finding.kind == "non-finite" for finding in trained.findings):
             found = [problem for problem in found if not problem.startswith(NOT_FINITE)]
-    told: list[str] = []
+    faults: list[str] = []
     for problem in (*problems, *found, *more):
         # What cannot be attached is found three times: by the plan, by the updates and by the diagnosis.
-        if not any(problem.removeprefix(TRIED) in other for other in told):
-            told.append(problem)
-    return Examination(described, told, trained, (f"{NO_FORK}{look.spawned}",) if look.spawned else ())
+        if not any(problem.removeprefix(TRIED) in other for other in faults):
+            faults.append(problem)
+    return Examination(described, faults, trained, (f"{NO_FORK}{tried.spawned}",) if tried.spawned else ())
 
 
-def _sorted(diagnosis: str) -> tuple[list[str], list[str]]:
-    """Take the problems out of a diagnosis, and what to do next, which is another thing here."""
-    kept, problems = [], []
-    for line in diagnosis.rstrip().splitlines():
-        name, _, rest = line.partition(" ")
-        if name == "problem":
-            problems.append(rest.strip())
-        elif name not in ("problems", "next"):
-            kept.append(line)
-    while kept and not kept[-1]:
-        kept.pop()
-    return kept, problems
-
-
-def _described(task_file: TaskFile, look: Look) -> list[str]:
+def _described(task_file: TaskFile, tried: TriedTask) -> list[str]:
     """Say what the task is."""
-    trial = look.trial
+    trial = tried.trial
     parameters = list(trial.model.parameters())
     types = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
     length, total = trial.epoch_length, trial.total
@@ -179,29 +202,30 @@ def _described(task_file: TaskFile, look: Look) -> list[str]:
         scheduler = f"{type(trial.scheduler).__name__} stepped each {trial.schedule_unit}"
     passes = f"{trial.iterations} iterations" if trial.epochs is None else f"{trial.epochs} epochs"
     rows = {
-        "task": f"{task_file.label}, {setting_words({**task_file.defaults, **task_file.values}) or 'no parameters'}",
+        "task": f"{task_file.label}, {setting_words(task_file.settings) or 'no parameters'}",
         "model": f"{type(trial.model).__name__}, {sum(p.numel() for p in parameters):,} numbers, {', '.join(types)}",
         "optimizer": f"{type(trial.optimizer).__name__}, {scheduler}",
         "batches": f"{'an unknown number' if length is None else length} an epoch",
         "run": f"{passes}, {'an unknown number of' if total is None else total} updates",
-        "metric": f"{look.metric} is {look.value:.4g} untrained, {'higher' if look.higher_is_better else 'lower'} is "
-        f"better; {look.tests} times a run, {look.metric_seconds:.2g} s each",
-        "validation": "there, so that --tune works" if look.has_validation else "none, which --tune needs",
+        "metric": f"{tried.metric} is {tried.value:.4g} untrained, "
+        f"{'higher' if tried.higher_is_better else 'lower'} is better; {tried.tests} times a run, "
+        f"{tried.metric_seconds:.2g} s each",
+        "validation": "there, so that --tune works" if tried.has_validation else "none, which --tune needs",
     }
     return [f"{name:<12}{words}" for name, words in rows.items()]
 
 
-def _times(look: Look, seconds: float, jobs: int) -> list[str]:
+def _times(tried: TriedTask, seconds: float, jobs: int) -> list[str]:
     """Say what a comparison would take."""
-    arms, total = make_arms(), look.trial.total
+    arms, total = make_arms(), tried.trial.total
     runs = SEEDS * len(arms)
     words = f"{', '.join(DEFAULT_ARMS)} at {SEEDS} seeds: {runs} runs, {jobs} side by side"
     if not math.isfinite(seconds):
         return [f"{'update':<12}not done", f"{'comparison':<12}{words}"]
     if total is None:
-        words += "; how long is not known, as batches do not tell their number"
+        words += "; how long is not known, as batches have no length"
     else:
-        training = runs * (total * seconds + look.tests * look.metric_seconds + RUN_SECONDS) / jobs
+        training = runs * (total * seconds + tried.tests * tried.metric_seconds + RUN_SECONDS) / jobs
         words += (
             f", about {duration(BESIDE_SECONDS + training)} on free cores ({BESIDE_SECONDS:.0f} s of it to start and "
             "to write the report), longer where they have other work"
@@ -209,49 +233,61 @@ def _times(look: Look, seconds: float, jobs: int) -> list[str]:
     return [f"{'update':<12}{1000 * seconds:.3g} ms, with the layer-adaptive rule", f"{'comparison':<12}{words}"]
 
 
-def _problems_of_plan(task_file: TaskFile, look: Look) -> list[str]:
-    """Say why a comparison could not be laid out."""
-    try:
-        plan(task_file, seeds=SEEDS, look=look)
-    except UsageError as error:
-        return [str(error)]
-    return []
+def _check(steps: int, seconds: float) -> None:
+    if not 1 <= steps <= MOST_STEPS:
+        raise UsageError(f"steps={steps!r}: must be from 1 to {MOST_STEPS:,}; {STEPS} is the default")
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise UsageError(f"seconds={seconds!r}: must be finite and above 0; {SECONDS:g} is the default")
 
 
-def _updates(look: Look, threads: int) -> tuple[float, list[str]]:
-    """Do a few updates as the lab does them: the median of their seconds, without the first, and what went wrong."""
-    timed = Timed(look.trial.batches)
-    trial = replace(
-        look.trial, batches=timed, evaluate=lambda model, stop: {}, iterations=UPDATES, epochs=None, test_every=None
-    )
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread, as a run of a comparison does."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _short(trial: Trial, steps: int, **changes: Any) -> Trial:
+    """Give a trial of so many updates without a test."""
+    untested: dict[str, Any] = {"evaluate": lambda model, stop: {}, "test_every": None}
+    return replace(trial, iterations=steps, epochs=None, **untested, **changes)
+
+
+def _updates(tried: TriedTask) -> tuple[float, list[str]]:
+    """Do a few updates as the lab does them: the median of their seconds, without the first, and what went wrong."""
+    trial = _short(tried.trial, UPDATES)
+    moments: list[float] = []
+
+    def stop() -> bool:
+        moments.append(time.perf_counter())
+        return training.position.iteration > 1 and moments[-1] - moments[0] > UPDATE_SECONDS
+
     try:
         training = Training(trial, LayerAdaptive(), Configuration(trial={}, rule={"name": "LayerAdaptive"}))
-        began = time.perf_counter()
         with contextlib.suppress(StoppedError):
-            training.run(lambda: training.position.iteration > 1 and time.perf_counter() - began > UPDATE_SECONDS)
-        ends = [*timed.asked, time.perf_counter()]
-        seconds = median(later - earlier for earlier, later in pairwise(ends if len(ends) > 1 else [began, *ends]))
+            training.run(stop)
+            moments.append(time.perf_counter())
     except (TypeError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
         return math.nan, [f"{TRIED}{error}"]
-    finally:
-        torch.set_num_threads(before)
+    took = [later - earlier for earlier, later in pairwise(moments)]
     problems = []
     if training.diverged_at is not None:
         words = f"{NOT_FINITE} after {training.diverged_at} updates with the layer-adaptive rule"
         problems.append(f"{words}: is the rate too large?")
-    named = [(name, p) for name, p in trial.model.named_parameters() if p.requires_grad]
-    without = [name for name, p in named if p.grad is None]
+    without = [name for name, p in trial.model.named_parameters() if p.requires_grad and p.grad is None]
     if without:
         shown = ", ".join(without[:5]) + (", …" if len(without) > 5 else "")
         problems.append(f"the loss gives no gradient to {shown}")
     problems += _unsaved(training)
     if training.adapter is not None:
         training.adapter.detach()
-    return seconds, problems
+    return median(took[1:] or took), problems
 
 
 def _unsaved(training: Training) -> list[str]:
@@ -265,3 +301,72 @@ def _unsaved(training: Training) -> list[str]:
         reason = str(error).strip().partition("\n")[0]
         return [f"a checkpoint cannot be read again, so a stopped run begins anew: {type(error).__name__}: {reason}"]
     return []
+
+
+def train(
+    task_file: TaskFile,
+    *,
+    steps: int = STEPS,
+    seconds: float = SECONDS,
+    device: str = "cpu",
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Checkup:
+    """Train a task as it is, without a rule, and look at every update; on one thread, as a run of a comparison is.
+
+    Args:
+        task_file: the task.
+        steps: updates; fewer if the task's own run is shorter.
+        seconds: after which it ends earlier.
+        device: where the network is trained.
+        advance: called with the updates that are done and with how many there will be.
+
+    Returns:
+        What it showed.
+
+    Raises:
+        UsageError: the task cannot be used, or a length is out of its range.
+    """
+    _check(steps, seconds)
+    configuration = Configuration(trial=task_file.configuration(layers_every=MOST_STEPS), rule=None)
+    losses: list[torch.Tensor] = []
+    memory = Memory()
+    with Stream(0), _one_thread():
+        whole = task_file.trial(configuration, device)
+        steps = min(steps, whole.total or steps)
+
+        def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+            value = whole.loss(model, batch)
+            losses.append(value.detach())
+            return value
+
+        trial = _short(whole, steps, loss=loss)
+        monitor = layerwise.Monitor(trial.optimizer, trial.model, every=1, sinks=[memory])
+        training = Training(trial, None, configuration)
+        began = time.perf_counter()
+
+        def stop() -> bool:
+            advance(training.position.iteration, steps)
+            return training.position.iteration > 0 and time.perf_counter() - began > seconds
+
+        try:
+            training.run(stop)
+        except StoppedError:
+            pass
+        finally:
+            monitor.detach()
+        took = time.perf_counter() - began
+    frozen = _layers(trial.model, lambda p: not p.requires_grad)
+    ungiven = _layers(trial.model, lambda p: p.grad is None)
+    return Checkup(
+        records=tuple(memory.records),
+        losses=tuple(torch.stack(losses).double().tolist()) if losses else (),
+        asked=steps,
+        seconds=took,
+        findings=tuple(find(memory.records, diverged_at=training.diverged_at, frozen=frozen, ungiven=ungiven)),
+    )
+
+
+def _layers(model: nn.Module, has: Callable[[nn.Parameter], bool]) -> list[str]:
+    """Name the modules of whose own parameters each has something."""
+    own = {clean_name(name): list(module.parameters(recurse=False)) for name, module in model.named_modules()}
+    return [name for name, parameters in own.items() if parameters and all(map(has, parameters))]

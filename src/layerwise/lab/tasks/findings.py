@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import attrgetter
+from statistics import median
 
-from layerwise.lab.tasks.layer_numbers import LayerNumbers, is_finite, numbers_of
 from layerwise.sinks import Record
 
 LOW_RATIO, HIGH_RATIO = 1e-4, 1e-2
@@ -36,6 +38,76 @@ MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
+class LayerNumbers:
+    """A layer's medians over the updates whose numbers are finite and in which it has a gradient, if there are any.
+
+    Attributes:
+        name: of the layer.
+        gradient: ‖g‖.
+        weight: ‖w‖.
+        relative_gradient: ‖g‖ / ‖w‖.
+        ratio: ‖Δw‖ / ‖w‖ of one update.
+        lr: its rate.
+        dead_from: first of the updates that leave it without a gradient to the end, if that is half of them; else 0.
+        largest_update: ‖Δw‖, of all updates whose numbers are finite.
+        from_zero: its weights were all 0 at first.
+    """
+
+    name: str
+    gradient: float
+    weight: float
+    relative_gradient: float
+    ratio: float
+    lr: float
+    dead_from: int
+    largest_update: float
+    from_zero: bool
+
+
+def is_finite(record: Record) -> bool:
+    """Tell whether all norms of a record are finite."""
+    return all(map(math.isfinite, (*record.gradient_norm, *record.weight_norm, *record.update_norm)))
+
+
+def numbers_of(records: Sequence[Record]) -> list[LayerNumbers]:
+    """Take the medians of every layer.
+
+    Args:
+        records: of the updates in order; those from the first on that is not finite are left out.
+
+    Returns:
+        Numbers of each layer, in the network's order; none without a finite record.
+
+    Example:
+        >>> (layer,) = numbers_of([Record(1, ("conv",), [0.5], [2.0], [0.01], [1.0], [0.1], [0.005])])
+        >>> layer.relative_gradient, layer.ratio
+        (0.25, 0.005)
+    """
+    kept = list(takewhile(is_finite, records))
+    if not kept:
+        return []
+    found = []
+    for place, name in enumerate(kept[0].layers):
+        live = [record for record in kept if record.gradient_norm[place]]
+        dead_from = live[-1].step + 1 if live else kept[0].step
+        pairs = [(r.gradient_norm[place], r.weight_norm[place]) for r in live or kept]
+        found.append(
+            LayerNumbers(
+                name=name,
+                gradient=median(gradient for gradient, _ in pairs),
+                weight=median(weight for _, weight in pairs),
+                relative_gradient=median(g / w if w else (math.inf if g else 0.0) for g, w in pairs),
+                ratio=median(record.update_ratio[place] for record in live or kept),
+                lr=median(record.lr[place] for record in live or kept),
+                dead_from=dead_from if 2 * (kept[-1].step + 1 - dead_from) >= len(kept) else 0,
+                largest_update=max(record.update_norm[place] for record in kept),
+                from_zero=kept[0].weight_norm[place] == 0,
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
 class Finding:
     """One thing that was found, of one layer or of several.
 
@@ -43,7 +115,7 @@ class Finding:
         kind: ``"non-finite"``, ``"exploding"``, ``"vanishing"``, ``"dead"``, ``"unmoved"``, ``"fast"``, ``"slow"`` or
             ``"frozen"``.
         serious: it is a problem, not a note.
-        layers: names of the layers, the worst first; empty where no layer can be told.
+        layers: names of the layers, the worst first; empty where no layer can be named.
         values: a number of each, what ``quantity`` says; none where there is nothing to measure.
         quantity: what the numbers are.
         limit: what they should keep to, in words.
@@ -62,7 +134,7 @@ class Finding:
 
     @property
     def evidence(self) -> str:
-        """What was measured: the numbers and the layers; "" where no layer can be told."""
+        """What was measured: the numbers and the layers; "" where no layer can be named."""
         numbers = [f"{value:.3g} in " for value in self.values] or [""] * len(self.layers)
         pairs = zip(self.layers[:MOST_NAMED], numbers, strict=False)
         named = ", ".join(f"{number}{layer or '(root)'!r}" for layer, number in pairs)
@@ -85,7 +157,7 @@ def find(
 ) -> list[Finding]:
     """Say what is wrong.
 
-    What follows from another finding is not told besides: a layer without a gradient does not vanish too, and a slow
+    What follows from another finding is not reported again: a layer without a gradient does not vanish too, and a slow
     layer is no news where gradients vanish.
 
     Args:
@@ -108,20 +180,16 @@ def find(
     moving = [layer for layer in judged if layer not in unmoved]
     fast = [] if exploding else [layer for layer in moving if layer.ratio > HIGH_RATIO]
     slow = [] if vanishing else [layer for layer in moving if layer.ratio < LOW_RATIO]
+    too_far = any(layer.relative_gradient > FAR * EXPLODING or layer.ratio > HIGH_RATIO for layer in exploding)
+    ratio = attrgetter("ratio")
     found = [
         *non_finite(records, diverged_at),
-        *made(
-            EXPLODES,
-            exploding,
-            lambda layer: layer.relative_gradient,
-            serious=any(layer.relative_gradient > FAR * EXPLODING or layer.ratio > HIGH_RATIO for layer in exploding),
-            largest_first=True,
-        ),
-        *made(DIES, dead, lambda layer: layer.dead_from),
+        *made(EXPLODES, exploding, attrgetter("relative_gradient"), serious=too_far, largest_first=True),
+        *made(DIES, dead, attrgetter("dead_from")),
         *made(VANISHES, vanishing, lambda layer: layer.relative_gradient / largest),
-        *made(STAYS, unmoved, lambda layer: layer.lr),
-        *ratio_finding(TOO_FAST, fast, lambda layer: layer.ratio > FAR * HIGH_RATIO, largest_first=True),
-        *ratio_finding(TOO_SLOW, slow, lambda layer: layer.ratio < LOW_RATIO / FAR),
+        *made(STAYS, unmoved, attrgetter("lr")),
+        *made(TOO_FAST, fast, ratio, serious=any(ratio(one) > FAR * HIGH_RATIO for one in fast), largest_first=True),
+        *made(TOO_SLOW, slow, ratio, serious=any(ratio(one) < LOW_RATIO / FAR for one in slow)),
     ]
     if frozen:
         found.append(
@@ -212,18 +280,6 @@ def made(
     ordered = sorted(backwards, key=value, reverse=largest_first)
     names, values = tuple(layer.name for layer in ordered), tuple(map(value, ordered))
     return [Finding(kind.name, serious, names, values, kind.quantity, kind.limit, kind.words, kind.remedy)]
-
-
-def ratio_finding(
-    kind: Kind,
-    layers: Sequence[LayerNumbers],
-    far: Callable[[LayerNumbers], bool],
-    *,
-    largest_first: bool = False,
-) -> list[Finding]:
-    """Make the finding on update and weight, serious if one layer is far outside."""
-    serious = any(map(far, layers))
-    return made(kind, layers, lambda layer: layer.ratio, serious=serious, largest_first=largest_first)
 
 
 def non_finite(records: Sequence[Record], diverged_at: int | None) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""A person's own task: one function in one file, which gives model, batches, loss and metric. See docs/compare.md.
+"""A user's own task: one function in one file, which gives model, batches, loss and metric. See docs/compare.md.
 
 Only the file that is named is read. Its bytes travel to the workers, and every process imports a copy of them, so a
 file that is changed while a comparison is at work changes nothing of it. What the file imports must be installed.
@@ -6,27 +6,60 @@ file that is changed while a comparison is at work changes nothing of it. What t
 
 from __future__ import annotations
 
-import functools
+import copy
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+import itertools
+import math
+import multiprocessing
+import operator
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.data import DataLoader
 
 from layerwise.lab.errors import UsageError, nearest
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.store import LARGEST_JSON, read_bytes
 from layerwise.lab.runs.values import Value, equal, is_plain, kind_of, like
-from layerwise.lab.tasks import hosting, looking, sources, task_files
-from layerwise.lab.tasks.guests import Guest, Stream, seed_everything
-from layerwise.lab.tasks.looking import Look
-from layerwise.lab.training.trial import Trial
+from layerwise.lab.tasks.task_module import TaskModule
+from layerwise.lab.training.engine import skipping
+from layerwise.lab.training.randomness import random_state, set_random_state
+from layerwise.lab.training.trial import StoppedError, Trial
 
 REQUIRED = ("model", "batches", "loss", "metric")
 DEFAULT_EPOCHS = 5
+DEFAULT_RATE, DEFAULT_MOMENTUM = 0.1, 0.9
+
+TESTS = 10
+"""Calls of the metric in a run that is counted in iterations, where the task does not say how often."""
+
+RECORDS = 40
+"""Records of the layers' norms that a run has about, if that is fewer than one in 50 updates."""
+
+LARGEST_INTERVAL = 50
+
+RESERVED = ("training_loss", "seconds", "validation", "factor", "rate")
+"""Quantities that the lab records itself."""
+
+DIRECTIONS = {"accuracy": True, "error": False, "loss": False, "perplexity": False}
+"""Word in the name of a metric -> whether higher is better."""
+
+_END = object()
 
 
 @dataclass(kw_only=True)
@@ -72,65 +105,106 @@ class Task:
         """Epochs of a run, or None if it is counted in iterations."""
         return self.epochs if self.epochs is not None or self.iterations is not None else DEFAULT_EPOCHS
 
-
-def _checked(make: Callable[..., None]) -> Callable[..., None]:
-    """Let a task that is made with other names than its fields say which they are."""
-
-    @functools.wraps(make)
-    def checked(self: Task, **given: Any) -> None:
-        known = [entry.name for entry in fields(Task)]
-        for name in given:
-            if name not in known:
-                raise TypeError(f"Task has no {name!r}: its names are {', '.join(known)}.{nearest(name, known)}")
-        missing = [name for name in REQUIRED if name not in given]
-        if missing:
-            raise TypeError(f"Task needs {', '.join(missing)} too: give {', '.join(REQUIRED)}")
-        make(self, **given)
-
-    return checked
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained."""
+        return [p for p in self.model.parameters() if p.requires_grad]
 
 
-Task.__init__ = _checked(Task.__init__)
+class Stream:
+    """Random numbers apart from all others: what is drawn inside goes on where the last time ended.
+
+    Batches that draw from a stream of their epoch are the same whatever the training draws between them, so every arm
+    sees the same batches, and a run that goes on in the middle of an epoch sees those that it would have seen.
+
+    Args:
+        seed: of the stream, from 0 to 2³² - 1.
+
+    Example:
+        >>> stream = Stream(1)
+        >>> with stream:
+        ...     first = torch.rand(2)
+        >>> torch.manual_seed(1) is not None and bool((first == torch.rand(2)).all())
+        True
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._inner: dict[str, Any] | None = None
+
+    def __enter__(self) -> Stream:
+        self._outer = random_state()
+        if self._inner is None:
+            _seed_everything(self._seed)
+        else:
+            set_random_state(self._inner)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._inner = random_state()
+        set_random_state(self._outer)
 
 
-def _task_of(returned: Any, guest: Guest) -> Task:
-    """Read what the function returned."""
-    wanted = f"return a layerwise.lab.Task or a dict with {', '.join(REQUIRED)}"
-    if isinstance(returned, Task):
-        return returned
-    if returned is None:
-        raise guest.refuse(f"returned nothing: {wanted}")
-    if not isinstance(returned, Mapping):
-        raise guest.refuse(f"returned {type(returned).__name__}: {wanted}")
-    known = [entry.name for entry in fields(Task)]
-    unknown = [name for name in returned if name not in known]
-    if unknown:
-        hint = nearest(unknown[0], known)
-        raise guest.refuse(f"returned a dict with {unknown[0]!r}: use the names {', '.join(known)}.{hint}")
-    missing = [name for name in REQUIRED if name not in returned]
-    if missing:
-        raise guest.refuse(f"returned a dict without {', '.join(map(repr, missing))}: {wanted}")
-    return Task(**returned)
+def _seed_of(*words: object) -> int:
+    """Give a seed from 0 to 2³² - 1, the range of NumPy's, that follows from words and numbers."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, words)).encode()).digest()[:4], "big")
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriedTask:
+    """What one try of a task's parts found.
+
+    Attributes:
+        trial: of seed 0, untrained.
+        metric: name of what is judged.
+        value: of it, untrained.
+        higher_is_better: which way is better.
+        has_validation: whether there is a validation for tuning.
+        metric_seconds: that the metric took.
+        spawned: why a loader's workers, which are forked here, cannot be spawned; "" where they can, or were not tried.
+    """
+
+    trial: Trial
+    metric: str
+    value: float
+    higher_is_better: bool
+    has_validation: bool
+    metric_seconds: float
+    spawned: str = ""
+
+    @property
+    def layers_every(self) -> int:
+        """Updates between two records of the layers' norms."""
+        total = self.trial.total
+        return LARGEST_INTERVAL if total is None else min(LARGEST_INTERVAL, max(1, total // RECORDS))
+
+    @property
+    def tests(self) -> int:
+        """Calls of the metric in a run."""
+        trial = self.trial
+        if trial.test_every is None or trial.total is None:
+            return trial.epochs or 1
+        return trial.total // trial.test_every + 1
 
 
 @dataclass(frozen=True)
-class TaskFile:
+class TaskFile(TaskModule):
     """A task function and the file that it is in, as it was when it was read.
 
     Attributes:
-        path: of the file.
-        function: its name.
-        source: the file's bytes.
         parameters: names of the function's own keyword parameters.
         defaults: of those whose default is a number, a word, True, False or None.
         open: whether it takes parameters of any name.
         values: of the parameters, where they are not the defaults.
-        length: batches of an epoch, where a look at the task has found it; for the progress alone.
+        length: batches of an epoch, where a try of the task has found it; for the progress alone.
     """
 
-    path: Path
-    function: str
-    source: bytes = field(repr=False)
     parameters: tuple[str, ...] = ()
     defaults: Mapping[str, Value] = field(default_factory=dict)
     open: bool = False
@@ -138,19 +212,9 @@ class TaskFile:
     length: int | None = None
 
     @property
-    def label(self) -> str:
-        """What messages and pages call it, without the folder."""
-        return f"{self.path.name}:{self.function}"
-
-    @property
-    def sha256(self) -> str:
-        """Checksum of the file, by which a changed file is another task."""
-        return hashlib.sha256(self.source).hexdigest()
-
-    @property
-    def guest(self) -> Guest:
-        """Whose code it is."""
-        return Guest(self.label, str(self.path), f"{task_files.stem_of(self.source)}.py")
+    def settings(self) -> dict[str, Value]:
+        """Parameters with the values that they have, the default where no other is given."""
+        return {**self.defaults, **self.values}
 
     def with_values(self, values: Mapping[str, Value]) -> TaskFile:
         """Give the same task with other values of its parameters, those of a parameter's default left out.
@@ -164,27 +228,23 @@ class TaskFile:
         merged = dict(self.values)
         for name, value in values.items():
             if name not in self.parameters and (not self.open or name == "seed"):
-                raise self.guest.refuse(
+                raise self.refuse(
                     f"{name}={value!r} is no parameter of the function: its own are "
                     f"{', '.join(self.parameters) or 'none'}; add one with def {self.function}(seed, {name}=...)."
                     f"{nearest(name, self.parameters)}"
                 )
             merged[name] = like(value, self.defaults.get(name))
             if not is_plain(merged[name]):
-                raise self.guest.refuse(f"{name}={value!r}: must be a finite number, a word, True, False or None")
+                raise self.refuse(f"{name}={value!r}: must be a finite number, a word, True, False or None")
             kind = kind_of(self.defaults.get(name))
             if kind and merged[name] is not None and kind_of(merged[name]) != kind:
-                raise self.guest.refuse(f"{name}={value!r}: must be {kind}, as its default {self.defaults[name]!r} is")
+                raise self.refuse(f"{name}={value!r}: must be {kind}, as its default {self.defaults[name]!r} is")
         # A value that is the default is the same run as without it.
         kept = {name: v for name, v in merged.items() if not (name in self.defaults and equal(v, self.defaults[name]))}
         return replace(self, values=kept)
 
-    def settled(self, name: str) -> Value:
-        """Give the value that a parameter has, its default where no other is given; None where there is none."""
-        return {**self.defaults, **self.values}.get(name)
-
     def configuration(self, *, layers_every: int = 50, measure: str = "metric") -> dict[str, Any]:
-        """Give what tells runs of this task from others, for ``Configuration.trial``; the path is no part of it.
+        """Give what identifies runs of this task, for ``Configuration.trial``; the path is no part of it.
 
         Args:
             layers_every: updates between two records of each layer's norms.
@@ -192,6 +252,19 @@ class TaskFile:
         """
         about = {"task": self.sha256, "function": self.function, "values": dict(self.values)}
         return {**about, "layers_every": layers_every, "measure": measure}
+
+    def import_function(self, copies: Path | None = None) -> Callable[..., Any]:
+        """Import the file anew and give the function; arguments and errors are those of ``imported``."""
+        module = self.imported(copies)
+        function = getattr(module, self.function, None)
+        if callable(function):
+            return function
+        defined = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
+        names = [value.__name__ for value in defined if inspect.isfunction(value) and value.__name__[0].isalpha()]
+        own = " or ".join(f"{self.path.name}:{name}" for name in names)
+        remedy = f"use {own}" if own else "write def task(seed, lr=0.1), as docs/compare.md says"
+        problem = f"has no function {self.function!r}" if self.function else "names no function"
+        raise UsageError(f"{self.path.name} {problem}: {remedy}")
 
     def build(self, seed: int, copies: Path | None = None) -> Task:
         """Import the file and call the function, with the global generators of torch, Python and NumPy at the seed.
@@ -206,13 +279,13 @@ class TaskFile:
         Raises:
             UsageError: the code raised something, or what it returned cannot be used.
         """
-        seed_everything(seed)
-        function = self.found(copies)
-        seed_everything(seed)  # whatever the file itself has drawn
-        with self.guest.at_work(f"{self.function}(seed={seed})"):
+        _seed_everything(seed)
+        function = self.import_function(copies)
+        _seed_everything(seed)  # whatever the file itself has drawn
+        with self.running(f"{self.function}(seed={seed})"):
             returned = function(seed=seed, **self.values)
-        task = _task_of(returned, self.guest)
-        hosting.check(task, self.guest)
+        task = _task_of(returned, self)
+        _check(task, self)
         return task
 
     def trial(self, configuration: Configuration, device: str = "cpu", copies: Path | None = None) -> Trial:
@@ -231,20 +304,19 @@ class TaskFile:
         """
         about = configuration.trial
         if (about.get("task"), about.get("function")) != (self.sha256, self.function):
-            raise self.guest.refuse(f"task={about.get('task')!r}: the run is of another file; lay out its plan anew")
+            raise self.refuse(f"task={about.get('task')!r}: the run is of another file; lay out its plan anew")
         chosen = replace(self, values=about["values"])
-        task = chosen.build(configuration.seed, copies)
-        host = hosting.Host(self.guest, configuration.seed, device=device, rate=chosen.settled("lr"))
-        trial = host.trial(task, layers_every=about["layers_every"], measure=about["measure"], length=self.length)
-        seed_everything(configuration.seed)
+        parts = _Parts(chosen, chosen.build(configuration.seed, copies), configuration.seed, device)
+        trial = parts.trial(about["layers_every"], about["measure"])
+        _seed_everything(configuration.seed)
         return trial
 
-    def look(self, device: str = "cpu", *, validation: bool = False, spawned: bool = False) -> Look:
+    def tried(self, device: str = "cpu", *, validation: bool = False, spawned: bool = False) -> TriedTask:
         """Build the task once, at seed 0, and try each part; the global generators are left as they were.
 
         Args:
             device: where the network is put.
-            validation: whether ``validation`` is tried too.
+            validation: whether ``validation`` is tried too, and must be there.
             spawned: whether a batch is drawn by a spawned worker too, where the loader's are forked.
 
         Returns:
@@ -254,27 +326,7 @@ class TaskFile:
             UsageError: a part is not as it must be.
         """
         with Stream(0):
-            host = hosting.Host(self.guest, 0, device=device, rate=self.settled("lr"))
-            return looking.look(self.build(0), host, validation=validation, spawned=spawned)
-
-    def found(self, copies: Path | None = None) -> Callable[..., Any]:
-        """Import the file anew, so that no run leaves anything to the next, and give the function.
-
-        Args:
-            copies: as ``build`` takes it.
-
-        Raises:
-            OSError: the copy cannot be written.
-            UsageError: the file raises something, or the function is not in it.
-        """
-        name = task_files.keep(self.source, self.path, copies)
-        with self.guest.at_work("the file"):
-            module = task_files.import_anew(name)
-        function = getattr(module, self.function, None)
-        if not callable(function):
-            offered = sources.functions(self.path, self.source)
-            raise UsageError(f"{self.path.name} has no function {self.function!r}: {offered}")
-        return function
+            return _Parts(self, self.build(0), 0, device).tried(validation=validation, spawned=spawned)
 
 
 def load(file_and_function: str, values: Mapping[str, Value] | None = None) -> TaskFile:
@@ -299,11 +351,351 @@ def load(file_and_function: str, values: Mapping[str, Value] | None = None) -> T
     except (OSError, UsageError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"task={file_and_function!r}: {reason}; give FILE:FUNCTION, as my_task.py:task") from None
-    if not function:
-        raise UsageError(f"task={file_and_function!r} names no function: {sources.functions(path, source)}")
-    sources.check(path, source)
     task_file = TaskFile(path.resolve(), function, source)
     with Stream(0):
-        own, taking_any = sources.parameters(task_file.found(), task_file.guest, function)
-    defaults = {name: value for name, value in own.items() if is_plain(value)}
-    return replace(task_file, parameters=tuple(own), defaults=defaults, open=taking_any).with_values(values or {})
+        found = task_file.import_function()
+    with task_file.running("its signature"):
+        parameters = dict(inspect.signature(found).parameters)
+    seed = parameters.pop("seed", None)
+    if seed is None or seed.kind not in (seed.POSITIONAL_OR_KEYWORD, seed.KEYWORD_ONLY):
+        raise task_file.refuse(f"does not take the seed: write def {function}(seed, lr=0.1)")
+    own = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    for name, parameter in own.items():
+        if parameter.default is parameter.empty or parameter.kind is parameter.POSITIONAL_ONLY:
+            raise task_file.refuse(f"parameter {name!r} has no default: write {name}=..., which --tune can change")
+    return replace(
+        task_file,
+        parameters=tuple(own),
+        defaults={name: p.default for name, p in own.items() if is_plain(p.default)},
+        open=any(p.kind is p.VAR_KEYWORD for p in parameters.values()),
+    ).with_values(values or {})
+
+
+def _task_of(returned: Any, file: TaskModule) -> Task:
+    """Read what the function returned."""
+    if isinstance(returned, Task):
+        return returned
+    if not isinstance(returned, Mapping):
+        kind = "nothing" if returned is None else type(returned).__name__
+        raise file.refuse(f"returned {kind}: return a layerwise.lab.Task or a dict with {', '.join(REQUIRED)}")
+    known = [entry.name for entry in fields(Task)]
+    unknown = [name for name in returned if name not in known]
+    missing = [f"without {name!r}" for name in REQUIRED if name not in returned]
+    if unknown or missing:
+        words = ", ".join([*(f"with {name!r}" for name in unknown), *missing])
+        hint = nearest(unknown[0], known) if unknown else ""
+        raise file.refuse(f"returned a dict {words}: use the names {', '.join(known)}.{hint}")
+    return Task(**returned)
+
+
+def _check(task: Task, file: TaskModule) -> None:
+    """Refuse a task with a part of the wrong kind; nothing is called."""
+    model, batches = task.model, task.batches
+    if not isinstance(model, nn.Module):
+        raise file.refuse(f"model={model!r:.80}: return an instance of torch.nn.Module")
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise file.refuse("model has lazy layers without weights yet: call it once on a batch before it is returned")
+    if not task.parameters:
+        raise file.refuse(f"model={type(model).__name__} has no parameters to train: return one that has")
+    if isinstance(batches, Iterator):
+        raise file.refuse(
+            f"batches is a {type(batches).__name__}, which is exhausted after one epoch: return a list, a loader, "
+            "or a function of the epoch that makes it anew"
+        )
+    for name, given in (("loss", "model and batch"), ("metric", "the model"), ("validation", "the model")):
+        part = getattr(task, name)
+        if isinstance(part, type) or not (callable(part) or (name == "validation" and part is None)):
+            raise file.refuse(f"{name}={part!r:.80}: return a function of {given}")
+    for name in ("epochs", "iterations", "test_every"):
+        value = getattr(task, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise file.refuse(f"{name}={value!r}: must be a whole number from 1")
+    if task.epochs is not None and task.iterations is not None:
+        raise file.refuse(f"epochs={task.epochs!r}, iterations={task.iterations!r}: return one of them")
+    if task.schedule_unit not in ("epoch", "iteration"):
+        raise file.refuse(f"schedule_unit={task.schedule_unit!r}: must be 'epoch' or 'iteration'")
+    if not (task.metric_name is None or (isinstance(task.metric_name, str) and task.metric_name.strip())):
+        raise file.refuse(f"metric_name={task.metric_name!r}: must be a word, such as 'test_error'")
+    if not (task.higher_is_better is None or isinstance(task.higher_is_better, bool)):
+        raise file.refuse(f"higher_is_better={task.higher_is_better!r}: must be True or False")
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The parts of one run's task: each is called with random numbers of its own, and what it gives is checked."""
+
+    file: TaskFile
+    task: Task
+    seed: int
+    device: str
+
+    def trial(self, layers_every: int, measure: str) -> Trial:
+        task = self.task
+        task.model.to(self.device)
+        optimizer = self.optimizer()
+        every = task.test_every
+        if every is None and task.iterations is not None:
+            every = math.ceil(task.iterations / TESTS)
+        return Trial(
+            model=task.model,
+            optimizer=optimizer,
+            scheduler=self.scheduler(optimizer),
+            schedule_unit=task.schedule_unit,
+            batches=skipping(self.batches),
+            loss=self.loss,
+            evaluate=partial(self.evaluate, measure),
+            iterations=task.iterations,
+            epochs=task.passes,
+            epoch_length=_length_of(task.batches) or self.file.length,
+            test_every=every,
+            layers_every=layers_every,
+            factors_every=1,
+            prepare=partial(moved, device=self.device),
+        )
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Give the base optimizer: the task's, the one that its function makes, or SGD."""
+        refuse, optimizer, parameters = self.file.refuse, self.task.optimizer, self.task.parameters
+        if optimizer is None:
+            rate: Any = self.file.settings.get("lr")
+            rate = DEFAULT_RATE if rate is None else rate
+            with self.file.running(f"torch.optim.SGD(lr={rate!r})"):
+                return torch.optim.SGD(parameters, lr=rate, momentum=DEFAULT_MOMENTUM)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            with self.file.running("optimizer"):
+                of_model = next(iter(inspect.signature(optimizer).parameters), "") == "model"
+                optimizer = optimizer(self.task.model if of_model else parameters)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise refuse(f"optimizer is {type(optimizer).__name__}: return a torch.optim.Optimizer or what makes one")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in parameters):
+            raise refuse("optimizer holds no parameter of model: make it of model.parameters()")
+        if any("lr" not in group for group in optimizer.param_groups):
+            raise refuse(f"optimizer {type(optimizer).__name__} has no rate 'lr' in its parameter groups")
+        return optimizer
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Give the scheduler of the optimizer, or None."""
+        refuse, scheduler = self.file.refuse, self.task.scheduler
+        if scheduler is None:
+            return None
+        if isinstance(scheduler, type) or not hasattr(scheduler, "step"):
+            with self.file.running("scheduler(optimizer)"):
+                scheduler = scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise refuse(
+                "scheduler ReduceLROnPlateau waits for a metric, so each arm would have a schedule of its own: return "
+                "one that counts, such as CosineAnnealingLR"
+            )
+        if not all(callable(getattr(scheduler, name, None)) for name in ("step", "state_dict", "load_state_dict")):
+            raise refuse(f"scheduler is {type(scheduler).__name__}: return one of torch.optim.lr_scheduler")
+        if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+            raise refuse("scheduler is of another optimizer: make it of the one that is returned")
+        return scheduler
+
+    def source(self, epoch: int) -> Iterable[Any]:
+        """Give what the batches of an epoch are taken from, in an order that follows from seed and epoch alone.
+
+        A generator that was given to a loader goes on from epoch to epoch, so a run that goes on from a checkpoint
+        would see other batches; it is seeded anew for each epoch. Workers that a loader keeps begin anew too.
+        """
+        source: Any = self.task.batches
+        if callable(source) and not isinstance(source, Iterable):
+            source = source(epoch)
+        if not isinstance(source, Iterable) or isinstance(source, (str, Mapping)):
+            kind = type(source).__name__
+            raise self.file.refuse(f"batches gives {kind}: return a list, a loader, or a function of the epoch")
+        if isinstance(source, DataLoader):
+            vars(source)["persistent_workers"] = False  # as an attribute it is read-only
+            samplers = [source.sampler, source.batch_sampler, getattr(source.batch_sampler, "sampler", None)]
+            for holder in (source, *samplers):
+                generator = getattr(holder, "generator", None)
+                if isinstance(generator, torch.Generator):
+                    generator.manual_seed(_seed_of(self.seed, "generator", epoch))
+                if callable(getattr(holder, "set_epoch", None)):
+                    holder.set_epoch(epoch)  # type: ignore[union-attr]
+        return source
+
+    def batches(self, epoch: int) -> Iterator[Any]:
+        """Give the batches of an epoch, from 1, with random numbers that follow from seed and epoch alone."""
+        stream = Stream(_seed_of(self.seed, "epoch", epoch))
+        with stream, self.file.running(f"batches of epoch {epoch}"):
+            source = self.source(epoch)
+            iterator = _begun(source)
+        # A list draws nothing any more, and a stream takes 0.2 ms.
+        drawing = nullcontext() if isinstance(source, (list, tuple)) else stream
+        for count in itertools.count(1):
+            with drawing, self.file.running(f"batch {count} of epoch {epoch}"):
+                batch = next(iterator, _END)
+            if batch is not _END:
+                yield batch
+            elif count > 1:
+                return
+            else:
+                raise self.file.refuse(
+                    f"batches has no batch in epoch {epoch}: return a list or a loader with at least one batch, or a "
+                    "function of the epoch that makes it anew"
+                )
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Compute the loss of a batch, and refuse what cannot be minimised."""
+        with self.file.running("loss(model, batch)"):
+            value: Any = self.task.loss(model, batch)
+        if not isinstance(value, torch.Tensor):
+            raise self.file.refuse(f"loss returned {type(value).__name__}: return a scalar tensor")
+        if value.numel() != 1:
+            raise self.file.refuse(f"loss returned a tensor of shape {tuple(value.shape)}: return its .mean()")
+        if not value.requires_grad:
+            raise self.file.refuse("loss has no gradient: compute it of model(...), not detached nor under no_grad")
+        return value.reshape(())
+
+    def evaluate(self, measure: str, model: nn.Module, stop: Callable[[], bool]) -> dict[str, float]:
+        """Call the metric, or validation alone."""
+        if stop():
+            raise StoppedError
+        if measure == "validation":
+            return {"validation": self.validation(model)}
+        values = self.metric(model)
+        judged = next(iter(values))
+        # Beside the judged one, a number that is not finite is no sign of divergence: it is left out.
+        return {name: value for name, value in values.items() if name == judged or math.isfinite(value)}
+
+    def metric(self, model: nn.Module) -> dict[str, float]:
+        """Call the metric: name -> number, the judged one first."""
+        value = self._measured("metric", self.task.metric, model)
+        if not isinstance(value, Mapping):
+            own = getattr(self.task.metric, "__name__", "")
+            name = self.task.metric_name or (own if own.isidentifier() else "metric")  # a lambda's is none
+            values = {name: self._number("metric", value)}
+        else:
+            values = {str(name): self._number(f"metric[{name!r}]", entry) for name, entry in value.items()}
+            first = self.task.metric_name or next(iter(values), "")
+            if first not in values:
+                raise self.file.refuse(
+                    f"metric returned a dict with {', '.join(map(repr, values)) or 'nothing'}: it must hold "
+                    f"{first or 'what is judged'!r}"
+                )
+            values = {first: values[first], **values}
+        for name in values:
+            if name in RESERVED:
+                raise self.file.refuse(f"metric {name!r} is a name that the lab uses itself: choose another")
+        return values
+
+    def validation(self, model: nn.Module) -> float:
+        """Call validation."""
+        if self.task.validation is None:
+            raise self.file.refuse(
+                "has no validation, which --tune needs: return validation, a function of the model that gives the "
+                "metric on data that neither batches nor metric use"
+            )
+        return self._number("validation", self._measured("validation", self.task.validation, model))
+
+    def _measured(self, name: str, function: Callable[[Any], Any], model: nn.Module) -> Any:
+        """Call what measures the model: in evaluation mode, without gradients, and changing nothing of the training."""
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with Stream(_seed_of(self.seed, name)), torch.no_grad(), self.file.running(f"{name}(model)"):
+                return function(model)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _number(self, name: str, value: Any) -> float:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise self.file.refuse(f"{name} returned {type(value).__name__}: return a float, as float(tensor)")
+        return float(value)
+
+    def tried(self, *, validation: bool, spawned: bool) -> TriedTask:
+        """Try batches, loss and metric, so that mistakes are found before anything is trained."""
+        task, refuse = self.task, self.file.refuse
+        with Stream(_seed_of(0, "epoch", 1)), self.file.running("batches of epoch 1"):
+            source = self.source(1)
+        trial = self.trial(1, "metric")
+        trial.epoch_length = length = _length_of(source)
+        batch = next(iter(self.batches(1)))
+        if not same(batch, next(iter(self.batches(1)))):
+            raise refuse(
+                "batches gives other batches when epoch 1 begins again, so a run that goes on from a checkpoint "
+                "would see others: draw from torch's, Python's or NumPy's global generator, which the lab seeds for "
+                "each epoch, or make the generator inside of batches(epoch), of seed and epoch"
+            )
+        if (trial.epochs or 0) > 1 or (task.iterations is not None and length and length < task.iterations):
+            next(iter(self.batches(2)))
+        self.loss(trial.model, trial.prepare(batch))
+        began = time.perf_counter()
+        name, value = next(iter(self.metric(trial.model).items()))
+        seconds = time.perf_counter() - began
+        _check_finite(name, value, self.file)
+        better, named = task.higher_is_better, {better for word, better in DIRECTIONS.items() if word in name.lower()}
+        if better is None and len(named) != 1:
+            raise refuse(
+                f"higher_is_better is not given, and the name {name!r} does not tell: return higher_is_better=True or "
+                "False"
+            )
+        if validation:
+            _check_finite("validation", self.validation(trial.model), self.file)
+        return TriedTask(
+            trial=trial,
+            metric=name,
+            value=value,
+            higher_is_better=named.pop() if better is None else better,
+            has_validation=task.validation is not None,
+            metric_seconds=seconds,
+            spawned=self.spawned(source) if spawned else "",
+        )
+
+    def spawned(self, source: Iterable[Any]) -> str:
+        """Draw a batch with a spawned worker where a loader's workers are forked; return the error, or ""."""
+        if not isinstance(source, DataLoader) or not source.num_workers:
+            return ""
+        context: Any = source.multiprocessing_context or multiprocessing
+        if context.get_start_method() != "fork":
+            return ""
+        loader = copy.copy(source)
+        loader.num_workers, loader.multiprocessing_context = 1, "spawn"
+        try:
+            with Stream(_seed_of(0, "epoch", 1)), self.file.running("a batch of a spawned worker"):
+                next(_begun(loader))
+        except UsageError as error:
+            return str(error)
+        return ""
+
+
+def _check_finite(name: str, value: float, file: TaskModule) -> None:
+    if not math.isfinite(value):
+        problem = f"{name} is {value} of the untrained model"
+        raise file.refuse(f"{problem}: return a finite one; later such a number counts as divergence")
+
+
+def _begun(source: Iterable[Any]) -> Iterator[Any]:
+    """Begin to go through batches; an object that cannot be pickled raises here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Got pickle error")
+        return iter(source)
+
+
+def _length_of(batches: Any) -> int | None:
+    """Give the number of batches of an epoch; None for a function and for a loader of a stream."""
+    return operator.length_hint(batches) or None
+
+
+def moved(batch: Any, device: str) -> Any:
+    """Put what a batch holds on a device: tensors, and whatever else has a ``to``."""
+    return tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two batches are equal; what cannot be compared counts as equal."""
+    (leaves, form), (others, other_form) = tree_flatten(one), tree_flatten(other)
+    return form == other_form and all(map(_equal, leaves, others))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, (torch.Tensor, numpy.ndarray)):
+        try:
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+        except AssertionError:
+            return False
+        return True
+    return one == other if isinstance(one, (str, int, float, bytes)) else True

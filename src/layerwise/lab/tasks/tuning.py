@@ -9,13 +9,12 @@ from itertools import product
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.methods import make_arms
-from layerwise.lab.experiments.outcome import Display, Outcome, Settings
-from layerwise.lab.experiments.plan import LARGEST_SEEDS, Plan, Quantity, Subject, check_names
-from layerwise.lab.experiments.runner import carry_out
+from layerwise.lab.experiments.plan import LARGEST_SEEDS, Plan, Quantity, Subject, check_names, check_seeds
+from layerwise.lab.experiments.runner import Display, Outcome, Settings, carry_out
 from layerwise.lab.runs.values import Value
-from layerwise.lab.tasks.compare import Layout, setting_words, value_words
-from layerwise.lab.tasks.looking import Look
-from layerwise.lab.tasks.task import TaskFile
+from layerwise.lab.tasks import task as tasks
+from layerwise.lab.tasks.layout import Layout, plan, setting_words, value_words
+from layerwise.lab.tasks.task import TaskFile, TriedTask
 
 FIRST_SEED = 10_000
 """Above every seed of a comparison, which are below ``plan.LARGEST_SEEDS``: what was tuned on is never judged on."""
@@ -157,7 +156,7 @@ def tune(
     seeds: int = SEEDS,
     settings: Settings,
     display: Display | None = None,
-    look: Look | None = None,
+    tried: TriedTask | None = None,
 ) -> Tuning:
     """Try every setting of a grid with every arm. The runs never call the metric.
 
@@ -167,20 +166,20 @@ def tune(
         arms: names, as ``methods.make_arms`` takes them.
         seeds: number of tuning seeds.
         settings: how runs are carried out.
-        display: told what happens.
-        look: what a look at the task has found already.
+        display: shows what happens.
+        tried: what a try of the task has found already.
 
     Returns:
         The tuning.
 
     Raises:
-        UsageError: a value that cannot be used, or a task without validation; told before anything is trained.
+        UsageError: a value that cannot be used, or a task without validation; reported before anything is trained.
     """
     if not 1 <= seeds <= LARGEST_SEEDS:
         raise UsageError(f"tuning seeds={seeds!r}: must be from 1 to {LARGEST_SEEDS}")
     combinations = settings_of(task_file, grid)
-    look = look or task_file.look(settings.device, validation=True)
-    layout = Layout(task_file, look)
+    tried = tried or task_file.tried(settings.device, validation=True)
+    layout = Layout(task_file, tried)
     # A control follows its method's run of the same setting and seed; settings are not compared with one another.
     chosen = tuple(replace(arm, against=()) for arm in make_arms(arms))
     subjects = tuple(Subject(name=setting_words(one), words=setting_words(one), constants=one) for one in combinations)
@@ -193,13 +192,13 @@ def tune(
         for seed in given
     )
     layout.check(runs)
-    plan = Plan(
+    tuning = Plan(
         name=f"{layout.name}-tuning",
         title=f"{task_file.label}: tuning",
         source=task_file.label,
         layout="curves",
         quantity=Quantity(
-            name="validation", words="validation", unit="", difference_unit="", higher_is_better=look.higher_is_better
+            name="validation", words="validation", unit="", difference_unit="", higher_is_better=tried.higher_is_better
         ),
         columns=(),
         step_unit=layout.step_unit,
@@ -211,4 +210,43 @@ def tune(
         notes=("Runs of a tuning: they choose values, and nothing is concluded from them.",),
     )
     grid = {name: tuple(dict.fromkeys(values)) for name, values in grid.items()}
-    return Tuning(carry_out(plan, settings, display), grid, combinations, look.higher_is_better)
+    return Tuning(carry_out(tuning, settings, display), grid, combinations, tried.higher_is_better)
+
+
+def run(
+    file_and_function: str,
+    grid: Grid,
+    *,
+    arms: Sequence[str] = (),
+    seeds: int = 5,
+    settings: Settings,
+    display: Display | None = None,
+) -> Outcome:
+    """Tune every arm on a task, then compare them, each at its own values.
+
+    Args:
+        file_and_function: ``"file.py:function"``.
+        grid: parameter -> values.
+        arms: names, as ``methods.make_arms`` takes them.
+        seeds: number of seeds of the comparison.
+        settings: how runs are carried out.
+        display: shows what happens, of the tuning and then of the comparison.
+
+    Returns:
+        The outcome of the comparison; that of the tuning where it was interrupted, or a run of it failed.
+
+    Raises:
+        UsageError: a value that cannot be used, reported before anything is trained.
+    """
+    check_seeds(seeds)
+    task_file = tasks.load(file_and_function)
+    tried = task_file.tried(settings.device, validation=True)
+    plan(task_file, arms=arms, seeds=seeds, tried=tried)  # what is wrong with it is reported before the tuning
+    tuned = tune(task_file, grid, arms=arms, settings=settings, display=display, tried=tried)
+    if not tuned.complete:
+        return tuned.outcome
+    chosen = plan(task_file, arms=arms, seeds=seeds, tuned=tuned.chosen, notes=tuned.notes, tried=tried)
+    if display is not None:
+        for words in tuned.choices:
+            display.say(words)
+    return carry_out(chosen, settings, display)

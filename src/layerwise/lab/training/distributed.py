@@ -1,11 +1,7 @@
-"""Processes that compute one run together, each with its part of every batch.
+"""The processes that compute one run: this one alone, or several, each with its part of every batch.
 
-The numbers are those of one process up to rounding. Each process takes an equal part of a batch, so the average of the
-gradients is the gradient of the mean over the batch; batch normalisation takes its statistics over all parts; and every
-process makes the same update of the same weights. Only dropout draws other masks, as it does with another seed.
-
-``torch.nn.parallel.DistributedDataParallel`` is used as it is, without Lightning Fabric: what is needed is one wrapper
-and five collectives, and a layer between would hide the order in which they are called, which is what has to be right.
+The numbers are those of one process up to rounding: parts are equal, so the average of their gradients is the gradient
+of the mean over the batch, and batch normalisation takes its statistics over all parts. Only dropout draws other masks.
 """
 
 from __future__ import annotations
@@ -20,130 +16,120 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.runs.locks import BusyError
-from layerwise.lab.training.processes import Processes
-from layerwise.lab.training.sharing import BATCH_NORM, batch_norm, batch_size, cut
-from layerwise.lab.training.trial import StoppedError
 
 T = TypeVar("T")
 
-LONGEST_WAIT = timedelta(days=2)
-"""How long processes wait for the first one, which may be testing a large network or reading a large file."""
-
-FAILURE_WAIT = timedelta(seconds=60)
-"""How long a process in which a run failed waits for the others to fail too."""
+LONGEST_WAIT, FAILURE_WAIT = timedelta(days=2), timedelta(seconds=60)
+"""How long processes wait for the first one, which may test a large network; and how long a process in which a run
+failed waits for the others to fail too."""
 
 
-class DistributedProcesses(Processes):
-    """Processes that torch.distributed has joined.
+class Processes:
+    """One process that trains alone on a device, or those of a run that several share, as ``joined`` gives them."""
 
-    Besides the group of the gradients there is one for everything else, over gloo and with a long timeout, and one to
-    meet in after an error.
+    def __init__(self, device: str = "cpu", *, shared: bool = False) -> None:
+        self.device, self.rank, self.count = device, 0, 1
+        self.undivided = False  # the current batch is computed whole by every process
+        self.in_step = True  # the processes are known to wait for the next run
+        self._group: Any = None
+        self._failures: Any = None
+        self._synchronised: list[Any] = []
+        if shared:
+            self.rank, self.count = dist.get_rank(), dist.get_world_size()
+            # The gradients have a group of their own, which may be on cards.
+            self._group, self._failures = (dist.new_group(None, wait, "gloo") for wait in (LONGEST_WAIT, FAILURE_WAIT))
+            self._alone, _ = dist.new_subgroups(1)
 
-    Args:
-        device: where this process trains.
-    """
-
-    def __init__(self, device: str = "cpu") -> None:
-        self.rank, self.count, self.device = dist.get_rank(), dist.get_world_size(), device
-        self.undivided = False
-        """Whether the current batch is computed whole by every process."""
-        self.in_step = True
-        """Whether the processes are known to wait for the next order."""
-        self._control: Any = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
-        self._failures: Any = dist.new_group(backend="gloo", timeout=FAILURE_WAIT)
+    @property
+    def first(self) -> bool:
+        """This process writes the run's files and tests the network."""
+        return self.rank == 0
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Give the network that averages its gradients; every parameter must have a part in the loss."""
+        """Give the network that averages its gradients; the loss must depend on every parameter."""
+        if self.count == 1:
+            return model
+        if self.device != "cpu":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            self._synchronised = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+            return DistributedDataParallel(model, [torch.device(self.device)])
         for module in model.modules():
-            if isinstance(module, BATCH_NORM):
-                # On the instance: the names of the modules, and so the layers, stay.
-                module.forward = partial(batch_norm, module, self)  # type: ignore[assignment]
-        index = torch.device(self.device).index
-        return DistributedDataParallel(model, device_ids=None if index is None else [index])
+            if isinstance(module, _BatchNorm):  # on the instance: the names of the modules, and so the layers, stay
+                module.forward = partial(_batch_norm, module, self)  # type: ignore[assignment]
+        return DistributedDataParallel(model)
 
     def share(self, batch: Any, *, begins: bool, whole: int | None = None) -> Any:
-        """Give this process's part of a batch.
+        """Give this process's part of a batch: of its tensors, and of lists of one entry an example.
 
-        The last batch of an epoch may be smaller. If it cannot be divided, every process computes all of it: the
-        average of equal gradients is that gradient, and the time of one batch in an epoch matters little.
-
-        Args:
-            batch: tensors of one first dimension, or tuples, lists or mappings of them.
-            begins: the batch is the first of its epoch.
-            whole: examples of the whole batch, where ``batch`` is already the part of this process, or, of one that
-                cannot be divided, all of it.
-
-        Returns:
-            A part of the same form.
-
-        Raises:
-            UsageError: the first batch of an epoch cannot be divided, or it is of another form.
+        If the last batch of an epoch cannot be divided, every process computes all of it: the average of equal
+        gradients is that gradient. The first one (``begins``) is refused with a UsageError, and so is a batch without
+        tensors, or with tensors of several lengths. ``whole`` is the size of the whole batch, where this process has
+        read only its part of it, or, of one that cannot be divided, all of it.
         """
-        size = whole or batch_size(batch)
-        self.undivided = size % self.count != 0
-        if not self.undivided and whole is not None:
+        if self.count == 1:
             return batch
-        if not self.undivided:
-            part = size // self.count
-            return cut(batch, slice(self.rank * part, (self.rank + 1) * part), size)
-        if begins:
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if len({shape[0] for shape in shapes}) != 1:
+            raise UsageError(
+                f"a batch of type {type(batch).__name__} with tensors of shapes {shapes} cannot be divided among "
+                "processes: give tensors of one length, or tuples, lists or dicts of them, or start one process"
+            )
+        size = whole or len(tensors[0])
+        self.undivided = size % self.count != 0
+        if self.undivided and begins:
             raise indivisible(size, self.count)
-        return batch
+        for module in self._synchronised:
+            module.process_group = self._alone if self.undivided else None
+        own = slice(self.rank * size // self.count, (self.rank + 1) * size // self.count)
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Average values over the processes, on the CPU; all get the same bits."""
-        own = values.detach().cpu()
-        parts = [torch.empty_like(own) for _ in range(self.count)]
-        dist.all_gather(parts, own, group=self._control)
-        return torch.stack(parts).mean(dim=0)
+        def listed(entry: Any) -> bool:
+            holds_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(entry))
+            return isinstance(entry, (list, tuple)) and len(entry) == size and not holds_tensors
 
-    def gather(self, value: Any) -> list[Any]:
+        def cut(entry: Any) -> Any:
+            return entry[own] if (isinstance(entry, Tensor) and entry.dim()) or listed(entry) else entry
+
+        return batch if self.undivided or whole is not None else tree_map(cut, batch, is_leaf=listed)
+
+    def gather(self, value: T) -> list[T]:
         """Give the values of all processes, in the order of their ranks."""
-        values = [None] * self.count
-        dist.all_gather_object(values, value, group=self._control)
+        values = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value, self._group)
         return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Average values over the processes, on the CPU; all get the same bits."""
+        return torch.stack(self.gather(values.detach().cpu())).mean(dim=0)
 
     def agree(self, *wishes: bool) -> tuple[bool, ...]:
         """Say of each wish whether any process has it."""
         votes = torch.tensor(wishes, dtype=torch.uint8)
-        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._control)
+        if self.count > 1:
+            dist.all_reduce(votes, dist.ReduceOp.MAX, self._group)
         return tuple(map(bool, votes.tolist()))
 
     def from_first(self, act: Callable[[], T]) -> T:
-        """Do something in the first process while the others wait, and give all what came of it, an error too."""
-        value: Any = None
-        failure: Exception | None = None
-        if self.first:
-            try:
-                value = act()
-            except Exception as error:
-                failure = error
-        told = [(value, _portable(failure))]
-        dist.broadcast_object_list(told, src=0, group=self._control)
-        if self.first:
-            told = [(value, failure)]
-        value, failure = told[0]
-        if failure is not None:
-            raise failure
-        return value
-
-    def together(self, act: Callable[[], T]) -> T:
-        """Do something in every process; what fails in one fails in all."""
+        """Do something in the first process while the others wait; all get its result or its error."""
         value: Any = None
         failure: Exception | None = None
         try:
-            value = act()
+            value = act() if self.first else None
         except Exception as error:
             failure = error
-        failures = [failure, *self.gather(_portable(failure))]
-        for error in failures:
-            if error is not None:
-                raise error
+        if self.count > 1:
+            told = [(value, _portable(failure))]
+            dist.broadcast_object_list(told, 0, self._group)
+            value, failure = (value, failure) if self.first else told[0]
+        if failure is not None:
+            raise failure
         return value
 
     @contextmanager
@@ -152,49 +138,33 @@ class DistributedProcesses(Processes):
         self.in_step = False
         try:
             yield
-        except (BusyError, StoppedError):  # decided together
-            self.in_step = True
-            raise
         except Exception:
             with suppress(RuntimeError):  # the others do not come: they wait for a part that this one will never give
-                dist.barrier(group=self._failures)
+                if self.count > 1:
+                    dist.barrier(self._failures)
                 self.in_step = True
             raise
         self.in_step = True
 
-    def leave(self) -> None:
-        """End the work together."""
-        dist.destroy_process_group()
 
-
-def joined(device: str = "cpu") -> DistributedProcesses | None:
-    """Join the processes that ``torchrun`` started.
-
-    Args:
-        device: where networks are trained; with ``"cuda"`` each process of a machine takes a card of its own.
-
-    Returns:
-        The processes, to be left with ``leave()``; None if this process was started alone.
+def joined(device: str = "cpu") -> Processes:
+    """Join the processes that ``torchrun`` started; on ``"cuda"`` each process of a machine takes a card of its own.
 
     Raises:
-        UsageError: a device that several processes cannot share, or more processes than cards.
+        UsageError: not started by ``torchrun``, a device that cannot be shared, or more processes than cards.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    kind, _, index = device.partition(":")
-    if index:
-        raise UsageError(f"device={device!r}: processes that share a run take one card each; use {kind!r}")
-    if kind == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        cards = torch.cuda.device_count()
+    if "RANK" not in os.environ:
+        raise UsageError("RANK is not set: start with  torchrun --nproc-per-node 2 -m layerwise run NAME")
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"device={device!r}: processes share a run on 'cpu', or on 'cuda' with one card each")
+    if device == "cuda":
+        local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= cards:
             raise UsageError(f"nproc-per-node={local + 1!r} or more: this machine has {cards} cards; use at most these")
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
-    elif kind != "cpu":
-        raise UsageError(f"device={device!r}: processes share a run on 'cpu' or 'cuda'; start one process for others")
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return DistributedProcesses(device)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    return Processes(device, shared=True)
 
 
 def indivisible(size: int, count: int) -> UsageError:
@@ -212,3 +182,42 @@ def _portable(error: Exception | None) -> Exception | None:
         return pickle.loads(pickle.dumps(error))
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over the processes; so is its derivative, as each process's loss depends on all."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        dist.all_reduce(total := tensor.clone())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return _Sum.apply(gradient)
+
+
+def _batch_norm(module: _BatchNorm, processes: Processes, inputs: Tensor) -> Tensor:
+    """Normalise with the statistics of the whole batch; torch's ``SyncBatchNorm`` refuses the CPU.
+
+    mean = Σ x / n,  var = Σ (x - mean)² / n over all processes,  y = (x - mean) / sqrt(var + eps) · weight + bias
+    """
+    if not module.training or processes.undivided:
+        return type(module).forward(module, inputs)
+    module._check_input_dim(inputs)
+    dims, shape = [0, *range(2, inputs.dim())], [-1] + [1] * (inputs.dim() - 2)
+    wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    mean = _Sum.apply(wide.mean(dims)) / processes.count
+    centred = wide - mean.view(shape)
+    variance = _Sum.apply(centred.square().mean(dims)) / processes.count
+    if module.running_mean is not None and module.running_var is not None:
+        count = inputs.numel() // inputs.shape[1] * processes.count
+        with torch.no_grad():
+            module.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+            weight = 1.0 / float(module.num_batches_tracked) if module.momentum is None else module.momentum  # type: ignore[arg-type]
+            module.running_mean.mul_(1 - weight).add_(mean, alpha=weight)
+            module.running_var.mul_(1 - weight).add_(variance, alpha=weight * count / (count - 1))
+    normal = centred * torch.rsqrt(variance + module.eps).view(shape)
+    if module.affine:
+        normal = normal * module.weight.view(shape) + module.bias.view(shape)
+    return normal.to(inputs.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import time
@@ -18,11 +19,13 @@ from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import RunFolder
 from layerwise.lab.runs.record import Recorder
+from layerwise.lab.training.distributed import Processes
 from layerwise.lab.training.measures import LayerMeasures
-from layerwise.lab.training.processes import Processes
-from layerwise.lab.training.snapshots import CHECKPOINT_SECONDS, restore, state_of
-from layerwise.lab.training.summary import digest_of, selection_of, summary_of
+from layerwise.lab.training.randomness import random_state, set_random_state
 from layerwise.lab.training.trial import StoppedError, Trial
+
+CHECKPOINT_SECONDS = 60.0
+"""Seconds between two checkpoints: what a killed run loses at most, and the time of one update or test."""
 
 LOSSES_EVERY = 10
 """Updates between two looks at the losses, which wait for the device; a loss that is not finite is found then."""
@@ -84,7 +87,10 @@ class Training:
         self.sessions, self.counts = 1, [self.processes.count]
         self.losses: list[float] = []
         """Those that are here and not yet looked at."""
+        self.metric = [0.0, 0]
+        """Of the epoch so far: the sum of the training metric over the examples, and their number."""
         self._pending: list[torch.Tensor] = []
+        self._metrics: list[tuple[torch.Tensor, int]] = []
         self._stop: Callable[[], bool] = lambda: False
         torch.manual_seed(configuration.seed + self.processes.rank)  # dropout of another part of the batch
         random.seed(configuration.seed)
@@ -115,7 +121,39 @@ class Training:
             raise
         self._read_losses()
         self._tick()
-        return summary_of(self, self._weights())
+        return self._summary(self._weights())
+
+    def _summary(self, weights: str) -> dict[str, Any]:
+        """Make the summary of ``runs.Record`` at the end; ``weights`` is their digest."""
+        factors = self.recorder.layer_means("factor")
+        # What a rule leaves out, as LARS does biases, has factor 1 and no part in its mean.
+        table = [] if self.adapter is None else self.adapter.layer_table()
+        excluded = [layer.name for layer in table if not layer.included]
+        adapted = [value for name, value in factors.items() if name not in excluded]
+        lasts = {quantity: self.recorder.last(quantity) for quantity in self.recorder.whole_quantities()}
+        return {
+            "finals": {name: _number_of(last[1]) for name, last in lasts.items() if last is not None},
+            "diverged_at": self.diverged_at,
+            "iterations": self.position.iteration,
+            "epochs": self.position.epoch - (self.position.batch != self.trial.epoch_length),
+            "parameters": sum(p.numel() for p in self.trial.model.parameters()),
+            "layers": self.measures.names,
+            "seconds": self.seconds,
+            "test_seconds": self.test_seconds,
+            "sessions": self.sessions,
+            "processes": self.counts,
+            "factor": {
+                "mean": math.fsum(adapted) / len(adapted) if adapted else 1.0,
+                "spread": self.recorder.spread("factor") or 1.0,
+                "layers": factors,
+                "names": [layer.name for layer in table],
+                "excluded": excluded,
+            },
+            "place": None if self.adapter is None else self.adapter.apply,
+            "decay": None if self.adapter is None else self.adapter.decay,
+            "selections": self.selections,
+            "weights": weights,
+        }
 
     def _train(self, progress: Callable[[int], None]) -> None:
         trial, position = self.trial, self.position
@@ -161,8 +199,11 @@ class Training:
         step = position.iteration + 1
         measured = step % trial.layers_every == 0 or step == 1
         optimizer.zero_grad()
-        begins, whole = position.batch == 0, trial.whole(position.batch)
-        loss = trial.loss(self.network, self.processes.share(trial.prepare(batch), begins=begins, whole=whole))
+        batch, whole = trial.prepare(batch), trial.whole(position.batch)
+        loss = trial.loss(self.network, self.processes.share(batch, begins=position.batch == 0, whole=whole))
+        if trial.training_metric:
+            loss, metric = loss
+            self._metrics.append((metric.detach(), whole or len(batch[1])))
         loss.backward()
         if measured:
             self.measures.before()
@@ -191,6 +232,11 @@ class Training:
         if self._pending:
             self.losses += self.processes.mean(torch.stack(self._pending).double()).tolist()
             self._pending.clear()
+        if self._metrics:
+            values = self.processes.mean(torch.stack([value for value, _ in self._metrics]).double()).tolist()
+            for value, (_, size) in zip(values, self._metrics, strict=True):
+                self.metric = [self.metric[0] + value * size, self.metric[1] + size]
+            self._metrics.clear()
 
     def _read_losses(self) -> None:
         """Bring the losses since the last time to the recorder; find the first one that is not finite."""
@@ -211,15 +257,20 @@ class Training:
             raise ValueError(f"epoch {position.epoch} has no batch: batches must give at least one")
         if self.diverged_at is not None:
             return
+        if trial.training_metric:
+            self.recorder.add(
+                trial.training_metric, position.iteration, position.epoch, self.metric[0] / self.metric[1]
+            )
+            self.metric = [0.0, 0]
         if trial.scheduler is not None and trial.schedule_unit == "epoch":
             with warnings.catch_warnings():
                 # The optimizer has stepped, though after a checkpoint at the end of the epoch not in this process.
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
                 trial.scheduler.step()
         if self.adapter is not None:
-            before = selection_of(self.adapter)
+            before = _selection_of(self.adapter)
             self.adapter.end_epoch()
-            self._record_selection(before, selection_of(self.adapter))
+            self._record_selection(before, _selection_of(self.adapter))
         position.epoch, position.batch = position.epoch + 1, 0
 
     def _record_selection(self, before: dict[str, list[Any]] | None, after: dict[str, list[Any]] | None) -> None:
@@ -241,9 +292,8 @@ class Training:
             return
         began = time.perf_counter()
         epoch = position.epoch - (position.batch == 0 and position.iteration > 0)
-        values = self.processes.from_first(lambda: trial.evaluate(trial.model, self._stop))
         # All processes hear of it, so that none trains on alone after a divergence.
-        values = self.processes.gather(values)[0]
+        values = self.processes.from_first(lambda: trial.evaluate(trial.model, self._stop))
         for quantity, value in values.items():
             if not math.isfinite(value):
                 self.diverged_at = position.iteration
@@ -262,12 +312,48 @@ class Training:
         self._clock = now
 
     def state_dict(self) -> dict[str, Any]:
-        """Give everything that the rest of the training depends on."""
-        return state_of(self)
+        """Give everything that the rest of the training depends on; of several processes all must ask."""
+        # Only fetched: were they looked at, after which update a divergence ends the run would depend on checkpoints.
+        self.fetch_losses()
+        trial, adapter, position = self.trial, self.adapter, self.position
+        return {
+            "model": trial.model.state_dict(),
+            "optimizer": trial.optimizer.state_dict(),
+            "scheduler": None if trial.scheduler is None else trial.scheduler.state_dict(),
+            "adapter": None if adapter is None else adapter.state_dict(),
+            "recorder": self.recorder.state_dict(),
+            "position": [position.iteration, position.epoch, position.batch],
+            "tests": self.tested_at,
+            "diverged_at": self.diverged_at,
+            "losses": list(self.losses),
+            "metric": list(self.metric),
+            "selections": self.selections,
+            "seconds": [self.seconds, self.test_seconds],
+            "sessions": self.sessions,
+            "processes": self.counts,
+            "random": self.processes.gather(random_state()),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave."""
-        restore(self, state)
+        """Go on, newly made, from what ``state_dict`` gave."""
+        trial, position, rank = self.trial, self.position, self.processes.rank
+        trial.model.load_state_dict(state["model"])
+        trial.optimizer.load_state_dict(state["optimizer"])
+        if trial.scheduler is not None:
+            trial.scheduler.load_state_dict(state["scheduler"])
+        if self.adapter is not None:
+            self.adapter.load_state_dict(state["adapter"])
+        self.recorder.load_state_dict(state["recorder"])
+        position.iteration, position.epoch, position.batch = state["position"]
+        self.tested_at, self.diverged_at = state["tests"], state["diverged_at"]
+        self.losses = list(state.get("losses", ()))
+        self.metric = list(state.get("metric", (0.0, 0)))
+        self.selections = list(state["selections"])
+        self.seconds, self.test_seconds = state["seconds"]
+        self.sessions = state["sessions"] + 1
+        self.counts = list(dict.fromkeys([*state.get("processes", [1]), self.processes.count]))
+        if rank < len(state["random"]):  # more processes than before begin with numbers of their own
+            set_random_state(state["random"][rank])
 
     def _resume(self) -> None:
         # Read by one alone: it may be the only one that sees the folder, and writes the next checkpoint into it.
@@ -296,7 +382,7 @@ class Training:
 
     def _weights(self) -> str:
         """Give the digest of the weights, which all processes must share."""
-        digest = digest_of(self.trial.model.state_dict().values())
+        digest = _digest_of(self.trial.model.state_dict().values())
         digests = self.processes.gather(digest)
         if len(set(digests)) > 1:
             raise RuntimeError(
@@ -309,3 +395,24 @@ class Training:
 def skipping(batches: Callable[[int], Any]) -> Callable[[int, int], Any]:
     """Make batches that can begin anywhere out of ones that begin at the first: those before are made and dropped."""
     return lambda epoch, skip: islice(iter(batches(epoch)), skip, None)
+
+
+def _selection_of(adapter: layerwise.LayerwiseLR) -> dict[str, list[Any]] | None:
+    """Give what a rule that amplifies chosen layers has chosen: layer -> value, z, chosen; None for other rules."""
+    if not isinstance(adapter.rule, layerwise.rules.GradientAmplification):
+        return None
+    rows = adapter.get_last_selection()
+    return {name: [_number_of(row.value), _number_of(row.z), bool(row.selected)] for name, row in rows.items()}
+
+
+def _number_of(value: float) -> float | None:
+    """Write what was not measured as None, as JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _digest_of(tensors: Any) -> str:
+    """Give the SHA-256 of tensors' bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -71,7 +71,7 @@ def augmented(dataset: Dataset) -> Inputs:
 
     return Inputs(
         lambda images, generator: augmentation.training_images(images, generator, mean, std),
-        lambda images: augmentation.test_images(images, mean, std),
+        lambda images: augmentation.normalised(images, mean, std),
         dataset.train_images.shape[1],
         skip,
     )
@@ -81,7 +81,7 @@ def framed(dataset: Dataset) -> Inputs:
     """Give digits in frames of 32 x 32 pixels, normalised: digits in the place of small photographs."""
 
     def test(images: torch.Tensor) -> torch.Tensor:
-        return augmentation.test_images(functional.pad(images, (2, 2, 2, 2)), DIGITS_MEAN, DIGITS_STD)
+        return augmentation.normalised(functional.pad(images, (2, 2, 2, 2)), DIGITS_MEAN, DIGITS_STD)
 
     return Inputs(lambda images, generator: test(images), test, 1)
 

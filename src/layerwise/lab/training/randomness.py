@@ -20,7 +20,7 @@ def random_state() -> dict[str, Any]:
         "python": [version, list(words), gauss],
         "numpy": [name, torch.from_numpy(keys.astype("int64")), *rest],  # type: ignore[union-attr]
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 

@@ -36,7 +36,7 @@ class Trial:
         scheduler: of the rate, or None.
         schedule_unit: when ``scheduler.step`` is called: ``"iteration"`` or ``"epoch"``.
         batches: epoch (from 1) and number of batches to leave out -> the batches.
-        loss: model and batch -> the loss, a scalar tensor.
+        loss: model and batch -> the loss, a scalar tensor; with a training metric the loss and the batch's metric.
         evaluate: model and a function that says whether to stop -> name and value of each quantity.
         iterations: updates of the run, or None if it is counted in epochs.
         epochs: passes of the run, or None if it is counted in iterations.
@@ -44,6 +44,7 @@ class Trial:
         test_every: iterations between two tests, the first before the first update; None for each epoch's end.
         layers_every: iterations between two records of each layer's norms.
         factors_every: iterations between two records of each layer's factor.
+        training_metric: what ``loss`` gives beside the loss, averaged over each epoch's examples; "" for nothing.
         prepare: puts a batch into the layout and on the device where the network reads it.
         test_batches: of a test, or None if not known.
         whole: number of a batch in its epoch -> examples of it, where ``batches`` gives only the part of this process;
@@ -55,7 +56,7 @@ class Trial:
     scheduler: Any
     schedule_unit: str
     batches: Callable[[int, int], Iterator[Any]]
-    loss: Callable[[nn.Module, Any], torch.Tensor]
+    loss: Callable[[nn.Module, Any], Any]
     evaluate: Callable[[nn.Module, Callable[[], bool]], dict[str, float]]
     iterations: int | None
     epochs: int | None
@@ -63,6 +64,7 @@ class Trial:
     test_every: int | None
     layers_every: int
     factors_every: int
+    training_metric: str = ""
     prepare: Callable[[Any], Any] = field(default=lambda batch: batch)
     test_batches: int | None = None
     whole: Callable[[int], int | None] = field(default=lambda number: None)
@@ -78,6 +80,13 @@ class Trial:
 def cross_entropy(model: nn.Module, batch: Any) -> torch.Tensor:
     """Compute the mean cross-entropy of a batch, in nats."""
     return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def cross_entropy_and_accuracy(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the mean cross-entropy of a batch, in nats, and the accuracy on it, in %."""
+    scores = model(batch[0])
+    right = (scores.detach().argmax(1) == batch[1]).double().mean()
+    return functional.cross_entropy(scores, batch[1]), 100.0 * right
 
 
 def classification(
@@ -237,7 +246,8 @@ def build(
         scheduler=scheduler,
         schedule_unit=constants.policy_unit,
         batches=stream.batches,
-        loss=at_precision(cross_entropy),
+        loss=at_precision(cross_entropy_and_accuracy if constants.training_accuracy else cross_entropy),
+        training_metric="training_accuracy" if constants.training_accuracy else "",
         evaluate=at_precision(classification(stream.tests, prepare)),
         iterations=constants.iterations,
         epochs=constants.epochs,
