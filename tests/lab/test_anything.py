@@ -136,7 +136,7 @@ def test_the_worker_writes_the_labels(carried_out):
 
 @pytest.mark.parametrize("vary", [None, {"rate": [0.005, 0.01]}])
 def test_a_plan_is_read_as_it_was_written(vary):
-    for name in ("singh2015-table1", "basodi2023-table3"):
+    for name in ("singh2015-table1", "singh2015-figure2", "basodi2023-table3", "basodi2023-figure11"):
         plan = recipe.load(name).plan("reduced", vary=vary)
         again = saved.plan_of(json.loads(saved.as_json(plan)))
         assert list(again.pairs()) == list(plan.pairs())

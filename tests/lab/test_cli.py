@@ -192,7 +192,12 @@ def test_a_recipe_is_run_its_report_written_and_nothing_repeated(capsys, folder)
     assert "This is the smoke scale" in words
     assert "Smoke test of: A few updates of LeNet" in words
     assert "no run was needed" in words
+    assert "Student's paired t" not in words
+
+    assert cli.main([*arguments, "--explain"]) == 0
+    words = words_of(capsys)
     assert "runs/report.html is a copy until the next report" in words
+    assert "Student's paired t" in words
 
     assert cli.main([*arguments, "--quiet"]) == 0
     words = words_of(capsys)
@@ -218,8 +223,10 @@ def test_a_recipe_is_run_its_report_written_and_nothing_repeated(capsys, folder)
     assert tiny["scales"]["smoke"]["finished"] == 6
     assert not tiny["scales"]["full"]["present"]
 
-    assert cli.main(["report", "runs", "--out", "gathered"]) == 0
-    assert "report.html" in words_of(capsys)
+    assert cli.main(["report", "runs", "--out", "gathered", "--explain"]) == 0
+    words = words_of(capsys)
+    assert "report.html" in words
+    assert "Student's paired t" in words
     assert (folder / "gathered" / "report.html").stat().st_size > 0
 
 

@@ -11,7 +11,6 @@ from lab_helpers import tiny_plan
 from rich.console import Console
 
 from layerwise.lab import progress
-from layerwise.lab.catalogue import Downloads
 from layerwise.lab.experiments.results import Results
 from layerwise.lab.experiments.runner import Display, Outcome, Settings
 from layerwise.lab.progress import Meter, RunDisplay, duration
@@ -172,10 +171,10 @@ def test_a_terminal_has_a_bar_of_which_nothing_stays(clock):
 
 def test_each_file_of_a_download_has_its_own_line(clock):
     target = Console(file=io.StringIO(), width=80)
-    with Downloads(target) as downloads:
+    with Meter(target, "", "MB", scale=1e6) as shown:
         for file in ("first.gz", "second.gz"):
             for done in range(10):
-                downloads.grow(file, done * 1_000_000, 10_000_000)
+                shown.show(done * 1_000_000, 10_000_000, file)
                 clock[0] += 1.0
     assert target.file.getvalue().splitlines() == [
         "first.gz: 2/10 MB, 1/s, 8 s left",
@@ -184,6 +183,6 @@ def test_each_file_of_a_download_has_its_own_line(clock):
 
 
 def test_a_silent_download_shows_nothing(capsys):
-    with Downloads(None) as downloads:
-        downloads.grow("file", 1, 2)
+    with Meter(None, "", "MB") as shown:
+        shown.show(1, 2, "file")
     assert capsys.readouterr() == ("", "")

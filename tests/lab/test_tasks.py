@@ -501,7 +501,7 @@ WRONG = {
         "parts(batches=lambda: [])",
         ["batches of epoch 1 raised TypeError", "takes 0 positional"],
     ),
-    "empty batches": ("parts(batches=[])", ["no batch in epoch 1", "at least one batch"]),
+    "empty batches": ("parts(batches=[])", ["no batch in epoch 1", "at least one"]),
     "batches of nothing": ("parts(batches=lambda epoch: None)", ["batches gives NoneType"]),
     "a generator of a function": (
         "parts(batches=lambda epoch, once=iter([torch.ones(2, 3)] * 2): once)",

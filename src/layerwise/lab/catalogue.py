@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,13 +231,13 @@ def show_data(name: str, folder: Path | None, *, quiet: bool, as_json: bool, pro
         more = f"\nLooked for in {shown(target)}\nNext:   {program} data mnist"
         _say({"folder": str(target), "datasets": sets}, "\n".join([*lines, more]), as_json)
         return 0
-    with Downloads(None if quiet or as_json else Console(stderr=True, highlight=False)) as downloads:
-        code, words = _got(data.known(name).name, target, downloads.grow)
+    with Meter(None if quiet or as_json else Console(stderr=True, highlight=False), "", "MB", scale=1e6) as meter:
+        code, words = _got(data.known(name).name, target, lambda file, done, total: meter.show(done, total, file))
     _say({"name": name, "folder": str(target), "present": data.present(name, target), "words": words}, words, as_json)
     return code
 
 
-def _got(name: str, target: Path, progress: Callable[..., None]) -> tuple[int, str]:
+def _got(name: str, target: Path, progress: Callable[[str, int, int], None]) -> tuple[int, str]:
     """Fetch a data set; give the exit code, and where it is or what to do."""
     from layerwise.lab.data import fetch
     from layerwise.lab.data.download import MirrorsError
@@ -260,29 +259,3 @@ def _got(name: str, target: Path, progress: Callable[..., None]) -> tuple[int, s
 
 def _say(found: dict[str, Any], words: str, as_json: bool) -> None:
     sys.stdout.write((json.dumps(found, indent=2) if as_json else shown(words, lines=True)) + "\n")
-
-
-class Downloads:
-    """Shows how a file grows, the next one in place of the last.
-
-    Args:
-        target: where; None shows nothing.
-    """
-
-    def __init__(self, target: Console | None) -> None:
-        self._target, self._file = target, ""
-        self._shown = ExitStack()
-
-    def __enter__(self) -> Downloads:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._shown.close()
-
-    def grow(self, file: str, done: int, total: int) -> None:
-        """Tell how many bytes of a file are here."""
-        if file != self._file:
-            self._shown.close()
-            self._file = file
-            self._meter = self._shown.enter_context(Meter(self._target, file, "MB", scale=1e6))
-        self._meter.show(done, total)

@@ -42,7 +42,7 @@ class Places:
     """Print one JSON value and nothing else."""
 
     quiet: Flag = False
-    """Print the verdicts and the place of the report only."""
+    """Print the conclusion and the place of the report only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,8 @@ class Sweep(Work):
             "factor=1.5,2 or kinds=conv,conv+fc or ratio=0.1,0.16, and so is a constant. Constants: rate, momentum, "
             "weight_decay, delta, batch_size, test_batch_size, model, width, solver, policy, policy_unit, gamma, "
             "power, stepsize, steps, iterations, epochs, data, data_digest, train_count, test_count, inputs, order, "
-            "test_every, layers_every, factors_every, precision, memory_format, compile, training_accuracy, timed."
+            "test_every, layers_every, factors_every, training_accuracy, precision, memory_format, compile, "
+            "timed."
         ),
     ] = ()
 

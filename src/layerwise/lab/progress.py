@@ -86,25 +86,30 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
 
-    def show(self, done: float, total: float | None) -> None:
+    def show(self, done: float, total: float | None, doing: str | None = None) -> None:
         """Show how much is done.
 
         Args:
             done: the count.
             total: how much it will be; None where that is not known.
+            doing: what is done from here on, which is counted anew; None where nothing has changed.
         """
         now = time.monotonic()
+        if doing not in (None, self._doing):
+            self._doing, self._first, self._total = str(doing), None, None
         if self._first is None or (self._total is None and total is not None):
             self._first, self._total, self._began = done, total, now
             self._last = max(self._last, now + FIRST_LINE_SECONDS - LINE_SECONDS)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, note=self.words(done, total))
+            self._bar.update(
+                self._task, description=self._doing, completed=done, total=total, note=self.words(done, total)
+            )
             if now - self._last >= REFRESH_SECONDS:  # the bar's own thread waits while compiled code works
                 self._last = now
                 self._bar.refresh()
         elif self._target is not None and now - self._last >= LINE_SECONDS:
             self._last = now
-            self._target.print(f"{self._doing}: {self.words(done, total)}", markup=False)
+            self._target.print(shown(f"{self._doing}: {self.words(done, total)}"), markup=False)
 
     def words(self, done: float, total: float | None) -> str:
         """Write count, rate and time left."""

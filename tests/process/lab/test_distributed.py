@@ -203,7 +203,7 @@ class Dropping(torch.nn.Sequential):
         super().__init__(torch.nn.Linear(4, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 1))
 
 
-def dropping(processes, folder=None, blow_up=None, loss=None):
+def dropping(processes, folder=None, blow_up=None, loss=None, metric=""):
     from layerwise.lab.training.engine import skipping
     from layerwise.lab.training.trial import Trial
 
@@ -228,11 +228,15 @@ def dropping(processes, folder=None, blow_up=None, loss=None):
         test_every=None,
         layers_every=100,
         factors_every=100,
+        training_metric=metric,
     )
     return Training(trial, None, Configuration(trial={}, seed=1), folder=folder, processes=processes)
 
 
 def random_numbers_and_divergence(processes, folder):
+    def with_metric(network, batch):
+        return network(batch).tanh().mean(), batch.mean() + processes.rank
+
     whole = dropping(processes).run()
     own = RunFolder(folder / "dropping", Configuration(trial={}, seed=1)) if processes.first else None
     asked = iter(range(100))
@@ -244,14 +248,17 @@ def random_numbers_and_divergence(processes, folder):
     with pytest.raises(RuntimeError, match="weights of 2 processes differ"):
         drifting.run()
     draws = processes.gather(torch.rand(1).item())
-    return whole["weights"], again["weights"], blown["diverged_at"], draws
+    parted = dropping(processes, loss=with_metric, metric="own")
+    own_part = parted.run()
+    return whole["weights"], again["weights"], blown["diverged_at"], draws, own_part["finals"]["own"]
 
 
 @pytest.mark.dist
 def test_dropout_divergence_and_drift(shared):
     first, second = (done["random_numbers_and_divergence"] for done in shared)
     assert first == second
-    whole, again, diverged_at, draws = first
+    whole, again, diverged_at, draws, own_part = first
+    assert own_part == pytest.approx(3 + 2 / 7 + 1 / 2)  # of the last epoch, the mean over both processes
     assert whole == again
     assert diverged_at == 3  # in the second process alone, and both ended
     assert draws[0] != draws[1]

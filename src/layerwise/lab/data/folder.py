@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -260,8 +260,7 @@ class ImageFolder:
         shape = (len(numbers), 3, self.crop, self.crop)
         made = torch.empty(shape)
         if self.shared:  # by PyTorch's queues it would be copied into such memory
-            storage = torch.UntypedStorage._new_shared(made.nbytes)
-            made = cast(Any, made).set_(storage, 0, shape)
+            made.share_memory_()
         batch = made.numpy()
 
         def make(position: int) -> None:

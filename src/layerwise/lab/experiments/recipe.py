@@ -2,9 +2,10 @@
 
 A recipe is TOML: ``[constants]`` (each ``{ value = ..., source = "..." }``), ``[[subjects]]``, ``[[arms]]``,
 ``[[grids]]`` (an arm for each value of a list), ``[[paper]]`` (the paper's numbers) and ``[scales.smoke]``,
-``[scales.reduced]``, ``[scales.full]``, which say how long and on what the runs are. ``extends`` names a recipe whose
-tables it takes over and changes; its ``own_notes`` stand before the ``notes`` taken over. Where subjects have a
-``kind``, the values of a grid and the ``phases`` of a rule may be tables: kind -> what its subjects have.
+``[scales.reduced]``, ``[scales.full]``, which say how long and on what the runs are. ``beside`` names quantities that
+are shown below the recipe's own. ``extends`` names a recipe whose tables it takes over and changes; its ``own_notes``
+stand before the ``notes`` taken over. Where subjects have a ``kind``, the values of a grid and the ``phases`` of a rule
+may be tables: kind -> what its subjects have.
 """
 
 from __future__ import annotations

@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiments.chain import Advance, Chain, Finished, Memory, Skipped, do_placed, finished_runs
 from layerwise.lab.experiments.plan import Plan, PlannedRun
 from layerwise.lab.experiments.pool import Failure, Interrupt, run_jobs
 from layerwise.lab.experiments.results import Results
@@ -22,6 +21,9 @@ from layerwise.lab.runs.locks import alone_in
 from layerwise.lab.runs.records import Record
 from layerwise.lab.runs.store import usable_cores
 from layerwise.lab.training.devices import card_count, check_device, default_jobs, loader_count, memory_words
+
+if TYPE_CHECKING:  # it imports PyTorch, for which a report does not wait
+    from layerwise.lab.experiments.chain import Chain
 
 LARGEST_JOBS = 1024
 
@@ -174,6 +176,8 @@ def load_finished(plan: Plan, runs: Runs) -> Results:
     Returns:
         The results so far; a control whose method's run is not finished is not looked for.
     """
+    from layerwise.lab.experiments.chain import finished_runs
+
     results = Results(plan)
     for chain in plan.chains():
         results.records |= finished_runs(chain, runs)
@@ -214,6 +218,8 @@ def chains_left(plan: Plan, results: Results, settings: Settings) -> list[Chain]
 
     Of chains of the same runs, as a sweep of a rule's argument makes of the plain arm, the first stands for all.
     """
+    from layerwise.lab.experiments.chain import Chain
+
     different: dict[Any, tuple[PlannedRun, ...]] = {}
     for chain in plan.chains():
         different.setdefault(tuple((run.configuration.name, run.arm.control) for run in chain), chain)
@@ -271,6 +277,8 @@ def carry_out(
     Raises:
         UsageError: a value that cannot be used, or the folder cannot be written.
     """
+    from layerwise.lab.experiments.chain import Advance, Finished, Memory, Skipped
+
     display = display or Display()
     clock = time.perf_counter()
     runs = Runs(settings.out)
@@ -355,6 +363,8 @@ def _engine(settings: Settings) -> Engine:
 
 
 def _local(chains: Sequence[Chain], jobs: int, **told: Any) -> list[Failure]:
+    from layerwise.lab.experiments.chain import do_placed
+
     return run_jobs(do_placed, chains, jobs, rest=lambda chain, doing: chain.rest(doing), **told)
 
 

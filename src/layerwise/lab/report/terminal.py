@@ -137,7 +137,7 @@ def _table(whole: Sheet, title: str, rows: Sequence[Row], widths: dict[int, int]
         made.title = Text(shown(title))
     made.add_column(Text(shown(whole.corner)), max_width=LONGEST_NAME + 2, overflow="fold")
     for place, width in widths.items():
-        made.add_column(_heading(whole.columns[place], width), justify="right", no_wrap=True, vertical="top")
+        made.add_column(_heading(whole.columns[place], width), justify="right", no_wrap=True)
     for row in rows:
         entries = [row.entries[place] for place in widths]
         cells = [_cell(one, inside=inside)[0] for one in entries]
@@ -163,9 +163,9 @@ def metrics(results: Results) -> list[Quantity]:
     """Give what the runs recorded at their end besides what they are judged by, in the order of the records."""
     finals = [record.summary["finals"] for record in results.records.values()]
     names = dict.fromkeys(name for each in finals for name, value in each.items() if value is not None)
-    judged = results.plan.quantity.name
-    # Accuracy and test error say the same; validation is what a tuning is judged by.
-    told = {"accuracy": "test_error", "test_error": "accuracy"}.get(judged)
+    judged, told = results.plan.quantity.name, None
+    if results.plan.scale:  # a recipe records both, which say the same
+        told = {"accuracy": "test_error", "test_error": "accuracy"}.get(judged)
     return [
         QUANTITIES.get(name) or Quantity(name=name, words=name.replace("_", " "), unit="", difference_unit="")
         for name in names
@@ -353,28 +353,30 @@ def verdict_table(results: Results, *, whole: bool = False) -> Table | None:
     """
     rows, quantity = judged(results), results.plan.quantity
     subjects = {row.subject: results.plan.subject(row.subject).words for row in rows}
-    than = _text(f"{'higher' if quantity.higher_is_better else 'lower'} {quantity.words} than")
-    if whole or len(subjects) == 1 or len(rows) <= MOST_ROWS:
-        alone = len(subjects) == 1
-        headings = ["", than, "", _text(f"{quantity.difference_unit or 'difference'} [95 % interval]")]
-        headings = headings if alone else ["", *headings]
-        names = [[subjects[row.subject], row.words, row.against][alone:] for row in rows]
+    than = f"{'higher' if quantity.higher_is_better else 'lower'} {quantity.words} than"
+    alone, named = len(subjects) == 1, len({row.words for row in rows}) > 1  # one method stands in the heading
+    begin = ["", than] if named or not rows else [f"{rows[0].words}: {than}"]
+    if whole or alone or len(rows) <= MOST_ROWS:
+        begin = begin if alone else ["", *begin]
+        headings = [*begin, "", f"{quantity.difference_unit or 'difference'} [95 % interval]"]
+        names = [[subjects[row.subject]] * (not alone) + [row.words] * named + [row.against] for row in rows]
         cells = [[row.verdict, row.numbers(whole=True)] for row in rows]
     else:
         together: dict[tuple[str, str], dict[str, Judged]] = {}
         for row in rows:
             together.setdefault((row.words, row.against), {})[row.subject] = row
-        names = [list(pair) for pair in together]
+        names = [[words] * named + [against] for words, against in together]
         if len(subjects) <= MOST_SUBJECTS:
-            headings = ["", than, *(_heading(words, LONGEST_HEADING) for words in subjects.values())]
+            headings = [*begin, *subjects.values()]
             cells = [[found[name].short if name in found else "–" for name in subjects] for found in together.values()]
         else:
-            headings = ["", than, f"on {len(subjects)} subjects"]
+            headings = [*begin, f"on {len(subjects)} subjects"]
             counts = [Counter(row.verdict for row in found.values()) for found in together.values()]
             cells = [[", ".join(f"{word} {count}" for word, count in each.items())] for each in counts]
     made, before = _bare(), [""]
     for heading in headings:
-        made.add_column(heading, overflow="fold")
+        longest = LONGEST_HEADING if heading in subjects.values() else LONGEST_NAME
+        made.add_column(_heading(heading, longest), overflow="fold")
     for begin, ends in zip(names, cells, strict=True):
         told = ["" if begin[: place + 1] == before[: place + 1] else name for place, name in enumerate(begin)]
         made.add_row(*map(_text, told), *(Text(end, style="bold" if end.startswith("YES") else "") for end in ends))
@@ -416,7 +418,7 @@ def show(
     _say_ends(outcome, target, quiet=quiet)
     if count:
         took = "no run was needed" if outcome.found == count else f"{outcome.seconds:.0f} s"
-        if not quiet:
+        if explain:
             took += f"; {outcome.settings.out / 'report.html'} is a copy until the next report"
         target.print(_text(f"Report: {outcome.report}  ({took})"), soft_wrap=True)
     if next_command and not quiet:

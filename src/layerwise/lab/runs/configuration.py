@@ -56,11 +56,11 @@ class Constants:
         test_every: iterations between two tests, the first before the first update; None for each epoch's end.
         layers_every: iterations between two records of each layer's norms, and of its factor and rate.
         factors_every: iterations between two records of each layer's factor; 1 where controls repeat them.
+        training_accuracy: whether the accuracy on the training batches is recorded at the end of each epoch.
         precision: one of ``PRECISIONS``: ``"float32"`` is the papers'; ``"tf32"`` lets a GPU multiply with 10 bits of
             fraction; ``"bfloat16"`` is autocast, with weights and updates in float32.
         memory_format: layout of the convolutions, one of ``MEMORY_FORMATS``.
         compile: whether ``torch.compile`` makes the network's kernels.
-        training_accuracy: whether the accuracy on the training batches is recorded at the end of each epoch.
         timed: the running time is what is asked for, so the run is not shared with recipes that do not ask for it.
     """
 
@@ -90,10 +90,10 @@ class Constants:
     test_every: int | None = None
     layers_every: int = 50
     factors_every: int = 10
+    training_accuracy: bool = False
     precision: str = "float32"
     memory_format: str = "channels_last"
     compile: bool = False
-    training_accuracy: bool = False
     timed: bool = False
 
     def __post_init__(self) -> None:

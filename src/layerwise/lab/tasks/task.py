@@ -105,11 +105,6 @@ class Task:
         """Epochs of a run, or None if it is counted in iterations."""
         return self.epochs if self.epochs is not None or self.iterations is not None else DEFAULT_EPOCHS
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Those that are trained."""
-        return [p for p in self.model.parameters() if p.requires_grad]
-
 
 class Stream:
     """Random numbers apart from all others: what is drawn inside goes on where the last time ended.
@@ -395,13 +390,11 @@ def _check(task: Task, file: TaskModule) -> None:
         raise file.refuse(f"model={model!r:.80}: return an instance of torch.nn.Module")
     if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
         raise file.refuse("model has lazy layers without weights yet: call it once on a batch before it is returned")
-    if not task.parameters:
+    if not _trained(model):
         raise file.refuse(f"model={type(model).__name__} has no parameters to train: return one that has")
     if isinstance(batches, Iterator):
-        raise file.refuse(
-            f"batches is a {type(batches).__name__}, which is exhausted after one epoch: return a list, a loader, "
-            "or a function of the epoch that makes it anew"
-        )
+        kind = f"batches is a {type(batches).__name__}, exhausted after one epoch"
+        raise file.refuse(f"{kind}: return a list, a loader, or a function of the epoch that makes it anew")
     for name, given in (("loss", "model and batch"), ("metric", "the model"), ("validation", "the model")):
         part = getattr(task, name)
         if isinstance(part, type) or not (callable(part) or (name == "validation" and part is None)):
@@ -418,6 +411,10 @@ def _check(task: Task, file: TaskModule) -> None:
         raise file.refuse(f"metric_name={task.metric_name!r}: must be a word, such as 'test_error'")
     if not (task.higher_is_better is None or isinstance(task.higher_is_better, bool)):
         raise file.refuse(f"higher_is_better={task.higher_is_better!r}: must be True or False")
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 @dataclass(frozen=True)
@@ -455,7 +452,7 @@ class _Parts:
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Give the base optimizer: the task's, the one that its function makes, or SGD."""
-        refuse, optimizer, parameters = self.file.refuse, self.task.optimizer, self.task.parameters
+        refuse, optimizer, parameters = self.file.refuse, self.task.optimizer, _trained(self.task.model)
         if optimizer is None:
             rate: Any = self.file.settings.get("lr")
             rate = DEFAULT_RATE if rate is None else rate
@@ -483,10 +480,7 @@ class _Parts:
             with self.file.running("scheduler(optimizer)"):
                 scheduler = scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
-            raise refuse(
-                "scheduler ReduceLROnPlateau waits for a metric, so each arm would have a schedule of its own: return "
-                "one that counts, such as CosineAnnealingLR"
-            )
+            raise refuse("scheduler ReduceLROnPlateau waits for a metric: return one that counts, as CosineAnnealingLR")
         if not all(callable(getattr(scheduler, name, None)) for name in ("step", "state_dict", "load_state_dict")):
             raise refuse(f"scheduler is {type(scheduler).__name__}: return one of torch.optim.lr_scheduler")
         if getattr(scheduler, "optimizer", optimizer) is not optimizer:
@@ -533,8 +527,7 @@ class _Parts:
                 return
             else:
                 raise self.file.refuse(
-                    f"batches has no batch in epoch {epoch}: return a list or a loader with at least one batch, or a "
-                    "function of the epoch that makes it anew"
+                    f"batches has no batch in epoch {epoch}: return at least one, or a function that makes it anew"
                 )
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
@@ -571,10 +564,8 @@ class _Parts:
             values = {str(name): self._number(f"metric[{name!r}]", entry) for name, entry in value.items()}
             first = self.task.metric_name or next(iter(values), "")
             if first not in values:
-                raise self.file.refuse(
-                    f"metric returned a dict with {', '.join(map(repr, values)) or 'nothing'}: it must hold "
-                    f"{first or 'what is judged'!r}"
-                )
+                held = ", ".join(map(repr, values)) or "nothing"
+                raise self.file.refuse(f"metric returned a dict with {held}: it must hold {first or 'a number'!r}")
             values = {first: values[first], **values}
         for name in values:
             if name in RESERVED:
@@ -585,8 +576,7 @@ class _Parts:
         """Call validation."""
         if self.task.validation is None:
             raise self.file.refuse(
-                "has no validation, which --tune needs: return validation, a function of the model that gives the "
-                "metric on data that neither batches nor metric use"
+                "has no validation, which --tune needs: return the metric on data that neither batches nor metric use"
             )
         return self._number("validation", self._measured("validation", self.task.validation, model))
 
@@ -616,9 +606,8 @@ class _Parts:
         batch = next(iter(self.batches(1)))
         if not same(batch, next(iter(self.batches(1)))):
             raise refuse(
-                "batches gives other batches when epoch 1 begins again, so a run that goes on from a checkpoint "
-                "would see others: draw from torch's, Python's or NumPy's global generator, which the lab seeds for "
-                "each epoch, or make the generator inside of batches(epoch), of seed and epoch"
+                "batches gives other batches when epoch 1 begins again, so no run could resume: draw from a global "
+                "generator, which is seeded for each epoch, or make one inside of batches(epoch), of seed and epoch"
             )
         if (trial.epochs or 0) > 1 or (task.iterations is not None and length and length < task.iterations):
             next(iter(self.batches(2)))
@@ -629,10 +618,7 @@ class _Parts:
         _check_finite(name, value, self.file)
         better, named = task.higher_is_better, {better for word, better in DIRECTIONS.items() if word in name.lower()}
         if better is None and len(named) != 1:
-            raise refuse(
-                f"higher_is_better is not given, and the name {name!r} does not tell: return higher_is_better=True or "
-                "False"
-            )
+            raise refuse(f"higher_is_better is not given, and the name {name!r} does not say it: return True or False")
         if validation:
             _check_finite("validation", self.validation(trial.model), self.file)
         return TriedTask(
@@ -664,8 +650,7 @@ class _Parts:
 
 def _check_finite(name: str, value: float, file: TaskModule) -> None:
     if not math.isfinite(value):
-        problem = f"{name} is {value} of the untrained model"
-        raise file.refuse(f"{problem}: return a finite one; later such a number counts as divergence")
+        raise file.refuse(f"{name} is {value} of the untrained model: return a finite one; later it is divergence")
 
 
 def _begun(source: Iterable[Any]) -> Iterator[Any]:
