@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn, optim
 
 import layerwise
-from layerwise.rules import (Constant, LayerAdaptive)
+from layerwise.rules import Constant, LayerAdaptive
 
 PAGE = Path(__file__).with_name("places.md")
 BEGIN, END = "<!-- measured: python docs/measure_places.py --write -->", "<!-- end of what was measured -->"

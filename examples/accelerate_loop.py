@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import layerwise
 from layerwise.lab import data
-from layerwise.rules import (Directionality, GradientAmplification, Phase)
+from layerwise.rules import Directionality, GradientAmplification, Phase
 
 digits = data.load("digits5k")  # the lab's embedded data; nothing is downloaded
 training = TensorDataset(data.pixels(digits.train_images), digits.train_labels)

@@ -11,7 +11,7 @@ from torch.nn import functional
 import layerwise
 from layerwise.lab import data
 from layerwise.lab.data.neighbours import nearest_neighbours
-from layerwise.lab.models.graph import (GraphNetwork, normalised)
+from layerwise.lab.models.graph import GraphNetwork, normalised
 
 RATE, STEPS, NODES, LABELLED, NEIGHBOURS = 0.1, 60, 1000, 5, 10
 digits = data.load("digits5k")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from layerwise.lab import (Task, data)
+from layerwise.lab import Task, data
 
 VALIDATION = 500
 """Of the training digits, those that tuning looks at; no batch holds them."""

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 import layerwise
-from layerwise.lab import (Task, data)
+from layerwise.lab import Task, data
 
 
 def task(seed, bias=-50.0):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from made_up import finish, finish_plan, table_plan
+from made_up import finish, finish_plan, listed, table_plan
 
 from layerwise.lab import cli
 from layerwise.lab.experiments import recipe
@@ -72,8 +72,8 @@ def test_an_output_that_is_full_is_one_line():
 
 @pytest.mark.parametrize("width", [60, 100, 200])
 def test_lines_are_as_wide_as_columns_says_in_a_pipe(tmp_path, monkeypatch, capsys, width):
-    for run in table_plan(seeds=1).runs[:3]:
-        finish(tmp_path / "runs", run, 1.5)
+    finish_plan(table_plan(seeds=1), tmp_path / "runs", lambda run: 1.5)
+    listed(table_plan(seeds=1), tmp_path / "runs")
     finish_plan(recipe.load("singh2015-table1").plan("smoke", seeds=1), tmp_path / "smoke", lambda run: 1.5)
     monkeypatch.setenv("COLUMNS", str(width))
     capsys.readouterr()

@@ -380,7 +380,7 @@ def test_the_papers_numbers_beside_a_smaller_scale_say_so_and_have_no_distance(t
     last = sheet(table.results).sections[0][1][0].entries[-1]
     assert last.lines == (("paper, full scale", "1.52 ± 0.09"),)
     assert last.off is None
-    assert "paper, full scale" in build(table, "").html
+    assert "paper, full scale" in build([table], "").html
 
 
 def test_other_quantities_are_tabled_and_compared_below_the_plans_own(table):

@@ -54,6 +54,8 @@ def test_labels_say_what_a_run_belongs_to():
             "unit": "%",
             "difference_unit": "points",
             "higher_is_better": False,
+            "take": "last",
+            "level": 0.0,
         },
     }
 

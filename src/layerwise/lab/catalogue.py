@@ -138,7 +138,7 @@ def show(names: Sequence[str], out: Path, folder: Path | None, *, as_json: bool,
     for name in dict.fromkeys(needed):
         if not data.present(name, folder):
             target.print(f"Not here: {name}. Get it with  {program} data {name}", markup=False, soft_wrap=True)
-    first = next((entry["name"] for entry in listed if entry["name"].startswith("singh")), listed[0]["name"])
+    first = next((entry["name"] for entry in listed if entry["name"] == "singh2015-table1"), listed[0]["name"])
     target.print(f"Next:   {program} run {first} --scale smoke", markup=False, soft_wrap=True)
     return "".join(f"{line.rstrip()}\n" for line in buffer.getvalue().splitlines())
 

@@ -204,7 +204,7 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Places):
-    """Make a report of experiments from their finished runs, each judged by its own plan."""
+    """Make a report of experiments, each judged by its own plan."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[FOLDER ...]")] = (Path("runs"),)
     """Folders: what --out named, or experiments in it."""

@@ -112,7 +112,7 @@ def test_the_list_fits_80_columns_and_has_a_line_a_recipe(folder):
     for name, line in zip(names(), lines, strict=False):
         assert line.split()[1] == load(name).title.split()[0]
         assert shortly(load(name).need(load(name).default_scale).time) in line
-    assert lines[-1] == "Next:   layerwise run singh2015-figure1 --scale smoke"
+    assert lines[-1] == "Next:   layerwise run singh2015-table1 --scale smoke"
 
 
 def test_one_recipe_is_told_with_everything(capsys, monkeypatch, tmp_path):
