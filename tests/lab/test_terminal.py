@@ -96,7 +96,7 @@ def test_a_run_of_a_usual_size_takes_25_lines(table):
     assert re.search(r"SGD plain YES −0\.20 \[−0\.2\d+, −0\.1\d+\]", words)
     assert re.search(r"plain at the mean factor unclear [−+]0\.0\d+ \[−0\.0\d+, \+0\.0\d+\] NAG plain", words)
     assert "Measured too: training loss; shown with --explain." in words
-    assert words.count("1 of 3 comparisons shows layer-adaptive with SGD to have a lower test error than plain") == 1
+    assert words.count("show layer-adaptive with SGD, NAG and AdaGrad to have a lower test error than plain") == 1
     assert lines[-2].startswith(f"Report: {table.report}")
     assert lines[-1] == "Next:   layerwise run singh2015-table1 --scale full"
     for method in ("Student", "Holm", "bootstrap", "It beats"):
