@@ -100,3 +100,11 @@ def test_constants_of_the_big_machine_leave_finished_runs_finished():
     other = [{"precision": "tf32"}, {"memory_format": "contiguous"}, {"compile": "true"}]
     names = {Configuration.make(Constants.of({**VALUES, **change})).name for change in other}
     assert len(names | {plain.name}) == 4
+
+
+@pytest.mark.parametrize("name", ["training_accuracy", "compile", "timed"])
+def test_a_switch_is_read_from_a_command_line(name):
+    given = {**VALUES, name: "false"}
+    assert Constants.of(given) == Constants.of({**given, name: False})
+    with pytest.raises(UsageError, match=f"{name}='no'"):
+        Constants.of({**given, name: "no"})

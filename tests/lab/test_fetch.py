@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import os
+import sys
 import threading
 from dataclasses import replace
 
@@ -73,6 +74,13 @@ def test_a_file_is_fetched_checked_and_put_in_its_place(server, get, tmp_path, c
     assert len(seen) > 3
     assert seen[-1] == ("file", len(CONTENT), len(CONTENT))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="rights are others there")
+def test_who_may_read_the_folder_may_read_the_file(server, get, tmp_path):
+    server.contents["/file"] = CONTENT
+    tmp_path.chmod(0o755)
+    assert get("/file").stat().st_mode & 0o777 == 0o644
 
 
 def test_a_file_is_not_decompressed_on_the_way(server, tmp_path):

@@ -516,6 +516,7 @@ def test_runs_that_a_varied_argument_does_not_change_are_done_once():
         ({"factor": ["much"]}, "much"),
         ({"facto": [2]}, "unknown constant 'facto'.*arguments of its rules: .*factor.*Did you mean factor?"),
         ({"seed": [2]}, "unknown constant 'seed'"),
+        ({"measure": ["G"]}, "'measure' tells the arms of this recipe apart"),
     ],
 )
 def test_wrong_arguments_of_rules_are_refused_by_one_line(vary, words):

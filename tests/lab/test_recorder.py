@@ -63,6 +63,17 @@ def test_rows_only_grow_so_that_a_checkpoint_need_only_add_the_new_ones(filled):
     assert len(after) == 24 * (10 + 3996)
 
 
+def test_a_state_without_rows_is_loaded_and_given_again():
+    state = Recorder().state_dict()
+    for _ in range(2):
+        recorder = Recorder()
+        recorder.load_state_dict(state)
+        state = recorder.state_dict()
+    assert len(state["rows"]) == 0
+    recorder.add("training_loss", 1, 1, 2.5)
+    assert recorder.frame()["value"].to_list() == [2.5]
+
+
 def test_a_state_of_an_earlier_version_is_loaded(filled):
     state = {"keys": [["training_loss", None], ["factor", "a"], ["factor", "b"], ["test_error", None]]}
     state["steps"] = [torch.tensor(steps) for steps in ([1, 2, 3], [1, 2, 3], [1, 2, 3], [3])]

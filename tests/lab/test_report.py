@@ -229,6 +229,15 @@ def test_all_metrics_of_a_run_are_shown(table):
     assert "9.0 ± 1.6" in html
 
 
+def test_metrics_whose_names_are_alike_have_figures_of_their_own(table, monkeypatch):
+    for key, record in table.results.records.items():
+        finals = {**record.summary["finals"], "acc@1": 1.0, "acc_1": 2.0}
+        table.results.records[key] = replace(record, summary={**record.summary, "finals": finals})
+    monkeypatch.setattr(charts, "seed_curves", lambda *_: {0: [(1, 1.0), (2, 2.0)]})
+    drawn = [charts.curves(table.results, looks(table.plan), name, name, falling=False) for name in ("acc@1", "acc_1")]
+    assert not {figure.name for figure in drawn[0].values()} & {figure.name for figure in drawn[1].values()}
+
+
 def test_curves_hold_every_seed_with_its_steps_and_values(table, table_page):
     rows = rows_of(data_of(table_page.html)["curve-test-error-nag"]["data"])
     seeds = {(row["arm"], row["seed"], row["step"]): row["value"] for row in rows if row["seed"] is not None}

@@ -137,6 +137,7 @@ def fetch_file(remote: RemoteFile, folder: Path, *, progress: Progress | None = 
                     reasons[url] = _reason(error)
                 else:
                     keep_before(target)
+                    os.chmod(whole, os.stat(folder).st_mode & 0o666)  # pooch's files are for their owner alone
                     os.replace(whole, target)
                     return target
     except OSError as error:

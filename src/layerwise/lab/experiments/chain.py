@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -241,9 +242,14 @@ def do_run(
         finished = processes.from_first(lambda: _begin(planned, chain, folder, held))
         if finished is not None:
             return finished
+        rule, factors = processes.from_first(lambda: _rule_and_factors(configuration, folder, method))
+        if factors is not None and not processes.first:  # it may not see the run's folder
+            own = Path(held.enter_context(TemporaryDirectory(prefix="layerwise-"))) / FACTORS
+            own.write_bytes(factors)
+            rule = replace(rule, file=own)
         training = Training(
             make_trial(planned, configuration, chain, (processes.rank, processes.count)),
-            processes.from_first(lambda: make_rule(configuration, folder, method)),
+            rule,
             configuration,
             folder=folder if processes.first else None,
             processes=processes,
@@ -316,6 +322,14 @@ def make_rule(configuration: Configuration, folder: RunFolder, method: Record | 
         folder.path.mkdir(parents=True, exist_ok=True)
         rules.save_factors(path, controls.recorded_factors(method, specification["layers"]))
     return rule_making.make_rule(specification, configuration.seed, replay=path)
+
+
+def _rule_and_factors(
+    configuration: Configuration, folder: RunFolder, method: Record | None
+) -> tuple[Any, bytes | None]:
+    """Make the rule of a run, and give the content of the file that it reads, if any."""
+    rule = make_rule(configuration, folder, method)
+    return rule, (folder.path / FACTORS).read_bytes() if isinstance(rule, rules.Replay) else None
 
 
 def _expected(folder: RunFolder) -> Record:

@@ -252,7 +252,6 @@ class Plan:
         notes: what differs from the paper, and what the page does not show.
         scale: ``"smoke"``, ``"reduced"``, ``"full"``, or "" for a user's own task.
         data_title: the data in words.
-        found: it was made from finished runs, so its comparisons were chosen after them.
     """
 
     name: str
@@ -273,7 +272,6 @@ class Plan:
     notes: tuple[str, ...] = ()
     scale: str = ""
     data_title: str = ""
-    found: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "beside", tuple(self.beside))
@@ -393,7 +391,7 @@ def _source(
     scale = f"this scale; else {cited}"
     rest = f"{written(changed[name])}: {scale}" if name in changed else cited
     if any(name in subject.varied for subject in subjects):
-        return f"as swept; else {rest}"
+        return f"as swept; else {rest}" if name in given or name in changed else "as swept"
     of_arms = [(arm.words, arm.constants[name]) for arm in arms if name in arm.constants]
     of_subjects = [
         (known.get(subject.origin or subject.name, subject.words), subject.constants[name])

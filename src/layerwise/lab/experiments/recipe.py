@@ -234,6 +234,9 @@ def _subjects(
             rules = f", or of the arguments of its rules: {', '.join(sorted(arguments))}" if arguments else ""
             words = f"use one of {', '.join(sorted(CONSTANTS))}{rules}.{nearest(name, [*CONSTANTS, *arguments])}"
             raise UsageError(f"unknown constant {name!r}: {words}")
+        given = {str(_argument(row["rule"], name)) for row in rules_of if name in arguments_of(row.get("rule"))}
+        if len(given) > 1 or "{value}" in given:
+            raise UsageError(f"{name!r} tells the arms of this recipe apart and cannot be varied")
         subjects = [
             replace(
                 subject,
@@ -246,6 +249,12 @@ def _subjects(
             for value in values
         ]
     return subjects
+
+
+def _argument(rule: Mapping[str, Any], name: str) -> Any:
+    """Give an argument of a rule, or of its choice of layers; None where it has the default."""
+    choice = rule.get("selection", {})
+    return choice.get("of", choice).get(name, rule.get(name))
 
 
 def _arms(content: Mapping[str, Any], chosen: Mapping[str, Any], subjects: Sequence[Subject]) -> list[Arm]:

@@ -294,7 +294,8 @@ def carry_out(
     chains = [replace(chain, loaders=loaders) for chain in chains]
     planned: dict[tuple[str, str, int], PlannedRun] = {run.key: run for run in plan.runs}
     skipped: dict[tuple[str, str, int], str] = {}
-    left = [run for run in plan.runs if run.key not in outcome.results.records]
+    asked = [run for chain in chains for run in chain.runs]  # of equal chains the first alone
+    left = [run for run in asked if run.key not in outcome.results.records]
     failures: list[Failure] = []
     told: set[str] = set()
 
@@ -306,7 +307,7 @@ def carry_out(
     def on_message(worker: int, message: object) -> None:
         if isinstance(message, Advance):
             display.advance(worker, message.run, message.done, message.total)
-        elif isinstance(message, Memory) and settings.engine == "local":
+        elif isinstance(message, Memory) and settings.engine == "local" and engine is None:
             how = {"jobs": outcome.jobs, "cards": cards_of(settings.device)}
             words = memory_words(settings.device, message.used, message.whole, **how)
             if words and not told:  # runs of one plan differ little
@@ -342,7 +343,7 @@ def carry_out(
     outcome.results.records |= load_finished(plan, runs).records
     outcome.skipped += outcome.results.leave_out_unreadable()
     failed = {failure.doing for failure in outcome.failures}
-    for run in plan.runs:
+    for run in asked:
         if run.key in outcome.results.records or run.label in failed or outcome.interrupted or outcome.alike:
             continue
         outcome.skipped.append(f"{run.label}: {skipped.get(run.key, 'the process that was to do it ended')}")

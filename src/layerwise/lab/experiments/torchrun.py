@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from layerwise.lab.experiments import datasets as places
@@ -70,6 +71,7 @@ def follow(processes: Processes, stop: Callable[[], bool] = lambda: False) -> No
         if order is None:
             return
         planned, configuration, chain = order
+        torch.set_num_threads(chain.threads)
         try:
             do_run(planned, configuration, replace(chain, device=processes.device), Alone(stop), processes=processes)
         except Exception:

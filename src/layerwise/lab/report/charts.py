@@ -199,7 +199,8 @@ def curves(results: Results, shown: dict[str, Look], quantity: str, words: str, 
         Subject -> figure; subjects without a value are left out.
     """
     plan = results.plan
-    names, of = slugs(subject.name for subject in plan.subjects), f"curve-{slugs([quantity])[quantity]}"
+    recorded = dict.fromkeys(name for record in results.records.values() for name in record.summary["finals"])
+    names, of = slugs(subject.name for subject in plan.subjects), f"curve-{slugs([*recorded, quantity])[quantity]}"
     found = {}
     for subject in plan.subjects[:MOST_SUBJECTS]:
         lines = {
@@ -230,20 +231,20 @@ def _curves(
     means = {item: curve(seeds) for item, seeds in lines.items()}
     columns: dict[str, list[Any]] = {key: [] for key in ("arm", "seed", "step", "value", "low", "high")}
     each_seed = sum(len(pairs) for seeds in lines.values() for pairs in seeds.values()) <= SEED_POINTS
+    values = [cell.mean for cells in means.values() for cell in cells]
+    log = falling and min(values) > 0 and max(values) > LOG_SPREAD * min(values)
     for place, (item, seeds) in enumerate(lines.items()):
         drawn: list[tuple[Any, ...]] = []
         if each_seed and len(seeds) > 1:
             drawn += [(seed, *pair, None, None) for seed, pairs in seeds.items() for pair in pairs]
         for cell in means[item]:
             sd = cell.sd if cell.count > 1 else 0.0
-            low = cell.mean / 2 if 0 < cell.mean <= sd else cell.mean - sd  # a logarithmic axis has no 0
+            low = cell.mean / 2 if log and cell.mean <= sd else cell.mean - sd  # a logarithmic axis has no 0
             drawn.append((None, cell.step, cell.mean, low, cell.mean + sd))
         for line in drawn:
             for key, value in zip(columns, (place, *line), strict=True):
                 columns[key].append(short(value) if key in ("value", "low", "high") else value)
-    values = [cell.mean for cells in means.values() for cell in cells]
     last = max(cell.step for cells in means.values() for cell in cells)
-    log = falling and min(values) > 0 and max(values) > LOG_SPREAD * min(values)
     axis: dict[str, Any] = {"grid": False, "tickCount": 5, "format": "~s" if last >= 10_000 else ",d"}
     if last <= FEW_STEPS:
         axis["values"] = list(range(1, last + 1))

@@ -36,7 +36,9 @@ def headline(outcome: Outcome) -> str:
     if max(verdict.pairs for verdict in found) < MINIMUM_PAIRS:
         seeds = len(plan.seeds)
         if seeds >= MINIMUM_PAIRS:
-            return f"{place}, too few runs are finished to compare the {quantity}."
+            ran = max(each.runs for verdict in found for _, each in verdict.rows)
+            few = "pairs are without a diverged run" if ran >= MINIMUM_PAIRS else "runs are finished"
+            return f"{place}, too few {few} to compare the {quantity}."
         many = f"{seeds} seeds are" if seeds > 1 else "1 seed is"
         return f"{place}, {many} too few to show a difference in {quantity}; it takes {MINIMUM_PAIRS}."
     ways = ("higher", "lower") if plan.quantity.higher_is_better else ("lower", "higher")

@@ -70,7 +70,8 @@
   for (const row of document.querySelectorAll(".charts[data-curves]")) {
     const boxes = [...row.querySelectorAll(".plot")], again = () => boxes.forEach(ask);
     const log = part("input", { type: "checkbox", checked: row.dataset.curves === "log" });
-    log.disabled = boxes.some(box => figures[box.id].data.value.some(value => value !== null && value <= 0));
+    const below = values => values.some(value => value !== null && value <= 0);
+    log.disabled = boxes.some(box => below(figures[box.id].data.value) || below(figures[box.id].data.low));
     log.addEventListener("change", () => { row.dataset.scale = log.checked ? "log" : "linear"; again(); });
     const smooth = part("input", { type: "range", min: 0, max: 0.95, step: 0.05, value: 0 });
     smooth.addEventListener("change", () => { row.dataset.smooth = smooth.value; again(); });

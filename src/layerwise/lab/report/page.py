@@ -119,6 +119,7 @@ def _section(outcome: Outcome, key: str, prefix: str, figures: dict[str, Figure]
     maps = [figure for pane in panes for row in pane.rows for figure in row.figures]
     figures |= {f"{prefix}{figure.name}": figure for figure in [*drawn, *maps, *chosen]}
     figures |= {name: figure for row in rows for name, figure in row.figures}
+    swept = sorted({name for subject in plan.subjects for name in subject.varied})
     return {
         "key": key,
         "prefix": prefix,
@@ -147,7 +148,7 @@ def _section(outcome: Outcome, key: str, prefix: str, figures: dict[str, Figure]
             {
                 "item": item_of(arm),
                 "words": arm.words,
-                "rule": rule_words(arm),
+                "rule": rule_words(arm) + (f"; {', '.join(swept)} as swept" if swept and arm.rule else ""),
                 "against": ", ".join(words.get(name, name) for name in arm.against) or "–",
             }
             for arm in plan.arms

@@ -92,7 +92,7 @@ def plan_of(content: Mapping[str, Any]) -> Plan:
         raise ValueError(f"layout={content['layout']!r}: the plan has no such layout")
     return Plan(
         **{
-            **{name: value for name, value in content.items() if name != "configurations"},
+            **{name: value for name, value in content.items() if name not in ("configurations", "found")},
             "quantity": Quantity(**content["quantity"]),
             "subjects": subjects,
             "arms": tuple(arms.values()),

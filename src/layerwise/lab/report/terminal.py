@@ -25,9 +25,10 @@ from layerwise.lab.experiments.results import Cell, Results, summarise
 from layerwise.lab.experiments.runner import Outcome
 from layerwise.lab.report.headline import headline
 from layerwise.lab.report.layouts import sheet
+from layerwise.lab.report.saved import NAME
 from layerwise.lab.report.sheets import Entry, Row, Sheet, entry, missing
 from layerwise.lab.report.verdicts import Verdict, verdicts
-from layerwise.lab.report.words import FOUND, SMOKE, capital, item_of, item_words, last_step, place_words, value_words
+from layerwise.lab.report.words import SMOKE, capital, item_of, item_words, last_step, place_words, value_words
 from layerwise.lab.stats.comparison import ALPHA, MINIMUM_PAIRS, Comparison
 from layerwise.lab.stats.conclusions import note
 from layerwise.lab.stats.wording import counted, decimals_of, listed, probability, signed
@@ -167,7 +168,8 @@ def metrics(results: Results) -> list[Quantity]:
     if results.plan.scale:  # a recipe records both, which say the same
         told = {"accuracy": "test_error", "test_error": "accuracy"}.get(judged)
     return [
-        QUANTITIES.get(name) or Quantity(name=name, words=name.replace("_", " "), unit="", difference_unit="")
+        (QUANTITIES.get(name) if results.plan.scale else None)  # a task's own metric may have any unit
+        or Quantity(name=name, words=name.replace("_", " "), unit="", difference_unit="")
         for name in names
         if name not in (judged, told, "validation")
     ]
@@ -438,8 +440,6 @@ def _verdict(outcome: Outcome, *, explain: bool) -> Iterator[RenderableType]:
         yield table
         if any(words.startswith(UNTUNED) for words in plan.notes):
             yield _text(UNFAIR)
-    if plan.found:
-        yield _text(FOUND)
     yield _text(headline(outcome))
     if explain:
         for verdict in filter(_told, verdicts(results)):
@@ -449,7 +449,7 @@ def _verdict(outcome: Outcome, *, explain: bool) -> Iterator[RenderableType]:
                 for _, comparison in verdict.rows:
                     yield _text(f"  {capital(comparison.sentence)}")
         yield _text(MEANING)
-        yield _text(note(max(1, results.family), len(plan.seeds), planned=not plan.found))
+        yield _text(note(max(1, results.family), len(plan.seeds)))
 
 
 def _say_ends(outcome: Outcome, target: Console, *, quiet: bool) -> None:
@@ -474,6 +474,8 @@ def _say_ends(outcome: Outcome, target: Console, *, quiet: bool) -> None:
             rest = "correct what failed, then start the command again"
         elif count:
             rest = "the table is of these; the same command goes on with the rest"
+        if outcome.plan.name == NAME:  # made by `layerwise report`, which trains nothing
+            rest = "the table is of these; the experiment's own command goes on with the rest"
         target.print(Text(f"{how}: {count} of {outcome.planned} runs are finished; {rest}."))
 
 

@@ -215,7 +215,9 @@ def _group_conclusion(firsts: Sequence[tuple[str, Comparison]], beyond: Sequence
     """Say what the comparisons of a group's arms with the plain arm mean together."""
     each = firsts[0][1]
     if max(len(comparison.seeds) for _, comparison in firsts) < MINIMUM_PAIRS:
-        return f"Too few runs to tell: fewer than {MINIMUM_PAIRS} pairs are finished."
+        ran = max(comparison.runs for _, comparison in firsts)
+        pairs = "pairs are without a diverged run" if ran >= MINIMUM_PAIRS else "pairs are finished"
+        return f"Too few runs to tell: fewer than {MINIMUM_PAIRS} {pairs}."
     better = [label for label, comparison in firsts if comparison.better]
     worse = [label for label, comparison in firsts if comparison.worse]
     count = len(firsts)

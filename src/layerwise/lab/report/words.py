@@ -6,12 +6,6 @@ import math
 
 from layerwise.lab.experiments.plan import Arm, Plan, Quantity
 
-FOUND = (
-    "Made from runs found, not from a plan: the comparisons were chosen after the runs, so the verdicts weigh less "
-    "than those of an experiment that was planned."
-)
-"""What a page of any finished runs says."""
-
 SMOKE = "This is the smoke scale: it shows that the machinery works and says nothing about the paper."
 """What the page and the terminal say of runs at that scale."""
 

@@ -24,6 +24,10 @@ IDENTITY_LENGTH = 12
 """Letters of a run's identity in its name; 48 bits, so that a million runs are distinct."""
 
 
+SWITCHES = ("training_accuracy", "compile", "timed")
+"""Constants that are true or false."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Constants:
     """What is trained and how, without the method that is compared.
@@ -111,7 +115,8 @@ class Constants:
             )
         if self.order not in ORDERS:
             raise UsageError(f"order={self.order!r}: use one of {', '.join(ORDERS)}")
-        for name, known in (("precision", PRECISIONS), ("memory_format", MEMORY_FORMATS), ("compile", (False, True))):
+        switches = [(name, (False, True)) for name in SWITCHES]
+        for name, known in (("precision", PRECISIONS), ("memory_format", MEMORY_FORMATS), *switches):
             value = getattr(self, name)
             if not any(value == each and type(value) is type(each) for each in known):
                 raise UsageError(f"{name}={value!r}: use one of {', '.join(map(str, known)).lower()}")
@@ -156,7 +161,7 @@ class Constants:
             raise UsageError(f"unknown constant {unknown[0]!r}: use one of {', '.join(sorted(known))}")
         steps = values.get("steps") or ()
         given = {**values, "steps": (steps,) if isinstance(steps, int) else tuple(steps)}
-        for name in ("compile", "timed"):  # as a command line has them
+        for name in SWITCHES:  # as a command line has them
             given |= {name: given[name] == "true"} if given.get(name) in ("true", "false") else {}
         try:
             return cls(**given)

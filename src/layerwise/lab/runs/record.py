@@ -134,7 +134,8 @@ class Recorder:
                     self.add(quantity, step, epoch, value, layer)
             return
         self._series = {(quantity, layer): number for number, (quantity, layer) in enumerate(state["series"])}
-        self._rows, self._size = bytearray(state["rows"].numpy().tobytes()), len(state["rows"])
+        self._rows = bytearray(state["rows"].numpy().tobytes() or ROW.size)  # of no bytes PyTorch makes no tensor
+        self._size = len(state["rows"])
         if not set(self._table()["series"].tolist()) <= set(self._series.values()):
             raise ValueError("rows of unknown series")
 

@@ -194,7 +194,7 @@ PLAN = {
     "notes": [words],
     "scale": words,
     "data_title": words,
-    "found": switch,
+    "found?": switch,
     "configurations": [CONFIGURATION],
 }
 """``plan.json``: an experiment."""

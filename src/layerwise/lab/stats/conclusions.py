@@ -75,13 +75,12 @@ def _divergences(compared: tuple[Comparison, ...]) -> list[str]:
     ]
 
 
-def note(family: int, seeds: int, *, planned: bool = True) -> str:
+def note(family: int, seeds: int) -> str:
     """Say how the intervals were made.
 
     Args:
         family: number of comparisons planned together.
         seeds: number of pairs planned for each.
-        planned: they were; or else were found finished.
 
     Returns:
         Two sentences; three for so few seeds that the intervals are too narrow.
@@ -91,7 +90,7 @@ def note(family: int, seeds: int, *, planned: bool = True) -> str:
     narrow = " With fewer than 7 pairs the intervals are too narrow (about 92 % at 5); the p-value makes up for it."
     return (
         "Intervals: 95 % bootstrap (expanded percentile) of the mean difference, paired by seed "
-        f"({counted(seeds, 'seed')} {'planned' if planned else 'found'}), each by itself. A difference is called where "
+        f"({counted(seeds, 'seed')} planned), each by itself. A difference is called where "
         f"there are at least {MINIMUM_PAIRS} pairs, the interval leaves out 0 and Student's paired t has p < {ALPHA}"
         f"{correction}."
     ) + (narrow if seeds < 7 else "")

@@ -188,7 +188,8 @@ def examine(
         # What cannot be attached is found three times: by the plan, by the updates and by the diagnosis.
         if not any(problem.removeprefix(TRIED) in other for other in faults):
             faults.append(problem)
-    return Examination(described, faults, trained, (f"{NO_FORK}{tried.spawned}",) if tried.spawned else ())
+    notes = (f"{NO_FORK}{' '.join(tried.spawned.split())}",) if tried.spawned else ()
+    return Examination(described, faults, trained, notes)
 
 
 def _described(task_file: TaskFile, tried: TriedTask) -> list[str]:

@@ -86,6 +86,7 @@ def begin_memory(device: str = "cpu") -> None:
     if device.startswith("cuda"):
         import torch
 
+        torch.cuda.init()  # before it there is nothing to reset, which is an error
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):

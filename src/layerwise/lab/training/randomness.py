@@ -22,6 +22,7 @@ def random_state() -> dict[str, Any]:
     }
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
+        state["gpu"] = torch.cuda.current_device()
     return state
 
 
@@ -36,3 +37,5 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+        if "gpu" in state:  # a run may go on on another GPU
+            torch.cuda.set_rng_state(state["cuda"][state["gpu"]])

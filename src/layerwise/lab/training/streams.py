@@ -169,10 +169,14 @@ class Loader:
     def batches(self, jobs: Iterable[Job]) -> Iterator[Batch]:
         """Decode batches; what was asked for before and not taken is dropped."""
         self._jobs = jobs
-        for batch in self._loader:
-            if isinstance(batch, UsageError):
-                raise batch
-            yield batch
+        try:
+            for batch in self._loader:
+                if isinstance(batch, UsageError):
+                    raise batch
+                yield batch
+        except RuntimeError:  # a worker has died, and would be missing in the next run too
+            _staying.cache_clear()
+            raise
 
 
 @lru_cache(maxsize=1)
