@@ -165,7 +165,7 @@ def distance(found: list[Tensor], wanted: list[Tensor], start: list[Tensor]) -> 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_scaled_writes_equal_permanent_groups_and_hand_made_steps(case: Case) -> None:
     found, start = trained(case, "attached")
-    assert distance(found, trained(case, "by hand")[0], start) < 1e-11
+    assert distance(found, trained(case, "by hand")[0], start) < 5e-11  # RMSprop divides by what is close to 0
     if case.optimizer not in LATE:  # whose rates a group's rate does not carry
         assert distance(found, trained(case, "groups")[0], start) < 1e-12
 
