@@ -197,8 +197,11 @@ def test_the_decay_of_an_unknown_optimizer_must_be_told(make_model):
         def __init__(self, parameters):
             super().__init__(parameters, {"weight_decay": 0.1})
 
+        @torch.no_grad()
         def step(self, closure=None):
-            """Do nothing."""
+            group = self.param_groups[0]
+            for p in group["params"]:
+                p.sub_(0.1 * (p.grad + group["weight_decay"] * p))
 
     model = make_model()
     optimizer = Unknown(model.parameters())

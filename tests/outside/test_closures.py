@@ -51,16 +51,6 @@ class Never(optim.SGD):
         return super().step()
 
 
-class Ignores(optim.Optimizer):
-    """Takes a closure, and does nothing at all."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    def step(self, closure: Any = None) -> Any:
-        return None
-
-
 class EverySecond(optim.SGD):
     """Evaluates the closure in every second step."""
 
@@ -141,7 +131,6 @@ class ByAnotherName(Plain):
 
 RIGHT = (
     Never,
-    Ignores,
     EverySecond,
     Plain,
     WithArguments,

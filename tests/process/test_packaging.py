@@ -105,7 +105,7 @@ def run_with(folders: list[Path], program: str, *words: str) -> subprocess.Compl
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
     files = (path for path in (ROOT / "src" / "layerwise").rglob("*") if path.is_file())
     source = {path.relative_to(ROOT / "src").as_posix(): path.read_bytes() for path in files if path.suffix != ".pyc"}
-    assert {path.rpartition(".")[2] for path in source} == {"py", "toml", "j2", "conf", "typed", "gz", "txt"}
+    assert {path.rpartition(".")[2] for path in source} == {"py", "toml", "j2", "js", "typed", "gz", "txt"}
     packed = {path: content for path, content in contents(wheel).items() if ".dist-info/" not in path}
     assert packed.keys() == source.keys()
     assert packed == source
