@@ -164,8 +164,9 @@ def distance(found: list[Tensor], wanted: list[Tensor], start: list[Tensor]) -> 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_scaled_writes_equal_permanent_groups_and_hand_made_steps(case: Case) -> None:
+    found, start = trained(case, "attached", 6)  # each step of RMSprop doubles what rounding has made different
+    assert distance(found, trained(case, "by hand", 6)[0], start) < 1e-12
     found, start = trained(case, "attached")
-    assert distance(found, trained(case, "by hand")[0], start) < 5e-11  # RMSprop divides by what is close to 0
     if case.optimizer not in LATE:  # whose rates a group's rate does not carry
         assert distance(found, trained(case, "groups")[0], start) < 1e-12
 

@@ -663,6 +663,22 @@ def test_an_optimizer_that_cannot_be_tried_is_refused(place: Any) -> None:
     assert close(weights(model), [w - 0.1 * g for w, g in zip(before, gradients, strict=True)])
 
 
+class Rests(optim.Optimizer):
+    """Takes steps that move nothing."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        return None
+
+
+def test_an_optimizer_that_moves_nothing_is_refused() -> None:
+    model = network()
+    with pytest.raises(ValueError, match=r"the toy parameters did not move"):
+        layerwise.LayerwiseLR(Rests(model.parameters()), Constant(FACTORS), model)
+
+
 # --- Steps inside backward --------------------------------------------------------------------------------------------
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from .base import is_number
-from .elementwise import ElementwiseRule, Value
+from .elementwise import ElementwiseRule, Value, log1p
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,7 @@ class LayerAdaptive(ElementwiseRule):
 
     def factor(self, gradient_norm: Value) -> Value:
         """Return 1 + log(1 + 1/‖g_l‖); equation 9."""
-        inverse = 1 / gradient_norm
-        logarithm = inverse.log1p() if isinstance(inverse, Tensor) else math.log1p(inverse)
+        logarithm = log1p(1 / gradient_norm)
         if self.log_base != math.e:
             logarithm = logarithm / math.log(self.log_base)
         return 1 + logarithm
