@@ -18,7 +18,7 @@ from layerwise.lab.progress import Meter, RunDisplay, duration
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Give a clock that only moves when it is told to."""
+    """Give a clock that the test sets."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now

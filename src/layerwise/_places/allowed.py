@@ -83,11 +83,7 @@ def check_place(optimizer: optim.Optimizer, place: str, decay: str, *, decay_giv
         rate = why_not_rate(optimizer)
         reason = rate if place == "lr" else reason_against(optimizer, "update")
         if reason is not None:
-            too = (
-                f", and apply='lr' does not either: it {rate}"
-                if place == "update" and rate not in (None, reason)
-                else ""
-            )
+            too = "" if rate in (None, reason) else f", and apply='lr' does not either: it {rate}"
             raise ValueError(f"apply={place!r} does not work with {name}: it {reason}{too}; {_remedy(optimizer)}")
     if place == "gradient" and decay == "scaled" and not decay_given:
         unknown = [

@@ -57,7 +57,7 @@ class MirrorsError(UsageError):
 
 
 class _Bar:
-    """What pooch tells of a download; it ends one of another size before that costs time or room."""
+    """Shows how much of a download has arrived; stops a download whose size is not the published one."""
 
     def __init__(self, remote: RemoteFile, progress: Progress | None) -> None:
         self._remote, self._progress, self._done = remote, progress, 0

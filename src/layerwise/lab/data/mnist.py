@@ -109,7 +109,7 @@ def _md5(content: bytes) -> str:
 
 
 def _read(path: Path) -> tuple[str | None, bytes, bytes]:
-    """Read a file: whose it is by the checksum of what is in it, None if nobody's; what is in it; the file as it is."""
+    """Read a file; return the data set that its checksum names, or None, its content decompressed, and its bytes."""
     file = path.name.removesuffix(".gz") + ".gz"
     size = CONTENT_SIZES[file]
     # No compression makes the content larger than by a thousandth.

@@ -88,7 +88,7 @@ class Display:
 
 @dataclass
 class Outcome:
-    """What came of an experiment.
+    """The results of an experiment, and how it ended.
 
     Attributes:
         plan: what was to be done.
