@@ -23,6 +23,7 @@ from layerwise.rules import Directionality, GradientAmplification, LayerAdaptive
 pytestmark = pytest.mark.full
 
 EPOCH = 250
+OURS = tracemalloc.Filter(True, str(Path(layerwise.__file__).parent / "*"), all_frames=True)
 Step = Callable[[int], None]
 
 
@@ -62,11 +63,20 @@ def build(what: str) -> tuple[Step, Any]:
     return step, attached
 
 
+def traced_bytes() -> int:
+    """Return the bytes allocated below a function of ours.
+
+    The account of all is too coarse: some of what PyTorch allocates counts for ever, because PyTorch frees it in a way
+    that tracemalloc does not see. A bare optimizer comes to half a byte a step, and on some machines to more.
+    """
+    return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([OURS]).traces)
+
+
 def state_of_process() -> dict[str, int]:
     gc.collect()
     return {
         "objects": len(gc.get_objects()),
-        "traced bytes": tracemalloc.get_traced_memory()[0],
+        "traced bytes": traced_bytes(),
         "resident bytes": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE"),
         "handles": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count(),
@@ -97,7 +107,7 @@ def growth(what: str, first: int, last: int) -> dict[str, tuple[int, int]]:
     """Take steps; return what each quantity was after the first ones and after the last ones."""
     step, attached = build(what)
     seen: list[dict[str, int]] = []
-    tracemalloc.start()
+    tracemalloc.start(12)  # frames, from a tensor's allocation up to the function of ours that wants it
     try:
         for number in range(1, last + 1):
             step(number)
@@ -115,8 +125,7 @@ def check(what: str, first: int, last: int) -> dict[str, tuple[int, int]]:
     for name in ("calls", "operations", "handles", "threads"):
         assert found[name][0] == found[name][1], (name, found)
     assert found["objects"][1] - found["objects"][0] <= 20, found
-    # A byte a step: a bare optimizer, too, comes to half of that by this account.
-    assert found["traced bytes"][1] - found["traced bytes"][0] <= 10_000 + last - first, found
+    assert found["traced bytes"][1] - found["traced bytes"][0] <= 5_000 + (last - first) // 2, found
     assert found["resident bytes"][1] - found["resident bytes"][0] <= 8 * 2**20, found
     return found
 
