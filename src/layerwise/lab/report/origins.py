@@ -66,7 +66,7 @@ def _networks(outcome: Outcome) -> str:
     for record in outcome.results.records.values():
         trial = record.configuration.trial
         name = str(trial.get("model") or trial.get("function") or "a network")
-        name = NETWORKS[name][0] if name in NETWORKS else name
+        name = NETWORKS.get(name, name)
         found[f"{name}, {record.summary['parameters']:,} parameters in {len(record.summary['layers'])} layers"] = None
     return "; ".join(found) or "–"
 

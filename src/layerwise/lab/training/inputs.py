@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from layerwise.lab.data import Dataset, augmentation, pixels
@@ -20,116 +21,76 @@ STATISTICS = {
 }
 """Data set -> mean and divisor of its channels."""
 
-Train = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
-Test = Callable[[torch.Tensor], torch.Tensor]
-
 
 @dataclass(frozen=True)
 class Inputs:
-    """Both ways from raw bytes, shape (n, channels, height, width), to float32 inputs.
+    """The way from raw bytes, shape (n, channels, height, width), to float32 inputs."""
 
-    Attributes:
-        train: of a training batch; may draw from the generator.
-        test: of a test batch.
-        channels: of the inputs.
-        skip: draws from the generator what a training batch of so many images would draw, and makes nothing.
-    """
-
-    train: Train
-    test: Test
+    test: Callable[[Tensor], Tensor]
     channels: int
-    skip: Callable[[int, torch.Generator], object] = lambda count, generator: None
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None  # raw training images -> raw training images
+
+    def train(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Make the inputs of a training batch."""
+        return self.test(images if self.augment is None else self.augment(images, generator))
+
+    def skip(self, count: int, generator: torch.Generator) -> None:
+        """Draw what a training batch of so many images would draw."""
+        if self.augment is not None:
+            self.augment(torch.zeros((count, 1, 1, 1), dtype=torch.uint8), generator)
 
 
-def scaled(dataset: Dataset) -> Inputs:
-    """Give bytes / 256. Caffe lenet_train_test.prototxt: scale 0.00390625, no mean."""
-    return Inputs(lambda images, generator: pixels(images), pixels, dataset.train_images.shape[1])
-
-
-def mean_image(dataset: Dataset) -> Inputs:
-    """Give bytes minus the mean of all training images, pixel by pixel. Caffe cifar10_full_train_test.prototxt."""
+def _mean_image(dataset: Dataset) -> Inputs:
     # Sums of bytes in int64 are exact; in float32 the mean of 50,000 images would not be.
     total = torch.stack([chunk.to(torch.int64).sum(0) for chunk in dataset.train_images.split(5000)]).sum(0)
     mean = (total.double() / len(dataset.train_images)).float()
-
-    def test(images: torch.Tensor) -> torch.Tensor:
-        return images.float().sub_(mean)
-
-    return Inputs(lambda images, generator: test(images), test, dataset.train_images.shape[1])
+    return Inputs(lambda images: images.float().sub_(mean), dataset.train_images.shape[1])
 
 
-def augmented(dataset: Dataset) -> Inputs:
-    """Give random crops, mirrored at random and normalised; see ``data/augmentation.py``."""
+def _augmented(dataset: Dataset) -> Inputs:
     if dataset.name not in STATISTICS:
         raise UsageError(f"inputs='augmented' with data={dataset.name!r}: use one of {', '.join(STATISTICS)}")
     mean, std = STATISTICS[dataset.name]
-    side = dataset.train_images.shape[-1]
-
-    def skip(count: int, generator: torch.Generator) -> object:
-        blank = torch.zeros((count, 1, side, side), dtype=torch.uint8)
-        return augmentation.cropped_and_mirrored(blank, generator)
-
+    channels = dataset.train_images.shape[1]
     return Inputs(
-        lambda images, generator: augmentation.training_images(images, generator, mean, std),
-        lambda images: augmentation.normalised(images, mean, std),
-        dataset.train_images.shape[1],
-        skip,
+        lambda images: augmentation.normalised(images, mean, std), channels, augmentation.cropped_and_mirrored
     )
 
 
-def framed(dataset: Dataset) -> Inputs:
-    """Give digits in frames of 32 x 32 pixels, normalised: digits in the place of small photographs."""
-
-    def test(images: torch.Tensor) -> torch.Tensor:
-        return augmentation.normalised(functional.pad(images, (2, 2, 2, 2)), DIGITS_MEAN, DIGITS_STD)
-
-    return Inputs(lambda images, generator: test(images), test, 1)
+def _in_frame(images: Tensor) -> Tensor:
+    return functional.pad(images, (2, 2, 2, 2))
 
 
-def coloured(dataset: Dataset) -> Inputs:
-    """Give digits in frames of 32 x 32 pixels in three equal channels of bytes minus the mean image's mean."""
-
-    def test(images: torch.Tensor) -> torch.Tensor:
-        framed_images = functional.pad(images, (2, 2, 2, 2)).float().sub_(255.0 * DIGITS_MEAN[0])
-        return framed_images.expand(-1, 3, -1, -1)
-
-    return Inputs(lambda images, generator: test(images), test, 3)
+def _in_colour(images: Tensor) -> Tensor:
+    """Give three equal channels of pixels minus the mean pixel."""
+    return images.float().sub_(255.0 * DIGITS_MEAN[0]).expand(-1, 3, -1, -1)
 
 
-def enlarged(dataset: Dataset) -> Inputs:
-    """Give digits enlarged to 227 x 227 pixels in three equal channels: digits in the place of photographs."""
-
-    def test(images: torch.Tensor) -> torch.Tensor:
-        large = functional.interpolate(images.float(), size=(227, 227), mode="nearest")
-        return large.sub_(255.0 * DIGITS_MEAN[0]).expand(-1, 3, -1, -1)
-
-    return Inputs(lambda images, generator: test(images), test, 3)
+def _enlarged(images: Tensor) -> Tensor:
+    return functional.interpolate(images.float(), size=(227, 227), mode="nearest")
 
 
 INPUTS: dict[str, Callable[[Dataset], Inputs]] = {
-    "scaled": scaled,
-    "mean-image": mean_image,
-    "augmented": augmented,
-    "framed": framed,
-    "coloured": coloured,
-    "enlarged": enlarged,
+    # Bytes / 256. Caffe lenet_train_test.prototxt: scale 0.00390625, no mean.
+    "scaled": lambda dataset: Inputs(pixels, dataset.train_images.shape[1]),
+    # Bytes minus the mean of all training images, pixel by pixel. Caffe cifar10_full_train_test.prototxt.
+    "mean-image": _mean_image,
+    # Random crops, mirrored at random and normalised; see data/augmentation.py.
+    "augmented": _augmented,
+    # Digits in frames of 32 x 32 pixels, normalised, in the place of small photographs.
+    "framed": lambda dataset: Inputs(
+        lambda images: augmentation.normalised(_in_frame(images), DIGITS_MEAN, DIGITS_STD), 1
+    ),
+    # The same in three channels of bytes minus their mean.
+    "coloured": lambda dataset: Inputs(lambda images: _in_colour(_in_frame(images)), 3),
+    # Digits of 227 x 227 pixels in three channels, in the place of photographs.
+    "enlarged": lambda dataset: Inputs(lambda images: _in_colour(_enlarged(images)), 3),
 }
 """Name -> how the inputs of a data set in memory are made. Image folders make their own: "crops"."""
 
 
 def make(name: str, dataset: Dataset) -> Inputs:
-    """Make the inputs of a data set.
-
-    Args:
-        name: a key of ``INPUTS``.
-        dataset: the data, in memory.
-
-    Returns:
-        Both ways.
-
-    Raises:
-        UsageError: unknown name, or one that does not suit the data.
-    """
+    """Make the inputs of a data set; the name may not suit it."""
     check(name)
     return INPUTS[name](dataset)
 

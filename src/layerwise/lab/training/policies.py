@@ -1,7 +1,7 @@
 """Caffe's rate policies: what multiplies the base rate at each iteration.
 
 The rate of update k, from 0, is base_lr times the multiplier of k: a pure function of k, so that a resumed run has
-the rates of one that was never interrupted.
+the rates of one that was never interrupted. Caffe src/caffe/solvers/sgd_solver.cpp, SGDSolver::GetLearningRate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _fixed(iteration: int) -> float:
 
 
 def _inv(iteration: int, *, gamma: float, power: float) -> float:
-    return (1.0 + gamma * iteration) ** -power
+    return (1.0 + gamma * iteration) ** -power  # Singh et al. 2015, eq. 4
 
 
 def _step(iteration: int, *, gamma: float, stepsize: int) -> float:
@@ -37,8 +37,6 @@ def _multistep(iteration: int, *, gamma: float, stepvalues: Sequence[int]) -> fl
 
 
 def _poly(iteration: int, *, power: float, max_iter: int) -> float:
-    if iteration > max_iter:
-        raise UsageError(f"iteration={iteration!r}: policy 'poly' ends at max_iter={max_iter!r}; use a larger max_iter")
     return (1.0 - iteration / max_iter) ** power
 
 
@@ -54,8 +52,8 @@ POLICIES: Mapping[str, tuple[str, ...]] = {name: arguments for name, (_, argumen
 """Policy -> its arguments, all of them required."""
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_finite_from_0(value: Any) -> bool:
@@ -63,23 +61,23 @@ def _is_finite_from_0(value: Any) -> bool:
 
 
 def _is_rising(value: Any) -> bool:
-    if not isinstance(value, list | tuple) or not value or not all(map(_is_whole, value)):
+    if not isinstance(value, list | tuple) or not value or not all(map(_is_count, value)):
         return False
-    return value[0] >= 1 and all(earlier < later for earlier, later in pairwise(value))
+    return all(earlier < later for earlier, later in pairwise(value))
 
 
 _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "gamma": ("a finite number from 0", _is_finite_from_0),
     "power": ("a finite number from 0", _is_finite_from_0),
-    "stepsize": ("a whole number from 1", lambda value: _is_whole(value) and value >= 1),
+    "stepsize": ("a whole number from 1", _is_count),
     "stepvalues": ("a list of rising whole numbers from 1", _is_rising),
-    "max_iter": ("a whole number from 1", lambda value: _is_whole(value) and value >= 1),
+    "max_iter": ("a whole number from 1", _is_count),
 }
 """Argument -> its range in words, and whether a value is inside."""
 
 
 def _policy(name: str, arguments: Mapping[str, Any]) -> Callable[[int], float]:
-    """Check a policy and its arguments, and return the function of the iteration."""
+    """Check a policy and its arguments, and give the function of the iteration."""
     if name not in _POLICIES:
         raise UsageError(f"policy={name!r}: use one of {', '.join(_POLICIES)}")
     function, needed = _POLICIES[name]
@@ -93,59 +91,18 @@ def _policy(name: str, arguments: Mapping[str, Any]) -> Callable[[int], float]:
         words, inside = _LIMITS[argument]
         if not inside(arguments[argument]):
             raise UsageError(f"{argument}={arguments[argument]!r}: policy {name!r} takes {words}")
-    # A list could be changed by its owner later.
-    return partial(function, **{key: tuple(x) if isinstance(x, list) else x for key, x in arguments.items()})
+    return partial(function, **arguments)
 
 
 def multiplier(name: str, iteration: int, **arguments: Any) -> float:
-    """Give the multiplier of the base rate under one of Caffe's policies.
-
-    - fixed: 1
-    - inv: (1 + gamma k)^(-power); Singh et al. 2015, eq. 4
-    - step: gamma^floor(k / stepsize)
-    - multistep: gamma^(number of stepvalues that are at most k)
-    - poly: (1 - k / max_iter)^power, for k up to max_iter
-
-    Args:
-        name: a key of ``POLICIES``.
-        iteration: k, the number of updates already done, from 0.
-        arguments: those of the policy.
-
-    Returns:
-        t(k) / base_lr.
-
-    Raises:
-        UsageError: an unknown policy or argument, a missing argument, or a value out of its range.
-
-    Example:
-        >>> [multiplier("step", k, gamma=0.5, stepsize=100) for k in (0, 99, 100, 200)]
-        [1.0, 1.0, 0.5, 0.25]
-
-    Reference:
-        Caffe src/caffe/solvers/sgd_solver.cpp, SGDSolver::GetLearningRate.
-    """
-    policy = _policy(name, arguments)
-    if not _is_whole(iteration) or iteration < 0:
-        raise UsageError(f"iteration={iteration!r}: use a whole number from 0, the number of updates already done")
-    return policy(iteration)
+    """Give t(k) / base_lr of update k under one of ``POLICIES``."""
+    return _policy(name, arguments)(iteration)
 
 
 def scheduler(optimizer: Optimizer, name: str, **arguments: Any) -> LambdaLR:
-    """Make the scheduler of one of Caffe's policies; call its ``step`` after each update.
+    """Make the scheduler of a policy; its ``state_dict`` holds no policy, so it is made again before it is loaded.
 
     It sets ``group["lr"]``, so that Caffe's lr_mult of a group and the factors of an adapter multiply the rate anew
-    at each update. Its ``state_dict`` holds numbers and not the policy: to resume, make optimizer and scheduler as
-    at first, with the same arguments, then load the states of both.
-
-    Args:
-        optimizer: its groups hold the base rate.
-        name: a key of ``POLICIES``.
-        arguments: those of the policy; see ``multiplier``.
-
-    Returns:
-        The scheduler; the rates of update 0 are set.
-
-    Raises:
-        UsageError: as ``multiplier``; the optimizer is as it was then.
+    at each update.
     """
     return LambdaLR(optimizer, _policy(name, arguments))
