@@ -14,15 +14,7 @@ LARGEST_LOADERS = 16
 
 
 def check_device(name: str, *, here: bool = True) -> None:
-    """Refuse a device that PyTorch does not know, or does not find on this machine; nothing is put on it.
-
-    Args:
-        name: as ``--device`` has it.
-        here: whether it must be on this machine, or another one trains.
-
-    Raises:
-        UsageError: no such device.
-    """
+    """Refuse a device that PyTorch does not know, or, where runs are trained ``here``, does not find."""
     if name == "cpu":
         return
     import torch
@@ -45,14 +37,7 @@ def check_device(name: str, *, here: bool = True) -> None:
 
 
 def default_jobs(device: str, *, cores: int, threads: int, cards: int) -> int:
-    """Give the number of processes side by side: one a GPU, and on the CPU as many as the cores take.
-
-    Args:
-        device: as ``--device`` has it.
-        cores: that the processes may use.
-        threads: of each process.
-        cards: GPUs of this machine.
-    """
+    """Give the number of processes side by side: one a GPU, and on the CPU as many as the cores take."""
     if device == "cuda":
         return max(1, cards)
     return max(1, cores // threads) if device == "cpu" else 1
@@ -64,13 +49,7 @@ def loader_count(*, cores: int, threads: int, processes: int) -> int:
 
 
 def device_of_worker(device: str, number: int, cards: int) -> str:
-    """Give the device of a worker: worker k of ``--device cuda`` gets GPU k mod ``cards``.
-
-    Args:
-        device: as ``--device`` has it.
-        number: of the worker, from 0.
-        cards: GPUs of this machine.
-    """
+    """Give the device of a worker: worker k, from 0, of ``--device cuda`` gets GPU k mod ``cards``."""
     return f"cuda:{number % cards}" if device == "cuda" and cards else device
 
 
@@ -94,9 +73,9 @@ def begin_memory(device: str = "cpu") -> None:
 
 
 def peak_memory(device: str = "cpu") -> int:
-    """Give the largest memory of this process on a device since ``begin_memory``, in bytes.
+    """Give the largest memory since ``begin_memory``, in bytes: on a GPU what PyTorch reserved, else of the process.
 
-    Of a GPU: what PyTorch has reserved. Where a system does not let it begin anew: since the process started, or 0.
+    Where a system does not let it begin anew, it is that since the process started, or 0.
     """
     if device.startswith("cuda"):
         import torch
@@ -126,18 +105,7 @@ def whole_memory(device: str = "cpu") -> int:
 
 
 def memory_words(device: str, used: int, whole: int, *, jobs: int, cards: int) -> str:
-    """Say how much memory a run takes, where that decides ``--jobs``.
-
-    Args:
-        device: of the run.
-        used: bytes that it has taken.
-        whole: bytes of the device; 0 if not known.
-        jobs: runs side by side.
-        cards: GPUs that they are divided among, if the device is ``"cuda"``.
-
-    Returns:
-        A line; "" on a CPU whose memory holds all runs.
-    """
+    """Say how much memory a run takes, of how many bytes, where that decides ``--jobs``; else ""."""
     if not (used and whole):
         return ""
     places = max(1, cards) if device == "cuda" else 1

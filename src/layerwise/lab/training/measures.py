@@ -12,14 +12,9 @@ from layerwise.layers import Layer, make_layers, named_parameters_of
 
 
 class LayerMeasures:
-    """Norms of the layers of a network around one update.
+    """Norms of each layer around one update: ‖g‖, ‖w‖ and ‖w_after - w_before‖ / ‖w_before‖ over its parameters.
 
-    For each layer ‖g‖, ‖w‖ and ‖w_after - w_before‖ / ‖w_before‖, over all its parameters, in float64 from norms of
-    the tensors. Costs a copy of the parameters and three passes over them at the steps that are measured.
-
-    Args:
-        optimizer: whose parameters are measured.
-        model: that they belong to.
+    In float64 from norms of the tensors. A measured step costs a copy of the parameters and three passes over them.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

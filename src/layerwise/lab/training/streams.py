@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
@@ -23,51 +23,31 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """Make the source of an epoch's random numbers: another one for each seed and epoch, on any machine.
-
-    Args:
-        seed: of the run.
-        epoch: from 1.
-
-    Returns:
-        A generator on the CPU.
-    """
+    """Make the source of an epoch's random numbers: another one for each seed and epoch, on any machine."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+@dataclass
 class MemoryStream:
-    """Batches of a data set in memory.
+    """Batches of a data set in memory; ``classes`` are those of the whole data set, which a slice may not hold.
 
     Every epoch draws from a generator of its own, so that a run goes on in the middle of an epoch by drawing once
     more, without making them, for the batches that it has done.
-
-    Args:
-        dataset: the data.
-        inputs: a key of ``inputs.INPUTS``.
-        order: ``"sequential"`` or ``"shuffled"``.
-        classes: of the whole data set, which a slice may not hold.
-        batch_size: images of a training batch.
-        test_batch_size: images of a test batch.
-        seed: of the shuffling and of the augmentation.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        inputs: str,
-        order: str,
-        *,
-        classes: int,
-        batch_size: int,
-        test_batch_size: int,
-        seed: int,
-    ) -> None:
-        self.dataset, self.order, self.seed = dataset, order, seed
-        self.batch_size, self.test_batch_size = batch_size, test_batch_size
-        self.inputs = lab_inputs.make(inputs, dataset)
+    dataset: Dataset
+    form: str  # a key of ``inputs.INPUTS``
+    order: str  # "sequential" or "shuffled"
+    _: KW_ONLY
+    classes: int
+    batch_size: int
+    test_batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.inputs = lab_inputs.make(self.form, self.dataset)
         self.channels = self.inputs.channels
-        self.classes = classes
 
     @property
     def epoch_length(self) -> int | None:
@@ -79,18 +59,12 @@ class MemoryStream:
         """Batches of a test."""
         return -(-len(self.dataset.test_labels) // self.test_batch_size)
 
+    def whole(self, number: int) -> None:
+        """Give nothing: every process that shares the run has whole batches."""
+
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Give the batches of an epoch.
-
-        Args:
-            epoch: from 1; a sequential stream has one, without end.
-            skip: batches at the beginning that are left out.
-
-        Yields:
-            Inputs and labels.
-        """
-        dataset, inputs = self.dataset, self.inputs
-        generator = epoch_generator(self.seed, epoch)
+        """Give the batches of an epoch, from 1, without the first ``skip``; a sequential one has no end."""
+        dataset, inputs, generator = self.dataset, self.inputs, epoch_generator(self.seed, epoch)
         if self.order == "sequential":
             for _ in range(skip):
                 inputs.skip(self.batch_size, generator)
@@ -138,13 +112,9 @@ def _begin_worker(number: int) -> None:
 class Loader:
     """Worker processes that decode batches of an image folder ahead, in order.
 
-    They are spawned: PyTorch, a GPU and the threads of the process that trains do not survive a fork.
-
-    Args:
-        folder: the images.
-        count: of the processes.
-        pin: put batches into memory from which a GPU copies while it computes.
-        stay: the processes stay from one series of batches to the next.
+    They are spawned: PyTorch, a GPU and the threads of the process that trains do not survive a fork. With ``pin``
+    batches are put into memory from which a GPU copies while it computes; with ``stay`` the processes stay from one
+    series of batches to the next.
     """
 
     def __init__(self, folder: ImageFolder, count: int, *, pin: bool, stay: bool) -> None:
@@ -185,38 +155,28 @@ def _staying(folder: ImageFolder, count: int, pin: bool) -> Loader:
     return Loader(folder, count, pin=pin, stay=True)
 
 
+@dataclass
 class FolderStream:
-    """Batches of an image folder, read as they are needed, or ahead by other processes.
+    """Batches of an image folder, decoded ahead by ``loaders`` processes, or with 0 by this one as they are needed.
 
-    Args:
-        folder: the images.
-        batch_size: images of a training batch.
-        test_batch_size: images of a test batch.
-        seed: of the shuffling and of the crops.
-        loaders: processes that decode ahead; 0 for this one when it needs a batch. The batches are the same.
-        pin: see ``Loader``.
-        share: rank and number of the processes that share the run. Each decodes its part of a training batch, or all
-            of one that cannot be divided.
+    ``share`` is the rank and number of the processes that share the run. Each decodes its part of a training batch,
+    or all of one that cannot be divided.
     """
 
-    channels = 3
+    folder: ImageFolder
+    _: KW_ONLY
+    batch_size: int
+    test_batch_size: int
+    seed: int
+    loaders: int = 0
+    pin: bool = False
+    share: tuple[int, int] = (0, 1)
+    channels: ClassVar[int] = 3
 
-    def __init__(
-        self,
-        folder: ImageFolder,
-        *,
-        batch_size: int,
-        test_batch_size: int,
-        seed: int,
-        loaders: int = 0,
-        pin: bool = False,
-        share: tuple[int, int] = (0, 1),
-    ) -> None:
-        self.folder, self.seed = folder, seed
-        self.batch_size, self.test_batch_size = batch_size, test_batch_size
-        self.classes = folder.classes
-        self.loaders = 0 if folder.kept else loaders
-        self.pin, self.share = pin, share
+    def __post_init__(self) -> None:
+        self.classes = self.folder.classes
+        if self.folder.kept:
+            self.loaders = 0
 
     @property
     def epoch_length(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,46 +28,26 @@ class StoppedError(Exception):
 
 @dataclass
 class Trial:
-    """What the engine needs to train; a recipe's or a person's own.
-
-    Attributes:
-        model: the network.
-        optimizer: of its parameters.
-        scheduler: of the rate, or None.
-        schedule_unit: when ``scheduler.step`` is called: ``"iteration"`` or ``"epoch"``.
-        batches: epoch (from 1) and number of batches to leave out -> the batches.
-        loss: model and batch -> the loss, a scalar tensor; with a training metric the loss and the batch's metric.
-        evaluate: model and a function that says whether to stop -> name and value of each quantity.
-        iterations: updates of the run, or None if it is counted in epochs.
-        epochs: passes of the run, or None if it is counted in iterations.
-        epoch_length: batches of an epoch, or None if it is not known.
-        test_every: iterations between two tests, the first before the first update; None for each epoch's end.
-        layers_every: iterations between two records of each layer's norms.
-        factors_every: iterations between two records of each layer's factor.
-        training_metric: what ``loss`` gives beside the loss, averaged over each epoch's examples; "" for nothing.
-        prepare: puts a batch into the layout and on the device where the network reads it.
-        test_batches: of a test, or None if not known.
-        whole: number of a batch in its epoch -> examples of it, where ``batches`` gives only the part of this process;
-            None where it gives all of it.
-    """
+    """What the engine needs to train: of a recipe, or of a user's own task."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    schedule_unit: str
-    batches: Callable[[int, int], Iterator[Any]]
-    loss: Callable[[nn.Module, Any], Any]
-    evaluate: Callable[[nn.Module, Callable[[], bool]], dict[str, float]]
-    iterations: int | None
-    epochs: int | None
-    epoch_length: int | None
-    test_every: int | None
-    layers_every: int
-    factors_every: int
-    training_metric: str = ""
-    prepare: Callable[[Any], Any] = field(default=lambda batch: batch)
+    schedule_unit: str  # when ``scheduler.step`` is called: "iteration" or "epoch"
+    batches: Callable[[int, int], Iterator[Any]]  # epoch, from 1, and number of batches to leave out -> the batches
+    loss: Callable[[nn.Module, Any], Any]  # -> the loss, or with a training metric the loss and the batch's metric
+    evaluate: Callable[[nn.Module, Callable[[], bool]], dict[str, float]]  # asks whether to stop -> the quantities
+    iterations: int | None  # updates of the run, or
+    epochs: int | None  # its passes over the data
+    epoch_length: int | None  # in batches; None where it is not known
+    test_every: int | None  # in updates, the first test before the first one; None for each epoch's end
+    layers_every: int  # updates between two records of each layer's norms
+    factors_every: int  # updates between two records of each layer's factor
+    training_metric: str = ""  # averaged over each epoch's examples
+    prepare: Callable[[Any], Any] = lambda batch: batch  # puts a batch where the network reads it
     test_batches: int | None = None
-    whole: Callable[[int], int | None] = field(default=lambda number: None)
+    whole: Callable[[int], int | None] = lambda number: None
+    """Number of a batch in its epoch -> its examples, where ``batches`` gives only the part of this process."""
 
     @property
     def total(self) -> int | None:
@@ -92,15 +72,7 @@ def cross_entropy_and_accuracy(model: nn.Module, batch: Any) -> tuple[torch.Tens
 def classification(
     tests: Callable[[], Iterator[Any]], prepare: Callable[[Any], Any]
 ) -> Callable[[nn.Module, Callable[[], bool]], dict[str, float]]:
-    """Make the measure of a classifier.
-
-    Args:
-        tests: gives the test batches.
-        prepare: as in ``Trial``.
-
-    Returns:
-        A function that gives ``test_error`` and ``accuracy`` in % and ``test_loss`` in nats, in evaluation mode.
-    """
+    """Make a classifier's ``evaluate``: ``test_error`` and ``accuracy`` in %, ``test_loss`` in nats."""
 
     def evaluate(model: nn.Module, stop: Callable[[], bool]) -> dict[str, float]:
         wrong, loss, count = 0, 0.0, 0
@@ -124,26 +96,15 @@ def classification(
 
 
 def check(constants: Constants) -> None:
-    """Refuse constants that no run can have, before any is begun.
-
-    Args:
-        constants: of a run.
-
-    Raises:
-        UsageError: an unknown data set, network, solver, policy or form of the inputs, or values that do not go
-            together.
-    """
+    """Refuse constants that no run can have, before any is begun."""
     data.known(constants.data)
     networks.check(constants.model, constants.width)
     solvers.check(constants)
     if constants.data != data.FOLDER:
         inputs.check(constants.inputs)
-    elif (constants.train_count, constants.test_count, constants.inputs, constants.order) != (
-        None,
-        None,
-        "crops",
-        "shuffled",
-    ):
+        return
+    read = constants.train_count, constants.test_count, constants.inputs, constants.order
+    if read != (None, None, "crops", "shuffled"):
         raise UsageError(
             "an image folder is read whole, shuffled, in crops: use inputs='crops' and order='shuffled', and leave "
             "train_count and test_count out"
@@ -151,39 +112,25 @@ def check(constants: Constants) -> None:
 
 
 @lru_cache(maxsize=1)
-def _stream_data(constants: tuple[str, str | None, int | None, int | None], data_dir: Path | None) -> Any:
+def _source(name: str, digest: str | None, train: int | None, test: int | None, data_dir: Path | None) -> Any:
     """Read a data set once a process, shortened; open the image folder that the run was planned for, and no other."""
-    name, digest, train_count, test_count = constants
-    if name == data.FOLDER:
-        folder = data.open_folder(data_dir)
-        if folder.digest != digest:
-            raise UsageError(
-                f"data_digest={digest!r}, and the image folder in data-dir={str(data_dir)!r} has {folder.digest!r}: "
-                "its files are not those that this run was planned for; start the command again, which makes other "
-                "runs of other files, or give the folder that it had with --data-dir"
-            )
-        return folder
-    whole = data.load(name, data_dir)
-    return shortened(whole, train_count, test_count), int(whole.train_labels.max()) + 1
+    if name != data.FOLDER:
+        whole = data.load(name, data_dir)
+        return shortened(whole, train, test), int(whole.train_labels.max()) + 1
+    folder = data.open_folder(data_dir)
+    if folder.digest != digest:
+        raise UsageError(
+            f"data_digest={digest!r}, and the image folder in data-dir={str(data_dir)!r} has {folder.digest!r}: "
+            "its files are not those that this run was planned for; start the command again, which makes other "
+            "runs of other files, or give the folder that it had with --data-dir"
+        )
+    return folder
 
 
-def make_stream(constants: Constants, seed: int, data_dir: Path | None, **how: Any) -> MemoryStream | FolderStream:
-    """Open the data of a run.
-
-    Args:
-        constants: which data, in which order and form.
-        seed: of the run.
-        data_dir: folder of the data.
-        **how: ``loaders``, ``pin`` and ``share`` of a ``FolderStream``.
-
-    Returns:
-        The stream.
-
-    Raises:
-        UsageError: data missing or damaged, or an image folder that is not the one that the run was planned for.
-    """
+def _stream(constants: Constants, seed: int, data_dir: Path | None, **how: Any) -> MemoryStream | FolderStream:
+    """Open the data of a run; ``how`` is what a ``FolderStream`` takes besides."""
     wanted = constants.data, constants.data_digest, constants.train_count, constants.test_count
-    source = _stream_data(wanted, data_dir)
+    source = _source(*wanted, data_dir)
     sizes = {"batch_size": constants.batch_size, "test_batch_size": constants.test_batch_size}
     if constants.data == data.FOLDER:
         return FolderStream(source, seed=seed, **sizes, **how)
@@ -199,31 +146,13 @@ def build(
     loaders: int = 0,
     share: tuple[int, int] = (0, 1),
 ) -> Trial:
-    """Make the trial of a recipe's run.
-
-    Args:
-        configuration: of the run.
-        data_dir: folder of the data.
-        device: where the network is trained.
-        loaders: processes that decode an image folder ahead.
-        share: rank and number of the processes that share the run.
-
-    Returns:
-        The trial, ready for its first update.
-
-    Raises:
-        UsageError: a value that cannot be used, or data missing or damaged.
-    """
+    """Make the trial of a recipe's run; ``share`` is rank and number of the processes that share it."""
     constants = configuration.constants
     cuda, memory_format = device.startswith("cuda"), MEMORY_FORMATS[constants.memory_format]
-    stream = make_stream(constants, configuration.seed, data_dir, loaders=loaders, pin=cuda, share=share)
-    model = networks.build(
-        constants.model,
-        configuration.seed,
-        classes=stream.classes,
-        channels=stream.channels,
-        width=constants.width,
-    ).to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    stream = _stream(constants, configuration.seed, data_dir, loaders=loaders, pin=cuda, share=share)
+    shape = {"classes": stream.classes, "channels": stream.channels, "width": constants.width}
+    model = networks.build(constants.model, configuration.seed, **shape)
+    model = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     if constants.compile:
         # A graph for each shape: one for all shapes would be compiled at another moment in a run that goes on.
         model.compile(dynamic=False)
@@ -257,5 +186,5 @@ def build(
         factors_every=constants.factors_every,
         prepare=prepare,
         test_batches=stream.test_length,
-        **({"whole": stream.whole} if isinstance(stream, FolderStream) else {}),
+        whole=stream.whole,
     )
