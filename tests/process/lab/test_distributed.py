@@ -48,22 +48,16 @@ LENET = {
     "layers_every": 4,
     "factors_every": 1,
 }
-RESNET = {
-    "data": "digits5k",
+EPOCHS = {
+    **{name: value for name, value in LENET.items() if name not in ("iterations", "test_every")},
     "train_count": 39,  # batches of 16, 16 and 7: the last cannot be divided
     "test_count": 20,
-    "inputs": "framed",
     "order": "shuffled",
     "batch_size": 16,
-    "model": "resnet10",
-    "width": 8,  # see tests/lab/test_engine.py
-    "solver": "sgd",
-    "rate": 0.05,
-    "momentum": 0.9,
     "epochs": 3,
     "layers_every": 2,
-    "factors_every": 1,
 }
+RESNET = {**EPOCHS, "inputs": "framed", "model": "resnet10", "width": 8, "solver": "sgd"}
 AMPLIFICATION = {
     "name": "GradientAmplification",
     "selection": {"name": "Directionality", "measure": "G_prime", "threshold": 0.5, "sides": "both", "reselect": 1},
@@ -130,8 +124,8 @@ def outcome_of(training, **arguments):
 CASES = {
     "layer-adaptive": (LENET, {"name": "LayerAdaptive"}, True),
     "float32": (LENET, {"name": "LayerAdaptive"}, False),
-    "batch norm, amplification": (RESNET, AMPLIFICATION, True),
-    "batch norm, lars": (RESNET, {"name": "LARS"}, True),
+    "epochs, amplification": (EPOCHS, AMPLIFICATION, True),
+    "epochs, lars": (EPOCHS, {"name": "LARS"}, True),
 }
 
 
@@ -166,7 +160,7 @@ def test_two_processes_give_the_numbers_of_one(shared, name):
 
 def stopped_and_gone_on(processes, folder):
     results = {}
-    for name in ("float32", "batch norm, amplification"):
+    for name in ("float32", "epochs, amplification"):
         constants, rule, _ = CASES[name]
         whole = outcome_of(training_of(constants, rule, processes, double=False))
         configuration = Configuration.make(Constants.of(constants), rule=rule, apply="auto", seed=0)
@@ -291,6 +285,7 @@ def collectives(processes, folder):
         "other": words_of(lambda: processes.share((torch.arange(4), torch.arange(5)), begins=True)),
         "none": words_of(lambda: processes.share("words", begins=True)),
         "device": words_of(lambda: distributed.joined("cuda:1")),
+        "batch normalisation": words_of(lambda: training_of(RESNET, processes=processes)),
     }
 
 
@@ -427,6 +422,8 @@ def test_what_processes_say_to_each_other(shared):
     assert "shapes [(4,), (5,)] cannot be divided" in first["other"][1]
     assert "batch of type str" in first["none"][1]
     assert "device='cuda:1'" in first["device"][1]
+    assert first["batch normalisation"] == second["batch normalisation"]
+    assert "processes=2 on the CPU cannot share a network with batch norm" in first["batch normalisation"][1]
 
 
 SCRIPT = """

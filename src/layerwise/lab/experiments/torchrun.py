@@ -23,16 +23,7 @@ from layerwise.lab.training.distributed import Processes, indivisible, joined
 
 
 def run_shared(plan: Plan, settings: Settings, display: Display | None = None) -> Outcome | None:
-    """Do the runs of the first process's plan one after another, each shared by all processes.
-
-    Jobs, engine and address have no meaning here.
-
-    Returns:
-        The outcome in the first process, as ``runner.carry_out`` gives it; None in the others.
-
-    Raises:
-        UsageError: not started by ``torchrun``, a batch size that cannot be divided, or what ``carry_out`` raises.
-    """
+    """Do the runs of a plan one after another, without jobs, engine and address; the outcome is the first process's."""
     processes = joined(settings.device)
     try:
         if not processes.first:

@@ -11,7 +11,6 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -35,7 +34,6 @@ class Processes:
 
     def __init__(self, device: str = "cpu", *, shared: bool = False) -> None:
         self.device, self.rank, self.count = device, 0, 1
-        self.undivided = False  # the current batch is computed whole by every process
         self.in_step = True  # the processes are known to wait for the next run
         self._group: Any = None
         self._failures: Any = None
@@ -45,58 +43,55 @@ class Processes:
             # The gradients have a group of their own, which may be on cards.
             self._group, self._failures = (dist.new_group(None, wait, "gloo") for wait in (LONGEST_WAIT, FAILURE_WAIT))
             self._alone, _ = dist.new_subgroups(1)
-
-    @property
-    def first(self) -> bool:
-        """This process writes the run's files and tests the network."""
-        return self.rank == 0
+        self.first = self.rank == 0  # writes the run's files and tests the network
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Give the network that averages its gradients; the loss must depend on every parameter."""
         if self.count == 1:
             return model
-        if self.device != "cpu":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            self._synchronised = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
-            return DistributedDataParallel(model, [torch.device(self.device)])
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):  # on the instance: the names of the modules, and so the layers, stay
-                module.forward = partial(_batch_norm, module, self)  # type: ignore[assignment]
-        return DistributedDataParallel(model)
+        if self.device == "cpu":
+            if any(isinstance(module, _BatchNorm) for module in model.modules()):
+                raise UsageError(
+                    f"processes={self.count!r} on the CPU cannot share a network with batch normalisation, as "
+                    "PyTorch's SyncBatchNorm needs GPUs: start one process, or use --device cuda"
+                )
+            return DistributedDataParallel(model)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self._synchronised = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+        return DistributedDataParallel(model, [torch.device(self.device)])
 
     def share(self, batch: Any, *, begins: bool, whole: int | None = None) -> Any:
         """Give this process's part of a batch: of its tensors, and of lists of one entry an example.
 
         If the last batch of an epoch cannot be divided, every process computes all of it: the average of equal
-        gradients is that gradient. The first one (``begins``) is refused with a UsageError, and so is a batch without
-        tensors, or with tensors of several lengths. ``whole`` is the size of the whole batch, where this process has
-        read only its part of it, or, of one that cannot be divided, all of it.
+        gradients is that gradient. The first one (``begins``) is refused. ``whole`` is the size of the whole batch,
+        where this process has read only its part of it, or, of one that cannot be divided, all of it.
         """
         if self.count == 1:
             return batch
-        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
-        shapes = [tuple(tensor.shape) for tensor in tensors]
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves(batch) if _divisible(leaf)]
         if len({shape[0] for shape in shapes}) != 1:
             raise UsageError(
                 f"a batch of type {type(batch).__name__} with tensors of shapes {shapes} cannot be divided among "
                 "processes: give tensors of one length, or tuples, lists or dicts of them, or start one process"
             )
-        size = whole or len(tensors[0])
-        self.undivided = size % self.count != 0
-        if self.undivided and begins:
+        size = whole or shapes[0][0]
+        undivided = size % self.count != 0
+        if undivided and begins:
             raise indivisible(size, self.count)
         for module in self._synchronised:
-            module.process_group = self._alone if self.undivided else None
-        own = slice(self.rank * size // self.count, (self.rank + 1) * size // self.count)
+            module.process_group = self._alone if undivided else None
+        if undivided or whole is not None:
+            return batch
 
         def listed(entry: Any) -> bool:
             holds_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(entry))
             return isinstance(entry, (list, tuple)) and len(entry) == size and not holds_tensors
 
-        def cut(entry: Any) -> Any:
-            return entry[own] if (isinstance(entry, Tensor) and entry.dim()) or listed(entry) else entry
-
-        return batch if self.undivided or whole is not None else tree_map(cut, batch, is_leaf=listed)
+        own = slice(self.rank * size // self.count, (self.rank + 1) * size // self.count)
+        return tree_map(
+            lambda entry: entry[own] if _divisible(entry) or listed(entry) else entry, batch, is_leaf=listed
+        )
 
     def gather(self, value: T) -> list[T]:
         """Give the values of all processes, in the order of their ranks."""
@@ -118,19 +113,19 @@ class Processes:
 
     def from_first(self, act: Callable[[], T]) -> T:
         """Do something in the first process while the others wait; all get its result or its error."""
-        value: Any = None
-        failure: Exception | None = None
+        if self.count == 1:
+            return act()
+        value, failure = None, None
         try:
             value = act() if self.first else None
         except Exception as error:
             failure = error
-        if self.count > 1:
-            told = [(value, _portable(failure))]
-            dist.broadcast_object_list(told, 0, self._group)
-            value, failure = (value, failure) if self.first else told[0]
+        told: list[Any] = [(value, _portable(failure))]
+        dist.broadcast_object_list(told, 0, self._group)
+        value, failure = (value, failure) if self.first else told[0]
         if failure is not None:
             raise failure
-        return value
+        return value  # type: ignore[return-value]
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -148,11 +143,7 @@ class Processes:
 
 
 def joined(device: str = "cpu") -> Processes:
-    """Join the processes that ``torchrun`` started; on ``"cuda"`` each process of a machine takes a card of its own.
-
-    Raises:
-        UsageError: not started by ``torchrun``, a device that cannot be shared, or more processes than cards.
-    """
+    """Join the processes that ``torchrun`` started; on ``"cuda"`` each process of a machine takes a card of its own."""
     if "RANK" not in os.environ:
         raise UsageError("RANK is not set: start with  torchrun --nproc-per-node 2 -m layerwise run NAME")
     if device not in ("cpu", "cuda"):
@@ -165,6 +156,10 @@ def joined(device: str = "cpu") -> Processes:
         torch.cuda.set_device(local)
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
     return Processes(device, shared=True)
+
+
+def _divisible(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
 
 
 def indivisible(size: int, count: int) -> UsageError:
@@ -182,42 +177,3 @@ def _portable(error: Exception | None) -> Exception | None:
         return pickle.loads(pickle.dumps(error))
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-class _Sum(torch.autograd.Function):
-    """The sum of a tensor over the processes; so is its derivative, as each process's loss depends on all."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        dist.all_reduce(total := tensor.clone())
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        return _Sum.apply(gradient)
-
-
-def _batch_norm(module: _BatchNorm, processes: Processes, inputs: Tensor) -> Tensor:
-    """Normalise with the statistics of the whole batch; torch's ``SyncBatchNorm`` refuses the CPU.
-
-    mean = Σ x / n,  var = Σ (x - mean)² / n over all processes,  y = (x - mean) / sqrt(var + eps) · weight + bias
-    """
-    if not module.training or processes.undivided:
-        return type(module).forward(module, inputs)
-    module._check_input_dim(inputs)
-    dims, shape = [0, *range(2, inputs.dim())], [-1] + [1] * (inputs.dim() - 2)
-    wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-    mean = _Sum.apply(wide.mean(dims)) / processes.count
-    centred = wide - mean.view(shape)
-    variance = _Sum.apply(centred.square().mean(dims)) / processes.count
-    if module.running_mean is not None and module.running_var is not None:
-        count = inputs.numel() // inputs.shape[1] * processes.count
-        with torch.no_grad():
-            module.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-            weight = 1.0 / float(module.num_batches_tracked) if module.momentum is None else module.momentum  # type: ignore[arg-type]
-            module.running_mean.mul_(1 - weight).add_(mean, alpha=weight)
-            module.running_var.mul_(1 - weight).add_(variance, alpha=weight * count / (count - 1))
-    normal = centred * torch.rsqrt(variance + module.eps).view(shape)
-    if module.affine:
-        normal = normal * module.weight.view(shape) + module.bias.view(shape)
-    return normal.to(inputs.dtype)
