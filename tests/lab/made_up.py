@@ -56,9 +56,8 @@ def finish(
             recorder.add("gradient_norm", step, 1, 10.0 ** (number - step / 10), layer)
             recorder.add("update_ratio", step, 1, 1e-3 * number, layer)
     factors = recorder.layer_means("factor")
-    last = recorder.last(quantity)
     summary = {
-        "finals": {quantity: last[1] if last else None, "training_loss": 0.1},
+        "finals": {quantity: recorder.finals().get(quantity), "training_loss": 0.1},
         "diverged_at": diverged_at,
         "iterations": steps[-1],
         "epochs": 0,

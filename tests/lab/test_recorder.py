@@ -74,17 +74,6 @@ def test_a_state_without_rows_is_loaded_and_given_again():
     assert recorder.frame()["value"].to_list() == [2.5]
 
 
-def test_a_state_of_an_earlier_version_is_loaded(filled):
-    state = {"keys": [["training_loss", None], ["factor", "a"], ["factor", "b"], ["test_error", None]]}
-    state["steps"] = [torch.tensor(steps) for steps in ([1, 2, 3], [1, 2, 3], [1, 2, 3], [3])]
-    state["epochs"] = [torch.ones_like(steps) for steps in state["steps"]]
-    values = ([1.0, 1 / 2, 1 / 3], [2.0, 4.0, 6.0], [1.0, 2.0, 3.0], [12.5])
-    state["values"] = [torch.tensor(each, dtype=torch.float64) for each in values]
-    again = Recorder()
-    again.load_state_dict(state)
-    assert again.frame().equals(filled.frame())
-
-
 def test_rows_of_no_series_are_refused(filled):
     with pytest.raises(ValueError, match="unknown series"):
         Recorder().load_state_dict({**filled.state_dict(), "series": []})

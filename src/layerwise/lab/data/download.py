@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.runs.plain_files import kind_of
+from layerwise.lab.runs.store import kind_of
 
 TIMEOUT = 30.0
 """Seconds that a server may stay silent."""

@@ -17,8 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.runs.plain_files import kind_of, parts
-from layerwise.lab.runs.store import digest_of, read_signed, signed, write_whole
+from layerwise.lab.runs.store import digest_of, kind_of, parts, read_signed, signed, write_whole
 
 FILES = "files.json"
 """Lists the files that the lab has written into a folder."""
@@ -31,18 +30,11 @@ LEFTOVER_SECONDS = 3600.0
 
 HEAD, LARGEST_PAGE = 1 << 12, 1 << 32
 
+_LEFTOVER = re.compile(r"\.(.+)\.\d+\.tmp")
+
 
 def refuse_links(folder: Path, above: Path, option: str = "--out") -> None:
-    """Refuse a folder that is reached through a link.
-
-    Args:
-        folder: a folder below ``above``; it need not exist.
-        above: the folder that the user has named, which may be a link.
-        option: the option that names it.
-
-    Raises:
-        UsageError: a part of the path is a link, or is no folder.
-    """
+    """Refuse a folder that is reached through a link below ``above``, which an option names and which may be a link."""
     for place in (folder, *folder.parents):
         if place == above:
             return
@@ -63,33 +55,21 @@ def is_page(path: Path) -> bool:
 
 
 def check_page(path: Path, above: Path) -> None:
-    """Refuse to overwrite a file that is not a page of the lab.
-
-    Args:
-        path: the page to write.
-        above: the folder that ``--out`` names.
-
-    Raises:
-        UsageError: another file exists there, or a part of the path is a link.
-    """
+    """Refuse to overwrite a file that is not a page of the lab, or to follow a link below the folder of ``--out``."""
     refuse_links(path.parent, above)
     if os.path.lexists(path) and not is_page(path):
-        raise UsageError(
-            f"{path}: is {kind_of(path) or 'a file'} that layerwise has not written; move it away, or give another "
-            "folder with --out"
-        )
+        raise _foreign(path)
+
+
+def _foreign(path: Path) -> UsageError:
+    return UsageError(
+        f"{path}: is {kind_of(path) or 'a file'} that layerwise has not written; move it away, or give another "
+        "folder with --out"
+    )
 
 
 class OwnFolder:
-    """A folder that only the lab writes into.
-
-    Args:
-        path: the folder; need not exist.
-        above: the folder that ``--out`` names.
-
-    Raises:
-        UsageError: the folder is a link, or holds files but no valid list of them.
-    """
+    """A folder that only the lab writes into; one that holds files but no valid list of them is refused."""
 
     def __init__(self, path: Path, above: Path) -> None:
         refuse_links(path, above)
@@ -98,50 +78,32 @@ class OwnFolder:
 
     def _listed(self) -> dict[str, str]:
         """Read the list of the lab's files: name -> checksum."""
-        other = UsageError(
+        try:
+            if all(_LEFTOVER.fullmatch(name) for name in os.listdir(self.path)):
+                return {}
+        except FileNotFoundError:
+            return {}
+        with suppress(OSError, ValueError, KeyError):
+            names = read_signed(self.path / FILES)["files"]
+            if isinstance(names, dict) and all(_is_inside(name) and isinstance(names[name], str) for name in names):
+                return names
+        raise UsageError(
             f"{self.path}: holds files that layerwise has not written (it has no valid {FILES}); give another folder "
             f"with --out, or move {self.path.name} away"
         )
-        try:
-            held = [name for name in os.listdir(self.path) if not re.fullmatch(r"\..+\.\d+\.tmp", name)]
-        except FileNotFoundError:
-            return {}
-        if not held:
-            return {}
-        try:
-            names = read_signed(self.path / FILES)["files"]
-        except (OSError, ValueError, KeyError):
-            raise other from None
-        good = isinstance(names, dict) and all(_is_inside(name) and isinstance(names[name], str) for name in names)
-        if not good:
-            raise other
-        return names
 
     def check(self, names: Iterable[str]) -> None:
-        """Refuse names of files that the lab has not written, before anything is written.
-
-        Raises:
-            UsageError: such a file exists, or a part of the path is a link.
-        """
+        """Refuse names of files that the lab has not written, before anything is written."""
         for name in names:
             path = self.path / name
             refuse_links(path.parent, self.path)
-            kind = kind_of(path)
-            if kind is not None or (name not in self.names and os.path.lexists(path)):
-                raise UsageError(
-                    f"{path}: is {kind or 'a file'} that layerwise has not written; move it away, or give another "
-                    "folder with --out"
-                )
+            if kind_of(path) is not None or (name not in self.names and os.path.lexists(path)):
+                raise _foreign(path)
 
     def write(self, contents: Mapping[str, bytes]) -> None:
         """Write files in order, and remove those of the previous list that are not among them.
 
-        Args:
-            contents: name -> content. A name may hold one folder, as ``"figures/a.png"``.
-
-        Raises:
-            OSError: a file cannot be written.
-            UsageError: as in ``check``.
+        A name may hold one folder, as ``"figures/a.png"``.
         """
         self.check(contents)
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
@@ -176,17 +138,11 @@ class OwnFolder:
 
 
 def remove_leftovers(folder: Path, names: Iterable[str], seconds: float = LEFTOVER_SECONDS) -> None:
-    """Remove half-written files of given names, and no others.
-
-    Args:
-        folder: the folder; it need not exist.
-        names: the names of the complete files.
-        seconds: the age from which they count as abandoned.
-    """
-    ours, known = re.compile(r"\.(.+)\.\d+\.tmp"), set(names)
+    """Remove half-written files of given names that are so many seconds old."""
+    known = set(names)
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            found = ours.fullmatch(entry.name)
+            found = _LEFTOVER.fullmatch(entry.name)
             if found is None or found[1] not in known:
                 continue
             with suppress(OSError):

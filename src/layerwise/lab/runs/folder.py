@@ -31,7 +31,6 @@ from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.files import refuse_links, remove_leftovers
 from layerwise.lab.runs.locks import BusyError, alone_in
-from layerwise.lab.runs.plain_files import kind_of, parts
 from layerwise.lab.runs.record import Recorder
 from layerwise.lab.runs.records import Record, read_about, read_summary
 from layerwise.lab.runs.store import (
@@ -39,6 +38,8 @@ from layerwise.lab.runs.store import (
     append,
     digest_of,
     hardware,
+    kind_of,
+    parts,
     plain,
     read_bytes,
     read_signed,
@@ -66,13 +67,7 @@ LARGEST_CHECKPOINT = 1 << 38
 
 @dataclass
 class RunFolder:
-    """One run's folder.
-
-    Attributes:
-        path: the folder.
-        configuration: of the run.
-        set_aside: broken files that were renamed.
-    """
+    """One run's folder, and the broken files that were renamed."""
 
     path: Path
     configuration: Configuration
@@ -83,12 +78,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep every other process out of the folder.
-
-        Raises:
-            BusyError: one is in it.
-            UsageError: it is a link, or its file system cannot lock files.
-        """
+        """Keep every other process out of the folder; BusyError if one is in it."""
         refuse_links(self.path, self.path.parent.parent)
         self.path.mkdir(parents=True, exist_ok=True)
         with alone_in(self.path):
@@ -107,8 +97,7 @@ class RunFolder:
         A run that goes on on another machine names that one too, under ``later``.
         """
         found, here = self._read("run.json", read_about), hardware()
-        about = None if found is None else found[1]
-        if about is None:
+        if found is None:
             about = {
                 "configuration": self.configuration.as_json(),
                 "labels": labels,
@@ -116,25 +105,25 @@ class RunFolder:
                 "python": platform.python_version(),
                 "hardware": here,
                 "later": [],
-                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "started": _now(),
             }
-            self._write("run.json", about)
-        elif here not in (about["hardware"], *about.setdefault("later", [])):
+        else:
+            about = found[1]
+            if here in (about["hardware"], *about.setdefault("later", [])):
+                return about
             about["later"].append(here)
-            self._write("run.json", about)
+        self._write("run.json", about)
         return about
 
     def say(self, state: str, iteration: int, total: int | None, **more: Any) -> None:
         """Write ``status.json``: what the run is doing, for people and for ``layerwise list``."""
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._write("status.json", {"state": state, "iteration": iteration, "of": total, "at": now, **more})
+        self._write("status.json", {"state": state, "iteration": iteration, "of": total, "at": _now(), **more})
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write the state of the training; the checkpoint before is kept until the next one.
 
-        Args:
-            state: what ``load_checkpoint`` gives again. ``state["recorder"]["rows"]``, if there is one, is a tensor of
-                bytes that only grows from one checkpoint to the next; what is new is appended to a file of its own.
+        ``state["recorder"]["rows"]`` is a tensor of bytes that only grows from one checkpoint to the next; what is new
+        is appended to a file of its own.
         """
         import torch
 
@@ -149,11 +138,7 @@ class RunFolder:
         write_whole(path, MAGIC + hashlib.sha256(content).digest() + content)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """Read the newest whole checkpoint; one that is damaged is set aside and the one before it is taken.
-
-        Raises:
-            UsageError: one is whole and yet no state of a training.
-        """
+        """Read the newest whole checkpoint; one that is damaged is set aside and the one before it is taken."""
         for name in STATES:
             path = self.path / name
             try:
@@ -183,7 +168,7 @@ class RunFolder:
         match state:
             case {"recorder": {"rows": [int() as length, str() as expected]}} if length >= 0:
                 pass
-            case _:  # of an earlier version, all of it in the checkpoint; or no state, as will be found
+            case _:  # no state of a training, as will be found
                 return True
         try:
             content = read_bytes(self.path / ROWS, LARGEST_TABLE)[:length]
@@ -272,6 +257,10 @@ class RunFolder:
             self.set_aside.append(path)
 
 
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def _content_of(path: Path) -> memoryview | None:
     """Read the content of a checkpoint after comparing its checksum; None if it is damaged."""
     try:
@@ -310,11 +299,7 @@ def _state_of(path: Path, content: memoryview) -> dict[str, Any]:
 
 
 class Runs:
-    """All runs below a folder, by configuration, whatever experiment asked for them first.
-
-    Args:
-        out: the folder that ``--out`` names; runs are in its subfolder ``store``.
-    """
+    """All runs below the folder that ``--out`` names, by configuration, whatever experiment asked for them first."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / "store"

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.runs.plain_files import kind_of
+from layerwise.lab.runs.store import kind_of
 
 
 class BusyError(RuntimeError):
@@ -18,18 +18,7 @@ class BusyError(RuntimeError):
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Lock a folder against other processes that use this function.
-
-    A forked child, such as a loader's worker, does not hold the lock.
-
-    Args:
-        folder: an existing folder; its file ``lock`` stays there afterwards.
-
-    Raises:
-        BusyError: another process holds the lock.
-        OSError: ``lock`` cannot be written.
-        UsageError: ``lock`` is a link or no plain file, or files cannot be locked there.
-    """
+    """Lock a folder by its file ``lock``, which stays; a forked child, as a loader's worker, does not hold the lock."""
     path = folder / "lock"
     if kind := kind_of(path):
         raise UsageError(f"{path}: is {kind}, where the lab writes a file; remove it")

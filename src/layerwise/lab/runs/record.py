@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.runs.plain_files import kind_of
-from layerwise.lab.runs.store import LARGEST_NUMBER, LARGEST_TABLE, read_bytes
+from layerwise.lab.runs.store import LARGEST_NUMBER, LARGEST_TABLE, kind_of, read_bytes
 
 if TYPE_CHECKING:
     import polars
@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 SCHEMA_COLUMNS = ("step", "epoch", "quantity", "layer", "value")
 """Columns of ``metrics.parquet``. The step is the number of updates done; the layer of the whole network is null."""
 
-TOGETHER = 256
-"""Tables that are read by one call, which takes about as long as for one of them where they are small."""
-
-LARGEST_TOGETHER = 1 << 25
-"""Bytes of the files that are read by one call."""
+TOGETHER, LARGEST_TOGETHER = 256, 1 << 25
+"""The most tables and bytes that are read by one call, which takes about as long as for one table that is small."""
 
 LARGEST_STEP = 2**53
 
@@ -33,7 +30,6 @@ LARGEST_ROWS = 100_000_000
 
 ROWS, ROWS_A_BYTE = 1_000_000, 40
 """The most rows of a table, and the rows added for each byte: a small file may claim more than fit into memory."""
-
 
 ROW = struct.Struct("<iiqd")
 """A number as it is kept: index of its series, epoch, step, value."""
@@ -47,12 +43,6 @@ class Recorder:
 
     They are kept in the order in which they come, each in 24 bytes, so that a checkpoint need only add the new ones to
     those that are on the disk.
-
-    Example:
-        >>> recorder = Recorder()
-        >>> recorder.add("test_error", 200, 1, 8.5)
-        >>> recorder.last("test_error")
-        (200, 8.5)
     """
 
     def __init__(self) -> None:
@@ -80,33 +70,26 @@ class Recorder:
     def _values(self, quantity: str) -> dict[str, list[float]]:
         """Give the values of a quantity, for each layer."""
         table = self._table()
-        found = {layer: number for (name, layer), number in self._series.items() if name == quantity}
         return {
             layer: table["value"][table["series"] == number].tolist()
-            for layer, number in found.items()
-            if layer is not None
+            for (name, layer), number in self._series.items()
+            if name == quantity and layer is not None
         }
 
-    def last(self, quantity: str) -> tuple[int, float] | None:
+    def last(self, quantity: str) -> tuple[int, float]:
         """Give step and value of the last number of a quantity of the whole network."""
-        table, series = self._table(), self._series.get((quantity, None))
-        if series is None:
-            return None
-        row = table[np.flatnonzero(table["series"] == series)[-1]]
+        table = self._table()
+        row = table[np.flatnonzero(table["series"] == self._series[quantity, None])[-1]]
         return int(row["step"]), float(row["value"])
 
-    def whole_quantities(self) -> list[str]:
-        """Give the names of the quantities of the whole network, in the order in which they came."""
-        return [quantity for quantity, layer in self._series if layer is None]
+    def finals(self) -> dict[str, float]:
+        """Give the last value of each quantity of the whole network, in the order in which they came."""
+        return {quantity: self.last(quantity)[1] for quantity, layer in self._series if layer is None}
 
     def layer_means(self, quantity: str) -> dict[str, float]:
         """Give the mean of a quantity over the steps, for each layer; values that are not finite are left out."""
-        means = {}
-        for layer, values in self._values(quantity).items():
-            finite = [value for value in values if math.isfinite(value)]
-            if finite:
-                means[layer] = math.fsum(finite) / len(finite)
-        return means
+        finite = {layer: list(filter(math.isfinite, values)) for layer, values in self._values(quantity).items()}
+        return {layer: math.fsum(values) / len(values) for layer, values in finite.items() if values}
 
     def spread(self, quantity: str) -> float | None:
         """Give the largest value over the smallest among the layers of a step, averaged over steps."""
@@ -125,14 +108,7 @@ class Recorder:
         return {"series": [list(key) for key in self._series], "rows": rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` gave, in an earlier version too."""
-        if "keys" in state:
-            self._series, self._size = {}, 0
-            rows = zip(state["keys"], state["steps"], state["epochs"], state["values"], strict=True)
-            for (quantity, layer), *series in rows:
-                for step, epoch, value in zip(*(each.tolist() for each in series), strict=True):
-                    self.add(quantity, step, epoch, value, layer)
-            return
+        """Take over what ``state_dict`` gave."""
         self._series = {(quantity, layer): number for number, (quantity, layer) in enumerate(state["series"])}
         self._rows = bytearray(state["rows"].numpy().tobytes() or ROW.size)  # of no bytes PyTorch makes no tensor
         self._size = len(state["rows"])
@@ -158,31 +134,27 @@ def _schema() -> dict[str, Any]:
     return dict(zip(SCHEMA_COLUMNS, kinds, strict=True))
 
 
-def read_frame(path: Path) -> polars.DataFrame:
-    """Read a table that ``Recorder.frame`` gave.
-
-    Args:
-        path: of the Parquet file.
-
-    Returns:
-        The table.
-
-    Raises:
-        OSError: it is not there or cannot be read.
-        UsageError: it is damaged, or another table, or has more rows than a run's.
-    """
-    import polars
-
-    content = read_bytes(path, LARGEST_TABLE)
-    most = _most_rows(len(content))
+@contextmanager
+def _refusing(path: object) -> Iterator[None]:
+    """Make a UsageError of whatever polars raises on a damaged file; by a panic, which is no Exception, too."""
     try:
-        height = polars.scan_parquet(content).select(polars.len()).collect().item()
-        frame = polars.read_parquet(content, n_rows=min(height, most) + 1, parallel="none", use_statistics=False)
-    except BaseException as error:  # a file made by hand can make polars panic, which is no Exception
+        yield
+    except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{path}: cannot be read ({reason}); remove the run's folder and do it again") from error
+
+
+def read_frame(path: Path) -> polars.DataFrame:
+    """Read a table that ``Recorder.frame`` gave; a damaged one, or one with too many rows, is a UsageError."""
+    import polars
+
+    content = read_bytes(path, LARGEST_TABLE)
+    most = _most_rows(len(content))
+    with _refusing(path):
+        height = polars.scan_parquet(content).select(polars.len()).collect().item()
+        frame = polars.read_parquet(content, n_rows=min(height, most) + 1, parallel="none", use_statistics=False)
     if dict(frame.schema) != _schema() or max(height, frame.height) > most:
         raise UsageError(
             f"{path}: holds {max(height, frame.height)} rows of {', '.join(frame.columns)}, not up to {most} of "
@@ -210,14 +182,7 @@ def _plain(frame: polars.DataFrame) -> bool:
 
 
 def read_tables(paths: Iterable[Path]) -> tuple[dict[Path, polars.DataFrame], dict[Path, str]]:
-    """Read many tables that ``Recorder.frame`` gave, ``TOGETHER`` by one call.
-
-    Args:
-        paths: of the Parquet files.
-
-    Returns:
-        The tables; and of those that cannot be read what is wrong.
-    """
+    """Read many tables that ``Recorder.frame`` gave; of those that cannot be read, give what is wrong."""
     tables: dict[Path, polars.DataFrame] = {}
     broken: dict[Path, str] = {}
     for some in _batches(list(dict.fromkeys(paths))):
@@ -249,22 +214,20 @@ def _batches(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def _read_together(paths: Sequence[Path]) -> list[polars.DataFrame] | None:
-    """Read some tables by one call; None where that does not go, as one of them is damaged or they are too large."""
+    """Read some tables by one call; None where one of them is damaged or they are too large."""
     import polars
 
     if any(kind_of(path) is not None for path in paths):
         return None
     most = _most_rows(sum(map(_size, paths)))
+    options: Any = {"schema": _schema(), "parallel": "none", "use_statistics": False, "glob": False}
     try:
-        scanned = polars.scan_parquet(
-            list(paths), schema=_schema(), parallel="none", use_statistics=False, glob=False, include_file_paths="file"
-        )
-        if scanned.select(polars.len()).collect().item() > most:
-            return None
-        whole = scanned.head(most + 1).collect()
-    except BaseException as error:  # as in read_frame
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+        with _refusing("tables"):
+            scanned = polars.scan_parquet(list(paths), include_file_paths="file", **options)
+            if scanned.select(polars.len()).collect().item() > most:
+                return None
+            whole = scanned.head(most + 1).collect()
+    except UsageError:
         return None
     if whole.height > most or not _plain(whole):
         return None

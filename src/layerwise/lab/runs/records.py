@@ -19,23 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Record:
-    """A finished run.
-
-    Attributes:
-        folder: the folder of the run.
-        configuration: the configuration of the run.
-        summary: the content of ``record.json``: ``finals`` (quantity -> last value), ``diverged_at`` (number of updates
-            before the first non-finite loss, or None), ``iterations``, ``epochs``, ``parameters``, ``seconds``
-            and ``test_seconds`` (over all sessions), ``sessions``, ``processes`` (how many shared it, each once),
-            ``factor`` (mean, spread and means by layer), ``weights`` (SHA-256 of the final weights), ``selections``,
-            ``threads``, ``peak_memory`` (bytes, of the device that trained it).
-        about: the content of ``run.json``: versions, hardware, times.
-    """
+    """A finished run."""
 
     folder: Path
     configuration: Configuration
-    summary: dict[str, Any]
-    about: dict[str, Any]
+    summary: dict[str, Any]  # of ``record.json``
+    about: dict[str, Any]  # of ``run.json``: versions, hardware, times
 
     @property
     def diverged(self) -> bool:
@@ -60,18 +49,7 @@ class Record:
 
 
 def read_about(folder: str | Path) -> tuple[Configuration, dict[str, Any]]:
-    """Read the configuration of a run.
-
-    Args:
-        folder: the folder of the run.
-
-    Returns:
-        Its configuration, and the content of ``run.json``.
-
-    Raises:
-        OSError: the file does not exist or cannot be read.
-        UsageError: it is damaged, or from another version of layerwise.
-    """
+    """Read the configuration of a run, and the content of ``run.json``."""
     path = f"{folder}/run.json"
     about = read_signed(path)
     schema.check(about, schema.RUN, path)
@@ -82,7 +60,7 @@ def read_about(folder: str | Path) -> tuple[Configuration, dict[str, Any]]:
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
-    """Read the summary of a finished run; errors are those of ``read_about``."""
+    """Read the summary of a finished run."""
     path = f"{folder}/record.json"
     summary = read_signed(path)
     schema.check(summary, schema.RECORD, path)
@@ -90,18 +68,7 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
 
 
 def read_run(place: Path) -> Record:
-    """Read a finished run, and check that its files belong together.
-
-    Args:
-        place: its folder.
-
-    Returns:
-        The run.
-
-    Raises:
-        OSError: a file does not exist or cannot be read.
-        UsageError: a file is damaged or no plain file, or the folder is a link.
-    """
+    """Read a finished run from its folder, and check that its files belong together."""
     folder = os.fspath(place)  # with thousands of runs, joining paths would take as long as reading them
     if os.path.islink(folder):
         raise UsageError(f"{folder}: is a link, not a folder of a run")

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from layerwise.lab.errors import UsageError
 
-Test = Callable[[Any], bool]
 Form = Any
-"""A schema: one of
-
-* a test;
-* ``[form]``, a list of any length; ``(form, form)``, a list of that length;
-* a dict of names and forms, where a name with "?" may be missing;
-* ``Each`` or ``Maybe``.
-"""
+"""A schema: a test; ``[form]``, a list of any length; ``(form, form)``, a list of that length; a dict of names and
+forms, where a name with "?" may be missing; ``Each`` or ``Maybe``."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +32,14 @@ def words(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def whole(value: Any) -> bool:
-    """Tell whether a value is a whole number of 64 bits."""
-    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-
-
-def count(value: Any) -> bool:
-    """Tell whether a value is a whole number of at least 0."""
-    return whole(value) and value >= 0
-
-
 def number(value: Any) -> bool:
     """Tell whether a value is a number; ``store.read_json`` has already refused non-finite ones."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def count(value: Any) -> bool:
+    """Tell whether a value is a whole number from 0, of 63 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def switch(value: Any) -> bool:
@@ -80,7 +69,6 @@ CONFIGURATION = {
     "source?": Maybe(words),
     "seed?": count,
 }
-"""The configuration of a run."""
 
 QUANTITY = {
     "name": words,
@@ -92,16 +80,14 @@ QUANTITY = {
     "level?": number,
 }
 
+LABELS = {
+    **{f"{name}?": words for name in ("experiment", "subject", "subject_words", "arm", "arm_words")},
+    "quantity?": QUANTITY,
+}
+
 RUN = {
     "configuration": CONFIGURATION,
-    "labels?": {
-        "experiment?": words,
-        "subject?": words,
-        "subject_words?": words,
-        "arm?": words,
-        "arm_words?": words,
-        "quantity?": QUANTITY,
-    },
+    "labels?": LABELS,
     "versions?": Each(words),
     "hardware?": {"processor?": words, "system?": words},
     "python?": words,
@@ -109,6 +95,8 @@ RUN = {
     "later?": [{}],
 }
 """``run.json``: the configuration, versions and hardware of a run."""
+
+FACTOR = {"mean": number, "spread": number, "layers": Each(number), "names?": [words], "excluded?": [words]}
 
 RECORD = {
     "finals": Each(Maybe(number)),
@@ -118,13 +106,7 @@ RECORD = {
     "layers": [words],
     "seconds": number,
     "test_seconds": number,
-    "factor": {
-        "mean": number,
-        "spread": number,
-        "layers": Each(number),
-        "names?": [words],
-        "excluded?": [words],
-    },
+    "factor": FACTOR,
     "metrics_sha256": words,
     "threads?": count,
     "sessions?": count,
@@ -138,14 +120,17 @@ RECORD = {
 RUN_LIST = {"runs": [{"folder": words, "subject?": words, "arm?": words, "seed?": count}]}
 """``runs.json``: the folders of an experiment's finished runs."""
 
-_ARM = {
-    "name": words,
-    "words": words,
+SUBJECT = {
+    **dict.fromkeys(("name", "words", "kind", "origin", "stands_for?"), words),
+    "constants": Each(anything),
+    "varied": Each(anything),
+}
+
+ARM = {
+    **dict.fromkeys(("name", "words", "apply", "group"), words),
     "rule": Maybe(RULE),
-    "apply": words,
     "control": Maybe(words),
     "of": Maybe(words),
-    "group": words,
     "value": Maybe(number),
     "constants": Each(anything),
     "subjects": [words],
@@ -153,47 +138,26 @@ _ARM = {
     "role?": Maybe(words),
 }
 
+PAPER_VALUE = {
+    **dict.fromkeys(("subject", "arm", "note", "gain?", "quantity?"), words),
+    **dict.fromkeys(("mean", "sd"), Maybe(number)),
+    "step": Maybe(count),
+    "full_scale?": switch,
+}
+
 PLAN = {
-    "name": words,
-    "title": words,
-    "source": words,
-    "layout": words,
+    **dict.fromkeys(("name", "title", "source", "layout", "step_unit", "scale", "data_title"), words),
     "quantity": QUANTITY,
     "columns": [count],
-    "step_unit": words,
-    "subjects": [
-        {
-            "name": words,
-            "words": words,
-            "constants": Each(anything),
-            "kind": words,
-            "varied": Each(anything),
-            "origin": words,
-            "stands_for?": words,
-        }
-    ],
-    "arms": [_ARM],
+    "subjects": [SUBJECT],
+    "arms": [ARM],
     "seeds": [count],
     "runs": [(words, words, count, count)],
-    "paper": [
-        {
-            "subject": words,
-            "arm": words,
-            "step": Maybe(count),
-            "mean": Maybe(number),
-            "sd": Maybe(number),
-            "note": words,
-            "gain?": words,
-            "full_scale?": switch,
-            "quantity?": words,
-        }
-    ],
+    "paper": [PAPER_VALUE],
     "beside?": [words],
     "claims": [words],
     "constants": Each((anything, words)),
     "notes": [words],
-    "scale": words,
-    "data_title": words,
     "found?": switch,
     "configurations": [CONFIGURATION],
 }
@@ -201,16 +165,7 @@ PLAN = {
 
 
 def check(value: Any, form: Form, place: object) -> None:
-    """Refuse a value that does not match a form.
-
-    Args:
-        value: the content of a JSON file.
-        form: the form.
-        place: the file, for the message.
-
-    Raises:
-        UsageError: it does not match; the message names the place.
-    """
+    """Refuse the content of a JSON file that does not match a form; the message names the file and the place in it."""
     wrong = _wrong(value, form)
     if wrong is not None:
         where, found = wrong
@@ -223,6 +178,7 @@ def check(value: Any, form: Form, place: object) -> None:
 
 def _wrong(value: Any, form: Form) -> tuple[str, Any] | None:
     """Give the place and the value of the first mismatch; None if there is none."""
+    inside: list[tuple[str, Any, Form]] = []
     if callable(form):
         return None if form(value) else ("", value)
     if isinstance(form, Maybe):
@@ -231,31 +187,22 @@ def _wrong(value: Any, form: Form) -> tuple[str, Any] | None:
         if not isinstance(value, list) or (isinstance(form, tuple) and len(value) != len(form)):
             return "", value
         forms = form if isinstance(form, tuple) else form * len(value)
-        return _first((f"[{place}]", one, each) for place, (one, each) in enumerate(zip(value, forms, strict=True)))
-    if not isinstance(value, Mapping):
+        inside += [(f"[{place}]", one, each) for place, (one, each) in enumerate(zip(value, forms, strict=True))]
+    elif not isinstance(value, Mapping):
         return "", value
-    if isinstance(form, Each):
-        return _first((f".{name}", one, form.form) for name, one in value.items())
-    for name, each in form.items():
-        key = name.removesuffix("?")
-        if key not in value:
-            if key == name:
+    elif isinstance(form, Each):
+        inside += [(f".{name}", one, form.form) for name, one in value.items()]
+    else:
+        for name, each in form.items():
+            key = name.removesuffix("?")
+            if key in value:
+                inside.append((f".{key}", value[key], each))
+            elif key == name:
                 return f".{name}", None
+    for place, one, each in inside:
+        if callable(each) and each(one):  # most of what there is
             continue
-        found = _wrong(value[key], each)
-        if found is not None:
-            return f".{key}{found[0]}", found[1]
-    return None
-
-
-def _first(inside: Any) -> tuple[str, Any] | None:
-    """Give the first mismatch of several values."""
-    for place, value, form in inside:
-        if callable(form):
-            if not form(value):
-                return place, value
-            continue
-        found = _wrong(value, form)
+        found = _wrong(one, each)
         if found is not None:
             return place + found[0], found[1]
     return None

@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and what is told of the machine and the versions."""
+"""Files that are whole or not there at all, plain and of a limited size; the machine and the versions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import os
 import platform
 import re
 import runpy
+import stat
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import IO, Any
 
 import layerwise
 from layerwise.lab.errors import UsageError
-from layerwise.lab.runs.plain_files import kind_of, parts, read_bytes
 
 LARGEST_JSON = 1 << 26
 """Bytes of a JSON file of a run or a report; a larger one is not read, as it could only be meant to fill the memory."""
@@ -29,6 +29,15 @@ LARGEST_TABLE = 1 << 32
 
 LARGEST_NUMBER, DEEPEST = 1e250, 32
 """Limits of a JSON file: the largest number, far beyond any rate or loss that is tried, and the deepest nesting."""
+
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a link",
+}
 
 _sorted = json.JSONEncoder(sort_keys=True).encode
 
@@ -53,19 +62,11 @@ def torch_version() -> str:
 def hardware() -> dict[str, object]:
     """Describe this machine in words for the report."""
     processor = ""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    # Asked last: for its answer Python starts another program on some systems.
-    return {
-        "processor": processor or platform.processor() or platform.machine(),
-        "cores": usable_cores(),
-        "system": platform.system(),
-    }
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    processor = processor or platform.processor() or platform.machine()  # on some systems Python starts a program
+    return {"processor": processor, "cores": usable_cores(), "system": platform.system()}
 
 
 def usable_cores() -> int:
@@ -78,16 +79,11 @@ def usable_cores() -> int:
 def write_whole(path: Path, data: bytes | memoryview, *, flush: bool = True) -> None:
     """Write a file so that no reader ever finds half of it: a temporary file beside it, then ``os.replace``.
 
-    Args:
-        path: the file; its folder is made if needed.
-        data: the content.
-        flush: wait until it is on the disk, so that it is there after a power failure too.
-
-    Raises:
-        OSError: it cannot be written, as on a full disk; the error names the file, which is as it was before.
+    With ``flush`` it is on the disk afterwards, and so is its folder, which is made if needed. A file that cannot be
+    written, as on a full disk, is as it was before.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _naming(path):
         try:
             with _made_anew(temporary) as stream:
                 stream.write(data)
@@ -100,41 +96,34 @@ def write_whole(path: Path, data: bytes | memoryview, *, flush: bool = True) -> 
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
 def append(path: Path, length: int, data: Any) -> bool:
-    """Append to a file, and wait until it is on the disk; what lies behind its first bytes is overwritten.
+    """Write data to the disk behind the first bytes of a file; False if there is no plain file of so many bytes.
 
     A process that is killed meanwhile leaves the first bytes as they are.
-
-    Args:
-        path: the file.
-        length: bytes that stay.
-        data: the bytes that come after them.
-
-    Returns:
-        Whether there was a plain file of so many bytes; if not, nothing is written.
-
-    Raises:
-        OSError: it cannot be written, as on a full disk; the error names the file.
     """
     if kind_of(path) is not None or not path.exists():
         return False
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    with _naming(path), open(os.open(path, flags), "r+b") as stream:
+        if os.fstat(stream.fileno()).st_size < length:
+            return False
+        stream.truncate(length)
+        stream.seek(length)
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return True
+
+
+@contextmanager
+def _naming(path: object) -> Iterator[None]:
+    """Let an error of the operating system name a file."""
     try:
-        flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        with open(os.open(path, flags), "r+b") as stream:
-            if os.fstat(stream.fileno()).st_size < length:
-                return False
-            stream.truncate(length)
-            stream.seek(length)
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(path)) from error
-    return True
 
 
 def _flush_folder(path: Path) -> None:
@@ -167,24 +156,62 @@ def _made_anew(path: Path) -> IO[bytes]:
 
 
 def signed(content: Mapping[str, Any], indent: int | None = 1) -> bytes:
-    """Write JSON that names its own checksum.
-
-    Args:
-        content: what it says.
-        indent: of its lines; None for one line.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: a number is not finite, or something is of a kind that JSON does not have.
-    """
+    """Write JSON that names its own checksum; an indent of None makes one line."""
     content = json.loads(json.dumps(content, allow_nan=False))
     return json.dumps({**content, "sha256": _digest(content)}, indent=indent).encode()
 
 
+def parts(path: str | os.PathLike[str], most: int, *, links: bool = False) -> Iterator[bytes]:
+    """Read a plain file of unknown origin and at most so many bytes in parts; a small file comes in one.
+
+    With ``links`` it may be a link, as users' own data may be.
+    """
+    name = os.fspath(path)
+    # Without O_NONBLOCK opening a pipe waits for a writer; O_BINARY exists on Windows.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        file = os.open(name, flags | (0 if links else getattr(os, "O_NOFOLLOW", 0)))
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError) and (kind := kind_of(name)):
+            raise UsageError(f"{name}: is {kind}, not a plain file") from error
+        raise
+    try:
+        with _naming(name):
+            about = os.fstat(file)
+            if kind := _kind(about.st_mode):
+                raise UsageError(f"{name}: is {kind}, not a file")
+            length = 0
+            # One byte more than the file's length, since it may have grown.
+            while about.st_size <= most and (part := os.read(file, min(about.st_size + 1, 1 << 22))):
+                length += len(part)
+                if length > most:
+                    break
+                yield part
+            if max(length, about.st_size) > most:
+                raise UsageError(f"{name}: has more than {most:,} bytes, more than such a file may have")
+    finally:
+        os.close(file)
+
+
+def read_bytes(path: str | os.PathLike[str], most: int, *, links: bool = False) -> bytes:
+    """Read any file of a run, a report or a data set, whole; see ``parts``."""
+    return b"".join(parts(path, most, links=links))
+
+
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """Give the kind of what is at a path; None for a plain file, and if there is nothing."""
+    try:
+        return _kind(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return None
+
+
+def _kind(mode: int) -> str | None:
+    return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "something else")
+
+
 def digest_of(path: str | Path, most: int = LARGEST_TABLE) -> str:
-    """Give the SHA-256 of a file, which need not fit into memory; arguments and errors are those of ``read_bytes``."""
+    """Give the SHA-256 of a file, which need not fit into memory."""
     digest = hashlib.sha256()
     for part in parts(path, most):
         digest.update(part)
@@ -192,19 +219,7 @@ def digest_of(path: str | Path, most: int = LARGEST_TABLE) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; its numbers and texts are checked, so that later computations do not fail.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its content.
-
-    Raises:
-        OSError: it is not there or cannot be read.
-        UsageError: it is no plain file, too large, no JSON in UTF-8, or holds a number that is not finite or beyond
-            ``LARGEST_NUMBER``, half a letter, or more than ``DEEPEST`` brackets in one another.
-    """
+    """Read a JSON file; its numbers, texts and depth are checked, so that later computations do not fail."""
     content = read_bytes(path, LARGEST_JSON)
     try:
         text = content.decode()
@@ -243,18 +258,7 @@ def _check_plain(made: Any) -> None:
 
 
 def read_signed(path: str | Path) -> dict[str, Any]:
-    """Read what ``signed`` wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its content, without the checksum.
-
-    Raises:
-        OSError: it is not there or cannot be read.
-        UsageError: it is damaged, or another file, or what ``read_json`` refuses.
-    """
+    """Read what ``signed`` wrote, without the checksum; what does not match it is a UsageError."""
     content = read_json(path)
     if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
         raise UsageError(f"{path}: damaged: its content does not match its checksum")
@@ -267,20 +271,10 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any, where: str = "state") -> Any:
-    """Give a value as a checkpoint may hold it: tensors, numbers, words, and lists, tuples and dicts of them.
+    """Give a value as a checkpoint may hold it, in new containers: tensors, numbers, words, lists and dicts of them.
 
     What ``torch.load(weights_only=True)`` would refuse to read is found here, while the run can still say so. NumPy's
     numbers, which schedulers leave in the groups of optimizers, become Python's.
-
-    Args:
-        value: what is to be saved.
-        where: its place, for the message.
-
-    Returns:
-        The value, in new containers.
-
-    Raises:
-        TypeError: something else is in it.
     """
     import numpy
     import torch

@@ -8,6 +8,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -31,32 +32,21 @@ LOSSES_EVERY = 10
 """Updates between two looks at the losses, which wait for the device; a loss that is not finite is found then."""
 
 
+class _DivergedError(Exception):
+    """A loss or a test is not finite; ``Training.diverged_at`` says since when."""
+
+
 @dataclass
 class Position:
-    """How far a run is.
+    """How far a run is."""
 
-    Attributes:
-        iteration: updates done.
-        epoch: the current one, from 1.
-        batch: batches of it that are done.
-    """
-
-    iteration: int = 0
-    epoch: int = 1
-    batch: int = 0
+    iteration: int = 0  # updates done
+    epoch: int = 1  # the current one
+    batch: int = 0  # batches of it that are done
 
 
 class Training:
-    """One run at work.
-
-    Args:
-        trial: what is trained.
-        rule: of the adapter, or None for none.
-        configuration: where its factors act, and the seed of what the training itself draws, as dropout does.
-        folder: where checkpoints go; None keeps none.
-        processes: of a run that is shared by several.
-        checkpoint_seconds: between two checkpoints.
-    """
+    """One run at work; without a rule there is no adapter, without a folder there are no checkpoints."""
 
     def __init__(
         self,
@@ -85,10 +75,8 @@ class Training:
         self.tested_at = -1
         self.seconds = self.test_seconds = 0.0
         self.sessions, self.counts = 1, [self.processes.count]
-        self.losses: list[float] = []
-        """Those that are here and not yet looked at."""
-        self.metric = [0.0, 0]
-        """Of the epoch so far: the sum of the training metric over the examples, and their number."""
+        self.losses: list[float] = []  # those that are here and not yet looked at
+        self.metric = [0.0, 0]  # of the epoch so far: the sum of the training metric over the examples, their number
         self._pending: list[torch.Tensor] = []
         self._metrics: list[tuple[torch.Tensor, int]] = []
         self._stop: Callable[[], bool] = lambda: False
@@ -98,41 +86,31 @@ class Training:
     def run(
         self, stop: Callable[[], bool] = lambda: False, progress: Callable[[int], None] = lambda iteration: None
     ) -> dict[str, Any]:
-        """Train to the end.
+        """Train to the end and give the summary of ``runs.Record``; stopped, write a checkpoint and raise StoppedError.
 
-        Args:
-            stop: asked once an update; True writes a checkpoint and ends.
-            progress: called with the number of updates done, now and then.
-
-        Returns:
-            The summary of ``runs.Record``.
-
-        Raises:
-            StoppedError: ``stop`` said so.
+        ``stop`` is asked once an update; ``progress`` is called with the number of updates done, now and then.
         """
         self._stop = stop
         self._resume()
         self._clock = self._saved = time.perf_counter()
         progress(self.position.iteration)
         try:
-            self._train(progress)
+            with suppress(_DivergedError):
+                self._train(progress)
         except StoppedError:
             self._save("stopped")
             raise
-        self._read_losses()
         self._tick()
-        return self._summary(self._weights())
+        return self._summary()
 
-    def _summary(self, weights: str) -> dict[str, Any]:
-        """Make the summary of ``runs.Record`` at the end; ``weights`` is their digest."""
+    def _summary(self) -> dict[str, Any]:
         factors = self.recorder.layer_means("factor")
         # What a rule leaves out, as LARS does biases, has factor 1 and no part in its mean.
         table = [] if self.adapter is None else self.adapter.layer_table()
         excluded = [layer.name for layer in table if not layer.included]
         adapted = [value for name, value in factors.items() if name not in excluded]
-        lasts = {quantity: self.recorder.last(quantity) for quantity in self.recorder.whole_quantities()}
         return {
-            "finals": {name: _number_of(last[1]) for name, last in lasts.items() if last is not None},
+            "finals": {name: _number_of(value) for name, value in self.recorder.finals().items()},
             "diverged_at": self.diverged_at,
             "iterations": self.position.iteration,
             "epochs": self.position.epoch - (self.position.batch != self.trial.epoch_length),
@@ -152,7 +130,7 @@ class Training:
             "place": None if self.adapter is None else self.adapter.apply,
             "decay": None if self.adapter is None else self.adapter.decay,
             "selections": self.selections,
-            "weights": weights,
+            "weights": self._weights(),
         }
 
     def _train(self, progress: Callable[[int], None]) -> None:
@@ -161,18 +139,14 @@ class Training:
         (stopping,) = self.processes.agree(self._stop())
         if stopping:
             raise StoppedError
-        while not self._ended() and self.diverged_at is None:
+        while not self._ended():
             for batch in trial.batches(position.epoch, position.batch):
                 self._update(batch)
                 if position.iteration % LOSSES_EVERY == 0:
-                    self._read_losses()
                     progress(position.iteration)
-                    if self.diverged_at is not None:
-                        return
+                    self._read_losses()
                 if trial.test_every is not None:
                     self._test_if_due()
-                    if self.diverged_at is not None:
-                        return
                 if self._ended():
                     break
                 overdue = time.perf_counter() - self._saved > self.checkpoint_seconds
@@ -183,9 +157,8 @@ class Training:
                     self._save("running")
             else:
                 self._end_epoch()
-                if self.diverged_at is not None:
-                    return
                 self._test_if_due()
+        self._read_losses()
 
     def _ended(self) -> bool:
         if self.trial.iterations is not None:
@@ -239,14 +212,14 @@ class Training:
             self._metrics.clear()
 
     def _read_losses(self) -> None:
-        """Bring the losses since the last time to the recorder; find the first one that is not finite."""
+        """Bring the losses since the last time to the recorder, up to the first one that is not finite."""
         self.fetch_losses()
         values, self.losses = self.losses, []
         first = self.position.iteration - len(values) + 1
         for step, value in enumerate(values, start=first):
             if not math.isfinite(value):
                 self.diverged_at = step - 1
-                return
+                raise _DivergedError
             self.recorder.add("training_loss", step, self.position.epoch, value)
 
     def _end_epoch(self) -> None:
@@ -255,8 +228,6 @@ class Training:
         self._read_losses()
         if position.batch == 0:
             raise ValueError(f"epoch {position.epoch} has no batch: batches must give at least one")
-        if self.diverged_at is not None:
-            return
         if trial.training_metric:
             self.recorder.add(
                 trial.training_metric, position.iteration, position.epoch, self.metric[0] / self.metric[1]
@@ -270,13 +241,10 @@ class Training:
         if self.adapter is not None:
             before = _selection_of(self.adapter)
             self.adapter.end_epoch()
-            self._record_selection(before, _selection_of(self.adapter))
+            after = _selection_of(self.adapter)
+            if after is not None and after != before:
+                self.selections.append({"epoch": position.epoch, "layers": after})
         position.epoch, position.batch = position.epoch + 1, 0
-
-    def _record_selection(self, before: dict[str, list[Any]] | None, after: dict[str, list[Any]] | None) -> None:
-        """Keep a choice that the end of the epoch has changed."""
-        if after is not None and after != before:
-            self.selections.append({"epoch": self.position.epoch, "layers": after})
 
     def _test_if_due(self) -> None:
         """Test the network where the plan asks for it and it is not done yet."""
@@ -285,25 +253,20 @@ class Training:
             due = position.iteration % trial.test_every == 0 or self._ended()
         else:
             due = position.batch == 0 and position.epoch > 1
-        if not due or self._tested() or self.diverged_at is not None:
+        if not due or self.tested_at == position.iteration:
             return
         self._read_losses()
-        if self.diverged_at is not None:
-            return
         began = time.perf_counter()
         epoch = position.epoch - (position.batch == 0 and position.iteration > 0)
         # All processes hear of it, so that none trains on alone after a divergence.
         values = self.processes.from_first(lambda: trial.evaluate(trial.model, self._stop))
+        self.tested_at = position.iteration
+        self.test_seconds += time.perf_counter() - began
         for quantity, value in values.items():
             if not math.isfinite(value):
                 self.diverged_at = position.iteration
-                break
+                raise _DivergedError
             self.recorder.add(quantity, position.iteration, epoch if position.iteration else 0, float(value))
-        self.tested_at = position.iteration
-        self.test_seconds += time.perf_counter() - began
-
-    def _tested(self) -> bool:
-        return self.tested_at == self.position.iteration
 
     def _tick(self) -> None:
         """Count the time since the last look at the clock."""
@@ -325,8 +288,8 @@ class Training:
             "position": [position.iteration, position.epoch, position.batch],
             "tests": self.tested_at,
             "diverged_at": self.diverged_at,
-            "losses": list(self.losses),
-            "metric": list(self.metric),
+            "losses": self.losses,
+            "metric": self.metric,
             "selections": self.selections,
             "seconds": [self.seconds, self.test_seconds],
             "sessions": self.sessions,
@@ -346,12 +309,10 @@ class Training:
         self.recorder.load_state_dict(state["recorder"])
         position.iteration, position.epoch, position.batch = state["position"]
         self.tested_at, self.diverged_at = state["tests"], state["diverged_at"]
-        self.losses = list(state.get("losses", ()))
-        self.metric = list(state.get("metric", (0.0, 0)))
-        self.selections = list(state["selections"])
+        self.losses, self.metric, self.selections = state["losses"], state["metric"], state["selections"]
         self.seconds, self.test_seconds = state["seconds"]
         self.sessions = state["sessions"] + 1
-        self.counts = list(dict.fromkeys([*state.get("processes", [1]), self.processes.count]))
+        self.counts = list(dict.fromkeys([*state["processes"], self.processes.count]))
         if rank < len(state["random"]):  # more processes than before begin with numbers of their own
             set_random_state(state["random"][rank])
 
