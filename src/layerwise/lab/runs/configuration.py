@@ -14,109 +14,74 @@ from typing import Any
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.store import versions
 
-ORDERS = ("sequential", "shuffled")
-"""Order of the training images: in file order without end, or shuffled anew in every epoch."""
-
-PRECISIONS = ("float32", "tf32", "bfloat16")
-MEMORY_FORMATS = ("channels_last", "contiguous")
-
 IDENTITY_LENGTH = 12
 """Letters of a run's identity in its name; 48 bits, so that a million runs are distinct."""
-
 
 SWITCHES = ("training_accuracy", "compile", "timed")
 """Constants that are true or false."""
 
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "order": ("sequential", "shuffled"),
+    "precision": ("float32", "tf32", "bfloat16"),
+    "memory_format": ("channels_last", "contiguous"),
+    **dict.fromkeys(SWITCHES, (False, True)),
+}
+"""Constant -> the values that it may have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """What is trained and how, without the method that is compared.
-
-    Attributes:
-        data: name of the data set.
-        data_digest: of an image folder: what tells it from others; None for published data, whose checksums are
-            checked.
-        train_count: training images, the first of the file; None for all.
-        test_count: test images, likewise.
-        inputs: how raw images become inputs, a key of ``inputs.INPUTS``.
-        order: one of ``ORDERS``.
-        batch_size: images of a training batch.
-        test_batch_size: images of a test batch; changes no result but for rounding.
-        model: name of the network, a key of ``networks.NETWORKS``.
-        width: of the network, as its class counts it; None for the paper's.
-        solver: a key of ``solvers.SOLVERS``.
-        rate: base learning rate.
-        momentum: of the solvers that have one; decay rate rho of AdaDelta.
-        weight_decay: L2.
-        delta: of AdaGrad and AdaDelta; None for the solver's own.
-        policy: of the rate, a key of ``policies.POLICIES``, counted in ``policy_unit``.
-        policy_unit: ``"iteration"`` or ``"epoch"``.
-        gamma: of the policy.
-        power: of the policy.
-        stepsize: of the policy ``step``.
-        steps: of the policy ``multistep``.
-        iterations: updates of a run, or None if it is counted in epochs.
-        epochs: passes over the training images, or None if it is counted in iterations.
-        test_every: iterations between two tests, the first before the first update; None for each epoch's end.
-        layers_every: iterations between two records of each layer's norms, and of its factor and rate.
-        factors_every: iterations between two records of each layer's factor; 1 where controls repeat them.
-        training_accuracy: whether the accuracy on the training batches is recorded at the end of each epoch.
-        precision: one of ``PRECISIONS``: ``"float32"`` is the papers'; ``"tf32"`` lets a GPU multiply with 10 bits of
-            fraction; ``"bfloat16"`` is autocast, with weights and updates in float32.
-        memory_format: layout of the convolutions, one of ``MEMORY_FORMATS``.
-        compile: whether ``torch.compile`` makes the network's kernels.
-        timed: the running time is what is asked for, so the run is not shared with recipes that do not ask for it.
-    """
+    """What is trained and how, without the method that is compared."""
 
     data: str
-    data_digest: str | None = None
-    train_count: int | None = None
+    data_digest: str | None = None  # tells an image folder from others; published data have checksums of their own
+    train_count: int | None = None  # images, the first of the file; None for all
     test_count: int | None = None
-    inputs: str
-    order: str
+    inputs: str  # a key of ``inputs.INPUTS``
+    order: str  # in file order without end, or shuffled anew in every epoch
     batch_size: int
-    test_batch_size: int = 100
-    model: str
-    width: float | None = None
-    solver: str
+    test_batch_size: int = 100  # changes no result but for rounding
+    model: str  # a key of ``networks.NETWORKS``
+    width: float | None = None  # as the network's class counts it; None for the paper's
+    solver: str  # a key of ``solvers.SOLVERS``
     rate: float
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    delta: float | None = None
-    policy: str = "fixed"
-    policy_unit: str = "iteration"
+    momentum: float = 0.0  # of the solvers that have one; decay rate rho of AdaDelta
+    weight_decay: float = 0.0  # L2
+    delta: float | None = None  # of AdaGrad and AdaDelta; None for the solver's own
+    policy: str = "fixed"  # of the rate, a key of ``policies.POLICIES``; its arguments are the next ones
+    policy_unit: str = "iteration"  # or "epoch"
     gamma: float | None = None
     power: float | None = None
     stepsize: int | None = None
     steps: tuple[int, ...] = ()
-    iterations: int | None = None
-    epochs: int | None = None
-    test_every: int | None = None
-    layers_every: int = 50
-    factors_every: int = 10
-    training_accuracy: bool = False
-    precision: str = "float32"
-    memory_format: str = "channels_last"
-    compile: bool = False
-    timed: bool = False
+    iterations: int | None = None  # updates of a run, or
+    epochs: int | None = None  # its passes over the training images
+    test_every: int | None = None  # iterations between two tests, from 0 on; None for each epoch's end
+    layers_every: int = 50  # iterations between two records of each layer's norms, factor and rate
+    factors_every: int = 10  # iterations between two records of each layer's factor; 1 where controls repeat them
+    training_accuracy: bool = False  # recorded at the end of each epoch
+    precision: str = "float32"  # the papers'; tf32: a GPU multiplies with 10 bits of fraction; bfloat16: autocast
+    memory_format: str = "channels_last"  # of the convolutions
+    compile: bool = False  # by ``torch.compile``
+    timed: bool = False  # the running time is what is asked for: no run is shared with recipes that do not ask for it
 
     def __post_init__(self) -> None:
         if (self.iterations is None) == (self.epochs is None):
             raise UsageError(
                 f"iterations={self.iterations!r}, epochs={self.epochs!r}: give exactly one of them, the length of a run"
             )
-        for name in ("train_count", "test_count", "iterations", "epochs", "test_every"):
-            _check_whole(name, getattr(self, name), optional=True)
-        for name in ("batch_size", "test_batch_size", "layers_every", "factors_every"):
-            _check_whole(name, getattr(self, name))
+        optional = ("train_count", "test_count", "iterations", "epochs", "test_every")
+        for name in (*optional, "batch_size", "test_batch_size", "layers_every", "factors_every"):
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"{name}={value!r}: must be a whole number from 1")
         if self.data_digest is not None and not isinstance(self.data_digest, str):
             raise UsageError(
                 f"data_digest={self.data_digest!r}: must be the digest of an image folder, or None; leave it out"
             )
-        if self.order not in ORDERS:
-            raise UsageError(f"order={self.order!r}: use one of {', '.join(ORDERS)}")
-        switches = [(name, (False, True)) for name in SWITCHES]
-        for name, known in (("precision", PRECISIONS), ("memory_format", MEMORY_FORMATS), *switches):
+        for name, known in CHOICES.items():
             value = getattr(self, name)
             if not any(value == each and type(value) is type(each) for each in known):
                 raise UsageError(f"{name}={value!r}: use one of {', '.join(map(str, known)).lower()}")
@@ -144,17 +109,7 @@ class Constants:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Constants:
-        """Make constants from plain values, as TOML or JSON hold them.
-
-        Args:
-            values: name -> value.
-
-        Returns:
-            The constants.
-
-        Raises:
-            UsageError: an unknown or missing name, or a value out of its range.
-        """
+        """Make constants from plain values, as TOML or JSON hold them."""
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -181,37 +136,18 @@ class Constants:
         return {name: value for name, value in given.items() if value is not None}
 
 
-def _check_whole(name: str, value: object, *, optional: bool = False) -> None:
-    """Refuse what is not a whole number from 1."""
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"{name}={value!r}: must be a whole number from 1")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """What one run is; two runs of equal configurations give equal numbers.
+    """What one run is; two runs of equal configurations give equal numbers."""
 
-    Attributes:
-        trial: the constants, or what identifies a user's own task.
-        rule: name and arguments of the rule, as ``rule_making.make_rule`` takes them; None trains without an adapter.
-        apply: where its factors act.
-        decay: whether they multiply weight decay too, where they act on the gradient.
-        threads: of each process; another number rounds otherwise, so it is part of what a run is.
-        device: kind of device that the network is trained on: ``"cpu"``, ``"cuda"``.
-        source: identity of the run whose factors a control repeats, or None.
-        seed: of the initial weights, of the order of the batches and of what else is drawn.
-    """
-
-    trial: Mapping[str, Any]
-    rule: Mapping[str, Any] | None = None
-    apply: str = "auto"
-    decay: str = "auto"
-    threads: int = 1
-    device: str = "cpu"
-    source: str | None = None
-    seed: int = 0
+    trial: Mapping[str, Any]  # the constants, or what identifies a user's own task
+    rule: Mapping[str, Any] | None = None  # its name and arguments; None trains without an adapter
+    apply: str = "auto"  # where its factors act
+    decay: str = "auto"  # whether they multiply weight decay too, where they act on the gradient
+    threads: int = 1  # of each process: another number rounds otherwise
+    device: str = "cpu"  # its kind: "cpu", "cuda"
+    source: str | None = None  # identity of the run whose factors a control repeats
+    seed: int = 0  # of the initial weights, the order of the batches and what else is drawn
 
     @classmethod
     def make(cls, constants: Constants, **arm: Any) -> Configuration:
