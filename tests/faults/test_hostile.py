@@ -37,7 +37,7 @@ from layerwise.lab.report import saved
 from layerwise.lab.runs import record as recorder
 from layerwise.lab.runs import store
 from layerwise.lab.runs.folder import MAGIC, RunFolder, Runs
-from layerwise.lab.runs.records import read_run
+from layerwise.lab.runs.record import read_run
 from layerwise.lab.runs.store import signed, write_whole
 
 pytestmark = pytest.mark.full

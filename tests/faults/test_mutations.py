@@ -26,8 +26,7 @@ from layerwise.lab.data import cifar, digits, folder, mnist, photographs
 from layerwise.lab.errors import UsageError
 from layerwise.lab.report import saved
 from layerwise.lab.runs.folder import RunFolder, Runs
-from layerwise.lab.runs.record import Recorder, read_tables
-from layerwise.lab.runs.records import read_run
+from layerwise.lab.runs.record import Recorder, read_run, read_tables
 from layerwise.lab.runs.store import signed
 
 pytestmark = pytest.mark.full

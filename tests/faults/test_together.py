@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import victims
+from lab_helpers import stored
 from serving import Server
 
 from layerwise.lab.experiments.runner import Outcome, Settings, carry_out, load_finished
@@ -95,7 +96,7 @@ def test_a_report_may_be_made_while_runs_are_written(server, tmp_path, rounds):
         seen, counts = {}, []
         while True:
             runs = Runs(out)
-            records = {record.folder.name: record.summary["weights"] for record in runs.all()}
+            records = {record.folder.name: record.summary["weights"] for record in stored(runs)}
             assert runs.set_aside == []
             assert records.items() >= seen.items()
             if len(records) > len(seen):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import polars
 import pytest
 import torch
 from torch.nn import functional
@@ -16,6 +17,8 @@ from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments import runner as experiment
 from layerwise.lab.experiments.plan import Plan
 from layerwise.lab.models.lenet import LeNet
+from layerwise.lab.runs.folder import Runs
+from layerwise.lab.runs.record import Record, read_about
 
 
 def tiny_plan(seeds: int = 1, **constants: Any) -> Plan:
@@ -26,6 +29,18 @@ def tiny_plan(seeds: int = 1, **constants: Any) -> Plan:
     changed = {**smoke["constants"], **short, **constants}
     content = {**read.content, "scales": {"smoke": {**smoke, "constants": changed, "columns": [4, 8]}}}
     return recipe.Recipe("tiny", content).plan("smoke", seeds=seeds)
+
+
+def stored(runs: Runs) -> list[Record]:
+    """Find the finished runs of a folder, in the order of their names."""
+    found = [runs.find(read_about(path.parent)[0]) for path in sorted(runs.path.glob("*/record.json"))]
+    return [record for record in found if record is not None]
+
+
+def series_of(record: Record, quantity: str) -> list[tuple[int, float]]:
+    """Give the pairs of step and value of a quantity of the whole network."""
+    rows = record.metrics().filter((polars.col("quantity") == quantity) & polars.col("layer").is_null())
+    return list(rows.select("step", "value").iter_rows())
 
 
 class Here:

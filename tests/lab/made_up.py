@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lab_helpers import series_of
+
 from layerwise.lab.experiments import controls
 from layerwise.lab.experiments.plan import Plan, PlannedRun
 from layerwise.lab.experiments.recipe import Recipe, load
@@ -225,4 +227,4 @@ def sweep_selections(planned: PlannedRun) -> list[dict[str, Any]]:
 
 def series(results: Any, key: tuple[str, str, int], quantity: str) -> Iterator[tuple[int, float]]:
     """Read a series anew from the run's file."""
-    yield from results.records[key].series(quantity)
+    yield from series_of(results.records[key], quantity)

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import polars
 import pytest
-from lab_helpers import tiny_plan
+from lab_helpers import series_of, tiny_plan
 
 from layerwise import rules
 from layerwise.lab.errors import UsageError
@@ -123,8 +123,8 @@ def test_the_mean_factor_is_a_global_rate_to_the_bit(carried_out):
     (run,) = [run for run in plain.runs if run.key == ("sgd", "plain", 0)]
     alone = carried_out(replace(plain, runs=(run,)))
     theirs = alone.results.records["sgd", "plain", 0]
-    losses = [value for _, value in control.series("training_loss")]
-    assert [value for _, value in theirs.series("training_loss")] == pytest.approx(losses, rel=1e-5)
+    losses = [value for _, value in series_of(control, "training_loss")]
+    assert [value for _, value in series_of(theirs, "training_loss")] == pytest.approx(losses, rel=1e-5)
 
 
 def test_the_controls_are_the_three_of_the_design():

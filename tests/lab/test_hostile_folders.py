@@ -15,6 +15,7 @@ from pathlib import Path
 import polars
 import pytest
 import torch
+from lab_helpers import stored
 from made_up import (
     SWEEP_LAYERS,
     finish,
@@ -230,7 +231,7 @@ def test_a_list_or_plan_that_is_no_plain_file_ends_no_report(experiment, tmp_pat
 def test_other_files_of_a_run_that_are_no_plain_files_hang_nothing(method, name):
     from layerwise.lab.runs.folder import Runs
 
-    (record,) = [each for each in Runs(Path("runs")).all() if each.folder == method]
+    (record,) = [each for each in stored(Runs(Path("runs"))) if each.folder == method]
     folder = Runs(Path("runs")).folder(record.configuration)
     for make in KINDS:
         if os.path.lexists(method / name):

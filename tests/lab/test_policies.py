@@ -12,7 +12,7 @@ from torch import nn
 from layerwise import LayerwiseLR
 from layerwise.lab.errors import UsageError
 from layerwise.lab.training import caffe
-from layerwise.lab.training.policies import POLICIES, multiplier, scheduler
+from layerwise.lab.training.solvers import POLICIES, multiplier, scheduler
 from layerwise.rules import Constant
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -136,22 +136,6 @@ def test_a_resumed_run_has_the_same_bits(name):
         assert torch.equal(group["params"][0], other["params"][0])
 
 
-def test_a_list_changed_later_changes_no_rate():
-    values, optimizer = [2, 5], solver(1.0)
-    policy = scheduler(optimizer, "multistep", gamma=0.5, stepvalues=values)
-    values[:] = [0, 1]
-    assert run(optimizer, policy, 3) == [1.0, 1.0, 0.5]
-
-
-def test_a_poly_that_is_stepped_past_its_end_says_so():
-    optimizer = solver()
-    policy = scheduler(optimizer, "poly", power=1.0, max_iter=3)
-    run(optimizer, policy, 3)
-    assert optimizer.param_groups[0]["lr"] == 0.0
-    with pytest.raises(UsageError, match=r"iteration=4: policy 'poly' ends at max_iter=3; use a larger max_iter"):
-        run(optimizer, policy, 1)
-
-
 # --- Arguments --------------------------------------------------------------------------------------------------------
 
 
@@ -181,9 +165,3 @@ def test_a_wrong_argument_is_named_with_what_is_allowed_and_changes_nothing(name
     with pytest.raises(UsageError, match=text):
         scheduler(optimizer, name, **arguments)
     assert "initial_lr" not in optimizer.param_groups[0]
-
-
-@pytest.mark.parametrize("iteration", [-1, 0.5, True])
-def test_an_iteration_is_a_whole_number_from_0(iteration):
-    with pytest.raises(UsageError, match=rf"iteration={iteration}: use a whole number from 0"):
-        multiplier("fixed", iteration)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import polars
 import pytest
+from lab_helpers import series_of
 from made_up import (
     SWEEP_LAYERS,
     TABLE_STEPS,
@@ -539,7 +540,7 @@ def test_a_long_series_is_averaged_in_spans_as_a_slow_reference_does(table, monk
     found = charts.curve(charts.seed_curves(table.results, "sgd", "plain", "training_loss"))
     slow = {}
     for seed in range(5):
-        pairs = table.results.records["sgd", "plain", seed].series("training_loss")
+        pairs = series_of(table.results.records["sgd", "plain", seed], "training_loss")
         for begin, end in pairwise((0, 5, 10, 15, 20)):
             slow.setdefault(end, []).append(statistics.fmean(v for step, v in pairs if begin < step <= end))
     assert [cell.step for cell in found] == [5, 10, 15, 20]

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from lab_helpers import stored
 
 import layerwise
 from layerwise.lab import Task
@@ -474,7 +475,7 @@ def test_the_runs_folder_names_no_folder_of_the_person(write, tmp_path, one_thre
     told = (record.folder / "run.json").read_text(encoding="utf-8")
     assert "own.py" not in told
     assert str(tmp_path) not in told
-    assert [found.configuration for found in Runs(tmp_path / "runs").all()] == [record.configuration]
+    assert [found.configuration for found in stored(Runs(tmp_path / "runs"))] == [record.configuration]
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from layerwise.lab.experiments.runner import load_finished
 from layerwise.lab.progress import Meter
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import Runs
-from layerwise.lab.runs.records import Record
+from layerwise.lab.runs.record import Record
 
 if TYPE_CHECKING:
     from layerwise.lab.data.folder import ImageFolder

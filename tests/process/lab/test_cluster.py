@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab_helpers import tiny_plan
+from lab_helpers import stored, tiny_plan
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import ray as cluster
@@ -94,7 +94,7 @@ def keep(messages):
 
 
 def digests(out):
-    return {record.folder.name: record.summary["weights"] for record in Runs(out).all()}
+    return {record.folder.name: record.summary["weights"] for record in stored(Runs(out))}
 
 
 def chains_of(plan, out, **more):

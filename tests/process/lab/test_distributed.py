@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab_helpers import tiny_plan
+from lab_helpers import stored, tiny_plan
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import chain as chains
@@ -466,7 +466,7 @@ def test_a_plan_with_controls_under_torchrun(tmp_path, carried_out):
         assert output == f"found {found} of {len(plan.runs)} True [] []\n", errors
     runs = Runs(tmp_path / "shared")
     assert len(list(runs.path.iterdir())) == len(plan.runs)
-    for record in runs.all():
+    for record in stored(runs):
         labels = record.about["labels"]
         expected = alone[labels["subject"], labels["arm"], record.configuration.seed]
         assert record.summary["processes"] == [2]

@@ -22,9 +22,8 @@ from layerwise.lab.experiments import rules as rule_making
 from layerwise.lab.experiments.plan import PlannedRun
 from layerwise.lab.experiments.pool import Failure
 from layerwise.lab.runs.configuration import Configuration
-from layerwise.lab.runs.folder import FACTORS, RunFolder, Runs
-from layerwise.lab.runs.locks import BusyError
-from layerwise.lab.runs.records import Record
+from layerwise.lab.runs.folder import FACTORS, BusyError, RunFolder, Runs
+from layerwise.lab.runs.record import Record
 from layerwise.lab.training import trial
 from layerwise.lab.training.devices import begin_memory, card_count, device_of_worker, peak_memory, whole_memory
 from layerwise.lab.training.distributed import Processes

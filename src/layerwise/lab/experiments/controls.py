@@ -11,7 +11,7 @@ from layerwise import rules
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.plan import Control
 from layerwise.lab.runs.configuration import Configuration
-from layerwise.lab.runs.records import Record
+from layerwise.lab.runs.record import Record
 
 
 def control_rule(control: Control, record: Record) -> dict[str, Any]:

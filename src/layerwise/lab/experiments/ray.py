@@ -24,8 +24,7 @@ from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.chain import Advance, Chain, Finished, Skipped, do_chain, finished_runs
 from layerwise.lab.experiments.pool import POLL_SECONDS, STOP_SECONDS, Failure, Link
 from layerwise.lab.runs.configuration import Configuration
-from layerwise.lab.runs.folder import CHECKPOINTS, Runs
-from layerwise.lab.runs.locks import BusyError
+from layerwise.lab.runs.folder import CHECKPOINTS, BusyError, Runs
 from layerwise.lab.runs.store import LARGEST_TABLE, read_bytes, versions, write_whole
 
 FILES = ("run.json", "status.json", "metrics.parquet", "record.json")

@@ -16,8 +16,7 @@ import polars
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.plan import Arm, PaperValue, Plan, Quantity, quantity_of
-from layerwise.lab.runs.record import read_tables
-from layerwise.lab.runs.records import Record
+from layerwise.lab.runs.record import Record, read_tables
 from layerwise.lab.stats.comparison import Comparison, Pair, judge
 
 Key = tuple[str, str, int]

@@ -16,9 +16,8 @@ from layerwise.lab.experiments.plan import Plan, PlannedRun
 from layerwise.lab.experiments.pool import Failure, Interrupt, run_jobs
 from layerwise.lab.experiments.results import Results
 from layerwise.lab.runs.files import OwnFolder, check_page, refuse_links
-from layerwise.lab.runs.folder import Runs
-from layerwise.lab.runs.locks import alone_in
-from layerwise.lab.runs.records import Record
+from layerwise.lab.runs.folder import Runs, alone_in
+from layerwise.lab.runs.record import Record
 from layerwise.lab.runs.store import usable_cores
 from layerwise.lab.training.devices import card_count, check_device, default_jobs, loader_count, memory_words
 

@@ -14,7 +14,7 @@ from layerwise.lab.experiments.plan import LAYOUTS, Arm, PaperValue, Plan, Plann
 from layerwise.lab.experiments.results import Key, Results
 from layerwise.lab.experiments.runner import Outcome, Settings
 from layerwise.lab.runs.configuration import Configuration
-from layerwise.lab.runs.records import Record, read_run
+from layerwise.lab.runs.record import Record, read_run
 from layerwise.lab.runs.schema import PLAN as FORM
 from layerwise.lab.runs.schema import RUN_LIST, check
 from layerwise.lab.runs.store import read_json, read_signed

@@ -48,7 +48,7 @@ class Constants:
     momentum: float = 0.0  # of the solvers that have one; decay rate rho of AdaDelta
     weight_decay: float = 0.0  # L2
     delta: float | None = None  # of AdaGrad and AdaDelta; None for the solver's own
-    policy: str = "fixed"  # of the rate, a key of ``policies.POLICIES``; its arguments are the next ones
+    policy: str = "fixed"  # of the rate, a key of ``solvers.POLICIES``; its arguments are the next ones
     policy_unit: str = "iteration"  # or "epoch"
     gamma: float | None = None
     power: float | None = None

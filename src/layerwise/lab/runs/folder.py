@@ -26,13 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.files import refuse_links, remove_leftovers
-from layerwise.lab.runs.locks import BusyError, alone_in
-from layerwise.lab.runs.record import Recorder
-from layerwise.lab.runs.records import Record, read_about, read_summary
+from layerwise.lab.runs.record import Record, Recorder, read_about, read_summary
 from layerwise.lab.runs.store import (
     LARGEST_TABLE,
     append,
@@ -63,6 +62,32 @@ NAMES = ("run.json", "status.json", "metrics.parquet", "record.json", *CHECKPOIN
 
 LARGEST_CHECKPOINT = 1 << 38
 """Bytes of a checkpoint."""
+
+
+class BusyError(RuntimeError):
+    """Another process works on the run."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Lock a folder by its file ``lock``, which stays; a forked child, as a loader's worker, does not hold the lock."""
+    path = folder / "lock"
+    if kind := kind_of(path):
+        raise UsageError(f"{path}: is {kind}, where the lab writes a file; remove it")
+    try:
+        # The fallback is a file that a killed process would leave, which would keep its run from ever going on.
+        held = FileLock(path, blocking=False, fallback_to_soft=False).acquire()
+    except Timeout:
+        raise BusyError(f"{folder}: another process works on this run") from None
+    except OSError as error:
+        if error.filename is not None:  # it could not be opened
+            raise
+        raise UsageError(
+            f"{folder}: files cannot be locked there ({error.strerror or error}), and without locks two processes "
+            "could do the same run; give a folder on another file system with --out"
+        ) from error
+    with held:
+        yield
 
 
 @dataclass
@@ -320,16 +345,3 @@ class Runs:
             folder = RunFolder(record.folder, record.configuration, self.set_aside)
             with suppress(BusyError, OSError, UsageError), folder.lock():
                 folder.tidy(record.summary)
-
-    def all(self) -> Iterator[Record]:
-        """Give every finished run of this version, in the order of their names."""
-        for path in sorted(self.path.glob("*/run.json")):
-            try:
-                configuration, _ = read_about(path.parent)
-            except (OSError, ValueError):
-                continue
-            if configuration.name != path.parent.name:
-                continue
-            record = RunFolder(path.parent, configuration, self.set_aside).record()
-            if record is not None:
-                yield record

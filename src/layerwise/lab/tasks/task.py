@@ -37,8 +37,7 @@ from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.store import LARGEST_JSON, read_bytes
 from layerwise.lab.runs.values import Value, equal, is_plain, kind_of, like
 from layerwise.lab.tasks.task_module import TaskModule
-from layerwise.lab.training.engine import skipping
-from layerwise.lab.training.randomness import random_state, set_random_state
+from layerwise.lab.training.engine import random_state, set_random_state, skipping
 from layerwise.lab.training.trial import StoppedError, Trial
 
 REQUIRED = ("model", "batches", "loss", "metric")
