@@ -46,18 +46,13 @@ def refuse_links(folder: Path, above: Path, option: str = "--out") -> None:
             )
 
 
-def is_page(path: Path) -> bool:
-    """Tell whether a file is a page that the lab has written."""
-    try:
-        return GENERATOR in next(parts(path, LARGEST_PAGE), b"")[:HEAD]
-    except (OSError, ValueError):
-        return False
-
-
 def check_page(path: Path, above: Path) -> None:
     """Refuse to overwrite a file that is not a page of the lab, or to follow a link below the folder of ``--out``."""
     refuse_links(path.parent, above)
-    if os.path.lexists(path) and not is_page(path):
+    if os.path.lexists(path):
+        with suppress(OSError, ValueError):
+            if GENERATOR in next(parts(path, LARGEST_PAGE), b"")[:HEAD]:
+                return
         raise _foreign(path)
 
 
@@ -113,21 +108,16 @@ class OwnFolder:
             # Figures can be drawn again, so only a page and its tables are flushed to the disk.
             write_whole(self.path / name, content, flush=not name.startswith("figures/"))
         for name in self.names.keys() - digests.keys():
-            self._remove(name)
+            path = self.path / name
+            if kind_of(path.parent) == "a folder" and kind_of(path) is None:
+                with suppress(OSError, UsageError):
+                    if digest_of(path) == self.names[name]:  # the content is still what the lab wrote
+                        path.unlink()
         self._list(digests)
 
     def _list(self, names: Mapping[str, str]) -> None:
         write_whole(self.path / FILES, signed({"files": names}, indent=0))
         self.names = {**self.names, **names}
-
-    def _remove(self, name: str) -> None:
-        """Remove a file if its content is still what the lab wrote."""
-        path = self.path / name
-        if kind_of(path.parent) != "a folder" or kind_of(path) is not None:
-            return
-        with suppress(OSError, UsageError):
-            if digest_of(path) == self.names[name]:
-                path.unlink()
 
     def _remove_leftovers(self) -> None:
         """Remove old half-written files of killed processes; young ones may belong to a running process."""

@@ -9,8 +9,8 @@ from typing import Any
 from layerwise.lab.errors import UsageError
 
 Form = Any
-"""A schema: a test; ``[form]``, a list of any length; ``(form, form)``, a list of that length; a dict of names and
-forms, where a name with "?" may be missing; ``Each`` or ``Maybe``."""
+"""A schema: a type; a test; ``[form]``, a list of any length; ``(form, form)``, a list of that length; a dict of names
+and forms, where a name with "?" may be missing; ``Each`` or ``Maybe``."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,6 @@ class Maybe:
     form: Form
 
 
-def words(value: Any) -> bool:
-    """Tell whether a value is a text."""
-    return isinstance(value, str)
-
-
 def number(value: Any) -> bool:
     """Tell whether a value is a number; ``store.read_json`` has already refused non-finite ones."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -42,123 +37,113 @@ def count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def switch(value: Any) -> bool:
-    """Tell whether a value is True or False."""
-    return isinstance(value, bool)
-
-
-def anything(value: Any) -> bool:
-    """Accept any value, where it is only printed or compared."""
-    return True
-
-
 RULE = {
-    "name": words,
+    "name": str,
     "factors?": Each(number),
-    "selection?": {"name?": words, "threshold?": number, "measure?": words, "sides?": words},
+    "selection?": {"name?": str, "threshold?": number, "measure?": str, "sides?": str},
 }
 """The arguments of a rule that are used to group runs; others are only printed."""
 
 CONFIGURATION = {
     "trial": {"epochs?": Maybe(count), "iterations?": Maybe(count)},
     "rule?": Maybe(RULE),
-    "apply?": words,
-    "decay?": words,
+    "apply?": str,
+    "decay?": str,
     "threads?": count,
-    "device?": words,
-    "source?": Maybe(words),
+    "device?": str,
+    "source?": Maybe(str),
     "seed?": count,
 }
 
 QUANTITY = {
-    "name": words,
-    "words?": words,
-    "unit?": words,
-    "difference_unit?": words,
-    "higher_is_better?": switch,
-    "take?": words,
+    "name": str,
+    "words?": str,
+    "unit?": str,
+    "difference_unit?": str,
+    "higher_is_better?": bool,
+    "take?": str,
     "level?": number,
 }
 
 LABELS = {
-    **{f"{name}?": words for name in ("experiment", "subject", "subject_words", "arm", "arm_words")},
+    **{f"{name}?": str for name in ("experiment", "subject", "subject_words", "arm", "arm_words")},
     "quantity?": QUANTITY,
 }
 
 RUN = {
     "configuration": CONFIGURATION,
     "labels?": LABELS,
-    "versions?": Each(words),
-    "hardware?": {"processor?": words, "system?": words},
-    "python?": words,
-    "started?": words,
+    "versions?": Each(str),
+    "hardware?": {"processor?": str, "system?": str},
+    "python?": str,
+    "started?": str,
     "later?": [{}],
 }
 """``run.json``: the configuration, versions and hardware of a run."""
 
-FACTOR = {"mean": number, "spread": number, "layers": Each(number), "names?": [words], "excluded?": [words]}
+FACTOR = {"mean": number, "spread": number, "layers": Each(number), "names?": [str], "excluded?": [str]}
 
 RECORD = {
     "finals": Each(Maybe(number)),
     "diverged_at": Maybe(count),
     "iterations": count,
     "parameters": count,
-    "layers": [words],
+    "layers": [str],
     "seconds": number,
     "test_seconds": number,
     "factor": FACTOR,
-    "metrics_sha256": words,
+    "metrics_sha256": str,
     "threads?": count,
     "sessions?": count,
     "peak_memory?": number,
-    "place?": Maybe(words),
-    "decay?": Maybe(words),
-    "selections?": [{"epoch": count, "layers": Each((Maybe(number), Maybe(number), switch))}],
+    "place?": Maybe(str),
+    "decay?": Maybe(str),
+    "selections?": [{"epoch": count, "layers": Each((Maybe(number), Maybe(number), bool))}],
 }
 """``record.json``: the results of a finished run."""
 
-RUN_LIST = {"runs": [{"folder": words, "subject?": words, "arm?": words, "seed?": count}]}
+RUN_LIST = {"runs": [{"folder": str, "subject?": str, "arm?": str, "seed?": count}]}
 """``runs.json``: the folders of an experiment's finished runs."""
 
 SUBJECT = {
-    **dict.fromkeys(("name", "words", "kind", "origin", "stands_for?"), words),
-    "constants": Each(anything),
-    "varied": Each(anything),
+    **dict.fromkeys(("name", "words", "kind", "origin", "stands_for?"), str),
+    "constants": Each(object),
+    "varied": Each(object),
 }
 
 ARM = {
-    **dict.fromkeys(("name", "words", "apply", "group"), words),
+    **dict.fromkeys(("name", "words", "apply", "group"), str),
     "rule": Maybe(RULE),
-    "control": Maybe(words),
-    "of": Maybe(words),
+    "control": Maybe(str),
+    "of": Maybe(str),
     "value": Maybe(number),
-    "constants": Each(anything),
-    "subjects": [words],
-    "against": [words],
-    "role?": Maybe(words),
+    "constants": Each(object),
+    "subjects": [str],
+    "against": [str],
+    "role?": Maybe(str),
 }
 
 PAPER_VALUE = {
-    **dict.fromkeys(("subject", "arm", "note", "gain?", "quantity?"), words),
+    **dict.fromkeys(("subject", "arm", "note", "gain?", "quantity?"), str),
     **dict.fromkeys(("mean", "sd"), Maybe(number)),
     "step": Maybe(count),
-    "full_scale?": switch,
+    "full_scale?": bool,
 }
 
 PLAN = {
-    **dict.fromkeys(("name", "title", "source", "layout", "step_unit", "scale", "data_title"), words),
+    **dict.fromkeys(("name", "title", "source", "layout", "step_unit", "scale", "data_title"), str),
     "quantity": QUANTITY,
     "columns": [count],
     "subjects": [SUBJECT],
     "arms": [ARM],
     "seeds": [count],
-    "runs": [(words, words, count, count)],
+    "runs": [(str, str, count, count)],
     "paper": [PAPER_VALUE],
-    "beside?": [words],
-    "claims": [words],
-    "constants": Each((anything, words)),
-    "notes": [words],
-    "found?": switch,
+    "beside?": [str],
+    "claims": [str],
+    "constants": Each((object, str)),
+    "notes": [str],
+    "found?": bool,
     "configurations": [CONFIGURATION],
 }
 """``plan.json``: an experiment."""
@@ -176,11 +161,15 @@ def check(value: Any, form: Form, place: object) -> None:
         )
 
 
+def _passes(value: Any, form: Form) -> bool:
+    return isinstance(value, form) if isinstance(form, type) else form(value)
+
+
 def _wrong(value: Any, form: Form) -> tuple[str, Any] | None:
     """Give the place and the value of the first mismatch; None if there is none."""
     inside: list[tuple[str, Any, Form]] = []
     if callable(form):
-        return None if form(value) else ("", value)
+        return None if _passes(value, form) else ("", value)
     if isinstance(form, Maybe):
         return None if value is None else _wrong(value, form.form)
     if isinstance(form, (list, tuple)):
@@ -200,7 +189,7 @@ def _wrong(value: Any, form: Form) -> tuple[str, Any] | None:
             elif key == name:
                 return f".{name}", None
     for place, one, each in inside:
-        if callable(each) and each(one):  # most of what there is
+        if callable(each) and _passes(one, each):  # most of what there is
             continue
         found = _wrong(one, each)
         if found is not None:

@@ -19,15 +19,11 @@ class LayerMeasures:
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         self.layers: list[Layer] = make_layers(named_parameters_of(optimizer, model), "module", model)
+        self.names = [layer.name for layer in self.layers]
         self._parameters = [p for layer in self.layers for p in layer.parameters]
         self._optimizer = optimizer
         self._before: list[torch.Tensor] = []
         self._gradients: dict[str, float] = {}
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the layers."""
-        return [layer.name for layer in self.layers]
 
     def rates(self) -> dict[str, float]:
         """Give the rate of each layer: that of the group of its first parameter, its weight as a rule."""

@@ -6,7 +6,6 @@ the rates of one that was never interrupted. Caffe src/caffe/solvers/sgd_solver.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,7 +19,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.configuration import Constants
 from layerwise.lab.training import caffe
-from layerwise.rules.base import is_number
 
 SOLVERS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     "caffe-sgd": (caffe.SGD, ("momentum",)),
@@ -96,24 +94,10 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _is_finite_from_0(value: Any) -> bool:
-    return is_number(value) and 0 <= value < math.inf
-
-
 def _is_rising(value: Any) -> bool:
     if not isinstance(value, list | tuple) or not value or not all(map(_is_count, value)):
         return False
     return all(earlier < later for earlier, later in pairwise(value))
-
-
-_LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "gamma": ("a finite number from 0", _is_finite_from_0),
-    "power": ("a finite number from 0", _is_finite_from_0),
-    "stepsize": ("a whole number from 1", _is_count),
-    "stepvalues": ("a list of rising whole numbers from 1", _is_rising),
-    "max_iter": ("a whole number from 1", _is_count),
-}
-"""Argument -> its range in words, and whether a value is inside."""
 
 
 def _policy(name: str, arguments: Mapping[str, Any]) -> Callable[[int], float]:
@@ -128,9 +112,11 @@ def _policy(name: str, arguments: Mapping[str, Any]) -> Callable[[int], float]:
     for argument in needed:
         if argument not in arguments:
             raise UsageError(f"{argument} is missing: {takes}; give all of them")
-        words, inside = _LIMITS[argument]
-        if not inside(arguments[argument]):
-            raise UsageError(f"{argument}={arguments[argument]!r}: policy {name!r} takes {words}")
+    stepsize, stepvalues = arguments.get("stepsize", 1), arguments.get("stepvalues", (1,))
+    if not _is_count(stepsize):
+        raise UsageError(f"stepsize={stepsize!r}: policy {name!r} takes a whole number from 1")
+    if not _is_rising(stepvalues):
+        raise UsageError(f"stepvalues={stepvalues!r}: policy {name!r} takes a list of rising whole numbers from 1")
     return partial(function, **arguments)
 
 

@@ -127,17 +127,6 @@ def _source(name: str, digest: str | None, train: int | None, test: int | None, 
     return folder
 
 
-def _stream(constants: Constants, seed: int, data_dir: Path | None, **how: Any) -> MemoryStream | FolderStream:
-    """Open the data of a run; ``how`` is what a ``FolderStream`` takes besides."""
-    wanted = constants.data, constants.data_digest, constants.train_count, constants.test_count
-    source = _source(*wanted, data_dir)
-    sizes = {"batch_size": constants.batch_size, "test_batch_size": constants.test_batch_size}
-    if constants.data == data.FOLDER:
-        return FolderStream(source, seed=seed, **sizes, **how)
-    dataset, classes = source
-    return MemoryStream(dataset, constants.inputs, constants.order, classes=classes, seed=seed, **sizes)
-
-
 def build(
     configuration: Configuration,
     data_dir: Path | None = None,
@@ -149,7 +138,16 @@ def build(
     """Make the trial of a recipe's run; ``share`` is rank and number of the processes that share it."""
     constants = configuration.constants
     cuda, memory_format = device.startswith("cuda"), MEMORY_FORMATS[constants.memory_format]
-    stream = _stream(constants, configuration.seed, data_dir, loaders=loaders, pin=cuda, share=share)
+    wanted = constants.data, constants.data_digest, constants.train_count, constants.test_count
+    source = _source(*wanted, data_dir)
+    how: Any = {"batch_size": constants.batch_size, "test_batch_size": constants.test_batch_size}
+    stream: MemoryStream | FolderStream
+    if constants.data == data.FOLDER:
+        stream = FolderStream(source, seed=configuration.seed, loaders=loaders, pin=cuda, share=share, **how)
+    else:
+        dataset, classes = source
+        form = constants.inputs, constants.order
+        stream = MemoryStream(dataset, *form, classes=classes, seed=configuration.seed, **how)
     shape = {"classes": stream.classes, "channels": stream.channels, "width": constants.width}
     model = networks.build(constants.model, configuration.seed, **shape)
     model = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
