@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
@@ -48,16 +49,9 @@ class MemoryStream:
     def __post_init__(self) -> None:
         self.inputs = lab_inputs.make(self.form, self.dataset)
         self.channels = self.inputs.channels
-
-    @property
-    def epoch_length(self) -> int | None:
-        """Batches of an epoch; None where the order has no epochs."""
-        return None if self.order == "sequential" else -(-len(self.dataset.train_labels) // self.batch_size)
-
-    @property
-    def test_length(self) -> int:
-        """Batches of a test."""
-        return -(-len(self.dataset.test_labels) // self.test_batch_size)
+        length = math.ceil(len(self.dataset.train_labels) / self.batch_size)
+        self.epoch_length = None if self.order == "sequential" else length  # in batches
+        self.test_length = math.ceil(len(self.dataset.test_labels) / self.test_batch_size)
 
     def whole(self, number: int) -> None:
         """Give nothing: every process that shares the run has whole batches."""
@@ -125,7 +119,7 @@ class Loader:
             batch_size=None,
             sampler=self,
             num_workers=count,
-            prefetch_factor=max(2, -(-AHEAD // count)),
+            prefetch_factor=max(2, math.ceil(AHEAD / count)),
             pin_memory=pin,
             persistent_workers=stay,
             multiprocessing_context="spawn",
@@ -177,16 +171,8 @@ class FolderStream:
         self.classes = self.folder.classes
         if self.folder.kept:
             self.loaders = 0
-
-    @property
-    def epoch_length(self) -> int:
-        """Batches of an epoch."""
-        return -(-self.folder.train_count // self.batch_size)
-
-    @property
-    def test_length(self) -> int:
-        """Batches of a test."""
-        return -(-self.folder.test_count // self.test_batch_size)
+        self.epoch_length = math.ceil(self.folder.train_count / self.batch_size)  # in batches
+        self.test_length = math.ceil(self.folder.test_count / self.test_batch_size)
 
     def whole(self, number: int) -> int:
         """Give the images of a training batch of an epoch, from 0, in all processes together."""
