@@ -1,13 +1,11 @@
 """Folders of runs, which survive being killed at any moment.
 
-A run's folder holds ``run.json`` (configuration, versions, hardware; written once), ``status.json`` (how far it is),
-``checkpoint.pt``, the one before it and ``checkpoint-rows.bin`` while it runs, and ``metrics.parquet`` and
-``record.json`` when it is finished. What is recorded only grows, so it is not in the checkpoints: each appends the new
-rows to ``checkpoint-rows.bin``, and says how long that file is and what its checksum is. What lies behind is ignored.
-Every other file is written beside its place and moved there when it is whole. ``record.json`` comes last and names the
-checksum of ``metrics.parquet``: a run with both is finished, any other is gone on with from its last checkpoint.
-
-A lock of the operating system, which ends with the process that holds it, keeps a second process out of the folder.
+A run's folder holds ``run.json`` (configuration, versions, hardware), ``status.json`` (how far it is), two checkpoints
+and ``checkpoint-rows.bin`` while it runs, and ``metrics.parquet`` and ``record.json`` when it is finished. What is
+recorded only grows, so each checkpoint appends the new rows to ``checkpoint-rows.bin``, and holds the length and the
+checksum of that file; what lies behind is ignored. Every other file is written beside its place and moved there when
+it is whole. ``record.json`` comes last and names the checksum of ``metrics.parquet``: a run with both is finished, any
+other goes on from its last checkpoint. A lock of the operating system keeps a second process out of the folder.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,11 +34,8 @@ LARGEST_ROWS = 100_000_000
 ROWS, ROWS_A_BYTE = 1_000_000, 40
 """The most rows of a table, and the rows added for each byte: a small file may claim more than fit into memory."""
 
-ROW = struct.Struct("<iiqd")
-"""A number as it is kept: index of its series, epoch, step, value."""
-
-FIELDS = [("series", "<i4"), ("epoch", "<i4"), ("step", "<i8"), ("value", "<f8")]
-"""The same for NumPy."""
+ROW = np.dtype([("series", "<i4"), ("epoch", "<i4"), ("step", "<i8"), ("value", "<f8")])
+"""A number as it is kept; ``series`` is the index of its quantity and layer."""
 
 
 class Recorder:
@@ -51,16 +47,16 @@ class Recorder:
 
     def __init__(self) -> None:
         self._series: dict[tuple[str, str | None], int] = {}
-        self._rows = bytearray(1024 * ROW.size)
+        self._rows = np.zeros(1024, ROW)
         self._size = 0
 
     def add(self, quantity: str, step: int, epoch: int, value: float, layer: str | None = None) -> None:
         """Append one number; a layer of None is the whole network, and "" the layer of the root module."""
         series = self._series.setdefault((quantity, layer), len(self._series))
-        if self._size == len(self._rows):  # a new one: what ``state_dict`` gave may be part of the old one
-            self._rows = self._rows + bytes(self._size or ROW.size)
-        ROW.pack_into(self._rows, self._size, series, epoch, step, value)
-        self._size += ROW.size
+        if self._size == len(self._rows):  # a new array: what ``state_dict`` gave may be part of the old one
+            self._rows = np.concatenate([self._rows, np.zeros(self._size + 1024, ROW)])
+        self._rows[self._size] = series, epoch, step, value
+        self._size += 1
 
     def add_layers(self, quantity: str, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Append one number a layer."""
@@ -69,7 +65,7 @@ class Recorder:
 
     def _table(self) -> np.ndarray:
         """Give all numbers in the order in which they came."""
-        return np.frombuffer(self._rows, FIELDS, self._size // ROW.size)
+        return self._rows[: self._size]
 
     def _values(self, quantity: str) -> dict[str, list[float]]:
         """Give the values of a quantity, for each layer."""
@@ -108,14 +104,14 @@ class Recorder:
         """Give everything as ``torch.load(weights_only=True)`` reads it; ``rows`` only grows from one to the next."""
         import torch
 
-        rows = torch.frombuffer(self._rows, dtype=torch.uint8)[: self._size]
+        rows = torch.from_numpy(self._table().view(np.uint8))
         return {"series": [list(key) for key in self._series], "rows": rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
         self._series = {(quantity, layer): number for number, (quantity, layer) in enumerate(state["series"])}
-        self._rows = bytearray(state["rows"].numpy().tobytes() or ROW.size)  # of no bytes PyTorch makes no tensor
-        self._size = len(state["rows"])
+        self._rows = state["rows"].numpy().view(ROW)
+        self._size = len(self._rows)
         if not set(self._table()["series"].tolist()) <= set(self._series.values()):
             raise ValueError("rows of unknown series")
 

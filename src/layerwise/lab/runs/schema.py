@@ -84,18 +84,18 @@ RUN = {
 FACTOR = {"mean": number, "spread": number, "layers": Each(number), "names?": [str], "excluded?": [str]}
 
 RECORD = {
-    "finals": Each(Maybe(number)),
-    "diverged_at": Maybe(count),
+    "finals": Each(Maybe(number)),  # quantity -> last value
+    "diverged_at": Maybe(count),  # updates before the first loss or test that is not finite
     "iterations": count,
     "parameters": count,
     "layers": [str],
-    "seconds": number,
+    "seconds": number,  # over all sessions, tests included
     "test_seconds": number,
     "factor": FACTOR,
     "metrics_sha256": str,
     "threads?": count,
     "sessions?": count,
-    "peak_memory?": number,
+    "peak_memory?": number,  # bytes, of the device that trained it
     "place?": Maybe(str),
     "decay?": Maybe(str),
     "selections?": [{"epoch": count, "layers": Each((Maybe(number), Maybe(number), bool))}],

@@ -1,10 +1,8 @@
 """Caffe's solvers as optimizers of PyTorch: the local rate is inside the history, as in Singh et al. 2015.
 
-They differ from ``torch.optim`` where the rate changes. Caffe's SGD keeps ``h <- mu h + local d; w <- w - h``,
-so what the history holds keeps the rate of its own iteration; ``torch.optim.SGD`` multiplies the whole history
-by the newest rate. Each parameter group may carry Caffe's ``lr_mult`` and ``decay_mult``, which stay outside of
-``group["lr"]``: a scheduler changes the one global rate, and so does ``layerwise.LayerwiseLR(apply="lr")``, whose
-factor m_l makes the local rate t(k) m_l lr_mult.
+Where the rate changes, ``torch.optim.SGD`` multiplies the whole history by the newest rate. Caffe's ``lr_mult`` and
+``decay_mult`` stay outside of ``group["lr"]``, which schedulers and ``LayerwiseLR(apply="lr")`` change: with a factor
+m_l the local rate is t(k) m_l lr_mult.
 """
 
 from __future__ import annotations

@@ -83,11 +83,11 @@ AHEAD = 4
 """Batches that are decoded ahead, at least."""
 
 
+@dataclass
 class _Decoder:
     """What a worker process of a loader has: it decodes batches, each by one thread."""
 
-    def __init__(self, folder: ImageFolder) -> None:
-        self.folder = folder
+    folder: ImageFolder
 
     def __getitem__(self, job: Job) -> Any:
         try:
