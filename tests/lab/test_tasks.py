@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from lab_helpers import stored
+from lab_helpers import series_of, stored
 
 import layerwise
 from layerwise.lab import Task
@@ -453,10 +453,10 @@ def test_a_number_that_is_not_finite_is_divergence_where_it_is_judged_and_left_o
     """
     record = do(write(body), tmp_path)
     assert record.summary["diverged_at"] == 4
-    assert record.series("error") == [(2, 1.0)]
+    assert series_of(record, "error") == [(2, 1.0)]
     record = do(write(body, judged=False), tmp_path)
     assert not record.diverged
-    assert record.series("other") == [(2, 1.0)]
+    assert series_of(record, "other") == [(2, 1.0)]
 
 
 def test_runs_that_tune_never_call_the_metric(write, tmp_path, one_thread):
