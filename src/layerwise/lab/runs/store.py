@@ -210,10 +210,10 @@ def _kind(mode: int) -> str | None:
     return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "something else")
 
 
-def digest_of(path: str | Path, most: int = LARGEST_TABLE) -> str:
+def digest_of(path: str | Path) -> str:
     """Give the SHA-256 of a file, which need not fit into memory."""
     digest = hashlib.sha256()
-    for part in parts(path, most):
+    for part in parts(path, LARGEST_TABLE):
         digest.update(part)
     return digest.hexdigest()
 
