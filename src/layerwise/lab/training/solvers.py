@@ -7,8 +7,9 @@ the rates of one that was never interrupted. Caffe src/caffe/solvers/sgd_solver.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -58,35 +59,15 @@ def check(constants: Constants) -> None:
     multiplier(constants.policy, 0, **constants.policy_arguments)
 
 
-def _fixed(iteration: int) -> float:
-    return 1.0
-
-
-def _inv(iteration: int, *, gamma: float, power: float) -> float:
-    return (1.0 + gamma * iteration) ** -power  # Singh et al. 2015, eq. 4
-
-
-def _step(iteration: int, *, gamma: float, stepsize: int) -> float:
-    return float(gamma) ** (iteration // stepsize)
-
-
-def _multistep(iteration: int, *, gamma: float, stepvalues: Sequence[int]) -> float:
-    return float(gamma) ** bisect_right(stepvalues, iteration)
-
-
-def _poly(iteration: int, *, power: float, max_iter: int) -> float:
-    return (1.0 - iteration / max_iter) ** power
-
-
-_POLICIES: dict[str, tuple[Callable[..., float], tuple[str, ...]]] = {
-    "fixed": (_fixed, ()),
-    "inv": (_inv, ("gamma", "power")),
-    "step": (_step, ("gamma", "stepsize")),
-    "multistep": (_multistep, ("gamma", "stepvalues")),
-    "poly": (_poly, ("power", "max_iter")),
+_FORMULAS: dict[str, Callable[..., float]] = {
+    "fixed": lambda k: 1.0,
+    "inv": lambda k, gamma, power: (1.0 + gamma * k) ** -power,  # Singh et al. 2015, eq. 4
+    "step": lambda k, gamma, stepsize: float(gamma) ** (k // stepsize),
+    "multistep": lambda k, gamma, stepvalues: float(gamma) ** bisect_right(stepvalues, k),
+    "poly": lambda k, power, max_iter: (1.0 - k / max_iter) ** power,
 }
 
-POLICIES: Mapping[str, tuple[str, ...]] = {name: arguments for name, (_, arguments) in _POLICIES.items()}
+POLICIES = {name: tuple(signature(formula).parameters)[1:] for name, formula in _FORMULAS.items()}
 """Policy -> its arguments, all of them required."""
 
 
@@ -102,9 +83,9 @@ def _is_rising(value: Any) -> bool:
 
 def _policy(name: str, arguments: Mapping[str, Any]) -> Callable[[int], float]:
     """Check a policy and its arguments, and give the function of the iteration."""
-    if name not in _POLICIES:
-        raise UsageError(f"policy={name!r}: use one of {', '.join(_POLICIES)}")
-    function, needed = _POLICIES[name]
+    if name not in POLICIES:
+        raise UsageError(f"policy={name!r}: use one of {', '.join(POLICIES)}")
+    needed = POLICIES[name]
     takes = f"policy {name!r} takes {', '.join(needed) or 'no argument'}"
     for argument, value in arguments.items():
         if argument not in needed:
@@ -117,7 +98,7 @@ def _policy(name: str, arguments: Mapping[str, Any]) -> Callable[[int], float]:
         raise UsageError(f"stepsize={stepsize!r}: policy {name!r} takes a whole number from 1")
     if not _is_rising(stepvalues):
         raise UsageError(f"stepvalues={stepvalues!r}: policy {name!r} takes a list of rising whole numbers from 1")
-    return partial(function, **arguments)
+    return partial(_FORMULAS[name], **arguments)
 
 
 def multiplier(name: str, iteration: int, **arguments: Any) -> float:
