@@ -341,15 +341,17 @@ class Training:
         self._saved = time.perf_counter()
 
     def _weights(self) -> str:
-        """Give the digest of the weights, which all processes must share."""
-        digest = _digest_of(self.trial.model.state_dict().values())
-        digests = self.processes.gather(digest)
+        """Give the SHA-256 of the weights, which all processes must share."""
+        digest = hashlib.sha256()
+        for tensor in self.trial.model.state_dict().values():
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digests = self.processes.gather(digest.hexdigest())
         if len(set(digests)) > 1:
             raise RuntimeError(
                 f"after {self.position.iteration} updates the weights of {len(digests)} processes differ: use machines "
                 "of one kind, and a loss that calls the network itself; delete the run's folder and start again"
             )
-        return digest
+        return digests[0]
 
 
 def skipping(batches: Callable[[int], Any]) -> Callable[[int, int], Any]:
@@ -368,14 +370,6 @@ def _selection_of(adapter: layerwise.LayerwiseLR) -> dict[str, list[Any]] | None
 def _number_of(value: float) -> float | None:
     """Write what was not measured as None, as JSON has no NaN."""
     return value if math.isfinite(value) else None
-
-
-def _digest_of(tensors: Any) -> str:
-    """Give the SHA-256 of tensors' bytes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def random_state() -> dict[str, Any]:
@@ -406,5 +400,4 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
-        if "gpu" in state:  # a run may go on on another GPU
-            torch.cuda.set_rng_state(state["cuda"][state["gpu"]])
+        torch.cuda.set_rng_state(state["cuda"][state["gpu"]])  # a run may go on on another GPU
