@@ -23,7 +23,10 @@ from layerwise.lab.training.distributed import Processes, indivisible, joined
 
 
 def run_shared(plan: Plan, settings: Settings, display: Display | None = None) -> Outcome | None:
-    """Do the runs of a plan one after another, without jobs, engine and address; the outcome is the first process's."""
+    """Do the runs of the first process's plan one after another, each shared by all processes.
+
+    Jobs, engine and address have no meaning here. The outcome is that of the first process; the others get None.
+    """
     processes = joined(settings.device)
     try:
         if not processes.first:
