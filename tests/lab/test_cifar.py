@@ -373,13 +373,8 @@ def test_a_folder_without_the_data_is_named_with_what_was_expected(tmp_path, nam
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(UsageError, match=r"data-dir='.*nowhere' is not a folder: .*cifar-10-python\.tar\.gz"):
-        cifar.find("cifar10", tmp_path / "nowhere")
-
-
-def test_an_unknown_name_is_named(tmp_path):
-    with pytest.raises(UsageError, match="name='cifar20': use one of 'cifar10', 'cifar100'"):
-        cifar.find("cifar20", tmp_path)
+    with pytest.raises(UsageError, match=r"data-dir='.*nowhere' holds no CIFAR-10 file: .*cifar-10-python\.tar\.gz"):
+        cifar.load("cifar10", tmp_path / "nowhere")
 
 
 @pytest.fixture
