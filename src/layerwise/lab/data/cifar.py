@@ -1,13 +1,8 @@
-"""CIFAR-10 and CIFAR-100 from their publisher's files.
+"""CIFAR-10 and CIFAR-100 from their publisher's files: an archive, which is read in memory, or what comes out of it.
 
-Layout: ``<folder>`` or ``<folder>/cifar10`` (``cifar100``) holds one of the published archives, or the folder that
-comes out of it, or the files of that folder. There are two versions. In the binary one a file is a row of records:
-one byte for the class (CIFAR-100: two, the coarse class before the fine one), then the red, the green and the blue
-plane of 32 x 32 bytes. In the python one a file is a pickled dictionary. Archives are read in memory.
-
-What is read is what was published: an archive by its MD5; a file of the python version by its MD5, before it is
-unpickled; CIFAR-10, in whatever form, by the SHA-256 of its pixels and classes. Unpacked files of CIFAR-100's binary
-version have no known checksum and are not read.
+A binary record is the class (CIFAR-100: coarse, then fine), a byte each, then the red, green and blue plane of 32 x 32
+bytes. An archive is checked by its MD5, a pickle by its MD5 before it is unpickled, CIFAR-10 in whatever form by the
+SHA-256 of pixels and classes. Unpacked files of CIFAR-100's binary version have no known checksum and are not read.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """``digits5k``: 5,000 digits of MNIST in a file beside this module, so that nothing is downloaded.
 
-The file holds 500 digits of each class, sorted by class. Sequential batches of sorted classes would make training
-impossible, so they are permuted once with a fixed seed; the result plays the part of the "file order" of MNIST. The
-first 4,000 of that order are trained on, the last 1,000 are tested on; no digit is in both.
+The file holds 500 digits of each class, sorted by class. They are permuted once with a fixed seed; the result plays
+the part of MNIST's file order. The first 4,000 of it are trained on, the last 1,000 are tested on.
 """
 
 from __future__ import annotations

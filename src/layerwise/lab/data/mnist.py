@@ -1,10 +1,8 @@
-"""MNIST and Fashion-MNIST from their publishers' four files.
+"""MNIST and Fashion-MNIST from their publishers' four files, in ``<folder>`` or in its subfolder.
 
-Layout: ``<folder>/mnist/train-images-idx3-ubyte.gz`` and its three companions (``fashion-mnist`` or ``fashion_mnist``
-for the other), or the four files in ``<folder>`` itself. The format is idx: a big-endian header (magic number, sizes),
-then the bytes. The files of both data sets have the same names, sizes and headers, so only their checksums tell them
-apart. Files that were compressed anew, as in Debian's ``dataset-fashion-mnist``, or not at all, are read too: what
-counts is the checksum of what is in them.
+The format is idx: a big-endian header (magic number, sizes), then the bytes. The files of both data sets have the same
+names, sizes and headers, so only their checksums tell them apart. Files that were compressed anew, as in Debian's
+``dataset-fashion-mnist``, or not at all, are read too: what counts is the checksum of what is in them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Reading photographs from folders, one folder a class.
 
 An image is resized to a square whatever its proportions, by bilinear interpolation between the four nearest pixels, as
-Caffe's ``convert_imageset --resize_height=256 --resize_width=256`` does (``cv::resize``). Photographs that become
-smaller are therefore not smoothed first, as Pillow's own resizing would. The channels are red, green and blue and not
-Caffe's blue, green and red: their order makes no difference to a network trained from random weights.
+Caffe's ``convert_imageset --resize_height=256 --resize_width=256`` does; unlike Pillow's resizing it smooths nothing.
+The channels are red, green and blue, not Caffe's blue, green and red, which to random weights makes no difference.
 """
 
 from __future__ import annotations

@@ -93,13 +93,7 @@ def _temporary() -> Path:
 
 @dataclass(frozen=True)
 class TaskModule:
-    """A file with a task's function, as it was when it was read.
-
-    Attributes:
-        path: of the file.
-        function: name of the function.
-        source: the file's bytes.
-    """
+    """A file with a task's function, as it was when it was read."""
 
     path: Path
     function: str
@@ -122,15 +116,7 @@ class TaskModule:
     def imported(self, folder: Path | None = None) -> ModuleType:
         """Execute the file, again if it was executed before, so that no run affects the next.
 
-        Args:
-            folder: of the copy, which is written unless it is there; None for one that ends with this process.
-
-        Returns:
-            The module.
-
-        Raises:
-            OSError: the copy cannot be written.
-            UsageError: the file raises something.
+        Its copy is written into the folder unless it is there; None for a folder that ends with this process.
         """
         stem = _stem_of(self.source)
         copy = (_temporary() if folder is None else folder.resolve()) / f"{stem}.py"
@@ -147,14 +133,7 @@ class TaskModule:
 
     @contextmanager
     def running(self, what: str) -> Iterator[None]:
-        """Turn what the task's code raises into an error whose lines are those of its file.
-
-        Args:
-            what: is called, for the message.
-
-        Raises:
-            UsageError: the code inside raised something; the first line says all, the lines of the file follow.
-        """
+        """Turn what the task's code raises into an error whose lines are those of its file."""
         try:
             yield
         except UsageError:
