@@ -214,9 +214,9 @@ class TaskFile(TaskModule):
         function = getattr(module, self.function, None)
         if callable(function):
             return function
-        defined = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
-        names = [value.__name__ for value in defined if inspect.isfunction(value) and value.__name__[0].isalpha()]
-        own = " or ".join(f"{self.path.name}:{name}" for name in names)
+        functions = [value for value in vars(module).values() if inspect.isfunction(value)]
+        names = [each.__name__ for each in functions if each.__module__ == module.__name__]
+        own = " or ".join(f"{self.path.name}:{name}" for name in names if name[0].isalpha())
         remedy = f"use {own}" if own else "write def task(seed, lr=0.1), as docs/compare.md says"
         problem = f"has no function {self.function!r}" if self.function else "names no function"
         raise UsageError(f"{self.path.name} {problem}: {remedy}")
@@ -369,7 +369,6 @@ class _Parts:
         )
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Give the base optimizer: the task's, the one that its function makes, or SGD."""
         refuse, optimizer, parameters = self.file.refuse, self.task.optimizer, _trained(self.task.model)
         if optimizer is None:
             rate: Any = self.file.settings.get("lr")
@@ -390,7 +389,6 @@ class _Parts:
         return optimizer
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Give the scheduler of the optimizer, or None."""
         refuse, scheduler = self.file.refuse, self.task.scheduler
         if scheduler is None:
             return None
@@ -449,7 +447,6 @@ class _Parts:
                 )
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """Compute the loss of a batch, and refuse what cannot be minimised."""
         with self.file.running("loss(model, batch)"):
             value: Any = self.task.loss(model, batch)
         if not isinstance(value, torch.Tensor):
@@ -461,7 +458,6 @@ class _Parts:
         return value.reshape(())
 
     def evaluate(self, measure: str, model: nn.Module, stop: Callable[[], bool]) -> dict[str, float]:
-        """Call the metric, or validation alone."""
         if stop():
             raise StoppedError
         if measure == "validation":
@@ -491,7 +487,6 @@ class _Parts:
         return values
 
     def validation(self, model: nn.Module) -> float:
-        """Call validation."""
         if self.task.validation is None:
             raise self.file.refuse(
                 "has no validation, which --tune needs: return the metric on data that neither batches nor metric use"
