@@ -60,7 +60,7 @@ def train_batch(folder, index, generator):
     return folder.decoded(folder.drawn(index, generator))
 
 
-def tested(folder, size):
+def batches_to_test(folder, size):
     return map(folder.decoded, folder.test_jobs(size))
 
 
@@ -162,7 +162,7 @@ def test_a_training_batch_is_a_crop_of_image_minus_mean_perhaps_mirrored(opened,
 
 def test_the_test_images_are_the_middle_in_order(opened, root):
     mean, opened = slow_mean(root), opened()
-    batches = list(tested(opened, 3))
+    batches = list(batches_to_test(opened, 3))
     assert [labels.tolist() for _, labels in batches] == [[0, 1, 2], [2]]
     found = torch.cat([images for images, _ in batches])
     assert found.dtype == torch.float32
@@ -185,7 +185,7 @@ def test_batches_do_not_depend_on_threads_or_memory(opened, options):
     def make(reader):
         generator = torch.Generator().manual_seed(3)
         batches = [train_batch(reader, index, generator)[0] for _ in range(3)]
-        return torch.cat([*batches, *(images for images, _ in tested(reader, 2))])
+        return torch.cat([*batches, *(images for images, _ in batches_to_test(reader, 2))])
 
     assert torch.equal(make(opened(**options)), make(opened()))
 
@@ -206,13 +206,13 @@ SIZE = 3 * 16 * 16
 def test_images_stay_in_memory_if_they_fit(opened, root, memory, train_kept, test_kept):
     opened = opened(memory_bytes=memory)
     _ = opened.mean
-    list(tested(opened, 3))
+    list(batches_to_test(opened, 3))
     (root / "train" / ORDER[0]).unlink()
     (root / "val" / TEST_ORDER[0]).unlink()
     generator = torch.Generator()
     for kept, make in (
         (train_kept, lambda: train_batch(opened, torch.tensor([0]), generator)),
-        (test_kept, lambda: list(tested(opened, 3))),
+        (test_kept, lambda: list(batches_to_test(opened, 3))),
     ):
         if kept:
             make()
@@ -406,7 +406,7 @@ def test_real_photographs_are_read_as_torch_resizes_them(slice_of_imagenet, cach
     images, labels = train_batch(opened, torch.arange(0, 400, 80), torch.Generator().manual_seed(0))
     assert images.shape == (5, 3, 227, 227)
     assert labels.tolist() == [0, 2, 4, 6, 8]
-    first, _ = next(tested(opened, 1))
+    first, _ = next(batches_to_test(opened, 1))
     path = min((slice_of_imagenet / "val" / opened.class_names[0]).iterdir())
     with Image.open(path) as image:
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].double()

@@ -149,12 +149,7 @@ def examine(
     diagnosis = text.getvalue().splitlines()
     more = [line.removeprefix("problem ").strip() for line in diagnosis if line.startswith("problem ")]
     kept = "\n".join(line for line in diagnosis if not line.startswith(("problem ", "problems ", "next "))).rstrip()
-    described = [
-        *_described(task_file, tried),
-        *_times(tried, an_update, jobs),
-        "",
-        *"\n".join(kept).rstrip().split("\n"),
-    ]
+    described = [*_described(task_file, tried), *_times(tried, an_update, jobs), "", *kept.splitlines()]
     trained = None
     if math.isfinite(an_update):
         trained = train(task_file, steps=steps, seconds=seconds, advance=advance)
