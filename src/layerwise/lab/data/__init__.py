@@ -95,10 +95,11 @@ def present(name: str, data_dir: Path | None) -> bool:
         return mnist.complete(data_dir, name)
     if name == FOLDER:
         return folder.find(data_dir) is not None
-    place = cifar.find(name, data_dir)
-    if place is None or place.is_file():
-        return place is not None
-    return any(all((place / file).is_file() for file in form.files) for form in cifar.FORMS[name])
+    found = cifar.find(name, data_dir)
+    if found is None:
+        return False
+    form, place = found
+    return place.is_file() or all((place / file).is_file() for file in form.files)
 
 
 def open_folder(data_dir: Path | None, **options: Any) -> ImageFolder:

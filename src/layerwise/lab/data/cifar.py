@@ -118,8 +118,11 @@ form. Computed from the python version, whose files had the MD5s of torchvision/
 TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
 
-def _search(name: str, folder: Path) -> tuple[Form, Path] | None:
-    """Look for a form of a data set: the archive, or the folder with at least one of the files that have checksums."""
+def find(name: str, folder: Path) -> tuple[Form, Path] | None:
+    """Give the form of a data set and where it is: the archive, or the folder with at least one of the files.
+
+    A subfolder comes before the folder, the python version before the binary one, what is unpacked before the archive.
+    """
     for place in (folder / name, folder):
         for form in FORMS[name]:
             for candidate in (place / form.folder, place) if name in CONTENTS or form.file_md5s else ():
@@ -128,15 +131,6 @@ def _search(name: str, folder: Path) -> tuple[Form, Path] | None:
             if (place / form.archive).is_file():
                 return form, place / form.archive
     return None
-
-
-def find(name: str, folder: Path) -> Path | None:
-    """Give the folder with at least one of the published files, or the archive, or None.
-
-    What is unpacked comes before the archive, the python version before the binary one, a subfolder before the folder.
-    """
-    found = _search(name, folder)
-    return found[1] if found else None
 
 
 def _check_file(form: Form, name: str, source: str, content: bytes) -> None:
@@ -213,7 +207,7 @@ def _decode(form: Form, content: bytes) -> tuple[np.ndarray, Any]:
 @lru_cache(maxsize=1)
 def load(name: str, folder: Path) -> Dataset:
     """Read CIFAR-10, or CIFAR-100 with its fine classes, from a folder as ``find`` takes it."""
-    found = _search(name, folder)
+    found = find(name, folder)
     if found is None:
         first, second = FORMS[name]
         raise UsageError(

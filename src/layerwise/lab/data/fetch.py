@@ -36,23 +36,17 @@ _CIFAR_SERVERS = (
 )
 
 
-def _idx_files(name: str) -> tuple[RemoteFile, ...]:
-    """List the files of MNIST or Fashion-MNIST."""
-    return tuple(
-        RemoteFile(file, published.size, published.md5, tuple(server + file for server in _IDX_SERVERS[name]))
-        for file, published in mnist.FILES[name].items()
+FILES: dict[str, tuple[RemoteFile, ...]] = {}
+"""Data set -> the files that are fetched: four of each MNIST, the archive of the python version of each CIFAR."""
+
+for _name, _servers in _IDX_SERVERS.items():
+    FILES[_name] = tuple(
+        RemoteFile(file, published.size, published.md5, tuple(server + file for server in _servers))
+        for file, published in mnist.FILES[_name].items()
     )
-
-
-def _cifar_files(name: str) -> tuple[RemoteFile, ...]:
-    """List the one file of CIFAR-10 or CIFAR-100, the archive of the python version."""
-    form = cifar.FORMS[name][0]
-    urls = tuple(server.format(archive=form.archive, name=name) for server in _CIFAR_SERVERS)
-    return (RemoteFile(form.archive, _CIFAR_SIZES[name], form.md5, urls),)
-
-
-FILES = {name: _idx_files(name) for name in mnist.FILES} | {name: _cifar_files(name) for name in cifar.FORMS}
-"""Data set -> the files that are fetched."""
+for _name, (_form, _) in cifar.FORMS.items():
+    _urls = tuple(server.format(archive=_form.archive, name=_name) for server in _CIFAR_SERVERS)
+    FILES[_name] = (RemoteFile(_form.archive, _CIFAR_SIZES[_name], _form.md5, _urls),)
 
 
 def _obstacle(name: str, place: Path) -> Path | None:
@@ -71,11 +65,12 @@ def _readable(name: str, folder: Path) -> Path | None:
         place = mnist.find(folder, name)
         if place is not None:
             mnist.load.__wrapped__(folder, name)
-    else:
-        place = cifar.find(name, folder)
-        if place is not None:
-            cifar.load.__wrapped__(name, folder)
-    return place
+        return place
+    found = cifar.find(name, folder)
+    if found is None:
+        return None
+    cifar.load.__wrapped__(name, folder)
+    return found[1]
 
 
 def fetch(name: str, folder: Path, *, progress: Progress | None = None) -> Path:

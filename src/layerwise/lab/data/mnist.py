@@ -1,8 +1,8 @@
 """MNIST and Fashion-MNIST from their publishers' four files, in ``<folder>`` or in its subfolder.
 
-The format is idx: a big-endian header (magic number, sizes), then the bytes. The files of both data sets have the same
-names, sizes and headers, so only their checksums tell them apart. Files that were compressed anew, as in Debian's
-``dataset-fashion-mnist``, or not at all, are read too: what counts is the checksum of what is in them.
+The files of both data sets have the same names, sizes and headers, so only their checksums tell them apart. Files that
+were compressed anew, as in Debian's ``dataset-fashion-mnist``, or not at all, are read too: what counts is the
+checksum of what is in them.
 """
 
 from __future__ import annotations
@@ -154,17 +154,11 @@ def _payload(place: Path, file: str, name: str) -> bytes:
     return content
 
 
-def _images(place: Path, file: str, name: str) -> torch.Tensor:
-    """Read an image file (header of 16 bytes: magic number, count, rows, columns)."""
+def _array(place: Path, file: str, name: str) -> torch.Tensor:
+    """Read an idx file: a magic number whose last byte counts the dimensions, their sizes, big-endian, the bytes."""
     data = _payload(place, file, name)
-    _, count, rows, columns = np.frombuffer(data, dtype=">i4", count=4).tolist()
-    values = np.frombuffer(data, dtype=np.uint8, offset=16).reshape(count, 1, rows, columns)
-    return torch.from_numpy(values.copy())
-
-
-def _labels(place: Path, file: str, name: str) -> torch.Tensor:
-    """Read a label file (header of 8 bytes: magic number, count)."""
-    return torch.from_numpy(np.frombuffer(_payload(place, file, name), dtype=np.uint8, offset=8).astype(np.int64))
+    sizes = np.frombuffer(data, dtype=">i4", count=data[3], offset=4).tolist()
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3]).reshape(sizes).copy())
 
 
 @lru_cache(maxsize=1)
@@ -176,11 +170,12 @@ def load(folder: Path, name: str = "mnist") -> Dataset:
             f"data-dir={str(folder)!r} holds no {TITLES[name]} file: expected {', '.join(CONTENT_SIZES)}, there or in "
             f"{FOLDERS[name][0]}/; fetch them with  layerwise data {name}"
         )
+    train_images, train_labels, test_images, test_labels = (_array(place, file, name) for file in CONTENT_SIZES)
     return Dataset(
         name=name,
         title=f"{TITLES[name]}: 60,000 {_THINGS[name]} to train, 10,000 to test",
-        train_images=_images(place, "train-images-idx3-ubyte.gz", name),
-        train_labels=_labels(place, "train-labels-idx1-ubyte.gz", name),
-        test_images=_images(place, "t10k-images-idx3-ubyte.gz", name),
-        test_labels=_labels(place, "t10k-labels-idx1-ubyte.gz", name),
+        train_images=train_images.unsqueeze(1),
+        train_labels=train_labels.long(),
+        test_images=test_images.unsqueeze(1),
+        test_labels=test_labels.long(),
     )
