@@ -428,7 +428,7 @@ def test_a_setting_that_diverges_is_the_worst_and_of_equal_ones_the_first_is_tak
 def test_only_a_value_beyond_which_there_could_be_better_ones_is_at_the_edge(tuned):
     _, whole = tuned
     grid = {"decay": (0, 0.1, 0.2), "lr": (0.1, 0.2), "kind": ("a", "b"), "one": (3,)}
-    case = tuning.Tuning(whole.outcome, grid, (), False)
+    case = tuning.Tuning(whole.outcome, grid)
     assert case._at_edge({"decay": 0, "lr": 0.1, "kind": "a", "one": 3}) == ["lr"]
     assert case._at_edge({"decay": 0.2, "lr": 0.2, "kind": "b", "one": 3}) == ["decay", "lr"]
     assert case._at_edge({"decay": 0.1, "lr": 0.1, "kind": "b", "one": 3}) == ["lr"]

@@ -14,9 +14,7 @@ from layerwise.lab.errors import UsageError, nearest
 if TYPE_CHECKING:
     from layerwise.lab.data.folder import ImageFolder
 
-FOLDER = "imagenet"
-"""Name of what is not held in memory: ImageNet, or any image folder in its layout."""
-
+FOLDER = "imagenet"  # name of what is not held in memory: ImageNet, or any image folder in its layout
 IMAGENET_COUNTS = (1_000, 1_281_167, 50_000)
 """Classes, training and validation images of ImageNet itself (ILSVRC 2012), which the papers trained on."""
 

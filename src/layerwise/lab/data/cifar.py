@@ -24,9 +24,7 @@ from layerwise.lab.data import Dataset
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.store import read_bytes
 
-LARGEST = 1 << 28
-"""Bytes of a file."""
-
+LARGEST = 1 << 28  # bytes of a file
 CHANNELS = 3
 SIDE = 32
 PIXELS = CHANNELS * SIDE * SIDE

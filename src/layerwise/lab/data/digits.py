@@ -24,9 +24,7 @@ FILE = Path(__file__).with_name("digits5k.gz")
 """A row a digit, its class behind its pixels, a byte each, compressed. ``tests/digits_file.py`` writes it;
 ``digits5k.txt`` says whose the digits are."""
 
-CONTENT = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"
-"""SHA-256 of what is in ``FILE``."""
-
+CONTENT = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"  # SHA-256 of what is in ``FILE``
 ORDER_SEED = 2015
 """Seed of the file order, drawn by ``numpy.random.RandomState``, whose stream NumPy promises to keep."""
 

@@ -16,9 +16,7 @@ from typing import Any
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.plain_files import kind_of
 
-TIMEOUT = 30.0
-"""Seconds that a server may stay silent."""
-
+TIMEOUT = 30.0  # seconds that a server may stay silent
 BLOCK = 1 << 18
 
 Progress = Callable[[str, int, int], object]

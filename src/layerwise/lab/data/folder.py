@@ -22,17 +22,10 @@ from layerwise.lab.data.photographs import Part, scan
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.store import read_bytes, write_whole
 
-TRAIN, VALIDATION = "train", "val"
-"""Names of ImageNet's folders."""
-
-CHUNK = 256
-"""Images of the mean that are handed to threads at a time."""
-
-DIGEST_LENGTH = 32
-"""Bytes of the checksum at the end of a mean image's file."""
-
-LARGEST_HEADER = 1000
-"""Bytes of such a file beside the image."""
+TRAIN, VALIDATION = "train", "val"  # names of ImageNet's folders
+CHUNK = 256  # images of the mean that are handed to threads at a time
+DIGEST_LENGTH = 32  # bytes of the checksum at the end of a mean image's file
+LARGEST_HEADER = 1000  # bytes of such a file beside the image
 
 
 class Job(NamedTuple):

@@ -21,14 +21,9 @@ from PIL import Image
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.store import read_bytes
 
-SUFFIXES = (".jpeg", ".jpg", ".png")
-"""Of the files that count as images, in upper or lower case."""
-
-LARGEST_FILE = 1 << 30
-"""Bytes of a photograph."""
-
-FORMATS = ("JPEG", "PNG")
-"""What an image may be, whatever its name says."""
+SUFFIXES = (".jpeg", ".jpg", ".png")  # of the files that count as images, in upper or lower case
+LARGEST_FILE = 1 << 30  # bytes of a photograph
+FORMATS = ("JPEG", "PNG")  # what an image may be, whatever its name says
 
 
 def scan(folder: Path) -> dict[str, list[str]]:

@@ -12,9 +12,7 @@ from layerwise.lab.errors import UsageError
 from layerwise.lab.models import check_sizes
 from layerwise.lab.models.caffe_layers import CaffeNetwork, LayerValues, max_pool, normalise_across_channels
 
-SIDE = 227
-"""Pixels of a side of the input, crop_size in Caffe bvlc_alexnet/train_val.prototxt."""
-
+SIDE = 227  # pixels of a side of the input, crop_size in Caffe bvlc_alexnet/train_val.prototxt
 _STDS_AND_BIASES = {
     "conv1": (0.01, 0.0),
     "conv2": (0.01, 0.1),

@@ -30,40 +30,23 @@ from layerwise.layers import clean_name
 from layerwise.rules import LayerAdaptive
 from layerwise.sinks import Memory, Record
 
-STEPS = 100
-"""Updates of the short training: after as many, faults of initialisation, rate and graph have shown."""
-
-SECONDS = 30.0
-"""After which it ends earlier."""
-
-MOST_STEPS = 100_000
-"""A record of every update is kept in memory."""
-
-UPDATES = 8
-"""Of the dry run: the first ones take longer than the rest."""
-
-UPDATE_SECONDS = 5.0
-"""After which the dry run ends with its second update or later."""
-
+STEPS = 100  # updates of the short training: after as many, faults of initialisation, rate and graph have shown
+SECONDS = 30.0  # after which it ends earlier
+MOST_STEPS = 100_000  # a record of every update is kept in memory
+UPDATES = 8  # of the dry run: the first ones take longer than the rest
+UPDATE_SECONDS = 5.0  # after which the dry run ends with its second update or later
 SEEDS = 5
 
 Advance = Callable[[int, int], object]
 """Called with the updates that are done and with how many there will be."""
 
-TRIED = "a few updates with the layer-adaptive rule: "
-"""How a problem begins that came up in them."""
-
-NOT_FINITE = "the loss is not finite"
-"""How the problem begins of which the training reports more, if it has it too."""
-
+TRIED = "a few updates with the layer-adaptive rule: "  # how a problem begins that came up in them
+NOT_FINITE = "the loss is not finite"  # how the problem begins of which the training reports more, if it has it too
 NO_FORK = "where Python does not fork (macOS, Windows, any system from Python 3.14 on) the loader fails: "
 """How the note begins of a loader that works only with forked workers."""
 
-BESIDE_SECONDS = 10.0
-"""To start the command, to start a worker, and to write the report: 3, 3 and 4 s of a free core."""
-
-RUN_SECONDS = 0.15
-"""Of a run beside its updates and tests: the task is built, and its files are written."""
+BESIDE_SECONDS = 10.0  # to start the command, to start a worker, and to write the report: 3, 3 and 4 s of a free core
+RUN_SECONDS = 0.15  # of a run beside its updates and tests: the task is built, and its files are written
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,7 @@ VANISHING = 1e-4
 within the two decades of the usual range; at twice as many a layer stands still where another moves as far as it may.
 That gradients shrink so from layer to layer is described by Glorot and Bengio 2010."""
 
-MOST_NAMED = 5
-"""Layers that a sentence names."""
+MOST_NAMED = 5  # layers that a sentence names
 
 
 @dataclass(frozen=True)

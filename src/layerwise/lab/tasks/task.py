@@ -45,17 +45,11 @@ REQUIRED = ("model", "batches", "loss", "metric")
 DEFAULT_EPOCHS = 5
 DEFAULT_RATE, DEFAULT_MOMENTUM = 0.1, 0.9
 
-TESTS = 10
-"""Calls of the metric in a run that is counted in iterations, where the task does not say how often."""
-
-RECORDS = 40
-"""Records of the layers' norms that a run has about, if that is fewer than one in 50 updates."""
-
+TESTS = 10  # calls of the metric in a run that is counted in iterations, where the task does not say how often
+RECORDS = 40  # records of the layers' norms that a run has about, if that is fewer than one in 50 updates
 LARGEST_INTERVAL = 50
 
-RESERVED = ("training_loss", "seconds", "validation", "factor", "rate")
-"""Quantities that the lab records itself."""
-
+RESERVED = ("training_loss", "seconds", "validation", "factor", "rate")  # quantities that the lab records itself
 DIRECTIONS = {"accuracy": True, "error": False, "loss": False, "perplexity": False}
 """Word in the name of a metric -> whether higher is better."""
 

@@ -37,9 +37,7 @@ __path__: list[str] = []  # makes this module a package, whose modules `_Copy` f
 _PLACES = "LAYERWISE_TASK_"
 """Prefix of the environment variables that hold the places of a copy and of its original, for other processes."""
 
-_START_METHOD = multiprocessing.get_start_method(allow_none=True)
-"""Of processes, before any task has set another."""
-
+_START_METHOD = multiprocessing.get_start_method(allow_none=True)  # of processes, before any task has set another
 _QUOTED = "Original Traceback (most recent call last):"
 """Line before the traceback of a loader's worker in the message of its error."""
 

@@ -33,8 +33,6 @@ class Tuning:
 
     outcome: Outcome
     grid: Grid
-    settings: tuple[Setting, ...]
-    higher_is_better: bool
 
     @property
     def plan(self) -> Plan:
@@ -50,28 +48,27 @@ class Tuning:
         values = [record.summary["finals"].get("validation") for record in records.values()]
         known = [value for value in values if value is not None]
         if len(known) < len(self.plan.seeds) or any(record.diverged for record in records.values()):
-            return -math.inf if self.higher_is_better else math.inf
+            return -math.inf if self.plan.quantity.higher_is_better else math.inf
         return math.fsum(known) / len(known)
 
     @property
     def chosen(self) -> dict[str, Setting]:
         """Give the best setting of each arm; of equal ones the first."""
-        best = {}
+        best = max if self.plan.quantity.higher_is_better else min
+        chosen = {}
         for arm in self.plan.arms:
             scores = self.scores(arm.name)
-            place = scores.index((max if self.higher_is_better else min)(scores))
-            best[arm.name] = self.settings[place]
-        return best
+            chosen[arm.name] = dict(self.plan.subjects[scores.index(best(scores))].constants)
+        return chosen
 
     @property
     def notes(self) -> list[str]:
         """Say what was tried, on what, and what was chosen."""
         grid = "; ".join(f"{name} of {', '.join(map(value_words, values))}" for name, values in self.grid.items())
-        seeds = self.plan.seeds
-        budget = len(self.settings) * len(seeds)
+        seeds, count = self.plan.seeds, len(self.plan.subjects)
         return [
-            f"Tuned: {grid}. Every arm, the plain one and the controls too, had the same {len(self.settings)} settings "
-            f"on the same {len(seeds)} seeds ({', '.join(map(str, seeds))}), {budget} runs an arm, judged by the mean "
+            f"Tuned: {grid}. Every arm, the plain one and the controls too, had the same {count} settings on the same "
+            f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {count * len(seeds)} runs an arm, judged by the mean "
             "of validation alone; no seed of the tuning is among those of the comparison.",
             *self.choices,
         ]
@@ -145,4 +142,4 @@ def tune(
         notes=("Runs of a tuning: they choose values, and nothing is concluded from them.",),
     )
     grid = {name: tuple(dict.fromkeys(values)) for name, values in grid.items()}
-    return Tuning(carry_out(plan, settings, display), grid, combinations, tried.higher_is_better)
+    return Tuning(carry_out(plan, settings, display), grid)
