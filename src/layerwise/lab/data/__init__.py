@@ -41,11 +41,7 @@ def training_batch(dataset: Dataset, iteration: int, size: int = 64) -> tuple[to
 
     The order is part of the protocol: with shuffled data the errors of Singh et al. 2015, Table I, are missed.
     """
-    count = len(dataset.train_labels)
-    start = iteration * size % count
-    if start + size <= count:
-        return dataset.train_images[start : start + size], dataset.train_labels[start : start + size]
-    index = torch.arange(start, start + size) % count
+    index = torch.arange(iteration * size, (iteration + 1) * size) % len(dataset.train_labels)
     return dataset.train_images[index], dataset.train_labels[index]
 
 
