@@ -11,18 +11,12 @@ from torch.nn import functional
 
 from layerwise.lab.errors import UsageError
 
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-"""Mean of the red, green and blue of CIFAR-10 on [0, 1]. Not in the paper; kuangliu/pytorch-cifar."""
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+"""Mean and divisor of red, green and blue of CIFAR-10 on [0, 1]. Not in the paper; kuangliu/pytorch-cifar. The standard
+deviation over all pixels is larger, (0.2470, 0.2435, 0.2616); this is what the recipe divides by."""
 
-CIFAR10_STD = (0.2023, 0.1994, 0.2010)
-"""Divisor of the channels of CIFAR-10. Not in the paper; kuangliu/pytorch-cifar. The standard deviation over all pixels
-is larger, (0.2470, 0.2435, 0.2616); this is what the recipe divides by."""
-
-CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
-"""Mean of the red, green and blue of CIFAR-100 on [0, 1]. Not in the paper; the data's own statistics."""
-
-CIFAR100_STD = (0.2673, 0.2564, 0.2762)
-"""Standard deviation of the channels of CIFAR-100 on [0, 1]. Not in the paper; the data's own statistics."""
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+"""Mean and standard deviation of CIFAR-100 on [0, 1]. Not in the paper; the data's own statistics."""
 
 PADDING = 4
 """Black pixels added on every side before the crop. Not in the paper; kuangliu/pytorch-cifar."""

@@ -25,8 +25,7 @@ from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.store import read_bytes
 
 LARGEST = 1 << 28  # bytes of a file
-CHANNELS = 3
-SIDE = 32
+CHANNELS, SIDE = 3, 32
 PIXELS = CHANNELS * SIDE * SIDE
 
 

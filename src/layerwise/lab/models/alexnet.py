@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,16 +14,7 @@ from layerwise.lab.models import check_sizes
 from layerwise.lab.models.caffe_layers import CaffeNetwork, LayerValues, max_pool, normalise_across_channels
 
 SIDE = 227  # pixels of a side of the input, crop_size in Caffe bvlc_alexnet/train_val.prototxt
-_STDS_AND_BIASES = {
-    "conv1": (0.01, 0.0),
-    "conv2": (0.01, 0.1),
-    "conv3": (0.01, 0.0),
-    "conv4": (0.01, 0.1),
-    "conv5": (0.01, 0.1),
-    "fc6": (0.005, 0.1),
-    "fc7": (0.005, 0.1),
-    "fc8": (0.01, 0.0),
-}
+_values = partial(LayerValues, lr_mult=(1.0, 2.0), decay_mult=(1.0, 0.0))
 
 
 class AlexNet(CaffeNetwork):
@@ -36,8 +28,14 @@ class AlexNet(CaffeNetwork):
     """
 
     values: ClassVar = {
-        name: LayerValues(std, bias, lr_mult=(1.0, 2.0), decay_mult=(1.0, 0.0))
-        for name, (std, bias) in _STDS_AND_BIASES.items()
+        "conv1": _values(0.01, 0.0),
+        "conv2": _values(0.01, 0.1),
+        "conv3": _values(0.01, 0.0),
+        "conv4": _values(0.01, 0.1),
+        "conv5": _values(0.01, 0.1),
+        "fc6": _values(0.005, 0.1),
+        "fc7": _values(0.005, 0.1),
+        "fc8": _values(0.01, 0.0),
     }
 
     def __init__(self, seed: int, *, classes: int = 1000, width: float = 1.0) -> None:

@@ -28,23 +28,18 @@ class VGG19(nn.Module):
     def __init__(self, seed: int, classes: int = 10, width: int = 64, *, channels: int = 3) -> None:
         check_sizes(classes=classes, width=width, channels=channels)
         super().__init__()
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
         with seeded(seed):
-            self.features = _features(width, channels)
-            self.fc = nn.Linear(STAGES[-1][0] * width, classes)
+            for stage, (multiple, depth) in enumerate(STAGES, start=1):
+                for position in range(1, depth + 1):
+                    layers[f"conv{stage}_{position}"] = nn.Conv2d(channels, multiple * width, 3, padding=1)
+                    layers[f"bn{stage}_{position}"] = nn.BatchNorm2d(multiple * width)
+                    layers[f"relu{stage}_{position}"] = nn.ReLU()
+                    channels = multiple * width
+                layers[f"pool{stage}"] = nn.MaxPool2d(2, 2)
+            self.features = nn.Sequential(layers)
+            self.fc = nn.Linear(channels, classes)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Score float32 of shape (n, channels, 32, 32)."""
+        """Score float32 of shape (n, channels, 32, 32), of which the stages make one pixel."""
         return self.fc(self.features(pixels).flatten(1))
-
-
-def _features(width: int, channels: int) -> nn.Sequential:
-    """Chain the five stages; 32 x 32 pixels become one."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for stage, (multiple, depth) in enumerate(STAGES, start=1):
-        for position in range(1, depth + 1):
-            layers[f"conv{stage}_{position}"] = nn.Conv2d(channels, multiple * width, 3, padding=1)
-            layers[f"bn{stage}_{position}"] = nn.BatchNorm2d(multiple * width)
-            layers[f"relu{stage}_{position}"] = nn.ReLU()
-            channels = multiple * width
-        layers[f"pool{stage}"] = nn.MaxPool2d(2, 2)
-    return nn.Sequential(layers)

@@ -37,9 +37,6 @@ UPDATES = 8  # of the dry run: the first ones take longer than the rest
 UPDATE_SECONDS = 5.0  # after which the dry run ends with its second update or later
 SEEDS = 5
 
-Advance = Callable[[int, int], object]
-"""Called with the updates that are done and with how many there will be."""
-
 TRIED = "a few updates with the layer-adaptive rule: "  # how a problem begins that came up in them
 NOT_FINITE = "the loss is not finite"  # how the problem begins of which the training reports more, if it has it too
 NO_FORK = "where Python does not fork (macOS, Windows, any system from Python 3.14 on) the loader fails: "
@@ -47,6 +44,7 @@ NO_FORK = "where Python does not fork (macOS, Windows, any system from Python 3.
 
 BESIDE_SECONDS = 10.0  # to start the command, to start a worker, and to write the report: 3, 3 and 4 s of a free core
 RUN_SECONDS = 0.15  # of a run beside its updates and tests: the task is built, and its files are written
+Advance = Callable[[int, int], object]  # called with the updates that are done and with how many there will be
 
 
 @dataclass(frozen=True)
