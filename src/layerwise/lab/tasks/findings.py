@@ -83,7 +83,7 @@ def numbers_of(records: Sequence[Record]) -> list[LayerNumbers]:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was found, of one layer or of several, or what is said of each such thing."""
+    """A finding about one layer or several; without layers, the template of a kind of finding."""
 
     kind: str
     serious: bool = True  # a problem, not a note
@@ -201,32 +201,32 @@ def find(
     relative, ratio = attrgetter("relative_gradient"), attrgetter("ratio")
     found = [
         *_non_finite(records, diverged_at),
-        *_of(EXPLODES, exploding, relative, serious=too_far, largest_first=True),
-        *_of(DIES, dead, attrgetter("dead_from")),
-        *_of(VANISHES, vanishing, lambda layer: layer.relative_gradient / largest),
-        *_of(STAYS, unmoved, attrgetter("lr")),
-        *_of(TOO_FAST, fast, ratio, serious=any(ratio(one) > FAR * HIGH_RATIO for one in fast), largest_first=True),
-        *_of(TOO_SLOW, slow, ratio, serious=any(ratio(one) < LOW_RATIO / FAR for one in slow)),
+        *_filled(EXPLODES, exploding, relative, serious=too_far, largest_first=True),
+        *_filled(DIES, dead, attrgetter("dead_from")),
+        *_filled(VANISHES, vanishing, lambda layer: layer.relative_gradient / largest),
+        *_filled(STAYS, unmoved, attrgetter("lr")),
+        *_filled(TOO_FAST, fast, ratio, serious=any(ratio(one) > FAR * HIGH_RATIO for one in fast), largest_first=True),
+        *_filled(TOO_SLOW, slow, ratio, serious=any(ratio(one) < LOW_RATIO / FAR for one in slow)),
         *([replace(FROZEN, layers=tuple(frozen))] if frozen else []),
     ]
     return sorted(found, key=lambda finding: not finding.serious)
 
 
-def _of(
-    said: Finding,
+def _filled(
+    template: Finding,
     layers: Sequence[LayerNumbers],
     value: Callable[[LayerNumbers], float],
     *,
     serious: bool = True,
     largest_first: bool = False,
 ) -> list[Finding]:
-    """Say it of these layers, if there are any."""
+    """Fill in a template, if there are layers of its kind."""
     if not layers:
         return []
     backwards = layers[::-1]  # of equal ones, as the dead, the one next to the loss comes first
     ordered = sorted(backwards, key=value, reverse=largest_first)
     names, values = tuple(layer.name for layer in ordered), tuple(map(value, ordered))
-    return [replace(said, serious=serious, layers=names, values=values)]
+    return [replace(template, serious=serious, layers=names, values=values)]
 
 
 def _non_finite(records: Sequence[Record], diverged_at: int | None) -> list[Finding]:
