@@ -28,9 +28,9 @@ MAKERS: dict[str, Make] = {
 }
 RESNET_50: list[tuple[str, float | None, Any, dict[str, Any]]] = [
     ("SGD momentum", 1.25, LayerAdaptive(), {}),
-    ("SGD momentum, fused", 1.45, LayerAdaptive(), {}),
-    ("AdamW, fused", 1.30, LayerAdaptive(), {}),
-    ("AdamW", None, LayerAdaptive(), {}),
+    ("SGD momentum, fused", 1.35, LayerAdaptive(), {}),
+    ("AdamW, fused", 1.2, LayerAdaptive(), {}),
+    ("AdamW", 1.1, LayerAdaptive(), {}),
     ("SGD momentum, foreach", None, LayerAdaptive(), {}),
     ("SGD Nesterov", None, LayerAdaptive(), {}),
     ("SGD momentum", None, LayerAdaptive(), {"apply": "gradient"}),

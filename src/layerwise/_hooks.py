@@ -199,11 +199,8 @@ class Member(Protocol):
     def prepare(self, optimizer: Any) -> None:
         """Check what has changed; it may raise, before any member has changed."""
 
-    def measure(self, optimizer: Any, *, unseen: bool = False) -> bool:
-        """Compute this step's factors from the gradients; return whether they change anything.
-
-        `unseen` says that no other code sees the gradients before the update, so that this may be done during it.
-        """
+    def measure(self, optimizer: Any) -> bool:
+        """Compute this step's factors from the gradients; return whether they change anything."""
         ...
 
     @property
@@ -636,9 +633,9 @@ class OptimizerHooks:
         optimizer = self._optimizer()
         for member in members:
             member.prepare(optimizer)
-        unseen, acting = call.private and len(members) == 1, list[Member]()
+        acting: list[Member] = []
         for member in members:
-            if member.measure(optimizer, unseen=unseen):
+            if member.measure(optimizer):
                 acting.append(member)
         if look and call.looking:
             self._look(call, [member for member in members if member.enabled])

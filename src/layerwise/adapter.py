@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._arguments import StaysBehind, check_choice, chosen
-from ._fused import DealtStep, FactorsInChunks, can_be_dealt, make_chunks
+from ._fused import DealtStep, can_be_dealt
 from ._hooks import OptimizerHooks, makes_state_only
 from ._places.allowed import automatic_place, check_groups, check_place, no_effect, scales_writes
 from ._places.averaging import compare_gradients
@@ -123,11 +123,8 @@ class Resolution:
         check_alike(self.layers, rule.needs)
         self.statistics = statistics = LayerStatistics(self.layers, rule.needs)
         check_groups(optimizer, self.place, request.decay, statistics.layer_of)
-        # Plain numbers instead of tensors; and layers that can be measured just before they are updated.
         alone = statistics.device.type == "cpu" and statistics.sharing is None and set(rule.needs) <= AS_NUMBERS
-        elementwise = rule if is_elementwise(rule) and alone else None
-        self.in_numbers = elementwise if len(layers) <= MOST_NUMBERS else None
-        self.chunks = None if elementwise is None else make_chunks(self.layers, elementwise)
+        self.in_numbers = rule if is_elementwise(rule) and alone and len(layers) <= MOST_NUMBERS else None
         self.partition = Partition(statistics.layer_of)
         self.mask = None if all(self.included) else torch.tensor(self.included, device=statistics.device)
         group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
@@ -291,7 +288,6 @@ class AttachedRule:
 
     def last_factors(self) -> list[float]:
         """Return each layer's factor at the last step, 1 before the first; waits for the device."""
-        self._forget_failed()
         return [1.0] * len(self.found.layers) if self.factors is None else self.factors.last()
 
     def last_rates(self) -> list[float]:
@@ -332,8 +328,6 @@ class AttachedRule:
         """See what has changed since the last step, and raise before anything else does if a gradient is not finite."""
         if torch._C._current_graph_task_id() != -1:
             check_backward_is_over(optimizer)
-        if self._before_chunks is not None:
-            self._forget_failed()
         holder = self._holder()
         self._now = groups = self._groups if holder is None or self._known is not None else holder.param_groups
         if not self.found.holds(groups, self._request):
@@ -359,7 +353,7 @@ class AttachedRule:
             self._compares = False
             compare_gradients(optimizer, self._process_group)
 
-    def measure(self, optimizer: Any, *, unseen: bool = False) -> bool:
+    def measure(self, optimizer: Any) -> bool:
         """Compute this step's factors from the gradients as they arrived; return whether any of them may not be 1."""
         groups, self._now = self._now, []
         if self._idle:
@@ -368,12 +362,6 @@ class AttachedRule:
         if not self.enabled:
             self._stand_by(optimizer)
             return False
-        # A fused kernel that unscales writes into the gradients.
-        if unseen and found.chunks is not None and grad_scale is None and can_be_dealt(optimizer):
-            self._before_chunks = (self.factors, self.rates)
-            self.factors = FactorsInChunks(found.chunks, groups)
-            self.rates = rates_of(groups)
-            return True
         if found.in_numbers is not None:
             numbers = found.in_numbers.numbers(found.statistics.numbers(groups, grad_scale))
             self.factors = Factors(numbers, found.included, found.mask)
@@ -433,9 +421,6 @@ class AttachedRule:
     def finish(self) -> None:
         """Act after the step."""
         self._place.finish()
-        if self.factors is not None:
-            self.factors.complete()
-        self._before_chunks = None
 
     @property
     def _source(self) -> Any:
@@ -466,12 +451,6 @@ class AttachedRule:
         self._last_raw: tuple[Tensor, int] | None = None
         self.rates: list[Any] | None = None
         self.factors: Factors | None = None
-        self._before_chunks: tuple[Factors | None, list[Any] | None] | None = None
-
-    def _forget_failed(self) -> None:
-        """Go back to the factors of the last step, where those of a later one were to come during it and it failed."""
-        if self._before_chunks is not None:
-            (self.factors, self.rates), self._before_chunks = self._before_chunks, None
 
     def _new_place(self) -> Place:
         return make_place(self.place, self._request.decay, automatic=self._request.apply == "auto")

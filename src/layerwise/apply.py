@@ -311,7 +311,6 @@ class Factors:
 
     def read(self) -> list[float]:
         """Return the numbers; on an accelerator this waits for the device, once."""
-        self.complete()
         if self.numbers is None:
             self.numbers = self._read()
         return self.numbers
@@ -321,9 +320,6 @@ class Factors:
         kept, numbers = self.numbers, self.read()
         self.numbers = kept
         return numbers
-
-    def complete(self) -> None:
-        """Compute what has not been needed yet."""
 
     def _read(self) -> list[float]:
         raw: Any = self._raw

@@ -16,7 +16,7 @@ import layerwise
 from layerwise import _fused as fused
 from layerwise import adapter as attaching
 from layerwise import apply
-from layerwise.rules import Constant, LayerAdaptive
+from layerwise.rules import LARC, LARS, Constant, ElementwiseRule, LayerAdaptive
 
 CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "SGD": (optim.SGD, {"lr": 0.05}, "lr"),
@@ -152,8 +152,7 @@ def test_other_hooks_see_groups_with_plain_rates():
     assert rates_seen(optimizer) == [float] * 6
 
 
-def test_a_post_hook_that_was_there_before_sees_plain_rates_and_this_steps_factors(monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK", 1)
+def test_a_post_hook_that_was_there_before_sees_plain_rates_and_this_steps_factors():
     model = network()
     optimizer = optim.AdamW(model.parameters(), lr=0.05, fused=True)
     seen: list[Any] = []
@@ -297,3 +296,104 @@ def test_only_what_is_shared_alike_is_taken_in_shards():
             assert fused.shards_of(lists) is lists
     finally:
         distributed.destroy_process_group()
+
+
+# --- Steps with fused kernels ---------------------------------------------------------------------------------------
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 2))
+
+
+MAKERS: dict[str, Any] = {
+    "SGD": lambda p, **options: optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1, **options),
+    "AdamW": lambda p, **options: optim.AdamW(p, lr=0.05, **options),
+}
+
+
+def attached(optimizer: str, rule: Any, *, fused: bool = True) -> tuple[nn.Module, optim.Optimizer, Any]:
+    model = small()
+    made_optimizer = MAKERS[optimizer](model.parameters(), fused=fused)
+    return model, made_optimizer, layerwise.LayerwiseLR(made_optimizer, rule, model)
+
+
+class Own(ElementwiseRule):
+    """A rule of somebody's own, which raises when a gradient is large."""
+
+    def factor(self, gradient_norm):
+        if isinstance(gradient_norm, float) and gradient_norm > 1e3:
+            raise ValueError("too large")
+        return 1 + gradient_norm
+
+
+def test_a_rule_of_ones_own_may_raise_before_anything_has_changed():
+    model, optimizer, _ = attached("SGD", Own())
+    train(optimizer)
+    before = [x.clone() for x in everything(optimizer)]
+    model[3].weight.grad.fill_(1e6)
+    with pytest.raises(ValueError, match="too large"):
+        optimizer.step()
+    assert all(map(torch.equal, everything(optimizer), before))
+
+
+def test_a_monitor_sees_the_factors_of_the_step():
+    model, optimizer, adapter = attached("AdamW", LayerAdaptive())
+    sink = layerwise.sinks.Memory()
+    layerwise.Monitor(optimizer, model, every=1, sinks=[sink])
+    for _ in range(3):
+        train(optimizer, steps=1)
+        assert list(sink.records[-1].factor) == pytest.approx(list(adapter.get_last_factors().values()), rel=1e-12)
+
+
+def test_the_factors_of_a_step_stay_when_gradients_are_gone():
+    """A layer that no kernel is called for has factor 1."""
+    _, optimizer, adapter = attached("SGD", LayerAdaptive())
+    _, alike, reference = attached("SGD", LayerAdaptive(), fused=False)
+    for each in (optimizer, alike):
+        train(each, steps=2)
+        each.param_groups[0]["params"][4].grad = each.param_groups[0]["params"][5].grad = None
+        each.step()
+        for p in each.param_groups[0]["params"]:
+            p.grad = torch.full_like(p, 7.0)
+    assert adapter.get_last_factors() == pytest.approx(reference.get_last_factors(), rel=1e-6)
+    assert adapter.get_last_factors()["2"] == 1
+
+
+def test_lazy_modules_are_attached_to_before_they_have_a_size():
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyLinear(2))
+    optimizer = optim.SGD(model.parameters(), lr=0.1, fused=True)
+    adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    model(torch.ones(3, 5)).sum().backward()
+    optimizer.step()
+    assert all(factor > 1 for factor in adapter.get_last_factors().values())
+
+
+@pytest.mark.filterwarnings("ignore:the optimizer's parameters hold no values")
+def test_parameters_without_memory_are_attached_to():
+    with FakeTensorMode():
+        model = small()
+        optimizer = optim.SGD(model.parameters(), lr=0.1, fused=True)
+        adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model)
+    assert adapter.layers == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("rule", [LARC(), LARS()], ids=repr)
+def test_a_parameter_that_changes_its_group_takes_the_rate_and_the_decay_there(rule):
+    model = small()
+    first, *rest = (p for p in model.parameters() if p.ndim > 1)
+    optimizer = optim.SGD([{"params": [first, rest[0]]}, {"params": rest[1:], "lr": 1.0, "weight_decay": 0.5}], lr=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, rule, model)
+    train(optimizer, steps=1)
+    groups = optimizer.param_groups
+    groups[1]["params"].insert(0, groups[0]["params"].pop())
+    weight = rest[0].detach().double().norm().item()
+    generator = torch.Generator().manual_seed(1)
+    for p in (first, *rest):
+        p.grad = torch.randn(p.shape, generator=generator)
+    gradient = rest[0].grad.double().norm().item()
+    optimizer.step()
+    name = adapter.layers[1]
+    expected = rule.factor(gradient, weight, 0.5 * weight, *([1.0] if isinstance(rule, LARC) else []))
+    assert adapter.get_last_factors()[name] == pytest.approx(expected, rel=1e-6)
+    assert adapter.get_last_lr()[name] == pytest.approx(expected, rel=1e-6)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn, optim
 
 import layerwise
-from layerwise import _fused as fused
 from layerwise.layers import Layer
 from layerwise.rules import Constant, LayerAdaptive
 from layerwise.statistics import FiniteGradients
@@ -154,20 +153,17 @@ def seen(model: nn.Module, optimizer: optim.Optimizer, adapter: layerwise.Layerw
     )
 
 
-@pytest.mark.parametrize("kind", ["plain numbers", "tensors", "late"])
+@pytest.mark.parametrize("kind", ["plain numbers", "tensors", "fused"])
 def test_whatever_way_the_factors_come_to_be_the_step_is_refused_and_those_before_it_stay(
-    kind: str, monkeypatch: pytest.MonkeyPatch, assert_same_bits: Any
+    kind: str, assert_same_bits: Any
 ) -> None:
-    """Late factors are measured while a fused kernel is at work already, when an error would come too late."""
-    monkeypatch.setattr(fused, "CHUNK", 1)
     model = network()
-    optimizer = optim.AdamW(model.parameters(), lr=0.1, fused=kind == "late")
+    optimizer = optim.AdamW(model.parameters(), lr=0.1, fused=kind == "fused")
     rule = layerwise.rules.bounds(LayerAdaptive(), 0, 9) if kind == "tensors" else LayerAdaptive()
     adapter = layerwise.LayerwiseLR(optimizer, rule, model, on_nonfinite="raise")
     assert (adapter._attached.found.in_numbers is None) == (kind == "tensors")
     put_gradients(model, 0)
     optimizer.step()
-    assert isinstance(adapter._attached.factors, fused.FactorsInChunks) == (kind == "late")
     put_gradients(model, 1, broken="2.bias")
     before = seen(model, optimizer, adapter)
     with pytest.raises(FloatingPointError, match=re.escape("step 2: the gradient of layer '2' is not finite (2.bias)")):

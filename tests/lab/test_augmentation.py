@@ -142,27 +142,8 @@ def test_cifar_makes_391_batches_in_another_order_each_epoch():
 
 
 @pytest.mark.parametrize(
-    "images",
-    [torch.zeros(2, 3, 32, 32), torch.zeros(3, 32, 32, dtype=torch.uint8)],
-    ids=["not bytes", "not a batch"],
-)
-def test_what_is_no_batch_of_raw_images_is_named(images):
-    with pytest.raises(UsageError, match=r"images of torch\..*shape \(.*torch\.uint8.*\(n, channels"):
-        training_images(images, seeded(), CIFAR10_MEAN, CIFAR10_STD)
-
-
-@pytest.mark.parametrize(
     ("mean", "std"), [((0.5,), (0.5,)), (CIFAR10_MEAN, (0.2, 0.2)), (CIFAR10_MEAN, (0.2, 0.0, 0.2))]
 )
 def test_statistics_that_do_not_fit_the_channels_are_named(mean, std):
     with pytest.raises(UsageError, match=r"mean=\(.*std=\(.*give 3 of each"):
         normalised(random_images(1), mean, std)
-
-
-def test_numbers_out_of_range_are_named():
-    with pytest.raises(UsageError, match="padding=-1"):
-        cropped_and_mirrored(random_images(1), seeded(), padding=-1)
-    with pytest.raises(UsageError, match="count=0"):
-        shuffled_batches(0, 128, seeded())
-    with pytest.raises(UsageError, match="batch_size=0"):
-        shuffled_batches(10, 0, seeded())

@@ -207,7 +207,7 @@ def test_random_numbers_and_threads_stay_as_they_were(write):
 )
 def test_a_length_out_of_its_range_is_refused(write, how, words):
     with pytest.raises(UsageError, match=re.escape(words)):
-        doctor.train(tasks.load(write("healthy")), **how)
+        doctor.examine(tasks.load(write("healthy")), **how)
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

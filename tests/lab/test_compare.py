@@ -346,7 +346,7 @@ def tuned(tmp_path_factory):
     name, settings = f"{folder / 'bowl.py'}:task", Settings(out=folder / "runs", jobs=1)
     told = Told()
     with runs_in_process():
-        outcome = tuning.run(name, {"lr": GRID}, seeds=3, settings=settings, display=told)
+        outcome = compare.run(name, {"lr": GRID}, seeds=3, settings=settings, display=told)
     assert not outcome.failures, outcome.failures[0].details
     # All runs of the tuning are found again, so that this trains nothing.
     again = tuning.tune(tasks.load(name), {"lr": GRID}, settings=settings)
@@ -428,7 +428,7 @@ def test_a_setting_that_diverges_is_the_worst_and_of_equal_ones_the_first_is_tak
 def test_only_a_value_beyond_which_there_could_be_better_ones_is_at_the_edge(tuned):
     _, whole = tuned
     grid = {"decay": (0, 0.1, 0.2), "lr": (0.1, 0.2), "kind": ("a", "b"), "one": (3,)}
-    case = tuning.Tuning(whole.outcome, grid, (), False)
+    case = tuning.Tuning(whole.outcome, grid)
     assert case._at_edge({"decay": 0, "lr": 0.1, "kind": "a", "one": 3}) == ["lr"]
     assert case._at_edge({"decay": 0.2, "lr": 0.2, "kind": "b", "one": 3}) == ["decay", "lr"]
     assert case._at_edge({"decay": 0.1, "lr": 0.1, "kind": "b", "one": 3}) == ["lr"]
@@ -448,7 +448,7 @@ def test_only_a_value_beyond_which_there_could_be_better_ones_is_at_the_edge(tun
 )
 def test_grids_that_cannot_be_tuned_are_refused_before_anything_is_trained(bowl, tmp_path, grid, words):
     with pytest.raises(UsageError) as caught:
-        tuning.run(bowl, grid, settings=Settings(out=tmp_path / "runs"))
+        compare.run(bowl, grid, settings=Settings(out=tmp_path / "runs"))
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert not (tmp_path / "runs").exists()
 
@@ -457,7 +457,7 @@ def test_tuning_needs_a_validation(bowl, tmp_path):
     path = tmp_path / "bowl.py"
     path.write_text(QUADRATIC.replace('"validation": lambda model: float(model.height()),', ""), encoding="utf-8")
     with pytest.raises(UsageError, match="no validation, which --tune needs"):
-        tuning.run(bowl, {"lr": [0.1]}, settings=Settings(out=tmp_path / "runs"))
+        compare.run(bowl, {"lr": [0.1]}, settings=Settings(out=tmp_path / "runs"))
 
 
 # --- The doctor -------------------------------------------------------------------------------------------------------

@@ -191,15 +191,14 @@ def _more_seeds(arguments: Sequence[str], outcome: Outcome) -> str:
 
 def _compare(asked: options.Compare, arguments: Sequence[str]) -> int:
     from layerwise.lab.options import assignments
-    from layerwise.lab.tasks import compare, tuning
+    from layerwise.lab.tasks import compare
 
     tune = assignments(asked.tune, "tune")
     seeds = 5 if asked.seeds is None else asked.seeds
     arms = tuple(name for word in asked.arms for name in word.split(",") if name)
 
     def do(settings: Settings, display: Any) -> Outcome:
-        how = {"arms": arms, "seeds": seeds, "settings": settings, "display": display}
-        return tuning.run(asked.task, tune, **how) if tune else compare.run(asked.task, **how)
+        return compare.run(asked.task, tune, arms=arms, seeds=seeds, settings=settings, display=display)
 
     return _carry_out(asked, do, arguments, partial(_more_seeds, arguments))
 

@@ -1,9 +1,7 @@
 """Random crops, mirroring and normalisation of small images, a whole batch at a time.
 
-The training images of the CIFAR networks are padded, cropped at random, mirrored at random, scaled to [0, 1] and
-normalised by channel, in this order: the padding is black in the raw image, so it is ``-mean / std`` in the input.
-Basodi et al. 2023 do not give their preprocessing; this is that of kuangliu/pytorch-cifar, whose networks fit
-their running times (inferred).
+Basodi et al. 2023 do not give their preprocessing; this is that of kuangliu/pytorch-cifar, whose networks fit their
+running times (inferred). The padding is black in the raw image, so it is ``-mean / std`` in the input.
 """
 
 from __future__ import annotations
@@ -13,49 +11,19 @@ from torch.nn import functional
 
 from layerwise.lab.errors import UsageError
 
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-"""Mean of the red, green and blue of CIFAR-10 on [0, 1]. Not in the paper; kuangliu/pytorch-cifar."""
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+"""Mean and divisor of red, green and blue of CIFAR-10 on [0, 1]. Not in the paper; kuangliu/pytorch-cifar. The standard
+deviation over all pixels is larger, (0.2470, 0.2435, 0.2616); this is what the recipe divides by."""
 
-CIFAR10_STD = (0.2023, 0.1994, 0.2010)
-"""Divisor of the channels of CIFAR-10. Not in the paper; kuangliu/pytorch-cifar. The standard deviation over all pixels
-is larger, (0.2470, 0.2435, 0.2616); this is what the recipe divides by."""
-
-CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
-"""Mean of the red, green and blue of CIFAR-100 on [0, 1]. Not in the paper; the data's own statistics."""
-
-CIFAR100_STD = (0.2673, 0.2564, 0.2762)
-"""Standard deviation of the channels of CIFAR-100 on [0, 1]. Not in the paper; the data's own statistics."""
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+"""Mean and standard deviation of CIFAR-100 on [0, 1]. Not in the paper; the data's own statistics."""
 
 PADDING = 4
 """Black pixels added on every side before the crop. Not in the paper; kuangliu/pytorch-cifar."""
 
 
-def _expect_images(images: torch.Tensor) -> None:
-    """Refuse what is not a batch of raw images."""
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise UsageError(
-            f"images of {images.dtype} and shape {tuple(images.shape)}: give raw bytes (torch.uint8) of shape "
-            "(n, channels, height, width)"
-        )
-
-
 def normalised(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """Turn raw bytes into the input of a network.
-
-    x = (images / 255 - mean) / std, by channel.
-
-    Args:
-        images: uint8, shape (n, channels, height, width).
-        mean: of each channel on [0, 1].
-        std: divisor of each channel.
-
-    Returns:
-        float32 of the same shape.
-
-    Raises:
-        UsageError: not such images, or not one mean and one positive divisor for each channel.
-    """
-    _expect_images(images)
+    """Turn bytes, shape (n, channels, height, width), into float32: x = (images / 255 - mean) / std, by channel."""
     channels = images.shape[1]
     if not len(mean) == len(std) == channels or min(std) <= 0:
         raise UsageError(f"mean={mean!r}, std={std!r}: give {channels} of each, std above 0, one for each channel")
@@ -68,23 +36,9 @@ def normalised(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, 
 def cropped_and_mirrored(images: torch.Tensor, generator: torch.Generator, padding: int = PADDING) -> torch.Tensor:
     """Cut a window of the original size from each padded image, and mirror half of the images, at random.
 
-    Each of the (2 padding + 1)^2 places of the window is as likely as any other; an image is mirrored left to
-    right with probability 1/2, independently.
-
-    Args:
-        images: uint8, shape (n, channels, height, width).
-        generator: source of the random numbers, drawn on its own device, so that the images may be on another.
-        padding: black pixels added on every side.
-
-    Returns:
-        uint8 of the same shape.
-
-    Raises:
-        UsageError: not such images, or a negative padding.
+    Each of the (2 padding + 1)² places is as likely as any other. The generator may be on another device than the
+    images, which are uint8 of shape (n, channels, height, width).
     """
-    _expect_images(images)
-    if padding < 0:
-        raise UsageError(f"padding={padding!r}: use a whole number from 0")
     count, channels, height, width = images.shape
     drawn = {"generator": generator, "device": generator.device}
     corner = torch.randint(0, 2 * padding + 1, (2, count, 1), **drawn).to(images.device)
@@ -102,45 +56,10 @@ def cropped_and_mirrored(images: torch.Tensor, generator: torch.Generator, paddi
 def training_images(
     images: torch.Tensor, generator: torch.Generator, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> torch.Tensor:
-    """Make a batch to train on: random crops of the images padded by 4, mirrored at random, normalised.
-
-    x = (crop / 255 - mean) / std, by channel. A generator with the same seed gives the same batches, whatever
-    else draws random numbers.
-
-    Args:
-        images: uint8, shape (n, channels, height, width).
-        generator: source of the random numbers.
-        mean: of each channel on [0, 1].
-        std: divisor of each channel.
-
-    Returns:
-        float32 of the same shape.
-
-    Raises:
-        UsageError: not such images, or not one mean and one positive divisor for each channel.
-    """
+    """Make a training batch: random crops of the padded images, mirrored at random, normalised."""
     return normalised(cropped_and_mirrored(images, generator), mean, std)
 
 
 def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """Deal the images of an epoch into batches, in a new random order.
-
-    The last batch holds what is left over, as with kuangliu/pytorch-cifar: 50,000 images make 390 batches of 128
-    and one of 80.
-
-    Args:
-        count: images of the data set.
-        batch_size: images of a batch.
-        generator: source of the random numbers.
-
-    Returns:
-        One index tensor a batch, int64, shape (batch_size,), the last one perhaps shorter; each index from 0 to
-        count - 1 is in exactly one.
-
-    Raises:
-        UsageError: count or batch_size below 1.
-    """
-    for name, value in (("count", count), ("batch_size", batch_size)):
-        if value < 1:
-            raise UsageError(f"{name}={value!r}: use a whole number from 1")
+    """Deal the numbers from 0 to count - 1 into batches in random order; the last batch may be smaller."""
     return torch.randperm(count, generator=generator, device=generator.device).split(batch_size)

@@ -1,8 +1,7 @@
 """``digits5k``: 5,000 digits of MNIST in a file beside this module, so that nothing is downloaded.
 
-The file holds 500 digits of each class, sorted by class. Sequential batches of sorted classes would make training
-impossible, so they are permuted once with a fixed seed; the result plays the part of the "file order" of MNIST. The
-first 4,000 of that order are trained on, the last 1,000 are tested on; no digit is in both.
+The file holds 500 digits of each class, sorted by class. They are permuted once with a fixed seed; the result plays
+the part of MNIST's file order. The first 4,000 of it are trained on, the last 1,000 are tested on.
 """
 
 from __future__ import annotations
@@ -19,39 +18,25 @@ import torch
 from layerwise.lab.data import Dataset
 from layerwise.lab.errors import UsageError
 
-TRAIN_COUNT = 4000
-TEST_COUNT = 1000
+TRAIN_COUNT, TEST_COUNT = 4000, 1000
 SIDE = 28
 FILE = Path(__file__).with_name("digits5k.gz")
 """A row a digit, its class behind its pixels, a byte each, compressed. ``tests/digits_file.py`` writes it;
 ``digits5k.txt`` says whose the digits are."""
 
-CONTENT = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"
-"""SHA-256 of what is in ``FILE``."""
-
+CONTENT = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"  # SHA-256 of what is in ``FILE``
 ORDER_SEED = 2015
 """Seed of the file order, drawn by ``numpy.random.RandomState``, whose stream NumPy promises to keep."""
 
 
 def file_order() -> np.ndarray:
-    """Give the fixed permutation of the rows.
-
-    Returns:
-        int64, shape (5000,); the first 4,000 are the training rows, the others the test rows.
-    """
+    """Give the fixed permutation of the rows."""
     return np.random.RandomState(ORDER_SEED).permutation(TRAIN_COUNT + TEST_COUNT)
 
 
 @lru_cache(maxsize=1)
 def load() -> Dataset:
-    """Read the digits.
-
-    Returns:
-        4,000 training and 1,000 test digits of 28 x 28 pixels, uint8.
-
-    Raises:
-        UsageError: the file is missing or damaged.
-    """
+    """Read the digits."""
     try:
         content = gzip.decompress(FILE.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
@@ -64,11 +49,6 @@ def load() -> Dataset:
     table = np.frombuffer(content, dtype=np.uint8).reshape(-1, SIDE * SIDE + 1)[file_order()]
     images = torch.from_numpy(table[:, :-1].copy()).reshape(-1, 1, SIDE, SIDE)
     labels = torch.from_numpy(table[:, -1].astype(np.int64))
-    return Dataset(
-        name="digits5k",
-        title="5,000 MNIST digits: 4,000 to train, 1,000 to test",
-        train_images=images[:TRAIN_COUNT],
-        train_labels=labels[:TRAIN_COUNT],
-        test_images=images[TRAIN_COUNT:],
-        test_labels=labels[TRAIN_COUNT:],
-    )
+    train, test = slice(TRAIN_COUNT), slice(TRAIN_COUNT, None)
+    title = "5,000 MNIST digits: 4,000 to train, 1,000 to test"
+    return Dataset("digits5k", title, images[train], labels[train], images[test], labels[test])

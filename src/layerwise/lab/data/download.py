@@ -16,9 +16,7 @@ from typing import Any
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.store import kind_of
 
-TIMEOUT = 30.0
-"""Seconds that a server may stay silent."""
-
+TIMEOUT = 30.0  # seconds that a server may stay silent
 BLOCK = 1 << 18
 
 Progress = Callable[[str, int, int], object]
@@ -27,14 +25,7 @@ Progress = Callable[[str, int, int], object]
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as its publisher gives it, and where it can be had.
-
-    Attributes:
-        name: of the file.
-        size: in bytes.
-        md5: checksum.
-        urls: the same file on several servers, in the order in which they are tried.
-    """
+    """A file as its publisher gives it, and its addresses on several servers, in the order in which they are tried."""
 
     name: str
     size: int
@@ -43,12 +34,7 @@ class RemoteFile:
 
 
 class MirrorsError(UsageError):
-    """No server gave the file; the text names each with its reason.
-
-    Args:
-        remote: the file.
-        reasons: address -> why it did not.
-    """
+    """No server gave the file; ``reasons`` says why: address -> reason."""
 
     def __init__(self, remote: RemoteFile, reasons: Mapping[str, str]) -> None:
         failures = ", ".join(f"{url} ({reason})" for url, reason in reasons.items())
@@ -64,7 +50,6 @@ class _Bar:
 
     @property
     def total(self) -> int:
-        """Bytes of the whole."""
         return self._remote.size
 
     @total.setter
@@ -97,7 +82,7 @@ def _reason(error: BaseException) -> str:
     return str(error).partition(". Deleted")[0] or type(error).__name__
 
 
-def keep_before(path: Path) -> None:
+def _keep_before(path: Path) -> None:
     """Rename a file that another one is about to replace: it may be the user's own, of the same name."""
     if os.path.lexists(path) and kind_of(path) != "a folder":
         names = (path.with_name(f"{path.name}.before{f'-{number}' if number > 1 else ''}") for number in count(1))
@@ -105,20 +90,7 @@ def keep_before(path: Path) -> None:
 
 
 def fetch_file(remote: RemoteFile, folder: Path, *, progress: Progress | None = None) -> Path:
-    """Fetch one file into a folder; the usual environment variables for proxies count.
-
-    Args:
-        remote: what to fetch.
-        folder: an existing folder.
-        progress: called as the file grows.
-
-    Returns:
-        The file, whose checksum is right.
-
-    Raises:
-        MirrorsError: no server gave it.
-        UsageError: it cannot be written.
-    """
+    """Fetch one file into an existing folder; the usual environment variables for proxies count."""
     import pooch
     import requests
 
@@ -136,7 +108,7 @@ def fetch_file(remote: RemoteFile, folder: Path, *, progress: Progress | None = 
                 except (requests.RequestException, ValueError) as error:
                     reasons[url] = _reason(error)
                 else:
-                    keep_before(target)
+                    _keep_before(target)
                     os.chmod(whole, os.stat(folder).st_mode & 0o666)  # pooch's files are for their owner alone
                     os.replace(whole, target)
                     return target

@@ -36,36 +36,17 @@ _CIFAR_SERVERS = (
 )
 
 
-def _idx_files(name: str) -> tuple[RemoteFile, ...]:
-    """List the files of MNIST or Fashion-MNIST."""
-    return tuple(
-        RemoteFile(file, published.size, published.md5, tuple(server + file for server in _IDX_SERVERS[name]))
-        for file, published in mnist.FILES[name].items()
+FILES: dict[str, tuple[RemoteFile, ...]] = {}
+"""Data set -> the files that are fetched: four of each MNIST, the archive of the python version of each CIFAR."""
+
+for _name, _servers in _IDX_SERVERS.items():
+    FILES[_name] = tuple(
+        RemoteFile(file, published.size, published.md5, tuple(server + file for server in _servers))
+        for file, published in mnist.FILES[_name].items()
     )
-
-
-def _cifar_files(name: str) -> tuple[RemoteFile, ...]:
-    """List the one file of CIFAR-10 or CIFAR-100, the archive of the python version."""
-    form = cifar.FORMS[name][0]
-    urls = tuple(server.format(archive=form.archive, name=name) for server in _CIFAR_SERVERS)
-    return (RemoteFile(form.archive, _CIFAR_SIZES[name], form.md5, urls),)
-
-
-FILES = {name: _idx_files(name) for name in mnist.FILES} | {name: _cifar_files(name) for name in cifar.FORMS}
-"""Data set -> the files that are fetched."""
-
-
-def _listing(files: list[RemoteFile]) -> str:
-    """Name files with their sizes and checksums, on one line."""
-    return ", ".join(f"{file.name} ({file.size} bytes, MD5 {file.md5})" for file in files)
-
-
-def _fetchable(name: str, folder: Path) -> tuple[RemoteFile, ...]:
-    """Give the files of a data set, or say why there are none to fetch."""
-    if name in FILES:
-        return FILES[name]
-    data.known(name)
-    raise UsageError(f"name={name!r}: not fetched by layerwise. {' '.join(instructions(name, folder).split())}")
+for _name, (_form, _) in cifar.FORMS.items():
+    _urls = tuple(server.format(archive=_form.archive, name=_name) for server in _CIFAR_SERVERS)
+    FILES[_name] = (RemoteFile(_form.archive, _CIFAR_SIZES[_name], _form.md5, _urls),)
 
 
 def _obstacle(name: str, place: Path) -> Path | None:
@@ -79,37 +60,29 @@ def _obstacle(name: str, place: Path) -> Path | None:
 
 def _readable(name: str, folder: Path) -> Path | None:
     """Read a data set if it is there, and say where; None if nothing of it is there, an error if it is damaged."""
-    if not folder.is_dir():
-        return None
-    place = mnist.find(folder, name) if name in mnist.FILES else cifar.find(name, folder)
-    if place is not None:
-        # Not the cached functions: a look at what is there must not fill the memory for good.
-        if name in mnist.FILES:
+    # Not the cached functions: a look at what is there must not fill the memory for good.
+    if name in mnist.FILES:
+        place = mnist.find(folder, name)
+        if place is not None:
             mnist.load.__wrapped__(folder, name)
-        else:
-            cifar.load.__wrapped__(name, folder)
-    return place
+        return place
+    found = cifar.find(name, folder)
+    if found is None:
+        return None
+    cifar.load.__wrapped__(name, folder)
+    return found[1]
 
 
 def fetch(name: str, folder: Path, *, progress: Progress | None = None) -> Path:
-    """Bring a data set into a folder, where ``data.load(name, folder)`` finds it.
+    """Bring a data set into a folder, where ``data.load(name, folder)`` finds it, and say where it is read from.
 
     Nothing is fetched if the data set can be read from the folder already. A file whose checksum is wrong is renamed
     to ``NAME.before`` when the right one has arrived.
-
-    Args:
-        name: ``"mnist"``, ``"fashion-mnist"``, ``"cifar10"`` or ``"cifar100"``.
-        folder: made if it does not exist; the files go to its subfolder ``name``.
-        progress: called as each file grows.
-
-    Returns:
-        The folder of the files, or the archive, from which the data set is read.
-
-    Raises:
-        UsageError: not a data set that may be fetched; no server gave a file (the text names each, and what to put
-            where by hand); or the disk is full or cannot be written.
     """
-    files, place = _fetchable(name, folder), folder / name
+    data.known(name)
+    if name not in FILES:
+        raise UsageError(f"name={name!r}: not fetched by layerwise. {' '.join(instructions(name, folder).split())}")
+    files, place = FILES[name], folder / name
     try:
         readable = _readable(name, folder)
         if readable is not None:
@@ -135,7 +108,7 @@ def fetch(name: str, folder: Path, *, progress: Progress | None = None) -> Path:
         try:
             fetch_file(file, place, progress=progress)
         except MirrorsError as error:
-            left = _listing(missing[number:])
+            left = ", ".join(f"{each.name} ({each.size} bytes, MD5 {each.md5})" for each in missing[number:])
             raise UsageError(f"{error}; run it again to continue, or put into {place} by hand: {left}") from error
     return place if name in mnist.FILES else place / files[0].name
 
@@ -153,18 +126,7 @@ Any folder in this layout will do, whatever its classes: jpg, jpeg and png are r
 
 
 def instructions(name: str, folder: Path) -> str:
-    """Say what to put where, for a machine without a network and for data that may not be fetched.
-
-    Args:
-        name: of a data set; see ``data.names``.
-        folder: the folder that will be given as the data folder.
-
-    Returns:
-        Several lines: paths, sizes in bytes, checksums and addresses.
-
-    Raises:
-        UsageError: unknown name.
-    """
+    """Say what to put where, for a machine without a network and for data that may not be fetched."""
     title, place = data.known(name).title, folder / name
     if name == data.FOLDER:
         return _IMAGE_FOLDER.format(place=place)

@@ -1,9 +1,8 @@
 """Reading photographs from folders, one folder a class.
 
 An image is resized to a square whatever its proportions, by bilinear interpolation between the four nearest pixels, as
-Caffe's ``convert_imageset --resize_height=256 --resize_width=256`` does (``cv::resize``). Photographs that become
-smaller are therefore not smoothed first, as Pillow's own resizing would. The channels are red, green and blue and not
-Caffe's blue, green and red: their order makes no difference to a network trained from random weights.
+Caffe's ``convert_imageset --resize_height=256 --resize_width=256`` does; unlike Pillow's resizing it smooths nothing.
+The channels are red, green and blue, not Caffe's blue, green and red, which to random weights makes no difference.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,29 +21,13 @@ from PIL import Image
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.store import read_bytes
 
-SUFFIXES = (".jpeg", ".jpg", ".png")
-"""Of the files that count as images, in upper or lower case."""
-
-
-LARGEST_FILE = 1 << 30
-"""Bytes of a photograph."""
-
-FORMATS = ("JPEG", "PNG")
-"""What an image may be, whatever its name says."""
+SUFFIXES = (".jpeg", ".jpg", ".png")  # of the files that count as images, in upper or lower case
+LARGEST_FILE = 1 << 30  # bytes of a photograph
+FORMATS = ("JPEG", "PNG")  # what an image may be, whatever its name says
 
 
 def scan(folder: Path) -> dict[str, list[str]]:
-    """List the images of each class.
-
-    Args:
-        folder: holds one folder a class.
-
-    Returns:
-        Class -> names of its images, both sorted; hidden files and folders are not looked at.
-
-    Raises:
-        UsageError: no such folder, no class in it, or a class without an image.
-    """
+    """List the images of each class, both sorted; hidden files and folders are not looked at."""
     try:
         classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
         found = {
@@ -81,19 +64,10 @@ def _along(count: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def resized(pixels: np.ndarray, side: int) -> np.ndarray:
-    """Resize an image to a square by bilinear interpolation, not keeping its proportions.
+    """Resize uint8 of shape (height, width, 3) to (side, side, 3), rounded to the nearest.
 
-    Pixel i of the result is at (i + 1/2) n / side - 1/2 of the n pixels of the image, at its border at most.
-
-    Args:
-        pixels: uint8, shape (height, width, 3).
-        side: of the result.
-
-    Returns:
-        uint8, shape (side, side, 3), rounded to the nearest.
-
-    Reference:
-        Caffe src/caffe/util/io.cpp, ReadImageToCVMat: ``cv::resize`` with its default INTER_LINEAR.
+    Pixel i of the result is at (i + 1/2) n / side - 1/2 of the n pixels of the image, at its border at most. Caffe
+    src/caffe/util/io.cpp, ReadImageToCVMat: ``cv::resize`` with its default INTER_LINEAR.
     """
     if pixels.shape[:2] == (side, side):
         return pixels
@@ -106,18 +80,7 @@ def resized(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def decoded(path: Path, side: int) -> np.ndarray:
-    """Read an image.
-
-    Args:
-        path: of a JPEG or PNG file; grey images and those with a palette or four channels become red, green, blue.
-        side: to which it is resized.
-
-    Returns:
-        uint8, shape (3, side, side).
-
-    Raises:
-        UsageError: the file is missing, damaged or cut off.
-    """
+    """Read a JPEG or PNG file of any kind of colours into uint8 of shape (3, side, side)."""
     try:
         content = read_bytes(path, LARGEST_FILE, links=True)
         # By its content another form would be taken too, as PostScript, for which Pillow starts an interpreter.
@@ -137,13 +100,7 @@ def decoded(path: Path, side: int) -> np.ndarray:
 
 
 class Part:
-    """The training or the validation images: where they are, their labels, and those that stay in memory.
-
-    Args:
-        folder: holds one folder a class.
-        found: what ``scan`` gave of it.
-        side: to which images are resized.
-    """
+    """The training or the validation images: where they are, their labels, and those that stay in memory."""
 
     def __init__(self, folder: Path, found: dict[str, list[str]], side: int) -> None:
         self.folder, self.side = folder, side
@@ -154,14 +111,7 @@ class Part:
         self.known = np.zeros(len(self.files), dtype=bool)
 
     def keep(self, room: int) -> int:
-        """Keep decoded images from now on, if all of them fit.
-
-        Args:
-            room: bytes that there are.
-
-        Returns:
-            Bytes that are left.
-        """
+        """Keep decoded images from now on, if all of them fit into so many bytes; give the bytes that are left."""
         size = len(self.files) * 3 * self.side**2
         if size > room:
             return room
@@ -170,51 +120,27 @@ class Part:
         return room - size
 
     def image(self, number: int) -> np.ndarray:
-        """Give one image; may be called by several threads.
-
-        Args:
-            number: of the image, from 0.
-
-        Returns:
-            uint8, shape (3, side, side).
-
-        Raises:
-            UsageError: the file is missing or damaged.
-        """
+        """Give one image, uint8, shape (3, side, side); may be called by several threads."""
         if self.kept is None:
-            return self._read(number)
+            return decoded(self.folder / self.files[number], self.side)
         if not self.known[number]:
-            self.kept[number] = self._read(number)
+            self.kept[number] = decoded(self.folder / self.files[number], self.side)
             self.known[number] = True  # last, so that another thread never sees an image half written
         return self.kept[number]
 
-    def _read(self, number: int) -> np.ndarray:
-        return decoded(self.folder / self.files[number], self.side)
-
     @cached_property
     def digest(self) -> str:
-        """A checksum of what decides the mean image: names and sizes of the files, and the side.
-
-        64 hexadecimal digits. Raises a UsageError where a file is gone.
-        """
+        """A checksum of what decides the mean image: names and sizes of the files, and the side."""
         digest = hashlib.sha256(f"mean image 1, side {self.side}\n".encode())
-        for line in self.listing():
-            digest.update(line)
+        self.add_to(digest)
         return digest.hexdigest()
 
-    def listing(self) -> Iterator[bytes]:
-        """List the files in order, for a checksum.
-
-        Yields:
-            Class, name and size of each.
-
-        Raises:
-            UsageError: a file is gone.
-        """
+    def add_to(self, digest: Any) -> None:
+        """Add class, name and size of each file to a checksum."""
         for file in self.files:
             path = self.folder / file
             try:
                 size = path.stat().st_size
             except OSError as error:
                 raise UsageError(f"{path}: {error.strerror or error}; replace it, or open the folder again") from error
-            yield f"{file}\0{size}\n".encode("utf-8", "surrogateescape")
+            digest.update(f"{file}\0{size}\n".encode("utf-8", "surrogateescape"))

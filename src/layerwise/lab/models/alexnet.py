@@ -2,64 +2,44 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import ClassVar
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.models.caffe_layers import LayerValues, materialise_, multipliers_of, normalise_across_channels
+from layerwise.lab.models import check_sizes
+from layerwise.lab.models.caffe_layers import CaffeNetwork, LayerValues, max_pool, normalise_across_channels
 
-PARAMETER_COUNT = 60_965_224
-"""Sum of the blobs of Caffe bvlc_alexnet/train_val.prototxt, which has 1000 classes."""
-
-SIDE = 227
-"""Pixels of a side of the input, crop_size in Caffe bvlc_alexnet/train_val.prototxt."""
-
-_STDS_AND_BIASES = {
-    "conv1": (0.01, 0.0),
-    "conv2": (0.01, 0.1),
-    "conv3": (0.01, 0.0),
-    "conv4": (0.01, 0.1),
-    "conv5": (0.01, 0.1),
-    "fc6": (0.005, 0.1),
-    "fc7": (0.005, 0.1),
-    "fc8": (0.01, 0.0),
-}
-
-LAYERS = {
-    name: LayerValues(std, bias, lr_mult=(1.0, 2.0), decay_mult=(1.0, 0.0))
-    for name, (std, bias) in _STDS_AND_BIASES.items()
-}
-"""Caffe bvlc_alexnet/train_val.prototxt."""
-
-NORM_SIZE, NORM_ALPHA, NORM_BETA = 5, 1e-4, 0.75
-"""local_size, alpha and beta of norm1 and norm2, Caffe bvlc_alexnet/train_val.prototxt."""
-
-DROPOUT = 0.5
-"""dropout_ratio of drop6 and drop7, Caffe bvlc_alexnet/train_val.prototxt."""
+SIDE = 227  # pixels of a side of the input, crop_size in Caffe bvlc_alexnet/train_val.prototxt
+_values = partial(LayerValues, lr_mult=(1.0, 2.0), decay_mult=(1.0, 0.0))
 
 
-class AlexNet(nn.Module):
+class AlexNet(CaffeNetwork):
     """Five convolutions and three fully connected layers; the second, fourth and fifth convolution in two halves.
 
     conv1 96 of 11 x 11, stride 4; conv2 256 of 5 x 5; conv3 384, conv4 384 and conv5 256 of 3 x 3; fc6 and fc7 4096;
     fc8. ReLU after all but the last; after it normalisation across channels and max pooling (conv1, conv2), max
-    pooling (conv5), dropout (fc6, fc7). 60,965,224 parameters with 1000 classes. Layers are called as in Caffe
-    bvlc_alexnet/train_val.prototxt. The global random state is left alone.
-
-    Args:
-        seed: of the initial weights; biases begin at 0 or 0.1.
-        classes: outputs of the last layer.
-        width: multiplies the outputs of all other layers, for runs on small machines. The distributions of the
-            initial weights stay those of the full network.
-
-    Raises:
-        UsageError: classes below 1; width is not a positive multiple of 1/16.
+    pooling (conv5), dropout of 0.5 (fc6, fc7). 60,965,224 parameters with 1000 classes. Every number is that of Caffe
+    bvlc_alexnet/train_val.prototxt. ``width`` multiplies the outputs of all layers but the last, for small machines;
+    the distributions of the initial weights stay those of the full network.
     """
 
+    values: ClassVar = {
+        "conv1": _values(0.01, 0.0),
+        "conv2": _values(0.01, 0.1),
+        "conv3": _values(0.01, 0.0),
+        "conv4": _values(0.01, 0.1),
+        "conv5": _values(0.01, 0.1),
+        "fc6": _values(0.005, 0.1),
+        "fc7": _values(0.005, 0.1),
+        "fc8": _values(0.01, 0.0),
+    }
+
     def __init__(self, seed: int, *, classes: int = 1000, width: float = 1.0) -> None:
-        if classes < 1:
-            raise UsageError(f"classes={classes!r}: use a whole number from 1")
+        check_sizes(classes=classes)
         # Both 96 and 256 channels have two equal halves in steps of a sixteenth, and in no smaller ones.
         if not (width > 0 and float(16 * width).is_integer()):
             raise UsageError(
@@ -76,35 +56,19 @@ class AlexNet(nn.Module):
             self.fc6 = nn.Linear(channels_256 * 6 * 6, units)
             self.fc7 = nn.Linear(units, units)
             self.fc8 = nn.Linear(units, classes)
-        materialise_(self, LAYERS, seed)
-
-    @property
-    def multipliers(self) -> dict[str, tuple[float, float]]:
-        """Parameter name -> (lr_mult, decay_mult), Caffe bvlc_alexnet/train_val.prototxt."""
-        return multipliers_of(LAYERS)
+        self.fill(seed)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Compute the class scores; in training mode the dropout draws from the global random state.
-
-        Args:
-            pixels: float32, shape (n, 3, 227, 227), raw bytes minus the mean image, not scaled.
-
-        Returns:
-            Scores before the softmax, shape (n, classes).
-        """
-        hidden = _max_pool(_normalise(functional.relu(self.conv1(pixels))))
-        hidden = _max_pool(_normalise(functional.relu(self.conv2(hidden))))
+        """Score bytes minus the mean image, not scaled, shape (n, 3, 227, 227); dropout draws from the global state."""
+        hidden = max_pool(_normalise(functional.relu(self.conv1(pixels))))
+        hidden = max_pool(_normalise(functional.relu(self.conv2(hidden))))
         hidden = functional.relu(self.conv3(hidden))
         hidden = functional.relu(self.conv4(hidden))
-        hidden = _max_pool(functional.relu(self.conv5(hidden)))
-        hidden = functional.dropout(functional.relu(self.fc6(hidden.flatten(1))), DROPOUT, self.training)
-        hidden = functional.dropout(functional.relu(self.fc7(hidden)), DROPOUT, self.training)
+        hidden = max_pool(functional.relu(self.conv5(hidden)))
+        hidden = functional.dropout(functional.relu(self.fc6(hidden.flatten(1))), 0.5, self.training)
+        hidden = functional.dropout(functional.relu(self.fc7(hidden)), 0.5, self.training)
         return self.fc8(hidden)
 
 
-def _max_pool(hidden: torch.Tensor) -> torch.Tensor:
-    return functional.max_pool2d(hidden, 3, 2, ceil_mode=True)
-
-
 def _normalise(hidden: torch.Tensor) -> torch.Tensor:
-    return normalise_across_channels(hidden, size=NORM_SIZE, alpha=NORM_ALPHA, beta=NORM_BETA)
+    return normalise_across_channels(hidden, size=5, alpha=1e-4, beta=0.75)

@@ -9,102 +9,66 @@ Both are faster in the memory format ``torch.channels_last``.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from torch.nn import functional
 
-from layerwise.lab.errors import UsageError
-from layerwise.lab.models.caffe_layers import LayerValues, materialise_, multipliers_of, normalise_within_channel
-
-FULL_PARAMETER_COUNT = 89_578
-"""Sum of the blobs of Caffe cifar10_full_train_test.prototxt."""
-
-QUICK_PARAMETER_COUNT = 145_578
-"""Sum of the blobs of Caffe cifar10_quick_train_test.prototxt."""
-
-FULL_LAYERS = {
-    "conv1": LayerValues(0.0001, lr_mult=(1.0, 2.0)),
-    "conv2": LayerValues(0.01, lr_mult=(1.0, 2.0)),
-    "conv3": LayerValues(0.01),
-    "ip1": LayerValues(0.01, lr_mult=(1.0, 2.0), decay_mult=(250.0, 0.0)),
-}
-"""Caffe cifar10_full_train_test.prototxt, which gives conv3 no multipliers."""
-
-QUICK_LAYERS = {
-    "conv1": LayerValues(0.0001, lr_mult=(1.0, 2.0)),
-    "conv2": LayerValues(0.01, lr_mult=(1.0, 2.0)),
-    "conv3": LayerValues(0.01, lr_mult=(1.0, 2.0)),
-    "ip1": LayerValues(0.1, lr_mult=(1.0, 2.0)),
-    "ip2": LayerValues(0.1, lr_mult=(1.0, 2.0)),
-}
-"""Caffe cifar10_quick_train_test.prototxt."""
-
-NORM_SIZE, NORM_ALPHA, NORM_BETA = 3, 5e-5, 0.75
-"""local_size, alpha and beta of norm1 and norm2, Caffe cifar10_full_train_test.prototxt."""
+from layerwise.lab.models import check_sizes
+from layerwise.lab.models.caffe_layers import CaffeNetwork, LayerValues, max_pool, normalise_within_channel
 
 
-class CifarFull(nn.Module):
+class CifarFull(CaffeNetwork):
     """Three convolutions of 5 x 5, two of them followed by normalisation, and one fully connected layer.
 
     conv1 32, max pooling, ReLU, normalisation; conv2 32, ReLU, mean pooling, normalisation; conv3 64, ReLU, mean
-    pooling; ip1. 89,578 parameters with 10 classes. Layers are called as in Caffe cifar10_full_train_test.prototxt.
-    The global random state is left alone.
-
-    Args:
-        seed: of the initial weights; biases begin at 0.
-        classes: outputs of the fully connected layer.
-
-    Raises:
-        UsageError: classes below 1.
+    pooling; ip1. 89,578 parameters with 10 classes. Every number is that of Caffe cifar10_full_train_test.prototxt,
+    which gives conv3 no multipliers.
     """
 
+    values: ClassVar = {
+        "conv1": LayerValues(0.0001, lr_mult=(1.0, 2.0)),
+        "conv2": LayerValues(0.01, lr_mult=(1.0, 2.0)),
+        "conv3": LayerValues(0.01),
+        "ip1": LayerValues(0.01, lr_mult=(1.0, 2.0), decay_mult=(250.0, 0.0)),
+    }
+
     def __init__(self, seed: int, *, classes: int = 10) -> None:
-        _require_classes(classes)
+        check_sizes(classes=classes)
         super().__init__()
         with torch.device("meta"):
             self.conv1 = nn.Conv2d(3, 32, 5, padding=2)
             self.conv2 = nn.Conv2d(32, 32, 5, padding=2)
             self.conv3 = nn.Conv2d(32, 64, 5, padding=2)
             self.ip1 = nn.Linear(64 * 4 * 4, classes)
-        materialise_(self, FULL_LAYERS, seed)
-
-    @property
-    def multipliers(self) -> dict[str, tuple[float, float]]:
-        """Parameter name -> (lr_mult, decay_mult), Caffe cifar10_full_train_test.prototxt."""
-        return multipliers_of(FULL_LAYERS)
+        self.fill(seed)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Compute the class scores.
-
-        Args:
-            pixels: float32, shape (n, 3, 32, 32), raw bytes minus the mean image, not scaled.
-
-        Returns:
-            Scores before the softmax, shape (n, classes).
-        """
-        hidden = _normalise(functional.relu(_max_pool(self.conv1(pixels))))
+        """Score float32 of shape (n, 3, 32, 32), raw bytes minus the mean image, not scaled."""
+        hidden = _normalise(functional.relu(max_pool(self.conv1(pixels))))
         hidden = _normalise(_mean_pool(functional.relu(self.conv2(hidden))))
         hidden = _mean_pool(functional.relu(self.conv3(hidden)))
         return self.ip1(hidden.flatten(1))
 
 
-class CifarQuick(nn.Module):
+class CifarQuick(CaffeNetwork):
     """Three convolutions of 5 x 5 and two fully connected layers without a ReLU between them.
 
     conv1 32, max pooling, ReLU; conv2 32, ReLU, mean pooling; conv3 64, ReLU, mean pooling; ip1 64; ip2. 145,578
-    parameters with 10 classes. Layers are called as in Caffe cifar10_quick_train_test.prototxt. The global random
-    state is left alone.
-
-    Args:
-        seed: of the initial weights; biases begin at 0.
-        classes: outputs of the last layer.
-
-    Raises:
-        UsageError: classes below 1.
+    parameters with 10 classes. Every number is that of Caffe cifar10_quick_train_test.prototxt.
     """
 
+    values: ClassVar = {
+        "conv1": LayerValues(0.0001, lr_mult=(1.0, 2.0)),
+        "conv2": LayerValues(0.01, lr_mult=(1.0, 2.0)),
+        "conv3": LayerValues(0.01, lr_mult=(1.0, 2.0)),
+        "ip1": LayerValues(0.1, lr_mult=(1.0, 2.0)),
+        "ip2": LayerValues(0.1, lr_mult=(1.0, 2.0)),
+    }
+
     def __init__(self, seed: int, *, classes: int = 10) -> None:
-        _require_classes(classes)
+        check_sizes(classes=classes)
         super().__init__()
         with torch.device("meta"):
             self.conv1 = nn.Conv2d(3, 32, 5, padding=2)
@@ -112,35 +76,14 @@ class CifarQuick(nn.Module):
             self.conv3 = nn.Conv2d(32, 64, 5, padding=2)
             self.ip1 = nn.Linear(64 * 4 * 4, 64)
             self.ip2 = nn.Linear(64, classes)
-        materialise_(self, QUICK_LAYERS, seed)
-
-    @property
-    def multipliers(self) -> dict[str, tuple[float, float]]:
-        """Parameter name -> (lr_mult, decay_mult), Caffe cifar10_quick_train_test.prototxt."""
-        return multipliers_of(QUICK_LAYERS)
+        self.fill(seed)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Compute the class scores.
-
-        Args:
-            pixels: float32, shape (n, 3, 32, 32), raw bytes minus the mean image, not scaled.
-
-        Returns:
-            Scores before the softmax, shape (n, classes).
-        """
-        hidden = functional.relu(_max_pool(self.conv1(pixels)))
+        """Score the same inputs as ``CifarFull``."""
+        hidden = functional.relu(max_pool(self.conv1(pixels)))
         hidden = _mean_pool(functional.relu(self.conv2(hidden)))
         hidden = _mean_pool(functional.relu(self.conv3(hidden)))
         return self.ip2(self.ip1(hidden.flatten(1)))
-
-
-def _require_classes(classes: int) -> None:
-    if classes < 1:
-        raise UsageError(f"classes={classes!r}: use a whole number from 1")
-
-
-def _max_pool(hidden: torch.Tensor) -> torch.Tensor:
-    return functional.max_pool2d(hidden, 3, 2, ceil_mode=True)
 
 
 def _mean_pool(hidden: torch.Tensor) -> torch.Tensor:
@@ -148,4 +91,4 @@ def _mean_pool(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _normalise(hidden: torch.Tensor) -> torch.Tensor:
-    return normalise_within_channel(hidden, size=NORM_SIZE, alpha=NORM_ALPHA, beta=NORM_BETA)
+    return normalise_within_channel(hidden, size=3, alpha=5e-5, beta=0.75)

@@ -8,25 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-PARAMETER_COUNT = 431_080
-"""Sum of the blobs of Caffe lenet_train_test.prototxt."""
-
 
 def caffe_xavier_(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Fill a weight as Caffe's ``xavier`` filler does by default (variance_norm FAN_IN).
+    """Fill a weight, shape (outputs, ...), as Caffe's ``xavier`` filler does by default (variance_norm FAN_IN).
 
-    Uniform on (-a, a) with a = sqrt(3 / fan_in), where fan_in is the number of inputs of one output unit.
-    This is not PyTorch's ``xavier_uniform_``, which divides 6 by fan_in + fan_out.
-
-    Args:
-        weight: shape (outputs, ...); filled in place.
-        generator: source of the random numbers.
-
-    Returns:
-        ``weight``.
-
-    Reference:
-        Caffe include/caffe/filler.hpp, class XavierFiller.
+    Uniform on (-a, a) with a = sqrt(3 / fan_in), fan_in the inputs of one output unit; PyTorch's ``xavier_uniform_``
+    divides 6 by fan_in + fan_out. Caffe include/caffe/filler.hpp, class XavierFiller.
     """
     bound = math.sqrt(3.0 / (weight.numel() / weight.shape[0]))
     with torch.no_grad():
@@ -37,10 +24,7 @@ class LeNet(nn.Module):
     """Two convolutions, each followed by max pooling and by no ReLU, then two fully connected layers.
 
     conv1 20 of 5 x 5, pool 2; conv2 50 of 5 x 5, pool 2; ip1 500, ReLU; ip2 10. 431,080 parameters. Layers
-    are called as in Caffe lenet_train_test.prototxt ("ip" for inner product).
-
-    Args:
-        seed: of the initial weights; biases begin at 0.
+    are called as in Caffe lenet_train_test.prototxt ("ip" for inner product); biases begin at 0.
     """
 
     def __init__(self, seed: int) -> None:
@@ -60,14 +44,7 @@ class LeNet(nn.Module):
         return {name: (2.0 if name.endswith("bias") else 1.0, 1.0) for name, _ in self.named_parameters()}
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Compute the class scores.
-
-        Args:
-            pixels: float32, shape (n, 1, 28, 28), raw bytes / 256.
-
-        Returns:
-            Scores before the softmax, shape (n, 10).
-        """
+        """Score float32 of shape (n, 1, 28, 28), raw bytes / 256."""
         hidden = functional.max_pool2d(self.conv1(pixels), 2, 2)
         hidden = functional.max_pool2d(self.conv2(hidden), 2, 2)
         hidden = functional.relu(self.ip1(hidden.flatten(1)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from layerwise.lab.models import check_sizes
+from layerwise.lab.models import check_sizes, seeded
 
 
 class RecurrentClassifier(nn.Module):
@@ -14,35 +14,17 @@ class RecurrentClassifier(nn.Module):
     PyTorch keeps all depths in one module, ``recurrent``, and calls their parameters ``weight_ih_l0``, ``weight_ih_l1``
     and so on; so ``layers="module"`` makes one layer of them, and docs/networks.md shows the function that makes one a
     depth. Each depth has 4 h (i + h + 2) parameters for i inputs and h states, the head k (h + 1) for k classes: 57,994
-    with the defaults. Weights begin as PyTorch begins them. The global random state is left alone.
-
-    Args:
-        seed: of the initial weights.
-        classes: outputs.
-        inputs: numbers of each step of the sequence; pixels of a row.
-        width: states of an LSTM.
-        depth: stacked LSTMs.
-
-    Raises:
-        UsageError: a size is no whole number from 1.
+    with the defaults.
     """
 
     def __init__(self, seed: int, classes: int = 10, *, inputs: int = 28, width: int = 64, depth: int = 2) -> None:
         check_sizes(classes=classes, inputs=inputs, width=width, depth=depth)
         super().__init__()
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.recurrent = nn.LSTM(inputs, width, num_layers=depth, batch_first=True)
             self.head = nn.Linear(width, classes)
 
     def forward(self, sequences: torch.Tensor) -> torch.Tensor:
-        """Compute the class scores.
-
-        Args:
-            sequences: float32, shape (n, steps, inputs).
-
-        Returns:
-            Scores before the softmax, shape (n, classes).
-        """
+        """Score float32 of shape (n, steps, inputs)."""
         states, _ = self.recurrent(sequences)
         return self.head(states[:, -1])

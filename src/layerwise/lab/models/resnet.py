@@ -15,13 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.models import check_sizes
-
-MODULE_COUNTS = {18: 41, 34: 73, 50: 107, 101: 209}
-"""Depth -> modules that own parameters: convolutions, as many batch normalisations, 1 fully connected layer."""
-
-PARAMETER_COUNTS = {18: 11_173_962, 34: 21_282_122, 50: 23_520_842, 101: 42_512_970}
-"""Depth -> parameters at width 64 with 10 classes."""
+from layerwise.lab.models import check_sizes, seeded
 
 
 def _convolution(inputs: int, outputs: int, window: int, stride: int = 1) -> nn.Conv2d:
@@ -33,21 +27,15 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     """Make the way around a block: nothing where the shape stays, else a 1 x 1 convolution and normalisation."""
     if stride == 1 and inputs == outputs:
         return nn.Sequential()
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    layers["conv"] = _convolution(inputs, outputs, 1, stride)
-    layers["bn"] = nn.BatchNorm2d(outputs)
-    return nn.Sequential(layers)
+    return nn.Sequential(
+        OrderedDict([("conv", _convolution(inputs, outputs, 1, stride)), ("bn", nn.BatchNorm2d(outputs))])
+    )
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions around which the input is added.
+    """Two 3 x 3 convolutions around which the input is added; the first has the stride.
 
     y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)); He et al. 2015, figure 5 left.
-
-    Args:
-        inputs: channels of x.
-        channels: of both convolutions and of y.
-        stride: of the first convolution and of the shortcut.
     """
 
     expansion = 1
@@ -62,27 +50,15 @@ class BasicBlock(nn.Module):
         self.shortcut = _shortcut(inputs, channels, stride)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Compute the block.
-
-        Args:
-            hidden: shape (n, inputs, height, width).
-
-        Returns:
-            Shape (n, channels, height / stride, width / stride).
-        """
+        """Compute the block: channels times ``expansion``, height and width divided by the stride."""
         inner = functional.relu(self.bn1(self.conv1(hidden)))
         return functional.relu(self.bn2(self.conv2(inner)) + self.shortcut(hidden))
 
 
 class Bottleneck(nn.Module):
-    """A 3 x 3 convolution between two of 1 x 1, around which the input is added.
+    """A 3 x 3 convolution between two of 1 x 1, around which the input is added; the one in the middle has the stride.
 
     y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)); He et al. 2015, figure 5 right.
-
-    Args:
-        inputs: channels of x.
-        channels: of the first two convolutions; y has four times as many.
-        stride: of the 3 x 3 convolution and of the shortcut.
     """
 
     expansion = 4
@@ -100,14 +76,7 @@ class Bottleneck(nn.Module):
         self.shortcut = _shortcut(inputs, outputs, stride)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Compute the block.
-
-        Args:
-            hidden: shape (n, inputs, height, width).
-
-        Returns:
-            Shape (n, 4 * channels, height / stride, width / stride).
-        """
+        """Compute the block: channels times ``expansion``, height and width divided by the stride."""
         inner = functional.relu(self.bn1(self.conv1(hidden)))
         inner = functional.relu(self.bn2(self.conv2(inner)))
         return functional.relu(self.bn3(self.conv3(inner)) + self.shortcut(hidden))
@@ -128,19 +97,8 @@ class ResNet(nn.Module):
 
     conv1, bn1, then layer1 to layer4 of width, 2, 4 and 8 times the width, the last three beginning with stride 2,
     then fc. Parametric modules: 41, 73, 107, 209 for depth 18, 34, 50, 101; parameter tensors: 62, 110, 161, 314;
-    parameters at width 64 with 10 classes: 11,173,962; 21,282,122; 23,520,842; 42,512,970. Weights begin as
-    PyTorch's own defaults give them, drawn on the CPU, so that a seed means the same weights on every device; the
-    global random state is left alone.
-
-    Args:
-        depth: convolutions outside the shortcuts, plus the fully connected layer: 10, 18, 34, 50 or 101.
-        seed: of the initial weights.
-        classes: outputs of the fully connected layer.
-        width: channels of the stem.
-        channels: of the input images.
-
-    Raises:
-        UsageError: unknown depth; classes, width or channels below 1.
+    parameters at width 64 with 10 classes: 11,173,962; 21,282,122; 23,520,842; 42,512,970. The depth counts the
+    convolutions outside the shortcuts and the fully connected layer.
     """
 
     def __init__(self, depth: int, seed: int, classes: int = 10, width: int = 64, *, channels: int = 3) -> None:
@@ -150,8 +108,7 @@ class ResNet(nn.Module):
         super().__init__()
         block, (first, second, third, fourth) = BLOCKS[depth]
         outputs = width * block.expansion
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.conv1 = _convolution(channels, width, 3)
             self.bn1 = nn.BatchNorm2d(width)
             self.layer1 = _stage(block, first, width, width, 1)
@@ -161,14 +118,7 @@ class ResNet(nn.Module):
             self.fc = nn.Linear(8 * outputs, classes)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Compute the class scores.
-
-        Args:
-            pixels: float32, shape (n, channels, 32, 32).
-
-        Returns:
-            Scores before the softmax, shape (n, classes).
-        """
+        """Score float32 of shape (n, channels, 32, 32)."""
         hidden = functional.relu(self.bn1(self.conv1(pixels)))
         hidden = self.layer4(self.layer3(self.layer2(self.layer1(hidden))))
         return self.fc(hidden.mean(dim=(2, 3)))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.models import check_sizes
+from layerwise.lab.models import check_sizes, seeded
 
 DEVIATION = 0.1
 """Standard deviation of the initial embeddings and positions. PyTorch's own, 1, is too much for weights that give the
@@ -22,10 +22,7 @@ scores too; GPT-2's 0.02 is for its width of 768 and more."""
 class Attention(nn.Module):
     """Multi-head self-attention: each head mixes the values of other places by softmax(q·k / √(width / heads)).
 
-    Args:
-        width: numbers of a place.
-        heads: into which the width is split.
-        causal: whether a place sees those before it alone.
+    ``causal``: a place sees those before it alone.
     """
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
@@ -43,13 +40,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x ← x + attention(norm1(x)); x ← x + contract(gelu(expand(norm2(x)))). 12 w² + 13 w parameters at width w.
-
-    Args:
-        width: numbers of a place; the feed-forward part has four times as many.
-        heads: of the attention.
-        causal: whether a place sees those before it alone.
-    """
+    """x ← x + attention(norm1(x)); x ← x + contract(gelu(expand(norm2(x)))). 12 w² + 13 w parameters at width w."""
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
@@ -66,20 +57,7 @@ class Block(nn.Module):
 
 
 def blocks(depth: int, width: int, heads: int, *, causal: bool) -> nn.ModuleList:
-    """Chain blocks.
-
-    Args:
-        depth: number of blocks.
-        width: of each.
-        heads: of each.
-        causal: whether a place sees those before it alone.
-
-    Returns:
-        The blocks.
-
-    Raises:
-        UsageError: the heads do not divide the width.
-    """
+    """Chain blocks, or refuse heads that do not divide the width."""
     if width % heads:
         raise UsageError(f"heads={heads!r} with width={width!r}: use a number of heads that divides the width")
     return nn.ModuleList(Block(width, heads, causal=causal) for _ in range(depth))
@@ -90,19 +68,7 @@ class TransformerLanguageModel(nn.Module):
 
     Modules that own parameters: embedding, position, six a block, norm. ``head`` shares ``embedding.weight``, which is
     one parameter, and has none of its own. v w + c w + depth (12 w² + 13 w) + 2 w parameters for a vocabulary of v,
-    a context of c and a width w: 112,384 with the defaults. Weights begin as PyTorch begins them, embedding and
-    positions normal with a deviation of 0.1. The global random state is left alone.
-
-    Args:
-        seed: of the initial weights.
-        vocabulary: symbols; 128 for ASCII.
-        context: longest input.
-        width: numbers of a place.
-        depth: blocks.
-        heads: of each attention.
-
-    Raises:
-        UsageError: a size is no whole number from 1, or the heads do not divide the width.
+    a context of c and a width w: 112,384 with the defaults.
     """
 
     def __init__(
@@ -110,8 +76,7 @@ class TransformerLanguageModel(nn.Module):
     ) -> None:
         check_sizes(vocabulary=vocabulary, context=context, width=width, depth=depth, heads=heads)
         super().__init__()
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.embedding = nn.Embedding(vocabulary, width)
             self.position = nn.Embedding(context, width)
             for table in (self.embedding, self.position):
@@ -122,17 +87,7 @@ class TransformerLanguageModel(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(self, symbols: torch.Tensor) -> torch.Tensor:
-        """Compute the scores of what follows each symbol.
-
-        Args:
-            symbols: int64, shape (n, length), length at most the context.
-
-        Returns:
-            Scores before the softmax, shape (n, length, vocabulary).
-
-        Raises:
-            UsageError: the input is longer than the context.
-        """
+        """Score what follows each of int64 symbols, shape (n, length): (n, length, vocabulary)."""
         if symbols.shape[1] > len(self.position.weight):
             raise UsageError(f"length={symbols.shape[1]}: use at most the context, {len(self.position.weight)}")
         hidden = self.embedding(symbols) + self.position.weight[: symbols.shape[1]]

@@ -12,13 +12,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from layerwise.lab.models import check_sizes
-
-MODULE_COUNT = 33
-"""Modules that own parameters: 16 convolutions, 16 batch normalisations, 1 fully connected layer."""
-
-PARAMETER_COUNT = 20_040_522
-"""Parameters at width 64 with 10 classes."""
+from layerwise.lab.models import check_sizes, seeded
 
 STAGES = ((1, 2), (2, 2), (4, 4), (8, 4), (8, 4))
 """Stage -> channels as a multiple of the width, convolutions. Simonyan and Zisserman 2014, table 1, column E."""
@@ -28,47 +22,24 @@ class VGG19(nn.Module):
     """Sixteen convolutions in five stages, each stage closed by max pooling, then one fully connected layer.
 
     Stage s holds conv{s}_1, bn{s}_1, ReLU, conv{s}_2, ... and pool{s}. 33 parametric modules, 66 parameter tensors;
-    20,040,522 parameters at width 64 with 10 classes. Weights and biases begin as PyTorch's own defaults give them,
-    drawn on the CPU, so that a seed means the same weights on every device; the global random state is left alone.
-
-    Args:
-        seed: of the initial weights.
-        classes: outputs of the fully connected layer.
-        width: channels of the first stage; the last has eight times as many.
-        channels: of the input images.
-
-    Raises:
-        UsageError: classes, width or channels below 1.
+    20,040,522 parameters at width 64, the channels of the first stage, with 10 classes.
     """
 
     def __init__(self, seed: int, classes: int = 10, width: int = 64, *, channels: int = 3) -> None:
         check_sizes(classes=classes, width=width, channels=channels)
         super().__init__()
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.default_generator.manual_seed(seed)
-            self.features = _features(width, channels)
-            self.fc = nn.Linear(STAGES[-1][0] * width, classes)
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        with seeded(seed):
+            for stage, (multiple, depth) in enumerate(STAGES, start=1):
+                for position in range(1, depth + 1):
+                    layers[f"conv{stage}_{position}"] = nn.Conv2d(channels, multiple * width, 3, padding=1)
+                    layers[f"bn{stage}_{position}"] = nn.BatchNorm2d(multiple * width)
+                    layers[f"relu{stage}_{position}"] = nn.ReLU()
+                    channels = multiple * width
+                layers[f"pool{stage}"] = nn.MaxPool2d(2, 2)
+            self.features = nn.Sequential(layers)
+            self.fc = nn.Linear(channels, classes)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Compute the class scores.
-
-        Args:
-            pixels: float32, shape (n, channels, 32, 32).
-
-        Returns:
-            Scores before the softmax, shape (n, classes).
-        """
+        """Score float32 of shape (n, channels, 32, 32), of which the stages make one pixel."""
         return self.fc(self.features(pixels).flatten(1))
-
-
-def _features(width: int, channels: int) -> nn.Sequential:
-    """Chain the five stages; 32 x 32 pixels become one."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for stage, (multiple, depth) in enumerate(STAGES, start=1):
-        for position in range(1, depth + 1):
-            layers[f"conv{stage}_{position}"] = nn.Conv2d(channels, multiple * width, 3, padding=1)
-            layers[f"bn{stage}_{position}"] = nn.BatchNorm2d(multiple * width)
-            layers[f"relu{stage}_{position}"] = nn.ReLU()
-            channels = multiple * width
-        layers[f"pool{stage}"] = nn.MaxPool2d(2, 2)
-    return nn.Sequential(layers)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.models import check_sizes
+from layerwise.lab.models import check_sizes, seeded
 from layerwise.lab.models.transformer import DEVIATION, blocks
 
 
@@ -15,22 +15,7 @@ class VisionTransformer(nn.Module):
 
     The root owns ``class_token`` and ``position``, as in the networks that BEiT fine-tunes; then come patches, six
     modules a block, norm, head. (s + 1) w + w + (p + 1) w + depth (12 w² + 13 w) + 2 w + k (w + 1) parameters for p
-    patches of s numbers, k classes and a width w: 105,098 with the defaults. Weights begin as PyTorch begins them, the
-    class token at 0, positions normal with a deviation of 0.1. The global random state is left alone.
-
-    Args:
-        seed: of the initial weights.
-        classes: outputs.
-        side: pixels of a side of the image.
-        patch: pixels of a side of a patch.
-        channels: of the input images.
-        width: numbers of a patch.
-        depth: blocks.
-        heads: of each attention.
-
-    Raises:
-        UsageError: a size is no whole number from 1, the patches do not fill the image, or the heads do not divide the
-            width.
+    patches of s numbers, k classes and a width w: 105,098 with the defaults. ``side`` and ``patch`` are pixels.
     """
 
     def __init__(
@@ -49,8 +34,7 @@ class VisionTransformer(nn.Module):
         if side % patch:
             raise UsageError(f"patch={patch!r} with side={side!r}: use a side of a patch that divides the image's")
         super().__init__()
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.class_token = nn.Parameter(torch.zeros(1, 1, width))
             self.position = nn.Parameter(torch.empty(1, (side // patch) ** 2 + 1, width).normal_(std=DEVIATION))
             self.patches = nn.Conv2d(channels, width, patch, stride=patch)
@@ -59,14 +43,7 @@ class VisionTransformer(nn.Module):
             self.head = nn.Linear(width, classes)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Compute the class scores.
-
-        Args:
-            pixels: float32, shape (n, channels, side, side).
-
-        Returns:
-            Scores before the softmax, shape (n, classes).
-        """
+        """Score float32 of shape (n, channels, side, side)."""
         patches = self.patches(pixels).flatten(2).transpose(1, 2)
         hidden = torch.cat([self.class_token.expand(len(pixels), -1, -1), patches], dim=1) + self.position
         for block in self.blocks:

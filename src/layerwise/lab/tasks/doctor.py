@@ -30,54 +30,30 @@ from layerwise.layers import clean_name
 from layerwise.rules import LayerAdaptive
 from layerwise.sinks import Memory, Record
 
-STEPS = 100
-"""Updates of the short training: after as many, faults of initialisation, rate and graph have shown."""
-
-SECONDS = 30.0
-"""After which it ends earlier."""
-
-MOST_STEPS = 100_000
-"""A record of every update is kept in memory."""
-
-UPDATES = 8
-"""Of the dry run: the first ones take longer than the rest."""
-
-UPDATE_SECONDS = 5.0
-"""After which the dry run ends with its second update or later."""
-
+STEPS = 100  # updates of the short training: after as many, faults of initialisation, rate and graph have shown
+SECONDS = 30.0  # after which it ends earlier
+MOST_STEPS = 100_000  # a record of every update is kept in memory
+UPDATES = 8  # of the dry run: the first ones take longer than the rest
+UPDATE_SECONDS = 5.0  # after which the dry run ends with its second update or later
 SEEDS = 5
 
-TRIED = "a few updates with the layer-adaptive rule: "
-"""How a problem begins that came up in them."""
-
-NOT_FINITE = "the loss is not finite"
-"""How the problem begins of which the training reports more, if it has it too."""
-
+TRIED = "a few updates with the layer-adaptive rule: "  # how a problem begins that came up in them
+NOT_FINITE = "the loss is not finite"  # how the problem begins of which the training reports more, if it has it too
 NO_FORK = "where Python does not fork (macOS, Windows, any system from Python 3.14 on) the loader fails: "
 """How the note begins of a loader that works only with forked workers."""
 
-BESIDE_SECONDS = 10.0
-"""To start the command, to start a worker, and to write the report: 3, 3 and 4 s of a free core."""
-
-RUN_SECONDS = 0.15
-"""Of a run beside its updates and tests: the task is built, and its files are written."""
+BESIDE_SECONDS = 10.0  # to start the command, to start a worker, and to write the report: 3, 3 and 4 s of a free core
+RUN_SECONDS = 0.15  # of a run beside its updates and tests: the task is built, and its files are written
+Advance = Callable[[int, int], object]  # called with the updates that are done and with how many there will be
 
 
 @dataclass(frozen=True)
 class Checkup:
-    """What a short training showed.
-
-    Attributes:
-        records: of every update.
-        losses: of every update.
-        asked: updates that were to be done.
-        seconds: that the training took.
-        findings: what is wrong.
-    """
+    """What a short training showed: a record and a loss of every update."""
 
     records: tuple[Record, ...]
     losses: tuple[float, ...]
-    asked: int
+    asked: int  # updates that were to be done
     seconds: float
     findings: tuple[Finding, ...]
 
@@ -101,18 +77,11 @@ class Checkup:
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found of a task.
+    """What was found of a task; every sentence is a line."""
 
-    Attributes:
-        described: what it is, what a comparison would do, and where a factor would act, in lines.
-        faults: what the dry run found wrong, a sentence each.
-        checkup: what a short training showed; None where no update could be done.
-        notes: what is no problem here, a sentence each.
-    """
-
-    described: list[str]
-    faults: list[str]
-    checkup: Checkup | None = None
+    described: list[str]  # what it is, what a comparison would do, and where a factor would act
+    faults: list[str]  # of the dry run
+    checkup: Checkup | None = None  # None where no update could be done
     notes: tuple[str, ...] = ()
 
     @property
@@ -139,30 +108,14 @@ class Examination:
 
 
 def examine(
-    task_file: TaskFile,
-    device: str = "cpu",
-    *,
-    steps: int = STEPS,
-    seconds: float = SECONDS,
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    task_file: TaskFile, *, steps: int = STEPS, seconds: float = SECONDS, advance: Advance = lambda done, total: None
 ) -> Examination:
-    """Try a task, do a few updates, say what a comparison would do, and train it for a little while.
-
-    Args:
-        task_file: the task.
-        device: where the network is put.
-        steps: updates of the training.
-        seconds: after which the training ends earlier.
-        advance: called with the updates that are done and with how many there will be.
-
-    Returns:
-        What was found.
-
-    Raises:
-        UsageError: the task cannot be used at all, or a length is out of its range.
-    """
-    _check(steps, seconds)
-    tried = task_file.tried(device, spawned=True)
+    """Try a task, do a few updates, say what a comparison would do, and train it for a little while."""
+    if not 1 <= steps <= MOST_STEPS:
+        raise UsageError(f"steps={steps!r}: must be from 1 to {MOST_STEPS:,}; {STEPS} is the default")
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise UsageError(f"seconds={seconds!r}: must be finite and above 0; {SECONDS:g} is the default")
+    tried = task_file.tried(spawned=True)
     problems: list[str] = []
     try:
         plan(task_file, seeds=SEEDS, tried=tried)
@@ -174,13 +127,13 @@ def examine(
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         layerwise.diagnose(tried.trial.optimizer, tried.trial.model)
-    diagnosis = [(line.partition(" ")[0], line) for line in text.getvalue().splitlines()]
-    more = [line.removeprefix(name).strip() for name, line in diagnosis if name == "problem"]
-    kept = "\n".join(line for name, line in diagnosis if name not in ("problem", "problems", "next")).rstrip()
+    diagnosis = text.getvalue().splitlines()
+    more = [line.removeprefix("problem ").strip() for line in diagnosis if line.startswith("problem ")]
+    kept = "\n".join(line for line in diagnosis if not line.startswith(("problem ", "problems ", "next "))).rstrip()
     described = [*_described(task_file, tried), *_times(tried, an_update, jobs), "", *kept.splitlines()]
     trained = None
     if math.isfinite(an_update):
-        trained = train(task_file, steps=steps, seconds=seconds, device=device, advance=advance)
+        trained = train(task_file, steps=steps, seconds=seconds, advance=advance)
         if any(finding.kind == "non-finite" for finding in trained.findings):
             found = [problem for problem in found if not problem.startswith(NOT_FINITE)]
     faults: list[str] = []
@@ -232,13 +185,6 @@ def _times(tried: TriedTask, seconds: float, jobs: int) -> list[str]:
             "to write the report), longer where they have other work"
         )
     return [f"{'update':<12}{1000 * seconds:.3g} ms, with the layer-adaptive rule", f"{'comparison':<12}{words}"]
-
-
-def _check(steps: int, seconds: float) -> None:
-    if not 1 <= steps <= MOST_STEPS:
-        raise UsageError(f"steps={steps!r}: must be from 1 to {MOST_STEPS:,}; {STEPS} is the default")
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise UsageError(f"seconds={seconds!r}: must be finite and above 0; {SECONDS:g} is the default")
 
 
 @contextlib.contextmanager
@@ -305,34 +251,14 @@ def _unsaved(training: Training) -> list[str]:
 
 
 def train(
-    task_file: TaskFile,
-    *,
-    steps: int = STEPS,
-    seconds: float = SECONDS,
-    device: str = "cpu",
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    task_file: TaskFile, *, steps: int = STEPS, seconds: float = SECONDS, advance: Advance = lambda done, total: None
 ) -> Checkup:
-    """Train a task as it is, without a rule, and look at every update; on one thread, as a run of a comparison is.
-
-    Args:
-        task_file: the task.
-        steps: updates; fewer if the task's own run is shorter.
-        seconds: after which it ends earlier.
-        device: where the network is trained.
-        advance: called with the updates that are done and with how many there will be.
-
-    Returns:
-        What it showed.
-
-    Raises:
-        UsageError: the task cannot be used, or a length is out of its range.
-    """
-    _check(steps, seconds)
+    """Train a task as it is, without a rule, and look at every update; on one thread, as a run of a comparison is."""
     configuration = Configuration(trial=task_file.configuration(layers_every=MOST_STEPS), rule=None)
     losses: list[torch.Tensor] = []
     memory = Memory()
     with Stream(0), _one_thread():
-        whole = task_file.trial(configuration, device)
+        whole = task_file.trial(configuration)
         steps = min(steps, whole.total or steps)
 
         def loss(model: nn.Module, batch: Any) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from operator import attrgetter
 from statistics import median
@@ -33,57 +33,31 @@ VANISHING = 1e-4
 within the two decades of the usual range; at twice as many a layer stands still where another moves as far as it may.
 That gradients shrink so from layer to layer is described by Glorot and Bengio 2010."""
 
-MOST_NAMED = 5
-"""Layers that a sentence names."""
+MOST_NAMED = 5  # layers that a sentence names
 
 
 @dataclass(frozen=True)
 class LayerNumbers:
-    """A layer's medians over the updates whose numbers are finite and in which it has a gradient, if there are any.
-
-    Attributes:
-        name: of the layer.
-        gradient: ‖g‖.
-        weight: ‖w‖.
-        relative_gradient: ‖g‖ / ‖w‖.
-        ratio: ‖Δw‖ / ‖w‖ of one update.
-        lr: its rate.
-        dead_from: first of the updates that leave it without a gradient to the end, if that is half of them; else 0.
-        largest_update: ‖Δw‖, of all updates whose numbers are finite.
-        from_zero: its weights were all 0 at first.
-    """
+    """A layer's medians over the updates whose numbers are finite and in which it has a gradient, if there are any."""
 
     name: str
-    gradient: float
-    weight: float
-    relative_gradient: float
-    ratio: float
+    gradient: float  # ‖g‖
+    weight: float  # ‖w‖
+    relative_gradient: float  # ‖g‖ / ‖w‖
+    ratio: float  # ‖Δw‖ / ‖w‖ of one update
     lr: float
-    dead_from: int
-    largest_update: float
-    from_zero: bool
+    dead_from: int  # first of the updates that leave it without a gradient to the end, if that is half of them; else 0
+    largest_update: float  # ‖Δw‖, of all updates whose numbers are finite
+    from_zero: bool  # its weights were all 0 at first
 
 
-def is_finite(record: Record) -> bool:
-    """Tell whether all norms of a record are finite."""
+def _is_finite(record: Record) -> bool:
     return all(map(math.isfinite, (*record.gradient_norm, *record.weight_norm, *record.update_norm)))
 
 
 def numbers_of(records: Sequence[Record]) -> list[LayerNumbers]:
-    """Take the medians of every layer.
-
-    Args:
-        records: of the updates in order; those from the first on that is not finite are left out.
-
-    Returns:
-        Numbers of each layer, in the network's order; none without a finite record.
-
-    Example:
-        >>> (layer,) = numbers_of([Record(1, ("conv",), [0.5], [2.0], [0.01], [1.0], [0.1], [0.005])])
-        >>> layer.relative_gradient, layer.ratio
-        (0.25, 0.005)
-    """
-    kept = list(takewhile(is_finite, records))
+    """Take the medians of every layer, in the network's order, of the records up to the first that is not finite."""
+    kept = list(takewhile(_is_finite, records))
     if not kept:
         return []
     found = []
@@ -107,28 +81,16 @@ def numbers_of(records: Sequence[Record]) -> list[LayerNumbers]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was found, of one layer or of several.
-
-    Attributes:
-        kind: ``"non-finite"``, ``"exploding"``, ``"vanishing"``, ``"dead"``, ``"unmoved"``, ``"fast"``, ``"slow"`` or
-            ``"frozen"``.
-        serious: it is a problem, not a note.
-        layers: names of the layers, the worst first; empty where no layer can be named.
-        values: a number of each, what ``quantity`` says; none where there is nothing to measure.
-        quantity: what the numbers are.
-        limit: what they should keep to, in words.
-        words: the finding.
-        remedy: what to do.
-    """
+    """A finding about one layer or several; without layers, the template of a kind of finding."""
 
     kind: str
-    serious: bool
-    layers: tuple[str, ...]
-    values: tuple[float, ...]
-    quantity: str
-    limit: str
+    serious: bool = True  # a problem, not a note
+    layers: tuple[str, ...] = ()  # names, the worst first; empty where no layer can be named
+    values: tuple[float, ...] = ()  # a number of each, what ``quantity`` says; none where there is nothing to measure
+    quantity: str = ""
+    limit: str  # what the numbers should keep to
     words: str
     remedy: str
 
@@ -148,6 +110,69 @@ class Finding:
         return f"{': '.join(filter(None, (self.words, self.evidence)))} ({self.limit})"
 
 
+EXPLODES = Finding(
+    kind="exploding",
+    quantity="‖g‖/‖w‖",
+    limit=f"limit {EXPLODING:g}",
+    words="gradients explode",
+    remedy="Look at the initialisation (gains far above 1) and at the scale of inputs, targets and loss; normalise the "
+    "layers, or clip with torch.nn.utils.clip_grad_norm_.",
+)
+DIES = Finding(
+    kind="dead",
+    quantity="no gradient from update",
+    limit="to the end",
+    words="layers are dead",
+    remedy="Look behind the one next to the loss: an activation that is 0 for every input (a ReLU after a large "
+    "negative bias or too large a step), a detach(), or an unused branch. Lower the rate, use LeakyReLU or GELU, "
+    "initialise anew.",
+)
+VANISHES = Finding(
+    kind="vanishing",
+    quantity="relative ‖g‖/‖w‖",
+    limit=f"limit {VANISHING:g} of the largest",
+    words="gradients vanish",
+    remedy="Replace saturating activations (sigmoid, tanh) by ReLU or GELU, add normalisation or residual connections, "
+    "and initialise for the activation (torch.nn.init.kaiming_normal_).",
+)
+STAYS = Finding(
+    kind="unmoved",
+    quantity="rate",
+    limit="no change in any update, though there is a gradient",
+    words="layers do not move",
+    remedy="Is their rate 0, or a factor? Are they of a low precision, in which so small an update rounds to nothing?",
+)
+TOO_FAST = Finding(
+    kind="fast",
+    quantity="‖Δw‖/‖w‖",
+    limit=f"usual {LOW_RATIO:g} to {HIGH_RATIO:g}",
+    words="layers move fast",
+    remedy="Lower the rate, of these layers (layerwise.rules.Constant) or of all; a small network may learn well all "
+    "the same.",
+)
+TOO_SLOW = Finding(
+    kind="slow",
+    quantity="‖Δw‖/‖w‖",
+    limit=f"usual {LOW_RATIO:g} to {HIGH_RATIO:g}",
+    words="layers move slowly",
+    remedy="Raise the rate, of these layers or of all, unless a scheduler still warms it up, or the loss is at its "
+    "least.",
+)
+FROZEN = Finding(
+    kind="frozen",
+    serious=False,
+    limit="requires_grad=False",
+    words="layers are frozen",
+    remedy="Right if you froze them; else call requires_grad_(True) before the optimizer is made.",
+)
+
+NOT_A_NUMBER = (
+    "Look for NaN or infinity in that batch, and for log, sqrt or a division at 0; if numbers grew before, the rate is "
+    "too large. torch.autograd.set_detect_anomaly(True) names the operation."
+)
+TOO_LARGE = "The gradients are finite and the update is not: lower the rate."
+
+
 def find(
     records: Sequence[Record],
     *,
@@ -155,19 +180,11 @@ def find(
     frozen: Collection[str] = (),
     ungiven: Collection[str] = (),
 ) -> list[Finding]:
-    """Say what is wrong.
+    """Say what is wrong, problems before notes.
 
     What follows from another finding is not reported again: a layer without a gradient does not vanish too, and a slow
-    layer is no news where gradients vanish.
-
-    Args:
-        records: of every update in order.
-        diverged_at: updates after which the loss was not finite, or None.
-        frozen: names of layers whose parameters are not to be trained.
-        ungiven: names of layers to which the loss gives no gradient at all, which is reported elsewhere.
-
-    Returns:
-        Findings, problems before notes.
+    layer is no news where gradients vanish. Layers to which the loss gives no gradient at all, ``ungiven``, are
+    reported elsewhere. ``diverged_at``: updates after which the loss was not finite.
     """
     layers = [layer for layer in numbers_of(records) if layer.name not in (*frozen, *ungiven)]
     dead = [layer for layer in layers if layer.dead_from]
@@ -181,130 +198,58 @@ def find(
     fast = [] if exploding else [layer for layer in moving if layer.ratio > HIGH_RATIO]
     slow = [] if vanishing else [layer for layer in moving if layer.ratio < LOW_RATIO]
     too_far = any(layer.relative_gradient > FAR * EXPLODING or layer.ratio > HIGH_RATIO for layer in exploding)
-    ratio = attrgetter("ratio")
+    relative, ratio = attrgetter("relative_gradient"), attrgetter("ratio")
     found = [
-        *non_finite(records, diverged_at),
-        *made(EXPLODES, exploding, attrgetter("relative_gradient"), serious=too_far, largest_first=True),
-        *made(DIES, dead, attrgetter("dead_from")),
-        *made(VANISHES, vanishing, lambda layer: layer.relative_gradient / largest),
-        *made(STAYS, unmoved, attrgetter("lr")),
-        *made(TOO_FAST, fast, ratio, serious=any(ratio(one) > FAR * HIGH_RATIO for one in fast), largest_first=True),
-        *made(TOO_SLOW, slow, ratio, serious=any(ratio(one) < LOW_RATIO / FAR for one in slow)),
+        *_non_finite(records, diverged_at),
+        *_filled(EXPLODES, exploding, relative, serious=too_far, largest_first=True),
+        *_filled(DIES, dead, attrgetter("dead_from")),
+        *_filled(VANISHES, vanishing, lambda layer: layer.relative_gradient / largest),
+        *_filled(STAYS, unmoved, attrgetter("lr")),
+        *_filled(TOO_FAST, fast, ratio, serious=any(ratio(one) > FAR * HIGH_RATIO for one in fast), largest_first=True),
+        *_filled(TOO_SLOW, slow, ratio, serious=any(ratio(one) < LOW_RATIO / FAR for one in slow)),
+        *([replace(FROZEN, layers=tuple(frozen))] if frozen else []),
     ]
-    if frozen:
-        found.append(
-            Finding("frozen", False, tuple(frozen), (), "", "requires_grad=False", "layers are frozen",
-                    "Right if you froze them; else call requires_grad_(True) before the optimizer is made.")
-        )  # fmt: skip
     return sorted(found, key=lambda finding: not finding.serious)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What a kind of finding says."""
-
-    name: str
-    quantity: str
-    limit: str
-    words: str
-    remedy: str
-
-
-EXPLODES = Kind(
-    "exploding",
-    "‖g‖/‖w‖",
-    f"limit {EXPLODING:g}",
-    "gradients explode",
-    "Look at the initialisation (gains far above 1) and at the scale of inputs, targets and loss; normalise the "
-    "layers, or clip with torch.nn.utils.clip_grad_norm_.",
-)
-DIES = Kind(
-    "dead",
-    "no gradient from update",
-    "to the end",
-    "layers are dead",
-    "Look behind the one next to the loss: an activation that is 0 for every input (a ReLU after a large negative bias "
-    "or too large a step), a detach(), or an unused branch. Lower the rate, use LeakyReLU or GELU, initialise anew.",
-)
-VANISHES = Kind(
-    "vanishing",
-    "relative ‖g‖/‖w‖",
-    f"limit {VANISHING:g} of the largest",
-    "gradients vanish",
-    "Replace saturating activations (sigmoid, tanh) by ReLU or GELU, add normalisation or residual connections, and "
-    "initialise for the activation (torch.nn.init.kaiming_normal_).",
-)
-STAYS = Kind(
-    "unmoved",
-    "rate",
-    "no change in any update, though there is a gradient",
-    "layers do not move",
-    "Is their rate 0, or a factor? Are they of a low precision, in which so small an update rounds to nothing?",
-)
-TOO_FAST = Kind(
-    "fast",
-    "‖Δw‖/‖w‖",
-    f"usual {LOW_RATIO:g} to {HIGH_RATIO:g}",
-    "layers move fast",
-    "Lower the rate, of these layers (layerwise.rules.Constant) or of all; a small network may learn well all the "
-    "same.",
-)
-TOO_SLOW = Kind(
-    "slow",
-    "‖Δw‖/‖w‖",
-    f"usual {LOW_RATIO:g} to {HIGH_RATIO:g}",
-    "layers move slowly",
-    "Raise the rate, of these layers or of all, unless a scheduler still warms it up, or the loss is at its least.",
-)
-
-
-NOT_A_NUMBER = (
-    "Look for NaN or infinity in that batch, and for log, sqrt or a division at 0; if numbers grew before, the rate is "
-    "too large. torch.autograd.set_detect_anomaly(True) names the operation."
-)
-TOO_LARGE = "The gradients are finite and the update is not: lower the rate."
-
-
-def made(
-    kind: Kind,
+def _filled(
+    template: Finding,
     layers: Sequence[LayerNumbers],
     value: Callable[[LayerNumbers], float],
     *,
     serious: bool = True,
     largest_first: bool = False,
 ) -> list[Finding]:
-    """Make the finding of a kind, if there are layers of it."""
+    """Fill in a template, if there are layers of its kind."""
     if not layers:
         return []
-    backwards = list(reversed(layers))  # of equal ones, as the dead, the one next to the loss comes first
+    backwards = layers[::-1]  # of equal ones, as the dead, the one next to the loss comes first
     ordered = sorted(backwards, key=value, reverse=largest_first)
     names, values = tuple(layer.name for layer in ordered), tuple(map(value, ordered))
-    return [Finding(kind.name, serious, names, values, kind.quantity, kind.limit, kind.words, kind.remedy)]
+    return [replace(template, serious=serious, layers=names, values=values)]
 
 
-def non_finite(records: Sequence[Record], diverged_at: int | None) -> list[Finding]:
+def _non_finite(records: Sequence[Record], diverged_at: int | None) -> list[Finding]:
     """Say where numbers ceased to be finite first."""
-    first = next((record for record in records if not is_finite(record)), None)
+    first = next((record for record in records if not _is_finite(record)), None)
     if first is None and diverged_at is None:
         return []
-    names: list[str] = []
-    values: list[float] = []
+    found: list[tuple[str, float]] = []
     quantity, update = "", (diverged_at or 0) + 1
     if first is not None:
         update = first.step
-        for words, norms in (("‖w‖", first.weight_norm), ("‖g‖", first.gradient_norm), ("‖Δw‖", first.update_norm)):
-            found = [(name, v) for name, v in zip(first.layers, norms, strict=True) if not math.isfinite(v)]
-            if found and not names:
-                quantity, names, values = words, [name for name, _ in found], [v for _, v in found]
+        for words, norms in (("‖Δw‖", first.update_norm), ("‖g‖", first.gradient_norm), ("‖w‖", first.weight_norm)):
+            broken = [(name, v) for name, v in zip(first.layers, norms, strict=True) if not math.isfinite(v)]
+            if broken:  # the weights are named rather than what follows from them
+                quantity, found = words, broken
     return [
         Finding(
-            "non-finite",
-            True,
-            tuple(names),
-            tuple(values),
-            quantity,
-            "must be finite",
-            f"{'numbers are' if names else 'the loss is'} not finite from update {update} on",
-            TOO_LARGE if quantity == "‖Δw‖" else NOT_A_NUMBER,
+            kind="non-finite",
+            layers=tuple(name for name, _ in found),
+            values=tuple(value for _, value in found),
+            quantity=quantity,
+            limit="must be finite",
+            words=f"{'numbers are' if found else 'the loss is'} not finite from update {update} on",
+            remedy=TOO_LARGE if quantity == "‖Δw‖" else NOT_A_NUMBER,
         )
     ]

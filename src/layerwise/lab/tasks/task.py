@@ -44,17 +44,11 @@ REQUIRED = ("model", "batches", "loss", "metric")
 DEFAULT_EPOCHS = 5
 DEFAULT_RATE, DEFAULT_MOMENTUM = 0.1, 0.9
 
-TESTS = 10
-"""Calls of the metric in a run that is counted in iterations, where the task does not say how often."""
-
-RECORDS = 40
-"""Records of the layers' norms that a run has about, if that is fewer than one in 50 updates."""
-
+TESTS = 10  # calls of the metric in a run that is counted in iterations, where the task does not say how often
+RECORDS = 40  # records of the layers' norms that a run has about, if that is fewer than one in 50 updates
 LARGEST_INTERVAL = 50
 
-RESERVED = ("training_loss", "seconds", "validation", "factor", "rate")
-"""Quantities that the lab records itself."""
-
+RESERVED = ("training_loss", "seconds", "validation", "factor", "rate")  # quantities that the lab records itself
 DIRECTIONS = {"accuracy": True, "error": False, "loss": False, "perplexity": False}
 """Word in the name of a metric -> whether higher is better."""
 
@@ -110,16 +104,6 @@ class Stream:
 
     Batches that draw from a stream of their epoch are the same whatever the training draws between them, so every arm
     sees the same batches, and a run that goes on in the middle of an epoch sees those that it would have seen.
-
-    Args:
-        seed: of the stream, from 0 to 2³² - 1.
-
-    Example:
-        >>> stream = Stream(1)
-        >>> with stream:
-        ...     first = torch.rand(2)
-        >>> torch.manual_seed(1) is not None and bool((first == torch.rand(2)).all())
-        True
     """
 
     def __init__(self, seed: int) -> None:
@@ -152,25 +136,15 @@ def _seed_everything(seed: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TriedTask:
-    """What one try of a task's parts found.
-
-    Attributes:
-        trial: of seed 0, untrained.
-        metric: name of what is judged.
-        value: of it, untrained.
-        higher_is_better: which way is better.
-        has_validation: whether there is a validation for tuning.
-        metric_seconds: that the metric took.
-        spawned: why a loader's workers, which are forked here, cannot be spawned; "" where they can, or were not tried.
-    """
+    """What one try of a task's parts, untrained and at seed 0, found."""
 
     trial: Trial
-    metric: str
+    metric: str  # name of what is judged, and its value
     value: float
     higher_is_better: bool
     has_validation: bool
     metric_seconds: float
-    spawned: str = ""
+    spawned: str = ""  # why a loader's workers, which are forked here, cannot be spawned
 
     @property
     def layers_every(self) -> int:
@@ -189,21 +163,13 @@ class TriedTask:
 
 @dataclass(frozen=True)
 class TaskFile(TaskModule):
-    """A task function and the file that it is in, as it was when it was read.
+    """A task function and the file that it is in, as it was when it was read."""
 
-    Attributes:
-        parameters: names of the function's own keyword parameters.
-        defaults: of those whose default is a number, a word, True, False or None.
-        open: whether it takes parameters of any name.
-        values: of the parameters, where they are not the defaults.
-        length: batches of an epoch, where a try of the task has found it; for the progress alone.
-    """
-
-    parameters: tuple[str, ...] = ()
-    defaults: Mapping[str, Value] = field(default_factory=dict)
-    open: bool = False
-    values: Mapping[str, Value] = field(default_factory=dict)
-    length: int | None = None
+    parameters: tuple[str, ...] = ()  # names of the function's own keyword parameters
+    defaults: Mapping[str, Value] = field(default_factory=dict)  # of those whose default is plain
+    open: bool = False  # it takes parameters of any name
+    values: Mapping[str, Value] = field(default_factory=dict)  # of the parameters, where they are not the defaults
+    length: int | None = None  # batches of an epoch, where a try has found it; for the progress alone
 
     @property
     def settings(self) -> dict[str, Value]:
@@ -211,14 +177,7 @@ class TaskFile(TaskModule):
         return {**self.defaults, **self.values}
 
     def with_values(self, values: Mapping[str, Value]) -> TaskFile:
-        """Give the same task with other values of its parameters, those of a parameter's default left out.
-
-        Args:
-            values: name -> number, word, True, False or None; laid over those that it has.
-
-        Raises:
-            UsageError: a name that is no parameter of the function, or a value that is none of these.
-        """
+        """Lay other values over those that the task has; a value that is the parameter's default is left out."""
         merged = dict(self.values)
         for name, value in values.items():
             if name not in self.parameters and (not self.open or name == "seed"):
@@ -238,41 +197,25 @@ class TaskFile(TaskModule):
         return replace(self, values=kept)
 
     def configuration(self, *, layers_every: int = 50, measure: str = "metric") -> dict[str, Any]:
-        """Give what identifies runs of this task, for ``Configuration.trial``; the path is no part of it.
-
-        Args:
-            layers_every: updates between two records of each layer's norms.
-            measure: ``"metric"``, or ``"validation"`` for runs that never see the metric.
-        """
+        """Give what identifies runs of this task, for ``Configuration.trial``; the path is no part of it."""
         about = {"task": self.sha256, "function": self.function, "values": dict(self.values)}
         return {**about, "layers_every": layers_every, "measure": measure}
 
     def import_function(self, copies: Path | None = None) -> Callable[..., Any]:
-        """Import the file anew and give the function; arguments and errors are those of ``imported``."""
+        """Import the file anew and give the function; ``copies`` as ``imported`` takes it."""
         module = self.imported(copies)
         function = getattr(module, self.function, None)
         if callable(function):
             return function
-        defined = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
-        names = [value.__name__ for value in defined if inspect.isfunction(value) and value.__name__[0].isalpha()]
-        own = " or ".join(f"{self.path.name}:{name}" for name in names)
+        functions = [value for value in vars(module).values() if inspect.isfunction(value)]
+        names = [each.__name__ for each in functions if each.__module__ == module.__name__]
+        own = " or ".join(f"{self.path.name}:{name}" for name in names if name[0].isalpha())
         remedy = f"use {own}" if own else "write def task(seed, lr=0.1), as docs/compare.md says"
         problem = f"has no function {self.function!r}" if self.function else "names no function"
         raise UsageError(f"{self.path.name} {problem}: {remedy}")
 
     def build(self, seed: int, copies: Path | None = None) -> Task:
-        """Import the file and call the function, with the global generators of torch, Python and NumPy at the seed.
-
-        Args:
-            seed: of the run.
-            copies: folder of the file's copy; None for one that ends with this process.
-
-        Returns:
-            The task, checked.
-
-        Raises:
-            UsageError: the code raised something, or what it returned cannot be used.
-        """
+        """Import the file and call the function, with the global generators of torch, Python and NumPy at the seed."""
         _seed_everything(seed)
         function = self.import_function(copies)
         _seed_everything(seed)  # whatever the file itself has drawn
@@ -283,19 +226,7 @@ class TaskFile(TaskModule):
         return task
 
     def trial(self, configuration: Configuration, device: str = "cpu", copies: Path | None = None) -> Trial:
-        """Make what a run trains.
-
-        Args:
-            configuration: of the run; its ``trial`` is what ``configuration()`` gave.
-            device: where the network is trained.
-            copies: as ``build`` takes it.
-
-        Returns:
-            The trial, ready for its first update.
-
-        Raises:
-            UsageError: the task cannot be used, or the configuration is of another file.
-        """
+        """Make what a run trains, ready for its first update."""
         about = configuration.trial
         if (about.get("task"), about.get("function")) != (self.sha256, self.function):
             raise self.refuse(f"task={about.get('task')!r}: the run is of another file; lay out its plan anew")
@@ -306,36 +237,17 @@ class TaskFile(TaskModule):
         return trial
 
     def tried(self, device: str = "cpu", *, validation: bool = False, spawned: bool = False) -> TriedTask:
-        """Build the task once, at seed 0, and try each part; the global generators are left as they were.
+        """Build the task at seed 0 and try each part, with the global generators left as they were.
 
-        Args:
-            device: where the network is put.
-            validation: whether ``validation`` is tried too, and must be there.
-            spawned: whether a batch is drawn by a spawned worker too, where the loader's are forked.
-
-        Returns:
-            What was found.
-
-        Raises:
-            UsageError: a part is not as it must be.
+        ``validation`` must be there if it is tried; ``spawned`` draws a batch in a spawned worker where the loader's
+        are forked.
         """
         with Stream(0):
             return _Parts(self, self.build(0), 0, device).tried(validation=validation, spawned=spawned)
 
 
 def load(file_and_function: str, values: Mapping[str, Value] | None = None) -> TaskFile:
-    """Read a task, and see that its function is there.
-
-    Args:
-        file_and_function: ``"file.py:function"``.
-        values: of the function's own parameters.
-
-    Returns:
-        The task.
-
-    Raises:
-        UsageError: not of this form, no such file or function, or the file cannot be executed.
-    """
+    """Read the task ``"file.py:function"``, and see that its function is there."""
     place, colon, function = file_and_function.rpartition(":")
     if not colon or not function.isidentifier():
         place, function = file_and_function, ""
@@ -450,7 +362,6 @@ class _Parts:
         )
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Give the base optimizer: the task's, the one that its function makes, or SGD."""
         refuse, optimizer, parameters = self.file.refuse, self.task.optimizer, _trained(self.task.model)
         if optimizer is None:
             rate: Any = self.file.settings.get("lr")
@@ -471,7 +382,6 @@ class _Parts:
         return optimizer
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Give the scheduler of the optimizer, or None."""
         refuse, scheduler = self.file.refuse, self.task.scheduler
         if scheduler is None:
             return None
@@ -530,7 +440,6 @@ class _Parts:
                 )
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """Compute the loss of a batch, and refuse what cannot be minimised."""
         with self.file.running("loss(model, batch)"):
             value: Any = self.task.loss(model, batch)
         if not isinstance(value, torch.Tensor):
@@ -542,7 +451,6 @@ class _Parts:
         return value.reshape(())
 
     def evaluate(self, measure: str, model: nn.Module, stop: Callable[[], bool]) -> dict[str, float]:
-        """Call the metric, or validation alone."""
         if stop():
             raise StoppedError
         if measure == "validation":
@@ -572,7 +480,6 @@ class _Parts:
         return values
 
     def validation(self, model: nn.Module) -> float:
-        """Call validation."""
         if self.task.validation is None:
             raise self.file.refuse(
                 "has no validation, which --tune needs: return the metric on data that neither batches nor metric use"

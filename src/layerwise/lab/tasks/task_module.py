@@ -37,9 +37,7 @@ __path__: list[str] = []  # makes this module a package, whose modules `_Copy` f
 _PLACES = "LAYERWISE_TASK_"
 """Prefix of the environment variables that hold the places of a copy and of its original, for other processes."""
 
-_START_METHOD = multiprocessing.get_start_method(allow_none=True)
-"""Of processes, before any task has set another."""
-
+_START_METHOD = multiprocessing.get_start_method(allow_none=True)  # of processes, before any task has set another
 _QUOTED = "Original Traceback (most recent call last):"
 """Line before the traceback of a loader's worker in the message of its error."""
 
@@ -93,13 +91,7 @@ def _temporary() -> Path:
 
 @dataclass(frozen=True)
 class TaskModule:
-    """A file with a task's function, as it was when it was read.
-
-    Attributes:
-        path: of the file.
-        function: name of the function.
-        source: the file's bytes.
-    """
+    """A file with a task's function, as it was when it was read."""
 
     path: Path
     function: str
@@ -122,15 +114,7 @@ class TaskModule:
     def imported(self, folder: Path | None = None) -> ModuleType:
         """Execute the file, again if it was executed before, so that no run affects the next.
 
-        Args:
-            folder: of the copy, which is written unless it is there; None for one that ends with this process.
-
-        Returns:
-            The module.
-
-        Raises:
-            OSError: the copy cannot be written.
-            UsageError: the file raises something.
+        Its copy is written into the folder unless it is there; None for a folder that ends with this process.
         """
         stem = _stem_of(self.source)
         copy = (_temporary() if folder is None else folder.resolve()) / f"{stem}.py"
@@ -147,14 +131,7 @@ class TaskModule:
 
     @contextmanager
     def running(self, what: str) -> Iterator[None]:
-        """Turn what the task's code raises into an error whose lines are those of its file.
-
-        Args:
-            what: is called, for the message.
-
-        Raises:
-            UsageError: the code inside raised something; the first line says all, the lines of the file follow.
-        """
+        """Turn what the task's code raises into an error whose lines are those of its file."""
         try:
             yield
         except UsageError:

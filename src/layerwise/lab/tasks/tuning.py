@@ -9,11 +9,10 @@ from itertools import product
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.methods import make_arms
-from layerwise.lab.experiments.plan import LARGEST_SEEDS, Plan, Quantity, Subject, check_names, check_seeds
+from layerwise.lab.experiments.plan import Plan, Subject
 from layerwise.lab.experiments.runner import Display, Outcome, Settings, carry_out
 from layerwise.lab.runs.values import Value
-from layerwise.lab.tasks import task as tasks
-from layerwise.lab.tasks.layout import Layout, plan, setting_words, value_words
+from layerwise.lab.tasks.layout import Layout, setting_words, value_words
 from layerwise.lab.tasks.task import TaskFile, TriedTask
 
 FIRST_SEED = 10_000
@@ -23,41 +22,25 @@ SEEDS = 2
 LARGEST_GRID = 1000
 
 Grid = Mapping[str, Sequence[Value]]
+"""Parameter -> values."""
+
 Setting = dict[str, Value]
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What came of a tuning.
-
-    Attributes:
-        outcome: of its runs.
-        grid: parameter -> values.
-        settings: every combination of them, in order.
-        higher_is_better: which way validation is better.
-    """
+    """What came of a tuning, whose plan has a subject for each setting, in the order of the settings."""
 
     outcome: Outcome
     grid: Grid
-    settings: tuple[Setting, ...]
-    higher_is_better: bool
 
     @property
     def plan(self) -> Plan:
-        """Of the tuning's runs: a subject each setting."""
+        """Of the tuning's runs."""
         return self.outcome.plan
 
-    @property
-    def complete(self) -> bool:
-        """Every run is finished, so that no arm had a smaller budget."""
-        return self.outcome.complete
-
     def scores(self, arm: str) -> list[float]:
-        """Give the mean validation of an arm at each setting; the worst of all where a seed diverged.
-
-        Args:
-            arm: its name.
-        """
+        """Give the mean validation of an arm at each setting; the worst of all where a seed diverged."""
         return [self._score(subject.name, arm) for subject in self.plan.subjects]
 
     def _score(self, subject: str, arm: str) -> float:
@@ -65,28 +48,27 @@ class Tuning:
         values = [record.summary["finals"].get("validation") for record in records.values()]
         known = [value for value in values if value is not None]
         if len(known) < len(self.plan.seeds) or any(record.diverged for record in records.values()):
-            return -math.inf if self.higher_is_better else math.inf
+            return -math.inf if self.plan.quantity.higher_is_better else math.inf
         return math.fsum(known) / len(known)
 
     @property
     def chosen(self) -> dict[str, Setting]:
         """Give the best setting of each arm; of equal ones the first."""
-        best = {}
+        best = max if self.plan.quantity.higher_is_better else min
+        chosen = {}
         for arm in self.plan.arms:
             scores = self.scores(arm.name)
-            place = scores.index((max if self.higher_is_better else min)(scores))
-            best[arm.name] = self.settings[place]
-        return best
+            chosen[arm.name] = dict(self.plan.subjects[scores.index(best(scores))].constants)
+        return chosen
 
     @property
     def notes(self) -> list[str]:
         """Say what was tried, on what, and what was chosen."""
         grid = "; ".join(f"{name} of {', '.join(map(value_words, values))}" for name, values in self.grid.items())
-        seeds = self.plan.seeds
-        budget = len(self.settings) * len(seeds)
+        seeds, count = self.plan.seeds, len(self.plan.subjects)
         return [
-            f"Tuned: {grid}. Every arm, the plain one and the controls too, had the same {len(self.settings)} settings "
-            f"on the same {len(seeds)} seeds ({', '.join(map(str, seeds))}), {budget} runs an arm, judged by the mean "
+            f"Tuned: {grid}. Every arm, the plain one and the controls too, had the same {count} settings on the same "
+            f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {count * len(seeds)} runs an arm, judged by the mean "
             "of validation alone; no seed of the tuning is among those of the comparison.",
             *self.choices,
         ]
@@ -123,25 +105,13 @@ class Tuning:
 
 
 def settings_of(task_file: TaskFile, grid: Grid) -> tuple[Setting, ...]:
-    """Give every combination of a grid's values.
-
-    Args:
-        task_file: whose parameters they are.
-        grid: parameter -> values.
-
-    Returns:
-        The settings; the last parameter changes first.
-
-    Raises:
-        UsageError: a name that is no parameter, a value that cannot be one, a parameter without values, or too many.
-    """
-    values: dict[str, list[Value]] = {}
+    """Give every combination of a grid's values, or refuse what cannot be one; the last parameter changes first."""
     for name, given in grid.items():
         if isinstance(given, str) or not given:
             raise UsageError(f"tune {name}={given!r}: give a list of values, as {name}=0.01,0.03,0.1")
         for value in given:
             task_file.with_values({name: value})
-        values[name] = list(dict.fromkeys(given))
+    values = {name: list(dict.fromkeys(given)) for name, given in grid.items()}
     settings = tuple(dict(zip(values, row, strict=True)) for row in product(*values.values()))
     if len(settings) > LARGEST_GRID:
         raise UsageError(f"tune has {len(settings)} settings: must be at most {LARGEST_GRID}; give fewer values")
@@ -158,95 +128,18 @@ def tune(
     display: Display | None = None,
     tried: TriedTask | None = None,
 ) -> Tuning:
-    """Try every setting of a grid with every arm. The runs never call the metric.
-
-    Args:
-        task_file: the task, which must return ``validation``.
-        grid: parameter -> values.
-        arms: names, as ``methods.make_arms`` takes them.
-        seeds: number of tuning seeds.
-        settings: how runs are carried out.
-        display: shows what happens.
-        tried: what a try of the task has found already.
-
-    Returns:
-        The tuning.
-
-    Raises:
-        UsageError: a value that cannot be used, or a task without validation; reported before anything is trained.
-    """
-    if not 1 <= seeds <= LARGEST_SEEDS:
-        raise UsageError(f"tuning seeds={seeds!r}: must be from 1 to {LARGEST_SEEDS}")
+    """Try every setting of a grid with every arm. The runs never call the metric, but validation."""
     combinations = settings_of(task_file, grid)
     tried = tried or task_file.tried(settings.device, validation=True)
-    layout = Layout(task_file, tried)
-    # A control follows its method's run of the same setting and seed; settings are not compared with one another.
-    chosen = tuple(replace(arm, against=()) for arm in make_arms(arms))
-    subjects = tuple(Subject(name=setting_words(one), words=setting_words(one), constants=one) for one in combinations)
-    check_names("setting", [subject.name for subject in subjects])
-    given = tuple(range(FIRST_SEED, FIRST_SEED + seeds))
-    runs = tuple(
-        layout.run(subject.name, arm, seed, subject.constants, "validation")
-        for subject in subjects
-        for arm in chosen
-        for seed in given
-    )
-    layout.check(runs)
-    tuning = Plan(
-        name=f"{layout.name}-tuning",
-        title=f"{task_file.label}: tuning",
-        source=task_file.label,
-        layout="curves",
-        quantity=Quantity(
-            name="validation", words="validation", unit="", difference_unit="", higher_is_better=tried.higher_is_better
-        ),
-        columns=(),
-        step_unit=layout.step_unit,
-        subjects=subjects,
-        arms=chosen,
-        seeds=given,
-        runs=runs,
-        constants=layout.constants(),
+    plan = Layout(task_file, tried).plan(
+        "validation",
+        suffix="-tuning",
+        title="tuning",
+        subjects=[Subject(name=(words := setting_words(each)), words=words, constants=each) for each in combinations],
+        # A control follows its method's run of the same setting and seed; settings are not compared with one another.
+        arms=[replace(arm, against=()) for arm in make_arms(arms)],
+        seeds=range(FIRST_SEED, FIRST_SEED + seeds),
         notes=("Runs of a tuning: they choose values, and nothing is concluded from them.",),
     )
     grid = {name: tuple(dict.fromkeys(values)) for name, values in grid.items()}
-    return Tuning(carry_out(tuning, settings, display), grid, combinations, tried.higher_is_better)
-
-
-def run(
-    file_and_function: str,
-    grid: Grid,
-    *,
-    arms: Sequence[str] = (),
-    seeds: int = 5,
-    settings: Settings,
-    display: Display | None = None,
-) -> Outcome:
-    """Tune every arm on a task, then compare them, each at its own values.
-
-    Args:
-        file_and_function: ``"file.py:function"``.
-        grid: parameter -> values.
-        arms: names, as ``methods.make_arms`` takes them.
-        seeds: number of seeds of the comparison.
-        settings: how runs are carried out.
-        display: shows what happens, of the tuning and then of the comparison.
-
-    Returns:
-        The outcome of the comparison; that of the tuning where it was interrupted, or a run of it failed.
-
-    Raises:
-        UsageError: a value that cannot be used, reported before anything is trained.
-    """
-    check_seeds(seeds)
-    task_file = tasks.load(file_and_function)
-    tried = task_file.tried(settings.device, validation=True)
-    plan(task_file, arms=arms, seeds=seeds, tried=tried)  # what is wrong with it is reported before the tuning
-    tuned = tune(task_file, grid, arms=arms, settings=settings, display=display, tried=tried)
-    if not tuned.complete:
-        return tuned.outcome
-    chosen = plan(task_file, arms=arms, seeds=seeds, tuned=tuned.chosen, notes=tuned.notes, tried=tried)
-    if display is not None:
-        for words in tuned.choices:
-            display.say(words)
-    return carry_out(chosen, settings, display)
+    return Tuning(carry_out(plan, settings, display), grid)

@@ -112,7 +112,7 @@ class Loader:
     """
 
     def __init__(self, folder: ImageFolder, count: int, *, pin: bool, stay: bool) -> None:
-        folder.mean_image()  # once, and not in every worker
+        _ = folder.mean  # computed once, and not in every worker
         self._jobs: Iterable[Job] = ()
         self._loader = DataLoader(
             cast(Any, _Decoder(folder)),
@@ -188,10 +188,9 @@ class FolderStream:
         """Draw what is to be decoded."""
         generator, (rank, count) = epoch_generator(self.seed, epoch), self.share
         for number, index in enumerate(shuffled_batches(self.folder.train_count, self.batch_size, generator)):
-            if number < skip:
-                self.folder.skip_batch(len(index), generator)
-                continue
             job, size = self.folder.drawn(index, generator), len(index)
+            if number < skip:
+                continue
             if size % count == 0:
                 own = slice(rank * size // count, (rank + 1) * size // count)
                 job = job._replace(numbers=job.numbers[own], places=job.places[own])
