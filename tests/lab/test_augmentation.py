@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from layerwise.lab.data import Dataset
 from layerwise.lab.data.augmentation import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -9,9 +10,17 @@ from layerwise.lab.data.augmentation import (
     cropped_and_mirrored,
     normalised,
     shuffled_batches,
-    training_images,
 )
 from layerwise.lab.errors import UsageError
+from layerwise.lab.training import inputs
+
+
+def training_images(images, generator):
+    """Make inputs as a run does."""
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    return inputs.make("augmented", Dataset("cifar10", "noise", images, labels, images, labels)).train(
+        images, generator
+    )
 
 
 def seeded(seed=0):
@@ -75,7 +84,7 @@ def test_channels_move_together():
 
 def test_the_recipes_order_is_kept_padding_then_scaling_then_normalising():
     white = torch.full((64, 3, 32, 32), 255, dtype=torch.uint8)
-    batch = training_images(white, seeded(), CIFAR10_MEAN, CIFAR10_STD)
+    batch = training_images(white, seeded())
     assert batch.shape == white.shape
     assert batch.dtype == torch.float32
     assert batch.is_contiguous()
@@ -98,7 +107,7 @@ def test_images_are_normalised_by_channel(mean, std):
 
 def test_training_images_are_the_normalised_crops():
     images = random_images(9)
-    made = training_images(images, seeded(4), CIFAR10_MEAN, CIFAR10_STD)
+    made = training_images(images, seeded(4))
     assert torch.equal(made, normalised(cropped_and_mirrored(images, seeded(4)), CIFAR10_MEAN, CIFAR10_STD))
 
 
@@ -107,10 +116,10 @@ def test_a_seed_gives_the_same_batches_whatever_else_is_drawn():
     before = images.clone()
     first_source, second_source = seeded(5), seeded(5)
     state = torch.get_rng_state()
-    first = [training_images(images, first_source, CIFAR10_MEAN, CIFAR10_STD) for _ in range(3)]
+    first = [training_images(images, first_source) for _ in range(3)]
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    second = [training_images(images, second_source, CIFAR10_MEAN, CIFAR10_STD) for _ in range(3)]
+    second = [training_images(images, second_source) for _ in range(3)]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0], first[1])
     assert torch.equal(images, before)

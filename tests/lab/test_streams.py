@@ -83,9 +83,8 @@ def test_augmented_inputs_are_those_of_the_recipe():
     made, _ = next(stream(dataset, "augmented").batches(1))
     generator = epoch_generator(0, 1)
     index = torch.randperm(50, generator=generator)[:16]
-    expected = augmentation.training_images(
-        dataset.train_images[index], generator, augmentation.CIFAR10_MEAN, augmentation.CIFAR10_STD
-    )
+    crops = augmentation.cropped_and_mirrored(dataset.train_images[index], generator)
+    expected = augmentation.normalised(crops, augmentation.CIFAR10_MEAN, augmentation.CIFAR10_STD)
     assert torch.equal(made, expected)
 
 

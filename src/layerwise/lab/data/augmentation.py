@@ -53,13 +53,6 @@ def cropped_and_mirrored(images: torch.Tensor, generator: torch.Generator, paddi
     return padded.flatten(2).gather(2, positions).view(images.shape)
 
 
-def training_images(
-    images: torch.Tensor, generator: torch.Generator, mean: tuple[float, ...], std: tuple[float, ...]
-) -> torch.Tensor:
-    """Make a training batch: random crops of the padded images, mirrored at random, normalised."""
-    return normalised(cropped_and_mirrored(images, generator), mean, std)
-
-
 def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
     """Deal the numbers from 0 to count - 1 into batches in random order; the last batch may be smaller."""
     return torch.randperm(count, generator=generator, device=generator.device).split(batch_size)
