@@ -12,7 +12,7 @@ import pytest
 import torch
 from lab_helpers import series_of, stored
 
-from layerwise.lab.runs import folder as runs_module
+from layerwise.lab.runs import store
 from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.runs.folder import MAGIC, BusyError, RunFolder, Runs
 from layerwise.lab.runs.record import Recorder
@@ -132,8 +132,8 @@ def test_a_checkpoint_only_adds_what_is_new_to_the_record(tmp_path, configuratio
     for step in range(2, 20_000):
         recorder.add("training_loss", step, 1, 0.5)
     written = []
-    real = runs_module.write_whole
-    monkeypatch.setattr(runs_module, "write_whole", lambda path, data: (written.append(len(data)), real(path, data)))
+    real = store.write_whole
+    monkeypatch.setattr(store, "write_whole", lambda path, data: (written.append(len(data)), real(path, data)))
     folder.save_checkpoint({"number": 1, "recorder": recorder.state_dict()})
     recorder.add("training_loss", 20_000, 1, 0.5)
     folder.save_checkpoint({"number": 2, "recorder": recorder.state_dict()})
@@ -288,10 +288,10 @@ def test_what_a_kill_after_the_record_left_is_tidied(tmp_path, configuration, fi
 
 def test_a_run_that_goes_on_on_another_machine_names_both(tmp_path, configuration, monkeypatch):
     folder = Runs(tmp_path).folder(configuration)
-    first = runs_module.hardware()
+    first = store.hardware()
     with folder.lock():
         folder.begin({})
-        monkeypatch.setattr(runs_module, "hardware", lambda: {**first, "cores": 64})
+        monkeypatch.setattr(store, "hardware", lambda: {**first, "cores": 64})
         assert folder.begin({})["later"] == [{**first, "cores": 64}]
         assert folder.begin({})["hardware"] == first
 

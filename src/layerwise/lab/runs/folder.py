@@ -27,23 +27,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from layerwise.lab.errors import UsageError
+from layerwise.lab.runs import store
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.files import refuse_links, remove_leftovers
 from layerwise.lab.runs.record import Record, Recorder, read_about, read_summary
-from layerwise.lab.runs.store import (
-    LARGEST_TABLE,
-    append,
-    digest_of,
-    hardware,
-    kind_of,
-    parts,
-    plain,
-    read_bytes,
-    read_signed,
-    signed,
-    versions,
-    write_whole,
-)
 
 MAGIC = b"layerwise checkpoint 1\n"
 DIGEST_LENGTH = 32
@@ -70,7 +57,7 @@ class BusyError(RuntimeError):
 def alone_in(folder: Path) -> Iterator[None]:
     """Lock a folder by its file ``lock``, which stays; a forked child, as a loader's worker, does not hold the lock."""
     path = folder / "lock"
-    if kind := kind_of(path):
+    if kind := store.kind_of(path):
         raise UsageError(f"{path}: is {kind}, where the lab writes a file; remove it")
     try:
         # The fallback is a file that a killed process would leave, which would keep its run from ever going on.
@@ -119,12 +106,12 @@ class RunFolder:
 
         A run that goes on on another machine names that one too, under ``later``.
         """
-        found, here = self._read("run.json", read_about), hardware()
+        found, here = self._read("run.json", read_about), store.hardware()
         if found is None:
             about = {
                 "configuration": self.configuration.as_json(),
                 "labels": labels,
-                "versions": versions(),
+                "versions": store.versions(),
                 "python": platform.python_version(),
                 "hardware": here,
                 "later": [],
@@ -153,12 +140,12 @@ class RunFolder:
         if "recorder" in state:
             state = {**state, "recorder": {**state["recorder"], "rows": self._append(state["recorder"]["rows"])}}
         buffer = io.BytesIO()
-        torch.save(plain(state), buffer)
+        torch.save(store.plain(state), buffer)
         content = buffer.getbuffer()
         path = self.path / "checkpoint.pt"
         if path.exists():
             os.replace(path, self.path / "checkpoint-before.pt")
-        write_whole(path, MAGIC + hashlib.sha256(content).digest() + content)
+        store.write_whole(path, MAGIC + hashlib.sha256(content).digest() + content)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Read the newest whole checkpoint; one that is damaged is set aside and the one before it is taken."""
@@ -177,8 +164,8 @@ class RunFolder:
     def _append(self, rows: Any) -> list[Any]:
         """Append what is new of the recorded rows to their file; give its length and checksum."""
         (length, digest), path, content = self._rows, self.path / ROWS, memoryview(rows.numpy())
-        if not (length and append(path, length, content[length:])):
-            write_whole(path, content)
+        if not (length and store.append(path, length, content[length:])):
+            store.write_whole(path, content)
         digest = digest.copy()
         digest.update(content[length:])
         self._rows = (len(content), digest)
@@ -194,7 +181,7 @@ class RunFolder:
             case _:  # no state of a training, as will be found
                 return True
         try:
-            content = read_bytes(self.path / ROWS, LARGEST_TABLE)[:length]
+            content = store.read_bytes(self.path / ROWS, store.LARGEST_TABLE)[:length]
         except (FileNotFoundError, ValueError):
             return False
         digest = hashlib.sha256(content)
@@ -209,7 +196,7 @@ class RunFolder:
         buffer = io.BytesIO()
         recorder.frame().write_parquet(buffer, compression="zstd")
         content = buffer.getvalue()
-        write_whole(self.path / "metrics.parquet", content)
+        store.write_whole(self.path / "metrics.parquet", content)
         self._write("record.json", {**summary, "metrics_sha256": hashlib.sha256(content).hexdigest()})
         self.tidy(summary)
 
@@ -217,11 +204,11 @@ class RunFolder:
         """Say that the run is finished and remove its checkpoints; again, if it was killed before it could."""
         left = [path for name in CHECKPOINTS if os.path.lexists(path := self.path / name)]
         state = "finished" if summary["diverged_at"] is None else "diverged"
-        status = self._read("status.json", lambda folder: read_signed(folder / "status.json")) if not left else None
+        status = None if left else self._read("status.json", lambda folder: store.read_signed(folder / "status.json"))
         if status is None or status.get("state") != state:
             self.say(state, summary["iterations"], summary["iterations"])
         for path in left:
-            if kind_of(path) == "a folder":  # none that the lab has made
+            if store.kind_of(path) == "a folder":  # none that the lab has made
                 self._put_aside(path)
             with suppress(FileNotFoundError):
                 path.unlink()
@@ -236,7 +223,7 @@ class RunFolder:
             return None
         path = self.path / "metrics.parquet"
         try:
-            digest = digest_of(path)
+            digest = store.digest_of(path)
         except (FileNotFoundError, ValueError):
             digest = None
         if digest != summary["metrics_sha256"]:
@@ -247,7 +234,7 @@ class RunFolder:
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file that names its own checksum."""
-        write_whole(self.path / name, signed(content))
+        store.write_whole(self.path / name, store.signed(content))
 
     def _read(self, name: str, read: Callable[[Path], Any]) -> Any:
         """Read a file of the run; None if it does not exist or is damaged. A damaged file is renamed."""
@@ -285,21 +272,15 @@ def _now() -> str:
 
 
 def _content_of(path: Path) -> memoryview | None:
-    """Read the content of a checkpoint after comparing its checksum; None if it is damaged."""
+    """Read the content of a checkpoint; None if it does not match its checksum, or is no plain file."""
     try:
-        stream = parts(path, LARGEST_CHECKPOINT)
-        first = next(stream, b"")
-        if not first.startswith(MAGIC):
+        if not next(store.parts(path, LARGEST_CHECKPOINT), b"").startswith(MAGIC):
             return None
-        begin = len(MAGIC) + DIGEST_LENGTH
-        digest = hashlib.sha256(first[begin:])
-        for part in stream:
-            digest.update(part)
-        if digest.digest() != first[len(MAGIC) : begin]:
-            return None
-        return memoryview(read_bytes(path, LARGEST_CHECKPOINT))[begin:]
-    except ValueError:  # no plain file
+        content = memoryview(store.read_bytes(path, LARGEST_CHECKPOINT))[len(MAGIC) :]
+    except ValueError:
         return None
+    digest, content = content[:DIGEST_LENGTH], content[DIGEST_LENGTH:]
+    return content if hashlib.sha256(content).digest() == digest else None
 
 
 def _state_of(path: Path, content: memoryview) -> dict[str, Any]:
