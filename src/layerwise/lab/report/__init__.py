@@ -18,19 +18,11 @@ def write(
     *,
     figures: bool = False,
 ) -> Path:
-    """Write the report of an outcome, or of several as sections of one page.
+    """Write the report of an outcome, or of several as sections of one page, and give the page.
 
     Into the outcome's folder: ``report.html``, ``table.md``, ``tables/*.parquet`` and, of one outcome, ``plan.json``
-    and ``runs.json``. A copy of the page goes to ``report.html`` in the folder of ``--out``.
-
-    Args:
-        outcomes: of any plans, with one folder.
-        command: the command line that made it, or "".
-        show: told how many figures are written, and of how many.
-        figures: write every figure as ``figures/*.svg`` and ``figures/*.png`` too.
-
-    Returns:
-        The page.
+    and ``runs.json``; with ``figures`` every figure as ``figures/*.svg`` and ``figures/*.png``. A copy of the page goes
+    to ``report.html`` in the folder of ``--out``. ``show`` gets how many figures are written, and of how many.
     """
     from layerwise.lab.report.files import write_all
 
@@ -47,6 +39,6 @@ def prepare() -> None:
         import polars  # noqa: F401
         import scipy.special  # noqa: F401
 
-        from layerwise.lab.report.bundle import bundle
+        from layerwise.lab.report.rendering import bundle
 
         bundle()

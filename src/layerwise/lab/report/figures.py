@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 from layerwise.lab.errors import shown
-from layerwise.lab.report.looks import COLOURS, Look
+from layerwise.lab.report.styles import COLOURS, Style
 from layerwise.lab.report.words import capital
+
+Spec = dict[str, Any]
+"""A part of a Vega-Lite specification."""
 
 WIDTH, HEIGHT = 420, 220
 """Plotting area of a file in pixels; in the page the width is that of the card."""
-
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
 
 _AXIS = {
     "labelColor": "var(--muted)",
@@ -31,9 +33,9 @@ _AXIS = {
     "labelSeparation": 8,
 }
 
-CONFIG: dict[str, Any] = {
+CONFIG: Spec = {
     "background": "transparent",
-    "font": FONT,
+    "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif",
     "view": {"stroke": None},
     "axis": _AXIS,
     "legend": {"labelColor": "var(--ink)", "titleColor": "var(--muted)", "labelFontSize": 11, "titleFontSize": 11},
@@ -44,46 +46,35 @@ CONFIG: dict[str, Any] = {
 HIDDEN = {"filter": "indexof(hidden, datum.arm) < 0"}
 """Leaves out the arms that the reader has switched off."""
 
+ZOOM = {"name": "zoom", "bind": "scales", "select": {"type": "interval", "zoom": "wheel![event.shiftKey]"}}
+
 
 @dataclass(frozen=True)
 class Table:
-    """The numbers of a figure.
+    """The numbers of a figure, as text."""
 
-    Attributes:
-        headings: of the columns.
-        rows: cells as text.
-    """
-
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    headings: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure.
+    """A figure."""
 
-    Attributes:
-        name: of its file, without the ending.
-        title: above it.
-        summary: what it shows in one sentence, for those who do not see it.
-        spec: Vega-Lite, without data and width. The data is called ``rows``.
-        data: columns by name, of equal length. ``cross`` holds columns of which every combination is a row, the last
-            one fastest. ``words`` holds the texts of columns that are given as numbers.
-        table: its numbers.
-    """
-
-    name: str
+    name: str  # of its file, without the ending
     title: str
-    summary: str
-    spec: Mapping[str, Any]
+    summary: str  # what it shows in one sentence, for those who do not see it
+    spec: Spec  # without data and width; the data is called ``rows``
     data: Mapping[str, Any]
-    table: Table = field(default_factory=lambda: Table((), ()))
+    """Columns by name, of equal length. ``cross`` holds columns of which every combination is a row, the last one
+    fastest. ``words`` holds the texts of columns that are given as numbers."""
+    table: Table = field(default_factory=Table)
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> Spec:
         """Give a specification that stands alone: in the colours of light, with title, legend and data."""
         spec = _alone(self.spec)
-        title = {"text": _wrapped(capital(self.title), 70)}
-        sized = {"width": spec.get("width", WIDTH), "padding": 12, "background": COLOURS["card"][0]}
+        title = {"text": textwrap.wrap(capital(self.title), 70) or [""]}
+        sized = {"width": WIDTH, "padding": 12, "background": COLOURS["card"][0]}
         whole = {**spec, **sized, "title": title, "datasets": {"rows": rows_of(self.data)}, "config": _alone(CONFIG)}
         return cleaned({"$schema": "https://vega.github.io/schema/vega-lite/v6.json", **whole})
 
@@ -122,13 +113,6 @@ def _alone(value: Any) -> Any:
     return made
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    """Break a title into lines."""
-    import textwrap
-
-    return textwrap.wrap(text, width) or [""]
-
-
 def rows_of(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Make the rows of a figure from its columns, as the page's script does."""
     columns = {name: list(each) for name, each in data.items() if name not in ("cross", "words")}
@@ -138,6 +122,14 @@ def rows_of(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, words in data.get("words", {}).items():
         columns[name] = [words[place] for place in columns[name]]
     return [dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)]
+
+
+def columns_of(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
+    """Make the columns of a figure from its rows; numbers with a point are shortened."""
+    return {
+        name: [short(row[place]) if isinstance(row[place], float) else row[place] for row in rows]
+        for place, name in enumerate(names)
+    }
 
 
 def short(value: float | None) -> float | None:
@@ -150,28 +142,46 @@ def written(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
 
 
-def quantitative(name: str, title: str, **more: Any) -> dict[str, Any]:
+def quantitative(name: str, title: str, **more: Any) -> Spec:
     """Give the encoding of a number on an axis; the scale need not begin at 0."""
     given = more.pop("scale", {})
     scale = {"nice": False, **({} if given.get("type") == "log" else {"zero": False}), **given}
     return {"field": name, "type": "quantitative", "title": title, "scale": scale, **more}
 
 
-def encodings(used: Sequence[Look]) -> dict[str, dict[str, Any]]:
-    """Give the encodings of colour, dash and shape for rows with a field ``arm``."""
-
-    def scaled(values: list[Any]) -> dict[str, Any]:
-        scale = {"domain": [look.words for look in used], "range": values}
-        return {"field": "arm", "type": "nominal", "scale": scale, "legend": None}
-
+def scaled(name: str, texts: Sequence[str], values: Sequence[Any]) -> Spec:
+    """Give the encoding of a text by one value each."""
     return {
-        "color": scaled([look.colour for look in used]),
-        "strokeDash": scaled([list(look.dash) for look in used]),
-        "shape": scaled([look.shape for look in used]),
+        "field": name,
+        "type": "nominal",
+        "scale": {"domain": list(texts), "range": list(values)},
+        "legend": None,
     }
 
 
-def tip(name: str, title: str, number: str = "") -> dict[str, Any]:
+def encodings(used: Sequence[Style]) -> dict[str, Spec]:
+    """Give the encodings of colour, dash and shape for rows with a field ``arm``."""
+    names = [style.words for style in used]
+    return {
+        "color": scaled("arm", names, [style.colour for style in used]),
+        "strokeDash": scaled("arm", names, [list(style.dash) for style in used]),
+        "shape": scaled("arm", names, [style.shape for style in used]),
+    }
+
+
+def of_arms(layers: Sequence[Spec], transform: Sequence[Spec] = (), **more: Any) -> Spec:
+    """Give the specification of a figure of arms, which its reader can switch off."""
+    hidden = {"params": [{"name": "hidden", "value": []}], "data": {"name": "rows"}}
+    return {**hidden, "transform": [HIDDEN, *transform], "layer": list(layers), **more}
+
+
+def layer(mark: str, encoding: Spec, *filters: str | Spec, **look: Any) -> Spec:
+    """Give one layer of a figure: a mark for each row that passes the filters."""
+    made: Spec = {"transform": [{"filter": each} for each in filters]} if filters else {}
+    return {**made, "mark": {"type": mark, **look}, "encoding": encoding}
+
+
+def tip(name: str, title: str, number: str = "") -> Spec:
     """Give a line of a tooltip: a text, or a number in a format."""
     if number:
         return {"field": name, "type": "quantitative", "title": title, "format": number}
@@ -182,9 +192,7 @@ def slugs(names: Iterable[str]) -> dict[str, str]:
     """Make names of files and of elements: unique, at most 44 letters, digits and dashes."""
     found: dict[str, str] = {}
     taken: set[str] = set()
-    for name in names:
-        if name in found:
-            continue
+    for name in dict.fromkeys(names):
         base = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "x"
         slug, count = base, 2
         while slug in taken:

@@ -35,17 +35,13 @@ def value_words(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
+def in_unit(quantity: Quantity) -> str:
+    """Name a quantity with its unit, as an axis does."""
+    return f"{quantity.words}, {quantity.unit}" if quantity.unit else quantity.words
+
+
 def number(value: float, quantity: Quantity, sd: float = math.nan) -> str:
-    """Write a value of a quantity: two decimals of a percentage, else as many as its spread leaves sense in.
-
-    Args:
-        value: of the quantity, or its standard deviation.
-        quantity: which one.
-        sd: of the value over seeds; nan where it is not known.
-
-    Returns:
-        The number, without its unit.
-    """
+    """Write a value or a standard deviation: two decimals of a percentage, else as many as ``sd`` leaves sense in."""
     if not math.isfinite(value):
         return str(value)
     if quantity.take == "first":

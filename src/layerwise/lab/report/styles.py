@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from layerwise.lab.errors import shown
 from layerwise.lab.experiments.plan import Plan
@@ -35,34 +35,19 @@ COLOURS: dict[str, tuple[str, str]] = {
 
 ARM_COLOURS = tuple(f"c{number}" for number in range(1, 9))
 
-DASHES: tuple[tuple[int, ...], ...] = (
-    (1, 0),
-    (7, 3),
-    (9, 3, 2, 3),
-    (5, 2, 1, 2),
-    (3, 2),
-    (12, 3),
-    (2, 3),
-    (6, 2, 2, 2, 2, 2),
-)
+DASHES = ((1, 0), (7, 3), (9, 3, 2, 3), (5, 2, 1, 2), (3, 2), (12, 3), (2, 3), (6, 2, 2, 2, 2, 2))
+"""Lengths of line and gap."""
 
 SHAPES = ("circle", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left", "stroke")
 """Shapes of points; that of the plain arm is a square."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """How one arm, or one group of arms, is drawn.
+class Style:
+    """How one arm, or one group of arms, is drawn."""
 
-    Attributes:
-        words: its name, which no other look has.
-        variable: of its colour in the page.
-        dash: lengths of line and gap.
-        shape: of its points.
-    """
-
-    words: str
-    variable: str
+    words: str  # its name, which no other one has
+    variable: str  # of its colour in the page
     dash: tuple[int, ...]
     shape: str
 
@@ -77,30 +62,26 @@ class Look:
         return " ".join(map(str, self.dash)) if self.dash[1] else "none"
 
 
-def looks(plan: Plan) -> dict[str, Look]:
+def styles(plan: Plan) -> dict[str, Style]:
     """Choose how each arm or group of a plan is drawn; the first plain arm is grey everywhere.
 
-    Args:
-        plan: the experiment.
-
-    Returns:
-        Arm or group -> look. Beyond eight, colours return with another dash and shape.
+    Beyond eight, colours return with another dash and shape.
     """
     plain = next((arm.name for subject in plan.subjects if (arm := plain_arm(plan, subject.name))), None)
     items = item_words(plan)
     found, place = {}, 0
-    for (item, _), words in zip(items.items(), unique(items.values()), strict=True):
+    for item, words in zip(items, unique(items.values()), strict=True):
         if item == plain:
-            found[item] = Look(words, "plain", (2, 2), "square")
+            found[item] = Style(words, "plain", (2, 2), "square")
             continue
         turn = place // len(ARM_COLOURS)
         dash, shape = DASHES[(place + 3 * turn) % len(DASHES)], SHAPES[(place + 5 * turn) % len(SHAPES)]
-        found[item] = Look(words, ARM_COLOURS[place % len(ARM_COLOURS)], dash, shape)
+        found[item] = Style(words, ARM_COLOURS[place % len(ARM_COLOURS)], dash, shape)
         place += 1
     return found
 
 
-def unique(names: Any) -> list[str]:
+def unique(names: Iterable[str]) -> list[str]:
     """Write names as they are shown, with a number after one that is there already."""
     made: dict[str, None] = {}
     for name in map(shown, names):
