@@ -27,41 +27,23 @@ from layerwise.lab.report.figures import (
 )
 from layerwise.lab.report.styles import Style, unique
 from layerwise.lab.report.verdicts import Verdict
-from layerwise.lab.report.words import in_unit, item_of, plain_arm, value_words
+from layerwise.lab.report.words import in_unit, item_of, members_of, plain_arm, value_words
 from layerwise.lab.stats.wording import listed
 
-POINTS = 100
-"""Most points of a curve that are drawn as they are."""
-
-SPANS = 60
-"""A longer series, as the training loss of every update, is averaged over as many spans of updates."""
-
-SEED_POINTS = 2400
-"""Most points of single seeds in a chart; of more, means and bands alone are drawn."""
-
-MOST_LINES = 24
-"""Curves of one chart; beyond, nobody could tell them apart."""
-
-MOST_SUBJECTS = 24
-"""Charts of a row, a subject each."""
-
-TABLE_STEPS = 8
-"""Most steps in the table of a chart."""
-
-FEW_STEPS = 8
-"""So many steps all have a tick; between them there is none."""
+POINTS = 100  # most points of a curve that are drawn as they are
+SPANS = 60  # a longer series, as the training loss of every update, is averaged over as many spans of updates
+SEED_POINTS = 2400  # most points of single seeds in a chart; of more, means and bands alone are drawn
+MOST_LINES = 24  # curves of one chart; beyond, nobody could tell them apart
+MOST_SUBJECTS = 24  # charts of a row, a subject each
+TABLE_STEPS = 8  # most steps in the table of a chart
+FEW_STEPS = 8  # so many steps all have a tick; between them there is none
 
 LOG_SPREAD = 5.0
 """A quantity that falls begins on a logarithmic scale where its largest value is so many times its smallest."""
 
-NAMED = 4
-"""So many arms are named in the summary of a chart."""
-
-ONE_SEED, MEAN = "datum.seed !== null", "datum.seed === null"
-"""Tell the rows of single seeds from those of their mean."""
-
-MEASURE_DASHES = ([1, 0], [4, 3], [1, 2], [8, 3, 1, 3])
-"""Of several quantities in one chart."""
+NAMED = 4  # so many arms are named in the summary of a chart
+ONE_SEED, MEAN = "datum.seed !== null", "datum.seed === null"  # tell the rows of single seeds from those of their mean
+MEASURE_DASHES = ([1, 0], [4, 3], [1, 2], [8, 3, 1, 3])  # of several quantities in one chart
 
 Series = dict[int, list[tuple[int, float]]]
 """Seed -> steps and values."""
@@ -128,10 +110,7 @@ def differences(found: Sequence[Verdict], shown: Mapping[str, Style], name: str)
 
 def representatives(plan: Plan, subject: str) -> dict[str, str]:
     """Choose an arm for each item of a subject: of a group, that in the middle of its values: item -> arm."""
-    members: dict[str, list[tuple[float, str]]] = {}
-    for arm in plan.arms_of(subject):
-        members.setdefault(item_of(arm), []).append((arm.value or 0.0, arm.name))
-    return {item: sorted(arms)[(len(arms) - 1) // 2][1] for item, arms in members.items()}
+    return {item: arms[(len(arms) - 1) // 2].name for item, arms in members_of(plan, subject).items()}
 
 
 def seed_curves(results: Results, subject: str, arm: str, quantity: str) -> Series:

@@ -17,8 +17,7 @@ from layerwise.lab.report.words import capital
 Spec = dict[str, Any]
 """A part of a Vega-Lite specification."""
 
-WIDTH, HEIGHT = 420, 220
-"""Plotting area of a file in pixels; in the page the width is that of the card."""
+WIDTH, HEIGHT = 420, 220  # plotting area of a file in pixels; in the page the width is that of the card
 
 _AXIS = {
     "labelColor": "var(--muted)",
@@ -43,8 +42,7 @@ CONFIG: Spec = {
 }
 """Of every figure. Colours are variables of the page's style sheet, so that one figure serves light and dark."""
 
-HIDDEN = {"filter": "indexof(hidden, datum.arm) < 0"}
-"""Leaves out the arms that the reader has switched off."""
+HIDDEN = {"filter": "indexof(hidden, datum.arm) < 0"}  # leaves out the arms that the reader has switched off
 
 ZOOM = {"name": "zoom", "bind": "scales", "select": {"type": "interval", "zoom": "wheel![event.shiftKey]"}}
 
@@ -151,12 +149,7 @@ def quantitative(name: str, title: str, **more: Any) -> Spec:
 
 def scaled(name: str, texts: Sequence[str], values: Sequence[Any]) -> Spec:
     """Give the encoding of a text by one value each."""
-    return {
-        "field": name,
-        "type": "nominal",
-        "scale": {"domain": list(texts), "range": list(values)},
-        "legend": None,
-    }
+    return {"field": name, "type": "nominal", "scale": {"domain": list(texts), "range": list(values)}, "legend": None}
 
 
 def encodings(used: Sequence[Style]) -> dict[str, Spec]:

@@ -6,12 +6,15 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import polars
 
 from layerwise.lab.errors import shown
 from layerwise.lab.experiments.runner import Outcome
 from layerwise.lab.report.page import build
+from layerwise.lab.report.rendering import bundle
 from layerwise.lab.report.saved import PLAN, RUNS, as_json
 from layerwise.lab.report.tables import Entry, result_table
 from layerwise.lab.report.verdicts import headline, note, verdicts
@@ -19,20 +22,25 @@ from layerwise.lab.report.words import capital, place_words
 from layerwise.lab.runs.files import OwnFolder, check_page, remove_leftovers
 from layerwise.lab.runs.store import signed, write_whole
 
-if TYPE_CHECKING:
-    import polars
-
 MEANT = str.maketrans({sign: f"\\{sign}" for sign in "\\`*_[]|#"} | {sign: f"&#{ord(sign)};" for sign in "<>&"})
 """Signs of Markdown and HTML -> how they are written to mean themselves."""
 
 
-def write_all(
-    outcomes: Sequence[Outcome], command: str, show: Callable[[float, float | None], None], *, figures: bool
+def write(
+    given: Outcome | Sequence[Outcome],
+    command: str,
+    show: Callable[[float, float | None], None] = lambda done, total: None,
+    *,
+    figures: bool = False,
 ) -> Path:
-    """Write everything, the page last, so that a page that is there has its tables and figures.
+    """Write the report of an outcome, or of several as sections of one page, and give the page.
 
-    A place that holds a file that layerwise has not written is refused.
+    Into the outcome's folder: ``report.html``, ``table.md``, ``tables/*.parquet`` and, of one outcome, ``plan.json``
+    and ``runs.json``; with ``figures`` every figure as ``figures/*.svg`` and ``figures/*.png``, of which ``show`` gets
+    the count. A copy of the page goes to ``report.html`` in the folder of ``--out``. The page comes last, so that one
+    that is there has its tables and figures. A place with a file that layerwise has not written is refused.
     """
+    outcomes = given if isinstance(given, Sequence) else [given]
     first, several = outcomes[0], len(outcomes) > 1
     own = OwnFolder(first.folder, first.settings.out)
     copy = first.settings.out / "report.html"
@@ -65,10 +73,20 @@ def write_all(
     return first.report
 
 
+def prepare() -> None:
+    """Import what a report needs, in a thread beside the runs, so that an interrupted experiment does not wait for it.
+
+    A module that is missing is reported where it is needed.
+    """
+    with suppress(ImportError, OSError):
+        import jinja2  # noqa: F401
+        import scipy.special  # noqa: F401
+
+        bundle()
+
+
 def comparison_frame(outcome: Outcome) -> polars.DataFrame:
     """Give every planned comparison as a row: names, numbers, outcome and sentence."""
-    import polars
-
     same = ("mean", "sd", "low", "high", "p", "adjusted_p", "outcome", "reason")
     rows = [
         {

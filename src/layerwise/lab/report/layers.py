@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import polars
+
 from layerwise.lab.experiments.plan import Arm, Subject
 from layerwise.lab.experiments.results import Results, layer_means, layer_ranges
 from layerwise.lab.report.charts import representatives
@@ -27,23 +29,12 @@ QUANTITIES = {
 }
 """Quantity -> its tab, and what it is."""
 
-MOST_MAPS = 24
-"""Most heat-maps of a quantity: beyond, the controls are left out, and then the last subjects."""
-
-MOST_CELLS = 80_000
-"""Most cells of all heat-maps: of many maps of many layers, each has fewer columns."""
-
-FEWEST_COLUMNS, COLUMNS = 12, 48
-"""Least and most columns of a heat-map; more records are averaged."""
-
-LOG_SPREAD = 20.0
-"""A quantity whose largest value is so many times its smallest has a logarithmic scale."""
-
-MAP_SEEDS, MOST_CHOICES = 6, 40
-"""Most seeds, and most columns, of a map of choices."""
-
-Z_LIMIT = 3.0
-"""|z| from which the colour of a map of choices stays the same."""
+MOST_MAPS = 24  # most heat-maps of a quantity: beyond, the controls are left out, and then the last subjects
+MOST_CELLS = 80_000  # most cells of all heat-maps: of many maps of many layers, each has fewer columns
+FEWEST_COLUMNS, COLUMNS = 12, 48  # least and most columns of a heat-map; more records are averaged
+LOG_SPREAD = 20.0  # a quantity whose largest value is so many times its smallest has a logarithmic scale
+MAP_SEEDS, MOST_CHOICES = 6, 40  # most seeds, and most columns, of a map of choices
+Z_LIMIT = 3.0  # |z| from which the colour of a map of choices stays the same
 
 VIRIDIS = "#440154, #482576, #414487, #35608d, #2a788e, #21918c, #22a884, #44bf70, #7ad151, #bddf26, #fde725"
 """Colours of a heat-map, from low to high, as a style sheet writes them."""
@@ -95,23 +86,13 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Maps:
-    """The maps of one quantity on one subject, with both ends of their colours in words."""
-
-    subject: str
-    low: str
-    high: str
-    figures: list[Figure]
-
-
-@dataclass(frozen=True)
 class Pane:
     """The maps of one quantity."""
 
     key: str
     title: str  # of its tab
     lead: str
-    rows: list[Maps]
+    rows: list[tuple[str, str, str, list[Figure]]]  # subject, both ends of the colours in words, maps
 
 
 def ruled(results: Results) -> dict[str, list[Arm]]:
@@ -171,7 +152,7 @@ def panes(results: Results) -> list[Pane]:
                 heat_map(found, scale, f"{key}-{name}", words, title, "iteration") for found, name, words in grids
             ]
             if figures:
-                rows.append(Maps(subject.words, *scale.words, figures))
+                rows.append((subject.words, *scale.words, figures))
         if rows:
             made.append(Pane(key, title, lead, rows))
     return made
@@ -182,8 +163,6 @@ def grid(results: Results, subject: str, arm: str, quantity: str, columns: int =
 
     None where it was not recorded.
     """
-    import polars
-
     frame = layer_means(results, subject, arm, quantity).filter(polars.col("value").is_finite())
     if frame.is_empty():
         return None

@@ -18,14 +18,9 @@ from layerwise.lab.report.tables import FAR, end, entry, metrics, result_table
 from layerwise.lab.report.verdicts import headline, note, verdicts
 from layerwise.lab.report.words import SMOKE, capital, in_unit, item_of, place_words
 
-MOST_DRAWN = 24
-"""Subjects of which the differences are drawn; all stand in the table."""
-
-MOST_ROWS = 30
-"""Comparisons that are shown at once; more are there to be opened."""
-
-MOST_METRICS = 8
-"""Metrics whose curves are drawn; all stand in the table."""
+MOST_DRAWN = 24  # subjects of which the differences are drawn; all stand in the table
+MOST_ROWS = 30  # comparisons that are shown at once; more are there to be opened
+MOST_METRICS = 8  # metrics whose curves are drawn; all stand in the table
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ def _section(outcome: Outcome, key: str, prefix: str, figures: dict[str, Figure]
     ]
     rows = chart_rows(outcome, shown, prefix)
     panes, (chosen, left_out) = layers.panes(results), layers.chosen_maps(results)
-    maps = [figure for pane in panes for row in pane.rows for figure in row.figures]
+    maps = [figure for pane in panes for *_, drawings in pane.rows for figure in drawings]
     figures |= {f"{prefix}{figure.name}": figure for figure in [*drawn, *maps, *chosen]}
     figures |= {name: figure for row in rows for name, figure in row.figures}
     swept = sorted({name for subject in plan.subjects for name in subject.varied})

@@ -16,8 +16,7 @@ from layerwise.lab.stats.comparison import MINIMUM_PAIRS
 from layerwise.lab.stats.wording import listed
 from layerwise.lab.training.networks import NETWORKS
 
-FEW_SEEDS = 10
-"""With fewer the page says that small differences need more."""
+FEW_SEEDS = 10  # with fewer the page says that small differences need more
 
 
 def provenance(outcome: Outcome) -> list[tuple[str, str]]:
@@ -98,11 +97,6 @@ def caveats(outcome: Outcome, *, grouped: bool, mapped: int) -> list[str]:
     """
     plan, results = outcome.plan, outcome.results
     found = list(plan.notes)
-    if not outcome.complete:
-        found.append(
-            f"{len(results.records)} of {outcome.planned} runs are finished: means are of these, and "
-            "not every pair is there."
-        )
     diverged = sum(record.diverged for record in results.records.values())
     if diverged:
         found.append(

@@ -19,17 +19,10 @@ from layerwise.lab.runs.schema import PLAN as FORM
 from layerwise.lab.runs.schema import RUN_LIST, check
 from layerwise.lab.runs.store import read_json, read_signed
 
-PLAN = "plan.json"
-"""File with the plan of an experiment, from which and the list of runs its page can be made again."""
-
-RUNS = "runs.json"
-"""File beside it that names the finished runs."""
-
-NAME = "report"
-"""Of the folder that ``layerwise report`` writes."""
-
-MOST_NAMED = 50
-"""Runs that are left out and named; further ones are counted."""
+PLAN = "plan.json"  # file with the plan of an experiment, from which and the list of runs its page can be made again
+RUNS = "runs.json"  # file beside it that names the finished runs
+NAME = "report"  # of the folder that ``layerwise report`` writes
+MOST_NAMED = 50  # runs that are left out and named; further ones are counted
 
 BROKEN = (OSError, ValueError, KeyError, TypeError, IndexError)
 """What reading a plan may raise whose parts do not fit together; UsageError is a ValueError."""

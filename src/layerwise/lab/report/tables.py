@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -16,15 +16,16 @@ from layerwise.lab.report.words import (
     item_of,
     item_words,
     last_step,
+    members_of,
     number,
     place_words,
     plain_arm,
     value_words,
+    with_unit,
 )
-from layerwise.lab.stats.wording import listed
+from layerwise.lab.stats.wording import counted, listed
 
-FAR = 2.0
-"""Standard deviations of the paper from which a difference to it is marked."""
+FAR = 2.0  # standard deviations of the paper from which a difference to it is marked
 
 LARGEST_CHOICES = 20_000
 """So many choices of runs are enumerated for the best of several; beyond, the bound for all runs is taken."""
@@ -135,6 +136,8 @@ class _Layout:
 
     def __init__(self, results: Results) -> None:
         self.results, self.plan, self.quantity = results, results.plan, results.plan.quantity
+        self.pick = max if self.quantity.higher_is_better else min
+        self.members = {subject.name: members_of(self.plan, subject.name) for subject in self.plan.subjects}
         self.used: list[PaperValue] = []
 
     def made(self) -> ResultTable:
@@ -143,16 +146,16 @@ class _Layout:
         return makers.get(self.plan.layout, self.steps)()
 
     def table(
-        self, lead: str, corner: str, columns: Sequence[str], sections: Sequence[tuple[str, tuple[Row, ...]]]
+        self, lead: str, corner: str, columns: Iterable[str], sections: Sequence[tuple[str, Iterable[Row]]]
     ) -> ResultTable:
         """Put the parts together."""
-        return ResultTable(capital(self.quantity.words), lead, corner, tuple(columns), tuple(sections), self.notes())
+        rows = tuple((title, tuple(lines)) for title, lines in sections)
+        return ResultTable(capital(self.quantity.words), lead, corner, tuple(columns), rows, self.notes())
 
     def lead(self, what: str) -> str:
         """Say what the numbers are."""
-        unit = f" in {self.quantity.unit}" if self.quantity.unit else ""
         several = "mean ± standard deviation over seeds" if len(self.plan.seeds) > 1 else "of one seed"
-        return f"{self.quantity.words}{unit}, {several}{what}"
+        return f"{with_unit(self.quantity)}, {several}{what}"
 
     def notes(self) -> tuple[str, ...]:
         """Give what the paper's values have to say, and those that no cell of the table shows."""
@@ -178,19 +181,10 @@ class _Layout:
         """Write an arm's cell with the paper's number."""
         return entry(self.results.cell(subject, arm, step), self.quantity, self.paper(subject, arm, step))
 
-    def groups(self, subject: str) -> dict[str, list[Arm]]:
-        """Give the groups of a subject's arms, in order of their values."""
-        found: dict[str, list[Arm]] = {}
-        for arm in self.plan.arms_of(subject):
-            if arm.group:
-                found.setdefault(arm.group, []).append(arm)
-        return {name: sorted(arms, key=lambda arm: arm.value or 0.0) for name, arms in found.items()}
-
-    def marked(self, entries: Sequence[Entry], cells: Sequence[Cell | None]) -> list[Entry]:
-        """Mark the best mean of a line or column."""
+    def marked(self, entries: Iterable[Entry], cells: Sequence[Cell | None]) -> list[Entry]:
+        """Mark the best mean of a line or column; where all are equal none is better than another."""
         means = [cell.mean for cell in cells if cell and cell.count]
-        # Where all are equal none is better than another.
-        best = (max if self.quantity.higher_is_better else min)(means) if len(set(means)) > 1 else None
+        best = self.pick(means) if len(set(means)) > 1 else None
         return [
             replace(each, best=bool(cell and cell.count and cell.mean == best))
             for each, cell in zip(entries, cells, strict=True)
@@ -200,15 +194,14 @@ class _Layout:
         """Arms by steps, a section a subject."""
         plan, sections = self.plan, []
         for subject in plan.subjects:
-            arms = plan.arms_of(subject.name)
-            columns = []
+            arms, columns = plan.arms_of(subject.name), []
             for step in plan.columns or (None,):
                 cells = [self.results.cell(subject.name, arm.name, step) for arm in arms]
-                columns.append(self.marked([self.entry(subject.name, arm.name, step) for arm in arms], cells))
-            rows = tuple(
+                columns.append(self.marked((self.entry(subject.name, arm.name, step) for arm in arms), cells))
+            rows = [
                 Row(arm.words, entries, item_of(arm), missing(self.results, subject.name, [arm]))
                 for arm, entries in zip(arms, zip(*columns, strict=True), strict=True)
-            )
+            ]
             sections.append((subject.words, rows))
         lead = self.lead(f", after so many {plan.step_unit}s" if plan.columns else ", at the end of the runs")
         corner = plan.step_unit if plan.columns else ""
@@ -216,115 +209,110 @@ class _Layout:
 
     def thresholds(self) -> ResultTable:
         """Groups by values, a section a subject; arms without a value, and the paper's best, have their own columns."""
-        plan, sections = self.plan, []
+        plan, sections, groups = self.plan, [], {arm.group for arm in self.plan.arms if arm.group}
         values = sorted({arm.value for arm in plan.arms if arm.group and arm.value is not None})
         first = any(not arm.group for arm in plan.arms)
-        last = any(value.arm in {arm.group for arm in plan.arms if arm.group} for value in plan.paper)
+        last = any(value.arm in groups for value in plan.paper)
         for subject in plan.subjects:
-            rows = []
-            for arm in plan.arms_of(subject.name):
-                if not arm.group:
-                    entries = (self.entry(subject.name, arm.name), *[BLANK] * (len(values) + last))
-                    rows.append(Row(arm.words, entries, arm.name, missing(self.results, subject.name, [arm])))
-            for group, arms in self.groups(subject.name).items():
+            alone, grouped = list[Row](), list[Row]()
+            for item, arms in self.members[subject.name].items():
+                remark = missing(self.results, subject.name, arms)
+                if item not in groups:
+                    entries = (self.entry(subject.name, item), *[BLANK] * (len(values) + last))
+                    alone.append(Row(arms[0].words, entries, item, remark))
+                    continue
                 places = {arm.value: self.results.cell(subject.name, arm.name) for arm in arms}
                 cells = [places.get(value) for value in values]
-                entries = self.marked([entry(cell, self.quantity) for cell in cells], cells)
-                paper = self.paper(subject.name, group)
+                marked = self.marked((entry(cell, self.quantity) for cell in cells), cells)
+                paper = self.paper(subject.name, item)
                 best = Entry(paper_words(paper, self.quantity) if paper else "–")
-                entries = (*[BLANK] * first, *entries, *[best] * last)
-                rows.append(Row(group, entries, group, missing(self.results, subject.name, arms)))
-            sections.append((subject.words, tuple(rows)))
+                grouped.append(Row(item, (*[BLANK] * first, *marked, *[best] * last), item, remark))
+            sections.append((subject.words, [*alone, *grouped]))
         columns = [*["none"] * first, *map(value_words, values), *["paper's best"] * last]
         lead = self.lead(", at the end of the runs, by threshold; an arm without one stands in the column “none”")
         return self.table(lead, "threshold", columns, sections)
 
-    def by_subject(self, lead: str, rows: Mapping[str, Sequence[Entry]]) -> ResultTable:
-        """Put rows of entries, one a subject, below the names of arms and groups."""
-        lines = tuple(
+    def by_subject(self, make: Callable[[str, str, Sequence[Arm]], Entry]) -> list[Row]:
+        """Make a row a subject, with an entry an arm or group."""
+        return [
             Row(
                 subject.words,
-                tuple(rows[subject.name]),
+                tuple(
+                    make(subject.name, item, self.members[subject.name].get(item, ())) for item in item_words(self.plan)
+                ),
                 remark=missing(self.results, subject.name, self.plan.arms_of(subject.name)),
             )
             for subject in self.plan.subjects
-        )
-        return self.table(lead, "", list(item_words(self.plan).values()), [("", lines)])
+        ]
 
     def best(self) -> ResultTable:
         """Subjects by arms and groups: of a group the best mean and, as in the paper, each seed's best single run."""
-        plan, rows, beside = self.plan, {}, dict[tuple[int, int], None]()
-        for subject in plan.subjects:
-            groups, plain = self.groups(subject.name), plain_arm(plan, subject.name)
-            most = max((len(arms) for arms in groups.values()), default=1)
-            present = {arm.name for arm in plan.arms_of(subject.name)}
-            entries = rows[subject.name] = list[Entry]()
-            for item in item_words(plan):
-                if item in groups:
-                    entries.append(self.best_entry(subject.name, item, groups[item]))
-                    continue
-                one = self.entry(subject.name, item) if item in present else Entry()
-                values = list(self.results.values(subject.name, item).values())
-                if plain is not None and item == plain.name and most > 1 and values:
-                    count = min(most, len(values))
-                    best = number(best_of(values, most, self.quantity), self.quantity)
-                    one = replace(one, lines=((f"best of {count} run{'s' * (count > 1)}", best), *one.lines))
-                    beside[count, most] = None
-                entries.append(one)
+        rows, items = self.by_subject(self.best_entry), item_words(self.plan)
         lead = (
             ", at the end of the runs. Of a group: the mean at the threshold whose mean is best, which is chosen by "
             "the test images. “Best of so many values” is the paper's way: the best single run over all thresholds of "
             "a seed, mean over seeds"
         )
+        beside = dict.fromkeys(runs for subject in self.members if (runs := self.best_plain(subject)))
         if beside:
-            pairs = [
-                f"best of {runs} plain run{'s' * (runs > 1)} beside best of {values} values" for runs, values in beside
-            ]
+            pairs = [f"best of {counted(runs, 'plain run')} beside best of {values} values" for runs, values in beside]
             way = "higher" if self.quantity.higher_is_better else "lower"
             lead += f". Shown is the {listed(pairs)}: the more values, the {way} their best by chance alone"
-        return self.by_subject(self.lead(lead), rows)
+        return self.table(self.lead(lead), "", items.values(), [("", rows)])
 
-    def best_entry(self, subject: str, group: str, arms: Sequence[Arm]) -> Entry:
-        """Write the best mean of a group and, below it, the best run."""
-        pick, paper = max if self.quantity.higher_is_better else min, self.paper(subject, group)
+    def best_plain(self, subject: str) -> tuple[int, int] | None:
+        """Give of how many plain runs the best is shown, beside that of how many values of a group."""
+        plain = plain_arm(self.plan, subject)
+        count = len(self.results.values(subject, plain.name)) if plain else 0
+        most = max((len(arms) for arms in self.members[subject].values()), default=1)
+        return (min(most, count), most) if count and most > 1 else None
+
+    def best_entry(self, subject: str, item: str, arms: Sequence[Arm]) -> Entry:
+        """Write the best mean of a group and, below it, the best run; of the plain arm the best of as many runs."""
+        if not arms:
+            return Entry()
+        lines: list[tuple[str, str]] = []
+        if not arms[0].group:
+            one, plain, best = self.entry(subject, item), plain_arm(self.plan, subject), self.best_plain(subject)
+            if best is not None and plain == arms[0]:
+                value = best_of(list(self.results.values(subject, item).values()), best[1], self.quantity)
+                lines = [(f"best of {counted(best[0], 'run')}", number(value, self.quantity))]
+            return replace(one, lines=(*lines, *one.lines))
         cells = [(arm, cell) for arm in arms if (cell := self.results.cell(subject, arm.name)) and cell.count]
         if not cells:
-            return entry(None, self.quantity, paper)
-        arm, cell = pick(cells, key=lambda pair: pair[1].mean)
+            return entry(None, self.quantity, self.paper(subject, item))
+        arm, cell = self.pick(cells, key=lambda pair: pair[1].mean)
         by_seed: dict[int, list[float]] = {}
         for each in arms:
             for seed, value in self.results.values(subject, each.name).items():
                 by_seed.setdefault(seed, []).append(value)
-        whole = [pick(values) for values in by_seed.values() if len(values) == len(arms)]
+        whole = [self.pick(values) for values in by_seed.values() if len(values) == len(arms)]
         lines = [("at", value_words(arm.value))]
         if whole:
             lines.append((f"best of {len(arms)} values", number(statistics.fmean(whole), self.quantity)))
-        one = entry(cell, self.quantity, paper)
+        one = entry(cell, self.quantity, self.paper(subject, item))
         return replace(one, lines=(*lines, *one.lines))
 
     def times(self) -> ResultTable:
         """Subjects by arms and groups: the plain arm's time, and the others' relative to it, paired by seed."""
-        rows: dict[str, list[Entry]] = {}
-        for subject in self.plan.subjects:
-            plain = plain_arm(self.plan, subject.name)
-            base = self.results.values(subject.name, plain.name) if plain else {}
-            entries = rows[subject.name] = []
-            for item in item_words(self.plan):
-                if plain is not None and item == plain.name:
-                    entries.append(self.entry(subject.name, item))
-                    continue
-                members = [arm for arm in self.plan.arms_of(subject.name) if item_of(arm) == item]
-                more = relative_times(self.results, subject.name, members, base)
-                sd = f"± {statistics.stdev(more):.1f}" if len(more) > 1 else ""
-                paper = self.paper(subject.name, item)
-                lines = ((paper.label, paper.gain or paper_words(paper, self.quantity)),) if paper else ()
-                entries.append(Entry(_percent(statistics.fmean(more)) if more else "–", sd, lines))
         lead = (
             "running time without the tests, mean ± standard deviation: of the plain arm in seconds, and so the "
             "paper's, whatever unit it prints; of the others in % more than the plain run of the same seed, and of the "
             "paper in % more than its plain mean"
         )
-        return self.by_subject(lead, rows)
+        rows = self.by_subject(self.time_entry)
+        return self.table(lead, "", item_words(self.plan).values(), [("", rows)])
+
+    def time_entry(self, subject: str, item: str, arms: Sequence[Arm]) -> Entry:
+        """Write the time of the plain arm, or how much more that of another item is."""
+        plain = plain_arm(self.plan, subject)
+        if plain is not None and item == plain.name:
+            return self.entry(subject, item)
+        more = relative_times(self.results, subject, arms, self.results.values(subject, plain.name) if plain else {})
+        sd = f"± {statistics.stdev(more):.1f}" if len(more) > 1 else ""
+        paper = self.paper(subject, item)
+        lines = ((paper.label, paper.gain or paper_words(paper, self.quantity)),) if paper else ()
+        return Entry(_percent(statistics.fmean(more)) if more else "–", sd, lines)
 
 
 def best_of(values: Sequence[float], count: int, quantity: Quantity) -> float:
@@ -395,23 +383,29 @@ def brief(results: Results) -> ResultTable:
         cells = {"": [cell for each in cells.values() for cell in each]}
         headings = [each.words if step is None else f"{step:,}" for _, each, step in cells[""]]
         place = f"after so many {plan.step_unit}s" if plan.columns else place
+    members = {name: members_of(plan, name) for name in names}
     sections: list[tuple[str, tuple[Row, ...]]] = []
     for title, each in cells.items():
-        rows = [
-            Row(words[item], tuple(_span(results, item, *cell) for cell in each), item, "" if title else left)
-            for item, left in ((item, _missing(results, item)) for item in words)
-        ]
+        rows: list[Row] = []
+        for item in words:
+            entries = (_span(results, item, members[name].get(item, ()), name, *cell) for name, *cell in each)
+            left = {} if title else {name: missing(results, name, members[name].get(item, ())) for name in names}
+            remarks = [
+                remark if alone else f"{plan.subject(name).words}: {remark}" for name, remark in left.items() if remark
+            ]
+            rows.append(Row(words[item], tuple(entries), item, "; ".join(remarks)))
         sections.append((title, tuple(rows)))
     seeds = "one seed" if len(plan.seeds) == 1 else f"mean ± standard deviation over {len(plan.seeds)} seeds"
-    lead = f"{plan.quantity.words}{f' in {plan.quantity.unit}' if plan.quantity.unit else ''} {place}, {seeds}"
+    lead = f"{with_unit(plan.quantity)} {place}, {seeds}"
     lead += "; of a group the lowest and the highest mean" if any(arm.group for arm in plan.arms) else ""
     corner = plan.step_unit if alone and plan.columns else ""
     return ResultTable(capital(plan.quantity.words), lead, corner, tuple(headings), tuple(sections))
 
 
-def _span(results: Results, item: str, subject: str, quantity: Quantity, step: int | None) -> Entry:
+def _span(
+    results: Results, item: str, arms: Sequence[Arm], subject: str, quantity: Quantity, step: int | None
+) -> Entry:
     """Write a number of an arm beside the paper's; of a group the lowest and the highest mean of its arms."""
-    arms = [arm for arm in results.plan.arms_of(subject) if item_of(arm) == item]
     if quantity == results.plan.quantity:
         cells = [results.cell(subject, arm.name, step) for arm in arms]
         blank = entry(None, quantity, results.paper(subject, item, step))
@@ -424,13 +418,3 @@ def _span(results: Results, item: str, subject: str, quantity: Quantity, step: i
     if len(known) == 1:
         return replace(blank, main=low.main, spread=low.spread)
     return replace(blank, main=f"{low.main} to {high.main}")
-
-
-def _missing(results: Results, item: str) -> str:
-    """Say how many runs of an arm or group are missing or diverged, on which subjects."""
-    found: list[str] = []
-    for subject in results.plan.subjects:
-        arms = [arm for arm in results.plan.arms_of(subject.name) if item_of(arm) == item]
-        if words := missing(results, subject.name, arms):
-            found.append(words if len(results.plan.subjects) == 1 else f"{subject.words}: {words}")
-    return "; ".join(found)

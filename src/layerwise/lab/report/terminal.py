@@ -29,23 +29,15 @@ from layerwise.lab.report.words import SMOKE, capital, item_of
 from layerwise.lab.stats.comparison import MINIMUM_PAIRS, Comparison
 from layerwise.lab.stats.wording import listed
 
-NARROWEST = 60
-"""Columns below which a table is not squeezed any more."""
-
-LONGEST_NAME = 30
-"""Letters of an arm's name in a line of a table; longer ones take several lines."""
+NARROWEST = 60  # columns below which a table is not squeezed any more
+LONGEST_NAME = 30  # letters of an arm's name in a line of a table; longer ones take several lines
 
 LONGEST_HEADING = 14
 """Letters of a subject's name in a line above a column, unless its numbers or a word of it are longer."""
 
-MOST_ROWS = 8
-"""Verdicts that have a row each; of more, those on several subjects share a row."""
-
-MOST_SUBJECTS = 4
-"""Subjects that have a column each in a table of verdicts; on more, the verdicts are counted."""
-
-UNTUNED = "Nothing was tuned"
-"""How the note of a comparison begins in which every arm has the task's own values."""
+MOST_ROWS = 8  # verdicts that have a row each; of more, those on several subjects share a row
+MOST_SUBJECTS = 4  # subjects that have a column each in a table of verdicts; on more, the verdicts are counted
+UNTUNED = "Nothing was tuned"  # how the note of a comparison begins in which every arm has the task's own values
 
 MEANING = (
     "YES: shown to be better. no: shown to be worse. unclear: neither is shown, which is no proof that they are equal."
@@ -303,31 +295,22 @@ def as_json(outcome: Outcome) -> str:
     for (subject, arm, *_), each in results.comparisons().items():
         rows = judged.setdefault((subject, item_of(results.arms[arm])), [])
         rows.append(vars(each) | {"sentence": each.sentence})
+    of_plan = ("title", "source", "scale", "layout", "step_unit", "seeds")
+    of_outcome = ("planned", "found", "complete", "interrupted", "skipped", "not_begun", "seconds")
     whole = {
         "plan": plan.name,
-        "title": plan.title,
-        "source": plan.source,
-        "scale": plan.scale,
-        "layout": plan.layout,
+        **{name: getattr(plan, name) for name in of_plan},
         "quantity": plan.quantity.name,
         "unit": plan.quantity.unit,
-        "step_unit": plan.step_unit,
-        "seeds": list(plan.seeds),
-        "planned": outcome.planned,
         "finished": len(results.records),
-        "found": outcome.found,
-        "complete": outcome.complete,
-        "interrupted": outcome.interrupted,
+        **{name: getattr(outcome, name) for name in of_outcome},
         "set_aside": [str(path) for path in outcome.set_aside],
-        "skipped": list(outcome.skipped),
         "failures": [vars(failure) for failure in outcome.failures],
-        "not_begun": outcome.not_begun,
         "headline": headline(outcome),
         "table": results.table().to_dicts(),
         "verdict": [{"subject": subject, "arm": item, "comparisons": rows} for (subject, item), rows in judged.items()],
         "report": str(outcome.report) if results.records else None,
         "runs": str(outcome.settings.out / "store"),
-        "seconds": outcome.seconds,
     }
     return json.dumps(finite(whole), indent=2, allow_nan=False)
 

@@ -12,11 +12,8 @@ from layerwise.lab.report.words import capital, item_of, item_words, last_step, 
 from layerwise.lab.stats.comparison import ALPHA, MINIMUM_PAIRS, Comparison
 from layerwise.lab.stats.wording import counted, decimals_of, listed, probability, signed
 
-NAMED = 4
-"""Most methods that the sentence names; more are counted."""
-
-LONGEST = 90
-"""Letters of names in the sentence; longer ones are left to the table."""
+NAMED = 4  # most methods that the sentence names; more are counted
+LONGEST = 90  # letters of names in the sentence; longer ones are left to the table
 
 FIRST: dict[Role, int] = {"plain": 0, "method": 1, "control": 2}
 """With what a method is compared first: its plain arm, else another method, else a control."""
