@@ -436,6 +436,30 @@ def test_other_quantities_are_tabled_and_compared_below_the_plans_own(table):
         replace(table.plan, beside=("reach far",))
 
 
+def test_what_is_shown_beside_in_the_same_unit_is_drawn_in_the_same_figures(table):
+    table.plan = table.results.plan = replace(table.plan, beside=("training_accuracy", "test_loss"))
+    for key, record in table.results.records.items():
+        finals = {**record.summary["finals"], "training_accuracy": 90.0, "test_loss": 0.5}
+        table.results.records[key] = replace(record, summary={**record.summary, "finals": finals})
+        table.results._series[key, "training_accuracy"] = [(600, 70.0 + key[2]), (1800, 90.0)]
+        table.results._series[key, "test_loss"] = [(600, 0.7), (1800, 0.5)]
+    page = build([table], "")
+    figures = {figure.name: figure for figure in page.figures}
+    rows = rows_of(figures["curve-test-error-sgd"].data)
+    arms = {"plain", "layer-adaptive", "plain at the mean factor"}
+    assert {(row["arm"], row["measure"]) for row in rows} == {
+        (arm, measure) for arm in arms for measure in ("test error", "training accuracy")
+    }
+    means = {row["step"]: row["value"] for row in rows if row["measure"] == "training accuracy" and row["seed"] is None}
+    assert means == {600: 72.0, 1800: 90.0}
+    lines = figures["curve-test-error-sgd"].files()["figures/curve-test-error-sgd.svg"].decode()
+    assert lines.count('stroke-dasharray="4,3"') >= len(arms)
+    assert "Solid: test error; dashed: training accuracy." in page.html
+    assert "layer-adaptive, training accuracy" in page.html
+    assert "curve-test-loss-sgd" in figures
+    assert "curve-training-accuracy-sgd" not in figures
+
+
 def test_a_level_that_is_never_reached_has_no_number(table):
     results = Results(replace(table.plan, beside=("reach 99.5",)), table.results.records)
     for key in results.records:

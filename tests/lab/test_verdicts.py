@@ -79,7 +79,7 @@ def test_a_group_is_compared_with_another_group_value_by_value(tmp_path):
     found = verdicts(outcome_of(plan, tmp_path, tmp_path).results)
     told = {(verdict.words, verdict.against): (verdict.role, verdict.answer(named=True)) for verdict in found}
     assert told == {
-        ("every layer", "plain"): ("plain", "unclear"),
+        ("every layer", "plain"): ("plain", "YES"),
         ("G case 1", "plain"): ("plain", "YES at 1.5, no at 2.5"),
         ("G case 1", "every layer"): ("control", "YES at 1.5, no at 2.5"),
         ("G′ case 1", "plain"): ("plain", "unclear"),
