@@ -456,6 +456,9 @@ def test_what_is_shown_beside_in_the_same_unit_is_drawn_in_the_same_figures(tabl
     assert lines.count('stroke-dasharray="4,3"') >= len(arms)
     assert "Solid: test error; dashed: training accuracy." in page.html
     assert "layer-adaptive, training accuracy" in page.html
+    first, second = re.findall(r'<ul class="legend">(.*?)</ul>', page.html, re.S)[:2]
+    assert set(re.findall('stroke-dasharray="([^"]*)"', first)) == {"none"}
+    assert len(set(re.findall('stroke-dasharray="([^"]*)"', second))) == 3
     assert "curve-test-loss-sgd" in figures
     assert "curve-training-accuracy-sgd" not in figures
 

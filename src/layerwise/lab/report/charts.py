@@ -239,7 +239,9 @@ def _curves(
     ends = [f"{labels[key]} at {written(each[-1].mean)}" for key, each in means.items()]
     if len(ends) > NAMED:
         finals = [each[-1].mean for each in means.values()]
-        ends = [f"{len(ends)} arms between {written(min(finals))} and {written(max(finals))}"]
+        ends = [
+            f"{len(ends)} {'curves' if several else 'arms'} between {written(min(finals))} and {written(max(finals))}"
+        ]
     summary = f"At {plan.step_unit} {last:,} the mean {words.partition(',')[0]} ends with {listed(ends)}."
     return Figure(name, title, summary, spec, data, table)
 

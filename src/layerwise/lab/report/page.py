@@ -210,6 +210,8 @@ def chart_rows(outcome: Outcome, shown: Mapping[str, Style], prefix: str = "") -
             used = {words for figure in figures.values() for words in figure.data["words"]["arm"]}
             scale = next(iter(figures.values())).spec["layer"][-1]["encoding"]["y"]["scale"].get("type", "linear")
             legend = [style for style in shown.values() if style.words in used]
+            if any(len(figure.data["words"].get("measure", ())) > 1 for figure in figures.values()):
+                legend = [replace(style, dash=(1, 0)) for style in legend]  # dashes tell the quantities apart
             named = [(f"{prefix}{figure.name}", figure) for figure in figures.values()]
             rows.append(ChartRow(heading, lead, legend, named, scale if of_steps else ""))
     return rows
