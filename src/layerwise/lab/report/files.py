@@ -154,8 +154,8 @@ def _markdown(outcome: Outcome) -> Iterator[str]:
     yield f"\n## Verdict, {escaped(place_words(plan))}\n"
     for verdict in verdicts(results):
         for each in verdict.split():
-            _, comparison = each.comparisons[0]
-            yield f"- {each.answer()}. {escaped(verdict.subject_words)}: {escaped(comparison.sentence)}"
+            assert each.alone is not None
+            yield f"- {each.answer()}. {escaped(each.subject_words)}: {escaped(each.alone.sentence)}"
     yield f"\n{escaped(note(max(1, results.family), len(plan.seeds)))}"
 
 

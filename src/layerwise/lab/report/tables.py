@@ -388,7 +388,7 @@ def brief(results: Results) -> ResultTable:
     for title, each in cells.items():
         rows: list[Row] = []
         for item in words:
-            entries = (_span(results, item, members[name].get(item, ()), name, *cell) for name, *cell in each)
+            entries = (_span(results, item, members[cell[0]].get(item, ()), *cell) for cell in each)
             left = {} if title else {name: missing(results, name, members[name].get(item, ())) for name in names}
             remarks = [
                 remark if alone else f"{plan.subject(name).words}: {remark}" for name, remark in left.items() if remark

@@ -163,7 +163,7 @@ def verdict_table(results: Results, *, whole: bool = False) -> Table | None:
 
     ``whole`` gives every verdict a row, however many there are, and names the values of groups.
     """
-    rows = [verdict.split()[0] if len(verdict.comparisons) == 1 else verdict for verdict in verdicts(results)]
+    rows = [verdict.split()[0] if verdict.alone else verdict for verdict in verdicts(results)]
     if not rows:
         return None
     quantity, subjects = results.plan.quantity, {row.subject: row.subject_words for row in rows}
@@ -203,8 +203,8 @@ def verdict_table(results: Results, *, whole: bool = False) -> Table | None:
 
 def _short(verdict: Verdict) -> str:
     """Write a verdict, with the mean difference where it is of one arm."""
-    alone = len(verdict.comparisons) == 1
-    return f"{verdict.answer()} {verdict.difference(whole=False)[0]}".rstrip() if alone else verdict.answer()
+    difference, _ = verdict.difference(whole=False)
+    return f"{verdict.answer()} {difference}".rstrip() if verdict.alone else verdict.answer()
 
 
 def _told(each: Comparison) -> bool:

@@ -43,12 +43,17 @@ class Verdict:
         """Values at which it is shown to be worse."""
         return [value for value, each in self.comparisons if each.worse]
 
+    @property
+    def alone(self) -> Comparison | None:
+        """The comparison, if there is only one."""
+        return self.comparisons[0][1] if len(self.comparisons) == 1 else None
+
     def answer(self, *, named: bool = False) -> str:
         """``YES``: shown to be better; ``no``: worse; ``unclear``: neither. Of a group at how many values, or which."""
         shown = {word: values for word, values in (("YES", self.better), ("no", self.worse)) if values}
         if not shown:
             return "unclear"
-        if len(self.comparisons) == 1:
+        if self.alone:
             return next(iter(shown))
         if named:
             return ", ".join(f"{word} at {listed(values)}" for word, values in shown.items())
@@ -60,9 +65,7 @@ class Verdict:
         Without the interval, the number of decimals follows from the mean alone.
         """
         means = sorted(each.mean for _, each in self.comparisons if each.mean is not None)
-        _, each = self.comparisons[0]
-        alone = whole and len(self.comparisons) == 1
-        ends = [end for end in (each.low, each.high) if alone and end is not None]
+        ends = [end for end in (self.alone.low, self.alone.high) if end is not None] if self.alone and whole else []
         decimals = decimals_of([*means, *ends])
         words = " to ".join(signed(mean, decimals) for mean in dict.fromkeys([*means[:1], *means[-1:]]))
         interval = ", ".join(signed(end, decimals) if end else "0" for end in ends)
@@ -71,9 +74,9 @@ class Verdict:
     @property
     def remarks(self) -> str:
         """What keeps the difference of a single comparison from being called, in brackets."""
-        if len(self.comparisons) > 1:
+        each = self.alone
+        if each is None:
             return ""
-        _, each = self.comparisons[0]
         found = [counted(len(each.seeds), "pair")] if len(each.seeds) < MINIMUM_PAIRS else []
         if each.low is not None and each.high is not None and each.adjusted_p is not None:
             beyond = each.low * each.high > 0
