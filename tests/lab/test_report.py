@@ -32,10 +32,9 @@ from layerwise.lab.experiments.plan import PaperValue, quantity_of
 from layerwise.lab.experiments.pool import Failure
 from layerwise.lab.experiments.results import Results
 from layerwise.lab.report import charts, files, layers
-from layerwise.lab.report.figures import rows_of, slugs
+from layerwise.lab.report.figures import COLOURS, rows_of, slugs, styles
 from layerwise.lab.report.page import build
 from layerwise.lab.report.rendering import bundle
-from layerwise.lab.report.styles import COLOURS, styles
 from layerwise.lab.report.tables import best_of, result_table
 from layerwise.lab.report.verdicts import headline, verdicts
 

@@ -14,6 +14,7 @@ from layerwise.lab.report.figures import (
     ZOOM,
     Figure,
     Spec,
+    Style,
     Table,
     columns_of,
     encodings,
@@ -23,9 +24,9 @@ from layerwise.lab.report.figures import (
     scaled,
     slugs,
     tip,
+    unique,
     written,
 )
-from layerwise.lab.report.styles import Style, unique
 from layerwise.lab.report.verdicts import Verdict
 from layerwise.lab.report.words import in_unit, item_of, members_of, plain_arm, value_words
 from layerwise.lab.stats.wording import listed

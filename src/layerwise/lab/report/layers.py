@@ -12,8 +12,7 @@ import polars
 from layerwise.lab.experiments.plan import Arm, Subject
 from layerwise.lab.experiments.results import Results, layer_means, layer_ranges
 from layerwise.lab.report.charts import representatives
-from layerwise.lab.report.figures import Figure, Spec, Table, columns_of, layer, short, slugs, tip, written
-from layerwise.lab.report.styles import unique
+from layerwise.lab.report.figures import Figure, Spec, Table, columns_of, layer, short, slugs, tip, unique, written
 
 GRADIENT_NORM = ("Gradient norm", "‖g‖ over all parameters of a layer together, as the optimizer found it.")
 UPDATE_RATIO = ("Update to weight", "‖Δw‖ / ‖w‖ of one update, over all parameters of a layer together.")

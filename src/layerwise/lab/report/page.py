@@ -10,10 +10,9 @@ from layerwise.lab.experiments.plan import Quantity, quantity_of
 from layerwise.lab.experiments.results import Results
 from layerwise.lab.experiments.runner import Outcome
 from layerwise.lab.report import charts, layers
-from layerwise.lab.report.figures import Figure, Table, slugs
+from layerwise.lab.report.figures import Figure, Style, Table, slugs, styles
 from layerwise.lab.report.provenance import caveats, provenance, rule_words
 from layerwise.lab.report.rendering import rendered
-from layerwise.lab.report.styles import Style, styles
 from layerwise.lab.report.tables import FAR, end, entry, metrics, result_table
 from layerwise.lab.report.verdicts import headline, note, verdicts
 from layerwise.lab.report.words import SMOKE, capital, in_unit, item_of, place_words
@@ -30,7 +29,7 @@ class ChartRow:
     heading: str
     lead: str
     legend: list[Style]
-    figures: list[tuple[str, Figure]]  # id of each
+    figures: list[Figure]
     curves: str  # the scale that learning curves begin with, ``"log"`` or ``"linear"``; "" for other charts
 
 
@@ -83,11 +82,11 @@ def _section(outcome: Outcome, key: str, prefix: str, figures: dict[str, Figure]
         for subject in plan.subjects[:MOST_DRAWN]
         if (own := [verdict for verdict in found if verdict.subject == subject.name])
     ]
-    rows = chart_rows(outcome, shown, prefix)
+    rows = chart_rows(results, shown)
     panes, (chosen, left_out) = layers.panes(results), layers.chosen_maps(results)
     maps = [figure for pane in panes for *_, drawings in pane.rows for figure in drawings]
-    figures |= {f"{prefix}{figure.name}": figure for figure in [*drawn, *maps, *chosen]}
-    figures |= {name: figure for row in rows for name, figure in row.figures}
+    curves = [figure for row in rows for figure in row.figures]
+    figures |= {f"{prefix}{figure.name}": figure for figure in (*drawn, *maps, *chosen, *curves)}
     swept = sorted({name for subject in plan.subjects for name in subject.varied})
     return {
         "key": key,
@@ -104,7 +103,7 @@ def _section(outcome: Outcome, key: str, prefix: str, figures: dict[str, Figure]
         "bold": any(one.best for one in entries),
         "styles": shown,
         "charts": rows,
-        "differences": [(f"{prefix}{figure.name}", figure) for figure in drawn],
+        "differences": drawn,
         "metrics": metrics_table(results),
         "panes": panes,
         "grouped": grouped,
@@ -162,56 +161,62 @@ def sorted_metrics(results: Results) -> list[Quantity]:
     return sorted(metrics(results), key=lambda each: (each.name != first, each.name == "training_loss"))
 
 
-def curve_rows(results: Results, shown: Mapping[str, Style]) -> list[tuple[str, str, dict[str, Figure], bool]]:
-    """Draw the learning curves of each metric: heading, lead, figures, and that they are curves.
+def chart_row(
+    heading: str, lead: str, shown: Mapping[str, Style], figures: Mapping[str, Figure], *, curves: bool = False
+) -> list[ChartRow]:
+    """Put figures into a row with the legend of their arms; there is none without a figure."""
+    drawn = list(figures.values())
+    if not drawn:
+        return []
+    used = {words for figure in drawn for words in figure.data["words"]["arm"]}
+    legend = [style for style in shown.values() if style.words in used]
+    if any(len(figure.data["words"].get("measure", ())) > 1 for figure in drawn):
+        legend = [replace(style, dash=(1, 0)) for style in legend]  # dashes tell the quantities apart
+    scale = drawn[0].spec["layer"][-1]["encoding"]["y"]["scale"].get("type", "linear")
+    return [ChartRow(heading, lead, legend, drawn, scale if curves else "")]
+
+
+def curve_rows(results: Results, shown: Mapping[str, Style]) -> list[ChartRow]:
+    """Draw the learning curves of each metric.
 
     What the plan shows beside its own quantity, in the same unit, is drawn in the same figures.
     """
     plan, quantity = results.plan, results.plan.quantity
     more = " Of a group of arms, that in the middle of its values." if any(arm.group for arm in plan.arms) else ""
     lead = f"Bold lines: mean over seeds; bands: ± one standard deviation; thin lines: seeds.{more}"
-    span = f"Of many updates, the mean over each of {charts.SPANS} spans. "
+    span = f"Of many updates, the mean over each of {charts.SPANS} spans."
     if plan.step_unit == "epoch":
-        span = "The mean over the batches of an epoch. "
+        span = "The mean over the batches of an epoch."
     found = sorted_metrics(results)
     others = [each for each in map(quantity_of, plan.beside) if each.take == "last" and each.unit == quantity.unit]
     beside = {each.name: each.words for each in others if each in found}
-    rows = []
+    rows: list[ChartRow] = []
     for each in [each for each in found if each.name not in beside][:MOST_METRICS]:
-        falling, told, within = "loss" in each.name or "error" in each.name, lead, {}
+        words, told = in_unit(each), lead
+        falling, within = "loss" in each.name or "error" in each.name, {}
         if each is quantity:
             falling, within = not quantity.higher_is_better, beside
             told += f" Solid: {quantity.words}; dashed: {', '.join(beside.values())}." if beside else ""
-        words = in_unit(each)
-        figures = charts.curves(results, shown, each.name, words, falling=falling, beside=within)
+        heading = f"Learning curves: {words}"
         if each.name == "training_loss":
-            rows.append(("Training loss", span + told, figures, True))
-        else:
-            rows.append((f"Learning curves: {words}", told, figures, True))
+            heading, told = "Training loss", f"{span} {lead}"
+        figures = charts.curves(results, shown, each.name, words, falling=falling, beside=within)
+        rows += chart_row(heading, told, shown, figures, curves=True)
     return rows
 
 
-def chart_rows(outcome: Outcome, shown: Mapping[str, Style], prefix: str = "") -> list[ChartRow]:
-    """Draw the rows of charts that the plan's layout asks for; those without a figure are left out."""
-    plan, results = outcome.plan, outcome.results
-    made = curve_rows(results, shown)
-    if plan.layout in ("thresholds", "best"):
-        lead = (
-            "Mean over seeds at the end of the runs; upright strokes: ± one standard deviation. An arm without a "
-            "threshold is a level line, the plain one with its standard deviation as a band."
-        )
-        heading = f"{capital(plan.quantity.words)} by threshold"
-        made.insert(0, (heading, lead, charts.thresholds(results, shown), False))
-        lead = "Mean over phases and seeds. With none chosen a run is plain training."
-        made.append(("How many layers were chosen", lead, charts.counts(results, shown), False))
-    rows = []
-    for heading, lead, figures, of_steps in made:
-        if figures:
-            used = {words for figure in figures.values() for words in figure.data["words"]["arm"]}
-            scale = next(iter(figures.values())).spec["layer"][-1]["encoding"]["y"]["scale"].get("type", "linear")
-            legend = [style for style in shown.values() if style.words in used]
-            if any(len(figure.data["words"].get("measure", ())) > 1 for figure in figures.values()):
-                legend = [replace(style, dash=(1, 0)) for style in legend]  # dashes tell the quantities apart
-            named = [(f"{prefix}{figure.name}", figure) for figure in figures.values()]
-            rows.append(ChartRow(heading, lead, legend, named, scale if of_steps else ""))
-    return rows
+def chart_rows(results: Results, shown: Mapping[str, Style]) -> list[ChartRow]:
+    """Draw the rows of charts that the plan's layout asks for."""
+    if results.plan.layout not in ("thresholds", "best"):
+        return curve_rows(results, shown)
+    heading = f"{capital(results.plan.quantity.words)} by threshold"
+    lead = (
+        "Mean over seeds at the end of the runs; upright strokes: ± one standard deviation. An arm without a "
+        "threshold is a level line, the plain one with its standard deviation as a band."
+    )
+    chosen = "Mean over phases and seeds. With none chosen a run is plain training."
+    return [
+        *chart_row(heading, lead, shown, charts.thresholds(results, shown)),
+        *curve_rows(results, shown),
+        *chart_row("How many layers were chosen", chosen, shown, charts.counts(results, shown)),
+    ]

@@ -17,8 +17,7 @@ from platformdirs import user_cache_path
 
 import layerwise
 from layerwise.lab.errors import shown
-from layerwise.lab.report.figures import CONFIG, Figure, cleaned
-from layerwise.lab.report.styles import COLOURS
+from layerwise.lab.report.figures import COLOURS, CONFIG, Figure, cleaned
 from layerwise.lab.runs.store import write_whole
 
 HERE = Path(__file__).parent
