@@ -204,6 +204,8 @@ def _curves(
             rows.append((*begin, None, cell.step, cell.mean, low, cell.mean + sd))
     data: dict[str, Any] = columns_of(("arm", "measure", "seed", "step", "value", "low", "high"), rows)
     data["words"] = {"arm": [style.words for style in used], "measure": list(measures.values())}
+    if not several:  # pages of many runs are large
+        del data["measure"], data["words"]["measure"]
     axis: Spec = {"grid": False, "tickCount": 5, "format": "~s" if last >= 10_000 else ",d"}
     if last <= FEW_STEPS:
         axis["values"] = list(range(1, last + 1))
