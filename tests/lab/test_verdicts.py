@@ -87,6 +87,20 @@ def test_a_group_is_compared_with_another_group_value_by_value(tmp_path):
     }
 
 
+def test_an_arm_is_compared_with_each_value_of_a_group_by_itself(tmp_path):
+    plan = sweep_plan("best")
+    plan = only(plan, "one", *(arm.name for arm in plan.arms))
+    against = {"all": ("G-1.5", "G-2.5")}
+    arms = tuple(replace(arm, against=against.get(arm.name, ())) for arm in plan.arms)
+    plan = replace(plan, arms=arms)
+    finish_plan(plan, tmp_path, sweep_value, quantity="accuracy")
+    found = verdicts(outcome_of(plan, tmp_path, tmp_path).results)
+    assert [(each.words, each.against, each.role, each.answer()) for each in found] == [
+        ("every layer", "G case 1 at 1.5", "method", "no"),
+        ("every layer", "G case 1 at 2.5", "method", "YES"),
+    ]
+
+
 def test_choosing_again_is_a_rival_of_choosing_once():
     plan = recipe.load("basodi2023-figure2").plan("full")
     others = [other for _, arm, other in plan.pairs() if arm.group == "every 2 epochs"]

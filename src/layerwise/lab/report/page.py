@@ -87,7 +87,6 @@ def _section(outcome: Outcome, key: str, prefix: str, figures: dict[str, Figure]
     maps = [figure for pane in panes for *_, drawings in pane.rows for figure in drawings]
     curves = [figure for row in rows for figure in row.figures]
     figures |= {f"{prefix}{figure.name}": figure for figure in (*drawn, *maps, *chosen, *curves)}
-    swept = sorted({name for subject in plan.subjects for name in subject.varied})
     return {
         "key": key,
         "prefix": prefix,
@@ -112,12 +111,7 @@ def _section(outcome: Outcome, key: str, prefix: str, figures: dict[str, Figure]
         "factor_tables": layers.factor_tables(results),
         "provenance": provenance(outcome),
         "arms": [
-            {
-                "item": item_of(arm),
-                "words": arm.words,
-                "rule": rule_words(arm) + (f"; {', '.join(swept)} as swept" if swept and arm.rule else ""),
-                "against": ", ".join(words.get(name, name) for name in arm.against) or "–",
-            }
+            (item_of(arm), arm.words, rule_words(plan, arm), ", ".join(words.get(n, n) for n in arm.against) or "–")
             for arm in plan.arms
         ],
         "caveats": caveats(outcome, grouped=grouped, mapped=len(layers.ruled(results))),

@@ -73,13 +73,16 @@ def _counted(found: Counter[str]) -> str:
     return "; ".join(f"{words} ({count} runs)" for words, count in found.items())
 
 
-def rule_words(arm: Arm) -> str:
-    """Write the rule of an arm as names and values."""
+def rule_words(plan: Plan, arm: Arm) -> str:
+    """Write the rule of an arm as names and values, and what a sweep varies of it."""
     if arm.control is not None:
         return f"control: {arm.control} of {arm.of}"
-    words = "none" if arm.rule is None else _called(arm.rule)
-    place = "" if arm.rule is None or arm.apply == "auto" else f", acting on the {arm.apply}"
-    return words + place + "".join(f", {name} {json.dumps(value)}" for name, value in arm.constants.items())
+    changes = "".join(f", {name} {json.dumps(value)}" for name, value in arm.constants.items())
+    if arm.rule is None:
+        return f"none{changes}"
+    place = "" if arm.apply == "auto" else f", acting on the {arm.apply}"
+    swept = ", ".join(sorted({name for subject in plan.subjects for name in subject.varied}))
+    return f"{_called(arm.rule)}{place}{changes}" + (f"; {swept} as swept" if swept else "")
 
 
 def _called(value: Any) -> str:

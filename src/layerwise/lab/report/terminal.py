@@ -26,7 +26,7 @@ from layerwise.lab.report.saved import NAME
 from layerwise.lab.report.tables import Entry, ResultTable, Row, brief, further, result_table
 from layerwise.lab.report.verdicts import Verdict, headline, note, verdicts
 from layerwise.lab.report.words import SMOKE, capital, item_of
-from layerwise.lab.stats.comparison import MINIMUM_PAIRS, Comparison
+from layerwise.lab.stats.comparison import MINIMUM_PAIRS
 from layerwise.lab.stats.wording import listed
 
 NARROWEST = 60  # columns below which a table is not squeezed any more
@@ -207,11 +207,6 @@ def _short(verdict: Verdict) -> str:
     return f"{verdict.answer()} {difference}".rstrip() if verdict.alone else verdict.answer()
 
 
-def _told(each: Comparison) -> bool:
-    """Leave comparisons of too few pairs out: their rows say so."""
-    return len(each.seeds) >= MINIMUM_PAIRS or bool(each.diverged or each.diverged_against)
-
-
 def _verdict(outcome: Outcome, *, explain: bool) -> Iterator[RenderableType]:
     """Give the table of verdicts, what makes them weigh less, and what they mean together."""
     plan, results = outcome.plan, outcome.results
@@ -223,9 +218,10 @@ def _verdict(outcome: Outcome, *, explain: bool) -> Iterator[RenderableType]:
     yield _text(headline(outcome))
     if explain:
         for verdict in verdicts(results):
-            for _, each in verdict.comparisons:
-                if not verdict.grouped and _told(each):
-                    yield _text(f"{verdict.subject_words}: {each.sentence}")
+            each = None if verdict.grouped else verdict.alone
+            # Rows say of how many pairs they are, where these are too few.
+            if each and (len(each.seeds) >= MINIMUM_PAIRS or each.diverged or each.diverged_against):
+                yield _text(f"{verdict.subject_words}: {each.sentence}")
         yield _text(MEANING)
         yield _text(note(max(1, results.family), len(plan.seeds)))
 

@@ -101,7 +101,8 @@ def verdicts(results: Results) -> list[Verdict]:
 
 
 def _verdicts(results: Results) -> list[Verdict]:
-    plan, step, words = results.plan, last_step(results.plan), item_words(results.plan)
+    plan, step = results.plan, last_step(results.plan)
+    words = {arm.name: arm.words for arm in plan.arms} | item_words(plan)
     made: list[Verdict] = []
     for subject in plan.subjects:
         found: dict[str, dict[str, list[tuple[Arm, Arm, Comparison]]]] = {}
@@ -109,7 +110,8 @@ def _verdicts(results: Results) -> list[Verdict]:
             for name, column, each in results.compared.get((subject.name, arm.name), ()):
                 if column == step:
                     other = results.arms[name]
-                    found.setdefault(item_of(arm), {}).setdefault(item_of(other), []).append((arm, other, each))
+                    against = item_of(other) if arm.group else other.name  # groups are compared value by value
+                    found.setdefault(item_of(arm), {}).setdefault(against, []).append((arm, other, each))
         for item, others in found.items():
             first = min(others.values(), key=lambda rows: FIRST[rows[0][1].kind])
             for against, rows in others.items():
