@@ -186,8 +186,8 @@ def _curves(
     falling: bool,
 ) -> Figure:
     """Draw the curves of one subject."""
-    items, several = list(dict.fromkeys(item for item, _ in lines)), len(measures) > 1
-    used, of = [shown[item] for item in items], list(measures)
+    items, names, several = list(dict.fromkeys(item for item, _ in lines)), list(measures), len(measures) > 1
+    used = [shown[item] for item in items]
     means = {key: curve(seeds) for key, seeds in lines.items()}
     cells = [cell for each in means.values() for cell in each]
     each_seed = sum(len(pairs) for seeds in lines.values() for pairs in seeds.values()) <= SEED_POINTS
@@ -195,7 +195,7 @@ def _curves(
     log = falling and least > 0 and most > LOG_SPREAD * least
     rows: list[tuple[Any, ...]] = []
     for (item, measure), seeds in lines.items():
-        begin = (items.index(item), of.index(measure))
+        begin = (items.index(item), names.index(measure))
         if each_seed and len(seeds) > 1:
             rows += [(*begin, seed, *pair, None, None) for seed, pairs in seeds.items() for pair in pairs]
         for cell in means[item, measure]:
@@ -218,10 +218,10 @@ def _curves(
     if several:
         told.insert(1, tip("measure", "of"))
         dash = scaled("measure", list(measures.values()), MEASURE_DASHES[: len(measures)])
-    measure = {"field": "measure"}
-    band = {"y": {**y, "field": "low"}, "y2": {"field": "high"}, "detail": measure}
-    thin = {"y": y, "detail": [{"field": "seed"}, measure]}
-    bold = {"y": y, "strokeDash": dash, "detail": measure}
+    apart = {"field": "measure"}
+    band = {"y": {**y, "field": "low"}, "y2": {"field": "high"}, "detail": apart}
+    thin = {"y": y, "detail": [{"field": "seed"}, apart]}
+    bold = {"y": y, "strokeDash": dash, "detail": apart}
     layers = [
         {"params": [ZOOM], **layer("area", band, MEAN, opacity=0.14, clip=True)},
         layer("line", thin, ONE_SEED, strokeWidth=0.8, opacity=0.4, clip=True),
@@ -231,7 +231,7 @@ def _curves(
     ]
     who = {"calculate": "datum.seed === null ? 'mean' : '' + datum.seed", "as": "who"}
     spec = of_arms(layers, [who], height=HEIGHT, encoding={"x": x, "color": look["color"]})
-    labels = {(item, of): shown[item].words + (f", {measures[of]}" if several else "") for item, of in lines}
+    labels = {key: shown[key[0]].words + (f", {measures[key[1]]}" if several else "") for key in lines}
     steps = sorted({cell.step for cell in cells})
     steps = sorted({*steps[:: -(-len(steps) // TABLE_STEPS)][: TABLE_STEPS - 1], steps[-1]})
     at = {key: {cell.step: cell for cell in each} for key, each in means.items()}
@@ -241,10 +241,8 @@ def _curves(
     )
     ends = [f"{labels[key]} at {written(each[-1].mean)}" for key, each in means.items()]
     if len(ends) > NAMED:
-        finals = [each[-1].mean for each in means.values()]
-        ends = [
-            f"{len(ends)} {'curves' if several else 'arms'} between {written(min(finals))} and {written(max(finals))}"
-        ]
+        finals, what = [each[-1].mean for each in means.values()], "curves" if several else "arms"
+        ends = [f"{len(ends)} {what} between {written(min(finals))} and {written(max(finals))}"]
     summary = f"At {plan.step_unit} {last:,} the mean {words.partition(',')[0]} ends with {listed(ends)}."
     return Figure(name, title, summary, spec, data, table)
 
