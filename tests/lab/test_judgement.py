@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from layerwise.lab.errors import UsageError
+from layerwise.lab.report.verdicts import note
 from layerwise.lab.stats.bootstrap import bootstrap_interval
 from layerwise.lab.stats.comparison import NONE, Pair, judge
-from layerwise.lab.stats.conclusions import conclusion, note
 from layerwise.lab.stats.wording import signed
 
 BETTER = [-1.0, -1.2, -0.9, -1.1, -1.05]
@@ -240,85 +240,6 @@ def test_a_difference_is_called_only_where_everything_agrees(values, arm, agains
         assert more_often <= 0 if found.better else more_often >= 0
     else:
         assert found.reason
-
-
-CONTROL, SHUFFLED = {"against": "the mean factor as a global rate"}, {"against": "the factors on shuffled layers"}
-
-
-@pytest.mark.parametrize(
-    ("against_plain", "against_control", "words"),
-    [
-        (
-            BETTER,
-            BETTER,
-            "It beats plain and the mean factor as a global rate: "
-            "the gain is more than that of the mean factor as a global rate.",
-        ),
-        (
-            BETTER,
-            MIXED,
-            "It beats plain but not the mean factor as a global rate: "
-            "the gain is not shown to be more than that of the mean factor as a global rate.",
-        ),
-        (BETTER, WORSE, "It beats plain, but does worse than the mean factor as a global rate."),
-        (MIXED, WORSE, "It does worse than the mean factor as a global rate, and is not shown to beat plain."),
-        (MIXED, MIXED, "These runs do not show that the method changes the test error."),
-        (MIXED, BETTER, "It beats the mean factor as a global rate, but is not shown to beat plain."),
-        (WORSE, MIXED, "It does worse than plain, and is not shown to beat the mean factor as a global rate."),
-        (WORSE, WORSE, "It does worse than plain and the mean factor as a global rate."),
-        (WORSE, BETTER, "It beats the mean factor as a global rate, but does worse than plain."),
-        (BETTER[:4], BETTER[:4], "Too few runs to tell: fewer than 5 pairs are finished."),
-        (BETTER[:4], [], "Too few runs to tell: fewer than 5 pairs are finished."),
-    ],
-)
-def test_the_conclusion_claims_no_more_than_both_comparisons(against_plain, against_control, words):
-    control = judged(against_control, **CONTROL)
-    assert conclusion(judged(against_plain), control) == words
-    assert conclusion(judged(against_plain), [control]) == words
-
-
-@pytest.mark.parametrize(
-    ("controls", "words"),
-    [
-        ([], "It beats plain; no control was run to tell what the gain is due to."),
-        (
-            [BETTER, BETTER],
-            "It beats plain, the mean factor as a global rate and the factors on shuffled layers: "
-            "the gain is more than that of the mean factor as a global rate and the factors on shuffled layers.",
-        ),
-        (
-            [BETTER, MIXED],
-            "It beats plain and the mean factor as a global rate but not the factors on shuffled layers: "
-            "the gain is not shown to be more than that of the factors on shuffled layers.",
-        ),
-        (
-            [WORSE, MIXED],
-            "It beats plain, but does worse than the mean factor as a global rate, "
-            "and is not shown to beat the factors on shuffled layers.",
-        ),
-    ],
-)
-def test_the_conclusion_weighs_all_controls(controls, words):
-    compared = [judged(each, **name) for each, name in zip(controls, (CONTROL, SHUFFLED), strict=False)]
-    assert conclusion(judged(BETTER), compared) == words
-
-
-def test_the_conclusion_counts_diverged_runs():
-    plain, control = diverging([*BETTER, -1.0], seeds=[5]), diverging([*WORSE, 1.0], seeds=[5], other=[0], **CONTROL)
-    assert conclusion(plain, control) == (
-        "These runs do not show that the method changes the test error. "
-        "It diverged in 1 of 6 seeds, plain in 0 and the mean factor as a global rate in 1."
-    )
-    always = diverging(BETTER, seeds=range(5))
-    assert conclusion(always, []) == (
-        "Too few runs to tell: fewer than 5 pairs are without a diverged run. It diverged in 5 of 5 seeds, plain in 0."
-    )
-
-
-@pytest.mark.parametrize("changes", [{"subject": "Adam"}, {"arm": "amplified"}, {"step": 9}])
-def test_comparisons_of_different_things_have_no_common_conclusion(changes):
-    with pytest.raises(UsageError, match=rf"control\.{next(iter(changes))}=.*give comparisons of one arm"):
-        conclusion(judged(BETTER), judged(BETTER, **changes))
 
 
 def test_the_note_says_how_intervals_and_outcomes_are_made():

@@ -33,13 +33,11 @@ from layerwise.lab.experiments.plan import PaperValue, quantity_of
 from layerwise.lab.experiments.pool import Failure
 from layerwise.lab.experiments.results import Results
 from layerwise.lab.report import charts, files, layers
-from layerwise.lab.report.bundle import bundle
-from layerwise.lab.report.figures import rows_of, slugs
-from layerwise.lab.report.headline import headline
-from layerwise.lab.report.layouts import best_of, sheet
-from layerwise.lab.report.looks import COLOURS, looks
+from layerwise.lab.report.figures import COLOURS, rows_of, slugs, styles
 from layerwise.lab.report.page import build
-from layerwise.lab.report.verdicts import verdicts
+from layerwise.lab.report.rendering import bundle
+from layerwise.lab.report.tables import best_of, result_table
+from layerwise.lab.report.verdicts import headline, verdicts
 
 HOSTILE = '"><script>alert("x")</script>\x1b[31m'
 
@@ -180,7 +178,8 @@ def test_the_page_of_a_table_holds_all_its_parts(table_page):
         '<span class="answer yes">yes</span>',
         '<span class="answer unclear">unclear</span>',
         "[−0.24, −0.16]",
-        "It beats plain but not plain at the mean factor",
+        "<li>SGD: layer-adaptive has a lower test error than plain (−0.20 points, 95 % interval",
+        "<li>SGD: no difference shown between layer-adaptive and plain at the mean factor",
         "paper",
         "3.29",
         "Learning curves",
@@ -235,7 +234,7 @@ def test_metrics_whose_names_are_alike_have_figures_of_their_own(table, monkeypa
         finals = {**record.summary["finals"], "acc@1": 1.0, "acc_1": 2.0}
         table.results.records[key] = replace(record, summary={**record.summary, "finals": finals})
     monkeypatch.setattr(charts, "seed_curves", lambda *_: {0: [(1, 1.0), (2, 2.0)]})
-    drawn = [charts.curves(table.results, looks(table.plan), name, name, falling=False) for name in ("acc@1", "acc_1")]
+    drawn = [charts.curves(table.results, styles(table.plan), name, name, falling=False) for name in ("acc@1", "acc_1")]
     assert not {figure.name for figure in drawn[0].values()} & {figure.name for figure in drawn[1].values()}
 
 
@@ -324,7 +323,8 @@ def test_everything_is_written(table, tmp_path):
     assert set(comparisons.filter(polars.col("step") == 1800)["pairs"]) == {5}
     text = (table.folder / "table.md").read_text()
     assert "paper 3.29 ± 0.22" in text
-    assert "It beats plain but not plain at the mean factor" in text
+    assert "- YES. SGD: layer-adaptive has a lower test error than plain (−0.20 points" in text
+    assert "- unclear. SGD: no difference shown between layer-adaptive and plain at the mean factor" in text
 
 
 def test_one_run_and_no_run_make_a_page(table, tmp_path):
@@ -357,7 +357,7 @@ def test_diverged_runs_are_counted_and_have_no_number(table):
 
 
 def test_the_table_holds_means_and_the_distance_to_the_paper(table):
-    made = sheet(table.results)
+    made = result_table(table.results)
     assert made.columns == ("600", "1,000", "1,400", "1,800")
     title, rows = made.sections[0]
     assert title == "SGD"
@@ -373,21 +373,21 @@ def test_the_table_holds_means_and_the_distance_to_the_paper(table):
 
 def test_one_seed_has_no_spread_and_of_equal_means_none_is_best(table_runs, tmp_path):
     outcome = outcome_of(table_plan(seeds=1), table_runs, tmp_path)
-    assert sheet(outcome.results).lead.startswith("test error in %, of one seed, after")
-    (_, rows), *_ = sheet(outcome.results).sections
+    assert result_table(outcome.results).lead.startswith("test error in %, of one seed, after")
+    (_, rows), *_ = result_table(outcome.results).sections
     assert [row.entries[-1].best for row in rows].count(True) == 1
     for key, record in list(outcome.results.records.items()):
         plain = outcome.results.records[key[0], "plain", 0]
         outcome.results.records[key] = replace(record, folder=plain.folder)
     outcome = replace(outcome, results=type(outcome.results)(outcome.plan, outcome.results.records))
-    (_, rows), *_ = sheet(outcome.results).sections
+    (_, rows), *_ = result_table(outcome.results).sections
     assert len({row.entries[-1].main for row in rows}) == 1
     assert not any(one.best for row in rows for one in row.entries)
 
 
 def test_the_papers_numbers_beside_a_smaller_scale_say_so_and_have_no_distance(table):
     table.results.plan = replace(table.plan, paper=tuple(replace(row, full_scale=True) for row in table.plan.paper))
-    last = sheet(table.results).sections[0][1][0].entries[-1]
+    last = result_table(table.results).sections[0][1][0].entries[-1]
     assert last.lines == (("paper, full scale", "1.52 ± 0.09"),)
     assert last.off is None
     assert "paper, full scale" in build([table], "").html
@@ -404,7 +404,7 @@ def test_other_quantities_are_tabled_and_compared_below_the_plans_own(table):
             (1000, 0.5),
             (1800, 0.3 if early == 50.0 else 0.32 + 0.001 * key[2]),
         ]
-    made = sheet(results)
+    made = result_table(results)
     assert [title for title, _ in made.sections[::3]] == [
         "SGD",
         "SGD: test loss, nats",
@@ -436,18 +436,45 @@ def test_other_quantities_are_tabled_and_compared_below_the_plans_own(table):
         replace(table.plan, beside=("reach far",))
 
 
+def test_what_is_shown_beside_in_the_same_unit_is_drawn_in_the_same_figures(table):
+    table.plan = table.results.plan = replace(table.plan, beside=("training_accuracy", "test_loss"))
+    for key, record in table.results.records.items():
+        finals = {**record.summary["finals"], "training_accuracy": 90.0, "test_loss": 0.5}
+        table.results.records[key] = replace(record, summary={**record.summary, "finals": finals})
+        table.results._series[key, "training_accuracy"] = [(600, 70.0 + key[2]), (1800, 90.0)]
+        table.results._series[key, "test_loss"] = [(600, 0.7), (1800, 0.5)]
+    page = build([table], "")
+    figures = {figure.name: figure for figure in page.figures}
+    rows = rows_of(figures["curve-test-error-sgd"].data)
+    arms = {"plain", "layer-adaptive", "plain at the mean factor"}
+    assert {(row["arm"], row["measure"]) for row in rows} == {
+        (arm, measure) for arm in arms for measure in ("test error", "training accuracy")
+    }
+    means = {row["step"]: row["value"] for row in rows if row["measure"] == "training accuracy" and row["seed"] is None}
+    assert means == {600: 72.0, 1800: 90.0}
+    lines = figures["curve-test-error-sgd"].files()["figures/curve-test-error-sgd.svg"].decode()
+    assert lines.count('stroke-dasharray="4,3"') >= len(arms)
+    assert "Solid: test error; dashed: training accuracy." in page.html
+    assert "layer-adaptive, training accuracy" in page.html
+    first, second = re.findall(r'<ul class="legend">(.*?)</ul>', page.html, re.S)[:2]
+    assert set(re.findall('stroke-dasharray="([^"]*)"', first)) == {"none"}
+    assert len(set(re.findall('stroke-dasharray="([^"]*)"', second))) == 3
+    assert "curve-test-loss-sgd" in figures
+    assert "curve-training-accuracy-sgd" not in figures
+
+
 def test_a_level_that_is_never_reached_has_no_number(table):
     results = Results(replace(table.plan, beside=("reach 99.5",)), table.results.records)
     for key in results.records:
         results._series[key, "accuracy"] = [(0, 99.9), (1800, 99.4)]
-    (_, rows) = sheet(results).sections[-1]
+    (_, rows) = result_table(results).sections[-1]
     assert {one.text for row in rows for one in row.entries} == {"", "–"}
 
 
 def test_values_of_the_paper_without_a_cell_are_listed(table):
     few = replace(table.plan, columns=(1800,))
     table.results.plan = few
-    notes = sheet(table.results).notes
+    notes = result_table(table.results).notes
     assert len(notes) == 18
     assert "Paper, SGD, plain after iteration 600: 3.29 ± 0.22" in notes
 
@@ -467,7 +494,7 @@ def test_the_best_of_several_runs_is_the_mean_over_all_choices(sweep):
 
 
 def test_the_table_of_bests_shows_the_papers_way_beside_the_mean(sweep):
-    made = sheet(sweep.results)
+    made = result_table(sweep.results)
     assert made.columns == ("plain", "every layer", "G case 1", "G′ case 1")
     (_, rows) = made.sections[0]
     plain, _, group, _ = rows[0].entries
@@ -482,7 +509,7 @@ def test_the_table_of_bests_shows_the_papers_way_beside_the_mean(sweep):
 
 def test_the_table_of_thresholds_has_a_column_for_each_value(sweep_runs, tmp_path):
     plan = replace(sweep_plan("best"), layout="thresholds")
-    made = sheet(outcome_of(plan, sweep_runs, tmp_path).results)
+    made = result_table(outcome_of(plan, sweep_runs, tmp_path).results)
     assert made.columns == ("none", "0.7", "1.5", "2.5", "paper's best")
     plain, _, group, _ = made.sections[0][1]
     assert [one.text for one in plain.entries[1:]] == [""] * 4
@@ -497,7 +524,7 @@ def test_the_table_of_times_is_relative_to_plain(sweep_runs, tmp_path):
     outcome = outcome_of(plan, sweep_runs, tmp_path)
     record = outcome.results.records["one", "all", 0]
     outcome.results.records["one", "all", 0] = replace(record, summary={**record.summary, "seconds": 13.0})
-    (_, rows) = sheet(outcome.results).sections[0]
+    (_, rows) = result_table(outcome.results).sections[0]
     assert rows[0].entries[0].text == "12.0 ± 1.6"
     # Seed 0 takes 12 s without the tests instead of 10, the others as long as plain: a mean of 4 %.
     assert rows[0].entries[1].text == f"+4.0 % ± {statistics.stdev([20.0, 0, 0, 0, 0]):.1f}"
@@ -506,15 +533,16 @@ def test_the_table_of_times_is_relative_to_plain(sweep_runs, tmp_path):
 
 
 def test_a_group_is_never_said_to_be_better_than_at_the_values_where_it_is(sweep):
-    (group,) = [
+    plain, control = [
         verdict for verdict in verdicts(sweep.results) if (verdict.subject, verdict.item) == ("one", "G case 1")
     ]
-    assert group.beats_plain == ("1.5",)
-    assert group.does_worse == ("2.5",)
-    assert group.beats_all == ("1.5",)
-    assert group.conclusion == (
-        "Of 3 values, it beats plain at 1.5 and it does worse at 2.5. It beats the controls too at 1.5."
-    )
+    assert (plain.against, control.against) == ("plain", "every layer")
+    assert (plain.better, plain.worse) == (["1.5"], ["2.5"])
+    assert control.better == ["1.5"]
+    assert plain.answer() == "YES at 1, no at 1 of 3"
+    assert plain.answer(named=True) == "YES at 1.5, no at 2.5"
+    assert [each.words for each in plain.split()] == ["G case 1 at 0.7", "G case 1 at 1.5", "G case 1 at 2.5"]
+    assert [each.answer() for each in plain.split()] == ["unclear", "YES", "no"]
     assert headline(sweep) == (
         "At the end of the runs, 2 of 6 comparisons show a higher accuracy than plain, and 2 beat every control; 2 of "
         "6 comparisons show a lower one."
@@ -607,13 +635,13 @@ def test_many_choices_are_thinned_and_said_so(sweep, monkeypatch):
 
 
 def test_arms_are_told_apart_by_colour_dash_and_shape(sweep):
-    shown = looks(sweep.plan)
+    shown = styles(sweep.plan)
     assert list(shown) == ["plain", "all", "G case 1", "G′ case 1"]
     assert shown["plain"].variable == "plain"
     for part in ("variable", "dash", "shape", "words"):
         assert len({getattr(look, part) for look in shown.values()}) == 4
     many = replace(sweep.plan, arms=tuple(replace(sweep.plan.arms[1], name=str(n), words=str(n)) for n in range(24)))
-    assert len({(look.variable, look.dash, look.shape) for look in looks(many).values()}) == 24
+    assert len({(look.variable, look.dash, look.shape) for look in styles(many).values()}) == 24
 
 
 def test_colours_of_arms_stand_out_from_their_card():
@@ -673,7 +701,7 @@ def test_thresholds_of_networks_far_apart_are_each_drawn_on_a_scale_of_their_own
     more = {"layers": SWEEP_LAYERS, "selections": sweep_selections, "quantity": "accuracy"}
     finish_plan(plan, tmp_path, lambda run: sweep_value(run) - (60 if run.subject == "two" else 0), **more)
     results = outcome_of(plan, tmp_path, tmp_path).results
-    found = charts.thresholds(results, looks(plan))
+    found = charts.thresholds(results, styles(plan))
     for name, low, high in (("one", 84, 94), ("two", 24, 34)):
         svg = found[name].files()[f"figures/thresholds-{name}.svg"].decode()
         ticks = [float(text) for text in re.findall(r"<text[^>]*>(\d+)</text>", svg)]

@@ -26,8 +26,8 @@ from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import recipe
 from layerwise.lab.report import saved
 from layerwise.lab.report.files import markdown
-from layerwise.lab.report.headline import headline
 from layerwise.lab.report.page import build
+from layerwise.lab.report.verdicts import headline
 
 
 @pytest.fixture(scope="module")

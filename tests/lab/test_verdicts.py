@@ -12,9 +12,9 @@ from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments.methods import make_arms
 from layerwise.lab.experiments.plan import Arm
 from layerwise.lab.report.layers import factor_words
-from layerwise.lab.report.layouts import sheet
 from layerwise.lab.report.page import build
-from layerwise.lab.report.verdicts import verdicts
+from layerwise.lab.report.tables import result_table
+from layerwise.lab.report.verdicts import headline, verdicts
 
 
 def amplified(selection: str) -> Arm:
@@ -54,17 +54,16 @@ def test_a_method_of_another_length_is_judged_by_its_own_plain_arm(tmp_path):
         return means[run.arm.name] + signs.get(run.arm.name, 1) * noise(run.seed)
 
     finish_plan(plan, tmp_path, value, quantity=plan.quantity.name)
-    (verdict,) = verdicts(outcome_of(plan, tmp_path, tmp_path).results)
-    assert [each.against for _, each in verdict.rows] == ["plain, step at 50,000", "plain"]
-    assert verdict.beats_plain == ("layer-adaptive, step at 50,000",)
-    assert verdict.beats_all is None
-    assert verdict.conclusion == (
-        "It beats plain, step at 50,000; no control was run to tell what the gain is due to. "
-        "Against plain no difference is shown."
-    )
+    outcome = outcome_of(plan, tmp_path, tmp_path)
+    own, other = verdicts(outcome.results)
+    assert [(each.words, each.against, each.first, each.answer()) for each in (own, other)] == [
+        ("layer-adaptive, step at 50,000", "plain, step at 50,000", True, "YES"),
+        ("layer-adaptive, step at 50,000", "plain", False, "unclear"),
+    ]
+    assert headline(outcome).endswith("than plain, step at 50,000, without a control to tell why.")
 
 
-def test_a_group_has_its_rivals_in_a_sentence_of_their_own(tmp_path):
+def test_a_group_is_compared_with_another_group_value_by_value(tmp_path):
     plan = sweep_plan("best")
     plan = only(plan, "one", *(arm.name for arm in plan.arms))
     arms = []
@@ -77,15 +76,29 @@ def test_a_group_has_its_rivals_in_a_sentence_of_their_own(tmp_path):
         return sweep_value(run) + (20 * noise(run.seed) if run.arm.group == "G′ case 1" else 0.0)
 
     finish_plan(plan, tmp_path, value, quantity="accuracy")
-    found = {verdict.item: verdict for verdict in verdicts(outcome_of(plan, tmp_path, tmp_path).results)}
-    verdict = found["G′ case 1"]
-    assert verdict.beats_all is None
-    assert verdict.conclusion == (
-        "None of 3 values is shown to differ from plain in its accuracy. Of 3 values, compared with “G case 1” at the "
-        "same value, it has a lower accuracy at 1.5 and it has a higher accuracy at 2.5."
-    )
-    assert "control" not in verdict.conclusion
-    assert found["G case 1"].beats_all == ("1.5",)
+    found = verdicts(outcome_of(plan, tmp_path, tmp_path).results)
+    told = {(verdict.words, verdict.against): (verdict.role, verdict.answer(named=True)) for verdict in found}
+    assert told == {
+        ("every layer", "plain"): ("plain", "YES"),
+        ("G case 1", "plain"): ("plain", "YES at 1.5, no at 2.5"),
+        ("G case 1", "every layer"): ("control", "YES at 1.5, no at 2.5"),
+        ("G′ case 1", "plain"): ("plain", "unclear"),
+        ("G′ case 1", "G case 1"): ("method", "YES at 2.5, no at 1.5"),
+    }
+
+
+def test_an_arm_is_compared_with_each_value_of_a_group_by_itself(tmp_path):
+    plan = sweep_plan("best")
+    plan = only(plan, "one", *(arm.name for arm in plan.arms))
+    against = {"all": ("G-1.5", "G-2.5")}
+    arms = tuple(replace(arm, against=against.get(arm.name, ())) for arm in plan.arms)
+    plan = replace(plan, arms=arms)
+    finish_plan(plan, tmp_path, sweep_value, quantity="accuracy")
+    found = verdicts(outcome_of(plan, tmp_path, tmp_path).results)
+    assert [(each.words, each.against, each.role, each.answer()) for each in found] == [
+        ("every layer", "G case 1 at 1.5", "method", "no"),
+        ("every layer", "G case 1 at 2.5", "method", "YES"),
+    ]
 
 
 def test_choosing_again_is_a_rival_of_choosing_once():
@@ -101,22 +114,25 @@ def test_one_judged_value_of_a_group_is_named(tmp_path):
     plan = replace(plan, arms=tuple(arms))
     finish_plan(plan, tmp_path, sweep_value, quantity="accuracy")
     outcome = outcome_of(plan, tmp_path, tmp_path)
-    found = {verdict.item: verdict.conclusion for verdict in verdicts(outcome.results)}
-    assert found["G case 1"] == "At 1.5, the one value that is judged, it beats plain. It beats the controls too."
+    found = [each for verdict in verdicts(outcome.results) for each in verdict.split() if verdict.item == "G case 1"]
+    assert [(each.words, each.against, each.answer()) for each in found] == [
+        ("G case 1 at 1.5", "plain", "YES"),
+        ("G case 1 at 1.5", "every layer", "YES"),
+    ]
     assert "what is judged is the threshold 1.5 by itself" in build([outcome], "").html
 
 
 def test_the_best_of_fewer_plain_runs_is_said_to_be_of_fewer(tmp_path):
     plan = sweep_plan("best", seeds=2)
     finish_plan(plan, tmp_path, sweep_value, quantity="accuracy")
-    made = sheet(outcome_of(plan, tmp_path, tmp_path).results)
+    made = result_table(outcome_of(plan, tmp_path, tmp_path).results)
     assert made.lead.endswith(
         "Shown is the best of 2 plain runs beside best of 3 values: the more values, the higher their best by chance "
         "alone"
     )
     assert "best of 2 runs" in dict(made.sections[0][1][0].entries[0].lines)
     times = replace(plan, layout="times", quantity=sweep_plan("times", "seconds").quantity)
-    lead = sheet(outcome_of(times, tmp_path, tmp_path).results).lead
+    lead = result_table(outcome_of(times, tmp_path, tmp_path).results).lead
     assert "of the plain arm in seconds, and so the paper's" in lead
 
 

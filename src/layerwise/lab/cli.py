@@ -204,7 +204,7 @@ def _compare(asked: options.Compare, arguments: Sequence[str]) -> int:
 
 
 def _doctor(asked: options.Doctor, arguments: Sequence[str]) -> int:
-    from layerwise.lab.report import examined as doctor
+    from layerwise.lab.report import doctor
 
     return doctor.run(asked, arguments, program())
 

@@ -4,19 +4,44 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from layerwise.lab.errors import shown
-from layerwise.lab.report.looks import COLOURS, Look
-from layerwise.lab.report.words import capital
+from layerwise.lab.experiments.plan import Plan
+from layerwise.lab.report.words import capital, item_words, plain_arm
 
-WIDTH, HEIGHT = 420, 220
-"""Plotting area of a file in pixels; in the page the width is that of the card."""
+COLOURS: dict[str, tuple[str, str]] = {
+    "page": ("#f6f7f9", "#11141a"),
+    "card": ("#ffffff", "#1a1f28"),
+    "ink": ("#1b1f27", "#e8ebf1"),
+    "muted": ("#5b6472", "#a2acbb"),
+    "line": ("#dfe3ea", "#323a48"),
+    "accent": ("#0b5fa5", "#7cc0f2"),
+    "notice": ("#b34700", "#f0a030"),
+    "yes": ("#00705d", "#35c9a5"),
+    "above": ("#0b5fa5", "#5aaef0"),
+    "below": ("#c75000", "#f0a030"),
+    "empty": ("#eef0f3", "#262d39"),
+    "plain": ("#6d7480", "#a9b1be"),
+    "c1": ("#0072b2", "#56b4e9"),
+    "c2": ("#c75000", "#f0a030"),
+    "c3": ("#00806a", "#35c9a5"),
+    "c4": ("#9a5b9e", "#d59ad8"),
+    "c5": ("#857000", "#ddd05a"),
+    "c6": ("#b3235a", "#ff85ab"),
+    "c7": ("#4b4fc4", "#a6aaff"),
+    "c8": ("#52751a", "#a4cf57"),
+}
+"""Variable of the page -> its colour on light and on dark. The last nine are those of the arms."""
 
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
+Spec = dict[str, Any]
+"""A part of a Vega-Lite specification."""
+
+WIDTH, HEIGHT = 420, 220  # plotting area of a file in pixels; in the page the width is that of the card
 
 _AXIS = {
     "labelColor": "var(--muted)",
@@ -31,9 +56,9 @@ _AXIS = {
     "labelSeparation": 8,
 }
 
-CONFIG: dict[str, Any] = {
+CONFIG: Spec = {
     "background": "transparent",
-    "font": FONT,
+    "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif",
     "view": {"stroke": None},
     "axis": _AXIS,
     "legend": {"labelColor": "var(--ink)", "titleColor": "var(--muted)", "labelFontSize": 11, "titleFontSize": 11},
@@ -41,49 +66,37 @@ CONFIG: dict[str, Any] = {
 }
 """Of every figure. Colours are variables of the page's style sheet, so that one figure serves light and dark."""
 
-HIDDEN = {"filter": "indexof(hidden, datum.arm) < 0"}
-"""Leaves out the arms that the reader has switched off."""
+HIDDEN = {"filter": "indexof(hidden, datum.arm) < 0"}  # leaves out the arms that the reader has switched off
+
+ZOOM = {"name": "zoom", "bind": "scales", "select": {"type": "interval", "zoom": "wheel![event.shiftKey]"}}
 
 
 @dataclass(frozen=True)
 class Table:
-    """The numbers of a figure.
+    """The numbers of a figure, as text."""
 
-    Attributes:
-        headings: of the columns.
-        rows: cells as text.
-    """
-
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    headings: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure.
+    """A figure."""
 
-    Attributes:
-        name: of its file, without the ending.
-        title: above it.
-        summary: what it shows in one sentence, for those who do not see it.
-        spec: Vega-Lite, without data and width. The data is called ``rows``.
-        data: columns by name, of equal length. ``cross`` holds columns of which every combination is a row, the last
-            one fastest. ``words`` holds the texts of columns that are given as numbers.
-        table: its numbers.
-    """
-
-    name: str
+    name: str  # of its file, without the ending
     title: str
-    summary: str
-    spec: Mapping[str, Any]
+    summary: str  # what it shows in one sentence, for those who do not see it
+    spec: Spec  # without data and width; the data is called ``rows``
     data: Mapping[str, Any]
-    table: Table = field(default_factory=lambda: Table((), ()))
+    """Columns by name, of equal length. ``cross`` holds columns of which every combination is a row, the last one
+    fastest. ``words`` holds the texts of columns that are given as numbers."""
+    table: Table
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> Spec:
         """Give a specification that stands alone: in the colours of light, with title, legend and data."""
         spec = _alone(self.spec)
-        title = {"text": _wrapped(capital(self.title), 70)}
-        sized = {"width": spec.get("width", WIDTH), "padding": 12, "background": COLOURS["card"][0]}
+        title = {"text": textwrap.wrap(capital(self.title), 70) or [""]}
+        sized = {"width": WIDTH, "padding": 12, "background": COLOURS["card"][0]}
         whole = {**spec, **sized, "title": title, "datasets": {"rows": rows_of(self.data)}, "config": _alone(CONFIG)}
         return cleaned({"$schema": "https://vega.github.io/schema/vega-lite/v6.json", **whole})
 
@@ -122,13 +135,6 @@ def _alone(value: Any) -> Any:
     return made
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    """Break a title into lines."""
-    import textwrap
-
-    return textwrap.wrap(text, width) or [""]
-
-
 def rows_of(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Make the rows of a figure from its columns, as the page's script does."""
     columns = {name: list(each) for name, each in data.items() if name not in ("cross", "words")}
@@ -138,6 +144,14 @@ def rows_of(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, words in data.get("words", {}).items():
         columns[name] = [words[place] for place in columns[name]]
     return [dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)]
+
+
+def columns_of(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
+    """Make the columns of a figure from its rows; numbers with a point are shortened."""
+    return {
+        name: [short(row[place]) if isinstance(row[place], float) else row[place] for row in rows]
+        for place, name in enumerate(names)
+    }
 
 
 def short(value: float | None) -> float | None:
@@ -150,45 +164,110 @@ def written(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
 
 
-def quantitative(name: str, title: str, **more: Any) -> dict[str, Any]:
+def quantitative(name: str, title: str, **more: Any) -> Spec:
     """Give the encoding of a number on an axis; the scale need not begin at 0."""
     given = more.pop("scale", {})
     scale = {"nice": False, **({} if given.get("type") == "log" else {"zero": False}), **given}
     return {"field": name, "type": "quantitative", "title": title, "scale": scale, **more}
 
 
-def encodings(used: Sequence[Look]) -> dict[str, dict[str, Any]]:
+def scaled(name: str, texts: Sequence[str], values: Sequence[Any]) -> Spec:
+    """Give the encoding of a text by one value each."""
+    return {"field": name, "type": "nominal", "scale": {"domain": list(texts), "range": list(values)}, "legend": None}
+
+
+def encodings(used: Sequence[Style]) -> dict[str, Spec]:
     """Give the encodings of colour, dash and shape for rows with a field ``arm``."""
-
-    def scaled(values: list[Any]) -> dict[str, Any]:
-        scale = {"domain": [look.words for look in used], "range": values}
-        return {"field": "arm", "type": "nominal", "scale": scale, "legend": None}
-
+    names = [style.words for style in used]
     return {
-        "color": scaled([look.colour for look in used]),
-        "strokeDash": scaled([list(look.dash) for look in used]),
-        "shape": scaled([look.shape for look in used]),
+        "color": scaled("arm", names, [style.colour for style in used]),
+        "strokeDash": scaled("arm", names, [list(style.dash) for style in used]),
+        "shape": scaled("arm", names, [style.shape for style in used]),
     }
 
 
-def tip(name: str, title: str, number: str = "") -> dict[str, Any]:
+def of_arms(layers: Sequence[Spec], transform: Sequence[Spec] = (), **more: Any) -> Spec:
+    """Give the specification of a figure of arms, which its reader can switch off."""
+    hidden = {"params": [{"name": "hidden", "value": []}], "data": {"name": "rows"}}
+    return {**hidden, "transform": [HIDDEN, *transform], "layer": list(layers), **more}
+
+
+def layer(mark: str, encoding: Spec, *filters: str | Spec, **look: Any) -> Spec:
+    """Give one layer of a figure: a mark for each row that passes the filters."""
+    made: Spec = {"transform": [{"filter": each} for each in filters]} if filters else {}
+    return {**made, "mark": {"type": mark, **look}, "encoding": encoding}
+
+
+def tip(name: str, title: str, number: str = "") -> Spec:
     """Give a line of a tooltip: a text, or a number in a format."""
     if number:
         return {"field": name, "type": "quantitative", "title": title, "format": number}
     return {"field": name, "type": "nominal", "title": title}
 
 
+def unique(names: Iterable[str], form: str = "{} ({})") -> list[str]:
+    """Write names as they are shown, with a number after one that is there already."""
+    made: dict[str, None] = {}
+    for name in map(shown, names):
+        words, count = name, 2
+        while words in made:
+            words, count = form.format(name, count), count + 1
+        made[words] = None
+    return list(made)
+
+
 def slugs(names: Iterable[str]) -> dict[str, str]:
     """Make names of files and of elements: unique, at most 44 letters, digits and dashes."""
-    found: dict[str, str] = {}
-    taken: set[str] = set()
-    for name in names:
-        if name in found:
+    names = list(dict.fromkeys(names))
+    bases = [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "x" for name in names]
+    return dict(zip(names, unique(bases, "{}-{}"), strict=True))
+
+
+# --- How arms are told apart ------------------------------------------------------------------------------------------
+
+ARM_COLOURS = tuple(f"c{number}" for number in range(1, 9))
+
+DASHES = ((1, 0), (7, 3), (9, 3, 2, 3), (5, 2, 1, 2), (3, 2), (12, 3), (2, 3), (6, 2, 2, 2, 2, 2))
+"""Lengths of line and gap."""
+
+SHAPES = ("circle", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left", "stroke")
+"""Shapes of points; that of the plain arm is a square."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one arm, or one group of arms, is drawn."""
+
+    words: str  # its name, which no other one has
+    variable: str  # of its colour in the page
+    dash: tuple[int, ...]
+    shape: str
+
+    @property
+    def colour(self) -> str:
+        """As the page's style sheet and its figures name it."""
+        return f"var(--{self.variable})"
+
+    @property
+    def stroke(self) -> str:
+        """The dashes as SVG writes them."""
+        return " ".join(map(str, self.dash)) if self.dash[1] else "none"
+
+
+def styles(plan: Plan) -> dict[str, Style]:
+    """Choose how each arm or group of a plan is drawn; the first plain arm is grey everywhere.
+
+    Beyond eight, colours return with another dash and shape.
+    """
+    plain = next((arm.name for subject in plan.subjects if (arm := plain_arm(plan, subject.name))), None)
+    items = item_words(plan)
+    found, place = {}, 0
+    for item, words in zip(items, unique(items.values()), strict=True):
+        if item == plain:
+            found[item] = Style(words, "plain", (2, 2), "square")
             continue
-        base = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "x"
-        slug, count = base, 2
-        while slug in taken:
-            slug, count = f"{base}-{count}", count + 1
-        taken.add(slug)
-        found[name] = slug
+        turn = place // len(ARM_COLOURS)
+        dash, shape = DASHES[(place + 3 * turn) % len(DASHES)], SHAPES[(place + 5 * turn) % len(SHAPES)]
+        found[item] = Style(words, ARM_COLOURS[place % len(ARM_COLOURS)], dash, shape)
+        place += 1
     return found

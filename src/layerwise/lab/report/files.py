@@ -6,51 +6,42 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import polars
 
 from layerwise.lab.errors import shown
 from layerwise.lab.experiments.runner import Outcome
-from layerwise.lab.report.headline import headline
-from layerwise.lab.report.layouts import sheet
 from layerwise.lab.report.page import build
+from layerwise.lab.report.rendering import bundle
 from layerwise.lab.report.saved import PLAN, RUNS, as_json
-from layerwise.lab.report.sheets import Entry
-from layerwise.lab.report.verdicts import verdicts
+from layerwise.lab.report.tables import Entry, result_table
+from layerwise.lab.report.verdicts import headline, note, verdicts
 from layerwise.lab.report.words import capital, place_words
 from layerwise.lab.runs.files import OwnFolder, check_page, remove_leftovers
 from layerwise.lab.runs.store import signed, write_whole
-from layerwise.lab.stats.conclusions import note
-
-if TYPE_CHECKING:
-    import polars
 
 MEANT = str.maketrans({sign: f"\\{sign}" for sign in "\\`*_[]|#"} | {sign: f"&#{ord(sign)};" for sign in "<>&"})
 """Signs of Markdown and HTML -> how they are written to mean themselves."""
 
 
-def write_all(
-    outcomes: Sequence[Outcome],
+def write(
+    given: Outcome | Sequence[Outcome],
     command: str,
     show: Callable[[float, float | None], None] = lambda done, total: None,
     *,
     figures: bool = False,
 ) -> Path:
-    """Write everything.
+    """Write the report of an outcome, or of several as sections of one page, and give the page.
 
-    Args:
-        outcomes: of plans; all have one folder.
-        command: the command line that made it.
-        show: told how many figures are written, and of how many.
-        figures: write each figure as SVG and PNG too.
-
-    Returns:
-        The page. It comes last, so that a page that is there has its tables and figures.
-
-    Raises:
-        UsageError: a place where a file is to be written holds one that layerwise has not written.
+    Into the outcome's folder: ``report.html``, ``table.md``, ``tables/*.parquet`` and, of one outcome, ``plan.json``
+    and ``runs.json``; with ``figures`` every figure as ``figures/*.svg`` and ``figures/*.png``, of which ``show`` gets
+    the count. A copy of the page goes to ``report.html`` in the folder of ``--out``. The page comes last, so that one
+    that is there has its tables and figures. A place with a file that layerwise has not written is refused.
     """
-    first = outcomes[0]
+    outcomes = given if isinstance(given, Sequence) else [given]
+    first, several = outcomes[0], len(outcomes) > 1
     own = OwnFolder(first.folder, first.settings.out)
     copy = first.settings.out / "report.html"
     check_page(copy, first.settings.out)
@@ -60,11 +51,18 @@ def write_all(
     for done, figure in enumerate(page.figures if figures else ()):
         show(done, len(page.figures))
         contents |= figure.files()
-    several = len(outcomes) > 1
     for place, outcome in enumerate(outcomes, start=1):
         if outcome.results.records:
-            contents |= _tables(outcome, f"{place}-" if several else "")
-    contents["table.md"] = _bytes("\n\n".join(map(markdown, outcomes)))
+            frames = {
+                "table": outcome.results.table(),
+                "metrics": outcome.results.frame(),
+                "comparisons": comparison_frame(outcome),
+            }
+            for name, frame in frames.items():
+                buffer = io.BytesIO()
+                frame.write_parquet(buffer, compression="zstd")
+                contents[f"tables/{f'{place}-' if several else ''}{name}.parquet"] = buffer.getvalue()
+    contents["table.md"] = shown("\n\n".join(map(markdown, outcomes)), lines=True).encode()
     if not several:
         contents[PLAN] = signed(json.loads(as_json(first.plan)), indent=None)
         contents[RUNS] = json.dumps(listing(first), indent=1).encode()
@@ -75,30 +73,21 @@ def write_all(
     return first.report
 
 
-def _bytes(text: str) -> bytes:
-    """Write a text, with what cannot be seen in it escaped."""
-    return shown(text, lines=True).encode()
+def prepare() -> None:
+    """Import what a report needs, in a thread beside the runs, so that an interrupted experiment does not wait for it.
 
+    A module that is missing is reported where it is needed.
+    """
+    with suppress(ImportError, OSError):
+        import jinja2  # noqa: F401
+        import scipy.special  # noqa: F401
 
-def _tables(outcome: Outcome, prefix: str) -> dict[str, bytes]:
-    frames = {
-        "table": outcome.results.table(),
-        "metrics": outcome.results.frame(),
-        "comparisons": comparison_frame(outcome),
-    }
-    return {f"tables/{prefix}{name}.parquet": _parquet(frame) for name, frame in frames.items()}
-
-
-def _parquet(frame: polars.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    frame.write_parquet(buffer, compression="zstd")
-    return buffer.getvalue()
+        bundle()
 
 
 def comparison_frame(outcome: Outcome) -> polars.DataFrame:
     """Give every planned comparison as a row: names, numbers, outcome and sentence."""
-    import polars
-
+    same = ("mean", "sd", "low", "high", "p", "adjusted_p", "outcome", "reason")
     rows = [
         {
             "subject": subject,
@@ -107,14 +96,7 @@ def comparison_frame(outcome: Outcome) -> polars.DataFrame:
             "step": step,
             "quantity": each.quantity,
             "pairs": len(each.seeds),
-            "mean": each.mean,
-            "sd": each.sd,
-            "low": each.low,
-            "high": each.high,
-            "p": each.p,
-            "adjusted_p": each.adjusted_p,
-            "outcome": each.outcome,
-            "reason": each.reason,
+            **{name: getattr(each, name) for name in same},
             "diverged": len(each.diverged),
             "diverged_against": len(each.diverged_against),
             "seeds": list(each.seeds),
@@ -147,20 +129,13 @@ def listing(outcome: Outcome) -> dict[str, object]:
 
 
 def markdown(outcome: Outcome) -> str:
-    """Write the table of results and the verdict in Markdown.
-
-    Args:
-        outcome: of a plan.
-
-    Returns:
-        The text, with what Markdown or HTML would read as signs of their own escaped.
-    """
+    """Write the table of results and every comparison in Markdown; names have no meaning in Markdown or HTML."""
     return "\n".join(_markdown(outcome)) + "\n"
 
 
 def _markdown(outcome: Outcome) -> Iterator[str]:
     plan, results = outcome.plan, outcome.results
-    table = sheet(results)
+    table = result_table(results)
     scale = f", {plan.scale} scale" if plan.scale else ""
     yield f"# {escaped(plan.title)}"
     yield f"\n{escaped(plan.source)}{scale}. {len(results.records)} of {outcome.planned} runs finished.\n"
@@ -173,25 +148,24 @@ def _markdown(outcome: Outcome) -> Iterator[str]:
         yield "|---|" + "---:|" * len(table.columns)
         for row in rows:
             remark = f" ({escaped(row.remark)})" if row.remark else ""
-            cells = [cell_markdown(one) for one in row.entries]
-            yield f"| {escaped(row.words)}{remark} | " + " | ".join(cells) + " |"
+            yield f"| {escaped(row.words)}{remark} | " + " | ".join(map(_cell, row.entries)) + " |"
     for words in table.notes:
         yield f"\n- {escaped(words)}"
     yield f"\n## Verdict, {escaped(place_words(plan))}\n"
     for verdict in verdicts(results):
-        yield f"- {escaped(verdict.subject_words)}, {escaped(verdict.words)}: {escaped(verdict.conclusion)}"
-        for _, comparison in verdict.rows:
-            yield f"  - {escaped(capital(comparison.sentence))}"
+        for each in verdict.split():
+            assert each.alone is not None
+            yield f"- {each.answer()}. {escaped(each.subject_words)}: {escaped(each.alone.sentence)}"
     yield f"\n{escaped(note(max(1, results.family), len(plan.seeds)))}"
 
 
-def cell_markdown(one: Entry) -> str:
+def _cell(one: Entry) -> str:
     """Write a cell in one line."""
     below = [f"{name} {words}".strip() for name, words in one.lines]
     if one.off is not None:
         below.append(one.off_words)
-    main = f"**{one.main}** {one.spread}".rstrip() if one.best else one.text
-    return escaped(main.replace("**", "\0")).replace("\0", "**") + (f" ({escaped(', '.join(below))})" if below else "")
+    main = f"**{escaped(one.main)}** {escaped(one.spread)}".rstrip() if one.best else escaped(one.text)
+    return main + (f" ({escaped(', '.join(below))})" if below else "")
 
 
 def escaped(text: str) -> str:

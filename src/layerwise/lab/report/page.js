@@ -22,7 +22,7 @@
   const smoothed = (rows, weight) => {
     const last = new Map();
     return rows.map(row => {
-      const key = JSON.stringify([row.arm, row.seed]), before = last.get(key), made = { ...row };
+      const key = JSON.stringify([row.arm, row.measure, row.seed]), before = last.get(key), made = { ...row };
       if (before)
         for (const name of ["value", "low", "high"])
           if (row[name] !== null) made[name] = weight * before[name] + (1 - weight) * row[name];

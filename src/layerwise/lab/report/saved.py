@@ -19,59 +19,30 @@ from layerwise.lab.runs.schema import PLAN as FORM
 from layerwise.lab.runs.schema import RUN_LIST, check
 from layerwise.lab.runs.store import read_json, read_signed
 
-PLAN = "plan.json"
-"""File with the plan of an experiment, from which and the list of runs its page can be made again."""
-
-RUNS = "runs.json"
-"""File beside it that names the finished runs."""
-
-NAME = "report"
-"""Of the folder that ``layerwise report`` writes."""
-
-MOST_NAMED = 50
-"""Runs that are left out and named; further ones are counted."""
+PLAN = "plan.json"  # file with the plan of an experiment, from which and the list of runs its page can be made again
+RUNS = "runs.json"  # file beside it that names the finished runs
+NAME = "report"  # of the folder that ``layerwise report`` writes
+MOST_NAMED = 50  # runs that are left out and named; further ones are counted
 
 BROKEN = (OSError, ValueError, KeyError, TypeError, IndexError)
 """What reading a plan may raise whose parts do not fit together; UsageError is a ValueError."""
 
 
 def as_json(plan: Plan) -> str:
-    """Write everything of a plan but users' own tasks.
-
-    Args:
-        plan: the experiment.
-
-    Returns:
-        JSON. A configuration stands once for all seeds, which differ in nothing else.
-    """
+    """Write everything of a plan but users' own tasks; a configuration stands once for all seeds, its only change."""
     kept: dict[str, int] = {}
     runs = []
     for run in plan.runs:
         text = json.dumps({**run.configuration.as_json(), "seed": 0}, sort_keys=True)
         runs.append([run.subject, run.arm.name, run.seed, kept.setdefault(text, len(kept))])
     plain = {field.name: getattr(plan, field.name) for field in fields(Plan)}
-    plain["quantity"] = asdict(plan.quantity)
-    for name in ("subjects", "arms", "paper"):
-        plain[name] = [asdict(each) for each in plain[name]]
-    plain["configurations"] = [json.loads(text) for text in kept]
-    plain["runs"] = runs
+    plain |= {name: [asdict(each) for each in plain[name]] for name in ("subjects", "arms", "paper")}
+    plain |= {"quantity": asdict(plan.quantity), "configurations": [json.loads(text) for text in kept], "runs": runs}
     return json.dumps(plain, default=str)
 
 
 def plan_of(content: Mapping[str, Any]) -> Plan:
-    """Read what ``as_json`` has written.
-
-    Args:
-        content: of the file.
-
-    Returns:
-        The plan.
-
-    Raises:
-        KeyError: something is missing.
-        TypeError: something is of another kind.
-        ValueError: a value out of its range.
-    """
+    """Read what ``as_json`` has written; ``BROKEN`` lists what a damaged plan raises."""
     check(content, FORM, PLAN)
     subjects = tuple(Subject(**row) for row in content["subjects"])
     arms = {
@@ -105,18 +76,15 @@ def plan_of(content: Mapping[str, Any]) -> Plan:
 
 
 def rebuilt(folder: Path) -> tuple[Results, list[str]] | None:
-    """Read the plan of an experiment and its finished runs.
+    """Read the plan of an experiment and its finished runs; give the results, and what was left out of them, by name.
 
-    Args:
-        folder: of the experiment, or any other.
-
-    Returns:
-        The results, and what was left out of them, by name; None where the folder has no plan and list of runs that
-        fit together, or no run is left. What is wrong with a run is no reason to judge by another plan.
+    None where the folder has no plan and list of runs that fit together, or no run is left.
     """
     try:
         plan = plan_of(read_signed(folder / PLAN))
-        listed = [((each["subject"], each["arm"], each["seed"]), each["folder"]) for each in run_list(folder)]
+        content = read_json(folder / RUNS)
+        check(content, RUN_LIST, folder / RUNS)
+        listed = [((each["subject"], each["arm"], each["seed"]), each["folder"]) for each in content["runs"]]
         planned = {run.key: run for run in plan.runs}
         records: dict[Key, Record] = {}
         left_out: list[tuple[Path, str]] = []
@@ -151,17 +119,9 @@ def _fits(configuration: Configuration, planned: PlannedRun) -> bool:
 
 
 def gather(folders: Sequence[Path], out: Path) -> list[Outcome]:
-    """Make an outcome of each experiment in folders, judged by its own plan.
+    """Make an outcome of each experiment in folders, judged by its own plan; ``out`` is where the report is to go.
 
-    Args:
-        folders: of experiments, or what ``--out`` named, which holds such folders.
-        out: where the report is to be written; its folder is called ``report``.
-
-    Returns:
-        The outcomes, at least one, in the order of the folders and of their names.
-
-    Raises:
-        UsageError: a folder is not there or holds no experiment, or nothing can be read.
+    The folders are those of experiments, or what ``--out`` named, which holds such folders.
     """
     places = dict.fromkeys(place for folder in folders for place in experiments_in(folder))
     outcomes: list[Outcome] = []
@@ -185,11 +145,7 @@ def gather(folders: Sequence[Path], out: Path) -> list[Outcome]:
 
 
 def experiments_in(folder: Path) -> list[Path]:
-    """Give the folders of experiments that a folder is or holds.
-
-    Raises:
-        UsageError: it is no folder, or there is none.
-    """
+    """Give the folders of experiments that a folder is or holds."""
     if not folder.is_dir():
         raise UsageError(f"runs={str(folder)!r} is not a folder: give folders that layerwise has written to")
     if os.path.lexists(folder / PLAN):
@@ -206,17 +162,9 @@ def experiments_in(folder: Path) -> list[Path]:
 
 
 def listed_place(page: Path, folder: str) -> Path:
-    """Give the folder of a run that an experiment's list names.
+    """Give the folder of a run that an experiment's list names, which must lie below ``--out``, as ``page`` does.
 
-    Args:
-        page: folder of the experiment.
-        folder: of the run, as the list names it: relative, and below ``--out``, where the experiment's folder lies.
-
-    Returns:
-        The folder.
-
-    Raises:
-        UsageError: it lies elsewhere. A list from somebody else must not gather files of this machine.
+    A list from somebody else must not gather files of this machine.
     """
     if os.path.isabs(folder) or "\0" in folder:
         raise UsageError(f"{page / RUNS} names it by a path that is not relative")
@@ -227,28 +175,10 @@ def listed_place(page: Path, folder: str) -> Path:
     return page / folder
 
 
-def run_list(folder: Path) -> list[dict[str, Any]]:
-    """Read which runs an experiment has.
-
-    Args:
-        folder: of the experiment.
-
-    Returns:
-        For each run its folder, and subject, arm and seed where they are known.
-
-    Raises:
-        OSError: the list is not there or cannot be read.
-        UsageError: it is damaged.
-    """
-    content = read_json(folder / RUNS)
-    check(content, RUN_LIST, folder / RUNS)
-    return content["runs"]
-
-
 def skipped(left_out: Sequence[tuple[Path, str]]) -> list[str]:
     """Say what was left out and why; the reason names the file where it is another place."""
     told = [
         reason if reason.startswith(str(place)) else f"{place}: {reason}" for place, reason in left_out[:MOST_NAMED]
     ]
     more = len(left_out) - len(told)
-    return [*told, *([f"{more} more that could not be read"] if more > 0 else [])]
+    return [*told, f"{more} more that could not be read"] if more else told

@@ -25,6 +25,14 @@ def item_words(plan: Plan) -> dict[str, str]:
     return {item_of(arm): arm.group or arm.words for arm in plan.arms}
 
 
+def members_of(plan: Plan, subject: str) -> dict[str, list[Arm]]:
+    """Give the arms of each item of a subject, in order of their values."""
+    found: dict[str, list[Arm]] = {}
+    for arm in plan.arms_of(subject):
+        found.setdefault(item_of(arm), []).append(arm)
+    return {item: sorted(arms, key=lambda arm: arm.value or 0.0) for item, arms in found.items()}
+
+
 def plain_arm(plan: Plan, subject: str) -> Arm | None:
     """Give the arm of a subject that trains without a method, the first one if there are several."""
     return next((arm for arm in plan.arms_of(subject) if arm.kind == "plain"), None)
@@ -35,17 +43,18 @@ def value_words(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
+def in_unit(quantity: Quantity) -> str:
+    """Name a quantity with its unit, as an axis does."""
+    return f"{quantity.words}, {quantity.unit}" if quantity.unit else quantity.words
+
+
+def with_unit(quantity: Quantity) -> str:
+    """Name a quantity with its unit, as a sentence does."""
+    return f"{quantity.words} in {quantity.unit}" if quantity.unit else quantity.words
+
+
 def number(value: float, quantity: Quantity, sd: float = math.nan) -> str:
-    """Write a value of a quantity: two decimals of a percentage, else as many as its spread leaves sense in.
-
-    Args:
-        value: of the quantity, or its standard deviation.
-        quantity: which one.
-        sd: of the value over seeds; nan where it is not known.
-
-    Returns:
-        The number, without its unit.
-    """
+    """Write a value or a standard deviation: two decimals of a percentage, else as many as ``sd`` leaves sense in."""
     if not math.isfinite(value):
         return str(value)
     if quantity.take == "first":

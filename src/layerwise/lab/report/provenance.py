@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from layerwise.lab.experiments.plan import Arm, Plan
 from layerwise.lab.experiments.runner import Outcome
+from layerwise.lab.progress import duration
 from layerwise.lab.report.charts import MOST_LINES, MOST_SUBJECTS, representatives
 from layerwise.lab.report.words import value_words
 from layerwise.lab.stats.comparison import MINIMUM_PAIRS
 from layerwise.lab.stats.wording import listed
 from layerwise.lab.training.networks import NETWORKS
 
-FEW_SEEDS = 10
-"""With fewer the page says that small differences need more."""
+FEW_SEEDS = 10  # with fewer the page says that small differences need more
 
 
-def origins(outcome: Outcome) -> list[tuple[str, str]]:
-    """Say how, on what and with what the runs were made; runs of several machines are all named.
-
-    Args:
-        outcome: of a plan.
-
-    Returns:
-        Names and words.
-    """
+def provenance(outcome: Outcome) -> list[tuple[str, str]]:
+    """Say how, on what and with what the runs were made, as names and words; all machines are named."""
     plan, records = outcome.plan, list(outcome.results.records.values())
+    seeds = ", ".join(map(str, plan.seeds))
+    if len(plan.seeds) > 2 and plan.seeds == tuple(range(plan.seeds[0], plan.seeds[-1] + 1)):
+        seeds = f"{plan.seeds[0]} to {plan.seeds[-1]}"
+    networks: dict[str, None] = {}
+    for record in records:
+        trial, summary = record.configuration.trial, record.summary
+        name = str(trial.get("model") or trial.get("function") or "a network")
+        name = NETWORKS.get(name, name)
+        networks[f"{name}, {summary['parameters']:,} parameters in {len(summary['layers'])} layers"] = None
     rows = [("Data", plan.data_title)] if plan.data_title else []
-    rows += [("Networks", _networks(outcome)), ("Seeds", _spans(plan.seeds))]
+    rows += [("Networks", "; ".join(networks) or "–"), ("Seeds", seeds)]
     rows.append(("Runs", f"{len(records)} of {outcome.planned} finished; {outcome.found} of them were found finished"))
     if not records:
         return rows
@@ -39,7 +41,11 @@ def origins(outcome: Outcome) -> list[tuple[str, str]]:
         + f", Python {record.about.get('python', '?')}"
         for record in records
     )
-    machines = Counter(_machine(record.about.get("hardware", {})) for record in records)
+    hardware = [record.about.get("hardware", {}) for record in records]
+    machines = Counter(
+        "{}, {} cores, {}".format(*(each.get(name, "?") for name in ("processor", "cores", "system")))
+        for each in hardware
+    )
     threads = sorted({int(record.summary.get("threads", 1)) for record in records})
     seconds = sum(record.summary["seconds"] for record in records)
     tests = sum(record.summary["test_seconds"] for record in records)
@@ -60,21 +66,6 @@ def origins(outcome: Outcome) -> list[tuple[str, str]]:
     return rows
 
 
-def _networks(outcome: Outcome) -> str:
-    """Name the networks with their parameters."""
-    found = {}
-    for record in outcome.results.records.values():
-        trial = record.configuration.trial
-        name = str(trial.get("model") or trial.get("function") or "a network")
-        name = NETWORKS.get(name, name)
-        found[f"{name}, {record.summary['parameters']:,} parameters in {len(record.summary['layers'])} layers"] = None
-    return "; ".join(found) or "–"
-
-
-def _machine(hardware: Mapping[str, Any]) -> str:
-    return "{}, {} cores, {}".format(*(hardware.get(name, "?") for name in ("processor", "cores", "system")))
-
-
 def _counted(found: Counter[str]) -> str:
     """List what was found, with the number of runs where there are several kinds."""
     if len(found) == 1:
@@ -82,34 +73,16 @@ def _counted(found: Counter[str]) -> str:
     return "; ".join(f"{words} ({count} runs)" for words, count in found.items())
 
 
-def _spans(seeds: Iterable[int]) -> str:
-    """Write seeds, consecutive ones as a span."""
-    seeds = list(seeds)
-    if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
-        return f"{seeds[0]} to {seeds[-1]}"
-    return ", ".join(map(str, seeds))
-
-
-def duration(seconds: float) -> str:
-    """Write a time in s, min or h."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def rule_words(arm: Arm) -> str:
-    """Write the rule of an arm as names and values."""
+def rule_words(plan: Plan, arm: Arm) -> str:
+    """Write the rule of an arm as names and values, and what a sweep varies of it."""
     if arm.control is not None:
         return f"control: {arm.control} of {arm.of}"
+    changes = "".join(f", {name} {json.dumps(value)}" for name, value in arm.constants.items())
     if arm.rule is None:
-        return "none" + _changes(arm)
-    words = _called(arm.rule)
+        return f"none{changes}"
     place = "" if arm.apply == "auto" else f", acting on the {arm.apply}"
-    return words + place + _changes(arm)
-
-
-def _changes(arm: Arm) -> str:
-    return "".join(f", {name} {json.dumps(value)}" for name, value in arm.constants.items())
+    swept = ", ".join(sorted({name for subject in plan.subjects for name in subject.varied}))
+    return f"{_called(arm.rule)}{place}{changes}" + (f"; {swept} as swept" if swept else "")
 
 
 def _called(value: Any) -> str:
@@ -123,21 +96,10 @@ def _called(value: Any) -> str:
 def caveats(outcome: Outcome, *, grouped: bool, mapped: int) -> list[str]:
     """Say what the page does not show: the plan's notes, and what follows from the runs.
 
-    Args:
-        outcome: of a plan.
-        grouped: figures show one arm of each group.
-        mapped: number of subjects that have maps of layers.
-
-    Returns:
-        Sentences.
+    Figures show one arm of each group where there are groups, and maps of layers so many subjects.
     """
     plan, results = outcome.plan, outcome.results
     found = list(plan.notes)
-    if not outcome.complete:
-        found.append(
-            f"{len(results.records)} of {outcome.planned} runs are finished: means are of these, and "
-            "not every pair is there."
-        )
     diverged = sum(record.diverged for record in results.records.values())
     if diverged:
         found.append(
@@ -149,12 +111,27 @@ def caveats(outcome: Outcome, *, grouped: bool, mapped: int) -> list[str]:
     elif len(plan.seeds) < FEW_SEEDS:
         found.append(f"{len(plan.seeds)} seeds: small differences need more.")
     found += [f"Skipped: {words}." for words in outcome.skipped]
-    found += _of_layout(plan)
-    empty, made = _empty_choices(outcome)
-    if empty:
+    if plan.layout in ("thresholds", "best") and grouped:
         found.append(
-            f"In {empty} of {made} choices no layer passed the threshold; a run without any is plain "
-            "training, and a gain of it would be no evidence on the method."
+            "The best threshold of a group is picked by the test images themselves, and the best of several means "
+            f"is too good by chance alone: what is judged is {_judged(plan)} by itself, with a "
+            "correction for the number of all comparisons."
+        )
+    elif plan.quantity.name == "seconds":
+        found.append(
+            "Times are of one machine, with other runs beside each; only their ratio within a seed is comparable, "
+            "and single runs vary by several per cent."
+        )
+    chosen = [
+        any(row[2] for row in choice["layers"].values())
+        for record in results.records.values()
+        for choice in record.summary.get("selections", ())
+        if any(row[1] is not None for row in choice["layers"].values())  # it measured layers
+    ]
+    if not all(chosen):
+        found.append(
+            f"In {chosen.count(False)} of {len(chosen)} choices no layer passed the threshold; a run without any is "
+            "plain training, and a gain of it would be no evidence on the method."
         )
     if grouped:
         found.append("Curves and maps show one arm of each group, that in the middle of its values.")
@@ -166,22 +143,6 @@ def caveats(outcome: Outcome, *, grouped: bool, mapped: int) -> list[str]:
     return found
 
 
-def _of_layout(plan: Plan) -> list[str]:
-    """Say what a layout of the paper's brings with it."""
-    if plan.layout in ("thresholds", "best") and any(arm.group for arm in plan.arms):
-        return [
-            "The best threshold of a group is picked by the test images themselves, and the best of several means "
-            f"is too good by chance alone: what is judged is {_judged(plan)} by itself, with a "
-            "correction for the number of all comparisons."
-        ]
-    if plan.quantity.name == "seconds":
-        return [
-            "Times are of one machine, with other runs beside each; only their ratio within a seed is comparable, "
-            "and single runs vary by several per cent."
-        ]
-    return []
-
-
 def _judged(plan: Plan) -> str:
     """Name the values of groups that the plan compares with other arms."""
     grouped = [arm for arm in plan.arms if arm.group]
@@ -191,14 +152,3 @@ def _judged(plan: Plan) -> str:
     return (
         f"{'each of the thresholds' if len(values) > 1 else 'the threshold'} {listed(list(map(value_words, values)))}"
     )
-
-
-def _empty_choices(outcome: Outcome) -> tuple[int, int]:
-    """Count the choices of measured layers in which none was chosen, and all such choices."""
-    chosen = [
-        any(row[2] for row in choice["layers"].values())
-        for record in outcome.results.records.values()
-        for choice in record.summary.get("selections", ())
-        if any(row[1] is not None for row in choice["layers"].values())
-    ]
-    return chosen.count(False), len(chosen)

@@ -6,29 +6,51 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
+
 import layerwise
 from layerwise.lab.errors import shown
-from layerwise.lab.report.bundle import bundle
-from layerwise.lab.report.figures import CONFIG, Figure, cleaned
-from layerwise.lab.report.looks import COLOURS
+from layerwise.lab.report.figures import COLOURS, CONFIG, Figure, cleaned
+from layerwise.lab.runs.store import write_whole
 
 HERE = Path(__file__).parent
 
 
+@cache
+def bundle() -> str:
+    """Give the script that defines ``vegaEmbed``: Vega, Vega-Lite and Vega-Embed in one.
+
+    ``vl_convert`` takes three seconds to put it together, so it is kept in the user's cache folder for each of its
+    versions. Where that folder cannot be read or written, it is put together anew.
+    """
+    import vl_convert
+
+    version = metadata.version("vl-convert-python")
+    place = user_cache_path("layerwise") / f"vega-{version}.js"
+    with suppress(OSError, UnicodeError):
+        found = place.read_text(encoding="utf-8")
+        if "window.vegaEmbed=" in found:
+            return found
+    made = vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue]
+    if "</script" in made or "<!--" in made:
+        raise RuntimeError(f"vl_convert {version}: its bundle cannot stand inside a page")
+    with suppress(OSError):
+        write_whole(place, made.encode())
+    return made
+
+
 def rendered(name: str, figures: Mapping[str, Figure], **values: Any) -> str:
-    """Make a page that needs no network.
+    """Make a page that needs no network from a template, and a figure in each element whose id names one.
 
-    Args:
-        name: of the template. Every string is escaped, and names that are not given are refused.
-        figures: id of an element -> the figure that the script draws in it.
-        values: of the template.
-
-    Returns:
-        HTML. Its policy allows its own script alone, by checksum, and no request.
+    Every string is escaped, and names that are not given are refused. The page's policy allows its own script alone,
+    by checksum, and no request.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
