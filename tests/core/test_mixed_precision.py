@@ -19,7 +19,6 @@ from torch import Tensor, nn, optim
 
 import layerwise
 import reference
-from layerwise import _fused as fused
 from layerwise.apply import Factors
 from layerwise.rules import LARS, Constant, Directionality, GradientAmplification, LayerAdaptive, Phase, RandomLayers
 
@@ -259,7 +258,6 @@ def test_factors_that_stay_on_the_device_are_unscaled_there(name, place, handlin
         self.numbers = None
 
     monkeypatch.setattr(Factors, "__init__", keep)
-    monkeypatch.setattr(fused, "CHUNK", float("inf"))
     actual, _ = with_adapter(name, "fused", LayerAdaptive(), place, handling, torch.float16, (3,))
     monkeypatch.undo()
     expected = by_hand(

@@ -10,7 +10,6 @@ from torch import Tensor, nn, optim
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layerwise
-from layerwise import _fused as fused
 from layerwise.apply import Factors
 from layerwise.rules import Constant, LayerAdaptive
 from optimizer_cases import CASES, MUON, Case, assert_same_bits, network, relative_difference, take_step, weights
@@ -58,14 +57,11 @@ def keep_on_device(patch: pytest.MonkeyPatch) -> None:
         self.numbers = None
 
     patch.setattr(Factors, "__init__", keep)
-    patch.setattr(fused, "CHUNK", float("inf"))  # what comes late, comes in numbers
 
 
-@pytest.fixture(params=["numbers", "late", "device"])
+@pytest.fixture(params=["numbers", "device"])
 def factors_kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test as on the CPU, with each layer measured just before its update, and with tensors as elsewhere."""
-    if request.param == "late":
-        monkeypatch.setattr(fused, "CHUNK", 1)
+    """Run a test with numbers as on the CPU, and with tensors as elsewhere."""
     if request.param == "device":
         keep_on_device(monkeypatch)
     return request.param
