@@ -52,17 +52,7 @@ class _Looked(Runs):
 
 
 def entries(names: Sequence[str], out: Path, folder: Path | None) -> list[dict[str, Any]]:
-    """Gather what is known of recipes.
-
-    Args:
-        names: of the recipes.
-        out: folder of the runs, for the finished ones.
-        folder: of the data sets, or None.
-
-    Returns:
-        Name, title and source of each recipe, and for each scale the runs, the finished ones, the data sets and whether
-        they are here, time and memory.
-    """
+    """Gather what is known of recipes."""
     found = []
     runs = _Looked(out)
 
@@ -108,18 +98,7 @@ def _opened(folder: Path | None) -> ImageFolder | None:
 
 
 def show(names: Sequence[str], out: Path, folder: Path | None, *, as_json: bool, program: str) -> str:
-    """Write a list of recipes.
-
-    Args:
-        names: of the recipes.
-        out: folder of the runs.
-        folder: of the data sets, or None.
-        as_json: for a program.
-        program: the command, for the line that says what to type next.
-
-    Returns:
-        The text.
-    """
+    """Write a list of recipes."""
     listed = entries(names, out, folder)
     if as_json:
         return json.dumps(listed, indent=2) + "\n"
@@ -198,29 +177,13 @@ def _needed(about: dict[str, Any], folder: Path | None) -> str:
 
 
 def shortly(time: str) -> str:
-    """Leave out of a time where it holds, and what it was estimated from.
-
-    Example:
-        >>> shortly("25 to 45 minutes on 2 free cores; it took 1.5 hours of a busy core")
-        '25 to 45 min'
-    """
+    """Leave out of a time where it holds, and what it was estimated from."""
     short = re.split(r"[;,(]| on ", time)[0].strip().removeprefix("about ")
     return re.sub(r"minutes?", "min", re.sub(r"hours?", "h", short))
 
 
 def show_data(name: str, folder: Path | None, *, quiet: bool, as_json: bool, program: str) -> int:
-    """Fetch a data set, or list them all.
-
-    Args:
-        name: of the data set, or "" for the list.
-        folder: where it goes; None for ``places.home()``.
-        quiet: show no progress.
-        as_json: for a program, one object on the standard output.
-        program: the command, for the line that says what to type next.
-
-    Returns:
-        Exit code: 0, or 1 if the data set is not there and could not be fetched.
-    """
+    """Fetch a data set, or list them all."""
     target = folder or places.home()
     if not name:
         sets = [vars(known) | {"present": data.present(known.name, target)} for known in data.names()]

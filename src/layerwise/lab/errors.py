@@ -45,32 +45,13 @@ class UsageError(ValueError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Guess what a mistyped word was meant to be.
-
-    Args:
-        word: as it was given.
-        known: the words that there are.
-
-    Returns:
-        " Did you mean ...?", or "" where none is near.
-
-    Example:
-        >>> nearest("lasr", ["lars", "larc", "plain"])
-        ' Did you mean lars?'
-    """
+    """Guess what a mistyped word was meant to be."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]}?" if near else ""
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """Explain a missing dependency of the lab.
-
-    Args:
-        error: what the import raised.
-
-    Returns:
-        One line that names the module and the remedy, or None if the module is not one of the lab's.
-    """
+    """Explain a missing dependency of the lab."""
     module = (error.name or "").partition(".")[0]
     if module not in LAB_MODULES:
         return None
@@ -96,16 +77,7 @@ def leaving() -> Generator[None]:
 
 
 def shown(text: object, *, lines: bool = False) -> str:
-    r"""Escape control characters, direction marks and invisible characters.
-
-    Args:
-        text: any text, such as the name of a folder.
-        lines: whether tabs and line ends are kept, as for a traceback.
-
-    Example:
-        >>> print(shown("a\x1b[31mb\nc"))
-        a\x1b[31mb\nc
-    """
+    r"""Escape control characters, direction marks and invisible characters."""
     return _UNSEEN.sub(lambda found: found[0] if lines and found[0] in "\n\t" else _written(found[0]), str(text))
 
 

@@ -30,15 +30,7 @@ STEPS = 10
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run of a subject takes.
-
-    Attributes:
-        updates: of a run; None if not known beforehand.
-        tests: in a run.
-        update: seconds of an update, the median of those after the first.
-        test: seconds of a test.
-        memory: bytes of a process on its device.
-    """
+    """What a run of a subject takes."""
 
     updates: int | None
     tests: int
@@ -53,19 +45,7 @@ class Measured:
 
 
 def estimate(plan: Plan, settings: Settings, say: Callable[[str], None] = lambda words: None) -> dict[str, Any]:
-    """Do ten updates of each subject of a plan, and part of a test, each in a process of its own; nothing is written.
-
-    Args:
-        plan: the experiment.
-        settings: how it would be carried out.
-        say: called with a line for each subject, before it is measured.
-
-    Returns:
-        Runs, updates, seconds of an update and a test, hours and bytes of a run for each subject; hours of all; jobs.
-
-    Raises:
-        UsageError: data missing, a value that cannot be used, or an update that fails.
-    """
+    """Do ten updates of each subject of a plan, and part of a test, each in a process of its own; nothing is written."""
     plan = placed(places.ready(plan, settings.data_dir), settings)
     jobs, loaders = side_by_side(settings, 1 if plan.quantity.name == "seconds" else len(plan.chains()))
     rows = []
@@ -145,14 +125,7 @@ def _now(device: str) -> float:
 
 
 def words(found: dict[str, Any]) -> str:
-    """Write an estimate for a terminal.
-
-    Args:
-        found: from ``estimate``.
-
-    Returns:
-        A table, and the hours of all runs.
-    """
+    """Write an estimate for a terminal."""
     head = ("subject", "runs", "updates", "s an update", "hours a run", "GB a process")
     lines: list[tuple[str, ...]] = [head]
     for row in found["subjects"]:

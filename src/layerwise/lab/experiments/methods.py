@@ -20,14 +20,7 @@ THRESHOLD, RATIO = 1.0, 0.16
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method that can be an arm.
-
-    Attributes:
-        words: for people.
-        rule: its name and arguments, without the phases of an amplification.
-        against: methods that are its controls where they are arms too.
-        note: what the page says of it where nothing was tuned.
-    """
+    """A method that can be an arm."""
 
     words: str
     rule: Mapping[str, Any]
@@ -75,19 +68,7 @@ CONTROLS: dict[str, tuple[Control, str]] = {
 
 
 def make_arms(names: Sequence[str] = ()) -> list[Arm]:
-    """Give the arms of names: the plain one, and each method with its controls after it.
-
-    Args:
-        names: of methods (keys of ``METHODS``) and controls: ``"shuffled"`` is one of every method,
-            ``"shuffled:lars"`` of LARS. The plain arm and each method's mean factor are there in any case.
-            Empty for ``DEFAULT_ARMS``.
-
-    Returns:
-        The arms; the rules of amplifications are without their phases.
-
-    Raises:
-        UsageError: an unknown name, or no method.
-    """
+    """Give the arms of names: the plain one, and each method with its controls after it."""
     names = list(dict.fromkeys(names or DEFAULT_ARMS))
     asked: dict[str, list[str]] = {}
     for name in names:
@@ -125,15 +106,6 @@ def phases(epochs: int | None) -> list[list[Any]]:
 
     The shares are those of the paper's phases for its simple networks, 50 and 130 of 150 epochs, without the second
     analysis, which goes with the paper's one change of the rate. Basodi et al. 2023, section 4.
-
-    Args:
-        epochs: of a run; None for a run that is counted in iterations.
-
-    Returns:
-        Rows of last epoch, whether it amplifies, and factor.
-
-    Raises:
-        UsageError: too few epochs, or none.
     """
     if epochs is None or epochs < LEAST_EPOCHS:
         given = "iterations" if epochs is None else f"epochs={epochs!r}"

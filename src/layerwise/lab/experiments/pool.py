@@ -49,14 +49,7 @@ class NamedJob(Protocol):
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that ended without finishing.
-
-    Attributes:
-        job: its name.
-        doing: what it last said that it was doing, or its name.
-        reason: one line.
-        details: the traceback, or "" if the process died.
-    """
+    """A job that ended without finishing."""
 
     job: str
     doing: str
@@ -93,11 +86,7 @@ class Link:
 
 
 class Interrupt:
-    """Turns the first interrupt from the keyboard into a flag; a later one raises ``KeyboardInterrupt``.
-
-    Args:
-        *more: other signals that mean the same, such as SIGTERM, by which a machine is shut down.
-    """
+    """Turns the first interrupt from the keyboard into a flag; a later one raises ``KeyboardInterrupt``."""
 
     def __init__(self, *more: int) -> None:
         self.requested = False
@@ -209,20 +198,7 @@ def run_jobs(
     rest: Callable[[Any, str], NamedJob | None] = lambda job, doing: None,
     on_failure: Callable[[Failure], None] = lambda failure: None,
 ) -> list[Failure]:
-    """Do jobs side by side.
-
-    Args:
-        work: importable function of a job and a ``Link``; an exception fails that job only.
-        jobs: what to do, in order.
-        count: number of processes at most.
-        on_message: called in this process with the number of the worker (from 0) and what it sent.
-        stop: asked about ten times a second; True stops the workers within about ``STOP_SECONDS``.
-        rest: called with a job whose process died and what it was doing; gives the job that is left to be done, if any.
-        on_failure: called with each job that failed, as soon as it has.
-
-    Returns:
-        The jobs that failed. Jobs that were stopped or never begun are not failures.
-    """
+    """Do jobs side by side."""
     waiting = deque(jobs)
     failures: list[Failure] = []
 

@@ -124,9 +124,6 @@ def run_chains(
 
     Here ``jobs`` limits a Ray that is started for them; a cluster takes as many as it has processors for. ``address``
     is the cluster's, as ``ray.init`` takes it; None starts Ray on this machine and ends it again.
-
-    Raises:
-        UsageError: Ray is not installed, no cluster at the address, or no machine of it has the processors.
     """
     if not chains:
         return []

@@ -46,13 +46,7 @@ CONSTANTS = {field.name for field in fields(Constants)}
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a scale of a recipe needs.
-
-    Attributes:
-        data: in words.
-        time: measured, or estimated where that is said.
-        memory: of one process.
-    """
+    """What a scale of a recipe needs."""
 
     data: str
     time: str
@@ -61,12 +55,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as it was read.
-
-    Attributes:
-        name: of the file, without its ending.
-        content: of the file, with what it extends.
-    """
+    """A recipe as it was read."""
 
     name: str
     content: Mapping[str, Any]
@@ -96,20 +85,7 @@ class Recipe:
         seeds: int | None = None,
         vary: Mapping[str, Sequence[Any]] | None = None,
     ) -> Plan:
-        """Lay out the runs.
-
-        Args:
-            scale: one of ``SCALES``.
-            seeds: number of seeds; None for the scale's.
-            vary: constant, or argument of a rule -> values: every combination becomes a subject of its own. Arms whose
-                rule does not take the argument have the same runs in each.
-
-        Returns:
-            The plan.
-
-        Raises:
-            UsageError: unknown scale or constant, or a value out of its range.
-        """
+        """Lay out the runs."""
         content = self.content
         if scale not in content["scales"]:
             raise UsageError(f"scale={scale!r}: recipe {self.name} has {', '.join(content['scales'])}")
@@ -320,17 +296,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Recipe:
-    """Read a recipe.
-
-    Args:
-        name: one of ``names()``.
-
-    Returns:
-        The recipe.
-
-    Raises:
-        UsageError: there is none of this name.
-    """
+    """Read a recipe."""
     if name not in names():
         raise UsageError(f"recipe {name!r} is not known: layerwise list names them.{nearest(name, names())}")
     return Recipe(name, _content(name))

@@ -30,16 +30,6 @@ def phases(name_or_rows: str | Sequence[Sequence[Any]], epochs: int | None) -> l
     """Give the phases of an amplification as rows of last epoch, whether it amplifies, and factor.
 
     Named phases are compressed to the epochs of the run: an end e of 150 becomes e * epochs / 150, rounded.
-
-    Args:
-        name_or_rows: a key of ``PHASES``, or rows.
-        epochs: of the run.
-
-    Returns:
-        The rows.
-
-    Raises:
-        UsageError: an unknown name, or a run without epochs.
     """
     if not isinstance(name_or_rows, str):
         return [list(row) for row in name_or_rows]
@@ -76,18 +66,7 @@ def arguments_of(rule: Mapping[str, Any] | None) -> set[str]:
 
 
 def with_arguments(rule: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a rule other arguments.
-
-    Args:
-        rule: with its phases as rows.
-        values: name -> value, as a command line has it: ``kinds`` are joined by "+".
-
-    Returns:
-        The rule with those of the arguments that it takes.
-
-    Raises:
-        UsageError: a value out of its range.
-    """
+    """Give a rule other arguments."""
     known = arguments_of(rule)
     given = {name: _plain(name, value) for name, value in values.items() if name in known}
     if not given:
@@ -111,20 +90,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def make_rule(specification: Mapping[str, Any] | None, seed: int, replay: Path | None = None) -> Any:
-    """Make a rule from names and numbers.
-
-    Args:
-        specification: ``{"name": ..., **arguments}``; that of ``GradientAmplification`` has ``selection``, itself
-            name and arguments, and ``phases``. Random choices take the seed of the run unless they name one.
-        seed: of the run.
-        replay: file of recorded factors, for ``Replay``.
-
-    Returns:
-        The rule, or None.
-
-    Raises:
-        UsageError: unknown name or argument, or a value out of its range.
-    """
+    """Make a rule from names and numbers."""
     if specification is None:
         return None
     arguments = dict(specification)

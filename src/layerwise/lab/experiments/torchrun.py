@@ -26,12 +26,6 @@ def run_shared(plan: Plan, settings: Settings, display: Display | None = None) -
     """Do the runs of the first process's plan one after another, each shared by all processes.
 
     Jobs, engine and address have no meaning here.
-
-    Returns:
-        The outcome in the first process, as ``runner.carry_out`` gives it; None in the others.
-
-    Raises:
-        UsageError: not started by ``torchrun``, a batch size that cannot be divided, or what ``carry_out`` raises.
     """
     processes = joined(settings.device)
     try:

@@ -64,17 +64,6 @@ def bootstrap_interval(differences: Sequence[float], confidence: float = 0.95) -
 
     Quantiles a and 1 - a of the bootstrap means, a = Phi(-sqrt(n / (n - 1)) * t(n - 1; (1 + confidence) / 2)).
 
-    Args:
-        differences: at least two finite numbers; their order does not matter.
-        confidence: of the interval, in (0, 1).
-
-    Returns:
-        Lower and upper end. Fewer than five numbers give the smallest and the largest at 95 %, which is less than
-        95 % sure (half of the time for two).
-
-    Raises:
-        UsageError: fewer than two numbers, one that is not finite, or a confidence outside (0, 1).
-
     Reference:
         Hesterberg 2015, American Statistician 69(4).
     """
@@ -91,16 +80,6 @@ def percentile_interval(differences: Sequence[float], tail: float) -> tuple[floa
     """Cut both tails off the bootstrap distribution of a mean.
 
     The lower end is the smallest bootstrap mean m with P(mean <= m) >= tail, the upper end its mirror image.
-
-    Args:
-        differences: at least two finite numbers; their order does not matter.
-        tail: probability left out on each side, in [0, 0.5]; 0.025 is the plain 95 % percentile interval.
-
-    Returns:
-        Lower and upper end.
-
-    Raises:
-        UsageError: fewer than two numbers, one that is not finite, or a tail outside [0, 0.5].
 
     Reference:
         Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
@@ -140,16 +119,6 @@ def paired_p_value(differences: Sequence[float]) -> float:
 
     p = 2 P(T <= -|mean| / (sd / sqrt(n))), T with n - 1 degrees of freedom.
 
-    Args:
-        differences: at least two finite numbers.
-
-    Returns:
-        The p-value, in [0, 1]. Equal numbers give 1: where all are 0 nothing differs, and where they are not there
-        is no spread to judge them by.
-
-    Raises:
-        UsageError: fewer than two numbers, or one that is not finite.
-
     Reference:
         Student 1908, Biometrika 6.
     """
@@ -171,15 +140,6 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 
     Of m sorted p-values, adjusted(i) = min(1, max over j <= i of (m - j + 1) p(j)). Calling those below alpha keeps
     the chance of any false call below alpha, however the comparisons depend on each other.
-
-    Args:
-        p_values: one for each planned comparison, in [0, 1]; 1 for one that is missing.
-
-    Returns:
-        The adjusted p-values, in the given order.
-
-    Raises:
-        UsageError: a p-value outside [0, 1].
 
     Reference:
         Holm 1979, Scandinavian Journal of Statistics 6.

@@ -44,21 +44,7 @@ DUST = 1e-11
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two arms that are to be compared, with their numbers by seed.
-
-    Attributes:
-        subject: what both arms have in common, in words, such as the solver.
-        arm: the arm in question, in words.
-        against: the other arm, in words that can follow "beats", such as "the plain solver".
-        step: updates after which the quantity was measured.
-        values: seed -> quantity of the arm; of a diverged seed anything or nothing.
-        reference: seed -> quantity of the other arm.
-        diverged: seeds in which the arm diverged.
-        diverged_reference: seeds in which the other arm diverged.
-
-    Raises:
-        UsageError: a number is not finite and its seed is not among the diverged ones.
-    """
+    """Two arms that are to be compared, with their numbers by seed."""
 
     subject: str
     arm: str
@@ -85,29 +71,7 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One arm against another, paired by seed.
-
-    Attributes:
-        subject: what both arms have in common, in words.
-        arm: the arm in question, in words.
-        against: the other arm, in words.
-        step: updates after which the quantity was measured.
-        seeds: of the pairs in which neither run diverged.
-        differences: quantity of ``arm`` minus that of ``against``, one for each of ``seeds``.
-        mean: of the differences; None without a pair.
-        sd: of the differences (n - 1); None with fewer than two pairs.
-        low: lower end of the 95 % interval; None with fewer than ``MINIMUM_PAIRS`` pairs or without spread.
-        high: upper end.
-        p: two-sided p-value; None where ``low`` is.
-        adjusted_p: after Holm's procedure over the family; None where ``low`` is.
-        outcome: "lower" or "higher" with the quantity, or ``NONE``.
-        reason: why the outcome is ``NONE``, or "".
-        diverged: seeds run by both arms in which ``arm`` diverged.
-        diverged_against: the same of ``against``.
-        quantity: what is compared, in the singular and without an article.
-        higher_is_better: which way of it is good.
-        unit: of the differences, or "".
-    """
+    """One arm against another, paired by seed."""
 
     subject: str
     arm: str
@@ -179,22 +143,7 @@ class Comparison:
 def judge(
     pairs: Sequence[Pair], *, quantity: str, higher_is_better: bool, unit: str, family: int | None = None
 ) -> list[Comparison]:
-    """Compare every pair of arms, with Holm's correction over all of them.
-
-    Args:
-        pairs: all comparisons of one quantity that there are so far.
-        quantity: what is compared, in the singular and without an article: "test error", "accuracy", "running time".
-        higher_is_better: which way of it is good.
-        unit: of the differences: "points", "s", or "" for none.
-        family: number of comparisons that were planned together; those not in ``pairs`` count as p = 1. None: as many
-            as there are pairs.
-
-    Returns:
-        One comparison a pair, in their order.
-
-    Raises:
-        UsageError: ``quantity`` is empty, or ``family`` is less than the number of pairs.
-    """
+    """Compare every pair of arms, with Holm's correction over all of them."""
     if not quantity:
         raise UsageError(f"quantity={quantity!r}: must name what is compared, such as 'test error'")
     planned = len(pairs) if family is None else family
