@@ -23,9 +23,9 @@ class Method:
     """A method that can be an arm."""
 
     words: str
-    rule: Mapping[str, Any]
-    against: tuple[str, ...] = ()
-    note: str = ""
+    rule: Mapping[str, Any]  # its name and arguments, without the phases of an amplification
+    against: tuple[str, ...] = ()  # methods that are its controls where they are arms too
+    note: str = ""  # what the page says of it where nothing was tuned
 
 
 def _amplification(words: str, selection: Mapping[str, Any], against: tuple[str, ...] = ()) -> Method:
@@ -68,7 +68,11 @@ CONTROLS: dict[str, tuple[Control, str]] = {
 
 
 def make_arms(names: Sequence[str] = ()) -> list[Arm]:
-    """Give the arms of names: the plain one, and each method with its controls after it."""
+    """Give the arms of names: the plain one, and each method with its controls after it.
+
+    The control "shuffled" is one of every method, "shuffled:lars" of LARS. The plain arm and each method's mean factor
+    are there in any case. The rules of amplifications are without their phases.
+    """
     names = list(dict.fromkeys(names or DEFAULT_ARMS))
     asked: dict[str, list[str]] = {}
     for name in names:
@@ -102,7 +106,7 @@ def make_arms(names: Sequence[str] = ()) -> list[Arm]:
 
 
 def phases(epochs: int | None) -> list[list[Any]]:
-    """Give the phases of an amplification: plain in the first third, amplified up to 13/15 of the epochs, plain.
+    """Give rows of last epoch, whether it amplifies, and factor: plain for a third, amplified up to 13/15, plain.
 
     The shares are those of the paper's phases for its simple networks, 50 and 130 of 150 epochs, without the second
     analysis, which goes with the paper's one change of the rate. Basodi et al. 2023, section 4.

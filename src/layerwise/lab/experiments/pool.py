@@ -42,9 +42,7 @@ class NamedJob(Protocol):
     """A job is any object that can be pickled and has a name."""
 
     @property
-    def name(self) -> str:
-        """What messages call it."""
-        ...
+    def name(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,9 @@ class Failure:
     """A job that ended without finishing."""
 
     job: str
-    doing: str
-    reason: str
-    details: str = ""
+    doing: str  # what it last said that it was doing, or its name
+    reason: str  # one line
+    details: str = ""  # the traceback, or "" if the process died
 
     @property
     def kind(self) -> str:
@@ -71,7 +69,6 @@ class Link:
         self._stopped = False
 
     def stopped(self) -> bool:
-        """Say whether the job is to stop now."""
         if not self._stopped and self._connection.poll():
             self._stopped = True
         return self._stopped
@@ -81,12 +78,14 @@ class Link:
         self._connection.send(("doing", name))
 
     def send(self, message: object) -> None:
-        """Send a message to the master."""
         self._connection.send(("message", message))
 
 
 class Interrupt:
-    """Turns the first interrupt from the keyboard into a flag; a later one raises ``KeyboardInterrupt``."""
+    """Turns the first interrupt from the keyboard into a flag; a later one raises ``KeyboardInterrupt``.
+
+    Other signals may mean the same, such as SIGTERM, by which a machine is shut down.
+    """
 
     def __init__(self, *more: int) -> None:
         self.requested = False
@@ -181,7 +180,6 @@ class _Worker:
             self.connection.send(job)
 
     def close(self) -> None:
-        """Make sure that the process is gone."""
         if self.process.is_alive():
             self.process.kill()
         self.process.join()
@@ -198,7 +196,12 @@ def run_jobs(
     rest: Callable[[Any, str], NamedJob | None] = lambda job, doing: None,
     on_failure: Callable[[Failure], None] = lambda failure: None,
 ) -> list[Failure]:
-    """Do jobs side by side."""
+    """Do jobs side by side, and give those that failed; one that was stopped or never begun has not failed.
+
+    ``work`` is importable: an exception fails that job only. ``on_message`` gets the number of the worker, from 0, and
+    what it sent. ``stop`` is asked about ten times a second, and the workers stop within about ``STOP_SECONDS``.
+    ``rest`` gives what is left to be done of a job whose process died.
+    """
     waiting = deque(jobs)
     failures: list[Failure] = []
 
@@ -249,7 +252,6 @@ def run_jobs(
 
 
 def _death(worker: _Worker) -> Failure:
-    """Describe a process that ended by itself."""
     code = worker.process.exitcode
     if code is None:
         how = f"left its work, and had not ended {DEATH_SECONDS:g} s later"

@@ -46,23 +46,22 @@ CONSTANTS = {field.name for field in fields(Constants)}
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a scale of a recipe needs."""
+    """What a scale of a recipe needs, in words."""
 
     data: str
     time: str
-    memory: str
+    memory: str  # of one process
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as it was read."""
+    """A recipe as it was read, laid over what it extends."""
 
     name: str
     content: Mapping[str, Any]
 
     @property
     def title(self) -> str:
-        """One line."""
         return self.content["title"]
 
     @property
@@ -71,21 +70,18 @@ class Recipe:
         return "reduced" if "reduced" in self.content["scales"] else next(iter(self.content["scales"]))
 
     def need(self, scale: str) -> Need:
-        """Say what a scale needs."""
         return Need(**self.content["scales"][scale]["needs"])
 
     def datasets(self, scale: str) -> set[str]:
         """Name the data sets that the runs of a scale read."""
         return {run.configuration.trial["data"] for run in self.plan(scale, seeds=1).runs}
 
-    def plan(
-        self,
-        scale: str,
-        *,
-        seeds: int | None = None,
-        vary: Mapping[str, Sequence[Any]] | None = None,
-    ) -> Plan:
-        """Lay out the runs."""
+    def plan(self, scale: str, *, seeds: int | None = None, vary: Mapping[str, Sequence[Any]] | None = None) -> Plan:
+        """Lay out the runs.
+
+        Every combination of the values in ``vary``, of constants or arguments of rules, becomes a subject of its own.
+        Arms whose rule does not take the argument have the same runs in each.
+        """
         content = self.content
         if scale not in content["scales"]:
             raise UsageError(f"scale={scale!r}: recipe {self.name} has {', '.join(content['scales'])}")
@@ -296,7 +292,6 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Recipe:
-    """Read a recipe."""
     if name not in names():
         raise UsageError(f"recipe {name!r} is not known: layerwise list names them.{nearest(name, names())}")
     return Recipe(name, _content(name))

@@ -110,10 +110,7 @@ class Results:
         return self._series[(key, quantity)]
 
     def values(self, subject: str, arm: str, step: int | None = None) -> dict[int, float]:
-        """Give the plan's quantity of the runs of an arm that did not diverge: seed -> value at a step (None: the last).
-
-        Seeds without this step are left out.
-        """
+        """Give the plan's quantity at a step (None: the last) of an arm's runs that did not diverge: seed -> value."""
         runs = {seed: record for seed, record in self.of(subject, arm).items() if not record.diverged}
         found = {seed: self._value(record, (subject, arm, seed), step) for seed, record in runs.items()}
         return {seed: value for seed, value in found.items() if value is not None}
@@ -311,7 +308,7 @@ def layer_means(results: Results, subject: str, arm: str, quantity: str) -> pola
 
 
 def layer_ranges(results: Results, quantity: str) -> dict[tuple[str, str], dict[str, tuple[float, float, float]]]:
-    """Give mean, smallest and largest value over the steps, of the means over seeds: subject and arm -> layer -> them."""
+    """Give mean, smallest and largest value of each layer over the steps, of the finite means over seeds."""
     arms, means = results.once(_means_of_layers)
     rows = (
         means.lazy()

@@ -29,7 +29,7 @@ def public(base: type) -> dict[str, Any]:
 def phases(name_or_rows: str | Sequence[Sequence[Any]], epochs: int | None) -> list[list[Any]]:
     """Give the phases of an amplification as rows of last epoch, whether it amplifies, and factor.
 
-    Named phases are compressed to the epochs of the run: an end e of 150 becomes e * epochs / 150, rounded.
+    Named phases (keys of ``PHASES``) are compressed to the run: an end e of 150 becomes e * epochs / 150, rounded.
     """
     if not isinstance(name_or_rows, str):
         return [list(row) for row in name_or_rows]
@@ -66,7 +66,7 @@ def arguments_of(rule: Mapping[str, Any] | None) -> set[str]:
 
 
 def with_arguments(rule: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a rule other arguments."""
+    """Give a rule, its phases as rows, those of the values that it takes; a command line joins ``kinds`` by "+"."""
     known = arguments_of(rule)
     given = {name: _plain(name, value) for name, value in values.items() if name in known}
     if not given:
@@ -83,14 +83,16 @@ def with_arguments(rule: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Read a value of a command line."""
     if name == "kinds":
         return str(value).split("+")
     return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
 
 def make_rule(specification: Mapping[str, Any] | None, seed: int, replay: Path | None = None) -> Any:
-    """Make a rule from names and numbers."""
+    """Make a rule of ``{"name": ..., **arguments}``; that of an amplification has ``selection``, alike, and ``phases``.
+
+    Random choices take the seed of the run unless they name one. ``replay`` is the file of recorded factors.
+    """
     if specification is None:
         return None
     arguments = dict(specification)
@@ -114,7 +116,6 @@ def make_rule(specification: Mapping[str, Any] | None, seed: int, replay: Path |
 
 
 def _selection(specification: Mapping[str, Any], seed: int) -> Any:
-    """Make the choice of layers of an amplification."""
     arguments = dict(specification)
     name = arguments.pop("name", None)
     known = public(LayerChoice)

@@ -25,7 +25,7 @@ from layerwise.lab.training.distributed import Processes, indivisible, joined
 def run_shared(plan: Plan, settings: Settings, display: Display | None = None) -> Outcome | None:
     """Do the runs of the first process's plan one after another, each shared by all processes.
 
-    Jobs, engine and address have no meaning here.
+    Jobs, engine and address have no meaning here. The outcome is that of the first process; the others get None.
     """
     processes = joined(settings.device)
     try:
