@@ -9,8 +9,8 @@ import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from layerwise.lab.errors import INTERRUPTED, UsageError, leaving, missing_extra
 if TYPE_CHECKING:
     from layerwise.lab import options
     from layerwise.lab.experiments.plan import Plan
+    from layerwise.lab.experiments.recipe import Recipe
     from layerwise.lab.experiments.runner import Outcome, Settings
 
 
@@ -141,6 +142,8 @@ def _run(asked: options.Run, arguments: Sequence[str]) -> int:
     from layerwise.lab.experiments import recipe
 
     read = recipe.load(asked.recipe)
+    if "picture" in read.content and asked.scale is None:
+        return _picture(read, asked, arguments)
     scale = asked.scale or read.default_scale
     plan = read.plan(scale, seeds=asked.seeds)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -157,6 +160,16 @@ def _run(asked: options.Run, arguments: Sequence[str]) -> int:
         return _with_data(command, read.datasets(larger), asked, outcome.settings.data_dir)
 
     return _carry_out(asked, _plan_runner(plan), arguments, following)
+
+
+def _picture(read: Recipe, asked: options.Run, arguments: Sequence[str]) -> int:
+    """Write the page of a recipe that has a picture and no runs."""
+    from layerwise.lab.report import schedule
+
+    summary, page = schedule.write(read, typed(arguments), asked.out, figures=asked.figures)
+    words = json.dumps({"report": str(page), "words": summary}) if asked.json else f"{summary}\n\nReport: {shown(page)}"
+    sys.stdout.write(f"{words}\n")
+    return 0
 
 
 def _estimate(asked: options.Estimate, arguments: Sequence[str]) -> int:
@@ -258,18 +271,6 @@ def _completion(asked: options.Completion, arguments: Sequence[str]) -> int:
     return 0
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Look for no garbage meanwhile: it would be looked for in every run that was read, again and again."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
-
-
 def typed(arguments: Sequence[str]) -> str:
     """Write a command line as it can be typed."""
     return f"{program()} {shlex.join(arguments)}"
@@ -294,13 +295,9 @@ def without(arguments: Sequence[str], option: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command ``layerwise``.
+    """Run the command ``layerwise``; None stands for the arguments of this process.
 
-    Args:
-        arguments: without the program's name; None for those of this process.
-
-    Returns:
-        Exit code: 0; 1 if a run failed or is left; 2 for a value that cannot be used; 130 if interrupted.
+    Exit code: 0; 1 if a run failed or is left; 2 for a value that cannot be used; 130 if interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     open_streams()
@@ -368,5 +365,10 @@ def _done(arguments: list[str]) -> int:
     if name not in WITHOUT_TORCH:
         with leaving():
             import torch  # noqa: F401
-    with _no_collection() if name in READING else nullcontext():
+    if name not in READING or not gc.isenabled():
         return handlers[name](asked, arguments)
+    gc.disable()  # garbage would be looked for in every run that was read, again and again
+    try:
+        return handlers[name](asked, arguments)
+    finally:
+        gc.enable()

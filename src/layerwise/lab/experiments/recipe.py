@@ -2,10 +2,10 @@
 
 A recipe is TOML: ``[constants]`` (each ``{ value = ..., source = "..." }``), ``[[subjects]]``, ``[[arms]]``,
 ``[[grids]]`` (an arm for each value of a list), ``[[paper]]`` (the paper's numbers) and ``[scales.smoke]``,
-``[scales.reduced]``, ``[scales.full]``, which say how long and on what the runs are. ``beside`` names quantities that
-are shown below the recipe's own. ``extends`` names a recipe whose tables it takes over and changes; its ``own_notes``
-stand before the ``notes`` taken over. Where subjects have a ``kind``, the values of a grid and the ``phases`` of a rule
-may be tables: kind -> what its subjects have.
+``[scales.reduced]``, ``[scales.full]``, which say how long and on what the runs are; or ``[picture]``, the phases that
+a picture without runs shows. ``beside`` names quantities that are shown below the recipe's own. ``extends`` names a
+recipe whose tables it takes over and changes; its ``own_notes`` stand before the ``notes`` taken over. Where subjects
+have a ``kind``, the values of a grid and the ``phases`` of a rule may be tables: kind -> what its subjects have.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Recipe:
     @property
     def default_scale(self) -> str:
         """The scale that is run where none is named."""
-        return "reduced" if "reduced" in self.content["scales"] else next(iter(self.content["scales"]))
+        return "reduced" if "reduced" in self.content["scales"] else next(iter(self.content["scales"]), "")
 
     def need(self, scale: str) -> Need:
         return Need(**self.content["scales"][scale]["needs"])
@@ -83,6 +83,8 @@ class Recipe:
         Arms whose rule does not take the argument have the same runs in each.
         """
         content = self.content
+        if not content["scales"]:
+            raise UsageError(f"recipe {self.name} is a picture without runs: layerwise run {self.name} draws it")
         if scale not in content["scales"]:
             raise UsageError(f"scale={scale!r}: recipe {self.name} has {', '.join(content['scales'])}")
         chosen = content["scales"][scale]

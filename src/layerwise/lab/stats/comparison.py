@@ -1,29 +1,19 @@
-"""What paired runs show, and what they do not.
+"""What paired runs show: a difference where three tests agree, else "no difference shown", with the reason.
 
-Every comparison is paired: both arms of a seed begin with the same weights and see the same batches, so the
-differences are free of the spread between seeds. A difference is called only where
+Both arms of a seed begin with the same weights and see the same batches. A difference is called where at least
+MINIMUM_PAIRS pairs can be compared, the 95 % bootstrap interval of the mean difference leaves out 0, and the p-value of
+Student's paired t, adjusted by Holm's procedure for all planned comparisons, is below ALPHA.
 
-* at least MINIMUM_PAIRS pairs can be compared,
-* the 95 % bootstrap interval of the mean difference leaves out 0, and
-* the p-value of Student's paired t, adjusted by Holm's procedure for all planned comparisons, is below ALPHA.
-
-Everything else is "no difference shown", with the reason.
-
-A diverged run counts as diverged. It has no number that means anything (chance level, NaN and 1e30 all say the same),
-so the numbers are of the pairs in which neither run diverged, and the count of diverged runs stands beside them. The
-pairs left are then the ones that an arm survived: an arm that diverged more often than the other is judged on its
-easier seeds, and so is never called the better one of the two, whichever it is. It may still be called the worse one.
-Where both diverged equally often the numbers decide. Divergence alone is reported as a count and not as an outcome.
-
-Reference:
-    ``layerwise.lab.stats.bootstrap`` for the interval, the p-value and the correction.
+A diverged run has no number that means anything, so numbers are of the pairs in which neither run diverged. These are
+the pairs that an arm survived: an arm that diverged more often than the other is judged on its easier seeds, and is
+never called the better one of the two. It may still be called the worse one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.stats.bootstrap import bootstrap_interval, holm, paired_p_value
@@ -46,20 +36,18 @@ DUST = 1e-11
 class Pair:
     """Two arms that are to be compared, with their numbers by seed."""
 
-    subject: str
-    arm: str
-    against: str
-    step: int
-    values: Mapping[int, float]
-    reference: Mapping[int, float]
-    diverged: frozenset[int] = field(default_factory=frozenset)
-    diverged_reference: frozenset[int] = field(default_factory=frozenset)
+    subject: str  # what both arms have in common, in words, such as the solver
+    arm: str  # in words
+    against: str  # the other arm, in words that can follow "beats", such as "the plain solver"
+    step: int  # updates after which the quantity was measured
+    values: Mapping[int, float]  # seed -> quantity of the arm; of a diverged seed anything or nothing
+    reference: Mapping[int, float]  # seed -> quantity of the other arm
+    diverged: frozenset[int] = frozenset()
+    diverged_reference: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        for name, numbers, diverged in (
-            ("values", self.values, self.diverged),
-            ("reference", self.reference, self.diverged_reference),
-        ):
+        own, other = ("values", self.values, self.diverged), ("reference", self.reference, self.diverged_reference)
+        for name, numbers, diverged in (own, other):
             for seed, value in numbers.items():
                 if seed not in diverged and not math.isfinite(value):
                     suffix = "_reference" if name == "reference" else ""
@@ -77,30 +65,28 @@ class Comparison:
     arm: str
     against: str
     step: int
-    seeds: tuple[int, ...]
-    differences: tuple[float, ...]
-    mean: float | None
-    sd: float | None
-    low: float | None
+    seeds: tuple[int, ...]  # of the pairs in which neither run diverged
+    differences: tuple[float, ...]  # quantity of `arm` minus that of `against`, one for each of `seeds`
+    mean: float | None  # None without a pair
+    sd: float | None  # (n - 1); None with fewer than two pairs
+    low: float | None  # end of the 95 % interval; None with fewer than MINIMUM_PAIRS pairs or without spread
     high: float | None
-    p: float | None
-    adjusted_p: float | None
-    outcome: str
-    reason: str
-    diverged: tuple[int, ...]
+    p: float | None  # two-sided; None where `low` is
+    adjusted_p: float | None  # after Holm's procedure over the family
+    outcome: str  # "lower" or "higher" with the quantity, or NONE
+    reason: str  # why the outcome is NONE
+    diverged: tuple[int, ...]  # seeds run by both arms in which `arm` diverged
     diverged_against: tuple[int, ...]
-    quantity: str
+    quantity: str  # in the singular and without an article
     higher_is_better: bool
-    unit: str
+    unit: str  # of the differences
 
     @property
     def better(self) -> bool:
-        """The arm is shown to be better than the other."""
         return self.outcome == f"{'higher' if self.higher_is_better else 'lower'} {self.quantity}"
 
     @property
     def worse(self) -> bool:
-        """The arm is shown to be worse than the other."""
         return self.outcome != NONE and not self.better
 
     @property
@@ -143,12 +129,12 @@ class Comparison:
 def judge(
     pairs: Sequence[Pair], *, quantity: str, higher_is_better: bool, unit: str, family: int | None = None
 ) -> list[Comparison]:
-    """Compare every pair of arms, with Holm's correction over all of them."""
-    if not quantity:
-        raise UsageError(f"quantity={quantity!r}: must name what is compared, such as 'test error'")
+    """Compare every pair of arms, with Holm's correction over all of them.
+
+    ``family`` comparisons were planned together, as many as there are pairs if it is None; those not in ``pairs`` count
+    as p = 1.
+    """
     planned = len(pairs) if family is None else family
-    if planned < len(pairs):
-        raise UsageError(f"family={family!r}: must be at least the {len(pairs)} comparisons that are given; raise it")
     measured = [_measure(pair, quantity, higher_is_better, unit) for pair in pairs]
     # What cannot be judged is never called; as p = 1 it stays in the family without making room for the others.
     p_values = [1.0 if each.p is None else each.p for each in measured]
