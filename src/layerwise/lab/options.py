@@ -46,11 +46,19 @@ class Places:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work(Places):
-    """How runs are done."""
+class Shown(Places):
+    """How results are shown."""
 
     figures: Flag = False
     """Write the figures of the report as SVG and PNG too."""
+
+    explain: Flag = False
+    """Print every number and comparison too, and how comparisons are judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work(Shown):
+    """How runs are done."""
 
     seeds: Annotated[int | None, _left_out("5, or the recipe's")] = None
     """Number of seeds; fewer than 5 never show a difference."""
@@ -70,8 +78,16 @@ class Work(Places):
     address: Annotated[str | None, _left_out("one is started here", "ADDRESS")] = None
     """Of the Ray cluster."""
 
-    explain: Flag = False
-    """Print every number and comparison too, and how comparisons are judged."""
+
+@dataclass(frozen=True, kw_only=True)
+class OfRecipe(Work):
+    """Which runs are done."""
+
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
+    """Its name; layerwise list names them all."""
+
+    scale: Annotated[str | None, _left_out("reduced", "SCALE")] = None
+    """smoke: a minute, no data; reduced: an hour or two on two free cores; full: the paper's own sizes and seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +113,7 @@ class Demo(Work):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Work):
+class Run(OfRecipe):
     """Run a recipe: a table or figure of the papers.
 
     The paper's own numbers stand beside ours. What is finished is never repeated, and what was stopped goes on from
@@ -105,39 +121,21 @@ class Run(Work):
     NAME.
     """
 
-    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
-    """Its name; layerwise list names them all."""
-
-    scale: Annotated[str | None, _left_out("reduced", "SCALE")] = None
-    """smoke: a minute, no data; reduced: an hour or two on two free cores; full: the paper's own sizes and seeds."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate(Work):
+class Estimate(OfRecipe):
     """Say how long a recipe takes here, and how much memory.
 
     Ten updates of each of its subjects are done, and ten batches of a test. Nothing is written.
     """
 
-    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
-    """Its name; layerwise list names them all."""
-
-    scale: Annotated[str | None, _left_out("reduced", "SCALE")] = None
-    """As in layerwise run."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(Work):
+class Sweep(OfRecipe):
     """Run a recipe over values of its constants.
 
     Every combination of them, every arm, the same seeds.
     """
-
-    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
-    """Its name; layerwise list names them all."""
-
-    scale: Annotated[str | None, _left_out("reduced", "SCALE")] = None
-    """As in layerwise run."""
 
     vary: Annotated[
         tuple[str, ...],
@@ -203,17 +201,11 @@ class Completion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report(Places):
+class Report(Shown):
     """Make a report of experiments, each judged by its own plan."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[FOLDER ...]")] = (Path("runs"),)
     """Folders: what --out named, or experiments in it."""
-
-    figures: Flag = False
-    """Write the figures as SVG and PNG too."""
-
-    explain: Flag = False
-    """Print every number and comparison too, and how comparisons are judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,35 +234,15 @@ class Data(Places):
 
 
 Command = Demo | Run | Estimate | Sweep | Compare | Doctor | Report | List | Data | Completion
-
 COMMANDS: dict[str, Any] = {
-    "demo": Demo,
-    "run": Run,
-    "compare": Compare,
-    "sweep": Sweep,
-    "report": Report,
-    "list": List,
-    "data": Data,
-    "doctor": Doctor,
-    "estimate": Estimate,
-    "completion": Completion,
+    kind.__name__.lower(): kind
+    for kind in (Demo, Run, Compare, Sweep, Report, List, Data, Doctor, Estimate, Completion)
 }
-
 SHELLS = ("bash", "zsh", "fish")
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Read the command line; for ``--help``, print it and exit.
-
-    Args:
-        arguments: without the program's name.
-
-    Returns:
-        What is asked for.
-
-    Raises:
-        UsageError: there is no command of this name, or it has no such option.
-    """
+    """Read the command line; for ``--help``, print it and exit."""
     if not arguments or list(arguments) in (["-h"], ["--help"]):
         sys.stdout.write(overview())
         raise SystemExit(0)
@@ -295,27 +267,13 @@ def overview() -> str:
 
 
 def _read(arguments: Sequence[str]) -> Command:
-    return tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="layerwise",
-        description=DESCRIPTION,
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    config = (tyro.conf.FlagCreatePairsOff,)
+    how = {"prog": "layerwise", "description": DESCRIPTION, "config": config}
+    return tyro.extras.subcommand_cli_from_dict(COMMANDS, args=list(arguments), **how)
 
 
 def completion(shell: str) -> str:
-    """Give the completion of a shell.
-
-    Args:
-        shell: one of ``SHELLS``.
-
-    Returns:
-        What the shell reads.
-
-    Raises:
-        UsageError: another shell.
-    """
+    """Give the text by which a shell completes commands and options."""
     if shell not in SHELLS:
         raise UsageError(f"shell={shell!r}: must be one of {', '.join(SHELLS)}")
     with tempfile.TemporaryDirectory() as folder:
@@ -326,18 +284,7 @@ def completion(shell: str) -> str:
 
 
 def assignments(words: Sequence[str], option: str) -> dict[str, list[Any]]:
-    """Read NAME=VALUE,VALUE,...
-
-    Args:
-        words: as given.
-        option: of the command line, for the message.
-
-    Returns:
-        Name -> values: numbers where they are numbers, else words.
-
-    Raises:
-        UsageError: a word of another form, or a name that is given twice.
-    """
+    """Read NAME=VALUE,VALUE,... of an option: name -> values, numbers where they are numbers, else words."""
     found: dict[str, list[Any]] = {}
     for word in words:
         name, sign, values = word.partition("=")
