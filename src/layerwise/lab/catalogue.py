@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from layerwise.lab.experiments.plan import Plan
 
 
-LEAST_TITLE = 20
-"""Letters; where there is no room for so many, the list has no titles."""
+LEAST_TITLE = 20  # letters; where there is no room for so many, the list has no titles
 
 
 class _Looked(Runs):

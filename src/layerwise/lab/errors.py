@@ -27,12 +27,8 @@ LAB_MODULES = (
 )
 """Top-level modules of the extra ``lab`` in pyproject.toml."""
 
-INTERRUPTED = 130
-"""Exit code of a program that Ctrl-C ends, as shells report it."""
-
-NARROWEST, WIDEST = 20, 1000
-"""The least and the most columns that ``COLUMNS`` may set."""
-
+INTERRUPTED = 130  # exit code of a program that Ctrl-C ends, as shells report it
+NARROWEST, WIDEST = 20, 1000  # the least and the most columns that ``COLUMNS`` may set
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff"
     "\U000e0000-\U000e007f]"

@@ -12,23 +12,12 @@ from rich.table import Column
 from layerwise.lab.errors import shown
 from layerwise.lab.experiments.runner import Display, Outcome
 
-LINE_SECONDS = 10.0
-"""Seconds between two lines where the output is not a terminal."""
-
-FIRST_LINE_SECONDS = 2.0
-"""Work that takes less has no line."""
-
-LONG_RUN_SECONDS = 60.0
-"""Seconds after which an unfinished run has a line of its own, so that long runs do not look hung."""
-
-REFRESH_SECONDS = 0.2
-"""Seconds between two drawings of a bar."""
-
-BAR = 10
-"""Width of a bar."""
-
-LONGEST_NOTE = 42
-"""Letters beside a bar: as in "120/480 runs, 1,234 updates/s, 120 min left"."""
+LINE_SECONDS = 10.0  # seconds between two lines where the output is not a terminal
+FIRST_LINE_SECONDS = 2.0  # work that takes less has no line
+LONG_RUN_SECONDS = 60.0  # after which an unfinished run has a line of its own, so that it does not look hung
+REFRESH_SECONDS = 0.2  # seconds between two drawings of a bar
+BAR = 10  # width of a bar
+LONGEST_NOTE = 42  # letters beside a bar: as in "120/480 runs, 1,234 updates/s, 120 min left"
 
 
 def duration(seconds: float) -> str:

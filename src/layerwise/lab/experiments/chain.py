@@ -47,7 +47,6 @@ class Chain:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
         return self.runs[0].label
 
     @property
@@ -118,8 +117,7 @@ def finished_runs(chain: Sequence[PlannedRun], runs: Runs) -> dict[tuple[str, st
     return found
 
 
-COPIES = "tasks"
-"""Folder of the copies of tasks' files, beside that of the runs."""
+COPIES = "tasks"  # folder of the copies of tasks' files, beside that of the runs
 
 
 def failure_of(job: str, doing: str, error: Exception) -> Failure:

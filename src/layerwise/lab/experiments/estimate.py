@@ -23,8 +23,7 @@ from layerwise.lab.training.devices import begin_memory, device_of_worker, peak_
 from layerwise.lab.training.engine import Training
 from layerwise.lab.training.trial import StoppedError
 
-STEPS = 10
-"""Updates, and batches of a test, that are timed."""
+STEPS = 10  # updates, and batches of a test, that are timed
 
 
 def estimate(plan: Plan, settings: Settings, say: Callable[[str], None] = lambda words: None) -> dict[str, Any]:

@@ -11,11 +11,10 @@ from layerwise.lab.experiments.plan import Arm, Control
 
 PLAIN = "plain"
 DEFAULT_ARMS = (PLAIN, "layer-adaptive", "mean-factor", "shuffled", "frozen")
-LEAST_EPOCHS = 3
-"""Of a run with gradient amplification: a plain epoch, one of analysis, one that is amplified."""
-
+LEAST_EPOCHS = 3  # of a run with gradient amplification: a plain epoch, one of analysis, one that is amplified
+# On z, and the share of layers at random: of normal z, 16 % are above 1. Basodi et al. 2023 try 0.7 to 3.
 THRESHOLD, RATIO = 1.0, 0.16
-"""On z, and the share of layers at random: of normal z, 16 % are above 1. Basodi et al. 2023 try 0.7 to 3."""
+UNMEASURED = ("amplification-random", "amplification-all")  # controls of the amplifications that measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +27,9 @@ class Method:
     note: str = ""  # what the page says of it where nothing was tuned
 
 
-def _amplification(words: str, selection: Mapping[str, Any], against: tuple[str, ...] = ()) -> Method:
-    return Method(words=words, rule={"name": "GradientAmplification", "selection": selection}, against=against)
+def _amplification(what: str, name: str, *against: str, **arguments: Any) -> Method:
+    rule = {"name": "GradientAmplification", "selection": {"name": name, **arguments}}
+    return Method(words=f"amplification {what}", rule=rule, against=against)
 
 
 def _scale(name: str, coefficient: str) -> str:
@@ -44,20 +44,12 @@ METHODS: dict[str, Method] = {
     "lars": Method(words="LARS", rule={"name": "LARS"}, note=_scale("LARS", "0.001")),
     "larc": Method(words="LARC", rule={"name": "LARC"}, note=_scale("LARC", "0.02")),
     "layer-decay": Method(words="layer-wise decay of 0.8", rule={"name": "LayerDecay", "decay": 0.8}),
-    "amplification-G": _amplification(
-        "amplification by G",
-        {"name": "Directionality", "measure": "G", "threshold": THRESHOLD},
-        ("amplification-random", "amplification-all"),
-    ),
+    "amplification-G": _amplification("by G", "Directionality", *UNMEASURED, measure="G", threshold=THRESHOLD),
     "amplification-G-prime": _amplification(
-        "amplification by G′",
-        {"name": "Directionality", "measure": "G_prime", "threshold": THRESHOLD},
-        ("amplification-random", "amplification-all"),
+        "by G′", "Directionality", *UNMEASURED, measure="G_prime", threshold=THRESHOLD
     ),
-    "amplification-random": _amplification(
-        "amplification of random layers", {"name": "RandomLayers", "ratio": RATIO, "after_analysis": True}
-    ),
-    "amplification-all": _amplification("amplification of all layers", {"name": "AllLayers"}),
+    "amplification-random": _amplification("of random layers", "RandomLayers", ratio=RATIO, after_analysis=True),
+    "amplification-all": _amplification("of all layers", "AllLayers"),
 }
 
 CONTROLS: dict[str, tuple[Control, str]] = {

@@ -25,17 +25,10 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-STOP_SECONDS = 30.0
-"""How long a worker may take to write its checkpoint and stop before it is killed, from the last checkpoint on."""
-
-DEATH_SECONDS = 20.0
-"""How long a worker whose pipe has ended may take to end itself, on a machine with much else to do."""
-
-POLL_SECONDS = 0.1
-"""How often the master looks whether it was asked to stop."""
-
-SAME_PRESS_SECONDS = 0.5
-"""Two interrupts within this time are one press of a key."""
+STOP_SECONDS = 30.0  # how long workers may take to write their checkpoints, from the last one on, before a kill
+DEATH_SECONDS = 20.0  # how long a worker whose pipe has ended may take to end itself, on a machine with much else to do
+POLL_SECONDS = 0.1  # how often the master looks whether it was asked to stop
+SAME_PRESS_SECONDS = 0.5  # two interrupts within this time are one press of a key
 
 
 class NamedJob(Protocol):
@@ -112,7 +105,7 @@ class Interrupt:
 
 @contextmanager
 def _interrupt_blocked() -> Iterator[None]:
-    """Hold interrupts back, so that a process started here is born with them blocked; none is lost."""
+    """Hold interrupts back, so that a process started here is born with them blocked."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

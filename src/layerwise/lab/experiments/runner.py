@@ -27,8 +27,7 @@ if TYPE_CHECKING:  # it imports PyTorch, for which a report does not wait
 
 LARGEST_JOBS = 1024
 
-Engine = Callable[..., list[Failure]]
-"""Does chains side by side, as ``pool.run_jobs`` does jobs."""
+Engine = Callable[..., list[Failure]]  # does chains side by side, as ``pool.run_jobs`` does jobs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,14 +31,9 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-EXACT_UP_TO = 10
-"""Up to this many numbers every distinct resample is enumerated: 126 of five, 92,378 of ten."""
-
-RESAMPLES = 20_000
-"""Resamples drawn where there are more numbers."""
-
-SEED = 2015
-"""Of these draws: the same differences give the same interval everywhere."""
+EXACT_UP_TO = 10  # up to this many numbers every distinct resample is enumerated: 126 of five, 92,378 of ten
+RESAMPLES = 20_000  # resamples drawn where there are more numbers
+SEED = 2015  # of these draws: the same differences give the same interval everywhere
 
 
 def bootstrap_interval(differences: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:

@@ -19,17 +19,10 @@ from layerwise.lab.errors import UsageError
 from layerwise.lab.stats.bootstrap import bootstrap_interval, holm, paired_p_value
 from layerwise.lab.stats.wording import counted, decimals_of, probability, signed
 
-ALPHA = 0.05
-"""Chance, over all comparisons together, of calling a difference where there is none."""
-
-MINIMUM_PAIRS = 5
-"""Fewer pairs than this show nothing: their bootstrap interval is far from 95 % sure."""
-
-NONE = "no difference shown"
-"""The outcome where nothing is called; the others are "lower" and "higher" with the quantity."""
-
-DUST = 1e-11
-"""What subtraction leaves of equal numbers, relative to the largest of them: differences this small are 0."""
+ALPHA = 0.05  # chance, over all comparisons together, of calling a difference where there is none
+MINIMUM_PAIRS = 5  # fewer pairs than this show nothing: their bootstrap interval is far from 95 % sure
+NONE = "no difference shown"  # where nothing is called; other outcomes are "lower" and "higher" with the quantity
+DUST = 1e-11  # what subtraction leaves of equal numbers, relative to the largest of them: differences this small are 0
 
 
 @dataclass(frozen=True, kw_only=True)
