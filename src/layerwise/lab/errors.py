@@ -47,7 +47,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """Explain a missing dependency of the lab."""
     module = (error.name or "").partition(".")[0]
     if module not in LAB_MODULES:
         return None

@@ -100,7 +100,6 @@ def _number(value: float) -> str:
 
 
 def opening(outcome: Outcome, workers: int) -> list[str]:
-    """Say what is about to be done."""
     left = outcome.planned - outcome.found - outcome.repeated
     told = [words for words in (outcome.plan.title, outcome.plan.data_title) if words]
     lines = [f"{'. '.join(told)}.".replace("..", ".")]

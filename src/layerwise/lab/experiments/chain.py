@@ -241,7 +241,6 @@ def _begin(planned: PlannedRun, chain: Chain, folder: RunFolder, held: ExitStack
 
 
 def _train(training: Training, planned: PlannedRun, folder: RunFolder, link: Any, device: str) -> Record:
-    """Train a run to its record."""
     begin_memory(device)
     total, reports = training.trial.total, 0
     folder.say("running", training.position.iteration, total)

@@ -19,8 +19,6 @@ UNMEASURED = ("amplification-random", "amplification-all")  # controls of the am
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method that can be an arm."""
-
     words: str
     rule: Mapping[str, Any]  # its name and arguments, without the phases of an amplification
     against: tuple[str, ...] = ()  # methods that are its controls where they are arms too

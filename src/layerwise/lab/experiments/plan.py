@@ -144,8 +144,6 @@ class PaperValue:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """One run of a plan."""
-
     subject: str
     arm: Arm
     seed: int
@@ -158,14 +156,11 @@ class PlannedRun:
 
     @property
     def label(self) -> str:
-        """What messages call it."""
         return f"{self.subject} {self.arm.name} seed {self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """An experiment."""
-
     name: str  # of its folder
     title: str
     source: str  # paper and section, or the user's file

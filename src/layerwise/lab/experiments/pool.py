@@ -23,19 +23,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any
 
 STOP_SECONDS = 30.0  # how long workers may take to write their checkpoints, from the last one on, before a kill
 DEATH_SECONDS = 20.0  # how long a worker whose pipe has ended may take to end itself, on a machine with much else to do
 POLL_SECONDS = 0.1  # how often the master looks whether it was asked to stop
 SAME_PRESS_SECONDS = 0.5  # two interrupts within this time are one press of a key
-
-
-class NamedJob(Protocol):
-    """A job is any object that can be pickled and has a name."""
-
-    @property
-    def name(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -155,18 +148,17 @@ class _Worker:
             self.process.start()
         theirs.close()
         self.ready = False
-        self.job: NamedJob | None = None
+        self.job: Any = None  # a Chain, or whatever can be pickled and has a name
         self.doing = ""
         self.left: float | None = None  # when its pipe ended
 
     @property
     def ended(self) -> bool:
         """Whether its process has ended after its pipe has, or goes on for too long."""
-        if self.left is None:
-            return False
-        return self.process.exitcode is not None or time.monotonic() - self.left > DEATH_SECONDS
+        gone = self.process.exitcode is not None
+        return self.left is not None and (gone or time.monotonic() - self.left > DEATH_SECONDS)
 
-    def give(self, job: NamedJob | None) -> None:
+    def give(self, job: Any) -> None:
         """Hand over a job; None sends the worker home."""
         self.job, self.doing = job, job.name if job else ""
         with suppress(OSError):  # it died; its end of the pipe says so
@@ -181,19 +173,19 @@ class _Worker:
 
 def run_jobs(
     work: Callable[[Any, Link], None],
-    jobs: Sequence[NamedJob],
+    jobs: Sequence[Any],
     count: int,
     *,
     on_message: Callable[[int, Any], None],
     stop: Callable[[], bool] = lambda: False,
-    rest: Callable[[Any, str], NamedJob | None] = lambda job, doing: None,
+    rest: Callable[[Any, str], Any] = lambda job, doing: None,
     on_failure: Callable[[Failure], None] = lambda failure: None,
 ) -> list[Failure]:
     """Do jobs side by side, and give those that failed; one that was stopped or never begun has not failed.
 
-    ``work`` is importable: an exception fails that job only. ``on_message`` gets the number of the worker, from 0, and
-    what it sent. ``stop`` is asked about ten times a second, and the workers stop within about ``STOP_SECONDS``.
-    ``rest`` gives what is left to be done of a job whose process died.
+    A job can be pickled and has a name. ``work`` is importable: an exception fails that job only. ``on_message`` gets
+    the number of the worker, from 0, and what it sent. ``stop`` is asked about ten times a second, and the workers stop
+    within about ``STOP_SECONDS``. ``rest`` gives what is left to be done of a job whose process died.
     """
     waiting = deque(jobs)
     failures: list[Failure] = []
@@ -234,7 +226,7 @@ def run_jobs(
                     worker.doing = content
                 else:
                     if kind == "failed":
-                        fail(Failure(worker.job.name, worker.doing, *content))  # type: ignore[union-attr]
+                        fail(Failure(worker.job.name, worker.doing, *content))
                     worker.ready = True
                     worker.give(waiting.popleft() if waiting else None)
     finally:

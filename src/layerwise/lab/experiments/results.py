@@ -43,8 +43,6 @@ def summarise(step: int, values: list[float], diverged: int = 0) -> Cell:
 
 @dataclass
 class Results:
-    """The finished runs of a plan."""
-
     plan: Plan
     records: dict[Key, Record] = field(default_factory=dict)
     _series: dict[tuple[Key, str], list[tuple[int, float]]] = field(default_factory=dict, repr=False)
@@ -164,7 +162,6 @@ class Results:
 
     @cached_property
     def arms(self) -> dict[str, Arm]:
-        """Arms by their names."""
         return {arm.name: arm for arm in self.plan.arms}
 
     @cached_property
@@ -182,7 +179,6 @@ class Results:
         return self.once(_judged)
 
     def paper(self, subject: str, arm: str, step: int | None = None) -> PaperValue | None:
-        """Give the paper's number for a cell, or None."""
         wanted = (subject, arm, step, "")
         rows = (row for row in self.plan.paper if (row.subject, row.arm, row.step, row.quantity) == wanted)
         return next(rows, None)
@@ -241,7 +237,6 @@ class Results:
 
 
 def _epoch_means(pairs: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Average what was recorded in each epoch."""
     epochs: dict[int, list[float]] = {}
     for epoch, value in pairs:
         epochs.setdefault(epoch, []).append(value)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,6 @@ Engine = Callable[..., list[Failure]]  # does chains side by side, as ``pool.run
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a plan is carried out."""
-
     out: Path = Path("runs")
     data_dir: Path | None = None
     jobs: int | None = None  # None: one a GPU, and on the CPU as many as the cores take
@@ -290,10 +289,9 @@ def carry_out(
     outcome.results.records |= load_finished(plan, runs).records
     outcome.skipped += outcome.results.leave_out_unreadable()
     failed = {failure.doing for failure in outcome.failures}
-    for run in asked:
-        if run.key in outcome.results.records or run.label in failed or outcome.interrupted or outcome.alike:
-            continue
-        outcome.skipped.append(f"{run.label}: {skipped.get(run.key, 'the process that was to do it ended')}")
+    for run in [] if outcome.interrupted or outcome.alike else asked:
+        if run.key not in outcome.results.records and run.label not in failed:
+            outcome.skipped.append(f"{run.label}: {skipped.get(run.key, 'the process that was to do it ended')}")
     outcome.seconds = time.perf_counter() - clock
     return outcome
 
@@ -304,7 +302,7 @@ def _engine(settings: Settings) -> Engine:
         return _local
     from layerwise.lab.experiments import ray as cluster
 
-    return lambda chains, jobs, **told: cluster.run_chains(chains, jobs, address=settings.address, **told)
+    return partial(cluster.run_chains, address=settings.address)
 
 
 def _local(chains: Sequence[Chain], jobs: int, **told: Any) -> list[Failure]:

@@ -104,7 +104,6 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
-        """The outcome in words."""
         if self.outcome == NONE:
             pair = f"{self.arm} and {self.against}"
             words = f"no difference shown between {pair} ({self.statistics}; {self.reason})."
