@@ -74,8 +74,8 @@ class Meter:
             self._first, self._total, self._began = done, total, now
             self._last = max(self._last, now + FIRST_LINE_SECONDS - LINE_SECONDS)
         if self._bar is not None:
-            what = {"description": self._doing, "note": self.words(done, total)}
-            self._bar.update(self._task, completed=done, total=total, **what)
+            note = self.words(done, total)
+            self._bar.update(self._task, description=self._doing, completed=done, total=total, note=note)
             if now - self._last >= REFRESH_SECONDS:  # the bar's own thread waits while compiled code works
                 self._last = now
                 self._bar.refresh()
