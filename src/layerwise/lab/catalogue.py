@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,10 @@ def entries(names: Sequence[str], out: Path, folder: Path | None) -> list[dict[s
 
     @cache
     def opened() -> ImageFolder | None:
-        return _opened(folder)
+        """Give the image folder, if it is there and laid out as it must be."""
+        with suppress(UsageError):
+            found = data.open_folder(folder)
+            return found if found.digest else None
 
     def finished(plan: Plan, datasets: Sequence[str]) -> int:
         if data.FOLDER in datasets:
@@ -82,16 +86,6 @@ def entries(names: Sequence[str], out: Path, folder: Path | None) -> list[dict[s
             }
         found.append({"name": name, "title": read.title, "source": read.content["source"], "scales": scales})
     return found
-
-
-def _opened(folder: Path | None) -> ImageFolder | None:
-    """Open the image folder and look at its files, if it is there and laid out as it must be."""
-    try:
-        opened = data.open_folder(folder)
-        _ = opened.digest
-    except UsageError:
-        return None
-    return opened
 
 
 def show(names: Sequence[str], out: Path, folder: Path | None, *, as_json: bool, program: str) -> str:

@@ -19,6 +19,7 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 group of arms; running times of each group of arms."""
 
 LARGEST_SEEDS = 1000
+Table = Mapping[str, Any]  # of a recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,11 @@ class Subject:
     varied: Mapping[str, Any] = field(default_factory=dict)  # values of a sweep, which hold for every arm
     origin: str = ""  # name of the recipe's subject that a sweep varies
     stands_for: str = ""  # name of the paper's subject that it is a smaller kind of
+
+    @property
+    def row(self) -> str:
+        """Name of the recipe's subject that it is, or that a sweep varies."""
+        return self.origin or self.name
 
 
 Control = Literal["mean factor", "shuffled layers", "frozen factors"]
@@ -235,7 +241,7 @@ DEFAULTS = {field.name: field.default for field in fields(Constants)}
 
 
 def sourced(
-    content: Mapping[str, Any], chosen: Mapping[str, Any], subjects: Sequence[Subject], arms: Sequence[Arm]
+    content: Table, chosen: Table, subjects: Sequence[Subject], arms: Sequence[Arm]
 ) -> dict[str, tuple[Any, str]]:
     """Give each constant's value at a scale of a recipe, and its source.
 
@@ -263,12 +269,7 @@ def sourced(
 
 
 def _source(
-    name: str,
-    given: Mapping[str, Any],
-    changed: Mapping[str, Any],
-    subjects: Sequence[Subject],
-    arms: Sequence[Arm],
-    known: Mapping[str, str],
+    name: str, given: Table, changed: Table, subjects: Sequence[Subject], arms: Sequence[Arm], known: Mapping[str, str]
 ) -> str:
     """Say where the values of a constant come from: what sets it last comes first."""
     cited = f"{written(given[name]['value'])}: {given[name]['source']}" if name in given else "not set"
@@ -278,7 +279,7 @@ def _source(
         return f"as swept; else {rest}" if name in given or name in changed else "as swept"
     of_arms = [(arm.words, arm.constants[name]) for arm in arms if name in arm.constants]
     of_subjects = [
-        (known.get(subject.origin or subject.name, subject.words), subject.constants[name])
+        (known.get(subject.row, subject.words), subject.constants[name])
         for subject in subjects
         if name in subject.constants
     ]

@@ -44,16 +44,6 @@ def phases(name_or_rows: str | Sequence[Sequence[Any]], epochs: int | None) -> l
     return [[end, phase.amplify, phase.factor] for end, phase in zip(ends, whole, strict=True)]
 
 
-def resolved(rule: Mapping[str, Any] | None, epochs: int | None) -> dict[str, Any] | None:
-    """Write out what a rule's arguments only name, so that the configuration says all."""
-    if rule is None:
-        return None
-    written = dict(rule)
-    if "phases" in written:
-        written["phases"] = phases(written["phases"], epochs)
-    return written
-
-
 def arguments_of(rule: Mapping[str, Any] | None) -> set[str]:
     """Name the arguments of a rule that a sweep can vary: its own, those of its choice of layers, and the factor."""
     if rule is None:
@@ -65,12 +55,12 @@ def arguments_of(rule: Mapping[str, Any] | None) -> set[str]:
     return found - {"selection", "phases", "seed", "measured", "factors_by_pattern"}
 
 
-def with_arguments(rule: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def with_arguments(rule: Mapping[str, Any] | None, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Give a rule, its phases as rows, those of the values that it takes; a command line joins ``kinds`` by "+"."""
     known = arguments_of(rule)
     given = {name: _plain(name, value) for name, value in values.items() if name in known}
-    if not given:
-        return dict(rule)
+    if rule is None or not given:
+        return rule
     changed = {**rule, **given}
     if rule["name"] == "GradientAmplification":
         factor = given.pop("factor", None)
