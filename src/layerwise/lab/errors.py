@@ -72,14 +72,12 @@ def leaving() -> Generator[None]:
 
 
 def shown(text: object, *, lines: bool = False) -> str:
-    r"""Escape control characters, direction marks and invisible characters."""
-    return _UNSEEN.sub(lambda found: found[0] if lines and found[0] in "\n\t" else _written(found[0]), str(text))
+    """Escape control characters, direction marks and invisible characters; ``lines`` keeps tabs and line ends."""
 
+    def escaped(found: re.Match[str]) -> str:
+        return found[0] if lines and found[0] in "\n\t" else found[0].encode("unicode_escape").decode()
 
-def _written(letter: str) -> str:
-    number = ord(letter)
-    names = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
-    return names.get(letter) or (f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}")
+    return _UNSEEN.sub(escaped, str(text))
 
 
 def columns() -> int:

@@ -124,15 +124,8 @@ class Results:
         return dict(self.series(key, quantity.name)).get(step)
 
     def cell(self, subject: str, arm: str, step: int | None = None) -> Cell | None:
-        """Summarise the plan's quantity of an arm over seeds at a step (None: the last); None without a run."""
-        known = self.once(_no_cells)
-        if (subject, arm, step) not in known:
-            found = None
-            if self.of(subject, arm):
-                values = list(self.values(subject, arm, step).values())
-                found = summarise(-1 if step is None else step, values, len(self.diverged(subject, arm)))
-            known[subject, arm, step] = found
-        return known[subject, arm, step]
+        """Summarise the plan's quantity of an arm over seeds at a column (None: the last step); None without a run."""
+        return self.once(_cells).get((subject, arm, step))
 
     def cells(self, subject: str, arm: str) -> list[Cell | None]:
         """Give the cells of an arm at the plan's columns, or the last one alone."""
@@ -251,6 +244,16 @@ def _taken(quantity: Quantity, pairs: Sequence[tuple[int, float]]) -> float | No
     return (max if quantity.higher_is_better else min)((value for _, value in trained), default=None)
 
 
+def _cells(results: Results) -> dict[tuple[str, str, int | None], Cell]:
+    found: dict[tuple[str, str, int | None], Cell] = {}
+    for subject, arm in dict.fromkeys((subject, arm) for subject, arm, _ in results.records):
+        diverged = len(results.diverged(subject, arm))
+        for step in (*results.plan.columns, None):
+            values = list(results.values(subject, arm, step).values())
+            found[subject, arm, step] = summarise(-1 if step is None else step, values, diverged)
+    return found
+
+
 def _judged(results: Results) -> dict[tuple[str, str, str, int | None], Comparison]:
     plan, quantity = results.plan, results.plan.quantity
     pairs = {
@@ -290,10 +293,6 @@ def places_of(frames: Sequence[polars.DataFrame]) -> polars.Series:
 
     heights = [frame.height for frame in frames]
     return polars.Series("place", numpy.repeat(numpy.arange(len(frames), dtype=numpy.uint32), heights))
-
-
-def _no_cells(results: Results) -> dict[tuple[str, str, int | None], Cell | None]:
-    return {}
 
 
 def layer_means(results: Results, subject: str, arm: str, quantity: str) -> polars.DataFrame:

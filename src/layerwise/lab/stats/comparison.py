@@ -65,8 +65,8 @@ class Comparison:
     low: float | None  # end of the 95 % interval; None with fewer than MINIMUM_PAIRS pairs or without spread
     high: float | None
     p: float | None  # two-sided; None where `low` is
-    adjusted_p: float | None  # after Holm's procedure over the family
-    outcome: str  # "lower" or "higher" with the quantity, or NONE
+    adjusted_p: float | None = None  # after Holm's procedure over the family
+    outcome: str = NONE  # or "lower" or "higher" with the quantity
     reason: str  # why the outcome is NONE
     diverged: tuple[int, ...]  # seeds run by both arms in which `arm` diverged
     diverged_against: tuple[int, ...]
@@ -176,8 +176,6 @@ def _measure(pair: Pair, quantity: str, higher_is_better: bool, unit: str) -> Co
         low=low,
         high=high,
         p=p,
-        adjusted_p=None,
-        outcome=NONE,
         reason=reason,
         diverged=tuple(sorted(ran & pair.diverged)),
         diverged_against=tuple(sorted(ran & pair.diverged_reference)),
