@@ -33,15 +33,8 @@ def _settings(asked: options.Work) -> Settings:
     from layerwise.lab.experiments import datasets as places
     from layerwise.lab.experiments.runner import Settings
 
-    return Settings(
-        out=asked.out,
-        data_dir=places.data_dir(asked.data_dir),
-        jobs=asked.jobs,
-        threads=asked.threads,
-        device=asked.device,
-        engine=asked.engine,
-        address=asked.address,
-    )
+    same = {name: getattr(asked, name) for name in ("out", "jobs", "threads", "device", "engine", "address")}
+    return Settings(data_dir=places.data_dir(asked.data_dir), **same)
 
 
 def _carry_out(

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 from layerwise.lab.errors import UsageError, nearest
@@ -45,15 +46,6 @@ SCALES = ("smoke", "reduced", "full")
 CONSTANTS = {field.name for field in fields(Constants)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Need:
-    """What a scale of a recipe needs, in words."""
-
-    data: str
-    time: str
-    memory: str  # of one process
-
-
 @dataclass(frozen=True)
 class Recipe:
     """A recipe as it was read, laid over what it extends."""
@@ -70,8 +62,9 @@ class Recipe:
         """The scale that is run where none is named."""
         return "reduced" if "reduced" in self.content["scales"] else next(iter(self.content["scales"]), "")
 
-    def need(self, scale: str) -> Need:
-        return Need(**self.content["scales"][scale]["needs"])
+    def need(self, scale: str) -> SimpleNamespace:
+        """Say what a scale needs: data, time, and memory of one process, each in words."""
+        return SimpleNamespace(**self.content["scales"][scale]["needs"])
 
     def datasets(self, scale: str) -> set[str]:
         """Name the data sets that the runs of a scale read."""
