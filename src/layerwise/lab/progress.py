@@ -99,24 +99,6 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
-def opening(outcome: Outcome, workers: int) -> list[str]:
-    left = outcome.planned - outcome.found - outcome.repeated
-    told = [words for words in (outcome.plan.title, outcome.plan.data_title) if words]
-    lines = [f"{'. '.join(told)}.".replace("..", ".")]
-    lines += [
-        f"{path.parent.name}/{path.name} was damaged: set aside as {path.name}.broken." for path in outcome.set_aside
-    ]
-    if outcome.found:
-        lines.append(f"{outcome.found} of {outcome.planned} runs were finished already and are not repeated.")
-    if left:
-        runs = "1 run" if left == 1 else f"{left} runs"
-        lines.append(
-            f"{runs} in {workers} process{'es' if workers > 1 else ''}; Ctrl-C keeps what is done "
-            "for the next start of the command."
-        )
-    return lines
-
-
 class RunDisplay(Display):
     """Shows the runs of an experiment: finished ones, those at work, rate and time left.
 
@@ -134,11 +116,19 @@ class RunDisplay(Display):
         self._parts: dict[str, float] = {}
         self._updates: dict[str, int] = {}
         self._before: dict[str, tuple[float, int]] = {}
-        for line in opening(outcome, workers):
-            self.say(line)
-        self._bars = _bars(self.target) if self.target.is_terminal and self._total > self._found else None
+        titles = [words for words in (outcome.plan.title, outcome.plan.data_title) if words]
+        self.say(f"{'. '.join(titles)}.".replace("..", "."))
+        for path in outcome.set_aside:
+            self.say(f"{path.parent.name}/{path.name} was damaged: set aside as {path.name}.broken.")
+        if outcome.found:
+            self.say(f"{outcome.found} of {outcome.planned} runs were finished already and are not repeated.")
+        left = self._total - self._found
+        if left:
+            where = f"{left} run{'s' if left > 1 else ''} in {workers} process{'es' if workers > 1 else ''}"
+            self.say(f"{where}; Ctrl-C keeps what is done for the next start of the command.")
+        self._bars = _bars(self.target) if self.target.is_terminal and left else None
         if self._bars is not None:
-            self._whole = self._bars.add_task("all runs", total=self._total - self._found, note="")
+            self._whole = self._bars.add_task("all runs", total=left, note="")
             self._lines = [self._bars.add_task("  starting", total=1.0, note="") for _ in range(workers)]
             self._bars.start()
 

@@ -125,8 +125,7 @@ class Arm:
             return "plain"
         selection = self.rule.get("selection")
         name = selection.get("name") if isinstance(selection, Mapping) else None
-        amplifies = self.rule.get("name") == "GradientAmplification"
-        return "control" if amplifies and name in CONTROL_SELECTIONS else "method"
+        return "control" if name in CONTROL_SELECTIONS else "method"
 
 
 @dataclass(frozen=True, kw_only=True)

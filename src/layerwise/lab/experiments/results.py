@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import compress
+from itertools import compress, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,7 +104,8 @@ class Results:
             for name, place, value in zip(*kept, strict=True):
                 found.setdefault(name, []).append((place, value))
             if by_epoch and "training_loss" in found:
-                found["training_loss"] = _epoch_means(found["training_loss"])
+                epochs = groupby(found["training_loss"], key=itemgetter(0))
+                found["training_loss"] = [(epoch, statistics.fmean(map(itemgetter(1), rows))) for epoch, rows in epochs]
             self._series.update({(key, name): pairs for name, pairs in found.items()})
         return self._series[(key, quantity)]
 
@@ -227,13 +229,6 @@ class Results:
         rows = [row for results in (self, *self.beside()) for row in results.rows()]
         floats = dict.fromkeys(("value", "mean", "sd", "paper_mean", "paper_sd"), polars.Float64)
         return polars.DataFrame(rows, schema_overrides={**floats, "step": polars.Int64, "group": polars.String})
-
-
-def _epoch_means(pairs: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    epochs: dict[int, list[float]] = {}
-    for epoch, value in pairs:
-        epochs.setdefault(epoch, []).append(value)
-    return [(epoch, statistics.fmean(values)) for epoch, values in epochs.items()]
 
 
 def _taken(quantity: Quantity, pairs: Sequence[tuple[int, float]]) -> float | None:

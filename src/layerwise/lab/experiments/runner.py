@@ -58,23 +58,12 @@ class Settings:
 class Display:
     """Where an experiment says what happens; this one says nothing."""
 
-    def begin(self, outcome: Outcome, workers: int) -> None:
-        """The plan is made and the finished runs are found."""
-
-    def advance(self, worker: int, run: str, done: int, total: int | None) -> None:
-        """A worker has done so many updates of a run."""
-
-    def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
-        """A run is finished with this result, in words."""
-
-    def stopping(self) -> None:
-        """The user has interrupted it; running processes write their checkpoints."""
-
-    def say(self, words: str) -> None:
-        """The user must know this."""
-
-    def end(self) -> None:
-        """No run is worked on any more."""
+    def begin(self, outcome: Outcome, workers: int) -> None: ...  # the finished runs are found
+    def advance(self, worker: int, run: str, done: int, total: int | None) -> None: ...  # updates of a run
+    def finished(self, worker: int, run: str, result: str, diverged: bool) -> None: ...  # the result in words
+    def stopping(self) -> None: ...  # the user has interrupted it; running processes write their checkpoints
+    def say(self, words: str) -> None: ...  # the user must know this
+    def end(self) -> None: ...  # no run is worked on any more
 
 
 @dataclass
