@@ -82,7 +82,7 @@ def entries(names: Sequence[str], out: Path, folder: Path | None) -> list[dict[s
                 "finished": finished(plan, datasets) if runs.path.is_dir() else 0,
                 "datasets": datasets,
                 "present": all(data.present(dataset, folder) for dataset in datasets),
-                **{name: getattr(read.need(scale), name) for name in ("data", "time", "memory")},
+                **{what: getattr(read.need(scale), what) for what in ("data", "time", "memory")},
             }
         found.append({"name": name, "title": read.title, "source": read.content["source"], "scales": scales})
     return found
@@ -107,9 +107,9 @@ def show(names: Sequence[str], out: Path, folder: Path | None, *, as_json: bool,
     for name in dict.fromkeys(needed):
         if not data.present(name, folder):
             target.print(f"Not here: {name}. Get it with  {program} data {name}", markup=False, soft_wrap=True)
-    first = next((entry["name"] for entry in listed if entry["name"] == "singh2015-table1"), listed[0]["name"])
-    smoke = " --scale smoke" if any(entry["name"] == first and entry["scales"] for entry in listed) else ""
-    target.print(f"Next:   {program} run {first}{smoke}", markup=False, soft_wrap=True)
+    first = next((entry for entry in listed if entry["name"] == "singh2015-table1"), listed[0])
+    smoke = " --scale smoke" if first["scales"] else ""
+    target.print(f"Next:   {program} run {first['name']}{smoke}", markup=False, soft_wrap=True)
     return "".join(f"{line.rstrip()}\n" for line in buffer.getvalue().splitlines())
 
 
