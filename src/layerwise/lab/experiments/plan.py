@@ -249,50 +249,42 @@ def sourced(
     """
     given, changed = content["constants"], chosen.get("constants", {})
     base = {name: entry["value"] for name, entry in given.items()} | changed
-    of_subjects = [name for subject in subjects for name in (*subject.constants, *subject.varied)]
-    of_arms = [name for arm in arms for name in arm.constants]
     # A sweep makes many subjects of one, which have its constants: they are named together.
     known = {row["name"]: row["words"] for row in content["subjects"]}
-    found = {}
+    of_subjects = [(known.get(subject.row, subject.words), subject.constants) for subject in subjects]
+    of_arms = [(arm.words, arm.constants) for arm in arms]
     each = [
         {**base, **subject.constants, **arm.constants, **subject.varied}
         for subject in subjects
         for arm in arms
         if not arm.subjects or subject.name in arm.subjects
     ]
-    for name in dict.fromkeys((*base, *of_subjects, *of_arms)):
+
+    def source(name: str) -> str:
+        """Say where the values of a constant come from: what sets it last comes first."""
+        cited = f"{written(given[name]['value'])}: {given[name]['source']}" if name in given else "not set"
+        scale = f"this scale; else {cited}"
+        rest = f"{written(changed[name])}: {scale}" if name in changed else cited
+        if any(name in subject.varied for subject in subjects):
+            return f"as swept; else {rest}" if name in base else "as swept"
+        parts = []
+        for kind, changes in (("arm", of_arms), ("subject", of_subjects)):
+            owners: dict[str, list[str]] = {}
+            for words, constants in changes:
+                if name in constants:
+                    owners.setdefault(written(constants[name]), []).append(f"“{words}”")
+            if owners:
+                whose = (f"{value} for {' and '.join(dict.fromkeys(words))}" for value, words in owners.items())
+                parts.append(f"differs by {kind}: {', '.join(whose)}")
+        if parts:
+            return "; ".join([*parts, f"else {rest}"])
+        return scale if name in changed else given[name]["source"]
+
+    found = {}
+    for name in dict.fromkeys(name for constants in (base, *each) for name in constants):
         values = distinct(constants.get(name, DEFAULTS.get(name)) for constants in each)
-        value = values[0] if len(values) == 1 else ", ".join(map(written, values))
-        found[name] = (value, _source(name, given, changed, subjects, arms, known))
+        found[name] = (values[0] if len(values) == 1 else ", ".join(map(written, values)), source(name))
     return found
-
-
-def _source(
-    name: str, given: Table, changed: Table, subjects: Sequence[Subject], arms: Sequence[Arm], known: Mapping[str, str]
-) -> str:
-    """Say where the values of a constant come from: what sets it last comes first."""
-    cited = f"{written(given[name]['value'])}: {given[name]['source']}" if name in given else "not set"
-    scale = f"this scale; else {cited}"
-    rest = f"{written(changed[name])}: {scale}" if name in changed else cited
-    if any(name in subject.varied for subject in subjects):
-        return f"as swept; else {rest}" if name in given or name in changed else "as swept"
-    of_arms = [(arm.words, arm.constants[name]) for arm in arms if name in arm.constants]
-    of_subjects = [
-        (known.get(subject.row, subject.words), subject.constants[name])
-        for subject in subjects
-        if name in subject.constants
-    ]
-    parts = []
-    for kind, changes in (("arm", of_arms), ("subject", of_subjects)):
-        owners: dict[str, list[str]] = {}
-        for words, value in changes:
-            owners.setdefault(written(value), []).append(f"“{words}”")
-        if owners:
-            whose = (f"{value} for {' and '.join(dict.fromkeys(words))}" for value, words in owners.items())
-            parts.append(f"differs by {kind}: {', '.join(whose)}")
-    if parts:
-        return "; ".join([*parts, f"else {rest}"])
-    return scale if name in changed else given[name]["source"]
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:
