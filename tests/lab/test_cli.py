@@ -240,6 +240,15 @@ def test_a_sweep_tries_every_combination(capsys, folder):
 
 
 @pytest.mark.usefixtures("in_process")
+def test_runs_that_a_sweep_does_not_change_are_counted_once(capsys, folder):
+    assert cli.main(["sweep", "tiny", "--scale", "smoke", "--seeds", "1", "--vary", "log_base=2,10"]) == 0
+    words = words_of(capsys)
+    assert "5 runs in" in words
+    assert "5/5 runs; " in words
+    assert len(list((folder / "runs" / "store").iterdir())) == 5
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_demo_ends_with_what_to_try_next(capsys, folder):
     assert cli.main(["demo", "--seeds", "1"]) == 0
     assert "Next: layerwise data mnist && layerwise run singh2015-table1 --scale full" in words_of(capsys)

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from layerwise.lab.errors import UsageError
 from layerwise.lab.stats import bootstrap as intervals
 from layerwise.lab.stats.bootstrap import bootstrap_interval, holm, paired_p_value, percentile_interval
 
@@ -193,31 +192,3 @@ def test_holm_keeps_the_order_lies_between_nothing_and_bonferroni_and_grows_with
         assert p <= found <= min(1.0, len(p_values) * p)
         assert found <= larger
         assert all(found <= other for q, other in zip(p_values, adjusted, strict=True) if p < q)
-
-
-@pytest.mark.parametrize(
-    "function", [bootstrap_interval, paired_p_value, lambda values: percentile_interval(values, 0.1)]
-)
-def test_too_few_or_infinite_numbers_are_refused(function):
-    with pytest.raises(UsageError, match=r"differences=\[1\.0\]: needs at least two"):
-        function([1.0])
-    with pytest.raises(UsageError, match="must be finite; leave out pairs with a diverged run"):
-        function([1.0, math.nan])
-
-
-@pytest.mark.parametrize("wrong", [0.0, 1.0, 95, math.nan])
-def test_a_wrong_confidence_is_refused(wrong):
-    with pytest.raises(UsageError, match=f"confidence={wrong!r}: must lie between 0 and 1"):
-        bootstrap_interval(FIVE, wrong)
-
-
-@pytest.mark.parametrize("wrong", [-0.1, 0.6, math.nan])
-def test_a_wrong_tail_is_refused(wrong):
-    with pytest.raises(UsageError, match=rf"tail={wrong!r}: must lie in \[0, 0\.5\]"):
-        percentile_interval(FIVE, wrong)
-
-
-@pytest.mark.parametrize("wrong", [-0.1, 1.1, math.nan])
-def test_holm_refuses_what_is_no_probability(wrong):
-    with pytest.raises(UsageError, match=r"p_values=.*each must lie in \[0, 1\]"):
-        holm([0.5, wrong])

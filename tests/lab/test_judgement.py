@@ -275,10 +275,3 @@ def test_a_result_that_is_not_finite_must_be_declared_as_diverged():
         pair([], values={0: math.nan})
     with pytest.raises(UsageError, match=r"reference\[1\]=inf .*add its seed to diverged_reference$"):
         pair([], reference={1: math.inf}, diverged=frozenset({1}))
-
-
-def test_wrong_use_says_what_is_allowed():
-    with pytest.raises(UsageError, match="family=1: must be at least the 2 comparisons"):
-        judge([pair(BETTER), pair(BETTER)], family=1, **ERROR)
-    with pytest.raises(UsageError, match="quantity=''"):
-        judge([], **(ERROR | {"quantity": ""}))

@@ -101,6 +101,22 @@ def test_a_long_run_has_a_line_now_and_then_where_there_are_no_bars(outcome, clo
     assert said == ["sgd plain seed 0: 60 of 1,000 updates", "sgd plain seed 0: 120 of 1,000 updates"]
 
 
+def test_runs_that_are_the_same_run_are_counted_once(outcome, clock):
+    outcome.repeated = 4  # as a sweep makes of the plain arm
+    target = Console(file=io.StringIO(), width=80, record=True)
+    display = RunDisplay(target)
+    display.begin(outcome, 1)
+    display.advance(0, "run 0", 0, 10)
+    clock[0] = 60.0
+    display.finished(0, "run 0", "1.2 % test error", False)
+    assert display.left == "7 min left"  # 15 runs, of which 3 were found, 4 are others and 1 is done
+    for number in range(1, 8):
+        display.finished(0, f"run {number}", "1.2 % test error", False)
+    said = target.export_text()
+    assert "8 runs in 1 process" in said
+    assert said.splitlines()[-1] == "11/11 runs; run 7: 1.2 % test error"
+
+
 @pytest.mark.parametrize("bars", [False, True], ids=["lines", "bars"])
 def test_a_stop_says_what_the_wait_is_for(outcome, bars):
     target = Console(file=io.StringIO(), width=100, force_terminal=bars, record=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from layerwise.lab import cli
 from layerwise.lab.data import FOLDER
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import recipe
@@ -22,7 +23,8 @@ from layerwise.lab.experiments.results import Results
 from layerwise.lab.experiments.runner import Outcome, Settings, chains_left
 from layerwise.lab.training import inputs, networks, solvers
 
-NAMES = recipe.names()
+PICTURE = "basodi2023-figure1"  # it has no runs
+NAMES = [name for name in recipe.names() if name != PICTURE]
 EVERY = [(name, scale) for name in NAMES for scale in recipe.load(name).content["scales"]]
 BASODI_FIGURES = {"cifar10": (3, 4, 5, 6), "cifar100": (7, 8, 9, 10)}
 COLUMNS = ("plain", "random", "G case 1", "G case 2", "G′ case 1", "G′ case 2")
@@ -81,7 +83,7 @@ def test_there_is_a_recipe_for_every_table_and_figure_of_the_papers():
     expected = {f"singh2015-{part}" for part in ("table1", "table2", "table3", "figure1", "figure2", "best")}
     expected |= {f"basodi2023-figure{number}" for number in range(2, 12)}
     expected |= {f"basodi2023-table{number}" for number in range(1, 5)}
-    assert set(NAMES) == expected | {"demo-lenet", "demo-amplification"}
+    assert set(recipe.names()) == expected | {"demo-lenet", "demo-amplification", PICTURE}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -498,6 +500,30 @@ def test_arguments_of_rules_and_choices_are_varied():
     assert all("ratio" not in each.rule["selection"] for each in chosen if each.rule and "measure" in str(each.rule))
     assert len({each.name for (_, arm), each in runs.items() if arm == "plain"}) == 1
     assert len({each.name for (_, arm), each in runs.items() if arm == "random"}) == 4
+
+
+def test_the_set_up_is_drawn_without_a_run(tmp_path, capsys):
+    asked = ["run", PICTURE, "--out", str(tmp_path)]
+    assert cli.main([*asked, "--figures"]) == 0
+    page, said = tmp_path / PICTURE / "report.html", capsys.readouterr().out
+    for words in (
+        "learning rate: rate 0.1 in 1 to 100, rate 0.01 in 101 to 150.",
+        "VGG-19, ResNet-18, ResNet-34: plain in 1 to 50, analysed in 51, amplified × 2 in 52 to 100, analysed in 101, "
+        "amplified × 2 in 102 to 130, plain in 131 to 150.",
+        "ResNet-50, ResNet-101: plain in 1 to 10, analysed in 11, amplified × 2 in 12 to 100, analysed in 101, "
+        "amplified × 2 in 102 to 145, plain in 146 to 150.",
+    ):
+        assert words in said
+        assert words in page.read_text()
+    assert said.endswith(f"Report: {page}\n")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        PICTURE, "figures", "files.json", "report.html", "set-up.png", "set-up.svg"
+    ]  # fmt: skip
+    for command in ([*asked, "--scale", "full"], ["sweep", PICTURE, "--vary", "rate=1"], ["estimate", PICTURE]):
+        assert cli.main(command) == 2
+        assert "is a picture without runs" in capsys.readouterr().err
+    assert cli.main(["list", PICTURE, "--out", str(tmp_path)]) == 0
+    assert f"run {PICTURE}\n" in capsys.readouterr().out
 
 
 def test_runs_that_a_varied_argument_does_not_change_are_done_once():

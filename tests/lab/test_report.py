@@ -557,7 +557,6 @@ def test_the_headline_claims_no_more_than_is_shown(table):
     assert words == ("After iteration 1,800, none of 3 comparisons shows a lower test error than plain.")
     table.plan = replace(table.plan, seeds=(0, 1))
     table.results.plan = table.plan
-    del table.results.__dict__["_judged"]
     words = "After iteration 1,800, 2 seeds are too few to show a difference in test error; it takes 5."
     assert headline(table) == words
 

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
     from layerwise.lab.experiments.plan import Plan
 
 
-LEAST_TITLE = 20
-"""Letters; where there is no room for so many, the list has no titles."""
+LEAST_TITLE = 20  # letters; where there is no room for so many, the list has no titles
 
 
 class _Looked(Runs):
@@ -52,23 +52,16 @@ class _Looked(Runs):
 
 
 def entries(names: Sequence[str], out: Path, folder: Path | None) -> list[dict[str, Any]]:
-    """Gather what is known of recipes.
-
-    Args:
-        names: of the recipes.
-        out: folder of the runs, for the finished ones.
-        folder: of the data sets, or None.
-
-    Returns:
-        Name, title and source of each recipe, and for each scale the runs, the finished ones, the data sets and whether
-        they are here, time and memory.
-    """
+    """Gather what is known of recipes and their scales, of the runs in ``out`` and of the data sets in ``folder``."""
     found = []
     runs = _Looked(out)
 
     @cache
     def opened() -> ImageFolder | None:
-        return _opened(folder)
+        """Give the image folder, if it is there and laid out as it must be."""
+        with suppress(UsageError):
+            found = data.open_folder(folder)
+            return found if found.digest else None
 
     def finished(plan: Plan, datasets: Sequence[str]) -> int:
         if data.FOLDER in datasets:
@@ -82,44 +75,20 @@ def entries(names: Sequence[str], out: Path, folder: Path | None) -> list[dict[s
         read = recipe.load(name)
         scales = {}
         for scale in read.content["scales"]:
-            plan, need = read.plan(scale), read.need(scale)
+            plan = read.plan(scale)
             datasets = sorted({run.configuration.trial["data"] for run in plan.runs})
             scales[scale] = {
                 "runs": len(plan.runs),
                 "finished": finished(plan, datasets) if runs.path.is_dir() else 0,
                 "datasets": datasets,
                 "present": all(data.present(dataset, folder) for dataset in datasets),
-                "data": need.data,
-                "time": need.time,
-                "memory": need.memory,
+                **{what: getattr(read.need(scale), what) for what in ("data", "time", "memory")},
             }
         found.append({"name": name, "title": read.title, "source": read.content["source"], "scales": scales})
     return found
 
 
-def _opened(folder: Path | None) -> ImageFolder | None:
-    """Open the image folder and look at its files, if it is there and laid out as it must be."""
-    try:
-        opened = data.open_folder(folder)
-        _ = opened.digest
-    except UsageError:
-        return None
-    return opened
-
-
 def show(names: Sequence[str], out: Path, folder: Path | None, *, as_json: bool, program: str) -> str:
-    """Write a list of recipes.
-
-    Args:
-        names: of the recipes.
-        out: folder of the runs.
-        folder: of the data sets, or None.
-        as_json: for a program.
-        program: the command, for the line that says what to type next.
-
-    Returns:
-        The text.
-    """
     listed = entries(names, out, folder)
     if as_json:
         return json.dumps(listed, indent=2) + "\n"
@@ -138,8 +107,9 @@ def show(names: Sequence[str], out: Path, folder: Path | None, *, as_json: bool,
     for name in dict.fromkeys(needed):
         if not data.present(name, folder):
             target.print(f"Not here: {name}. Get it with  {program} data {name}", markup=False, soft_wrap=True)
-    first = next((entry["name"] for entry in listed if entry["name"] == "singh2015-table1"), listed[0]["name"])
-    target.print(f"Next:   {program} run {first} --scale smoke", markup=False, soft_wrap=True)
+    first = next((entry for entry in listed if entry["name"] == "singh2015-table1"), listed[0])
+    smoke = " --scale smoke" if first["scales"] else ""
+    target.print(f"Next:   {program} run {first['name']}{smoke}", markup=False, soft_wrap=True)
     return "".join(f"{line.rstrip()}\n" for line in buffer.getvalue().splitlines())
 
 
@@ -148,7 +118,7 @@ def _brief(listed: Sequence[dict[str, Any]], width: int) -> Table:
     rows: list[tuple[str, str, str, str]] = []
     for entry in listed:
         scales = entry["scales"]
-        usual = scales.get("reduced") or next(iter(scales.values()))
+        usual = scales.get("reduced") or next(iter(scales.values()), {"time": "no runs"})
         finished = sum(about["finished"] for about in scales.values())
         rows.append((entry["name"], entry["title"], shortly(usual["time"]), f"{finished:,} done" if finished else ""))
     table = Table(box=None, padding=(0, 1, 0, 0), show_header=False, pad_edge=False)
@@ -180,47 +150,23 @@ def _details(entry: dict[str, Any], folder: Path | None) -> Table:
     table.add_column(no_wrap=True)
     table.add_column()
     for scale, about in entry["scales"].items():
-        table.add_row(f"  {scale}", "runs", _runs(about).removesuffix(" runs"))
-        for name in ("time", "memory"):
-            table.add_row("", name, about[name])
-        table.add_row("", "data", f"{about['data']}; {_needed(about, folder)}")
+        needed = (name if data.present(name, folder) else f"{name} (not here)" for name in about["datasets"])
+        runs = f"{about['finished']}/{about['runs']}" if about["finished"] else str(about["runs"])
+        table.add_row(f"  {scale}", "runs", runs)
+        table.add_row("", "time", about["time"])
+        table.add_row("", "memory", about["memory"])
+        table.add_row("", "data", f"{about['data']}; {', '.join(needed)}")
     return table
 
 
-def _runs(about: dict[str, Any]) -> str:
-    """Say how many runs a scale has, and how many of them are finished."""
-    return f"{about['finished']}/{about['runs']} runs" if about["finished"] else f"{about['runs']} runs"
-
-
-def _needed(about: dict[str, Any], folder: Path | None) -> str:
-    """Name the data sets of a scale, and which of them are not here."""
-    return ", ".join(name if data.present(name, folder) else f"{name} (not here)" for name in about["datasets"])
-
-
 def shortly(time: str) -> str:
-    """Leave out of a time where it holds, and what it was estimated from.
-
-    Example:
-        >>> shortly("25 to 45 minutes on 2 free cores; it took 1.5 hours of a busy core")
-        '25 to 45 min'
-    """
+    """Leave out of a time where it holds, and what it was estimated from: "25 to 45 min" of "25 to 45 minutes on …"."""
     short = re.split(r"[;,(]| on ", time)[0].strip().removeprefix("about ")
     return re.sub(r"minutes?", "min", re.sub(r"hours?", "h", short))
 
 
 def show_data(name: str, folder: Path | None, *, quiet: bool, as_json: bool, program: str) -> int:
-    """Fetch a data set, or list them all.
-
-    Args:
-        name: of the data set, or "" for the list.
-        folder: where it goes; None for ``places.home()``.
-        quiet: show no progress.
-        as_json: for a program, one object on the standard output.
-        program: the command, for the line that says what to type next.
-
-    Returns:
-        Exit code: 0, or 1 if the data set is not there and could not be fetched.
-    """
+    """Fetch a data set, or list them all; exit code 1 if it is not there and could not be fetched."""
     target = folder or places.home()
     if not name:
         sets = [vars(known) | {"present": data.present(known.name, target)} for known in data.names()]

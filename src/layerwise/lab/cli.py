@@ -9,8 +9,8 @@ import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,33 +20,21 @@ from layerwise.lab.errors import INTERRUPTED, UsageError, leaving, missing_extra
 if TYPE_CHECKING:
     from layerwise.lab import options
     from layerwise.lab.experiments.plan import Plan
+    from layerwise.lab.experiments.recipe import Recipe
     from layerwise.lab.experiments.runner import Outcome, Settings
 
-
 DEMOS = ("lenet", "amplification")
-WITHOUT_TORCH = ("Report", "Completion")
-"""Commands that only read what is there, and so do not wait for PyTorch's import."""
-
-READING = ("Report", "List")
-"""Commands that read what may be thousands of runs."""
-
-KEEPING = ("demo", "run", "sweep", "compare", "data")
-"""Commands that go on where they were interrupted."""
+WITHOUT_TORCH = ("report", "completion")  # they only read what is there, and do not wait for PyTorch's import
+READING = ("report", "list")  # they read what may be thousands of runs
+KEEPING = ("demo", "run", "sweep", "compare", "data")  # they go on where they were interrupted
 
 
 def _settings(asked: options.Work) -> Settings:
     from layerwise.lab.experiments import datasets as places
     from layerwise.lab.experiments.runner import Settings
 
-    return Settings(
-        out=asked.out,
-        data_dir=places.data_dir(asked.data_dir),
-        jobs=asked.jobs,
-        threads=asked.threads,
-        device=asked.device,
-        engine=asked.engine,
-        address=asked.address,
-    )
+    same = {name: getattr(asked, name) for name in ("out", "jobs", "threads", "device", "engine", "address")}
+    return Settings(data_dir=places.data_dir(asked.data_dir), **same)
 
 
 def _carry_out(
@@ -66,39 +54,35 @@ def _carry_out(
     if outcome is None:
         return 0
     if outcome.results.records:
-        _write_report([outcome], arguments, silent=asked.json or asked.quiet, figures=asked.figures)
+        _write_report([outcome], asked, arguments)
     command = next_command(outcome) if outcome.complete else "" if outcome.alike else typed(arguments)
     if asked.json:
         sys.stdout.write(terminal.as_json(outcome) + "\n")
         for failure, *others in outcome.causes():
             more = f" (and {len(others)} more)" if others else ""
-            words = shown(f"{failure.doing}{more}: {failure.reason}")
-            sys.stderr.write(f"layerwise: {words}\n{shown(failure.details.rstrip(), lines=True)}\n")
+            _complain(f"{shown(f'{failure.doing}{more}: {failure.reason}')}\n{failure.details.rstrip()}")
     else:
         terminal.show(outcome, target, quiet=asked.quiet, explain=asked.explain, next_command=command)
     return outcome.exit_code
 
 
-def _write_report(outcomes: Sequence[Outcome], arguments: Sequence[str], *, silent: bool, figures: bool) -> None:
+def _write_report(outcomes: Sequence[Outcome], asked: options.Shown, arguments: Sequence[str]) -> None:
     """Write the page, and show how far it is."""
     from rich.console import Console
 
     from layerwise.lab import report
     from layerwise.lab.progress import Meter
 
-    target = None if silent else Console(stderr=True, highlight=False)
+    target = None if asked.json or asked.quiet else Console(stderr=True, highlight=False)
     with Meter(target, "writing the report", "figures") as meter:
-        report.write(outcomes, shlex.join(["layerwise", *arguments]), meter.show, figures=figures)
+        report.write(outcomes, shlex.join(["layerwise", *arguments]), meter.show, figures=asked.figures)
 
 
-def _plan_runner(plan: Plan) -> Callable[[Settings, Any], Outcome]:
+def _carry_out_plan(plan: Plan, settings: Settings, display: Any) -> Outcome:
     from layerwise.lab.experiments import datasets as places
     from layerwise.lab.experiments import runner as experiment
 
-    def do(settings: Settings, display: Any) -> Outcome:
-        return experiment.carry_out(places.ready(plan, settings.data_dir), settings, display)
-
-    return do
+    return experiment.carry_out(places.ready(plan, settings.data_dir), settings, display)
 
 
 def _demo(asked: options.Demo, arguments: Sequence[str]) -> int:
@@ -125,7 +109,7 @@ def _demo(asked: options.Demo, arguments: Sequence[str]) -> int:
             following = _with_data(["demo", "amplification"], ["cifar10"], asked, folder)
             if folder is not None:
                 _complain(f"{folder} does not hold CIFAR-10, so this is run on digits5k")
-    return _carry_out(asked, _plan_runner(plan), arguments, lambda outcome: following)
+    return _carry_out(asked, partial(_carry_out_plan, plan), arguments, lambda outcome: following)
 
 
 def _with_data(command: Sequence[str], names: Iterable[str], asked: options.Work, folder: Path | None) -> str:
@@ -137,12 +121,20 @@ def _with_data(command: Sequence[str], names: Iterable[str], asked: options.Work
     return " && ".join(typed([*words, *place]) for words in (*(["data", name] for name in missing), command))
 
 
-def _run(asked: options.Run, arguments: Sequence[str]) -> int:
+def _planned(asked: options.OfRecipe, vary: dict[str, list[Any]] | None = None) -> tuple[Recipe, str, Plan]:
     from layerwise.lab.experiments import recipe
 
     read = recipe.load(asked.recipe)
     scale = asked.scale or read.default_scale
-    plan = read.plan(scale, seeds=asked.seeds)
+    return read, scale, read.plan(scale, seeds=asked.seeds, vary=vary)
+
+
+def _run(asked: options.Run, arguments: Sequence[str]) -> int:
+    from layerwise.lab.experiments import recipe
+
+    if "picture" in recipe.load(asked.recipe).content and asked.scale is None:
+        return _picture(asked, arguments)
+    read, scale, plan = _planned(asked)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from layerwise.lab.experiments import torchrun as shared_runs
 
@@ -156,14 +148,24 @@ def _run(asked: options.Run, arguments: Sequence[str]) -> int:
         command = ["run", asked.recipe, "--scale", larger]
         return _with_data(command, read.datasets(larger), asked, outcome.settings.data_dir)
 
-    return _carry_out(asked, _plan_runner(plan), arguments, following)
+    return _carry_out(asked, partial(_carry_out_plan, plan), arguments, following)
+
+
+def _picture(asked: options.Run, arguments: Sequence[str]) -> int:
+    """Write the page of a recipe that has a picture and no runs."""
+    from layerwise.lab.experiments import recipe
+    from layerwise.lab.report import schedule
+
+    summary, page = schedule.write(recipe.load(asked.recipe), typed(arguments), asked.out, figures=asked.figures)
+    found = {"report": str(page), "words": summary}
+    sys.stdout.write((json.dumps(found) if asked.json else f"{summary}\n\nReport: {shown(page)}") + "\n")
+    return 0
 
 
 def _estimate(asked: options.Estimate, arguments: Sequence[str]) -> int:
-    from layerwise.lab.experiments import estimate, recipe
+    from layerwise.lab.experiments import estimate
 
-    read = recipe.load(asked.recipe)
-    plan = read.plan(asked.scale or read.default_scale, seeds=asked.seeds)
+    _, _, plan = _planned(asked)
     told = (lambda words: None) if asked.json or asked.quiet else _complain
     found = estimate.estimate(plan, _settings(asked), told)
     sys.stdout.write((json.dumps(found, indent=2) if asked.json else shown(estimate.words(found), lines=True)) + "\n")
@@ -171,15 +173,13 @@ def _estimate(asked: options.Estimate, arguments: Sequence[str]) -> int:
 
 
 def _sweep(asked: options.Sweep, arguments: Sequence[str]) -> int:
-    from layerwise.lab.experiments import recipe
     from layerwise.lab.options import assignments
 
     vary = assignments(asked.vary, "vary")
     if not vary:
         raise UsageError("--vary is missing: name a constant and its values, as in --vary rate=0.005,0.01")
-    read = recipe.load(asked.recipe)
-    plan = read.plan(asked.scale or read.default_scale, seeds=asked.seeds, vary=vary)
-    return _carry_out(asked, _plan_runner(plan), arguments, partial(_more_seeds, arguments))
+    _, _, plan = _planned(asked, vary)
+    return _carry_out(asked, partial(_carry_out_plan, plan), arguments, partial(_more_seeds, arguments))
 
 
 def _more_seeds(arguments: Sequence[str], outcome: Outcome) -> str:
@@ -215,15 +215,15 @@ def _report(asked: options.Report, arguments: Sequence[str]) -> int:
 
     threading.Thread(target=report.prepare, daemon=True).start()  # while the runs are read
     outcomes = saved.gather(asked.runs, out=asked.out)
-    _write_report(outcomes, arguments, silent=asked.json or asked.quiet, figures=asked.figures)
+    _write_report(outcomes, asked, arguments)
     if asked.json:
         told = [terminal.as_json(outcome) for outcome in outcomes]
         sys.stdout.write((told[0] if len(told) == 1 else f"[{', '.join(told)}]") + "\n")
         return 0
-    how = {"quiet": asked.quiet, "explain": asked.explain}
     for outcome in outcomes:
-        last = outcome is outcomes[-1]
-        terminal.show(outcome, terminal.console(), **how, next_command=typed(["list"]) if last else "")
+        following = typed(["list"]) if outcome is outcomes[-1] else ""
+        how = {"quiet": asked.quiet, "explain": asked.explain, "next_command": following}
+        terminal.show(outcome, terminal.console(), **how)
     return 0
 
 
@@ -257,16 +257,10 @@ def _completion(asked: options.Completion, arguments: Sequence[str]) -> int:
     return 0
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Look for no garbage meanwhile: it would be looked for in every run that was read, again and again."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
+HANDLERS: dict[str, Callable[[Any, Sequence[str]], int]] = {
+    do.__name__.removeprefix("_"): do
+    for do in (_demo, _run, _estimate, _sweep, _compare, _doctor, _report, _list, _data, _completion)
+}
 
 
 def typed(arguments: Sequence[str]) -> str:
@@ -283,23 +277,18 @@ def program() -> str:
 
 def without(arguments: Sequence[str], option: str) -> list[str]:
     """Leave ``OPTION VALUE`` or ``OPTION=VALUE`` out."""
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        if not skip and argument != option and not argument.startswith(f"{option}="):
-            kept.append(argument)
-        skip = argument == option and not skip
-    return kept
+    before = ["", *arguments]
+    return [
+        argument
+        for previous, argument in zip(before, arguments, strict=False)
+        if option not in (previous, argument) and not argument.startswith(f"{option}=")
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command ``layerwise``.
+    """Run the command ``layerwise``; None stands for the arguments of this process.
 
-    Args:
-        arguments: without the program's name; None for those of this process.
-
-    Returns:
-        Exit code: 0; 1 if a run failed or is left; 2 for a value that cannot be used; 130 if interrupted.
+    Exit code: 0; 1 if a run failed or is left; 2 for a value that cannot be used; 130 if interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     open_streams()
@@ -351,21 +340,14 @@ def _done(arguments: list[str]) -> int:
     from layerwise.lab.options import parse
 
     asked = parse(arguments)
-    handlers: dict[str, Callable[[Any, Sequence[str]], int]] = {
-        "Demo": _demo,
-        "Run": _run,
-        "Estimate": _estimate,
-        "Sweep": _sweep,
-        "Compare": _compare,
-        "Doctor": _doctor,
-        "Report": _report,
-        "List": _list,
-        "Data": _data,
-        "Completion": _completion,
-    }
-    name = type(asked).__name__
+    name = type(asked).__name__.lower()
     if name not in WITHOUT_TORCH:
         with leaving():
             import torch  # noqa: F401
-    with _no_collection() if name in READING else nullcontext():
-        return handlers[name](asked, arguments)
+    if name not in READING or not gc.isenabled():
+        return HANDLERS[name](asked, arguments)
+    gc.disable()  # garbage would be looked for in every run that was read, again and again
+    try:
+        return HANDLERS[name](asked, arguments)
+    finally:
+        gc.enable()

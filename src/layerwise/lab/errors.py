@@ -27,12 +27,8 @@ LAB_MODULES = (
 )
 """Top-level modules of the extra ``lab`` in pyproject.toml."""
 
-INTERRUPTED = 130
-"""Exit code of a program that Ctrl-C ends, as shells report it."""
-
-NARROWEST, WIDEST = 20, 1000
-"""The least and the most columns that ``COLUMNS`` may set."""
-
+INTERRUPTED = 130  # exit code of a program that Ctrl-C ends, as shells report it
+NARROWEST, WIDEST = 20, 1000  # the least and the most columns that ``COLUMNS`` may set
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff"
     "\U000e0000-\U000e007f]"
@@ -45,32 +41,12 @@ class UsageError(ValueError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Guess what a mistyped word was meant to be.
-
-    Args:
-        word: as it was given.
-        known: the words that there are.
-
-    Returns:
-        " Did you mean ...?", or "" where none is near.
-
-    Example:
-        >>> nearest("lasr", ["lars", "larc", "plain"])
-        ' Did you mean lars?'
-    """
+    """Guess what a mistyped word was meant to be."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]}?" if near else ""
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """Explain a missing dependency of the lab.
-
-    Args:
-        error: what the import raised.
-
-    Returns:
-        One line that names the module and the remedy, or None if the module is not one of the lab's.
-    """
     module = (error.name or "").partition(".")[0]
     if module not in LAB_MODULES:
         return None
@@ -96,23 +72,12 @@ def leaving() -> Generator[None]:
 
 
 def shown(text: object, *, lines: bool = False) -> str:
-    r"""Escape control characters, direction marks and invisible characters.
+    """Escape control characters, direction marks and invisible characters; ``lines`` keeps tabs and line ends."""
 
-    Args:
-        text: any text, such as the name of a folder.
-        lines: whether tabs and line ends are kept, as for a traceback.
+    def escaped(found: re.Match[str]) -> str:
+        return found[0] if lines and found[0] in "\n\t" else found[0].encode("unicode_escape").decode()
 
-    Example:
-        >>> print(shown("a\x1b[31mb\nc"))
-        a\x1b[31mb\nc
-    """
-    return _UNSEEN.sub(lambda found: found[0] if lines and found[0] in "\n\t" else _written(found[0]), str(text))
-
-
-def _written(letter: str) -> str:
-    number = ord(letter)
-    names = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
-    return names.get(letter) or (f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}")
+    return _UNSEEN.sub(escaped, str(text))
 
 
 def columns() -> int:

@@ -32,46 +32,43 @@ Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 class Places:
     """Where things are, and how much is said."""
 
-    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("runs")
-    """Folder of the runs and the reports."""
-
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("runs")  # Folder of the runs and the reports.
+    # Folder of the data sets.
     data_dir: Annotated[Path | None, _left_out("LAYERWISE_DATA, or where layerwise data puts them", "FOLDER")] = None
-    """Folder of the data sets."""
-
-    json: Flag = False
-    """Print one JSON value and nothing else."""
-
-    quiet: Flag = False
-    """Print the conclusion and the place of the report only."""
+    json: Flag = False  # Print one JSON value and nothing else.
+    quiet: Flag = False  # Print the conclusion and the place of the report only.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work(Places):
+class Shown(Places):
+    """How results are shown."""
+
+    figures: Flag = False  # Write the figures of the report as SVG and PNG too.
+    explain: Flag = False  # Print every number and comparison too, and how comparisons are judged.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work(Shown):
     """How runs are done."""
 
-    figures: Flag = False
-    """Write the figures of the report as SVG and PNG too."""
-
+    # Number of seeds; fewer than 5 never show a difference.
     seeds: Annotated[int | None, _left_out("5, or the recipe's")] = None
-    """Number of seeds; fewer than 5 never show a difference."""
-
-    jobs: Annotated[int | None, _left_out("one a core, or one a GPU")] = None
-    """Processes side by side."""
-
+    jobs: Annotated[int | None, _left_out("one a core, or one a GPU")] = None  # Processes side by side.
+    # Of each process. Another number rounds otherwise, so its runs are other runs.
     threads: Annotated[int | None, _left_out("1")] = None
-    """Of each process. Another number rounds otherwise, so its runs are other runs."""
+    device: str = "cpu"  # Where networks are trained: cpu, cuda (all GPUs), cuda:1, mps.
+    engine: Literal["local", "ray"] = "local"  # Processes of this machine, or tasks of a Ray cluster.
+    address: Annotated[str | None, _left_out("one is started here", "ADDRESS")] = None  # Of the Ray cluster.
 
-    device: str = "cpu"
-    """Where networks are trained: cpu, cuda (all GPUs), cuda:1, mps."""
 
-    engine: Literal["local", "ray"] = "local"
-    """Processes of this machine, or tasks of a Ray cluster."""
+@dataclass(frozen=True, kw_only=True)
+class OfRecipe(Work):
+    """Which runs are done."""
 
-    address: Annotated[str | None, _left_out("one is started here", "ADDRESS")] = None
-    """Of the Ray cluster."""
-
-    explain: Flag = False
-    """Print every number and comparison too, and how comparisons are judged."""
+    # Its name; layerwise list names them all.
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
+    # smoke: a minute, no data; reduced: an hour or two on two free cores; full: the paper's own sizes and seeds.
+    scale: Annotated[str | None, _left_out("reduced", "SCALE")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +86,13 @@ class Demo(Work):
     Finished runs are never repeated.
     """
 
-    which: tyro.conf.Positional[str] = "lenet"
-    """Which demo: lenet or amplification."""
-
+    which: tyro.conf.Positional[str] = "lenet"  # Which demo: lenet or amplification.
+    # Of the amplification demo; 0 is the other one to look at.
     weight_decay: Annotated[float | None, _left_out("5e-4")] = None
-    """Of the amplification demo; 0 is the other one to look at."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Work):
+class Run(OfRecipe):
     """Run a recipe: a table or figure of the papers.
 
     The paper's own numbers stand beside ours. What is finished is never repeated, and what was stopped goes on from
@@ -105,39 +100,21 @@ class Run(Work):
     NAME.
     """
 
-    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
-    """Its name; layerwise list names them all."""
-
-    scale: Annotated[str | None, _left_out("reduced", "SCALE")] = None
-    """smoke: a minute, no data; reduced: an hour or two on two free cores; full: the paper's own sizes and seeds."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate(Work):
+class Estimate(OfRecipe):
     """Say how long a recipe takes here, and how much memory.
 
     Ten updates of each of its subjects are done, and ten batches of a test. Nothing is written.
     """
 
-    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
-    """Its name; layerwise list names them all."""
-
-    scale: Annotated[str | None, _left_out("reduced", "SCALE")] = None
-    """As in layerwise run."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(Work):
+class Sweep(OfRecipe):
     """Run a recipe over values of its constants.
 
     Every combination of them, every arm, the same seeds.
     """
-
-    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
-    """Its name; layerwise list names them all."""
-
-    scale: Annotated[str | None, _left_out("reduced", "SCALE")] = None
-    """As in layerwise run."""
 
     vary: Annotated[
         tuple[str, ...],
@@ -161,14 +138,12 @@ class Compare(Work):
     docs/compare.md says how. This file is the only code that is loaded and run.
     """
 
+    # A file of Python and a function in it.
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE:FUNCTION")]
-    """A file of Python and a function in it."""
-
+    # Arms by name, separated by spaces or commas; if left out: plain, layer-adaptive and its controls.
     arms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="")] = ()
-    """Arms by name, separated by spaces or commas; if left out: plain, layer-adaptive and its controls."""
-
+    # PARAMETER=VALUE,... of the function; every arm gets the same budget, on other seeds and a validation split.
     tune: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """PARAMETER=VALUE,... of the function; every arm gets the same budget, on other seeds and a validation split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,14 +155,10 @@ class Doctor(Places):
     too slowly. The page has the same with pictures.
     """
 
+    # A file of Python and a function in it.
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE:FUNCTION")]
-    """A file of Python and a function in it."""
-
-    steps: int = 100
-    """Updates of the short training."""
-
-    seconds: float = 30.0
-    """After which the short training ends earlier."""
+    steps: int = 100  # Updates of the short training.
+    seconds: float = 30.0  # After which the short training ends earlier.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,33 +169,23 @@ class Completion:
     the same of the others.
     """
 
-    shell: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SHELL")]
-    """bash, zsh or fish."""
+    shell: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SHELL")]  # bash, zsh or fish.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report(Places):
+class Report(Shown):
     """Make a report of experiments, each judged by its own plan."""
 
+    # Folders: what --out named, or experiments in it.
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[FOLDER ...]")] = (Path("runs"),)
-    """Folders: what --out named, or experiments in it."""
-
-    figures: Flag = False
-    """Write the figures as SVG and PNG too."""
-
-    explain: Flag = False
-    """Print every number and comparison too, and how comparisons are judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class List(Places):
     """Name the recipes, what they need, and what is finished."""
 
-    recipe: tyro.conf.Positional[str] = ""
-    """The only one to be shown; all if left out."""
-
-    quiet: Flag = False
-    """Print the names alone."""
+    recipe: tyro.conf.Positional[str] = ""  # The only one to be shown; all if left out.
+    quiet: Flag = False  # Print the names alone.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,43 +195,21 @@ class Data(Places):
     Without a name, say which there are.
     """
 
+    # mnist, fashion-mnist, cifar10, cifar100, imagenet (or any image folder in its layout), or digits5k.
     name: tyro.conf.Positional[str] = ""
-    """mnist, fashion-mnist, cifar10, cifar100, imagenet (or any image folder in its layout), or digits5k."""
-
-    quiet: Flag = False
-    """Show no progress; without a name, print the names alone."""
+    quiet: Flag = False  # Show no progress; without a name, print the names alone.
 
 
 Command = Demo | Run | Estimate | Sweep | Compare | Doctor | Report | List | Data | Completion
-
 COMMANDS: dict[str, Any] = {
-    "demo": Demo,
-    "run": Run,
-    "compare": Compare,
-    "sweep": Sweep,
-    "report": Report,
-    "list": List,
-    "data": Data,
-    "doctor": Doctor,
-    "estimate": Estimate,
-    "completion": Completion,
+    kind.__name__.lower(): kind
+    for kind in (Demo, Run, Compare, Sweep, Report, List, Data, Doctor, Estimate, Completion)
 }
-
 SHELLS = ("bash", "zsh", "fish")
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Read the command line; for ``--help``, print it and exit.
-
-    Args:
-        arguments: without the program's name.
-
-    Returns:
-        What is asked for.
-
-    Raises:
-        UsageError: there is no command of this name, or it has no such option.
-    """
+    """Read the command line; for ``--help``, print it and exit."""
     if not arguments or list(arguments) in (["-h"], ["--help"]):
         sys.stdout.write(overview())
         raise SystemExit(0)
@@ -295,27 +234,13 @@ def overview() -> str:
 
 
 def _read(arguments: Sequence[str]) -> Command:
-    return tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="layerwise",
-        description=DESCRIPTION,
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    config = (tyro.conf.FlagCreatePairsOff,)
+    how = {"prog": "layerwise", "description": DESCRIPTION, "config": config}
+    return tyro.extras.subcommand_cli_from_dict(COMMANDS, args=list(arguments), **how)
 
 
 def completion(shell: str) -> str:
-    """Give the completion of a shell.
-
-    Args:
-        shell: one of ``SHELLS``.
-
-    Returns:
-        What the shell reads.
-
-    Raises:
-        UsageError: another shell.
-    """
+    """Give the text by which a shell completes commands and options."""
     if shell not in SHELLS:
         raise UsageError(f"shell={shell!r}: must be one of {', '.join(SHELLS)}")
     with tempfile.TemporaryDirectory() as folder:
@@ -326,18 +251,7 @@ def completion(shell: str) -> str:
 
 
 def assignments(words: Sequence[str], option: str) -> dict[str, list[Any]]:
-    """Read NAME=VALUE,VALUE,...
-
-    Args:
-        words: as given.
-        option: of the command line, for the message.
-
-    Returns:
-        Name -> values: numbers where they are numbers, else words.
-
-    Raises:
-        UsageError: a word of another form, or a name that is given twice.
-    """
+    """Read NAME=VALUE,VALUE,... of an option: name -> values, numbers where they are numbers, else words."""
     found: dict[str, list[Any]] = {}
     for word in words:
         name, sign, values = word.partition("=")

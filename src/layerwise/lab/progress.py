@@ -12,27 +12,15 @@ from rich.table import Column
 from layerwise.lab.errors import shown
 from layerwise.lab.experiments.runner import Display, Outcome
 
-LINE_SECONDS = 10.0
-"""Seconds between two lines where the output is not a terminal."""
-
-FIRST_LINE_SECONDS = 2.0
-"""Work that takes less has no line."""
-
-LONG_RUN_SECONDS = 60.0
-"""Seconds after which an unfinished run has a line of its own, so that long runs do not look hung."""
-
-REFRESH_SECONDS = 0.2
-"""Seconds between two drawings of a bar."""
-
-BAR = 10
-"""Width of a bar."""
-
-LONGEST_NOTE = 42
-"""Letters beside a bar: as in "120/480 runs, 1,234 updates/s, 120 min left"."""
+LINE_SECONDS = 10.0  # seconds between two lines where the output is not a terminal
+FIRST_LINE_SECONDS = 2.0  # work that takes less has no line
+LONG_RUN_SECONDS = 60.0  # after which an unfinished run has a line of its own, so that it does not look hung
+REFRESH_SECONDS = 0.2  # seconds between two drawings of a bar
+BAR = 10  # width of a bar
+LONGEST_NOTE = 42  # letters beside a bar: as in "120/480 runs, 1,234 updates/s, 120 min left"
 
 
 def duration(seconds: float) -> str:
-    """Write a time roughly."""
     if seconds >= 5400:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
@@ -55,17 +43,8 @@ def _bars(target: Console) -> Progress:
 class Meter:
     """Shows the count, the rate and the time left of anything that can be counted.
 
-    The clock starts with the first count, and again when the total becomes known.
-
-    Args:
-        target: where; None shows nothing.
-        doing: what is done, in a word or two.
-        unit: what is counted, in the plural.
-        scale: what numbers are divided by before they are shown.
-
-    Example:
-        >>> with Meter(None, "training", "updates") as meter:
-        ...     meter.show(3, 10)
+    The clock starts with the first count, and again when the total becomes known. Numbers are divided by ``scale``
+    before they are shown; without a ``target`` nothing is.
     """
 
     def __init__(self, target: Console | None, doing: str, unit: str, *, scale: float = 1.0) -> None:
@@ -87,13 +66,7 @@ class Meter:
             self._bar.stop()
 
     def show(self, done: float, total: float | None, doing: str | None = None) -> None:
-        """Show how much is done.
-
-        Args:
-            done: the count.
-            total: how much it will be; None where that is not known.
-            doing: what is done from here on, which is counted anew; None where nothing has changed.
-        """
+        """Show how much is done; another word for what is done begins anew."""
         now = time.monotonic()
         if doing not in (None, self._doing):
             self._doing, self._first, self._total = str(doing), None, None
@@ -101,9 +74,8 @@ class Meter:
             self._first, self._total, self._began = done, total, now
             self._last = max(self._last, now + FIRST_LINE_SECONDS - LINE_SECONDS)
         if self._bar is not None:
-            self._bar.update(
-                self._task, description=self._doing, completed=done, total=total, note=self.words(done, total)
-            )
+            note = self.words(done, total)
+            self._bar.update(self._task, description=self._doing, completed=done, total=total, note=note)
             if now - self._last >= REFRESH_SECONDS:  # the bar's own thread waits while compiled code works
                 self._last = now
                 self._bar.refresh()
@@ -112,7 +84,6 @@ class Meter:
             self._target.print(shown(f"{self._doing}: {self.words(done, total)}"), markup=False)
 
     def words(self, done: float, total: float | None) -> str:
-        """Write count, rate and time left."""
         passed, new = time.monotonic() - self._began, done - (self._first or 0.0)
         of = "" if total is None else f"/{_number(total / self._scale)}"
         words = [f"{_number(done / self._scale)}{of} {self._unit}"]
@@ -128,40 +99,10 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
-def opening(outcome: Outcome, workers: int) -> list[str]:
-    """Say what is about to be done.
-
-    Args:
-        outcome: the plan and the runs found.
-        workers: number of processes.
-
-    Returns:
-        Lines of text.
-    """
-    left = outcome.planned - outcome.found
-    told = [words for words in (outcome.plan.title, outcome.plan.data_title) if words]
-    lines = [f"{'. '.join(told)}.".replace("..", ".")]
-    lines += [
-        f"{path.parent.name}/{path.name} was damaged: set aside as {path.name}.broken." for path in outcome.set_aside
-    ]
-    if outcome.found:
-        lines.append(f"{outcome.found} of {outcome.planned} runs were finished already and are not repeated.")
-    if left:
-        runs = "1 run" if left == 1 else f"{left} runs"
-        lines.append(
-            f"{runs} in {workers} process{'es' if workers > 1 else ''}; Ctrl-C keeps what is done "
-            "for the next start of the command."
-        )
-    return lines
-
-
 class RunDisplay(Display):
     """Shows the runs of an experiment: finished ones, those at work, rate and time left.
 
     In a terminal all runs have a bar, and each worker has one; elsewhere there is a line now and then.
-
-    Args:
-        target: where.
     """
 
     def __init__(self, target: Console) -> None:
@@ -169,18 +110,25 @@ class RunDisplay(Display):
         self._bars: Progress | None = None
 
     def begin(self, outcome: Outcome, workers: int) -> None:
-        """Say what is about to be done, and draw the bars."""
         self._clock = self._last = time.monotonic()
         self._count = self._found = outcome.found
-        self._total = outcome.planned
+        self._total = outcome.planned - outcome.repeated
         self._parts: dict[str, float] = {}
         self._updates: dict[str, int] = {}
         self._before: dict[str, tuple[float, int]] = {}
-        for line in opening(outcome, workers):
-            self.say(line)
-        self._bars = _bars(self.target) if self.target.is_terminal and self._total > self._found else None
+        titles = [words for words in (outcome.plan.title, outcome.plan.data_title) if words]
+        self.say(f"{'. '.join(titles)}.".replace("..", "."))
+        for path in outcome.set_aside:
+            self.say(f"{path.parent.name}/{path.name} was damaged: set aside as {path.name}.broken.")
+        if outcome.found:
+            self.say(f"{outcome.found} of {outcome.planned} runs were finished already and are not repeated.")
+        left = self._total - self._found
+        if left:
+            where = f"{left} run{'s' if left > 1 else ''} in {workers} process{'es' if workers > 1 else ''}"
+            self.say(f"{where}; Ctrl-C keeps what is done for the next start of the command.")
+        self._bars = _bars(self.target) if self.target.is_terminal and left else None
         if self._bars is not None:
-            self._whole = self._bars.add_task("all runs", total=self._total - self._found, note="")
+            self._whole = self._bars.add_task("all runs", total=left, note="")
             self._lines = [self._bars.add_task("  starting", total=1.0, note="") for _ in range(workers)]
             self._bars.start()
 
@@ -208,15 +156,12 @@ class RunDisplay(Display):
             self.say(f"{run} diverged")
 
     def stopping(self) -> None:
-        """Say what the wait is for."""
         self.say("Stopping: the runs at work write their checkpoints; Ctrl-C again gives up at once.")
 
     def say(self, words: str) -> None:
-        """Print a line."""
         self.target.print(shown(words), markup=False)
 
     def end(self) -> None:
-        """Take the bars away."""
         if self._bars is not None:
             self._bars.stop()
 
@@ -237,7 +182,6 @@ class RunDisplay(Display):
         return f"{duration((time.monotonic() - self._clock) / done * max(rest, 0.0))} left"
 
     def _pace(self) -> str:
-        """Write the number of finished runs, the rate and the time left."""
         pace = (self.rate, self.left) if self._count < self._total else ()
         return ", ".join(filter(None, (f"{self._count}/{self._total} runs", *pace)))
 
@@ -249,7 +193,6 @@ class RunDisplay(Display):
             self.say(f"{self._pace()}; {words}")
 
     def _move(self, worker: int, run: str, note: str) -> None:
-        """Move the bars of a worker and of all runs."""
         assert self._bars is not None
         line = self._lines[worker % len(self._lines)]
         self._bars.update(line, description=f"  {shown(run)}", completed=self._parts[run], note=shown(note))
@@ -257,13 +200,4 @@ class RunDisplay(Display):
 
 
 def display(target: Console, *, silent: bool) -> Display:
-    """Choose what shows the runs.
-
-    Args:
-        target: the console.
-        silent: show nothing.
-
-    Returns:
-        The display.
-    """
     return Display() if silent else RunDisplay(target)

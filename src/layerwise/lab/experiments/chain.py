@@ -34,29 +34,18 @@ from layerwise.layers import DOUBTS
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
-    """Runs that one worker does in order: controls come after the method's run that they need.
+    """Runs that one worker does in order: controls come after the method's run that they need."""
 
-    Attributes:
-        runs: in order; those that are finished are only read.
-        out: the folder of ``--out``.
-        data_dir: folder of the data, or None.
-        device: where networks are trained.
-        loaders: processes beside this one that decode photographs ahead.
-        checkpoint_seconds: between two checkpoints.
-        labels: what run.json says of the experiment, by which a report of any runs knows what they were judged by.
-    """
-
-    runs: tuple[PlannedRun, ...]
+    runs: tuple[PlannedRun, ...]  # those that are finished are only read
     out: Path
     data_dir: Path | None = None
     device: str = "cpu"
-    loaders: int = 0
-    checkpoint_seconds: float = CHECKPOINT_SECONDS
-    labels: Mapping[str, Any] = field(default_factory=dict)
+    loaders: int = 0  # processes beside this one that decode photographs ahead
+    checkpoint_seconds: float = CHECKPOINT_SECONDS  # between two checkpoints
+    labels: Mapping[str, Any] = field(default_factory=dict)  # what run.json says of the experiment
 
     @property
     def name(self) -> str:
-        """What messages call it."""
         return self.runs[0].label
 
     @property
@@ -65,14 +54,7 @@ class Chain:
         return self.runs[0].configuration.threads
 
     def rest(self, doing: str) -> Chain | None:
-        """Give what can still be done when the process has died in one of the runs.
-
-        Args:
-            doing: what that run is called.
-
-        Returns:
-            The chain without it; None if nothing is left, or nothing that does not need it.
-        """
+        """Give what can still be done when the process has died in the run of this name; None if nothing is left."""
         left = tuple(run for run in self.runs if run.label != doing)
         # Controls need the method's run, which is the first.
         return replace(self, runs=left) if left[:1] == self.runs[:1] and 1 < len(left) < len(self.runs) else None
@@ -97,7 +79,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run is finished: its key, and its configuration, by which its record is found."""
+    """A run is finished; its record is found by its configuration."""
 
     key: tuple[str, str, int]
     configuration: Configuration
@@ -134,8 +116,7 @@ def finished_runs(chain: Sequence[PlannedRun], runs: Runs) -> dict[tuple[str, st
     return found
 
 
-COPIES = "tasks"
-"""Folder of the copies of tasks' files, beside that of the runs."""
+COPIES = "tasks"  # folder of the copies of tasks' files, beside that of the runs
 
 
 def failure_of(job: str, doing: str, error: Exception) -> Failure:
@@ -171,10 +152,7 @@ def do_placed(chain: Chain, link: Any) -> None:
 def do_chain(chain: Chain, link: Any, processes: Processes | None = None) -> None:
     """Do the runs of a chain; send ``Advance`` now and then, ``Finished``, ``Skipped`` or a ``Failure`` for each.
 
-    Args:
-        chain: what to do.
-        link: where messages go and a stop comes from, as ``pool.Link``.
-        processes: that share each run, of which this is the first; None for this one alone.
+    ``link`` is a ``pool.Link`` or its like; ``processes`` share each run, and this is the first of them.
     """
     torch.set_num_threads(chain.threads)
     processes = processes or Processes()
@@ -218,22 +196,9 @@ def do_run(
     method: Record | None = None,
     processes: Processes | None = None,
 ) -> Record:
-    """Do one run from its last checkpoint, or from the beginning.
+    """Do one run from its last checkpoint, or from the beginning; a control repeats the finished run of a method.
 
-    Args:
-        planned: the run.
-        configuration: its whole configuration.
-        chain: that it belongs to.
-        link: where messages go and a stop comes from.
-        method: the finished run that a control repeats.
-        processes: of a run that several share.
-
-    Returns:
-        Its record.
-
-    Raises:
-        BusyError: another process works on it.
-        StoppedError: it was told to stop; a checkpoint holds what is done.
+    Raises BusyError where another process works on it, and StoppedError where it was stopped after a checkpoint.
     """
     folder = Runs(chain.out).folder(configuration)
     processes = processes or Processes()
@@ -241,11 +206,13 @@ def do_run(
         finished = processes.from_first(lambda: _begin(planned, chain, folder, held))
         if finished is not None:
             return finished
-        rule, factors = processes.from_first(lambda: _rule_and_factors(configuration, folder, method))
-        if factors is not None and not processes.first:  # it may not see the run's folder
-            own = Path(held.enter_context(TemporaryDirectory(prefix="layerwise-"))) / FACTORS
-            own.write_bytes(factors)
-            rule = replace(rule, file=own)
+        rule = processes.from_first(lambda: make_rule(configuration, folder, method))
+        if isinstance(rule, rules.Replay):
+            factors = processes.from_first((folder.path / FACTORS).read_bytes)
+            if not processes.first:  # it may not see the run's folder
+                own = Path(held.enter_context(TemporaryDirectory(prefix="layerwise-"))) / FACTORS
+                own.write_bytes(factors)
+                rule = replace(rule, file=own)
         training = Training(
             make_trial(planned, configuration, chain, (processes.rank, processes.count)),
             rule,
@@ -273,7 +240,6 @@ def _begin(planned: PlannedRun, chain: Chain, folder: RunFolder, held: ExitStack
 
 
 def _train(training: Training, planned: PlannedRun, folder: RunFolder, link: Any, device: str) -> Record:
-    """Train a run to its record."""
     begin_memory(device)
     total, reports = training.trial.total, 0
     folder.say("running", training.position.iteration, total)
@@ -323,14 +289,6 @@ def make_rule(configuration: Configuration, folder: RunFolder, method: Record | 
     return rule_making.make_rule(specification, configuration.seed, replay=path)
 
 
-def _rule_and_factors(
-    configuration: Configuration, folder: RunFolder, method: Record | None
-) -> tuple[Any, bytes | None]:
-    """Make the rule of a run, and give the content of the file that it reads, if any."""
-    rule = make_rule(configuration, folder, method)
-    return rule, (folder.path / FACTORS).read_bytes() if isinstance(rule, rules.Replay) else None
-
-
 def _expected(folder: RunFolder) -> Record:
     record = folder.record()
     if record is None:
@@ -346,5 +304,4 @@ class Alone:
     ) -> None:
         self.stopped, self.send = stop, message
 
-    def doing(self, name: str) -> None:
-        """Do nothing: a crash here needs no name."""
+    def doing(self, name: str) -> None: ...  # a crash here needs no name

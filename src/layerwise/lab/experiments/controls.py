@@ -1,4 +1,4 @@
-"""The runs of controls, made from the finished runs of the methods that they repeat; ``arms`` says what they ask."""
+"""The runs of controls, made from the finished runs of the methods that they repeat."""
 
 from __future__ import annotations
 
@@ -15,15 +15,7 @@ from layerwise.lab.runs.record import Record
 
 
 def control_rule(control: Control, record: Record) -> dict[str, Any]:
-    """Give the rule of a control, from the finished run of its method.
-
-    Args:
-        control: which one.
-        record: of the method's run; its seed draws the layers that swap factors.
-
-    Returns:
-        The rule's specification.
-    """
+    """Give the rule of a control, from the run of its method, whose seed draws the layers that swap factors."""
     factor = record.summary["factor"]
     if control == "mean factor":
         return {"name": "Constant", "factors": {"*": factor["mean"]}}
@@ -44,33 +36,14 @@ def _factor_layers(record: Record) -> list[str]:
 
 
 def displaced(names: Sequence[str], seed: int) -> dict[str, str]:
-    """Draw for each layer another one, whose factor it gets: no layer keeps its own.
-
-    Args:
-        names: of the layers.
-        seed: of the draw.
-
-    Returns:
-        Layer -> the layer whose factor it gets. One layer alone keeps its own.
-    """
+    """Draw for each layer another one, whose factor it gets; a single layer keeps its own."""
     order = list(names)
     random.Random(f"displaced {seed}").shuffle(order)
     return {name: order[(place + 1) % len(order)] for place, name in enumerate(order)}
 
 
 def recorded_factors(record: Record, sources: Mapping[str, str]) -> list[dict[str, float]]:
-    """Read the factors of a run update by update, each layer with those of its source.
-
-    Args:
-        record: of the method's run, with ``factors_every`` 1.
-        sources: layer -> layer whose factors it gets.
-
-    Returns:
-        One mapping of layer to factor an update.
-
-    Raises:
-        UsageError: the factors were not recorded at every update.
-    """
+    """Read the factors of a run, a mapping an update: each layer has those of the layer that ``sources`` names."""
     import polars
 
     rows = record.metrics().filter(polars.col("quantity") == "factor")
@@ -92,16 +65,7 @@ def recorded_factors(record: Record, sources: Mapping[str, str]) -> list[dict[st
 
 
 def configuration_of_control(template: Configuration, control: Control, record: Record) -> Configuration:
-    """Complete the configuration of a control's run.
-
-    Args:
-        template: the run's constants and seed.
-        control: which one.
-        record: of the method's finished run, which also says where its factors acted. A mean factor is a rate.
-
-    Returns:
-        The configuration, which names the method's run.
-    """
+    """Complete the configuration of a control's run from its method's, which it names; a mean factor is a rate."""
     place = "lr" if control == "mean factor" else record.summary["place"]
     return replace(
         template,

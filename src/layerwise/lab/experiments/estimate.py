@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -24,48 +23,11 @@ from layerwise.lab.training.devices import begin_memory, device_of_worker, peak_
 from layerwise.lab.training.engine import Training
 from layerwise.lab.training.trial import StoppedError
 
-STEPS = 10
-"""Updates, and batches of a test, that are timed."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a run of a subject takes.
-
-    Attributes:
-        updates: of a run; None if not known beforehand.
-        tests: in a run.
-        update: seconds of an update, the median of those after the first.
-        test: seconds of a test.
-        memory: bytes of a process on its device.
-    """
-
-    updates: int | None
-    tests: int
-    update: float
-    test: float
-    memory: int
-
-    @property
-    def seconds(self) -> float:
-        """The time of a run."""
-        return (self.updates or 0) * self.update + self.tests * self.test
+STEPS = 10  # updates, and batches of a test, that are timed
 
 
 def estimate(plan: Plan, settings: Settings, say: Callable[[str], None] = lambda words: None) -> dict[str, Any]:
-    """Do ten updates of each subject of a plan, and part of a test, each in a process of its own; nothing is written.
-
-    Args:
-        plan: the experiment.
-        settings: how it would be carried out.
-        say: called with a line for each subject, before it is measured.
-
-    Returns:
-        Runs, updates, seconds of an update and a test, hours and bytes of a run for each subject; hours of all; jobs.
-
-    Raises:
-        UsageError: data missing, a value that cannot be used, or an update that fails.
-    """
+    """Do ten updates of each subject of a plan, and part of a test; nothing is written."""
     plan = placed(places.ready(plan, settings.data_dir), settings)
     jobs, loaders = side_by_side(settings, 1 if plan.quantity.name == "seconds" else len(plan.chains()))
     rows = []
@@ -75,26 +37,15 @@ def estimate(plan: Plan, settings: Settings, say: Callable[[str], None] = lambda
         first = next((run for run in methods if run.arm.rule is not None), methods[0])
         say(f"measuring {subject.words}")
         found = _measured(first, settings, loaders)
-        rows.append(
-            {
-                "subject": subject.name,
-                "words": subject.words,
-                "runs": len(runs),
-                "updates": found.updates,
-                "seconds_an_update": found.update,
-                "seconds_a_test": found.test,
-                "hours_a_run": found.seconds / 3600,
-                "memory": found.memory,
-            }
-        )
+        rows.append({"subject": subject.name, "words": subject.words, "runs": len(runs), **found})
     hours = sum(row["runs"] * row["hours_a_run"] for row in rows) / jobs
     return {"device": settings.device, "jobs": jobs, "subjects": rows, "hours": hours}
 
 
-def _measured(run: PlannedRun, settings: Settings, loaders: int) -> Measured:
+def _measured(run: PlannedRun, settings: Settings, loaders: int) -> dict[str, Any]:
     """Measure a run in a process of its own, so that its memory is its own too."""
     chain = Chain(runs=(run,), out=settings.out, data_dir=settings.data_dir, device=settings.device, loaders=loaders)
-    found: list[Measured] = []
+    found: list[dict[str, Any]] = []
     failures = run_jobs(measure, [chain], 1, on_message=lambda worker, message: found.append(message))
     if not found:
         reason = failures[0].reason if failures else "interrupted"
@@ -133,8 +84,16 @@ def measure(chain: Chain, link: Any) -> None:
         evaluate(trial.model, stop)
     batch = (clock[-1] - clock[0]) / max(1, len(clock) - 1)
     tests = (epochs or 0) if every is None else 1 + math.ceil((updates or 0) / every)
-    test = batch * (trial.test_batches or len(clock))
-    link.send(Measured(updates, tests, statistics.median(steps or [0.0]), test, peak_memory(device)))
+    update, test = statistics.median(steps or [0.0]), batch * (trial.test_batches or len(clock))
+    link.send(
+        {
+            "updates": updates,  # None where it is not known beforehand
+            "seconds_an_update": update,
+            "seconds_a_test": test,
+            "hours_a_run": ((updates or 0) * update + tests * test) / 3600,
+            "memory": peak_memory(device),
+        }
+    )
 
 
 def _now(device: str) -> float:
@@ -145,14 +104,7 @@ def _now(device: str) -> float:
 
 
 def words(found: dict[str, Any]) -> str:
-    """Write an estimate for a terminal.
-
-    Args:
-        found: from ``estimate``.
-
-    Returns:
-        A table, and the hours of all runs.
-    """
+    """Write an estimate as a table for a terminal, with the hours of all runs."""
     head = ("subject", "runs", "updates", "s an update", "hours a run", "GB a process")
     lines: list[tuple[str, ...]] = [head]
     for row in found["subjects"]:

@@ -11,32 +11,23 @@ from layerwise.lab.experiments.plan import Arm, Control
 
 PLAIN = "plain"
 DEFAULT_ARMS = (PLAIN, "layer-adaptive", "mean-factor", "shuffled", "frozen")
-LEAST_EPOCHS = 3
-"""Of a run with gradient amplification: a plain epoch, one of analysis, one that is amplified."""
-
+LEAST_EPOCHS = 3  # of a run with gradient amplification: a plain epoch, one of analysis, one that is amplified
+# On z, and the share of layers at random: of normal z, 16 % are above 1. Basodi et al. 2023 try 0.7 to 3.
 THRESHOLD, RATIO = 1.0, 0.16
-"""On z, and the share of layers at random: of normal z, 16 % are above 1. Basodi et al. 2023 try 0.7 to 3."""
+UNMEASURED = ("amplification-random", "amplification-all")  # controls of the amplifications that measure
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method that can be an arm.
-
-    Attributes:
-        words: for people.
-        rule: its name and arguments, without the phases of an amplification.
-        against: methods that are its controls where they are arms too.
-        note: what the page says of it where nothing was tuned.
-    """
-
     words: str
-    rule: Mapping[str, Any]
-    against: tuple[str, ...] = ()
-    note: str = ""
+    rule: Mapping[str, Any]  # its name and arguments, without the phases of an amplification
+    against: tuple[str, ...] = ()  # methods that are its controls where they are arms too
+    note: str = ""  # what the page says of it where nothing was tuned
 
 
-def _amplification(words: str, selection: Mapping[str, Any], against: tuple[str, ...] = ()) -> Method:
-    return Method(words=words, rule={"name": "GradientAmplification", "selection": selection}, against=against)
+def _amplification(what: str, name: str, *against: str, **arguments: Any) -> Method:
+    rule = {"name": "GradientAmplification", "selection": {"name": name, **arguments}}
+    return Method(words=f"amplification {what}", rule=rule, against=against)
 
 
 def _scale(name: str, coefficient: str) -> str:
@@ -51,20 +42,12 @@ METHODS: dict[str, Method] = {
     "lars": Method(words="LARS", rule={"name": "LARS"}, note=_scale("LARS", "0.001")),
     "larc": Method(words="LARC", rule={"name": "LARC"}, note=_scale("LARC", "0.02")),
     "layer-decay": Method(words="layer-wise decay of 0.8", rule={"name": "LayerDecay", "decay": 0.8}),
-    "amplification-G": _amplification(
-        "amplification by G",
-        {"name": "Directionality", "measure": "G", "threshold": THRESHOLD},
-        ("amplification-random", "amplification-all"),
-    ),
+    "amplification-G": _amplification("by G", "Directionality", *UNMEASURED, measure="G", threshold=THRESHOLD),
     "amplification-G-prime": _amplification(
-        "amplification by G′",
-        {"name": "Directionality", "measure": "G_prime", "threshold": THRESHOLD},
-        ("amplification-random", "amplification-all"),
+        "by G′", "Directionality", *UNMEASURED, measure="G_prime", threshold=THRESHOLD
     ),
-    "amplification-random": _amplification(
-        "amplification of random layers", {"name": "RandomLayers", "ratio": RATIO, "after_analysis": True}
-    ),
-    "amplification-all": _amplification("amplification of all layers", {"name": "AllLayers"}),
+    "amplification-random": _amplification("of random layers", "RandomLayers", ratio=RATIO, after_analysis=True),
+    "amplification-all": _amplification("of all layers", "AllLayers"),
 }
 
 CONTROLS: dict[str, tuple[Control, str]] = {
@@ -77,16 +60,8 @@ CONTROLS: dict[str, tuple[Control, str]] = {
 def make_arms(names: Sequence[str] = ()) -> list[Arm]:
     """Give the arms of names: the plain one, and each method with its controls after it.
 
-    Args:
-        names: of methods (keys of ``METHODS``) and controls: ``"shuffled"`` is one of every method,
-            ``"shuffled:lars"`` of LARS. The plain arm and each method's mean factor are there in any case.
-            Empty for ``DEFAULT_ARMS``.
-
-    Returns:
-        The arms; the rules of amplifications are without their phases.
-
-    Raises:
-        UsageError: an unknown name, or no method.
+    The control "shuffled" is one of every method, "shuffled:lars" of LARS. The plain arm and each method's mean factor
+    are there in any case. The rules of amplifications are without their phases.
     """
     names = list(dict.fromkeys(names or DEFAULT_ARMS))
     asked: dict[str, list[str]] = {}
@@ -121,19 +96,10 @@ def make_arms(names: Sequence[str] = ()) -> list[Arm]:
 
 
 def phases(epochs: int | None) -> list[list[Any]]:
-    """Give the phases of an amplification: plain in the first third, amplified up to 13/15 of the epochs, plain.
+    """Give rows of last epoch, whether it amplifies, and factor: plain for a third, amplified up to 13/15, plain.
 
     The shares are those of the paper's phases for its simple networks, 50 and 130 of 150 epochs, without the second
     analysis, which goes with the paper's one change of the rate. Basodi et al. 2023, section 4.
-
-    Args:
-        epochs: of a run; None for a run that is counted in iterations.
-
-    Returns:
-        Rows of last epoch, whether it amplifies, and factor.
-
-    Raises:
-        UsageError: too few epochs, or none.
     """
     if epochs is None or epochs < LEAST_EPOCHS:
         given = "iterations" if epochs is None else f"epochs={epochs!r}"

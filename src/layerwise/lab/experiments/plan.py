@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.configuration import Configuration, Constants
@@ -14,34 +14,25 @@ Take = Literal["last", "best", "first"]
 """Which value of a run counts: that at a step, the best of all tests, or the first step at which a level is reached."""
 
 Layout = Literal["steps", "curves", "thresholds", "best", "times"]
-LAYOUTS: tuple[Layout, ...] = ("steps", "curves", "thresholds", "best", "times")
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 """What the paper shows: values at some steps; curves over steps; the last value over thresholds; the best value of each
 group of arms; running times of each group of arms."""
 
 LARGEST_SEEDS = 1000
+Table = Mapping[str, Any]  # of a recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """What arms are compared by.
+    """What arms are compared by."""
 
-    Attributes:
-        name: in the metrics of a run; ``"seconds"`` is the running time.
-        words: of it.
-        unit: of a value, as ``"%"``, or "".
-        difference_unit: of a difference, as ``"points"``.
-        higher_is_better: which way is better.
-        take: which value of a run counts.
-        level: that ``"first"`` waits for.
-    """
-
-    name: str = "test_error"
+    name: str = "test_error"  # in the metrics of a run; "seconds" is the running time
     words: str = "test error"
     unit: str = "%"
     difference_unit: str = "points"
     higher_is_better: bool = False
     take: Take = "last"
-    level: float = 0.0
+    level: float = 0.0  # that "first" waits for
 
 
 QUANTITIES = {
@@ -55,17 +46,7 @@ QUANTITIES = {
 
 
 def quantity_of(name: str) -> Quantity:
-    """Give a quantity by its name in a recipe.
-
-    Args:
-        name: a key of ``QUANTITIES``, or ``"reach 57.5"``: the iterations until the accuracy is at least this.
-
-    Returns:
-        The quantity.
-
-    Raises:
-        UsageError: an unknown name.
-    """
+    """Give a quantity: a key of ``QUANTITIES``, or "reach 57.5", the iterations until the accuracy is at least this."""
     begin, _, level = name.partition(" ")
     if begin == "reach" and level.replace(".", "", 1).isdigit():
         words = f"number of iterations until {level} % accuracy"
@@ -79,32 +60,27 @@ def quantity_of(name: str) -> Quantity:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """One thing that all arms are tried on: a solver of Table I, a network.
-
-    Attributes:
-        name: short.
-        words: for people.
-        constants: values that it changes.
-        kind: tells subjects with other phases and other thresholds apart, or "".
-        varied: values of a sweep, which hold for every arm.
-        origin: name of the recipe's subject that a sweep varies, or "".
-        stands_for: name of the paper's subject that it is a smaller kind of, or "".
-    """
+    """One thing that all arms are tried on: a solver of Table I, a network."""
 
     name: str
     words: str
     constants: Mapping[str, Any] = field(default_factory=dict)
-    kind: str = ""
-    varied: Mapping[str, Any] = field(default_factory=dict)
-    origin: str = ""
-    stands_for: str = ""
+    kind: str = ""  # tells subjects with other phases and other thresholds apart
+    varied: Mapping[str, Any] = field(default_factory=dict)  # values of a sweep, which hold for every arm
+    origin: str = ""  # name of the recipe's subject that a sweep varies
+    stands_for: str = ""  # name of the paper's subject that it is a smaller kind of
+
+    @property
+    def row(self) -> str:
+        """Name of the recipe's subject that it is, or that a sweep varies."""
+        return self.origin or self.name
 
 
 Control = Literal["mean factor", "shuffled layers", "frozen factors"]
-CONTROLS: tuple[Control, ...] = ("mean factor", "shuffled layers", "frozen factors")
+CONTROLS: tuple[Control, ...] = get_args(Control)
 
 Role = Literal["method", "plain", "control"]
-ROLES: tuple[Role, ...] = ("method", "plain", "control")
+ROLES: tuple[Role, ...] = get_args(Role)
 
 CONTROL_SELECTIONS = ("AllLayers", "RandomLayers", "ShuffledLayers")
 """Choices of layers that measure nothing, or not where: what a choice that measures must be better than."""
@@ -115,35 +91,20 @@ FACTORS_ALONE = "for its factors alone"
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to train.
+    """One way to train."""
 
-    Attributes:
-        name: short, as in ``--arms`` and in tables of numbers.
-        words: as in tables for people.
-        rule: name and arguments of the rule; None trains without an adapter.
-        apply: where its factors act.
-        control: what it repeats of the run of ``of``, or None.
-        of: name of the method's arm.
-        constants: values that this arm changes.
-        subjects: names of the only subjects that have this arm; empty for all.
-        group: arms of a group stand together in tables and figures, told apart by ``value``.
-        value: the arm's place in its group, as a threshold.
-        against: names of the arms that it is compared with.
-        role: what it is to the others where that does not follow from its rule, or None.
-    """
-
-    name: str
-    words: str
-    rule: Mapping[str, Any] | None = None
+    name: str  # as in --arms and in tables of numbers
+    words: str  # as in tables for people
+    rule: Mapping[str, Any] | None = None  # name and arguments; None trains without an adapter
     apply: str = "auto"
-    control: Control | None = None
+    control: Control | None = None  # what it repeats of the run of `of`
     of: str | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
-    subjects: tuple[str, ...] = ()
-    group: str = ""
+    subjects: tuple[str, ...] = ()  # names of the only subjects that have this arm; empty for all
+    group: str = ""  # arms of a group stand together in tables and figures, told apart by `value`
     value: float | None = None
-    against: tuple[str, ...] = ()
-    role: Role | None = None
+    against: tuple[str, ...] = ()  # names of the arms that it is compared with
+    role: Role | None = None  # what it is to the others where that does not follow from its rule
 
     def __post_init__(self) -> None:
         if self.role is not None and self.role not in ROLES:
@@ -164,113 +125,64 @@ class Arm:
             return "plain"
         selection = self.rule.get("selection")
         name = selection.get("name") if isinstance(selection, Mapping) else None
-        amplifies = self.rule.get("name") == "GradientAmplification"
-        return "control" if amplifies and name in CONTROL_SELECTIONS else "method"
+        return "control" if name in CONTROL_SELECTIONS else "method"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaperValue:
-    """A number of the paper; a lost one has no mean.
-
-    Attributes:
-        subject: name of the subject.
-        arm: name of the arm, or of the group of arms.
-        step: updates or, in runs counted in epochs, epochs; None for the last.
-        mean: the value.
-        sd: its standard deviation, or None.
-        note: what else the paper says, or why the value is lost.
-        gain: what the paper prints as the difference to the original, in its own digits, or "".
-        full_scale: the runs beside it are of a smaller scale.
-        quantity: of the plan's other quantities, the one that it is of; "" for the plan's own.
-    """
+    """A number of the paper; a lost one has no mean."""
 
     subject: str
-    arm: str
-    step: int | None = None
+    arm: str  # or a group of arms
+    step: int | None = None  # updates or, in runs counted in epochs, epochs; None for the last
     mean: float | None = None
     sd: float | None = None
-    note: str = ""
-    gain: str = ""
-    full_scale: bool = False
-    quantity: str = ""
+    note: str = ""  # what else the paper says, or why the value is lost
+    gain: str = ""  # what the paper prints as the difference to the original, in its own digits
+    full_scale: bool = False  # the runs beside it are of a smaller scale
+    quantity: str = ""  # one of the plan's other quantities; "" for its own
 
     @property
     def label(self) -> str:
-        """What tables call it."""
         return "paper, full scale" if self.full_scale else "paper"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """One run of a plan.
-
-    Attributes:
-        subject: name of the subject.
-        arm: the arm.
-        seed: of the run.
-        configuration: what it is; of a control, without what follows from its method's run.
-        task: a user's own task, as ``tasks.py`` names it, or None.
-    """
-
     subject: str
     arm: Arm
     seed: int
-    configuration: Configuration
-    task: Any = None
+    configuration: Configuration  # of a control, without what follows from its method's run
+    task: Any = None  # a user's own, as tasks.task makes it
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """Subject, arm and seed."""
         return self.subject, self.arm.name, self.seed
 
     @property
     def label(self) -> str:
-        """What messages call it."""
         return f"{self.subject} {self.arm.name} seed {self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """An experiment.
-
-    Attributes:
-        name: of its folder.
-        title: one line.
-        source: paper and section, or the user's file.
-        layout: what is shown.
-        quantity: what is compared.
-        columns: steps that the table shows; empty for the last one alone.
-        step_unit: ``"iteration"`` or ``"epoch"``: what columns and curves count.
-        subjects: in order.
-        arms: in order.
-        seeds: of the runs.
-        runs: all of them.
-        paper: the paper's numbers.
-        beside: names of quantities that are shown and compared beside the plan's own, as ``quantity_of`` takes them.
-        claims: what the paper says in words, each a sentence with its place.
-        constants: name -> (value, source), for the page.
-        notes: what differs from the paper, and what the page does not show.
-        scale: ``"smoke"``, ``"reduced"``, ``"full"``, or "" for a user's own task.
-        data_title: the data in words.
-    """
-
-    name: str
+    name: str  # of its folder
     title: str
-    source: str
+    source: str  # paper and section, or the user's file
     layout: Layout
     quantity: Quantity
-    columns: tuple[int, ...]
-    step_unit: str
+    columns: tuple[int, ...]  # steps that the table shows; empty for the last one alone
+    step_unit: str  # "iteration" or "epoch": what columns and curves count
     subjects: tuple[Subject, ...]
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     runs: tuple[PlannedRun, ...]
     paper: tuple[PaperValue, ...] = ()
-    beside: tuple[str, ...] = ()
-    claims: tuple[str, ...] = ()
-    constants: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    scale: str = ""
+    beside: tuple[str, ...] = ()  # quantities that are shown and compared too, as `quantity_of` takes them
+    claims: tuple[str, ...] = ()  # what the paper says in words, each a sentence with its place
+    constants: Mapping[str, tuple[Any, str]] = field(default_factory=dict)  # name -> value and source, for the page
+    notes: tuple[str, ...] = ()  # what differs from the paper, and what the page does not show
+    scale: str = ""  # "smoke", "reduced", "full", or "" for a user's own task
     data_title: str = ""
 
     def __post_init__(self) -> None:
@@ -279,15 +191,12 @@ class Plan:
             quantity_of(name)
 
     def arms_of(self, subject: str) -> list[Arm]:
-        """Give the arms that a subject has, in order."""
         return [arm for arm in self.arms if not arm.subjects or subject in arm.subjects]
 
     def arm(self, name: str) -> Arm:
-        """Give an arm by its name."""
         return next(arm for arm in self.arms if arm.name == name)
 
     def subject(self, name: str) -> Subject:
-        """Give a subject by its name."""
         return next(subject for subject in self.subjects if subject.name == name)
 
     def pairs(self) -> Iterator[tuple[str, Arm, Arm]]:
@@ -295,9 +204,7 @@ class Plan:
         for subject in self.subjects:
             present = {arm.name: arm for arm in self.arms_of(subject.name)}
             for arm in present.values():
-                for other in arm.against:
-                    if other in present:
-                        yield subject.name, arm, present[other]
+                yield from ((subject.name, arm, present[other]) for other in arm.against if other in present)
 
     def labels(self, subject: str) -> dict[str, Any]:
         """Say what the runs of a subject belong to and are judged by, for what reads them without this plan."""
@@ -311,23 +218,12 @@ class Plan:
         """
         chains: dict[tuple[str, str, int], list[PlannedRun]] = {}
         for run in sorted(self.runs, key=lambda run: (run.seed, run.arm.control is not None)):
-            head = (run.subject, run.arm.of or run.arm.name, run.seed)
-            chains.setdefault(head, []).append(run)
+            chains.setdefault((run.subject, run.arm.of or run.arm.name, run.seed), []).append(run)
         return [tuple(chain) for chain in chains.values()]
 
 
 def check_seeds(count: int) -> tuple[int, ...]:
-    """Give the seeds 0, 1, ... of a number of seeds.
-
-    Args:
-        count: from 1 to ``LARGEST_SEEDS``.
-
-    Returns:
-        The seeds.
-
-    Raises:
-        UsageError: another number.
-    """
+    """Give the seeds 0, 1, ... of a number of seeds."""
     if not 1 <= count <= LARGEST_SEEDS:
         raise UsageError(f"seeds={count!r}: must be from 1 to {LARGEST_SEEDS}; fewer than 5 never show a difference")
     return tuple(range(count))
@@ -344,76 +240,51 @@ DEFAULTS = {field.name: field.default for field in fields(Constants)}
 
 
 def sourced(
-    content: Mapping[str, Any], chosen: Mapping[str, Any], subjects: Sequence[Subject], arms: Sequence[Arm]
+    content: Table, chosen: Table, subjects: Sequence[Subject], arms: Sequence[Arm]
 ) -> dict[str, tuple[Any, str]]:
-    """Give each constant's values at a scale and where they come from.
+    """Give each constant's value at a scale of a recipe, and its source.
 
-    Args:
-        content: of the recipe.
-        chosen: its scale.
-        subjects: of the plan.
-        arms: of the plan.
-
-    Returns:
-        Name -> (value, source). A constant that runs have several values of has them all, and the source says which
-        of them is whose: as swept, by subject, by arm; what it would be without stands after "else", with its source.
+    A constant that runs have several values of has them all, and the source says which of them is whose: as swept, by
+    subject, by arm; what it would be without stands after "else", with its source.
     """
     given, changed = content["constants"], chosen.get("constants", {})
     base = {name: entry["value"] for name, entry in given.items()} | changed
-    of_subjects = [name for subject in subjects for name in (*subject.constants, *subject.varied)]
-    of_arms = [name for arm in arms for name in arm.constants]
     # A sweep makes many subjects of one, which have its constants: they are named together.
     known = {row["name"]: row["words"] for row in content["subjects"]}
-    found = {}
+    of_subjects = [(known.get(subject.row, subject.words), subject.constants) for subject in subjects]
+    of_arms = [(arm.words, arm.constants) for arm in arms]
     each = [
         {**base, **subject.constants, **arm.constants, **subject.varied}
         for subject in subjects
         for arm in arms
         if not arm.subjects or subject.name in arm.subjects
     ]
-    for name in dict.fromkeys((*base, *of_subjects, *of_arms)):
+
+    def source(name: str) -> str:
+        """Say where the values of a constant come from: what sets it last comes first."""
+        cited = f"{written(given[name]['value'])}: {given[name]['source']}" if name in given else "not set"
+        scale = f"this scale; else {cited}"
+        rest = f"{written(changed[name])}: {scale}" if name in changed else cited
+        if any(name in subject.varied for subject in subjects):
+            return f"as swept; else {rest}" if name in base else "as swept"
+        parts = []
+        for kind, changes in (("arm", of_arms), ("subject", of_subjects)):
+            owners: dict[str, list[str]] = {}
+            for words, constants in changes:
+                if name in constants:
+                    owners.setdefault(written(constants[name]), []).append(f"“{words}”")
+            if owners:
+                whose = (f"{value} for {' and '.join(dict.fromkeys(words))}" for value, words in owners.items())
+                parts.append(f"differs by {kind}: {', '.join(whose)}")
+        if parts:
+            return "; ".join([*parts, f"else {rest}"])
+        return scale if name in changed else given[name]["source"]
+
+    found = {}
+    for name in dict.fromkeys(name for constants in (base, *each) for name in constants):
         values = distinct(constants.get(name, DEFAULTS.get(name)) for constants in each)
-        value = values[0] if len(values) == 1 else ", ".join(map(written, values))
-        found[name] = (value, _source(name, given, changed, subjects, arms, known))
+        found[name] = (values[0] if len(values) == 1 else ", ".join(map(written, values)), source(name))
     return found
-
-
-def _source(
-    name: str,
-    given: Mapping[str, Any],
-    changed: Mapping[str, Any],
-    subjects: Sequence[Subject],
-    arms: Sequence[Arm],
-    known: Mapping[str, str],
-) -> str:
-    """Say where the values of a constant come from: what sets it last comes first."""
-    cited = f"{written(given[name]['value'])}: {given[name]['source']}" if name in given else "not set"
-    scale = f"this scale; else {cited}"
-    rest = f"{written(changed[name])}: {scale}" if name in changed else cited
-    if any(name in subject.varied for subject in subjects):
-        return f"as swept; else {rest}" if name in given or name in changed else "as swept"
-    of_arms = [(arm.words, arm.constants[name]) for arm in arms if name in arm.constants]
-    of_subjects = [
-        (known.get(subject.origin or subject.name, subject.words), subject.constants[name])
-        for subject in subjects
-        if name in subject.constants
-    ]
-    parts = [
-        f"differs by {kind}: {_whose(changes)}"
-        for kind, changes in (("arm", of_arms), ("subject", of_subjects))
-        if changes
-    ]
-    if parts:
-        return "; ".join([*parts, f"else {rest}"])
-    return scale if name in changed else given[name]["source"]
-
-
-def _whose(changes: Iterable[tuple[str, Any]]) -> str:
-    """List values and who has them."""
-    owners: dict[str, list[str]] = {}
-    for words, value in changes:
-        owners.setdefault(written(value), []).append(f"“{words}”")
-    return ", ".join(f"{value} for {' and '.join(dict.fromkeys(words))}" for value, words in owners.items())
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:

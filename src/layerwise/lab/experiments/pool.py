@@ -23,45 +23,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any
 
-STOP_SECONDS = 30.0
-"""How long a worker may take to write its checkpoint and stop before it is killed, from the last checkpoint on."""
-
-DEATH_SECONDS = 20.0
-"""How long a worker whose pipe has ended may take to end itself, on a machine with much else to do."""
-
-POLL_SECONDS = 0.1
-"""How often the master looks whether it was asked to stop."""
-
-SAME_PRESS_SECONDS = 0.5
-"""Two interrupts within this time are one press of a key."""
-
-
-class NamedJob(Protocol):
-    """A job is any object that can be pickled and has a name."""
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        ...
+STOP_SECONDS = 30.0  # how long workers may take to write their checkpoints, from the last one on, before a kill
+DEATH_SECONDS = 20.0  # how long a worker whose pipe has ended may take to end itself, on a machine with much else to do
+POLL_SECONDS = 0.1  # how often the master looks whether it was asked to stop
+SAME_PRESS_SECONDS = 0.5  # two interrupts within this time are one press of a key
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that ended without finishing.
-
-    Attributes:
-        job: its name.
-        doing: what it last said that it was doing, or its name.
-        reason: one line.
-        details: the traceback, or "" if the process died.
-    """
+    """A job that ended without finishing."""
 
     job: str
-    doing: str
-    reason: str
-    details: str = ""
+    doing: str  # what it last said that it was doing, or its name
+    reason: str  # one line
+    details: str = ""  # the traceback, or "" if the process died
 
     @property
     def kind(self) -> str:
@@ -78,7 +55,6 @@ class Link:
         self._stopped = False
 
     def stopped(self) -> bool:
-        """Say whether the job is to stop now."""
         if not self._stopped and self._connection.poll():
             self._stopped = True
         return self._stopped
@@ -88,15 +64,13 @@ class Link:
         self._connection.send(("doing", name))
 
     def send(self, message: object) -> None:
-        """Send a message to the master."""
         self._connection.send(("message", message))
 
 
 class Interrupt:
     """Turns the first interrupt from the keyboard into a flag; a later one raises ``KeyboardInterrupt``.
 
-    Args:
-        *more: other signals that mean the same, such as SIGTERM, by which a machine is shut down.
+    Other signals may mean the same, such as SIGTERM, by which a machine is shut down.
     """
 
     def __init__(self, *more: int) -> None:
@@ -124,7 +98,7 @@ class Interrupt:
 
 @contextmanager
 def _interrupt_blocked() -> Iterator[None]:
-    """Hold interrupts back, so that a process started here is born with them blocked; none is lost."""
+    """Hold interrupts back, so that a process started here is born with them blocked."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -174,25 +148,23 @@ class _Worker:
             self.process.start()
         theirs.close()
         self.ready = False
-        self.job: NamedJob | None = None
+        self.job: Any = None  # a Chain, or whatever can be pickled and has a name
         self.doing = ""
         self.left: float | None = None  # when its pipe ended
 
     @property
     def ended(self) -> bool:
         """Whether its process has ended after its pipe has, or goes on for too long."""
-        if self.left is None:
-            return False
-        return self.process.exitcode is not None or time.monotonic() - self.left > DEATH_SECONDS
+        gone = self.process.exitcode is not None
+        return self.left is not None and (gone or time.monotonic() - self.left > DEATH_SECONDS)
 
-    def give(self, job: NamedJob | None) -> None:
+    def give(self, job: Any) -> None:
         """Hand over a job; None sends the worker home."""
         self.job, self.doing = job, job.name if job else ""
         with suppress(OSError):  # it died; its end of the pipe says so
             self.connection.send(job)
 
     def close(self) -> None:
-        """Make sure that the process is gone."""
         if self.process.is_alive():
             self.process.kill()
         self.process.join()
@@ -201,27 +173,19 @@ class _Worker:
 
 def run_jobs(
     work: Callable[[Any, Link], None],
-    jobs: Sequence[NamedJob],
+    jobs: Sequence[Any],
     count: int,
     *,
     on_message: Callable[[int, Any], None],
     stop: Callable[[], bool] = lambda: False,
-    rest: Callable[[Any, str], NamedJob | None] = lambda job, doing: None,
+    rest: Callable[[Any, str], Any] = lambda job, doing: None,
     on_failure: Callable[[Failure], None] = lambda failure: None,
 ) -> list[Failure]:
-    """Do jobs side by side.
+    """Do jobs side by side, and give those that failed; one that was stopped or never begun has not failed.
 
-    Args:
-        work: importable function of a job and a ``Link``; an exception fails that job only.
-        jobs: what to do, in order.
-        count: number of processes at most.
-        on_message: called in this process with the number of the worker (from 0) and what it sent.
-        stop: asked about ten times a second; True stops the workers within about ``STOP_SECONDS``.
-        rest: called with a job whose process died and what it was doing; gives the job that is left to be done, if any.
-        on_failure: called with each job that failed, as soon as it has.
-
-    Returns:
-        The jobs that failed. Jobs that were stopped or never begun are not failures.
+    A job can be pickled and has a name. ``work`` is importable: an exception fails that job only. ``on_message`` gets
+    the number of the worker, from 0, and what it sent. ``stop`` is asked about ten times a second, and the workers stop
+    within about ``STOP_SECONDS``. ``rest`` gives what is left to be done of a job whose process died.
     """
     waiting = deque(jobs)
     failures: list[Failure] = []
@@ -262,7 +226,7 @@ def run_jobs(
                     worker.doing = content
                 else:
                     if kind == "failed":
-                        fail(Failure(worker.job.name, worker.doing, *content))  # type: ignore[union-attr]
+                        fail(Failure(worker.job.name, worker.doing, *content))
                     worker.ready = True
                     worker.give(waiting.popleft() if waiting else None)
     finally:
@@ -273,7 +237,6 @@ def run_jobs(
 
 
 def _death(worker: _Worker) -> Failure:
-    """Describe a process that ended by itself."""
     code = worker.process.exitcode
     if code is None:
         how = f"left its work, and had not ended {DEATH_SECONDS:g} s later"

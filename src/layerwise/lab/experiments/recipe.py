@@ -2,10 +2,10 @@
 
 A recipe is TOML: ``[constants]`` (each ``{ value = ..., source = "..." }``), ``[[subjects]]``, ``[[arms]]``,
 ``[[grids]]`` (an arm for each value of a list), ``[[paper]]`` (the paper's numbers) and ``[scales.smoke]``,
-``[scales.reduced]``, ``[scales.full]``, which say how long and on what the runs are. ``beside`` names quantities that
-are shown below the recipe's own. ``extends`` names a recipe whose tables it takes over and changes; its ``own_notes``
-stand before the ``notes`` taken over. Where subjects have a ``kind``, the values of a grid and the ``phases`` of a rule
-may be tables: kind -> what its subjects have.
+``[scales.reduced]``, ``[scales.full]``, which say how long and on what the runs are; or ``[picture]``, the phases that
+a picture without runs shows. ``beside`` names quantities that are shown below the recipe's own. ``extends`` names a
+recipe whose tables it takes over and changes; its ``own_notes`` stand before the ``notes`` taken over. Where subjects
+have a ``kind``, the values of a grid and the ``phases`` of a rule may be tables: kind -> what its subjects have.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 from layerwise.lab.errors import UsageError, nearest
@@ -25,12 +26,13 @@ from layerwise.lab.experiments.plan import (
     Plan,
     PlannedRun,
     Subject,
+    Table,
     check_names,
     check_seeds,
     quantity_of,
     sourced,
 )
-from layerwise.lab.experiments.rules import arguments_of, resolved, with_arguments
+from layerwise.lab.experiments.rules import arguments_of, phases, with_arguments
 from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.training.trial import check
 
@@ -44,73 +46,39 @@ SCALES = ("smoke", "reduced", "full")
 CONSTANTS = {field.name for field in fields(Constants)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Need:
-    """What a scale of a recipe needs.
-
-    Attributes:
-        data: in words.
-        time: measured, or estimated where that is said.
-        memory: of one process.
-    """
-
-    data: str
-    time: str
-    memory: str
-
-
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as it was read.
-
-    Attributes:
-        name: of the file, without its ending.
-        content: of the file, with what it extends.
-    """
+    """A recipe as it was read, laid over what it extends."""
 
     name: str
     content: Mapping[str, Any]
 
     @property
     def title(self) -> str:
-        """One line."""
         return self.content["title"]
 
     @property
     def default_scale(self) -> str:
         """The scale that is run where none is named."""
-        return "reduced" if "reduced" in self.content["scales"] else next(iter(self.content["scales"]))
+        return "reduced" if "reduced" in self.content["scales"] else next(iter(self.content["scales"]), "")
 
-    def need(self, scale: str) -> Need:
-        """Say what a scale needs."""
-        return Need(**self.content["scales"][scale]["needs"])
+    def need(self, scale: str) -> SimpleNamespace:
+        """Say what a scale needs: data, time, and memory of one process, each in words."""
+        return SimpleNamespace(**self.content["scales"][scale]["needs"])
 
     def datasets(self, scale: str) -> set[str]:
         """Name the data sets that the runs of a scale read."""
         return {run.configuration.trial["data"] for run in self.plan(scale, seeds=1).runs}
 
-    def plan(
-        self,
-        scale: str,
-        *,
-        seeds: int | None = None,
-        vary: Mapping[str, Sequence[Any]] | None = None,
-    ) -> Plan:
+    def plan(self, scale: str, *, seeds: int | None = None, vary: Mapping[str, Sequence[Any]] | None = None) -> Plan:
         """Lay out the runs.
 
-        Args:
-            scale: one of ``SCALES``.
-            seeds: number of seeds; None for the scale's.
-            vary: constant, or argument of a rule -> values: every combination becomes a subject of its own. Arms whose
-                rule does not take the argument have the same runs in each.
-
-        Returns:
-            The plan.
-
-        Raises:
-            UsageError: unknown scale or constant, or a value out of its range.
+        Every combination of the values in ``vary``, of constants or arguments of rules, becomes a subject of its own.
+        Arms whose rule does not take the argument have the same runs in each.
         """
         content = self.content
+        if not content["scales"]:
+            raise UsageError(f"recipe {self.name} is a picture without runs: layerwise run {self.name} draws it")
         if scale not in content["scales"]:
             raise UsageError(f"scale={scale!r}: recipe {self.name} has {', '.join(content['scales'])}")
         chosen = content["scales"][scale]
@@ -131,8 +99,9 @@ class Recipe:
         layout = content["layout"]
         if layout not in LAYOUTS:
             raise UsageError(f"layout={layout!r} of recipe {self.name}: use one of {', '.join(LAYOUTS)}")
-        paper = _paper(content, chosen, subjects, arms, full_scale=not chosen.get("paper", scale != "smoke"))
-        in_epochs = runs[0].configuration.constants.epochs is not None
+        paper = _paper(content, chosen, subjects, arms, not chosen.get("paper", scale != "smoke"))
+        notes = [*chosen.get("notes", ()), *_stand_ins(content, subjects, paper)]
+        notes += [*content.get("own_notes", ()), *content.get("notes", ())]
         return Plan(
             name=f"{self.name}-{scale}{_suffix(vary or {})}",
             title=f"Smoke test of: {content['title']}" if scale == "smoke" else content["title"],
@@ -140,7 +109,7 @@ class Recipe:
             layout=layout,
             quantity=quantity_of(content["quantity"]),
             columns=tuple(chosen.get("columns", content.get("columns", ()))),
-            step_unit="epoch" if in_epochs else "iteration",
+            step_unit="iteration" if runs[0].configuration.constants.epochs is None else "epoch",
             subjects=tuple(subjects),
             arms=tuple(arms),
             seeds=given,
@@ -149,12 +118,7 @@ class Recipe:
             beside=tuple(chosen.get("beside", content.get("beside", ()))),
             claims=tuple(content.get("claims", ())),
             constants=sourced(content, chosen, subjects, arms),
-            notes=(
-                *chosen.get("notes", ()),
-                *_stand_ins(content, subjects, paper),
-                *content.get("own_notes", ()),
-                *content.get("notes", ()),
-            ),
+            notes=tuple(notes),
             scale=scale,
             data_title=chosen["needs"]["data"],
         )
@@ -169,12 +133,7 @@ def _suffix(vary: Mapping[str, Sequence[Any]]) -> str:
 
 
 def _paper(
-    content: Mapping[str, Any],
-    chosen: Mapping[str, Any],
-    subjects: Sequence[Subject],
-    arms: Sequence[Arm],
-    *,
-    full_scale: bool,
+    content: Table, chosen: Table, subjects: Sequence[Subject], arms: Sequence[Arm], full_scale: bool
 ) -> tuple[PaperValue, ...]:
     """Give the paper's numbers for what is run at a scale.
 
@@ -194,7 +153,7 @@ def _paper(
     )
 
 
-def _stand_ins(content: Mapping[str, Any], subjects: Sequence[Subject], paper: Sequence[PaperValue]) -> Iterator[str]:
+def _stand_ins(content: Table, subjects: Sequence[Subject], paper: Sequence[PaperValue]) -> Iterator[str]:
     """Say of which of the paper's subjects the numbers beside a smaller one are."""
     words = {row["name"]: row["words"] for row in content["subjects"]}
     shown = {row.subject for row in paper}
@@ -203,23 +162,19 @@ def _stand_ins(content: Mapping[str, Any], subjects: Sequence[Subject], paper: S
             yield f"The paper's numbers beside {subject.words} are those of {words[subject.stands_for]}."
 
 
-def _configuration(base: Mapping[str, Any], subject: Subject, arm: Arm) -> Configuration:
+def _configuration(base: Table, subject: Subject, arm: Arm) -> Configuration:
     """Put together what the runs of an arm are, but for their seeds."""
     varied = {name: value for name, value in subject.varied.items() if name in CONSTANTS}
     constants = Constants.of({**base, **subject.constants, **arm.constants, **varied})
     check(constants)
     rule = arm.rule
-    if rule is not None and isinstance(rule.get("phases"), Mapping):
-        rule = {**rule, "phases": _of_kind(rule["phases"], subject.kind)}
-    rule = resolved(rule, constants.epochs)
-    if rule is not None:
-        rule = with_arguments(rule, subject.varied)
+    if rule is not None and "phases" in rule:
+        rule = {**rule, "phases": phases(_of_kind(rule["phases"], subject.kind), constants.epochs)}
+    rule = with_arguments(rule, subject.varied)
     return Configuration.make(constants, rule=rule, apply=arm.apply)
 
 
-def _subjects(
-    content: Mapping[str, Any], chosen: Mapping[str, Any], vary: Mapping[str, Sequence[Any]]
-) -> list[Subject]:
+def _subjects(content: Table, chosen: Table, vary: Mapping[str, Sequence[Any]]) -> list[Subject]:
     """Give the subjects of a scale, times every combination of the varied constants."""
     wanted = chosen.get("subjects")
     rows = [row for row in content["subjects"] if wanted is None or row["name"] in wanted]
@@ -243,7 +198,7 @@ def _subjects(
                 name=f"{subject.name} {name}={value}",
                 words=f"{subject.words}, {name} {value}",
                 varied={**subject.varied, name: value},
-                origin=subject.origin or subject.name,
+                origin=subject.row,
             )
             for subject in subjects
             for value in values
@@ -251,23 +206,19 @@ def _subjects(
     return subjects
 
 
-def _argument(rule: Mapping[str, Any], name: str) -> Any:
+def _argument(rule: Table, name: str) -> Any:
     """Give an argument of a rule, or of its choice of layers; None where it has the default."""
     choice = rule.get("selection", {})
     return choice.get("of", choice).get(name, rule.get(name))
 
 
-def _arms(content: Mapping[str, Any], chosen: Mapping[str, Any], subjects: Sequence[Subject]) -> list[Arm]:
+def _arms(content: Table, chosen: Table, subjects: Sequence[Subject]) -> list[Arm]:
     """Give the arms of a scale: the listed ones, then one for each value of each grid; none that no subject has."""
     arms = [_arm(row, chosen, subjects) for row in content.get("arms", ())]
     for grid in content.get("grids", ()):
         given = chosen.get("values", {}).get(grid["group"], chosen.get("grid_values", grid["values"]))
-        allowed = [
-            subject
-            for subject in subjects
-            if "subjects" not in grid or (subject.origin or subject.name) in grid["subjects"]
-        ]
-        values = {(subject.origin or subject.name): _of_kind(given, subject.kind) for subject in allowed}
+        allowed = [subject for subject in subjects if "subjects" not in grid or subject.row in grid["subjects"]]
+        values = {subject.row: _of_kind(given, subject.kind) for subject in allowed}
         judged = grid.get("judged")
         row = {name: entry for name, entry in grid.items() if name not in ("values", "judged")}
         for value in sorted({value for listed in values.values() for value in listed}):
@@ -289,12 +240,12 @@ def _of_kind(entry: Any, kind: str) -> Any:
     return entry[kind]
 
 
-def _arm(row: Mapping[str, Any], chosen: Mapping[str, Any], subjects: Sequence[Subject]) -> Arm | None:
+def _arm(row: Table, chosen: Table, subjects: Sequence[Subject]) -> Arm | None:
     """Make an arm of its row, None if no subject has it; a scale may change its constants and take subjects away."""
     name = row.get("name")
     row = {**row, "constants": {**row.get("constants", {}), **chosen.get("arm_constants", {}).get(name, {})}}
     wanted = chosen.get("arm_subjects", {}).get(name, row.get("subjects", ()))
-    having = tuple(subject.name for subject in subjects if not wanted or (subject.origin or subject.name) in wanted)
+    having = tuple(subject.name for subject in subjects if not wanted or subject.row in wanted)
     row |= {"subjects": having if len(having) < len(subjects) else (), "against": tuple(row.get("against", ()))}
     try:
         return Arm(**row) if having else None
@@ -320,17 +271,6 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Recipe:
-    """Read a recipe.
-
-    Args:
-        name: one of ``names()``.
-
-    Returns:
-        The recipe.
-
-    Raises:
-        UsageError: there is none of this name.
-    """
     if name not in names():
         raise UsageError(f"recipe {name!r} is not known: layerwise list names them.{nearest(name, names())}")
     return Recipe(name, _content(name))
@@ -348,7 +288,7 @@ def _content(name: str) -> dict[str, Any]:
     return merged
 
 
-def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _laid_over(below: Table, above: Table) -> dict[str, Any]:
     """Merge tables; where both have a table it is merged, but for a constant, which is replaced."""
     merged = dict(below)
     for name, entry in above.items():

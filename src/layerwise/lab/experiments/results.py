@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import compress
+from itertools import compress, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,33 +26,16 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Cell:
-    """Mean and spread over seeds of one quantity at one step.
+    """Mean and spread over seeds of one quantity at one step."""
 
-    Attributes:
-        step: updates or epochs, as the plan counts.
-        mean: over the seeds that did not diverge; nan if all did.
-        sd: over them (n - 1); nan for fewer than two.
-        count: of them.
-        diverged: seeds that diverged before.
-    """
-
-    step: int
-    mean: float
-    sd: float
-    count: int
-    diverged: int = 0
-
-
-def _epoch_means(pairs: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Average what was recorded in each epoch."""
-    epochs: dict[int, list[float]] = {}
-    for epoch, value in pairs:
-        epochs.setdefault(epoch, []).append(value)
-    return [(epoch, statistics.fmean(values)) for epoch, values in epochs.items()]
+    step: int  # updates or epochs, as the plan counts
+    mean: float  # over the seeds that did not diverge; nan if all did
+    sd: float  # over them (n - 1); nan for fewer than two
+    count: int  # of them
+    diverged: int = 0  # seeds that diverged before
 
 
 def summarise(step: int, values: list[float], diverged: int = 0) -> Cell:
-    """Summarise values, one a seed."""
     mean = statistics.fmean(values) if values else math.nan
     sd = statistics.stdev(values) if len(values) > 1 else math.nan
     return Cell(step, mean, sd, len(values), diverged)
@@ -59,21 +43,10 @@ def summarise(step: int, values: list[float], diverged: int = 0) -> Cell:
 
 @dataclass
 class Results:
-    """The finished runs of a plan.
-
-    Attributes:
-        plan: what was to be done.
-        records: subject, arm and seed -> record.
-        tables: what was read of their numbers, by file.
-    """
-
     plan: Plan
     records: dict[Key, Record] = field(default_factory=dict)
     _series: dict[tuple[Key, str], list[tuple[int, float]]] = field(default_factory=dict, repr=False)
-    tables: dict[Path, polars.DataFrame] = field(default_factory=dict, repr=False)
-    _compared: tuple[list[Comparison] | None, dict[tuple[str, str], list[tuple[str, int | None, Comparison]]]] = field(
-        default=(None, {}), repr=False
-    )
+    tables: dict[Path, polars.DataFrame] = field(default_factory=dict, repr=False)  # read so far
     _made: dict[Callable[[Results], Any], tuple[int, Plan, Any]] = field(default_factory=dict, repr=False)
 
     def once(self, make: Callable[[Results], Made]) -> Made:
@@ -93,24 +66,27 @@ class Results:
         return {seed: record for seed, record in found.items() if record is not None}
 
     def diverged(self, subject: str, arm: str) -> frozenset[int]:
-        """Give the seeds of an arm that diverged."""
         return frozenset(seed for seed, record in self.of(subject, arm).items() if record.diverged)
 
     def metrics(self, key: Key) -> polars.DataFrame:
         """Give every number of one run; those of all runs are read together, and once."""
         file = self.records[key].metrics_file  # runs of one configuration are one run, under several names
         if file not in self.tables:
-            tables, broken = read_tables(each.metrics_file for each in self.records.values())
-            self.tables.update(tables)
+            broken = self._read()
             if file in broken:
                 raise UsageError(broken[file])
         return self.tables[file]
 
-    def leave_out_unreadable(self) -> list[str]:
-        """Read every table, and leave the runs out whose table is damaged; say which and why."""
+    def _read(self) -> dict[Path, str]:
+        """Read the tables that are not read yet; give those that are damaged, and why."""
         left = (each.metrics_file for each in self.records.values() if each.metrics_file not in self.tables)
         tables, broken = read_tables(left)
         self.tables.update(tables)
+        return broken
+
+    def leave_out_unreadable(self) -> list[str]:
+        """Read every table, and leave the runs out whose table is damaged; say which and why."""
+        broken = self._read()
         self.records = {key: each for key, each in self.records.items() if each.metrics_file not in broken}
         return list(broken.values())
 
@@ -126,51 +102,31 @@ class Results:
             found: dict[str, list[tuple[int, float]]] = {quantity: []}
             for name, place, value in zip(*kept, strict=True):
                 found.setdefault(name, []).append((place, value))
-            for name, pairs in found.items():
-                self._series[(key, name)] = _epoch_means(pairs) if by_epoch and name == "training_loss" else pairs
+            if by_epoch and "training_loss" in found:
+                epochs = groupby(found["training_loss"], key=itemgetter(0))
+                found["training_loss"] = [(epoch, statistics.fmean(map(itemgetter(1), rows))) for epoch, rows in epochs]
+            self._series.update({(key, name): pairs for name, pairs in found.items()})
         return self._series[(key, quantity)]
 
     def values(self, subject: str, arm: str, step: int | None = None) -> dict[int, float]:
-        """Give the plan's quantity of the runs of an arm that did not diverge: seed -> value.
+        """Give the plan's quantity at a step (None: the last) of an arm's runs that did not diverge: seed -> value."""
+        runs = {seed: record for seed, record in self.of(subject, arm).items() if not record.diverged}
+        found = {seed: self._value(record, (subject, arm, seed), step) for seed, record in runs.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
 
-        Args:
-            subject: its name.
-            arm: its name.
-            step: which one; None for the last.
-
-        Returns:
-            Seeds without this step are left out.
-        """
+    def _value(self, record: Record, key: Key, step: int | None) -> float | None:
         quantity = self.plan.quantity
-        found = {}
-        for seed, record in self.of(subject, arm).items():
-            if record.diverged:
-                continue
-            if quantity.name == "seconds":
-                found[seed] = record.summary["seconds"] - record.summary["test_seconds"]
-            elif quantity.take != "last":
-                value = _taken(quantity, self.series((subject, arm, seed), quantity.name))
-                if value is not None:
-                    found[seed] = value
-            elif step is None:
-                if record.summary["finals"].get(quantity.name) is not None:
-                    found[seed] = record.summary["finals"][quantity.name]
-            else:
-                value = dict(self.series((subject, arm, seed), quantity.name)).get(step)
-                if value is not None:
-                    found[seed] = value
-        return found
+        if quantity.name == "seconds":
+            return record.summary["seconds"] - record.summary["test_seconds"]
+        if quantity.take != "last":
+            return _taken(quantity, self.series(key, quantity.name))
+        if step is None:
+            return record.summary["finals"].get(quantity.name)
+        return dict(self.series(key, quantity.name)).get(step)
 
     def cell(self, subject: str, arm: str, step: int | None = None) -> Cell | None:
-        """Summarise the plan's quantity of an arm over seeds at a step (None: the last); None without a run."""
-        known = self.once(_no_cells)
-        if (subject, arm, step) not in known:
-            found = None
-            if self.of(subject, arm):
-                values = list(self.values(subject, arm, step).values())
-                found = summarise(-1 if step is None else step, values, len(self.diverged(subject, arm)))
-            known[subject, arm, step] = found
-        return known[subject, arm, step]
+        """Summarise the plan's quantity of an arm over seeds at a column (None: the last step); None without a run."""
+        return self.once(_cells).get((subject, arm, step))
 
     def cells(self, subject: str, arm: str) -> list[Cell | None]:
         """Give the cells of an arm at the plan's columns, or the last one alone."""
@@ -200,7 +156,6 @@ class Results:
 
     @cached_property
     def arms(self) -> dict[str, Arm]:
-        """Arms by their names."""
         return {arm.name: arm for arm in self.plan.arms}
 
     @cached_property
@@ -211,53 +166,16 @@ class Results:
     @property
     def compared(self) -> dict[tuple[str, str], list[tuple[str, int | None, Comparison]]]:
         """What each arm is compared with: subject and arm -> other arm, step, and what that shows."""
-        if self._compared[0] is not self._judged:
-            found: dict[tuple[str, str], list[tuple[str, int | None, Comparison]]] = {}
-            for (subject, arm, other, step), each in self.comparisons().items():
-                found.setdefault((subject, arm), []).append((other, step, each))
-            self._compared = self._judged, found
-        return self._compared[1]
-
-    @cached_property
-    def _judged(self) -> list[Comparison]:
-        quantity = self.plan.quantity
-        pairs = [
-            Pair(
-                subject=self.plan.subject(subject).words,
-                arm=arm.words,
-                against=other.words,
-                values=self.values(subject, arm.name, step),
-                reference=self.values(subject, other.name, step),
-                diverged=self.diverged(subject, arm.name),
-                diverged_reference=self.diverged(subject, other.name),
-                step=-1 if step is None else step,
-            )
-            for subject, arm, other in self.plan.pairs()
-            for step in self.plan.columns or (None,)
-        ]
-        return judge(
-            pairs,
-            quantity=quantity.words,
-            higher_is_better=quantity.higher_is_better,
-            unit=quantity.difference_unit,
-            family=max(1, self.family),
-        )
+        return self.once(_compared)
 
     def comparisons(self) -> dict[tuple[str, str, str, int | None], Comparison]:
         """Give every planned comparison: subject, arm, other arm, step -> what it shows, Holm over all of them."""
-        keys = [
-            (subject, arm.name, other.name, step)
-            for subject, arm, other in self.plan.pairs()
-            for step in self.plan.columns or (None,)
-        ]
-        return dict(zip(keys, self._judged, strict=True))
+        return self.once(_judged)
 
     def paper(self, subject: str, arm: str, step: int | None = None) -> PaperValue | None:
-        """Give the paper's number for a cell, or None."""
-        for value in self.plan.paper:
-            if (value.subject, value.arm, value.step, value.quantity) == (subject, arm, step, ""):
-                return value
-        return None
+        wanted = (subject, arm, step, "")
+        rows = (row for row in self.plan.paper if (row.subject, row.arm, row.step, row.quantity) == wanted)
+        return next(rows, None)
 
     def beside(self) -> list[Results]:
         """Give the same runs under each of the plan's other quantities, to be shown and compared in the same way."""
@@ -320,6 +238,49 @@ def _taken(quantity: Quantity, pairs: Sequence[tuple[int, float]]) -> float | No
     return (max if quantity.higher_is_better else min)((value for _, value in trained), default=None)
 
 
+def _cells(results: Results) -> dict[tuple[str, str, int | None], Cell]:
+    found: dict[tuple[str, str, int | None], Cell] = {}
+    for subject, arm in dict.fromkeys((subject, arm) for subject, arm, _ in results.records):
+        diverged = len(results.diverged(subject, arm))
+        for step in (*results.plan.columns, None):
+            values = list(results.values(subject, arm, step).values())
+            found[subject, arm, step] = summarise(-1 if step is None else step, values, diverged)
+    return found
+
+
+def _judged(results: Results) -> dict[tuple[str, str, str, int | None], Comparison]:
+    plan, quantity = results.plan, results.plan.quantity
+    pairs = {
+        (subject, arm.name, other.name, step): Pair(
+            subject=plan.subject(subject).words,
+            arm=arm.words,
+            against=other.words,
+            values=results.values(subject, arm.name, step),
+            reference=results.values(subject, other.name, step),
+            diverged=results.diverged(subject, arm.name),
+            diverged_reference=results.diverged(subject, other.name),
+            step=-1 if step is None else step,
+        )
+        for subject, arm, other in plan.pairs()
+        for step in plan.columns or (None,)
+    }
+    found = judge(
+        list(pairs.values()),
+        quantity=quantity.words,
+        higher_is_better=quantity.higher_is_better,
+        unit=quantity.difference_unit,
+        family=max(1, results.family),
+    )
+    return dict(zip(pairs, found, strict=True))
+
+
+def _compared(results: Results) -> dict[tuple[str, str], list[tuple[str, int | None, Comparison]]]:
+    found: dict[tuple[str, str], list[tuple[str, int | None, Comparison]]] = {}
+    for (subject, arm, other, step), each in results.comparisons().items():
+        found.setdefault((subject, arm), []).append((other, step, each))
+    return found
+
+
 def places_of(frames: Sequence[polars.DataFrame]) -> polars.Series:
     """Give for each row of all tables together the place of its table."""
     import numpy
@@ -328,38 +289,14 @@ def places_of(frames: Sequence[polars.DataFrame]) -> polars.Series:
     return polars.Series("place", numpy.repeat(numpy.arange(len(frames), dtype=numpy.uint32), heights))
 
 
-def _no_cells(results: Results) -> dict[tuple[str, str, int | None], Cell | None]:
-    return {}
-
-
-SCHEMA = {"layer": polars.String, "step": polars.Int64, "value": polars.Float64}
-
-
 def layer_means(results: Results, subject: str, arm: str, quantity: str) -> polars.DataFrame:
-    """Give the mean over seeds of a layer's quantity.
-
-    Args:
-        results: the finished runs.
-        subject: its name.
-        arm: its name.
-        quantity: of the metrics.
-
-    Returns:
-        Layer, step, value, in the order in which they were recorded; empty if it was not.
-    """
-    return results.once(_means_by_arm).get((subject, arm, quantity), polars.DataFrame(schema=SCHEMA))
+    """Give the mean over seeds of the layers' quantity: layer, step, value, in the order of their records."""
+    empty = polars.DataFrame(schema={"layer": polars.String, "step": polars.Int64, "value": polars.Float64})
+    return results.once(_means_by_arm).get((subject, arm, quantity), empty)
 
 
 def layer_ranges(results: Results, quantity: str) -> dict[tuple[str, str], dict[str, tuple[float, float, float]]]:
-    """Give mean, smallest and largest value of every layer over the steps, of the means over seeds that are numbers.
-
-    Args:
-        results: the finished runs, at least one.
-        quantity: of the metrics.
-
-    Returns:
-        Subject and arm -> layer -> mean, smallest, largest.
-    """
+    """Give mean, smallest and largest value of each layer over the steps, of the finite means over seeds."""
     arms, means = results.once(_means_of_layers)
     rows = (
         means.lazy()

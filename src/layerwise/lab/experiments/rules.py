@@ -29,17 +29,7 @@ def public(base: type) -> dict[str, Any]:
 def phases(name_or_rows: str | Sequence[Sequence[Any]], epochs: int | None) -> list[list[Any]]:
     """Give the phases of an amplification as rows of last epoch, whether it amplifies, and factor.
 
-    Named phases are compressed to the epochs of the run: an end e of 150 becomes e * epochs / 150, rounded.
-
-    Args:
-        name_or_rows: a key of ``PHASES``, or rows.
-        epochs: of the run.
-
-    Returns:
-        The rows.
-
-    Raises:
-        UsageError: an unknown name, or a run without epochs.
+    Named phases (keys of ``PHASES``) are compressed to the run: an end e of 150 becomes e * epochs / 150, rounded.
     """
     if not isinstance(name_or_rows, str):
         return [list(row) for row in name_or_rows]
@@ -54,16 +44,6 @@ def phases(name_or_rows: str | Sequence[Sequence[Any]], epochs: int | None) -> l
     return [[end, phase.amplify, phase.factor] for end, phase in zip(ends, whole, strict=True)]
 
 
-def resolved(rule: Mapping[str, Any] | None, epochs: int | None) -> dict[str, Any] | None:
-    """Write out what a rule's arguments only name, so that the configuration says all."""
-    if rule is None:
-        return None
-    written = dict(rule)
-    if "phases" in written:
-        written["phases"] = phases(written["phases"], epochs)
-    return written
-
-
 def arguments_of(rule: Mapping[str, Any] | None) -> set[str]:
     """Name the arguments of a rule that a sweep can vary: its own, those of its choice of layers, and the factor."""
     if rule is None:
@@ -75,23 +55,12 @@ def arguments_of(rule: Mapping[str, Any] | None) -> set[str]:
     return found - {"selection", "phases", "seed", "measured", "factors_by_pattern"}
 
 
-def with_arguments(rule: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a rule other arguments.
-
-    Args:
-        rule: with its phases as rows.
-        values: name -> value, as a command line has it: ``kinds`` are joined by "+".
-
-    Returns:
-        The rule with those of the arguments that it takes.
-
-    Raises:
-        UsageError: a value out of its range.
-    """
+def with_arguments(rule: Mapping[str, Any] | None, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Give a rule, its phases as rows, those of the values that it takes; a command line joins ``kinds`` by "+"."""
     known = arguments_of(rule)
     given = {name: _plain(name, value) for name, value in values.items() if name in known}
-    if not given:
-        return dict(rule)
+    if rule is None or not given:
+        return rule
     changed = {**rule, **given}
     if rule["name"] == "GradientAmplification":
         factor = given.pop("factor", None)
@@ -104,26 +73,15 @@ def with_arguments(rule: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Read a value of a command line."""
     if name == "kinds":
         return str(value).split("+")
     return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
 
 def make_rule(specification: Mapping[str, Any] | None, seed: int, replay: Path | None = None) -> Any:
-    """Make a rule from names and numbers.
+    """Make a rule of ``{"name": ..., **arguments}``; that of an amplification has ``selection``, alike, and ``phases``.
 
-    Args:
-        specification: ``{"name": ..., **arguments}``; that of ``GradientAmplification`` has ``selection``, itself
-            name and arguments, and ``phases``. Random choices take the seed of the run unless they name one.
-        seed: of the run.
-        replay: file of recorded factors, for ``Replay``.
-
-    Returns:
-        The rule, or None.
-
-    Raises:
-        UsageError: unknown name or argument, or a value out of its range.
+    Random choices take the seed of the run unless they name one. ``replay`` is the file of recorded factors.
     """
     if specification is None:
         return None
@@ -148,7 +106,6 @@ def make_rule(specification: Mapping[str, Any] | None, seed: int, replay: Path |
 
 
 def _selection(specification: Mapping[str, Any], seed: int) -> Any:
-    """Make the choice of layers of an amplification."""
     arguments = dict(specification)
     name = arguments.pop("name", None)
     known = public(LayerChoice)

@@ -8,13 +8,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise.lab.errors import UsageError
+from layerwise.lab.errors import INTERRUPTED, UsageError
 from layerwise.lab.experiments.plan import Plan, PlannedRun
 from layerwise.lab.experiments.pool import Failure, Interrupt, run_jobs
-from layerwise.lab.experiments.results import Results
+from layerwise.lab.experiments.results import Key, Results
 from layerwise.lab.runs.files import OwnFolder, check_page, refuse_links
 from layerwise.lab.runs.folder import Runs, alone_in
 from layerwise.lab.runs.record import Record
@@ -26,28 +27,18 @@ if TYPE_CHECKING:  # it imports PyTorch, for which a report does not wait
 
 LARGEST_JOBS = 1024
 
+Engine = Callable[..., list[Failure]]  # does chains side by side, as ``pool.run_jobs`` does jobs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a plan is carried out.
-
-    Attributes:
-        out: folder of the runs and the reports.
-        data_dir: folder of the data, or None.
-        jobs: processes side by side; None for one a GPU, and on the CPU for as many as the cores take.
-        threads: of each process; None for the plan's, which is 1. Another number rounds otherwise: other runs.
-        device: where networks are trained.
-        engine: ``"local"`` or ``"ray"``.
-        address: of the Ray cluster; None starts one here.
-    """
-
     out: Path = Path("runs")
     data_dir: Path | None = None
-    jobs: int | None = None
-    threads: int | None = None
+    jobs: int | None = None  # None: one a GPU, and on the CPU as many as the cores take
+    threads: int | None = None  # of each process; None for the plan's, which is 1
     device: str = "cpu"
     engine: str = "local"
-    address: str | None = None
+    address: str | None = None  # of the Ray cluster; None starts one here
 
     def __post_init__(self) -> None:
         if self.jobs is not None and not 1 <= self.jobs <= LARGEST_JOBS:
@@ -66,58 +57,33 @@ class Settings:
 class Display:
     """Where an experiment says what happens; this one says nothing."""
 
-    def begin(self, outcome: Outcome, workers: int) -> None:
-        """The plan is made and the finished runs are found."""
-
-    def advance(self, worker: int, run: str, done: int, total: int | None) -> None:
-        """A worker has done so many updates of a run."""
-
-    def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
-        """A run is finished with this result, in words."""
-
-    def stopping(self) -> None:
-        """The user has interrupted it; running processes write their checkpoints."""
-
-    def say(self, words: str) -> None:
-        """The user must know this."""
-
-    def end(self) -> None:
-        """No run is worked on any more."""
+    def begin(self, outcome: Outcome, workers: int) -> None: ...  # the finished runs are found
+    def advance(self, worker: int, run: str, done: int, total: int | None) -> None: ...  # updates of a run
+    def finished(self, worker: int, run: str, result: str, diverged: bool) -> None: ...  # the result in words
+    def stopping(self) -> None: ...  # the user has interrupted it; running processes write their checkpoints
+    def say(self, words: str) -> None: ...  # the user must know this
+    def end(self) -> None: ...  # no run is worked on any more
 
 
 @dataclass
 class Outcome:
-    """The results of an experiment, and how it ended.
-
-    Attributes:
-        plan: what was to be done.
-        settings: how.
-        results: the finished runs.
-        found: runs that were finished before.
-        set_aside: broken files that were renamed.
-        failures: runs that failed.
-        alike: every arm's first run failed in the same way, so that no further one was begun.
-        skipped: runs that another process works on.
-        interrupted: the user stopped it.
-        seconds: wall clock time.
-        jobs: number of processes.
-    """
+    """The results of an experiment, and how it ended."""
 
     plan: Plan
     settings: Settings
     results: Results
-    found: int = 0
-    set_aside: list[Path] = field(default_factory=list)
+    found: int = 0  # runs that were finished before
+    repeated: int = 0  # runs to be done that are another run of the plan under a second name: done once
+    set_aside: list[Path] = field(default_factory=list)  # broken files that were renamed
     failures: list[Failure] = field(default_factory=list)
-    alike: bool = False
-    skipped: list[str] = field(default_factory=list)
+    alike: bool = False  # every arm's first run failed in the same way, so that no further one was begun
+    skipped: list[str] = field(default_factory=list)  # runs that were not done, and why
     interrupted: bool = False
     seconds: float = 0.0
     jobs: int = 1
 
     @property
     def planned(self) -> int:
-        """Number of runs of the whole plan."""
         return len(self.plan.runs)
 
     @property
@@ -136,7 +102,6 @@ class Outcome:
 
     @property
     def complete(self) -> bool:
-        """Every run is finished."""
         return len(self.results.records) == self.planned
 
     @property
@@ -146,16 +111,13 @@ class Outcome:
 
     @property
     def report(self) -> Path:
-        """File of the report."""
         return self.folder / "report.html"
 
     @property
     def exit_code(self) -> int:
-        """0, 1 if a run failed or is left, 130 if interrupted."""
-        return 130 if self.interrupted else 0 if self.complete else 1
+        return INTERRUPTED if self.interrupted else 0 if self.complete else 1
 
     def result_words(self, record: Record) -> str:
-        """Give the result of a run in words."""
         quantity = self.plan.quantity
         if record.diverged:
             return "diverged"
@@ -166,15 +128,7 @@ class Outcome:
 
 
 def load_finished(plan: Plan, runs: Runs) -> Results:
-    """Read the runs of a plan that are finished.
-
-    Args:
-        plan: the experiment.
-        runs: all runs.
-
-    Returns:
-        The results so far; a control whose method's run is not finished is not looked for.
-    """
+    """Read the runs of a plan that are finished; a control whose method's run is not finished is not looked for."""
     from layerwise.lab.experiments.chain import finished_runs
 
     results = Results(plan)
@@ -193,7 +147,7 @@ def placed(plan: Plan, settings: Settings) -> Plan:
         threads = settings.threads or run.configuration.threads
         return replace(run, configuration=replace(run.configuration, threads=threads, device=device))
 
-    return replace(plan, runs=tuple(of(run) for run in plan.runs))
+    return replace(plan, runs=tuple(map(of, plan.runs)))
 
 
 def cards_of(device: str) -> int:
@@ -222,14 +176,9 @@ def chains_left(plan: Plan, results: Results, settings: Settings) -> list[Chain]
     different: dict[Any, tuple[PlannedRun, ...]] = {}
     for chain in plan.chains():
         different.setdefault(tuple((run.configuration.name, run.arm.control) for run in chain), chain)
+    where = {"out": settings.out, "data_dir": settings.data_dir, "device": settings.device}
     return [
-        Chain(
-            runs=chain,
-            out=settings.out,
-            data_dir=settings.data_dir,
-            device=settings.device,
-            labels=plan.labels(chain[0].subject),
-        )
+        Chain(runs=chain, labels=plan.labels(chain[0].subject), **where)
         for chain in different.values()
         if any(run.key not in results.records for run in chain)
     ]
@@ -238,12 +187,7 @@ def chains_left(plan: Plan, results: Results, settings: Settings) -> list[Chain]
 def fail_alike(runs: Sequence[PlannedRun], failures: Sequence[Failure]) -> bool:
     """Say whether runs fail whatever they are: every arm has failed in the same way, in two seeds or settings.
 
-    Args:
-        runs: that were to be done; controls are not counted, as each waits for its method's run.
-        failures: so far; no run was finished.
-
-    Returns:
-        Whether the rest would fail too, as far as can be told. The subjects of a recipe are tried each.
+    No run was finished. The subjects of a recipe are tried each. Controls, which wait for a method's run, do not count.
     """
 
     def arms(runs: Sequence[PlannedRun]) -> set[tuple[str, str]]:
@@ -262,19 +206,9 @@ def fail_alike(runs: Sequence[PlannedRun], failures: Sequence[Failure]) -> bool:
 def carry_out(
     plan: Plan, settings: Settings, display: Display | None = None, *, engine: Engine | None = None
 ) -> Outcome:
-    """Do the runs of a plan that are not finished yet.
+    """Do the runs of a plan that are not finished yet; tables and report are not written.
 
-    Args:
-        plan: the experiment.
-        settings: how.
-        display: told what happens.
-        engine: what does the chains, as ``pool.run_jobs`` does jobs; None for the one that the settings name.
-
-    Returns:
-        The outcome; tables and report are not written by this function.
-
-    Raises:
-        UsageError: a value that cannot be used, or the folder cannot be written.
+    ``engine`` is the one that the settings name, or another.
     """
     from layerwise.lab.experiments.chain import Advance, Finished, Memory, Skipped
 
@@ -291,10 +225,11 @@ def carry_out(
     # Runs beside one another take each other's time: where that is what is asked, they go one by one.
     outcome.jobs, loaders = side_by_side(settings, 1 if plan.quantity.name == "seconds" else len(chains))
     chains = [replace(chain, loaders=loaders) for chain in chains]
-    planned: dict[tuple[str, str, int], PlannedRun] = {run.key: run for run in plan.runs}
-    skipped: dict[tuple[str, str, int], str] = {}
+    planned = {run.key: run for run in plan.runs}
     asked = [run for chain in chains for run in chain.runs]  # of equal chains the first alone
     left = [run for run in asked if run.key not in outcome.results.records]
+    outcome.repeated = outcome.planned - outcome.found - len(left)
+    skipped: dict[Key, str] = {}
     failures: list[Failure] = []
     told: set[str] = set()
 
@@ -342,15 +277,11 @@ def carry_out(
     outcome.results.records |= load_finished(plan, runs).records
     outcome.skipped += outcome.results.leave_out_unreadable()
     failed = {failure.doing for failure in outcome.failures}
-    for run in asked:
-        if run.key in outcome.results.records or run.label in failed or outcome.interrupted or outcome.alike:
-            continue
-        outcome.skipped.append(f"{run.label}: {skipped.get(run.key, 'the process that was to do it ended')}")
+    for run in [] if outcome.interrupted or outcome.alike else asked:
+        if run.key not in outcome.results.records and run.label not in failed:
+            outcome.skipped.append(f"{run.label}: {skipped.get(run.key, 'the process that was to do it ended')}")
     outcome.seconds = time.perf_counter() - clock
     return outcome
-
-
-Engine = Callable[..., list[Failure]]
 
 
 def _engine(settings: Settings) -> Engine:
@@ -359,7 +290,7 @@ def _engine(settings: Settings) -> Engine:
         return _local
     from layerwise.lab.experiments import ray as cluster
 
-    return lambda chains, jobs, **told: cluster.run_chains(chains, jobs, address=settings.address, **told)
+    return partial(cluster.run_chains, address=settings.address)
 
 
 def _local(chains: Sequence[Chain], jobs: int, **told: Any) -> list[Failure]:

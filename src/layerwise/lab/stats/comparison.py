@@ -1,79 +1,46 @@
-"""What paired runs show, and what they do not.
+"""What paired runs show: a difference where three tests agree, else "no difference shown", with the reason.
 
-Every comparison is paired: both arms of a seed begin with the same weights and see the same batches, so the
-differences are free of the spread between seeds. A difference is called only where
+Both arms of a seed begin with the same weights and see the same batches. A difference is called where at least
+MINIMUM_PAIRS pairs can be compared, the 95 % bootstrap interval of the mean difference leaves out 0, and the p-value of
+Student's paired t, adjusted by Holm's procedure for all planned comparisons, is below ALPHA.
 
-* at least MINIMUM_PAIRS pairs can be compared,
-* the 95 % bootstrap interval of the mean difference leaves out 0, and
-* the p-value of Student's paired t, adjusted by Holm's procedure for all planned comparisons, is below ALPHA.
-
-Everything else is "no difference shown", with the reason.
-
-A diverged run counts as diverged. It has no number that means anything (chance level, NaN and 1e30 all say the same),
-so the numbers are of the pairs in which neither run diverged, and the count of diverged runs stands beside them. The
-pairs left are then the ones that an arm survived: an arm that diverged more often than the other is judged on its
-easier seeds, and so is never called the better one of the two, whichever it is. It may still be called the worse one.
-Where both diverged equally often the numbers decide. Divergence alone is reported as a count and not as an outcome.
-
-Reference:
-    ``layerwise.lab.stats.bootstrap`` for the interval, the p-value and the correction.
+A diverged run has no number that means anything, so numbers are of the pairs in which neither run diverged. These are
+the pairs that an arm survived: an arm that diverged more often than the other is judged on its easier seeds, and is
+never called the better one of the two. It may still be called the worse one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.stats.bootstrap import bootstrap_interval, holm, paired_p_value
 from layerwise.lab.stats.wording import counted, decimals_of, probability, signed
 
-ALPHA = 0.05
-"""Chance, over all comparisons together, of calling a difference where there is none."""
-
-MINIMUM_PAIRS = 5
-"""Fewer pairs than this show nothing: their bootstrap interval is far from 95 % sure."""
-
-NONE = "no difference shown"
-"""The outcome where nothing is called; the others are "lower" and "higher" with the quantity."""
-
-DUST = 1e-11
-"""What subtraction leaves of equal numbers, relative to the largest of them: differences this small are 0."""
+ALPHA = 0.05  # chance, over all comparisons together, of calling a difference where there is none
+MINIMUM_PAIRS = 5  # fewer pairs than this show nothing: their bootstrap interval is far from 95 % sure
+NONE = "no difference shown"  # where nothing is called; other outcomes are "lower" and "higher" with the quantity
+DUST = 1e-11  # what subtraction leaves of equal numbers, relative to the largest of them: differences this small are 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two arms that are to be compared, with their numbers by seed.
+    """Two arms that are to be compared, with their numbers by seed."""
 
-    Attributes:
-        subject: what both arms have in common, in words, such as the solver.
-        arm: the arm in question, in words.
-        against: the other arm, in words that can follow "beats", such as "the plain solver".
-        step: updates after which the quantity was measured.
-        values: seed -> quantity of the arm; of a diverged seed anything or nothing.
-        reference: seed -> quantity of the other arm.
-        diverged: seeds in which the arm diverged.
-        diverged_reference: seeds in which the other arm diverged.
-
-    Raises:
-        UsageError: a number is not finite and its seed is not among the diverged ones.
-    """
-
-    subject: str
-    arm: str
-    against: str
-    step: int
-    values: Mapping[int, float]
-    reference: Mapping[int, float]
-    diverged: frozenset[int] = field(default_factory=frozenset)
-    diverged_reference: frozenset[int] = field(default_factory=frozenset)
+    subject: str  # what both arms have in common, in words, such as the solver
+    arm: str  # in words
+    against: str  # the other arm, in words that can follow "beats", such as "the plain solver"
+    step: int  # updates after which the quantity was measured
+    values: Mapping[int, float]  # seed -> quantity of the arm; of a diverged seed anything or nothing
+    reference: Mapping[int, float]  # seed -> quantity of the other arm
+    diverged: frozenset[int] = frozenset()
+    diverged_reference: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        for name, numbers, diverged in (
-            ("values", self.values, self.diverged),
-            ("reference", self.reference, self.diverged_reference),
-        ):
+        own, other = ("values", self.values, self.diverged), ("reference", self.reference, self.diverged_reference)
+        for name, numbers, diverged in (own, other):
             for seed, value in numbers.items():
                 if seed not in diverged and not math.isfinite(value):
                     suffix = "_reference" if name == "reference" else ""
@@ -85,58 +52,34 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One arm against another, paired by seed.
-
-    Attributes:
-        subject: what both arms have in common, in words.
-        arm: the arm in question, in words.
-        against: the other arm, in words.
-        step: updates after which the quantity was measured.
-        seeds: of the pairs in which neither run diverged.
-        differences: quantity of ``arm`` minus that of ``against``, one for each of ``seeds``.
-        mean: of the differences; None without a pair.
-        sd: of the differences (n - 1); None with fewer than two pairs.
-        low: lower end of the 95 % interval; None with fewer than ``MINIMUM_PAIRS`` pairs or without spread.
-        high: upper end.
-        p: two-sided p-value; None where ``low`` is.
-        adjusted_p: after Holm's procedure over the family; None where ``low`` is.
-        outcome: "lower" or "higher" with the quantity, or ``NONE``.
-        reason: why the outcome is ``NONE``, or "".
-        diverged: seeds run by both arms in which ``arm`` diverged.
-        diverged_against: the same of ``against``.
-        quantity: what is compared, in the singular and without an article.
-        higher_is_better: which way of it is good.
-        unit: of the differences, or "".
-    """
+    """One arm against another, paired by seed."""
 
     subject: str
     arm: str
     against: str
     step: int
-    seeds: tuple[int, ...]
-    differences: tuple[float, ...]
-    mean: float | None
-    sd: float | None
-    low: float | None
+    seeds: tuple[int, ...]  # of the pairs in which neither run diverged
+    differences: tuple[float, ...]  # quantity of `arm` minus that of `against`, one for each of `seeds`
+    mean: float | None  # None without a pair
+    sd: float | None  # (n - 1); None with fewer than two pairs
+    low: float | None  # end of the 95 % interval; None with fewer than MINIMUM_PAIRS pairs or without spread
     high: float | None
-    p: float | None
-    adjusted_p: float | None
-    outcome: str
-    reason: str
-    diverged: tuple[int, ...]
+    p: float | None  # two-sided; None where `low` is
+    adjusted_p: float | None = None  # after Holm's procedure over the family
+    outcome: str = NONE  # or "lower" or "higher" with the quantity
+    reason: str  # why the outcome is NONE
+    diverged: tuple[int, ...]  # seeds run by both arms in which `arm` diverged
     diverged_against: tuple[int, ...]
-    quantity: str
+    quantity: str  # in the singular and without an article
     higher_is_better: bool
-    unit: str
+    unit: str  # of the differences
 
     @property
     def better(self) -> bool:
-        """The arm is shown to be better than the other."""
         return self.outcome == f"{'higher' if self.higher_is_better else 'lower'} {self.quantity}"
 
     @property
     def worse(self) -> bool:
-        """The arm is shown to be worse than the other."""
         return self.outcome != NONE and not self.better
 
     @property
@@ -161,7 +104,6 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
-        """The outcome in words."""
         if self.outcome == NONE:
             pair = f"{self.arm} and {self.against}"
             words = f"no difference shown between {pair} ({self.statistics}; {self.reason})."
@@ -181,25 +123,10 @@ def judge(
 ) -> list[Comparison]:
     """Compare every pair of arms, with Holm's correction over all of them.
 
-    Args:
-        pairs: all comparisons of one quantity that there are so far.
-        quantity: what is compared, in the singular and without an article: "test error", "accuracy", "running time".
-        higher_is_better: which way of it is good.
-        unit: of the differences: "points", "s", or "" for none.
-        family: number of comparisons that were planned together; those not in ``pairs`` count as p = 1. None: as many
-            as there are pairs.
-
-    Returns:
-        One comparison a pair, in their order.
-
-    Raises:
-        UsageError: ``quantity`` is empty, or ``family`` is less than the number of pairs.
+    ``family`` comparisons were planned together, as many as there are pairs if it is None; those not in ``pairs`` count
+    as p = 1.
     """
-    if not quantity:
-        raise UsageError(f"quantity={quantity!r}: must name what is compared, such as 'test error'")
     planned = len(pairs) if family is None else family
-    if planned < len(pairs):
-        raise UsageError(f"family={family!r}: must be at least the {len(pairs)} comparisons that are given; raise it")
     measured = [_measure(pair, quantity, higher_is_better, unit) for pair in pairs]
     # What cannot be judged is never called; as p = 1 it stays in the family without making room for the others.
     p_values = [1.0 if each.p is None else each.p for each in measured]
@@ -249,8 +176,6 @@ def _measure(pair: Pair, quantity: str, higher_is_better: bool, unit: str) -> Co
         low=low,
         high=high,
         p=p,
-        adjusted_p=None,
-        outcome=NONE,
         reason=reason,
         diverged=tuple(sorted(ran & pair.diverged)),
         diverged_against=tuple(sorted(ran & pair.diverged_reference)),

@@ -12,7 +12,6 @@ def listed(names: Sequence[str]) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Write a number of things."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
@@ -33,5 +32,4 @@ def probability(p: float, alpha: float) -> str:
 
 
 def signed(value: float, decimals: int = 2) -> str:
-    """Write a difference with its sign."""
     return f"{value:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
