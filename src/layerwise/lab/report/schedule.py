@@ -8,7 +8,7 @@ from pathlib import Path
 from layerwise.lab.experiments.recipe import Recipe
 from layerwise.lab.experiments.rules import phases
 from layerwise.lab.report.figures import Figure, Table, quantitative, tip
-from layerwise.lab.report.templates import rendered
+from layerwise.lab.report.rendering import rendered
 from layerwise.lab.runs.files import OwnFolder
 
 COLOURS = ["var(--c1)", "var(--c7)", "var(--line)", "var(--c2)", "var(--c3)"]
