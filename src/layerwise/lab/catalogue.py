@@ -89,6 +89,7 @@ def entries(names: Sequence[str], out: Path, folder: Path | None) -> list[dict[s
 
 
 def show(names: Sequence[str], out: Path, folder: Path | None, *, as_json: bool, program: str) -> str:
+    """Write ``entries`` as text, one alone in detail, or as JSON; ``program`` begins the commands that it names."""
     listed = entries(names, out, folder)
     if as_json:
         return json.dumps(listed, indent=2) + "\n"

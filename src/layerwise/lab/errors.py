@@ -47,6 +47,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """Say in one line how to get a missing module of the extra ``lab``; None if it is none of ``LAB_MODULES``."""
     module = (error.name or "").partition(".")[0]
     if module not in LAB_MODULES:
         return None

@@ -21,6 +21,7 @@ LONGEST_NOTE = 42  # letters beside a bar: as in "120/480 runs, 1,234 updates/s,
 
 
 def duration(seconds: float) -> str:
+    """Write a time: in seconds below 90 s, in minutes below 90 min, else in hours."""
     if seconds >= 5400:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
@@ -84,6 +85,7 @@ class Meter:
             self._target.print(shown(f"{self._doing}: {self.words(done, total)}"), markup=False)
 
     def words(self, done: float, total: float | None) -> str:
+        """Write the count, the rate a second and the time left, as far as they are known."""
         passed, new = time.monotonic() - self._began, done - (self._first or 0.0)
         of = "" if total is None else f"/{_number(total / self._scale)}"
         words = [f"{_number(done / self._scale)}{of} {self._unit}"]
@@ -110,6 +112,7 @@ class RunDisplay(Display):
         self._bars: Progress | None = None
 
     def begin(self, outcome: Outcome, workers: int) -> None:
+        """Say what is run, what was found and what is left; in a terminal the bars start, unless nothing is left."""
         self._clock = self._last = time.monotonic()
         self._count = self._found = outcome.found
         self._total = outcome.planned - outcome.repeated
@@ -156,12 +159,15 @@ class RunDisplay(Display):
             self.say(f"{run} diverged")
 
     def stopping(self) -> None:
+        """Say that checkpoints are being written, and what another Ctrl-C does."""
         self.say("Stopping: the runs at work write their checkpoints; Ctrl-C again gives up at once.")
 
     def say(self, words: str) -> None:
+        """Print a line, above the bars if there are any, with control characters escaped."""
         self.target.print(shown(words), markup=False)
 
     def end(self) -> None:
+        """Take the bars away; lines that were printed stay."""
         if self._bars is not None:
             self._bars.stop()
 
@@ -200,4 +206,5 @@ class RunDisplay(Display):
 
 
 def display(target: Console, *, silent: bool) -> Display:
+    """Make what shows the runs of an experiment; a silent one shows nothing."""
     return Display() if silent else RunDisplay(target)

@@ -46,6 +46,7 @@ class Chain:
 
     @property
     def name(self) -> str:
+        """Label of the first run, by which the master calls the chain until a run is begun."""
         return self.runs[0].label
 
     @property
@@ -304,4 +305,5 @@ class Alone:
     ) -> None:
         self.stopped, self.send = stop, message
 
-    def doing(self, name: str) -> None: ...  # a crash here needs no name
+    def doing(self, name: str) -> None:
+        """Do nothing: a crash here needs no name."""

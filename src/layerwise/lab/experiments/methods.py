@@ -19,6 +19,8 @@ UNMEASURED = ("amplification-random", "amplification-all")  # controls of the am
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
+    """A rule that can be an arm on a person's own task, with arguments that were not tuned for it."""
+
     words: str
     rule: Mapping[str, Any]  # its name and arguments, without the phases of an amplification
     against: tuple[str, ...] = ()  # methods that are its controls where they are arms too

@@ -144,11 +144,14 @@ class PaperValue:
 
     @property
     def label(self) -> str:
+        """What tables call it; where the runs beside it are of a smaller scale, this says so."""
         return "paper, full scale" if self.full_scale else "paper"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
+    """One arm on one subject with one seed: what a worker does, or finds done."""
+
     subject: str
     arm: Arm
     seed: int
@@ -157,15 +160,19 @@ class PlannedRun:
 
     @property
     def key(self) -> tuple[str, str, int]:
+        """Names of subject and arm, and seed: no other run of the plan has these, and results are kept under them."""
         return self.subject, self.arm.name, self.seed
 
     @property
     def label(self) -> str:
+        """Subject, arm and seed in words: what messages and failures call it."""
         return f"{self.subject} {self.arm.name} seed {self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
+    """An experiment before it is done: all of its runs, and what tables, figures and comparisons show of them."""
+
     name: str  # of its folder
     title: str
     source: str  # paper and section, or the user's file
@@ -191,12 +198,15 @@ class Plan:
             quantity_of(name)
 
     def arms_of(self, subject: str) -> list[Arm]:
+        """List the arms that the subject of this name is tried with, in the plan's order."""
         return [arm for arm in self.arms if not arm.subjects or subject in arm.subjects]
 
     def arm(self, name: str) -> Arm:
+        """Find the arm of this name, which must be in the plan."""
         return next(arm for arm in self.arms if arm.name == name)
 
     def subject(self, name: str) -> Subject:
+        """Find the subject of this name, which must be in the plan."""
         return next(subject for subject in self.subjects if subject.name == name)
 
     def pairs(self) -> Iterator[tuple[str, Arm, Arm]]:

@@ -55,6 +55,7 @@ class Link:
         self._stopped = False
 
     def stopped(self) -> bool:
+        """Tell whether the worker is to stop, as it is when the master has died; once true, it stays true."""
         if not self._stopped and self._connection.poll():
             self._stopped = True
         return self._stopped
@@ -64,6 +65,7 @@ class Link:
         self._connection.send(("doing", name))
 
     def send(self, message: object) -> None:
+        """Send something that can be pickled to the master, whose ``on_message`` gets it."""
         self._connection.send(("message", message))
 
 

@@ -55,6 +55,7 @@ class Recipe:
 
     @property
     def title(self) -> str:
+        """Title as the file has it, for every scale; the plan of a smoke test has words before it that say so."""
         return self.content["title"]
 
     @property
@@ -271,6 +272,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Recipe:
+    """Read a recipe and lay it over what it extends; a name that ``names`` does not have is refused."""
     if name not in names():
         raise UsageError(f"recipe {name!r} is not known: layerwise list names them.{nearest(name, names())}")
     return Recipe(name, _content(name))

@@ -36,6 +36,7 @@ class Cell:
 
 
 def summarise(step: int, values: list[float], diverged: int = 0) -> Cell:
+    """Make a cell of the values of the seeds that did not diverge; ``diverged`` is the number of those that did."""
     mean = statistics.fmean(values) if values else math.nan
     sd = statistics.stdev(values) if len(values) > 1 else math.nan
     return Cell(step, mean, sd, len(values), diverged)
@@ -43,6 +44,8 @@ def summarise(step: int, values: list[float], diverged: int = 0) -> Cell:
 
 @dataclass
 class Results:
+    """The records of a plan's finished runs, by subject, arm and seed, and everything that is worked out from them."""
+
     plan: Plan
     records: dict[Key, Record] = field(default_factory=dict)
     _series: dict[tuple[Key, str], list[tuple[int, float]]] = field(default_factory=dict, repr=False)
@@ -66,6 +69,7 @@ class Results:
         return {seed: record for seed, record in found.items() if record is not None}
 
     def diverged(self, subject: str, arm: str) -> frozenset[int]:
+        """Find the seeds of an arm's finished runs that diverged."""
         return frozenset(seed for seed, record in self.of(subject, arm).items() if record.diverged)
 
     def metrics(self, key: Key) -> polars.DataFrame:
@@ -156,6 +160,7 @@ class Results:
 
     @cached_property
     def arms(self) -> dict[str, Arm]:
+        """The plan's arms by name, in its order."""
         return {arm.name: arm for arm in self.plan.arms}
 
     @cached_property
@@ -173,6 +178,7 @@ class Results:
         return self.once(_judged)
 
     def paper(self, subject: str, arm: str, step: int | None = None) -> PaperValue | None:
+        """Find the paper's value of the plan's own quantity at a step (None: the last); None if the paper has none."""
         wanted = (subject, arm, step, "")
         rows = (row for row in self.plan.paper if (row.subject, row.arm, row.step, row.quantity) == wanted)
         return next(rows, None)

@@ -32,6 +32,8 @@ Engine = Callable[..., list[Failure]]  # does chains side by side, as ``pool.run
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
+    """Where runs are kept and what does them; values that cannot be used are refused at once."""
+
     out: Path = Path("runs")
     data_dir: Path | None = None
     jobs: int | None = None  # None: one a GPU, and on the CPU as many as the cores take
@@ -57,12 +59,23 @@ class Settings:
 class Display:
     """Where an experiment says what happens; this one says nothing."""
 
-    def begin(self, outcome: Outcome, workers: int) -> None: ...  # the finished runs are found
-    def advance(self, worker: int, run: str, done: int, total: int | None) -> None: ...  # updates of a run
-    def finished(self, worker: int, run: str, result: str, diverged: bool) -> None: ...  # the result in words
-    def stopping(self) -> None: ...  # the user has interrupted it; running processes write their checkpoints
-    def say(self, words: str) -> None: ...  # the user must know this
-    def end(self) -> None: ...  # no run is worked on any more
+    def begin(self, outcome: Outcome, workers: int) -> None:
+        """Begin: the finished runs are found, and ``workers`` processes are to do the others."""
+
+    def advance(self, worker: int, run: str, done: int, total: int | None) -> None:
+        """Take in how many updates a run has done; workers count from 0, and ``total`` is None if it is not known."""
+
+    def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
+        """Take in that a run is finished; ``result`` is what came of it in words."""
+
+    def stopping(self) -> None:
+        """Take in that the user has interrupted it; running processes write their checkpoints."""
+
+    def say(self, words: str) -> None:
+        """Pass on a line that the user must know."""
+
+    def end(self) -> None:
+        """End: no run is worked on any more, whether all are finished, some failed or the user interrupted it."""
 
 
 @dataclass
@@ -84,6 +97,7 @@ class Outcome:
 
     @property
     def planned(self) -> int:
+        """Number of all runs of the plan, those found and those repeated among them."""
         return len(self.plan.runs)
 
     @property
@@ -102,6 +116,7 @@ class Outcome:
 
     @property
     def complete(self) -> bool:
+        """Whether every run of the plan has a record that can be read, as a diverged one has too."""
         return len(self.results.records) == self.planned
 
     @property
@@ -111,13 +126,16 @@ class Outcome:
 
     @property
     def report(self) -> Path:
+        """Path of the page, whether or not it is written yet."""
         return self.folder / "report.html"
 
     @property
     def exit_code(self) -> int:
+        """Exit code of the program: 130 after an interrupt, 0 if every run is finished, else 1."""
         return INTERRUPTED if self.interrupted else 0 if self.complete else 1
 
     def result_words(self, record: Record) -> str:
+        """Write the last value of the plan's quantity with its unit, or "diverged", or "no result"."""
         quantity = self.plan.quantity
         if record.diverged:
             return "diverged"

@@ -39,6 +39,7 @@ def spans(recipe: Recipe) -> list[tuple[str, int, int, str]]:
 
 
 def draw(recipe: Recipe) -> Figure:
+    """Draw the spans of a recipe as bars over epochs, a row for the rate and one for each kind of network."""
     rows = spans(recipe)
     names, first, last, what = map(list, zip(*rows, strict=True))
     colours = {"domain": list(dict.fromkeys(what)), "range": COLOURS}

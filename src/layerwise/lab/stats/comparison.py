@@ -76,10 +76,12 @@ class Comparison:
 
     @property
     def better(self) -> bool:
+        """Whether a difference is called, and in the arm's favour."""
         return self.outcome == f"{'higher' if self.higher_is_better else 'lower'} {self.quantity}"
 
     @property
     def worse(self) -> bool:
+        """Whether a difference is called, and to the disadvantage of the arm."""
         return self.outcome != NONE and not self.better
 
     @property
@@ -104,6 +106,7 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
+        """The outcome with its numbers in a sentence; if runs diverged, another one says how many."""
         if self.outcome == NONE:
             pair = f"{self.arm} and {self.against}"
             words = f"no difference shown between {pair} ({self.statistics}; {self.reason})."

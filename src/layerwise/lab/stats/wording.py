@@ -12,6 +12,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def counted(number: int, noun: str) -> str:
+    """Write a number and its noun, in the plural unless the number is 1."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
@@ -32,4 +33,5 @@ def probability(p: float, alpha: float) -> str:
 
 
 def signed(value: float, decimals: int = 2) -> str:
+    """Write a number with its sign, which is "+" or a true minus, not a hyphen."""
     return f"{value:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
