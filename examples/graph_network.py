@@ -6,12 +6,11 @@ python examples/graph_network.py [SEEDS]
 import sys
 
 import torch
-from layerwise.lab.data.neighbours import nearest_neighbours
 from torch.nn import functional
 
 import layerwise
 from layerwise.lab import data
-from layerwise.lab.models.graph import GraphNetwork, normalised
+from layerwise.lab.models.graph import GraphNetwork, nearest_neighbours, normalised
 
 RATE, STEPS, NODES, LABELLED, NEIGHBOURS = 0.1, 60, 1000, 5, 10
 digits = data.load("digits5k")

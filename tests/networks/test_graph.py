@@ -10,18 +10,10 @@ from torch.nn import functional
 
 import layerwise
 from layerwise.lab.errors import UsageError
-from layerwise.lab.models.graph import GraphNetwork, normalised
+from layerwise.lab.models.graph import GraphNetwork, nearest_neighbours, normalised
 from layerwise.rules import LayerAdaptive, LayerDecay
 
 from .by_hand import CASES, loss_of_nodes, ring
-
-
-def nearest_neighbours(features, count):
-    """Join each node to its nearest others by Euclidean distance, in either direction: the adjacency, 1 or 0."""
-    distances = torch.cdist(features, features).fill_diagonal_(torch.inf)
-    nearest = distances.topk(count, largest=False).indices
-    adjacency = torch.zeros(len(features), len(features)).scatter_(1, nearest, 1.0)
-    return torch.maximum(adjacency, adjacency.T)
 
 
 @pytest.mark.parametrize(

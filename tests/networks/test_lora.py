@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 import layerwise
+from layerwise.lab.data import text
 from layerwise.lab.models.transformer import TransformerLanguageModel
 from layerwise.rules import LayerAdaptive, LayerDecay
 
-from . import text
 from .by_hand import CASES, OPTIMIZERS, ByHand, Layers, PermanentGroups, expected_factors, loss_of_text, named
 
 pytest.importorskip("peft", reason="peft is not installed: adapters are not tested")

@@ -12,11 +12,11 @@ from torch.nn import functional
 
 import layerwise
 import reference
+from layerwise.lab.data import text
 from layerwise.lab.errors import UsageError
 from layerwise.lab.models.transformer import TransformerLanguageModel
 from layerwise.rules import LayerAdaptive, LayerDecay
 
-from . import text
 from .by_hand import CASES, loss_of_text
 
 

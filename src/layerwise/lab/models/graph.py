@@ -9,6 +9,14 @@ from torch.nn import functional
 from layerwise.lab.models import check_sizes, seeded
 
 
+def nearest_neighbours(features: torch.Tensor, count: int) -> torch.Tensor:
+    """Join each node to its nearest others by Euclidean distance, in either direction: the adjacency, 1 or 0."""
+    distances = torch.cdist(features, features).fill_diagonal_(torch.inf)
+    nearest = distances.topk(count, largest=False).indices
+    adjacency = torch.zeros(len(features), len(features)).scatter_(1, nearest, 1.0)
+    return torch.maximum(adjacency, adjacency.T)
+
+
 def normalised(adjacency: torch.Tensor) -> torch.Tensor:
     """Normalise a symmetric dense adjacency with a diagonal of zeros: Â = D^-½ (A + I) D^-½, D the row sums of A + I.
 
