@@ -17,6 +17,7 @@ TITLES = {
     "steps": "One optimizer step",
     "iterations": "A whole training iteration",
     "peers": "Other implementations, and what the memory allows",
+    "methods": "Further methods, and other implementations of them",
     "growth": "Growth",
     "counts": "Operations on an accelerator, counted on tensors that only claim to be there",
     "memory": "Memory",

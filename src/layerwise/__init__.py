@@ -5,18 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import rules, sinks
-    from .adapter import LayerwiseLR
+    from .adapter import LayerwiseLR, attach
     from .backward import step_in_backward
     from .checkpoint import load_checkpoint
     from .diagnosis import diagnose
-    from .layers import param_groups
     from .monitor import Monitor
+    from .rules.permanent_groups import param_groups
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LayerwiseLR",
     "Monitor",
+    "attach",
     "diagnose",
     "load_checkpoint",
     "param_groups",
@@ -28,9 +29,10 @@ __all__ = [
 _MODULES = {
     "LayerwiseLR": "adapter",
     "Monitor": "monitor",
+    "attach": "adapter",
     "diagnose": "diagnosis",
     "load_checkpoint": "checkpoint",
-    "param_groups": "layers",
+    "param_groups": "rules.permanent_groups",
     "rules": "rules",
     "sinks": "sinks",
     "step_in_backward": "backward",

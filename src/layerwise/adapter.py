@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ._arguments import StaysBehind, check_choice, chosen
 from ._fused import DealtStep, can_be_dealt
 from ._hooks import OptimizerHooks, makes_state_only
-from ._places.allowed import automatic_place, check_groups, check_place, no_effect, scales_writes
+from ._places.allowed import automatic_place, check_groups, check_method, check_place, no_effect, scales_writes
 from ._places.averaging import compare_gradients
 from ._places.known_groups import KnownGroups
 from ._places.trial import try_again, verdict_of
@@ -33,7 +33,7 @@ from ._tensors import (
     warn_without_values,
 )
 from ._writes import is_compiled
-from .apply import Factors, Partition, Place, PrivateStep, Split, Step, Writes, make_place
+from .apply import Factor, Factors, FinishedStep, Partition, Place, PrivateStep, Split, Step, Writes, make_place
 from .layers import (
     Exclusion,
     Layer,
@@ -48,21 +48,34 @@ from .layers import (
     named_parameters_of,
     warn_of_unmeasured,
 )
-from .optimizers import PLACES, PlaceName, acting_optimizer, check_backward_is_over, is_foreign, refuse, unwrap
+from .optimizers import (
+    PLACES,
+    PlaceName,
+    acting_optimizer,
+    check_backward_is_over,
+    is_capturing,
+    is_foreign,
+    refuse,
+    unwrap,
+)
 from .rules.base import Rule, Selection, check_rule, is_pair
+from .rules.by_name import make_rule
+from .rules.combine import Normalization, check_bounds, normalized
 from .rules.combine import bounds as bounded
-from .rules.combine import check_bounds
 from .rules.elementwise import check_elementwise, is_elementwise
 from .rules.replication import check_processes, refuse_stages
+from .rules.roles import roles_of
 from .rules.state import State, check_saved, copied, described
 from .sharding import absent, can_compare, find_shards
 from .statistics import (
     AS_NUMBERS,
     NOTHING,
+    OF_STEP,
     WEIGHT_NORMS,
     FiniteGradients,
     LayerStatistics,
     OnNonfinite,
+    Statistics,
     check_alike,
     check_needs,
 )
@@ -114,17 +127,26 @@ class Resolution:
         self.layers = [replace(layer, included=own) for layer, own in zip(layers, self.included, strict=True)]
         self.names = [layer.name for layer in layers]
         automatic = automatic_place(optimizer, request.preferred, request.decay)
+        automatic = automatic if automatic in rule.places else rule.places[0]
         self.place: PlaceName = automatic if request.apply == "auto" else request.apply
+        check_method(optimizer, rule, self.place, automatic=request.apply == "auto")
         check_place(optimizer, self.place, request.decay, decay_given=request.decay_given)
         if is_elementwise(rule):
             check_elementwise(rule)
-        if "learning_rate" in rule.needs and any(group.get("lr") is None for group in groups):
+        if {"learning_rate", *OF_STEP} & set(rule.needs) and any(group.get("lr") is None for group in groups):
             raise ValueError(f"{rule!r} needs the rate, and {type(optimizer).__name__} has no 'lr' in its groups")
         check_alike(self.layers, rule.needs)
         self.statistics = statistics = LayerStatistics(self.layers, rule.needs)
         check_groups(optimizer, self.place, request.decay, statistics.layer_of)
         alone = statistics.device.type == "cpu" and statistics.sharing is None and set(rule.needs) <= AS_NUMBERS
         self.in_numbers = rule if is_elementwise(rule) and alone and len(layers) <= MOST_NUMBERS else None
+        # Whether factors follow from what the step has changed.
+        self.afterwards = not OF_STEP.isdisjoint(rule.needs)
+        if self.afterwards and optimizer is not holder and several_processes():
+            raise ValueError(
+                f"{described(rule)} needs what the step has changed, and each process of {type(holder).__name__} steps "
+                "only some of the parameters: shard with FSDP, or use a rule that needs no direction_norm, such as LARS"
+            )
         self.partition = Partition(statistics.layer_of)
         self.mask = None if all(self.included) else torch.tensor(self.included, device=statistics.device)
         group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
@@ -261,6 +283,8 @@ class AttachedRule:
     @property
     def route(self) -> str:
         """How the factors act under `"lr"` and `"update"`, in a step that is not compiled."""
+        if self.found.afterwards:
+            return "factors of the finished step"
         if self._scales:
             return "scaled writes"
         return "divided groups" if self.place == "lr" else "interpolation"
@@ -318,6 +342,7 @@ class AttachedRule:
             OptimizerHooks.remove(optimizer, self)
             # A new place keeps nothing of a step that failed.
             self._place = self._new_place()
+            self._finished = FinishedStep(self.found.statistics.members)
         if self._follows is not None:
             self._follows.remove()
         self.attached = False
@@ -367,12 +392,22 @@ class AttachedRule:
             self.factors = Factors(numbers, found.included, found.mask)
             self.rates = rates_of(groups)
             return not self.factors.neutral
-        if not self._rule.asks(self.state):
-            result = self._rule.factors(NOTHING, self.state)
-        else:
+        self._before = None
+        statistics = NOTHING
+        if self._rule.asks(self.state):
             found_inf = getattr(optimizer, "found_inf", None)
-            with torch.no_grad():
-                result = self._rule.factors(found.statistics.compute(groups, grad_scale, found_inf), self.state)
+            statistics = found.statistics.compute(groups, grad_scale, found_inf)
+            if found.afterwards:
+                self._before, self.rates = statistics, rates_of(groups)
+                return True
+        self._ask(statistics)
+        self.rates = rates_of(groups)
+        return self.factors is None or not self.factors.neutral
+
+    @torch.no_grad()
+    def _ask(self, statistics: Statistics) -> None:
+        """Let the rule make factors of the statistics."""
+        found, result = self.found, self._rule.factors(statistics, self.state)
         if not is_pair(result):
             raise TypeError(
                 f"{described(self._rule)}.factors returned {type(result).__name__}; it must return (factors, state)"
@@ -391,8 +426,21 @@ class AttachedRule:
         if self._last_raw is None or self._last_raw[0] is not raw or self._last_raw[1] != raw._version:
             self.factors = Factors(raw, found.included, found.mask)
             self._last_raw = (raw, raw._version)
-        self.rates = rates_of(groups)
-        return self.factors is None or not self.factors.neutral
+
+    def _undone(self, changes: list[Tensor | None]) -> Sequence[Factor]:
+        """Return 1 − f of each parameter, from what the step has changed."""
+        statistics, before, self._before = self.found.statistics, self._before, None
+        assert before is not None
+        assert self.rates is not None
+        self._ask(statistics.after(before, changes, self._groups, self.rates))
+        factors = self.factors
+        assert factors is not None
+        layers = [statistics.layer_of[id(p)] for p in statistics.members]
+        if factors.numbers is None and is_capturing(self._source):
+            each = (1 - factors.tensor).unbind()
+            return [moved(each[layer], p.device) for layer, p in zip(layers, statistics.members, strict=True)]
+        numbers = factors.read()
+        return [1 - numbers[layer] for layer in layers]
 
     def _stand_by(self, optimizer: Any) -> None:
         """Enter the collectives that the other processes enter, which may not be paused; change nothing."""
@@ -402,6 +450,8 @@ class AttachedRule:
             statistics = self.found.statistics.compute(self._groups)
             if "gradients" in self._rule.needs:  # a collective of the rule's own
                 self._rule.factors(statistics, self.state)
+            if self.found.afterwards:
+                self.found.statistics.norms([self.found.statistics.squares([])])
 
     @property
     def takes_part(self) -> bool:
@@ -410,6 +460,9 @@ class AttachedRule:
 
     def act(self, view: Any, *, private: bool, writes: Writes) -> list[Split]:
         """Let this step's factors act on the view."""
+        if self._before is not None:
+            self._finished.keep()
+            return []
         assert self.factors is not None  # measured
         acting = view if self._known is None else self._known
         scales = writes if self._scales and not is_compiled() else None
@@ -421,6 +474,8 @@ class AttachedRule:
     def finish(self) -> None:
         """Act after the step."""
         self._place.finish()
+        if self._before is not None:
+            self._finished.scale(self._undone)
 
     @property
     def _source(self) -> Any:
@@ -446,6 +501,8 @@ class AttachedRule:
         if self._finite is not None:
             self._finite.look_at(found.layers, found.others(self._request.model), self._request.model)
         self._place = self._new_place()
+        self._finished = FinishedStep(found.statistics.members)
+        self._before: Statistics | None = None
         self._scales = scales_writes(self._optimizer(), found.place)
         self._compared = False
         self._last_raw: tuple[Tensor, int] | None = None
@@ -507,6 +564,8 @@ class LayerwiseLR(StaysBehind):
         exclude: Layers left at factor 1: None, fnmatch patterns of layer names, or a callable
             `(parameter name, parameter) -> bool`, which must hold for all of the layer's parameters.
         bounds: `(low, high)`, a clamp of the factors.
+        normalize: Divides the factors by their mean over the layers, so that they are no larger rate: `"mean"`,
+            `"harmonic"`, `"weighted"` (over weights), `"max"` (by the largest); None for not. Before `bounds`.
         on_nonfinite: What a gradient with NaN or infinity in it does. `"ignore"`: the step is taken, and rules that
             read gradients give its layer factor 1. `"raise"`: `FloatingPointError`, which names layer and step, before
             parameters, states or this adapter's factors change; not where a gradient scaler skips such steps. It reads
@@ -549,6 +608,7 @@ class LayerwiseLR(StaysBehind):
         decay: Decay = "auto",
         exclude: Exclusion | Literal["auto"] = "auto",
         bounds: tuple[float, float] | None = None,
+        normalize: Normalization | None = None,
         on_nonfinite: OnNonfinite = "ignore",
     ) -> None:
         holder = unwrap(optimizer)
@@ -558,6 +618,7 @@ class LayerwiseLR(StaysBehind):
         check_choice("apply", apply, ("auto", *PLACES))
         check_choice("decay", decay, ("auto", "scaled", "plain"))
         check_choice("on_nonfinite", on_nonfinite, ("ignore", "raise"))
+        rule = rule if normalize is None else normalized(rule, normalize)
         rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
         self._request = Request(rule, model, layers=layers, apply=apply, decay=decay, exclude=exclude)
         finite = FiniteGradients() if on_nonfinite == "raise" else None
@@ -583,6 +644,11 @@ class LayerwiseLR(StaysBehind):
     def layers(self) -> list[str]:
         """The layers' names, in the model's order; `""` is the root module."""
         return self._attached.found.names
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The role of each layer in the network, as rules such as `ByRole` read it from classes and names."""
+        return dict(zip(self.layers, roles_of(self._attached.layers), strict=True))
 
     @property
     def apply(self) -> PlaceName:
@@ -738,7 +804,7 @@ class LayerwiseLR(StaysBehind):
 
     def _remarks(self, optimizer: Optimizer) -> list[str]:
         """Return what the log says about this attachment."""
-        found, remarks = self._attached.found, [no_effect(optimizer, self.apply)]
+        found, remarks = self._attached.found, [no_effect(optimizer, self.apply, self.rule)]
         if found.outside:
             among = len(found.parameters)
             remarks.append(f"{found.outside} of the optimizer's {among} parameters are in no layer: factor 1")
@@ -748,3 +814,34 @@ class LayerwiseLR(StaysBehind):
                 "each reports only its own; detach() the first if it was meant to be replaced"
             )
         return [remark for remark in remarks if remark] + self.rule.remarks(found.layers)
+
+
+_OF_ADAPTER = ("layers", "apply", "decay", "exclude", "bounds", "normalize", "on_nonfinite")
+
+
+def attach(optimizer: Any, rule: Any, model: Model | None = None, **arguments: Any) -> LayerwiseLR:
+    """Attach a rule by its name.
+
+    Args:
+        optimizer: As for `LayerwiseLR`.
+        rule: A rule, its name (`"lars"`, `"layer_decay"`; `layerwise.rules.list()` prints all), a mapping such as
+            `{"name": "lars", "trust_coefficient": 0.01}`, or a list of these, which are chained.
+        model: As for `LayerwiseLR`.
+        **arguments: Those of `LayerwiseLR`, and those of a rule that is given by its name.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        TypeError: As `LayerwiseLR` does, or `rule` is none of these.
+        ValueError: As `LayerwiseLR` does, or the rule is unknown, or does not take an argument.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 1)
+        >>> attach(torch.optim.SGD(model.parameters(), lr=0.1), "lars", model, trust_coefficient=0.01).rule
+        LARS(trust_coefficient=0.01, eps=1e-08)
+    """
+    of_rule = {name: value for name, value in arguments.items() if name not in _OF_ADAPTER}
+    of_adapter = {name: value for name, value in arguments.items() if name in _OF_ADAPTER}
+    return LayerwiseLR(optimizer, make_rule(rule, of_rule), model, **of_adapter)

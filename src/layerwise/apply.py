@@ -565,15 +565,15 @@ def _has_coupled_decay(view: Any, group: Mapping[str, Any]) -> bool:
     return bool(group.get("weight_decay")) and decay_is_coupled(view, group) is not False
 
 
-def scale_in_place(gradients: Iterable[tuple[Tensor, Factor]]) -> None:
-    """Multiply gradients by their factors.
+def scale_in_place(tensors: Iterable[tuple[Tensor, Factor]]) -> None:
+    """Multiply tensors, such as gradients, by their factors.
 
-    The grouped kernel takes dense gradients of one type, and on the CPU it rounds the factor to the gradient's type.
+    The grouped kernel takes dense tensors of one type, and on the CPU it rounds the factor to the tensors' type.
     For half precision this loses digits and can give zero or infinity: sparse and half ones are multiplied one by one.
     """
     of_kind: dict[Any, tuple[list[Tensor], list[Any]]] = {}
-    for gradient, factor in gradients:
-        own = local(gradient)
+    for tensor, factor in tensors:
+        own = local(tensor)
         if own.layout is not torch.strided or (own.is_cpu and own.dtype in HALF):
             own.mul_(factor)
         else:
@@ -617,6 +617,51 @@ class Update(Place):
             torch._foreach_lerp_(old, parameters, weights)
             torch._foreach_copy_(parameters, old)
         self._kept = None
+
+
+class FinishedStep:
+    """`w ← w_old + f_l (w_new − w_old)`, with factors that follow from w_old − w_new.
+
+    It keeps a copy of the parameters during the step.
+
+    Args:
+        parameters: The parameters of all layers.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._old: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copy the parameters that the step may change."""
+        held = [i for i, p in enumerate(self._parameters) if p.grad is not None]
+        # One launch for all of them on an accelerator, where clone() takes one each.
+        copies: Any = torch._foreach_mul([local(self._parameters[i]) for i in held], 1) if held else ()
+        self._old = dict(zip(held, copies, strict=True))
+
+    @torch.no_grad()
+    def scale(self, undone: Callable[[list[Tensor | None]], Sequence[Factor]]) -> None:
+        """Scale the changes.
+
+        Args:
+            undone: From the change of each parameter, w_old − w_new, or None for one without a gradient, to 1 − f, the
+                part of it that is undone.
+        """
+        changes, self._old = self._old, {}
+        if changes:
+            torch._foreach_sub_(list(changes.values()), [local(self._parameters[i]) for i in changes])
+        parts = undone([changes.get(i) for i in range(len(self._parameters))])
+        together: list[int] = []
+        for i, change in changes.items():
+            part = parts[i]
+            if isinstance(part, Tensor) or not change.is_cpu:
+                together.append(i)
+            elif part != 0:  # one pass, where the kernels for lists take two
+                local(self._parameters[i]).add_(change, alpha=part)
+        if together:
+            scale_in_place((changes[i], parts[i]) for i in together)
+            torch._foreach_add_([local(self._parameters[i]) for i in together], [changes[i] for i in together])
 
 
 def make_place(name: PlaceName, decay: str, *, automatic: bool) -> Place:

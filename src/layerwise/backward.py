@@ -558,7 +558,7 @@ def _check_rule(rule: Any) -> None:
     reason = "it does not say own_layer = True, that the factor of a layer follows from that layer alone"
     if "counts" in rule.needs:
         reason = "it counts the steps whose gradients are finite in every layer"
-    elif "gradients" in rule.needs:
+    elif "gradients" in rule.needs and rule.depends_on_other_layers():
         reason = "it compares the gradients of all layers"
     raise ValueError(
         f"rule={rule!r} cannot step in backward: {reason}. When a layer steps, the gradients of the layers below do "

@@ -21,7 +21,7 @@ from .layers import DOUBTS, Layer, Model, as_module, as_specification, divided, 
 from .optimizers import SCALE_INVARIANT, acting_optimizer, decay_is_coupled, is_capturing, unwrap
 from .rules import LayerAdaptive
 from .rules.base import is_number
-from .statistics import NORMS, WEIGHT_NORMS
+from .statistics import NORMS, OF_STEP, WEIGHT_NORMS
 
 LAUNCHES = 7
 """The most kernels that one norm of all layers takes on an accelerator; a test counts them."""
@@ -48,7 +48,7 @@ def diagnose(
         rule: The rule that would be attached; `LayerAdaptive()` if None.
         most: How many layers are listed; where that is too few for all, frozen ones come last.
         seconds: Without effect, since no step is timed.
-        **arguments: As for `LayerwiseLR`: `layers`, `apply`, `decay`, `exclude`, `bounds`.
+        **arguments: As for `LayerwiseLR`: `layers`, `apply`, `decay`, `exclude`, `bounds`, `normalize`.
 
     Returns:
         The text that was printed.
@@ -155,6 +155,8 @@ def _why(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> str:
     name = type(optimizer).__name__
     if not automatic:
         return "the argument apply says so"
+    if adapter.rule.places == ("update",):
+        return "the rule's factors follow from the finished step"
     if adapter.apply == "update":
         return f"{name} {why_not_rate(optimizer) or reason_against(optimizer, 'groups')}"
     if adapter.apply == "gradient":
@@ -202,6 +204,9 @@ def _cost(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> tuple[
                 route += f"; weight decay in {division}"
             elif scales_decay:
                 costs.append("1 pass over gradients and weights to add the weight decay")
+    elif needs & OF_STEP:
+        route = "the finished step is measured, then scaled"
+        costs.append("a copy of the parameters during the step, 3 passes over them")
     elif scales_writes(optimizer, place):
         route = "scaled writes: what the step writes into a weight is multiplied; no parameter group is divided"
         if is_capturing(optimizer) and not on_cpu:
@@ -215,7 +220,7 @@ def _cost(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> tuple[
 
 
 def _problems(adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | None, outside: int) -> list[str]:
-    problem = no_effect(optimizer, adapter.apply)
+    problem = no_effect(optimizer, adapter.apply, adapter.rule)
     problems = [] if problem is None else [problem]
     if outside:
         problems.append(f"{_count(outside, 'parameter tensor')} of the optimizer in no layer; the factor there is 1")

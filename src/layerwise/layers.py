@@ -238,7 +238,7 @@ def named_parameters_of(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     held = set(map(id, parameters))
     if names_tensors(specification):
-        return _named_tensors(specification, held, model, f"the {len(held)} parameters of this optimizer")
+        return tensors_by_name(specification, held, model, f"the {len(held)} parameters of this optimizer")
     if not held:
         raise ValueError("this optimizer holds no parameters: attach when its parameter groups have been filled")
     if model is None:
@@ -258,7 +258,7 @@ def named_parameters_of(
     return named
 
 
-def _named_tensors(
+def tensors_by_name(
     layers: Mapping[str, Sequence[Tensor]], held: Collection[int], model: nn.Module | None, whose: str
 ) -> dict[str, Tensor]:
     """Return the tensors of layers by their names in the model, or by the layer's name if the model lacks them.
@@ -426,7 +426,7 @@ def some(names: Iterable[str], most: int = 8, form: Callable[[str], str] = repr)
 
 # --- Advice ----------------------------------------------------------------------------------------------------------
 
-DOUBTS = r"LayerDecay takes the depths|all \d+ parameters"
+DOUBTS = r"(?:LayerDecay|Unfreezing) takes the depths|all \d+ parameters"
 """Matches the beginnings of warnings about layers, which `diagnose` reports in its own text instead."""
 
 _FLAT = re.compile(r"^(.*?[^\W_].*?(?:__|[_\-:|]))(?:weight|bias|kernel|gamma|beta|scale)(?:_[gv])?$")
@@ -534,54 +534,3 @@ def _warning(layer: Layer, layers: Sequence[Layer]) -> str:
 
 
 # --- Permanent groups ------------------------------------------------------------------------------------------------
-
-
-def param_groups(model: Model, layers: LayerSpecification = "module") -> list[dict[str, Any]]:
-    """Return named parameter groups, one a layer, to build an optimizer from.
-
-    Use it for rates that are set by hand and kept; `LayerwiseLR` needs no such groups. Every parameter of the model
-    that requires a gradient must be in a layer.
-
-    Args:
-        model: The network, or a list or dictionary of networks, whose names then begin with their index or key.
-        layers: As in `LayerwiseLR`: `"module"`, `"parameter"`, a list of patterns, a callable or a dictionary
-            of tensors.
-
-    Returns:
-        Groups `{"params": [...], "param_names": [...], "name": layer}` in the model's order; a parameter that does not
-        require a gradient is left out.
-
-    Raises:
-        TypeError: `model` is neither a module nor a list or dictionary of modules, or `layers` has the wrong type.
-        ValueError: `layers` is unknown, matches nothing, or leaves a parameter out.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-        >>> groups = param_groups(model)
-        >>> groups[0]["lr"] = 0.01
-        >>> optimizer = torch.optim.SGD(groups, lr=0.1)
-        >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
-        [('0', 0.01), ('2', 0.1)]
-    """
-    module = as_module(model)
-    if module is None:
-        raise TypeError("model must be a torch.nn.Module, or a list or dict of them, not None")
-    named = unique_names((name, p) for name, p in named_parameters(module) if p.requires_grad)
-    if not named:
-        raise ValueError(f"model={type(model).__name__} has no parameter that requires a gradient")
-    specification = as_specification(layers)
-    if names_tensors(specification):
-        held = {id(p) for p in named.values()}
-        _named_tensors(specification, held, module, "the model's parameters that require a gradient")
-    found = make_layers(named, specification, module)
-    for message in flattened(found, specification):
-        warnings.warn(message, stacklevel=2)
-    missing = named.keys() - {name for layer in found for name in layer.parameter_names}
-    if missing:
-        raise ValueError(f"layers={layers!r} leaves out {sorted(missing)}; add a pattern such as '*' for the rest")
-    return [
-        {"params": list(layer.parameters), "param_names": list(layer.parameter_names), "name": layer.name}
-        for layer in found
-    ]

@@ -27,7 +27,6 @@ from ._tensors import (
     warn_without_values,
 )
 from .adapter import parameters_of
-from .apply import Factors
 from .layers import (
     Layer,
     LayerSpecification,
@@ -67,17 +66,19 @@ class Observation:
         first = [id(layer.parameters[0]) for layer in statistics.layers]
         group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
         self._groups = [group_of.get(p) for p in first]
-        self._acting: list[tuple[Factors, list[int | None]]] = []
+        self._acting: list[tuple[Member, list[int | None]]] = []
         for member in measured:
-            if member.factors is not None:
-                layer_of = {id(p): number for number, layer in enumerate(member.layers) for p in layer.parameters}
-                self._acting.append((member.factors, [layer_of.get(p) for p in first]))
+            layer_of = {id(p): number for number, layer in enumerate(member.layers) for p in layer.parameters}
+            self._acting.append((member, [layer_of.get(p) for p in first]))
 
     def values(self) -> list[Tensor | Sequence[float] | None]:
         """Measure the updates, once, and return all that `record` needs: the layers' norms and more."""
         updates = subtract(self._weights, [local(p) for p in self._statistics.members])
         norms = self._statistics.norms([*self._squares, self._statistics.squares(updates)])
-        factors = [one.tensor if one.numbers is None else one.numbers for one, _ in self._acting]
+        # Some factors are known after the step only.
+        known = [(one.factors, positions) for one, positions in self._acting if one.factors is not None]
+        self._positions = [positions for _, positions in known]
+        factors = [one.tensor if one.numbers is None else one.numbers for one, _ in known]
         return [norms, self._scale, *self._rates, *factors]
 
     def record(self, step: int, numbers: Sequence[Sequence[float]]) -> Record:
@@ -87,7 +88,7 @@ class Observation:
         count = self._statistics.count
         scaled, weights, updates = (list(norms[i : i + count]) for i in range(0, 3 * count, count))
         products = [1.0] * count
-        for one, (_, positions) in zip(factors, self._acting, strict=True):
+        for one, positions in zip(factors, self._positions, strict=True):
             products = [f if i is None else f * one[i] for f, i in zip(products, positions, strict=True)]
         base = [math.nan if group is None else rates[group][0] for group in self._groups]
         return Record(

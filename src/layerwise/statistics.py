@@ -50,6 +50,9 @@ class Statistics:
             keeps none), 1 for every other layer.
         decay_norm: ‖λ w_l‖, the norm of the weight-decay term, with each parameter's own λ.
         learning_rate: The layer's rate in its parameter group (the largest one, where a layer spans several groups).
+        direction_norm: ‖Δw_l‖ / lr of the finished step, each parameter's change divided by its own group's rate; 0
+            where the rate is 0. It is known after the step only, so a rule that needs it acts on the update.
+        direction_rms: direction_norm / √n_l, n_l the number of the layer's weights.
         counts: Bool scalar: whether this is a step to count. Steps that a gradient scaler skips, steps with a
             non-finite gradient and steps whose gradients are all zero are not.
         gradients: The gradients, which a rule must not change.
@@ -64,6 +67,8 @@ class Statistics:
     normalisation_gain: Tensor
     decay_norm: Tensor
     learning_rate: Tensor
+    direction_norm: Tensor
+    direction_rms: Tensor
     counts: Tensor
     gradients: Gradients
 
@@ -147,6 +152,8 @@ def _gain_share(module: Any, weight: Tensor, shard: Shard | None, dtype: torch.d
 
 WEIGHT_NORMS = frozenset({"weight_norm", "matrix_norm", "decay_norm"})
 NORMS = WEIGHT_NORMS | {"gradient_norm"}
+OF_STEP = frozenset({"direction_norm", "direction_rms"})
+"""What is known after the step only."""
 AS_NUMBERS = NORMS | {"learning_rate"}
 """What `LayerStatistics.numbers` can return."""
 MOST_INDICES = 64
@@ -215,6 +222,32 @@ class LayerStatistics:
         if "learning_rate" in needs:
             values["learning_rate"] = self._learning_rates(groups)
         return Statistics(**values)
+
+    @torch.no_grad()
+    def after(
+        self, before: Statistics, changes: Sequence[Tensor | None], groups: Groups, rates: Sequence[Any]
+    ) -> Statistics:
+        """Return the statistics with those of the finished step.
+
+        Args:
+            before: What `compute` returned before the step.
+            changes: The change of each of `members`, of a sharded one this process's part; None for none.
+            groups: The parameter groups.
+            rates: Their rates before the step.
+        """
+        squares = self.squares(changes)
+        if any(isinstance(rate, Tensor) for rate in rates):
+            vector = torch.stack([torch.as_tensor(r, dtype=self.dtype, device=self.device).reshape(()) for r in rates])
+        else:
+            vector = self._copied("rates", list(map(float, rates)))
+        of_members = vector.index_select(0, self._index(self._group_numbers(groups)))
+        shares = (squares / of_members.square()).masked_fill_(of_members == 0, 0.0)
+        (norm,) = self.norms([shares]).unbind()
+        values = {**vars(before), "direction_norm": norm}
+        if "direction_rms" in self.needs:
+            sizes = [sum(p.numel() for p in layer.whole()) for layer in self.layers]
+            values["direction_rms"] = norm / self._copied("sizes", list(map(float, sizes))).sqrt()
+        return Statistics(**{name: value for name, value in values.items() if name in self.needs})
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return this process's share of the squared norms of tensors, one for each of `members` or None."""

@@ -76,7 +76,7 @@ def start(make_model) -> Callable[..., Training]:
     def begin(kind: Any, rule: Any, schedule: bool = False) -> Training:
         model = make_model()
         optimizer = kind(model.parameters())
-        adapter = layerwise.LayerwiseLR(optimizer, rule, model)
+        adapter = layerwise.LayerwiseLR(optimizer, rule, model, apply="gradient" if rule.needs_scale else "auto")
         scheduler = optim.lr_scheduler.ExponentialLR(optimizer, 0.8) if schedule else None
         return Training(model, optimizer, adapter, scheduler)
 

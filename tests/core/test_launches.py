@@ -17,7 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerwise
 from layerwise.apply import Factors
-from layerwise.rules import LARS, LayerAdaptive
+from layerwise.rules import (
+    LARS,
+    AdaLip,
+    FreezeOut,
+    InitialSNR,
+    LayerAdaptive,
+    LDoG,
+    NoiseAdaptive,
+    RandomTraining,
+    RelativeGradient,
+    Trust,
+    WidthDepth,
+)
 
 MOST = 24
 WITHOUT_A_LAUNCH = {
@@ -115,6 +127,38 @@ def test_an_attached_step_launches_a_constant_number_more(name: str, layers: int
 def test_the_number_does_not_grow_with_the_layers(name: str, rule: Any) -> None:
     surplus = [launches(FOREACH[name], n, rule) - launches(FOREACH[name], n, None) for n in (20, 200)]
     assert surplus[0] == surplus[1] <= MOST
+
+
+@pytest.mark.parametrize("name", ["SGD momentum decay", "AdamW"])
+def test_a_rule_of_the_finished_step_launches_a_constant_number_more(name: str) -> None:
+    surplus = [launches(FOREACH[name], n, Trust()) - launches(FOREACH[name], n, None) for n in (20, 200)]
+    assert surplus[0] == surplus[1] <= 40
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        AdaLip(),
+        FreezeOut(50),
+        InitialSNR(within=1),
+        LDoG(),
+        NoiseAdaptive(),
+        RandomTraining(block=str),
+        RelativeGradient(batches=50),
+        WidthDepth(4, width=8),
+    ],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_a_rule_that_remembers_or_follows_a_schedule_launches_a_constant_number_more(rule: Any) -> None:
+    make = FOREACH["SGD momentum decay"]
+    surplus = [launches(make, n, rule) - launches(make, n, None) for n in (20, 60)]
+    assert surplus[0] == surplus[1] <= 40
+
+
+def test_a_capturable_step_with_such_a_rule_reads_nothing() -> None:
+    make = lambda p: optim.AdamW(p, capturable=True, foreach=True)  # noqa: E731
+    for layers in (10, 160):
+        assert launches(make, layers, Trust()) - launches(make, layers, None) <= layers + 40
 
 
 def test_many_small_tensors_share_a_fused_call() -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import layerwise
 from layerwise.apply import Factors
 from layerwise.layers import Layer, make_layers
-from layerwise.statistics import AS_NUMBERS, NEEDS, LayerStatistics
+from layerwise.statistics import AS_NUMBERS, NEEDS, OF_STEP, LayerStatistics
 from slow_norms import arrays, layer_norm
 
 NORMS = ("gradient_norm", "weight_norm", "matrix_norm", "decay_norm")
@@ -241,7 +241,10 @@ def test_no_statistic_reads_a_value_from_the_device(imagined_accelerator, need):
         for p in parameters:
             p.grad = None if p is missing else torch.empty_like(p)
         with torch.no_grad():
-            result = getattr(statistics.compute(groups, torch.ones((), device="cuda")), need)
+            found = statistics.compute(groups, torch.ones((), device="cuda"))
+            if need in OF_STEP:
+                found = statistics.after(found, [p.grad for p in parameters], groups, [0.1])
+            result = getattr(found, need)
         tensors = [g for g in result.tensors if g is not None] if need == "gradients" else [result]
         assert all(tensor.device.type == "cuda" for tensor in tensors)
 

@@ -156,7 +156,7 @@ def test_a_gradient_whose_scale_means_nothing_gives_a_warning(guest: Guest) -> N
     if tried(guest).places["gradient"] == "refused":
         pytest.skip("it is not attached")
     with surroundings(guest):
-        warned = no_effect(build(guest).stepped, "gradient") is not None
+        warned = no_effect(build(guest).stepped, "gradient", LayerAdaptive()) is not None
     assert warned == (tried(guest).places["gradient"] == "no effect")
 
 

@@ -33,6 +33,13 @@ PLACES = ["auto", "gradient", "lr", "update"]
 EDGES = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e38, -1e38, 1e-38, -1e-38]
 
 
+def fits(rule: str, kind: str, place: str) -> bool:
+    """Tell whether a rule may act at this place of an optimizer; elsewhere it is refused."""
+    if place == "auto":
+        return not RULES[rule].needs_scale or kind in ("SGD", "momentum", "Nesterov")
+    return place in RULES[rule].places
+
+
 @dataclass(frozen=True)
 class Fault:
     """One kind of number in the gradient of one parameter at one step: in one entry, or in all."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from edges import LAYERS, OPTIMIZERS, RULES, Fault, every_case, network, put_gradients
+from edges import LAYERS, OPTIMIZERS, RULES, Fault, every_case, fits, network, put_gradients
 from exact import same_bits
-from hypothesis import settings
+from hypothesis import assume, settings
 
 import layerwise
 from layerwise.rules import LayerAdaptive
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.full
 
 def check_raising(dtype: torch.dtype, rule: str, kind: str, place: str, faults: list[Fault]) -> None:
     """Step where the gradients are finite, meet an error where not; in the end all is as if those had not been."""
+    assume(fits(rule, kind, place))
     model, other = network(dtype), network(dtype)
     optimizer, alone = OPTIMIZERS[kind](model.parameters()), OPTIMIZERS[kind](other.parameters())
     adapter = layerwise.LayerwiseLR(optimizer, RULES[rule], model, apply=place, on_nonfinite="raise")

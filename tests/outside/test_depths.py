@@ -47,6 +47,9 @@ def transformer(kind, **sizes):
 
 HIDDEN = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
 
+TOWERS = {"text_config": HIDDEN, "vision_config": HIDDEN, "projection_dim": 4}
+SEQUENCES = {"d_model": 8, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 9, "encoder_ffn_dim": 8}
+
 PLAIN = {
     "linear": linear,
     "a sequence": lambda: mlp(4, 8, 8, 2),
@@ -69,29 +72,33 @@ PLAIN = {
     "RoBERTa": lambda: transformer(("RobertaForMaskedLM", "RobertaConfig"), **HIDDEN, vocab_size=9),
     "GPT-2": lambda: transformer(("GPT2LMHeadModel", "GPT2Config"), n_layer=2, n_embd=8, n_head=2, vocab_size=9),
     "Llama": lambda: transformer(("LlamaForCausalLM", "LlamaConfig"), **HIDDEN, vocab_size=9),
+    "CLIP": lambda: transformer(("CLIPModel", "CLIPConfig"), **TOWERS),
+    "BART": lambda: transformer(
+        ("BartModel", "BartConfig"),
+        **SEQUENCES,
+        decoder_ffn_dim=8,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+    ),
+    "T5": lambda: transformer(
+        ("T5Model", "T5Config"), num_layers=2, d_model=8, d_ff=8, num_heads=2, d_kv=4, vocab_size=9
+    ),
+    "Swin": lambda: transformer(
+        ("SwinModel", "SwinConfig"), embed_dim=8, depths=[2, 2], num_heads=[2, 2], image_size=32, window_size=2
+    ),
+    "ResNet of transformers": lambda: transformer(
+        ("ResNetModel", "ResNetConfig"), embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic"
+    ),
+    "ResNet": lambda: ResNet(18, 0, width=4),
+    "PyTorch's decoder": lambda: nn.Transformer(4, 2, 1, 1, 8, batch_first=True),
+    "a numbered stem": lambda: named(stem=mlp(4, 4, 4), blocks=nn.ModuleList([block(), block()]), head=linear()),
+    "two heads in a list": lambda: named(
+        embed=linear(), blocks=nn.ModuleList([block(), block()]), heads=nn.ModuleList([linear(), linear()])
+    ),
+    "a list of heads alone": lambda: named(conv1=linear(), conv2=linear(), heads=nn.ModuleList([linear(), linear()])),
 }
 
-TOWERS = {"text_config": HIDDEN, "vision_config": HIDDEN, "projection_dim": 4}
-SEQUENCES = {"d_model": 8, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 9, "encoder_ffn_dim": 8}
-
 DOUBTFUL = {
-    "CLIP": (lambda: transformer(("CLIPModel", "CLIPConfig"), **TOWERS), "several numbered stacks"),
-    "BART": (
-        lambda: transformer(
-            ("BartModel", "BartConfig"),
-            **SEQUENCES,
-            decoder_ffn_dim=8,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-        ),
-        "decoder.layernorm_embedding",
-    ),
-    "T5": (
-        lambda: transformer(
-            ("T5Model", "T5Config"), num_layers=2, d_model=8, d_ff=8, num_heads=2, d_kv=4, vocab_size=9
-        ),
-        "several numbered stacks",
-    ),
     "OPT": (
         lambda: transformer(
             ("OPTForCausalLM", "OPTConfig"),
@@ -104,19 +111,6 @@ DOUBTFUL = {
         ),
         "final_layer_norm",
     ),
-    "Swin": (
-        lambda: transformer(
-            ("SwinModel", "SwinConfig"), embed_dim=8, depths=[2, 2], num_heads=[2, 2], image_size=32, window_size=2
-        ),
-        "numbers at two levels",
-    ),
-    "ResNet of transformers": (
-        lambda: transformer(
-            ("ResNetModel", "ResNetConfig"), embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic"
-        ),
-        "numbers at two levels",
-    ),
-    "ResNet": (lambda: ResNet(18, 0, width=4), "numbers at two levels"),
     "sequences in a sequence": (lambda: nn.Sequential(mlp(4, 4, 4), mlp(4, 4, 4)), "numbers at two levels"),
     "a backbone in a sequence": (
         lambda: nn.Sequential(named(blocks=nn.ModuleList([block(), block()])), linear()),
@@ -126,19 +120,11 @@ DOUBTFUL = {
         lambda: named(**{f"block_{i}": named(a=linear(), b=linear()) for i in range(2)}),
         "numbers within words",
     ),
-    "PyTorch's decoder": (
-        lambda: nn.Transformer(4, 2, 1, 1, 8, batch_first=True),
-        "several numbered stacks",
-    ),
     "twin towers without numbers": (
         lambda: named(left=named(a=linear(), b=linear()), right=named(a=linear(), b=linear())),
         "layers of the same names",
     ),
     "actor and critic": (lambda: named(actor=mlp(4, 4, 2), critic=mlp(4, 4, 1)), "several numbered stacks"),
-    "a numbered stem": (
-        lambda: named(stem=mlp(4, 4, 4), blocks=nn.ModuleList([block(), block()]), head=linear()),
-        "several numbered stacks",
-    ),
     "head first": (
         lambda: named(head=linear(), blocks=nn.ModuleList([block(), block()])),
         "'head' by name next to the loss",
@@ -151,19 +137,9 @@ DOUBTFUL = {
         lambda: named(body=linear(), policy_head=linear(), value_head=linear()),
         "'policy_head' by name next to the loss",
     ),
-    "two heads in a list": (
-        lambda: named(
-            embed=linear(), blocks=nn.ModuleList([block(), block()]), heads=nn.ModuleList([linear(), linear()])
-        ),
-        "several numbered stacks",
-    ),
     "two heads in a list called head": (
         lambda: named(blocks=nn.ModuleList([block(), block()]), head=nn.ModuleList([nn.Linear(4, 2) for _ in "ab"])),
         "several numbered stacks",
-    ),
-    "a list of heads alone": (
-        lambda: named(conv1=linear(), conv2=linear(), heads=nn.ModuleList([linear(), linear()])),
-        "'conv1', 'conv2' have no number",
     ),
     "a sequence and layers after it": (
         lambda: named(features=mlp(4, 4, 4), fc1=linear(), fc2=linear()),

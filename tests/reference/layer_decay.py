@@ -51,3 +51,34 @@ def layer_decay(
             depth = int(layer) + 1
         factors.append(decay ** (last - depth))
     return np.array(factors)
+
+
+def layer_decay_by_depth(
+    depths: Sequence[int],
+    decay: float,
+    least: float = 0.0,
+    frozen_below: int = 0,
+    factors: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Return timm's scales, max(least, d^(D − depth)), 0 below a depth, times a factor of each layer's own.
+
+    Args:
+        depths: Of each layer, D the largest.
+        decay: d.
+        least: The least scale (timm's `min_scale`).
+        frozen_below: The depth below which layers are not trained.
+        factors: Of each layer; None for 1.
+
+    Example:
+        >>> layer_decay_by_depth([0, 1, 2], 0.5, least=0.3, factors=[1, 1, 4])
+        array([0.3, 0.5, 4. ])
+    """
+    result: list[float] = []
+    for i, depth in enumerate(depths):
+        scale = decay ** (max(depths) - depth)
+        if scale < least:
+            scale = least
+        if depth < frozen_below:
+            scale = 0.0
+        result.append(scale * (1.0 if factors is None else factors[i]))
+    return np.array(result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from layerwise.layers import Layer, make_layers
 from layerwise.rules import Rule
-from layerwise.statistics import LayerStatistics, Statistics
+from layerwise.statistics import OF_STEP, LayerStatistics, Statistics
 
 SEEDS = [0, 1, 2, 3]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -59,10 +59,24 @@ def layers_of(model: nn.Module, specification: Any = "module") -> list[Layer]:
     return make_layers(dict(model.named_parameters()), specification, model)
 
 
+def measured(layers: Sequence[Layer], needs: Collection[str], groups: Groups, scale: float = 1.0) -> Statistics:
+    """The statistics of a step that moves the weights by -lr g, whose direction is the gradient.
+
+    `scale` is that of a gradient scaler, by which the gradients are multiplied.
+    """
+    statistics = LayerStatistics(layers, needs)
+    before = statistics.compute(groups, None if scale == 1 else torch.tensor(scale))
+    if OF_STEP.isdisjoint(needs):
+        return before
+    rates = [group["lr"] for group in groups]
+    changes = [None if p.grad is None else p.grad.double() * (rates[0] / scale) for p in statistics.members]
+    return statistics.after(before, changes, groups, rates)
+
+
 def factors_of(rule: Rule, layers: Sequence[Layer], groups: Groups) -> Tensor:
     """A rule's first factors, by the same path as in a step of an optimizer."""
     state = rule.init(layers, layers[0].parameters[0].device)
-    return rule.factors(LayerStatistics(layers, rule.needs).compute(groups), state)[0]
+    return rule.factors(measured(layers, rule.needs, groups), state)[0]
 
 
 def gradients_of(layers: Sequence[Layer]) -> list[list[np.ndarray]]:

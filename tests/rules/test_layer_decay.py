@@ -129,7 +129,7 @@ def test_vgg_counts_the_classifier_on_after_the_features() -> None:
     ]
 
 
-def test_decoder_counts_on_after_the_encoder() -> None:
+def test_decoder_counts_from_zero_as_the_encoder_does() -> None:
     names = [
         "shared",
         "encoder.layers.0.fc",
@@ -138,7 +138,8 @@ def test_decoder_counts_on_after_the_encoder() -> None:
         "decoder.layers.0.fc",
         "head",
     ]
-    assert depths(names) == [0, 1, 2, 2, 3, 4]
+    assert depths(names) == [0, 1, 2, 3, 1, 3]
+    assert factors(LayerDecay(0.5), names) == [0.125, 0.25, 0.5, 1.0, 0.5, 1.0]
 
 
 def test_names_without_numbers_are_a_depth_each() -> None:

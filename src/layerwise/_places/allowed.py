@@ -18,6 +18,8 @@ from ..optimizers import (
     has_decay,
     is_on_accelerator,
 )
+from ..rules.base import Rule
+from ..rules.state import described
 from .trial import divides_by_gradients, in_own_groups, reason_against, verdict_of
 
 
@@ -114,6 +116,29 @@ def _remedy(optimizer: Any) -> str:
     return remedy
 
 
+def check_method(optimizer: optim.Optimizer, rule: Rule, place: PlaceName, *, automatic: bool) -> None:
+    """Raise where a rule's method cannot act at this place, or means nothing on this optimizer.
+
+    Args:
+        optimizer: The optimizer.
+        rule: The rule.
+        place: `"gradient"`, `"lr"` or `"update"`.
+        automatic: Whether the user left the choice to the rule.
+
+    Raises:
+        ValueError: The message says why and what to use.
+    """
+    if place not in rule.places:
+        words = " or ".join(f"apply={name!r}" for name in rule.places)
+        known = " It follows from the finished step." if rule.places == ("update",) else ""
+        raise ValueError(f"apply={place!r} does not work with {described(rule)}: use {words}.{known}")
+    if automatic and rule.needs_scale and (isinstance(optimizer, SCALE_INVARIANT) or divides_by_gradients(optimizer)):
+        raise ValueError(
+            f"{described(rule)} gives each layer's gradient a size, which {type(optimizer).__name__} divides out "
+            "again; use SGD, or a rule that scales the rate, or pass apply='gradient' to try what is left of it"
+        )
+
+
 def check_groups(optimizer: Any, place: str, decay: str, layer_of: Mapping[int, int]) -> None:
     """Raise where parameter groups would be divided by layer that must stay whole.
 
@@ -156,9 +181,13 @@ def scales_writes(optimizer: Any, place: str) -> bool:
     return scaled and writes_can_be_scaled()
 
 
-def no_effect(optimizer: optim.Optimizer, place: str) -> str | None:
-    """Return a sentence when a factor at this place changes next to nothing, else None."""
-    if place != "gradient" or not (isinstance(optimizer, SCALE_INVARIANT) or divides_by_gradients(optimizer)):
+def no_effect(optimizer: optim.Optimizer, place: str, rule: Rule) -> str | None:
+    """Return a sentence when a rule's factors at this place change next to nothing, else None."""
+    if (
+        place != "gradient"
+        or rule.clips
+        or not (isinstance(optimizer, SCALE_INVARIANT) or divides_by_gradients(optimizer))
+    ):
         return None
     after = " after its first five steps" if isinstance(optimizer, optim.RAdam) else ""
     place = automatic_place(optimizer, "lr", "plain")

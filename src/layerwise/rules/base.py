@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layers import Exclusion, Layer, LayerSpecification
+from ..optimizers import PLACES, PlaceName
 from ..statistics import Statistics
 from .state import State, carried_over, loaded
 
@@ -41,6 +42,10 @@ class Rule(ABC):
     * `default_place`: `"gradient"` when the method multiplies the gradient (inside momentum), `"lr"` when the rate.
     * `default_decay`: whether the method's factor multiplies coupled weight decay too: `"scaled"` or `"plain"`.
     * `default_exclude`: layers that the method leaves out: None, patterns or a callable `(name, parameter) -> bool`.
+    * `places`: where the factors may act; others are refused.
+    * `clips`: whether the factor is 1 but at single steps, so that on the gradient it acts under any optimizer.
+    * `needs_scale`: whether the method means nothing on an optimizer that divides by the size of its gradients, as Adam
+      does; `"auto"` then refuses it there.
     * `own_layer`: whether a layer's factor needs the statistics of no other layer, and the state stays as it is but at
       the ends of epochs. Then it can be computed before the other layers' gradients exist, by `step_in_backward`.
     * `compares_layers`: whether a layer's factor depends on what other layers there are, so that it must see those of
@@ -61,6 +66,9 @@ class Rule(ABC):
     default_place: ClassVar[Literal["gradient", "lr"] | None] = None
     default_decay: ClassVar[Literal["scaled", "plain"] | None] = None
     default_exclude: ClassVar[Exclusion] = None
+    places: Sequence[PlaceName] = PLACES
+    clips: bool = False
+    needs_scale: bool = False
     own_layer: bool = False
     compares_layers: bool | None = None
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .._arguments import has_type
+from .._arguments import check_choice, check_count, has_type
 from .._tensors import moved
 from ..layers import Layer
-from ..statistics import Statistics
+from ..optimizers import PLACES
+from ..statistics import Statistics, common_device
 from .base import Rule, Selection, check_rule, finite_or_one, is_number
-from .state import State, is_state
+from .shapes import sizes_of
+from .state import State, described, is_state
 
 
 class _Combined(Rule):
@@ -26,6 +28,9 @@ class _Combined(Rule):
     def __init__(self, *rules: Any) -> None:
         self.rules = tuple(map(check_rule, rules))
         self.needs = tuple(dict.fromkeys(name for rule in self.rules for name in rule.needs))
+        self.places = tuple(place for place in PLACES if all(place in rule.places for rule in self.rules))
+        self.clips = all(rule.clips for rule in self.rules)
+        self.needs_scale = any(rule.needs_scale for rule in self.rules)
         for name in ("default_layers", "default_place", "default_decay", "default_exclude"):
             preferences = (getattr(rule, name) for rule in self.rules)
             setattr(self, name, next((p for p in preferences if p is not None), None))
@@ -105,6 +110,164 @@ class _Bounds(_Combined):
         return f"bounds({self.rules[0]!r}, {self.low:g}, {self.high:g})"
 
 
+Normalization = Literal["mean", "weighted", "max", "harmonic"]
+NORMALIZATIONS: tuple[Normalization, ...] = ("mean", "weighted", "max", "harmonic")
+
+
+class _Normalized(_Combined):
+    def __init__(self, rule: Any, by: Normalization) -> None:
+        super().__init__(rule)
+        self.by = by
+        self.own_layer = False
+        self.compares_layers = True
+
+    @property
+    def rule_kind(self) -> str:
+        return f"normalized({self.rules[0].rule_kind})"
+
+    def init(self, layers: Sequence[Layer], device: torch.device) -> State:
+        included = torch.tensor([float(layer.included) for layer in layers], device=device)
+        sizes = sizes_of(layers)
+        weights = sizes * included if self.by == "weighted" else included.to(sizes.dtype)
+        return {**super().init(layers, device), "_weights": weights}
+
+    def _each(self, state: State) -> Iterator[tuple[str, Rule, State]]:
+        yield "0", self.rules[0], state["0"]
+
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        (factors,), new = self._factors_of_each(statistics, state)
+        factors, weights = finite_or_one(factors), state["_weights"]
+        if self.by == "max":
+            scale = torch.where(weights > 0, factors, 0.0).amax()
+        elif self.by == "harmonic":
+            scale = weights.sum() / torch.where(weights > 0, weights / factors, 0.0).sum()
+        else:
+            scale = (weights * factors).sum() / weights.sum()
+        return torch.where(scale > 0, factors / scale, factors), {**new, "_weights": weights}
+
+    def load(self, saved: Any, state: State) -> State:
+        return {**super().load(saved, {"0": state["0"]}), "_weights": state["_weights"]}
+
+    def end_epoch(self, state: State) -> State:
+        return {**super().end_epoch(state), "_weights": state["_weights"]}
+
+    def derived(self, state: State) -> State:
+        return {**super().derived(state), "_weights": state["_weights"]}
+
+    def __repr__(self) -> str:
+        return f"normalized({self.rules[0]!r}, {self.by!r})"
+
+
+def normalized(rule: Any, by: Normalization) -> Rule:
+    """Return the rule with its factors divided by their mean, so that they are no larger rate.
+
+    f_l = f_l / mean(f)
+
+    The argument `normalize` of `LayerwiseLR` is this. Excluded layers do not count.
+
+    Args:
+        rule: A rule.
+        by: `"mean"`, the arithmetic mean over layers; `"weighted"`, over weights; `"harmonic"`, the harmonic mean over
+            layers; `"max"`, the largest factor.
+
+    Raises:
+        TypeError: `rule` is not a `Rule`.
+        ValueError: `by` is unknown.
+
+    Example:
+        >>> from layerwise.rules import Constant
+        >>> layers = [Layer("a", (torch.zeros(3),)), Layer("b", (torch.zeros(1),))]
+        >>> for by in ("mean", "weighted", "max"):
+        ...     rule = normalized(Constant({"a": 3.0}), by)
+        ...     print(rule.factors(Statistics(), rule.init(layers, torch.device("cpu")))[0].tolist())
+        [1.5, 0.5]
+        [1.2, 0.4]
+        [1.0, 0.3333333333333333]
+    """
+    check_choice("normalize", by, NORMALIZATIONS)
+    return _Normalized(rule, by)
+
+
+class _Refreshed(_Combined):
+    def __init__(self, rule: Any, every: int, ramp: int, smooth: float) -> None:
+        super().__init__(rule)
+        self.every, self.ramp, self.smooth = every, ramp, smooth
+        self.own_layer = False
+        self.compares_layers = self.rules[0].depends_on_other_layers()
+
+    @property
+    def rule_kind(self) -> str:
+        return f"refresh({self.rules[0].rule_kind})"
+
+    def init(self, layers: Sequence[Layer], device: torch.device) -> State:
+        device, dtype = common_device(layers)
+        ones = torch.ones(len(layers), dtype=dtype, device=device)
+        vectors = {"average": torch.zeros_like(ones), "start": ones, "target": ones.clone(), "factors": ones.clone()}
+        return {"0": self.rules[0].init(layers, device), **vectors, "step": 0}
+
+    def _each(self, state: State) -> Iterator[tuple[str, Rule, State]]:
+        yield "0", self.rules[0], state["0"]
+
+    def asks(self, state: State) -> bool:
+        return state["step"] % self.every == 0
+
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        step = state["step"]
+        new: State = {**state, "step": step + 1}
+        if self.asks(state):
+            (factors,), inner = self._factors_of_each(statistics, state)
+            factors = finite_or_one(factors)
+            average = self.smooth * state["average"] + (1 - self.smooth) * factors
+            target = average / (1 - self.smooth ** (step // self.every + 1))
+            # The first factors have none before them from which they could come.
+            new |= {**inner, "average": average, "target": target, "start": state["factors"] if step else target}
+        since = step % self.every
+        if since <= self.ramp or self.asks(state):
+            share = min(1.0, (since + 1) / (self.ramp + 1))
+            new["factors"] = torch.lerp(new["start"], new["target"], share)
+        return new["factors"], new
+
+    def load(self, saved: Any, state: State) -> State:
+        return Rule.load(self, saved, state)
+
+    def end_epoch(self, state: State) -> State:
+        return {**state, **super().end_epoch(state)}
+
+    def derived(self, state: State) -> State:
+        return {**state, **super().derived(state)}
+
+    def __repr__(self) -> str:
+        return f"refresh({self.rules[0]!r}, every={self.every}, ramp={self.ramp}, smooth={self.smooth:g})"
+
+
+def refresh(rule: Any, every: int, ramp: int = 0, smooth: float = 0.0) -> Rule:
+    """Return the rule, asked every few steps only; its factors hold in between.
+
+    f_l = f_l^(k), asked at steps 1, 1 + every, …
+
+    Args:
+        rule: A rule.
+        every: Steps from one question to the next.
+        ramp: Steps in which the factors move linearly from the old ones to the new ones; 0 for at once.
+        smooth: β of a moving average of the answers, corrected for its beginning; 0 for none.
+
+    Raises:
+        TypeError: `rule` is not a `Rule`, or a number of steps is no whole number.
+        ValueError: A number is out of its range.
+
+    Example:
+        >>> from layerwise.rules import LayerAdaptive
+        >>> refresh(LayerAdaptive(), every=100, ramp=50)
+        refresh(LayerAdaptive(log_base=2.718281828459045), every=100, ramp=50, smooth=0)
+    """
+    check_count("every", every)
+    if not has_type(ramp, int) or isinstance(ramp, bool) or not 0 <= ramp < every:
+        raise ValueError(f"ramp={ramp!r} must be a whole number from 0 to below every={every}")
+    if not (is_number(smooth) and 0 <= smooth < 1):
+        raise ValueError(f"smooth={smooth!r} must be a number from 0 to below 1, such as 0.9")
+    return _Refreshed(rule, every, ramp, float(smooth))
+
+
 def chain(*rules: Any) -> Rule:
     """Return the rule whose factors are the product of the rules' factors.
 
@@ -117,7 +280,7 @@ def chain(*rules: Any) -> Rule:
 
     Raises:
         TypeError: One is not a `Rule`.
-        ValueError: There is none.
+        ValueError: There is none, or there is no place where all of them may act.
 
     Example:
         >>> from layerwise.rules import Constant, LayerAdaptive
@@ -126,7 +289,11 @@ def chain(*rules: Any) -> Rule:
     """
     if not rules:
         raise ValueError("chain() takes at least one rule, such as chain(LayerAdaptive(), Constant({'head': 10}))")
-    return _Chain(*rules)
+    result = _Chain(*rules)
+    if not result.places:
+        words = "; ".join(f"{described(rule)} acts on {' or '.join(rule.places)}" for rule in rules)
+        raise ValueError(f"these rules act at different places, so they cannot be one: {words}. Attach each by itself")
+    return result
 
 
 def bounds(rule: Any, low: float, high: float) -> Rule:
@@ -153,12 +320,12 @@ def bounds(rule: Any, low: float, high: float) -> Rule:
     return _Bounds(rule, low, high)
 
 
-def check_bounds(pair: Any) -> tuple[float, float]:
+def check_bounds(pair: Any, argument: str = "bounds") -> tuple[float, float]:
     """Return bounds as two numbers, 0 ≤ low ≤ high, else raise a TypeError or ValueError."""
     wanted = "two numbers (low, high) with 0 <= low <= high, such as (0.1, 10)"
     if not has_type(pair, Sequence) or len(pair) != 2 or not all(map(is_number, pair)):
-        raise TypeError(f"bounds={pair!r} must be {wanted}")
+        raise TypeError(f"{argument}={pair!r} must be {wanted}")
     low, high = map(float, pair)
     if not 0 <= low <= high or low == math.inf:  # NaN fails every comparison
-        raise ValueError(f"bounds={pair!r} must be {wanted}")
+        raise ValueError(f"{argument}={pair!r} must be {wanted}")
     return low, high

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor
 
-from ..statistics import Statistics
+from ..statistics import OF_STEP, Statistics
 from .base import Rule
 from .state import State
 
@@ -66,7 +66,7 @@ class ElementwiseRule(Rule):
     def needs_own_layer_only(self) -> bool:
         """Return whether φ is in use and reads statistics of single layers."""
         if is_elementwise(self):
-            return not {"counts", "gradients"} & set(self.needs)
+            return not {"counts", "gradients", *OF_STEP} & set(self.needs)
         return self.own_layer
 
     def numbers(self, statistics: Mapping[str, Sequence[float]]) -> list[float]:

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import layerwise
-from layerwise.rules import BackMatching, Directionality, GradientAmplification, LayerAdaptive, Phase
+from layerwise.rules import BackMatching, Directionality, GradientAmplification, LayerAdaptive, Phase, Trust
 
 from .cases import CASES, attach, loss_of, momentum, network
 from .processes import run
@@ -57,6 +57,11 @@ def refuse(rank: int) -> None:
     zero = ZeroRedundancyOptimizer(network().parameters(), torch.optim.SGD, overlap_with_ddp=True, lr=0.1)
     with pytest.raises(ValueError, match="overlap_with_ddp=False"):
         layerwise.LayerwiseLR(zero, LayerAdaptive())
+    model = network()
+    zero = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="steps only some of the parameters: shard with FSDP"):
+        layerwise.LayerwiseLR(zero, Trust(), model)
+    assert not zero._optimizer_step_pre_hooks
 
 
 def follow(rank: int) -> tuple[int, int]:

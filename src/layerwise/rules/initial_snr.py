@@ -1,0 +1,132 @@
+"""Xu et al. 2024: fixed rates from the first gradient's signal-to-noise ratio (SGD-SaI)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .._arguments import check_choice, check_count
+from .._tensors import as_dense_real, moved
+from ..layers import Layer
+from ..statistics import Gradients, Statistics, common_device
+from .base import Rule, is_number
+from .copies import refuse_shards
+from .shapes import sizes_of
+from .state import State
+
+LARGEST = 1e6
+"""A factor of more than this by √n is of a gradient whose entries are all equal."""
+
+
+@dataclass(frozen=True)
+class InitialSNR(Rule):
+    """Fixed rates from the first gradient.
+
+    f_l = ‖g_l‖ / (std(g_l) + ε) of the layer's first gradient, with the unbiased standard deviation of its entries
+
+    A gradient whose entries have the mean μ and the variance σ² gives √n_l · √(1 + μ²/σ²), n_l the number of weights.
+    The means are small, so **this is a rule of shapes**: run `kind="sqrt_n"` beside it, f_l = √n_l. The factors are
+    10 to 3000, so rates are that much smaller than the optimizer's usual ones.
+
+    On `SGD(momentum=0.9, dampening=0.9)` without weight decay this is SGD-SaI, whose code begins at a rate of 0.01
+    and takes the decay outside of the factor. Layers are single parameters. A layer takes the first gradient that
+    is finite and not zero among the first steps, and keeps 1 if there is none. A layer of one weight keeps 1 too,
+    and so does one whose entries are all equal.
+
+    The first `within` steps read the gradients three times more, in some 20 operations a layer. Later ones cost
+    nothing.
+
+    Args:
+        kind: `"snr"`, or the control `"sqrt_n"`.
+        eps: ε, at least 0.
+        within: How many steps may pass until a layer's first gradient. Gradient scalers skip the first few.
+
+    Raises:
+        TypeError: `within` is no whole number, or `kind` no string.
+        ValueError: An argument is out of its range; or, when attached with `kind="snr"`, parameters are sharded.
+
+    Example:
+        >>> rule, layers = InitialSNR(eps=0), [Layer("", (torch.zeros(2),))]
+        >>> gradients = Gradients([torch.tensor([3.0, 4.0], dtype=torch.float64)])
+        >>> rule.factors(Statistics(gradients=gradients), rule.init(layers, torch.device("cpu")))[0]
+        tensor([7.0711], dtype=torch.float64)
+
+    Reference:
+        Xu, Xiang, Cai, Wen: No more Adam: learning rate scaling at initialization is all you need, 2024, arXiv
+        2412.11768, as in the code of sgd-sai 1.0.3. That gives a parameter of one weight the factor |g| / ε.
+    """
+
+    kind: Literal["snr", "sqrt_n"] = "snr"
+    eps: float = 1e-8
+    within: int = 20
+    needs = ("gradients",)
+    default_layers = "parameter"
+    default_place = "lr"
+    compares_layers = False
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, ("snr", "sqrt_n"))
+        check_count("within", self.within)
+        if not (is_number(self.eps) and 0 <= self.eps < math.inf):
+            raise ValueError(f"eps={self.eps!r} must be a finite number of at least 0")
+        if self.kind == "sqrt_n":
+            object.__setattr__(self, "needs", ())
+
+    def needs_own_layer_only(self) -> bool:
+        """Return whether the factors never change."""
+        return self.kind == "sqrt_n"
+
+    def init(self, layers: Sequence[Layer], device: torch.device) -> State:
+        """Return factors of 1, which layers have had their first gradient, and the number of the first step."""
+        if self.kind == "sqrt_n":
+            return {"_factors": sizes_of(layers).sqrt()}
+        refuse_shards(layers, self, "use kind='sqrt_n', which is nearly the same")
+        device, dtype = common_device(layers)
+        ones = torch.ones(len(layers), dtype=dtype, device=device)
+        found = torch.zeros(len(layers), dtype=torch.bool, device=device)
+        return {"factors": ones, "found": found, "step": 0, "_sizes": [len(layer.parameters) for layer in layers]}
+
+    def asks(self, state: State) -> bool:
+        """Return whether a layer's first gradient may be this step's."""
+        return self.kind == "snr" and state["step"] < self.within
+
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Return the factors, with those of layers whose first gradient this is."""
+        if self.kind == "sqrt_n":
+            return state["_factors"], state
+        if self.asks(state):
+            value = self._measured(statistics.gradients, state["_sizes"], state["factors"])
+            fresh = state["found"].logical_not() & (value > 0) & (value < math.inf)
+            factors = torch.where(fresh, value, state["factors"])
+            state = {**state, "factors": factors, "found": state["found"] | fresh, "step": state["step"] + 1}
+        return state["factors"], state
+
+    def _measured(self, gradients: Gradients, sizes: Sequence[int], like: Tensor) -> Tensor:
+        """Return ‖g‖ / (std(g) + ε) of each layer; NaN for one without a gradient, or with one entry."""
+        values: list[Tensor] = []
+        tensors = iter(gradients.tensors)
+        for size in sizes:
+            held = [one for one in (next(tensors) for _ in range(size)) if one is not None]
+            own = [_flat(one, like.dtype) for one in held]
+            count = sum(one.numel() for one in own)
+            if count < 2:
+                values.append(like.new_full((), math.nan))
+                continue
+            mean = torch.stack([moved(one.sum(), like.device) for one in own]).sum() / count
+            square = torch.stack([moved(one.square().sum(), like.device) for one in own]).sum()
+            apart = [moved((one - moved(mean, one.device)).square().sum(), like.device) for one in own]
+            scale: Any = 1.0 if gradients.scale is None else moved(gradients.scale, like.device).to(like.dtype)
+            deviation = (torch.stack(apart).sum() / (count - 1)).sqrt() / scale
+            value = square.sqrt() / scale / (deviation + self.eps)
+            values.append(torch.where(value < LARGEST * math.sqrt(count), value, math.nan))
+        return torch.stack(values)
+
+
+def _flat(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    own = gradient.detach()
+    return as_dense_real(own if own.layout is torch.strided else own.to_dense()).to(dtype).reshape(-1)

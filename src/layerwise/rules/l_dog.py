@@ -1,0 +1,95 @@
+"""Ivgi et al. 2023: a layer's rate from how far it has come, without a rate to tune (L-DoG)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layers import Layer
+from ..statistics import Statistics, common_device
+from .base import is_number
+from .copies import COPIES, LayerNorms, RemembersTensors, differences, keys_of, refuse_shards, weights_copied
+from .state import State
+
+
+@dataclass(frozen=True)
+class LDoG(RemembersTensors):
+    """Distance over gradients, for each layer.
+
+    f_l = r_l / √G_l;  r_l = max of reps_rel (1 + ‖w_l(0)‖) and ‖w_l(i) − w_l(0)‖ up to now;  G_l = ε + Σ ‖g_l(i)‖²
+
+    w_l(0) are the weights at the first step with this rule. The factor is the rate itself: use `SGD(lr=1)` without
+    momentum, weight decay and scheduler, and average the weights over the steps
+    (`torch.optim.swa_utils.AveragedModel`), without which the method falls short. Layers are single parameters. A layer
+    keeps 1 until its first gradient that is finite and not zero; other gradients are left out of G.
+
+    It keeps one copy of the parameters in its state, and makes another during each step.
+
+    Args:
+        reps_rel: The first distance by 1 + ‖w_l(0)‖, above 0; 1e-4 for networks with batch normalisation, 1e-8 for T5.
+            Where it is too small, hundreds of steps pass before the rates have grown.
+        eps: ε, at least 0.
+
+    Raises:
+        ValueError: An argument is out of its range; or, when attached, parameters are sharded.
+
+    Example:
+        >>> rule, layers = LDoG(reps_rel=0.1), [Layer("", (torch.zeros(1),))]
+        >>> state = rule.init(layers, torch.device("cpu"))
+        >>> norms = {"gradient_norm": torch.tensor([2.0]), "weight_norm": torch.tensor([0.0])}
+        >>> rule.factors(Statistics(**norms), state)[0]
+        tensor([0.0500], dtype=torch.float64)
+
+    Reference:
+        Ivgi, Hinder, Carmon: DoG is SGD's best friend: a parameter-free dynamic step size schedule, ICML 2023, arXiv
+        2302.12022. The values of `reps_rel`, and ε, which is added once, are its code's. The code adds an L2 decay to
+        the gradient before it sums G; here G is of the gradient alone.
+    """
+
+    reps_rel: float = 1e-6
+    eps: float = 1e-8
+    needs = ("gradient_norm", "weight_norm")
+    default_layers = "parameter"
+    default_place = "lr"
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.reps_rel) and 0 < self.reps_rel < math.inf):
+            raise ValueError(f"reps_rel={self.reps_rel!r} must be a finite number above 0, such as 1e-6")
+        if not (is_number(self.eps) and 0 <= self.eps < math.inf):
+            raise ValueError(f"eps={self.eps!r} must be a finite number of at least 0")
+
+    def init(self, layers: Sequence[Layer], device: torch.device) -> State:
+        """Return a copy of the weights, r and G; the copy is made again at the first step."""
+        refuse_shards(layers, self, "use another rule, such as LARS, which needs norms only")
+        device, dtype = common_device(layers)
+        zeros = torch.zeros(len(layers), dtype=dtype, device=device)
+        return {
+            COPIES: weights_copied(layers, keys_of(layers)),
+            "distance": zeros,
+            "squares": zeros.clone(),
+            "started": False,
+            "_layers": tuple(layers),
+            "_norms": LayerNorms(layers),
+        }
+
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Return r / √G with this step's distance and gradient."""
+        layers, distance = state["_layers"], state["distance"]
+        first = self.reps_rel * (1 + statistics.weight_norm)
+        if state["started"]:
+            now = [p.detach() for layer in layers for p in layer.parameters]
+            (far,) = state["_norms"].of(differences(list(state[COPIES].values()), now))
+            # A layer that has come later has no distance yet.
+            distance = torch.where(distance > 0, torch.fmax(distance, torch.where(far < math.inf, far, 0.0)), first)
+        else:
+            # Weights may have been loaded since the rule was attached.
+            state = {**state, COPIES: weights_copied(layers, list(state[COPIES])), "started": True}
+            distance = first
+        added = statistics.gradient_norm.square()
+        squares = state["squares"] + torch.where(added < math.inf, added, 0.0)
+        factors = torch.where(squares > 0, distance / (squares + self.eps).sqrt(), 1.0)
+        return factors, {**state, "distance": distance, "squares": squares}

@@ -1,0 +1,186 @@
+"""Unfreezing by depth: the layers next to the loss begin, and others follow from epoch to epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from .._arguments import check_choice, check_count, has_type
+from ..layers import Layer, check_patterns, some
+from ..statistics import Statistics, common_device
+from .base import Rule
+from .layer_decay import DepthArgument, check_depth, depths_of, doubt
+from .state import State
+
+Groups = int | Sequence[str | Sequence[str]] | None
+
+
+@dataclass(frozen=True)
+class Unfreezing(Rule):
+    """Gradual unfreezing, from the layers next to the loss to the input.
+
+    f_l = 1 if the group of layer l is among the last ⌈epoch / every⌉, else 0
+
+    Type `chain(LayerDecay(1 / 2.6), Unfreezing(4))` and a rate as for the last layer alone; end each epoch with
+    `adapter.end_epoch()`, which the callbacks for trainers do. Under `order="chain"` the last group trains first, then
+    each other one alone, from the input on, and then all: f_l = 1 for one group at a time.
+
+    Frozen layers stand still, with decoupled weight decay, where the factor multiplies the rate, as by default. Their
+    gradients are computed still, and the optimizer's momentum and moments take them in: set `requires_grad` of their
+    parameters to save that. The state is the number of the epoch.
+
+    Args:
+        groups: The number of groups of about equally many depths; patterns of layer names, or lists of patterns, a
+            group each, from the input to the loss; or None for a group a depth.
+        every: Epochs from one group to the next.
+        order: `"top-down"` or `"chain"`.
+        depth: As for `LayerDecay`.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range, there are fewer depths than groups, a pattern matches no layer, or
+            a layer has no group.
+
+    Example:
+        >>> layers = [Layer(name, (torch.zeros(1),)) for name in ["embedding", "layer.0", "layer.1", "head"]]
+        >>> rule = Unfreezing(every=2)
+        >>> state = rule.init(layers, torch.device("cpu"))
+        >>> for epoch in range(1, 5):
+        ...     print(epoch, rule.factors(Statistics(), state)[0].tolist())
+        ...     state = rule.end_epoch(state)
+        1 [0.0, 0.0, 0.0, 1.0]
+        2 [0.0, 0.0, 0.0, 1.0]
+        3 [0.0, 0.0, 1.0, 1.0]
+        4 [0.0, 0.0, 1.0, 1.0]
+
+    Reference:
+        Howard, Ruder: Universal language model fine-tuning for text classification (ULMFiT), ACL 2018, arXiv
+        1801.06146: a group more each epoch. `"chain"` is the order of chain-thaw as huggingface/torchMoji's code has
+        it, where each stage trains until the validation loss stalls, with a new optimizer and a lower rate after the
+        first; here a stage is `every` epochs and the optimizer goes on.
+    """
+
+    groups: Groups = None
+    every: int = 1
+    order: Literal["top-down", "chain"] = "top-down"
+    depth: DepthArgument = None
+    needs = ()
+    default_place = "lr"
+    own_layer = True
+    compares_layers = True
+
+    def __post_init__(self) -> None:
+        if has_type(self.groups, int):
+            check_count("groups", self.groups)
+        elif self.groups is not None:
+            self._check_patterns()
+        check_count("every", self.every)
+        check_choice("order", self.order, ("top-down", "chain"))
+        check_depth(self.depth)
+        if self.depth is not None and self._patterns:
+            raise ValueError("depth says the groups only where groups is None or a number: leave one of them out")
+
+    def _check_patterns(self) -> None:
+        wanted = "a number, or patterns of layer names from the input to the loss, such as ['embed*', 'blocks.*', '*']"
+        if isinstance(self.groups, str) or not has_type(self.groups, Sequence):
+            raise TypeError(f"groups={self.groups!r} must be {wanted}")
+        given = cast("Sequence[Any]", self.groups)
+        if not all(has_type(one, str) or has_type(one, Sequence) for one in given):
+            raise TypeError(f"groups={self.groups!r} must hold strings, or lists of strings for groups of several")
+        if not self._patterns or not all(self._patterns):
+            raise ValueError(f"groups={self.groups!r} names no layer; it must be {wanted}")
+
+    @property
+    def _patterns(self) -> list[list[str]]:
+        if self.groups is None or isinstance(self.groups, int):
+            return []
+        return [[one] if isinstance(one, str) else list(one) for one in self.groups]
+
+    def init(self, layers: Sequence[Layer], device: torch.device) -> State:
+        """Return the number of the epoch, and the factors of each stage."""
+        groups = self._groups(layers)
+        device, dtype = common_device(layers)
+        stages = [[float(group in trained) for group in groups] for trained in self._stages(max(groups) + 1)]
+        return self.derived({"epoch": 1, "_stages": torch.tensor(stages, dtype=dtype, device=device)})
+
+    def _groups(self, layers: Sequence[Layer]) -> list[int]:
+        """Return the group of each layer, from 0 at the input."""
+        if self._patterns:
+            return self._groups_of_patterns([layer.name for layer in layers])
+        read = depths_of(layers, self.depth)
+        below_head = [top - depth for depth, top in zip(read.depth, read.top, strict=True)]
+        ranks = sorted(set(below_head), reverse=True)
+        number = len(ranks) if self.groups is None else cast(int, self.groups)
+        if number > len(ranks):
+            raise ValueError(f"groups={number}, but the layers have {len(ranks)} depths: pass at most {len(ranks)}")
+        return [ranks.index(one) * number // len(ranks) for one in below_head]
+
+    def _groups_of_patterns(self, names: Sequence[str]) -> list[int]:
+        check_patterns([pattern for group in self._patterns for pattern in group], names, "groups")
+        found = [
+            next((i for i, group in enumerate(self._patterns) if any(fnmatchcase(name, one) for one in group)), None)
+            for name in names
+        ]
+        if missing := [name for name, group in zip(names, found, strict=True) if group is None]:
+            raise ValueError(f"groups={self.groups!r} leaves out {some(missing)}; add a pattern for them, such as '*'")
+        used = sorted(set(cast("list[int]", found)))  # a pattern may match only what earlier ones have taken
+        return [used.index(cast(int, group)) for group in found]
+
+    def _stages(self, number: int) -> list[set[int]]:
+        """Return the groups that are trained in each stage."""
+        if self.order == "top-down":
+            return [set(range(first, number)) for first in reversed(range(number))]
+        alone = [{number - 1}, *({group} for group in range(number - 1))]
+        return [*alone, set(range(number))] if number > 1 else alone
+
+    def derived(self, state: State) -> State:
+        """Return the state with the factors of its epoch."""
+        stages: Tensor = state["_stages"]
+        return {**state, "_factors": stages[min((state["epoch"] - 1) // self.every, len(stages) - 1)]}
+
+    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Return the factors of this epoch."""
+        return state["_factors"], state
+
+    def end_epoch(self, state: State) -> State:
+        """Return the state for the next epoch."""
+        return self.derived({**state, "epoch": state["epoch"] + 1})
+
+    def load(self, saved: Any, state: State) -> State:
+        """Return the state with the saved epoch."""
+        return self.derived(super().load(saved, state))
+
+    def doubts(self, layers: Sequence[Layer]) -> list[str]:
+        """Return a warning with the table of groups if they follow from depths that the names leave in doubt."""
+        reasons = [] if self._patterns else depths_of(layers, self.depth).doubts
+        return doubt("Unfreezing", "Unfreezing(depth=function)", reasons, self.table(layers))
+
+    def table(self, layers: Sequence[Layer]) -> list[str]:
+        """Return the lines of a table: each group with the epochs in which it is trained, and its layers."""
+        groups = self._groups(layers)
+        stages = self._stages(max(groups) + 1)
+        lines = [f"{'group':>5}  {'epochs':<12} layers"]
+        for group in range(max(groups) + 1):
+            own = [layer.name or "(root)" for layer, at in zip(layers, groups, strict=True) if at == group]
+            shown = ", ".join(own) if len(own) < 3 else f"{own[0]}, … {own[-1]} ({len(own)})"
+            lines.append(f"{group:>5}  {self._epochs(group, stages):<12} {shown}")
+        return lines
+
+    def _epochs(self, group: int, stages: Sequence[set[int]]) -> str:
+        """Return the epochs in which a group is trained, as text."""
+        runs: list[str] = []
+        last = len(stages) - 1
+        at = [stage for stage, trained in enumerate(stages) if group in trained]
+        for stage in at:
+            if stage - 1 in at:
+                continue
+            end = next(one for one in range(stage, last + 1) if one == last or one + 1 not in at)
+            begin = stage * self.every + 1
+            until = "on" if end == last else str((end + 1) * self.every)
+            runs.append(f"{begin} on" if until == "on" else str(begin) if until == str(begin) else f"{begin}-{until}")
+        return ", ".join(runs)

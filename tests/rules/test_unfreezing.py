@@ -1,0 +1,158 @@
+"""Unfreezing from the layers next to the loss, and chain-thaw's order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import layerwise
+import reference
+from layerwise.layers import Layer
+from layerwise.rules import LayerDecay, Unfreezing, chain
+from layerwise.statistics import Statistics
+
+NAMES = ["embedding", "blocks.0", "blocks.1", "blocks.2", "head"]
+
+
+def dummies(names: list[str]) -> list[Layer]:
+    return [Layer(name, (torch.zeros(1),)) for name in names]
+
+
+def epochs(rule: Any, names: list[str], number: int) -> list[list[float]]:
+    """Return the factors of the first epochs."""
+    state = rule.init(dummies(names), torch.device("cpu"))
+    found: list[list[float]] = []
+    for _ in range(number):
+        found.append(rule.factors(Statistics(), state)[0].tolist())
+        state = rule.end_epoch(state)
+    return found
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 3), st.sampled_from(["top-down", "chain"]))
+def test_factors_are_those_of_the_reference(layers: int, groups: int, every: int, order: Any) -> None:
+    groups = min(groups, layers)
+    names = [f"part{chr(97 + i)}" for i in range(layers)]
+    found = epochs(Unfreezing(groups, every, order), names, 12)
+    at = [i * groups // layers for i in range(layers)]
+    assert found == [reference.unfreezing(at, epoch, every, order).tolist() for epoch in range(1, 13)]
+
+
+def test_a_group_a_depth_by_default() -> None:
+    found = epochs(Unfreezing(), NAMES, 6)
+    assert found[:2] == [[0, 0, 0, 0, 1], [0, 0, 0, 1, 1]]
+    assert found[4] == found[5] == [1] * 5
+
+
+@pytest.mark.parametrize("groups", [["embedding", "blocks.*", "head"], [["embedding"], ["blocks.0", "blocks.*"], "*"]])
+def test_groups_by_patterns(groups: Any) -> None:
+    assert epochs(Unfreezing(groups), NAMES, 3) == [[0, 0, 0, 0, 1], [0, 1, 1, 1, 1], [1] * 5]
+
+
+def test_chain_trains_the_head_then_each_group_alone_then_all() -> None:
+    assert epochs(Unfreezing(["embedding", "blocks.*", "*"], order="chain"), NAMES, 5) == [
+        [0, 0, 0, 0, 1],
+        [1, 0, 0, 0, 0],
+        [0, 1, 1, 1, 0],
+        [1] * 5,
+        [1] * 5,
+    ]
+
+
+def test_towers_thaw_from_their_heads_together() -> None:
+    names = ["text_model.layers.0", "text_model.layers.1", "vision_model.layers.0", "projection"]
+    assert epochs(Unfreezing(), names, 2) == [[0, 0, 0, 1], [0, 1, 1, 1]]
+
+
+def test_frozen_layers_stand_still_and_thaw_at_the_end_of_an_epoch() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, chain(LayerDecay(1 / 2.6), Unfreezing()), model)
+    assert adapter.apply == "lr"
+    for epoch in range(1, 5):
+        before = [layer.weight.detach().clone() for layer in model]
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(4, 3)).square().sum().backward()
+            optimizer.step()
+        moved = [not torch.equal(layer.weight, old) for layer, old in zip(model, before, strict=True)]
+        assert moved == [3 - i <= epoch for i in range(3)]
+        adapter.end_epoch()
+    assert adapter.get_last_factors() == pytest.approx({"0": 2.6**-2, "1": 1 / 2.6, "2": 1.0})
+
+
+def test_a_saved_epoch_gives_its_factors() -> None:
+    rule, layers = Unfreezing(), dummies(NAMES)
+    later = rule.end_epoch(rule.init(layers, torch.device("cpu")))
+    state = rule.load({"epoch": later["epoch"]}, rule.init(layers, torch.device("cpu")))
+    assert torch.equal(rule.factors(Statistics(), state)[0], rule.factors(Statistics(), later)[0])
+    fewer = rule.renewed(layers[1:], torch.device("cpu"), later, NAMES)
+    assert rule.factors(Statistics(), fewer)[0].tolist() == [0, 0, 1, 1]
+
+
+def test_the_table_says_when_a_group_is_trained() -> None:
+    rows = [line.split() for line in Unfreezing(3, every=2).table(dummies(NAMES))]
+    assert rows == [
+        ["group", "epochs", "layers"],
+        ["0", "5", "on", "embedding,", "blocks.0"],
+        ["1", "3", "on", "blocks.1,", "blocks.2"],
+        ["2", "1", "on", "head"],
+    ]
+    rows = [line.split()[:5] for line in Unfreezing(3, every=2, order="chain").table(dummies(NAMES))]
+    assert rows[1][:4] == ["0", "3-4,", "7", "on"]
+    assert rows[3][:4] == ["2", "1-2,", "7", "on"]
+
+
+def test_doubtful_names_give_a_warning() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="Unfreezing takes the depths from the layers' names"):
+        layerwise.LayerwiseLR(optimizer, Unfreezing(), model)
+    text = layerwise.diagnose(optimizer, model, Unfreezing(), seconds=0)
+    assert "problem   Unfreezing takes the depths" in text
+
+
+def test_permanent_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="attach it with LayerwiseLR"):
+        layerwise.param_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), Unfreezing(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"groups": 0}, ValueError, "at least 1"),
+        ({"groups": True}, TypeError, "whole number"),
+        ({"groups": "head"}, TypeError, "a number, or patterns of layer names from the input to the loss"),
+        ({"groups": 2.0}, TypeError, "a number, or patterns"),
+        ({"groups": ["*", 3]}, TypeError, "must hold strings, or lists of strings"),
+        ({"groups": []}, ValueError, "names no layer"),
+        ({"groups": ["a", []]}, ValueError, "names no layer"),
+        ({"groups": ["*"], "depth": len}, ValueError, "leave one of them out"),
+        ({"every": 0}, ValueError, "at least 1"),
+        ({"order": "bottom-up"}, ValueError, "allowed: 'top-down', 'chain'"),
+        ({"depth": 3}, TypeError, "a function from a layer's name"),
+    ],
+)
+def test_arguments_out_of_their_range(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        Unfreezing(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "words"),
+    [
+        (6, ValueError, "have 5 depths: pass at most 5"),
+        (["embed*", "head"], ValueError, "leaves out 'blocks.0', 'blocks.1', 'blocks.2'; add a pattern"),
+        (["embed*", "layers.*", "*"], ValueError, "groups pattern 'layers.\\*' matches none"),
+        (["*", [3]], TypeError, "each pattern must be a string"),
+    ],
+)
+def test_groups_that_do_not_fit_the_layers(groups: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        Unfreezing(groups).init(dummies(NAMES), torch.device("cpu"))
