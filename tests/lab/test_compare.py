@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import textwrap
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from lab_helpers import runs_in_process
 
-from layerwise.lab import progress, report
+from layerwise.lab import cli, progress, report
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import chain as chains
 from layerwise.lab.experiments import methods
@@ -127,7 +128,7 @@ def test_unknown_arms_are_refused(names, words):
 
 @pytest.mark.parametrize("epochs", [3, 4, 5, 15, 150])
 def test_phases_amplify_at_least_one_epoch_after_the_analysis(epochs):
-    rows = methods.phases(epochs)
+    rows = methods.task_phases(epochs)
     ends = [row[0] for row in rows]
     assert ends == sorted(set(ends))
     assert ends[-1] == epochs
@@ -187,6 +188,28 @@ def test_a_choice_that_can_choose_no_layer_is_refused(bowl, arm):
     assert f"arm '{arm}' would be plain training: threshold=1 chooses nothing: z of 2 layers is at most 1.00" in words
     assert "a model of more layers; leave the arm out" in words
     assert layout.plan(tasks.load(bowl), arms=["amplification-all", "amplification-random"], seeds=1).runs
+
+
+@pytest.mark.parametrize("silenced", ["basicConfig(level=logging.ERROR)", 'getLogger("layerwise").setLevel("ERROR")'])
+def test_a_choice_that_can_choose_no_layer_is_refused_though_the_file_silences_warnings(
+    bowl, tmp_path, capsys, silenced
+):
+    path = Path(bowl.rpartition(":")[0])
+    quiet = f"import logging\nlogging.{silenced}\n"
+    path.write_text(quiet + QUADRATIC.replace('"epochs": 2', '"epochs": 3'), encoding="utf-8")
+    root, own = logging.getLogger(), logging.getLogger("layerwise")
+    levels, handlers = (root.level, own.level), list(root.handlers)
+    root.handlers.clear()  # pytest's own, with which basicConfig would do nothing
+    try:
+        asked = ["compare", bowl, "--arms", "plain,amplification-G", "--seeds", "1", "--jobs", "1"]
+        assert cli.main([*asked, "--out", str(tmp_path / "runs")]) == 2
+        assert logging.ERROR in (root.level, own.level)  # as the file has left it
+    finally:
+        root.setLevel(levels[0])
+        own.setLevel(levels[1])
+        root.handlers[:] = handlers
+    assert "arm 'amplification-G' would be plain training: threshold=1 chooses nothing" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_control_at_other_values_repeats_the_method_at_its_values(bowl):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from dataclasses import replace
 from functools import partialmethod
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from layerwise import rules
+from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import chain as chains
 from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.runs.folder import RunFolder
@@ -335,6 +337,24 @@ def test_runs_in_this_process_leave_the_log_level(carried_out):
     plan = tiny_plan()
     carried_out(replace(plan, runs=plan.runs[:1]))
     assert logger.level == level
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.pop("metric"), "is of an earlier version of layerwise .it has no 'metric'.; remove"),
+        (lambda state: state["model"].pop("conv1.bias"), "is not of this run .RuntimeError: .*; remove"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_gone_on_with_says_why(tmp_path, change, words):
+    folder = RunFolder(tmp_path, Configuration(trial={}, seed=0))
+    with pytest.raises(StoppedError):
+        training_of(LENET, folder=folder).run(stop=lambda: True)
+    state = folder.load_checkpoint()
+    change(state)
+    folder.save_checkpoint(state)
+    with pytest.raises(UsageError, match=f"{re.escape(str(tmp_path))}: the checkpoint {words} the folder"):
+        training_of(LENET, folder=folder).run()
 
 
 @pytest.mark.parametrize(

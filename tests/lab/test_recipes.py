@@ -526,6 +526,40 @@ def test_the_set_up_is_drawn_without_a_run(tmp_path, capsys):
     assert f"run {PICTURE}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "option",
+    ["--seeds=0", "--jobs=0", "--threads=0", "--device=abacus", "--data-dir=none"],
+)
+def test_settings_that_no_run_could_have_are_refused_of_a_picture_too(tmp_path, monkeypatch, capsys, option):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", PICTURE, option]) == 2
+    name, _, value = option.removeprefix("--").partition("=")
+    assert re.search(f"{name}='?{value}", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_report_of_a_picture_says_where_its_page_is(tmp_path, capsys, inside):
+    assert cli.main(["run", PICTURE, "--out", str(tmp_path)]) == 0
+    own = tmp_path / PICTURE
+    capsys.readouterr()
+    assert cli.main(["report", str(own if inside else tmp_path), "--out", str(tmp_path / "again")]) == 2
+    said = capsys.readouterr().err
+    assert f"holds no experiment (plan.json), but a picture without runs: its page is {own / 'report.html'}" in said
+    assert "writes its plan" not in said
+    (tmp_path / "store").mkdir()  # of an experiment of which no run is finished
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "again")]) == 2
+    assert "start the experiment's command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_networks_that_normalise_over_the_batch_are_known_by_their_names(name):
+    width = {"alexnet": 0.0625, "cifar10-full": None, "cifar10-quick": None, "lenet": None}.get(name, 8)
+    model = networks.build(name, 0, classes=10, channels=3, width=width)
+    has = any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    assert has == name.startswith(networks.WITH_BATCH_NORMALISATION)
+
+
 def test_runs_that_a_varied_argument_does_not_change_are_done_once():
     plan = recipe.load("demo-lenet").plan("full", seeds=1, vary={"log_base": [2, 10]})
     chains = chains_left(plan, Results(plan), Settings())

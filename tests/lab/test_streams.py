@@ -17,7 +17,8 @@ def photographs(name="cifar10", count=50):
 
 
 def stream(dataset, kind, order="shuffled", seed=0, batch_size=16):
-    return MemoryStream(dataset, kind, order, classes=10, batch_size=batch_size, test_batch_size=7, seed=seed)
+    sizes = {"batch_size": batch_size, "test_batch_size": 7}
+    return MemoryStream(dataset=dataset, form=kind, order=order, classes=10, seed=seed, **sizes)
 
 
 @pytest.mark.parametrize("kind", ["augmented", "mean-image"])

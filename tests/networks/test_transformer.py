@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -162,13 +163,20 @@ def test_the_text_is_english_in_numbers_and_nothing_of_it_is_in_both_parts():
     assert known.train.dtype == known.test.dtype == torch.long
     assert len(known.train) > 300_000
     assert 0 <= len(known.train) - 9 * len(known.test) < 10
-    assert int(known.train.max()) < text.SYMBOLS
+    assert int(known.train.max()) < 128
     words = bytes(known.train.tolist()).decode("ascii")
     assert words.startswith('The "assert" statement')
     assert words.count(" the ") > 1000
     again = text.of(words + bytes(known.test.tolist()).decode("ascii"))
     assert torch.equal(again.train, known.train)
     assert torch.equal(again.test, known.test)
+
+
+def test_a_python_without_the_text_is_told_of(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data", None)
+    monkeypatch.delitem(sys.modules, "pydoc_data.topics", raising=False)
+    with pytest.raises(UsageError, match="this Python has no module 'pydoc_data', which holds the text: use one with"):
+        text.load.__wrapped__()
 
 
 def test_characters_that_are_not_ascii_are_left_out():

@@ -82,7 +82,7 @@ def entries(names: Sequence[str], out: Path, folder: Path | None) -> list[dict[s
                 "finished": finished(plan, datasets) if runs.path.is_dir() else 0,
                 "datasets": datasets,
                 "present": all(data.present(dataset, folder) for dataset in datasets),
-                **{what: getattr(read.need(scale), what) for what in ("data", "time", "memory")},
+                **read.need(scale)._asdict(),
             }
         found.append({"name": name, "title": read.title, "source": read.content["source"], "scales": scales})
     return found

@@ -154,8 +154,12 @@ def _run(asked: options.Run, arguments: Sequence[str]) -> int:
 def _picture(asked: options.Run, arguments: Sequence[str]) -> int:
     """Write the page of a recipe that has a picture and no runs."""
     from layerwise.lab.experiments import recipe
+    from layerwise.lab.experiments.plan import check_seeds
     from layerwise.lab.report import schedule
 
+    _settings(asked)  # refuses what no run could have, as other recipes do
+    if asked.seeds is not None:
+        check_seeds(asked.seeds)
     summary, page = schedule.write(recipe.load(asked.recipe), typed(arguments), asked.out, figures=asked.figures)
     found = {"report": str(page), "words": summary}
     sys.stdout.write((json.dumps(found) if asked.json else f"{summary}\n\nReport: {shown(page)}") + "\n")

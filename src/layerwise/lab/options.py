@@ -96,8 +96,8 @@ class Run(OfRecipe):
     """Run a recipe: a table or figure of the papers.
 
     The paper's own numbers stand beside ours. What is finished is never repeated, and what was stopped goes on from
-    its last checkpoint. Under torchrun all processes share each run: torchrun --nproc-per-node 2 -m layerwise run
-    NAME.
+    its last checkpoint. Under torchrun all processes share each run, with batch normalisation on GPUs only: torchrun
+    --nproc-per-node 2 -m layerwise run NAME.
     """
 
 

@@ -480,6 +480,25 @@ def test_a_plan_with_controls_under_torchrun(tmp_path, carried_out):
 
 
 @pytest.mark.dist
+def test_batch_normalisation_on_the_cpu_is_refused_before_anything_is_written(tmp_path):
+    asked = ["run", "basodi2023-figure3", "--scale", "smoke", "--out", str(tmp_path / "runs")]
+    places = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "layerwise", *asked],
+            env={**os.environ, **places, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert started[0].returncode == 2, errors
+    assert "processes=2 on the CPU cannot share a network with batch normalisation" in errors[0]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.dist
 def test_an_interrupt_of_torchrun_keeps_what_was_done(tmp_path):
     out = tmp_path / "runs"
     process = torchrun(tmp_path, out, 64, 3000, "one")

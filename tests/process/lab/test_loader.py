@@ -27,7 +27,7 @@ def root(tmp_path_factory):
 
 def stream(root, loaders, **how):
     folder = ImageFolder(root, side=16, crop=13, memory_bytes=how.pop("memory_bytes", 0), cache=root / "cache")
-    return FolderStream(folder, batch_size=4, test_batch_size=3, seed=1, loaders=loaders, **how)
+    return FolderStream(folder=folder, batch_size=4, test_batch_size=3, seed=1, loaders=loaders, **how)
 
 
 def same(ours, theirs):

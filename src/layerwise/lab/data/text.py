@@ -8,8 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-SYMBOLS = 128
-"""Of ASCII; other characters are left out."""
+from layerwise.lab.errors import UsageError
 
 TEST_SHARE = 10
 """The last of so many equal parts is for tests."""
@@ -29,8 +28,12 @@ def load() -> Text:
 
     It is the same wherever the version of Python is; another version has other words in places.
     """
-    from pydoc_data.topics import topics
-
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UsageError(
+            "this Python has no module 'pydoc_data', which holds the text: use one with its whole standard library"
+        ) from error
     return of("\n".join(topics[name] for name in sorted(topics)))
 
 

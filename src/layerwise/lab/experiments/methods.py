@@ -97,7 +97,7 @@ def make_arms(names: Sequence[str] = ()) -> list[Arm]:
     return arms
 
 
-def phases(epochs: int | None) -> list[list[Any]]:
+def task_phases(epochs: int | None) -> list[list[Any]]:
     """Give rows of last epoch, whether it amplifies, and factor: plain for a third, amplified up to 13/15, plain.
 
     The shares are those of the paper's phases for its simple networks, 50 and 130 of 150 epochs, without the second

@@ -15,8 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from layerwise.lab.errors import UsageError, nearest
 from layerwise.lab.experiments.plan import (
@@ -46,6 +45,14 @@ SCALES = ("smoke", "reduced", "full")
 CONSTANTS = {field.name for field in fields(Constants)}
 
 
+class Need(NamedTuple):
+    """What the runs of a scale need, in words; ``memory`` is that of one process."""
+
+    data: str
+    time: str
+    memory: str
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A recipe as it was read, laid over what it extends."""
@@ -63,9 +70,9 @@ class Recipe:
         """The scale that is run where none is named."""
         return "reduced" if "reduced" in self.content["scales"] else next(iter(self.content["scales"]), "")
 
-    def need(self, scale: str) -> SimpleNamespace:
-        """Say what a scale needs: data, time, and memory of one process, each in words."""
-        return SimpleNamespace(**self.content["scales"][scale]["needs"])
+    def need(self, scale: str) -> Need:
+        """Say what a scale needs."""
+        return Need(**self.content["scales"][scale]["needs"])
 
     def datasets(self, scale: str) -> set[str]:
         """Name the data sets that the runs of a scale read."""

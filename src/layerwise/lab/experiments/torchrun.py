@@ -19,7 +19,8 @@ from layerwise.lab.experiments.chain import Alone, Chain, do_chain, do_run
 from layerwise.lab.experiments.plan import Plan
 from layerwise.lab.experiments.pool import Failure, Interrupt
 from layerwise.lab.experiments.runner import Display, Outcome, Settings, carry_out
-from layerwise.lab.training.distributed import Processes, indivisible, joined
+from layerwise.lab.training.distributed import Processes, indivisible, joined, unsynchronised
+from layerwise.lab.training.networks import WITH_BATCH_NORMALISATION
 
 
 def run_shared(plan: Plan, settings: Settings, display: Display | None = None) -> Outcome | None:
@@ -34,10 +35,7 @@ def run_shared(plan: Plan, settings: Settings, display: Display | None = None) -
                 follow(processes, lambda: interrupt.requested)
             return None
         try:
-            for run in plan.runs:  # a task's batches are seen when they come
-                size = processes.count if run.task is not None else run.configuration.constants.batch_size
-                if size % processes.count:
-                    raise indivisible(size, processes.count)
+            check(plan, processes)
             shared, engine = replace(settings, jobs=1), partial(lead, processes)
             return carry_out(places.ready(plan, settings.data_dir), shared, display, engine=engine)
         finally:
@@ -45,6 +43,16 @@ def run_shared(plan: Plan, settings: Settings, display: Display | None = None) -
                 processes.from_first(lambda: None)
     finally:
         dist.destroy_process_group()
+
+
+def check(plan: Plan, processes: Processes) -> None:
+    """Refuse runs that processes cannot share, before anything is written; a task's are seen when they come."""
+    for constants in (run.configuration.constants for run in plan.runs if run.task is None):
+        if constants.batch_size % processes.count:
+            raise indivisible(constants.batch_size, processes.count)
+        on_cpu = processes.count > 1 and processes.device == "cpu"
+        if on_cpu and constants.model.startswith(WITH_BATCH_NORMALISATION):
+            raise unsynchronised(processes.count)
 
 
 def lead(

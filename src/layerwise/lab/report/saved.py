@@ -14,6 +14,7 @@ from layerwise.lab.experiments.plan import LAYOUTS, Arm, PaperValue, Plan, Plann
 from layerwise.lab.experiments.results import Key, Results
 from layerwise.lab.experiments.runner import Outcome, Settings
 from layerwise.lab.runs.configuration import Configuration
+from layerwise.lab.runs.files import FILES
 from layerwise.lab.runs.record import Record, read_run
 from layerwise.lab.runs.schema import PLAN as FORM
 from layerwise.lab.runs.schema import RUN_LIST, check
@@ -153,12 +154,23 @@ def experiments_in(folder: Path) -> list[Path]:
     found = sorted(path.parent for path in folder.glob(f"*/{PLAN}") if not path.parent.is_symlink())
     # A report made before repeats one of the others.
     found = [place for place in found if place.name != NAME] or found
-    if not found:
-        raise UsageError(
-            f"runs={str(folder)!r}: holds no experiment ({PLAN}); give the folder that --out named, or start the "
-            "experiment's command again, which keeps finished runs and writes its plan"
-        )
-    return found
+    if found:
+        return found
+    words = f"runs={str(folder)!r}: holds no experiment ({PLAN})"
+    below = [] if (folder / "store").is_dir() else sorted(path.parent for path in folder.glob(f"*/{FILES}"))
+    for place in (folder, *below):
+        if _is_picture(place):
+            raise UsageError(f"{words}, but a picture without runs: its page is {place / 'report.html'}")
+    raise UsageError(
+        f"{words}; give the folder that --out named, or start the experiment's command again, which keeps finished "
+        "runs and writes its plan"
+    )
+
+
+def _is_picture(folder: Path) -> bool:
+    """Tell whether the lab has written a page without tables into a folder."""
+    has = {name: os.path.lexists(folder / name) for name in (FILES, "report.html", "table.md")}
+    return list(has.values()) == [True, True, False]
 
 
 def listed_place(page: Path, folder: str) -> Path:

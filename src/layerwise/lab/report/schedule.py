@@ -11,7 +11,7 @@ from layerwise.lab.report.figures import Figure, Table, quantitative, tip
 from layerwise.lab.report.rendering import rendered
 from layerwise.lab.runs.files import OwnFolder
 
-COLOURS = ["var(--c1)", "var(--c7)", "var(--line)", "var(--c2)", "var(--c3)"]
+SPAN_COLOURS = ["var(--c1)", "var(--c7)", "var(--line)", "var(--c2)", "var(--c3)"]
 
 
 def write(recipe: Recipe, command: str, out: Path, *, figures: bool = False) -> tuple[str, Path]:
@@ -42,7 +42,7 @@ def draw(recipe: Recipe) -> Figure:
     """Draw the spans of a recipe as bars over epochs, a row for the rate and one for each kind of network."""
     rows = spans(recipe)
     names, first, last, what = map(list, zip(*rows, strict=True))
-    colours = {"domain": list(dict.fromkeys(what)), "range": COLOURS}
+    colours = {"domain": list(dict.fromkeys(what)), "range": SPAN_COLOURS}
     legend = {"title": None, "orient": "bottom", "columns": 2}
     encoding = {
         "x": quantitative("before", "epoch", axis={"grid": False}),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import layerwise
 from layerwise import rules
 from layerwise.lab.experiments import rules as rule_making
-from layerwise.lab.experiments.methods import METHODS, make_arms, phases
+from layerwise.lab.experiments.methods import METHODS, make_arms, task_phases
 from layerwise.lab.experiments.plan import (
     FACTORS_ALONE,
     Arm,
@@ -100,12 +100,14 @@ class Layout:
         if key not in self._passes:
             with Stream(0):
                 self._passes[key] = chosen.build(0).passes
-        return {**arm.rule, "selection": dict(arm.rule["selection"]), "phases": phases(self._passes[key])}
+        return {**arm.rule, "selection": dict(arm.rule["selection"]), "phases": task_phases(self._passes[key])}
 
     def _check(self, runs: Sequence[PlannedRun]) -> None:
         """Attach the rule of each arm once; refuse it where it cannot be attached, or warns that it changes nothing."""
         trial, logger, warned = self.tried.trial, logging.getLogger("layerwise"), BufferingHandler(100)
         warned.setLevel(logging.WARNING)
+        level = logger.level
+        logger.setLevel(logging.WARNING)  # the task's file may have raised it, or that of the root
         logger.addHandler(warned)
         try:
             for arm, planned in {run.arm.name: run for run in runs}.items():
@@ -125,6 +127,7 @@ class Layout:
                     )
         finally:
             logger.removeHandler(warned)
+            logger.setLevel(level)
 
     def _constants(self) -> dict[str, tuple[Any, str]]:
         """Give what the page says of the task: name -> value and source."""

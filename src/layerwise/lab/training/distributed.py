@@ -51,10 +51,7 @@ class Processes:
             return model
         if self.device == "cpu":
             if any(isinstance(module, _BatchNorm) for module in model.modules()):
-                raise UsageError(
-                    f"processes={self.count!r} on the CPU cannot share a network with batch normalisation, as "
-                    "PyTorch's SyncBatchNorm needs GPUs: start one process, or use --device cuda"
-                )
+                raise unsynchronised(self.count)
             return DistributedDataParallel(model)
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self._synchronised = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
@@ -168,6 +165,14 @@ def indivisible(size: int, count: int) -> UsageError:
     return UsageError(
         f"batch_size={size!r} cannot be divided among processes={count!r}: use a multiple of {count}, or start "
         f"{fitting} of them"
+    )
+
+
+def unsynchronised(count: int) -> UsageError:
+    """Say that processes on the CPU cannot share a network with batch normalisation."""
+    return UsageError(
+        f"processes={count!r} on the CPU cannot share a network with batch normalisation, as PyTorch's SyncBatchNorm "
+        "needs GPUs: start one process, or use --device cuda"
     )
 
 

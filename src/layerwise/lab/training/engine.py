@@ -320,10 +320,15 @@ class Training:
         state = self.processes.from_first(lambda: self.folder.load_checkpoint() if self.folder is not None else None)
         if state is None:
             return
+        place = self.folder.path if self.folder is not None else "the run's folder"
         try:
             self.load_state_dict(state)
+        except KeyError as error:
+            raise UsageError(
+                f"{place}: the checkpoint is of an earlier version of layerwise (it has no {error}); remove the "
+                "folder, and the run begins anew"
+            ) from error
         except Exception as error:
-            place = self.folder.path if self.folder is not None else "the run's folder"
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise UsageError(
                 f"{place}: the checkpoint is not of this run ({reason}); remove the folder, and the run begins anew"

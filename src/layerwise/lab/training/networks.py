@@ -22,6 +22,9 @@ NETWORKS = {
 WITH_WIDTH = ("alexnet", "vgg", "resnet")
 """How the names of networks begin that come in several widths."""
 
+WITH_BATCH_NORMALISATION = ("vgg", "resnet")
+"""How the names of networks begin that normalise over the batch."""
+
 
 def build(name: str, seed: int, *, classes: int, channels: int, width: float | None = None) -> nn.Module:
     """Build a network; a width of None is the paper's."""

@@ -6,7 +6,7 @@ import hashlib
 import math
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, cast
 
@@ -29,7 +29,7 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MemoryStream:
     """Batches of a data set in memory; ``classes`` are those of the whole data set, which a slice may not hold.
 
@@ -40,7 +40,6 @@ class MemoryStream:
     dataset: Dataset
     form: str  # a key of ``inputs.INPUTS``
     order: str  # "sequential" or "shuffled"
-    _: KW_ONLY
     classes: int
     batch_size: int
     test_batch_size: int
@@ -149,7 +148,7 @@ def _staying(folder: ImageFolder, count: int, pin: bool) -> Loader:
     return Loader(folder, count, pin=pin, stay=True)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FolderStream:
     """Batches of an image folder, decoded ahead by ``loaders`` processes, or with 0 by this one as they are needed.
 
@@ -158,7 +157,6 @@ class FolderStream:
     """
 
     folder: ImageFolder
-    _: KW_ONLY
     batch_size: int
     test_batch_size: int
     seed: int

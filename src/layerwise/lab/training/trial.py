@@ -140,14 +140,15 @@ def build(
     cuda, memory_format = device.startswith("cuda"), MEMORY_FORMATS[constants.memory_format]
     wanted = constants.data, constants.data_digest, constants.train_count, constants.test_count
     source = _source(*wanted, data_dir)
-    how: Any = {"batch_size": constants.batch_size, "test_batch_size": constants.test_batch_size}
+    sizes = {"batch_size": constants.batch_size, "test_batch_size": constants.test_batch_size}
+    how: Any = {**sizes, "seed": configuration.seed}
     stream: MemoryStream | FolderStream
     if constants.data == data.FOLDER:
-        stream = FolderStream(source, seed=configuration.seed, loaders=loaders, pin=cuda, share=share, **how)
+        stream = FolderStream(folder=source, loaders=loaders, pin=cuda, share=share, **how)
     else:
         dataset, classes = source
-        form = constants.inputs, constants.order
-        stream = MemoryStream(dataset, *form, classes=classes, seed=configuration.seed, **how)
+        form = {"form": constants.inputs, "order": constants.order}
+        stream = MemoryStream(dataset=dataset, classes=classes, **form, **how)
     shape = {"classes": stream.classes, "channels": stream.channels, "width": constants.width}
     model = networks.build(constants.model, configuration.seed, **shape)
     model = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
