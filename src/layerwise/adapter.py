@@ -396,8 +396,9 @@ class AttachedRule:
     def measure(self, optimizer: Any) -> bool:
         """Compute this step's factors from the gradients as they arrived; return whether any of them may not be 1."""
         groups, self._now = self._now, []
-        self._before = None  # of a step that failed
-        self._finished.forget()
+        if self._before is not None:  # of a step that failed
+            self._before = None
+            self._finished.forget()
         if self._idle:
             return False
         found, grad_scale = self.found, getattr(optimizer, "grad_scale", None)
