@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +13,7 @@ import layerwise
 from layerwise import LayerwiseLR
 from layerwise.rules import AlignUpdates, LayerAdaptive, Trust, UpdateClip, UpdateFloor, chain
 from layerwise.statistics import Statistics
+from packages import imported, is_here
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -51,17 +48,11 @@ def furthest(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
 
 
 @pytest.fixture
-def lamb(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """timm's Lamb, without the rest of timm, which needs torchvision."""
-    found = importlib.util.find_spec("timm")
-    if found is None or found.origin is None:
+def lamb() -> Any:
+    """timm's Lamb."""
+    if not is_here("timm"):
         pytest.skip("timm is not installed")
-    folder = Path(found.origin).parent
-    for name in ("timm", "timm.optim"):
-        module = types.ModuleType(name)
-        module.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
-        monkeypatch.setitem(sys.modules, name, module)
-    return importlib.import_module("timm.optim.lamb").Lamb
+    return imported("timm.optim").Lamb
 
 
 @pytest.mark.parametrize("clip", [None, (0.0, 1.0)], ids=["LAMB", "LAMBC"])
