@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -87,14 +88,15 @@ class RuleCase:
         reference: Its first factors in NumPy and float64. None where a module of `tests/reference` has them, named as
             the rule's module, with tests of their own.
         refused: Why `step_in_backward` refuses it; empty for a rule whose factors each follow from their layer alone.
-        sharded: Whether it is trained in several processes too.
+        sharded: Whether it is trained in several processes too; "FSDP2" for that way in full and a share of the others,
+            where other rules have the same statistics.
         freezes: Whether some of its first factors are 0.
     """
 
     make: Callable[[Names], Rule]
     reference: Callable[[Network], np.ndarray] | None = None
     refused: str = ""
-    sharded: bool = True
+    sharded: bool | Literal["FSDP2"] = True
     freezes: bool = False
 
 
@@ -167,6 +169,7 @@ RULES: dict[str, RuleCase] = {
         lambda names: Unfreezing(),
         lambda of: reference.unfreezing(list(range(len(of.names))), epoch=1),
         freezes=True,
+        sharded="FSDP2",
     ),
     "Unfreezing_chain": RuleCase(
         lambda names: Unfreezing(2, every=2, order="chain"),
@@ -210,6 +213,7 @@ RULES: dict[str, RuleCase] = {
     "ByRole": RuleCase(
         lambda names: ByRole({"norm": 0.5, "head": 2.0}),
         lambda of: np.array([{"norm": 0.5, "head": 2.0}.get(name, 1.0) for name in of.names]),
+        sharded="FSDP2",
     ),
     "ByRole_shared": RuleCase(
         lambda names: ByRole({"norm": 0.5, "head": 2.0}, schedule="shared", warmup=3, total=50),
@@ -220,10 +224,10 @@ RULES: dict[str, RuleCase] = {
     "LoRAPlus": RuleCase(
         lambda names: LoRAPlus(),
         lambda of: np.array([16.0 if all(w.ndim <= 1 for w in layer) else 1.0 for layer in of.weights]),
+        sharded="FSDP2",
     ),
     "NormalizedGradient": RuleCase(
-        lambda names: NormalizedGradient(),
-        lambda of: reference.normalized_gradient(of.gradients),
+        lambda names: NormalizedGradient(), lambda of: reference.normalized_gradient(of.gradients), sharded="FSDP2"
     ),
     "NormalizedGradient_rms": RuleCase(
         lambda names: NormalizedGradient("rms"),
@@ -234,6 +238,7 @@ RULES: dict[str, RuleCase] = {
         lambda names: LayerMoment(),
         lambda of: np.array([reference.layer_moment([reference.joint_norm(g)])[0] for g in of.gradients]),
         refused=NEEDS_OTHERS,
+        sharded="FSDP2",
     ),
     "LayerMoment_corrected": RuleCase(
         lambda names: LayerMoment(0.9, bias_correction=True),
@@ -243,7 +248,9 @@ RULES: dict[str, RuleCase] = {
         refused=NEEDS_OTHERS,
         sharded=False,
     ),
-    "WeightScaled": RuleCase(lambda names: WeightScaled(), lambda of: reference.weight_scaled(of.weights)),
+    "WeightScaled": RuleCase(
+        lambda names: WeightScaled(), lambda of: reference.weight_scaled(of.weights), sharded="FSDP2"
+    ),
     "Trust": RuleCase(
         lambda names: Trust(),
         lambda of: reference.trust(of.gradients, of.weights),
@@ -272,7 +279,7 @@ RULES: dict[str, RuleCase] = {
         refused=NEEDS_OTHERS,
         sharded=False,
     ),
-    "AGC": RuleCase(lambda names: AGC(), lambda of: reference.agc(of.gradients, of.weights)),
+    "AGC": RuleCase(lambda names: AGC(), lambda of: reference.agc(of.gradients, of.weights), sharded="FSDP2"),
     "AdaGC": RuleCase(
         lambda names: AdaGC(warmup=2),
         lambda of: np.array(reference.ada_gc([list(map(reference.joint_norm, of.gradients))], 1.05, 0.98, 1, 2)[0]),
@@ -282,6 +289,7 @@ RULES: dict[str, RuleCase] = {
         lambda names: RelativeGradient(batches=1),
         lambda of: reference.relative_gradient(of.gradients, of.weights, [name == "norm" for name in of.names]),
         refused=COUNTS,
+        sharded="FSDP2",
     ),
     "RelativeGradient_snr": RuleCase(
         lambda names: RelativeGradient("snr", 3),
@@ -292,6 +300,7 @@ RULES: dict[str, RuleCase] = {
     "WidthDepth": RuleCase(
         lambda names: WidthDepth(4, width=16),
         lambda of: np.array([1.0 if name in ("norm", "head") else 0.25 for name in of.names]),
+        sharded="FSDP2",
     ),
     "WidthDepth_muon": RuleCase(
         lambda names: WidthDepth(kind="muon"),
@@ -304,6 +313,7 @@ RULES: dict[str, RuleCase] = {
         lambda names: FreezeOut(50),
         lambda of: np.array([reference.freeze_out(0, 50, i / (len(of.names) - 1)) for i in range(len(of.names))]),
         refused=NEEDS_OTHERS,
+        sharded="FSDP2",
     ),
     "RandomTraining": RuleCase(
         lambda names: RandomTraining(every=2, block=block),
@@ -331,6 +341,7 @@ RULES: dict[str, RuleCase] = {
     "InitialSNR_sqrt_n": RuleCase(
         lambda names: InitialSNR("sqrt_n"),
         lambda of: np.array([sum(w.size for w in layer) ** 0.5 for layer in of.weights]),
+        sharded="FSDP2",
     ),
     "AdaLip": RuleCase(
         lambda names: AdaLip(),

@@ -32,8 +32,8 @@ from ._tensors import (
     several_processes,
     warn_without_values,
 )
-from ._writes import is_compiled
-from .apply import Factor, Factors, FinishedStep, Partition, Place, PrivateStep, Split, Step, Writes, make_place
+from ._writes import HALF, is_compiled
+from .apply import Factors, FinishedStep, Partition, Place, PrivateStep, Split, Step, Writes, make_place
 from .layers import (
     Exclusion,
     Layer,
@@ -59,7 +59,7 @@ from .optimizers import (
     unwrap,
 )
 from .rules.base import Rule, Selection, check_rule, is_pair
-from .rules.by_name import make_rule
+from .rules.by_name import arguments_of, make_rule
 from .rules.combine import Normalization, check_bounds, normalized
 from .rules.combine import bounds as bounded
 from .rules.elementwise import check_elementwise, is_elementwise
@@ -257,6 +257,7 @@ class AttachedRule:
         replaces = verdict is not None and verdict.replaces
         self._known = KnownGroups(holder.param_groups) if replaces else None
         self._take(Resolution(optimizer, self._source, request))
+        self._check_beside(OptimizerHooks.members_of(optimizer))
         # The other processes wait for it, so one in which the rule is paused compares too.
         self._compares = (
             verdict is not None
@@ -269,6 +270,20 @@ class AttachedRule:
         OptimizerHooks.add(optimizer, self)
         # ZeRO recreates its inner optimizer when a group is added.
         self._follows = None if optimizer is holder else holder.register_step_pre_hook(self._follow)
+
+    def _check_beside(self, others: Sequence[Any]) -> None:
+        """Raise where a rule of the finished step would measure, and undo, what another adapter has scaled."""
+        for other in others:
+            if self.found.afterwards or other.found.afterwards:
+                raise ValueError(
+                    f"{described(self._rule)} beside {described(other.rule)} on one optimizer: one follows from the "
+                    "finished step, and would measure the other's factors; attach chain(…) of both, or detach() one"
+                )
+
+    @property
+    def rule(self) -> Rule:
+        """The rule."""
+        return self._rule
 
     @property
     def layers(self) -> list[Layer]:
@@ -381,6 +396,9 @@ class AttachedRule:
     def measure(self, optimizer: Any) -> bool:
         """Compute this step's factors from the gradients as they arrived; return whether any of them may not be 1."""
         groups, self._now = self._now, []
+        if self._before is not None:  # of a step that failed
+            self._before = None
+            self._finished.forget()
         if self._idle:
             return False
         found, grad_scale = self.found, getattr(optimizer, "grad_scale", None)
@@ -392,7 +410,6 @@ class AttachedRule:
             self.factors = Factors(numbers, found.included, found.mask)
             self.rates = rates_of(groups)
             return not self.factors.neutral
-        self._before = None
         statistics = NOTHING
         if self._rule.asks(self.state):
             found_inf = getattr(optimizer, "found_inf", None)
@@ -427,31 +444,42 @@ class AttachedRule:
             self.factors = Factors(raw, found.included, found.mask)
             self._last_raw = (raw, raw._version)
 
-    def _undone(self, changes: list[Tensor | None]) -> Sequence[Factor]:
-        """Return 1 − f of each parameter, from what the step has changed."""
+    def _scale_finished(self) -> None:
+        """Ask the rule for the factors of the finished step, and let them act."""
         statistics, before, self._before = self.found.statistics, self._before, None
         assert before is not None
         assert self.rates is not None
-        self._ask(statistics.after(before, changes, self._groups, self.rates))
+        squares = statistics.changed_squares(self._finished.old)
+        self._ask(statistics.after(before, squares, self._groups, self.rates))
         factors = self.factors
         assert factors is not None
         layers = [statistics.layer_of[id(p)] for p in statistics.members]
         if factors.numbers is None and is_capturing(self._source):
-            each = (1 - factors.tensor).unbind()
-            return [moved(each[layer], p.device) for layer, p in zip(layers, statistics.members, strict=True)]
-        numbers = factors.read()
-        return [1 - numbers[layer] for layer in layers]
+            each = {dtype: factors.tensor.to(dtype).unbind() for dtype in {p.dtype for p in statistics.members}}
+            pairs = zip(layers, statistics.members, strict=True)
+            self._finished.scale([moved(each[p.dtype][number], p.device) for number, p in pairs])
+        else:
+            numbers = factors.read()
+            self._finished.scale([numbers[n] for n in layers])
 
     def _stand_by(self, optimizer: Any) -> None:
-        """Enter the collectives that the other processes enter, which may not be paused; change nothing."""
-        if self.found.statistics.sharing is None or not self._rule.asks(self.state):
+        """Enter the collectives that the other processes enter, which may not be paused; change no weight.
+
+        Their statistics are NaN then, and so is what the rule makes of them. Its state goes on as theirs does, since it
+        may count the steps after which they measure again.
+        """
+        found, statistics = self.found, NOTHING
+        if found.statistics.sharing is None:
             return
         with absent(), torch.no_grad():
-            statistics = self.found.statistics.compute(self._groups)
-            if "gradients" in self._rule.needs:  # a collective of the rule's own
-                self._rule.factors(statistics, self.state)
-            if self.found.afterwards:
-                self.found.statistics.norms([self.found.statistics.squares([])])
+            if self._rule.asks(self.state):
+                statistics = found.statistics.compute(self._groups)
+                if found.afterwards:
+                    squares = found.statistics.squares([])
+                    statistics = found.statistics.after(statistics, squares, self._groups, rates_of(self._groups))
+            result = self._rule.factors(statistics, self.state)
+        if "gradients" not in self._rule.needs:  # else the rule's own collective leaves the step out of its sums
+            self.state = result[1]
 
     @property
     def takes_part(self) -> bool:
@@ -475,7 +503,7 @@ class AttachedRule:
         """Act after the step."""
         self._place.finish()
         if self._before is not None:
-            self._finished.scale(self._undone)
+            self._scale_finished()
 
     @property
     def _source(self) -> Any:
@@ -667,8 +695,8 @@ class LayerwiseLR(StaysBehind):
 
     @property
     def counts_epochs(self) -> bool:
-        """Whether the rule chooses layers at the ends of epochs, so that `end_epoch()` is to be called."""
-        return self.rule.get_selection(self._attached.state) is not None
+        """Whether the rule counts epochs, so that `end_epoch()` is to be called."""
+        return self.rule.counts_epochs()
 
     @property
     def enabled(self) -> bool:
@@ -808,6 +836,12 @@ class LayerwiseLR(StaysBehind):
         if found.outside:
             among = len(found.parameters)
             remarks.append(f"{found.outside} of the optimizer's {among} parameters are in no layer: factor 1")
+        half = {p.dtype for layer in found.layers for p in layer.parameters}.intersection(HALF)
+        if found.afterwards and half:
+            remarks.append(
+                f"{described(self.rule)} reads the finished step from weights of {', '.join(map(str, half))}, which "
+                "round small steps, so its factors are inexact; keep the weights in float32 (autocast)"
+            )
         if len(OptimizerHooks.members_of(optimizer)) > 1:
             remarks.append(
                 f"{type(optimizer).__name__} has another LayerwiseLR attached already: their factors multiply, and "
@@ -827,7 +861,8 @@ def attach(optimizer: Any, rule: Any, model: Model | None = None, **arguments: A
         rule: A rule, its name (`"lars"`, `"layer_decay"`; `layerwise.rules.list()` prints all), a mapping such as
             `{"name": "lars", "trust_coefficient": 0.01}`, or a list of these, which are chained.
         model: As for `LayerwiseLR`.
-        **arguments: Those of `LayerwiseLR`, and those of a rule that is given by its name.
+        **arguments: Those of a rule that is given by its name, and those of `LayerwiseLR`. Where both have one, such as
+            `decay` for `LayerDecay`, it is the rule's.
 
     Returns:
         The adapter.
@@ -842,6 +877,7 @@ def attach(optimizer: Any, rule: Any, model: Model | None = None, **arguments: A
         >>> attach(torch.optim.SGD(model.parameters(), lr=0.1), "lars", model, trust_coefficient=0.01).rule
         LARS(trust_coefficient=0.01, eps=1e-08)
     """
-    of_rule = {name: value for name, value in arguments.items() if name not in _OF_ADAPTER}
-    of_adapter = {name: value for name, value in arguments.items() if name in _OF_ADAPTER}
+    own = arguments_of(rule)
+    of_rule = {name: value for name, value in arguments.items() if name in own or name not in _OF_ADAPTER}
+    of_adapter = {name: value for name, value in arguments.items() if name not in of_rule}
     return LayerwiseLR(optimizer, make_rule(rule, of_rule), model, **of_adapter)

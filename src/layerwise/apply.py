@@ -603,24 +603,19 @@ class Update(Place):
             return []
         changed = [(local(p), factor) for p, factor in step.scaled() if p.grad is not None]
         parameters = [p for p, _ in changed]
-        # The kernel takes tensors of the parameters' type, to which half precision rounds the factor.
-        weights = [factor.to(p.dtype) if isinstance(factor, Tensor) else factor for p, factor in changed]
-        self._kept = (parameters, [p.clone() for p in parameters], weights)
+        self._kept = (parameters, [p.clone() for p in parameters], [factor for _, factor in changed])
         return []
 
     @torch.no_grad()
     def finish(self) -> None:
         """Move from the old values towards the new ones, or past them."""
-        if self._kept is not None and self._kept[0]:
-            parameters, old, weights = self._kept
-            # From the old values, because 1 - f of a small f would be 1 in half precision.
-            torch._foreach_lerp_(old, parameters, weights)
-            torch._foreach_copy_(parameters, old)
+        if self._kept is not None:
+            interpolate(*self._kept)
         self._kept = None
 
 
 class FinishedStep:
-    """`w ← w_old + f_l (w_new − w_old)`, with factors that follow from w_old − w_new.
+    """`w ← w_old + f_l (w_new − w_old)`, with factors that follow from the finished step.
 
     It keeps a copy of the parameters during the step.
 
@@ -640,28 +635,41 @@ class FinishedStep:
         copies: Any = torch._foreach_mul([local(self._parameters[i]) for i in held], 1) if held else ()
         self._old = dict(zip(held, copies, strict=True))
 
-    @torch.no_grad()
-    def scale(self, undone: Callable[[list[Tensor | None]], Sequence[Factor]]) -> None:
-        """Scale the changes.
+    def forget(self) -> None:
+        """Drop the copies of a step that failed."""
+        self._old = {}
 
-        Args:
-            undone: From the change of each parameter, w_old − w_new, or None for one without a gradient, to 1 − f, the
-                part of it that is undone.
-        """
-        changes, self._old = self._old, {}
-        if changes:
-            torch._foreach_sub_(list(changes.values()), [local(self._parameters[i]) for i in changes])
-        parts = undone([changes.get(i) for i in range(len(self._parameters))])
+    @property
+    def old(self) -> list[Tensor | None]:
+        """The values of each parameter before the step; None for one without a gradient."""
+        return [self._old.get(i) for i in range(len(self._parameters))]
+
+    @torch.no_grad()
+    def scale(self, factors: Sequence[Factor]) -> None:
+        """Move from the old values towards the new ones, or past them, by each parameter's factor."""
+        old, self._old = self._old, {}
         together: list[int] = []
-        for i, change in changes.items():
-            part = parts[i]
-            if isinstance(part, Tensor) or not change.is_cpu:
+        for i, before in old.items():
+            factor = factors[i]
+            if isinstance(factor, Tensor) or not before.is_cpu:
                 together.append(i)
-            elif part != 0:  # one pass, where the kernels for lists take two
-                local(self._parameters[i]).add_(change, alpha=part)
-        if together:
-            scale_in_place((changes[i], parts[i]) for i in together)
-            torch._foreach_add_([local(self._parameters[i]) for i in together], [changes[i] for i in together])
+            elif factor != 1:
+                after = local(self._parameters[i])
+                torch.lerp(before, after, factor, out=after)
+        interpolate(
+            [local(self._parameters[i]) for i in together], [old[i] for i in together], [factors[i] for i in together]
+        )
+
+
+def interpolate(parameters: Sequence[Tensor], old: Sequence[Tensor], factors: Sequence[Factor]) -> None:
+    """Set parameters to `w_old + f (w − w_old)`; `old` is overwritten."""
+    if not parameters:
+        return
+    # The kernel takes tensors of the parameters' type, to which half precision rounds the factor.
+    weights = [f.to(p.dtype) if isinstance(f, Tensor) else f for p, f in zip(parameters, factors, strict=True)]
+    # From the old values, because 1 - f of a small f would be 1 in half precision.
+    torch._foreach_lerp_(list(old), list(parameters), cast(Any, weights))
+    torch._foreach_copy_(list(parameters), list(old))
 
 
 def make_place(name: PlaceName, decay: str, *, automatic: bool) -> Place:

@@ -488,7 +488,8 @@ class StepInBackward(StaysBehind):
     def _choose_place(self, optimizer: Optimizer) -> None:
         """Choose where a factor acts as `LayerwiseLR` does; at each backward, since schedulers can bring momentum."""
         decay = self._request.decay
-        self._place_name = automatic_place(optimizer, self._request.preferred, decay)
+        place, allowed = automatic_place(optimizer, self._request.preferred, decay), self._request.rule.places
+        self._place_name = place if place in allowed else allowed[0]
         self._place = make_place(self._place_name, decay, automatic=damps_history(optimizer))
 
 
@@ -564,7 +565,7 @@ def _check_rule(rule: Any) -> None:
         f"rule={rule!r} cannot step in backward: {reason}. When a layer steps, the gradients of the layers below do "
         "not exist yet, and the layers above have moved. Rules that can: LayerAdaptive, LARS, LARC, Constant, "
         "LayerDecay, GradientAmplification of AllLayers or RandomLayers, chain and bounds of these, and every "
-        "ElementwiseRule; for others use LayerwiseLR"
+        "ElementwiseRule that does not follow from the finished step; for others use LayerwiseLR"
     )
 
 

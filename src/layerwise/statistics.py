@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._arguments import has_type
-from ._norms import JointNorms, tensor_norm_numbers, tensor_norms
+from ._norms import JointNorms, subtract, tensor_norm_numbers, tensor_norms
 from ._tensors import as_dense_real, has_values, local, moved, several_processes
 from .layers import Layer, some
 from .sharding import Shard, Sharing, find_shards, is_absent, settled_gradient, sharing_of
@@ -156,6 +156,8 @@ OF_STEP = frozenset({"direction_norm", "direction_rms"})
 """What is known after the step only."""
 AS_NUMBERS = NORMS | {"learning_rate"}
 """What `LayerStatistics.numbers` can return."""
+PIECE, PIECE_ON_DEVICE = 2**20, 2**24
+"""The most numbers whose differences are made at once: 4 MB of float32, which fit into the caches, and 64 MiB."""
 MOST_INDICES = 64
 """Patterns of missing gradients that are kept; a mixture of experts has another one at almost every step."""
 Groups = Sequence[Mapping[str, Any]]
@@ -224,18 +226,44 @@ class LayerStatistics:
         return Statistics(**values)
 
     @torch.no_grad()
-    def after(
-        self, before: Statistics, changes: Sequence[Tensor | None], groups: Groups, rates: Sequence[Any]
-    ) -> Statistics:
+    def changed_squares(self, old: Sequence[Tensor | None]) -> Tensor:
+        """Return this process's share of the squared norms of what members have changed by, since they had `old`.
+
+        The differences are made in pieces of at most `PIECE` numbers, or of one tensor.
+        """
+        result = self.squares([])
+        largest = PIECE_ON_DEVICE if self.device.type != "cpu" else PIECE
+        piece: list[int] = []
+        size = 0
+        for i, before in enumerate(old):
+            if before is None:
+                continue
+            if piece and size + before.numel() > largest:
+                result = result + self._squares_of_piece(old, piece)
+                piece, size = [], 0
+            piece.append(i)
+            size += before.numel()
+        return result + self._squares_of_piece(old, piece) if piece else result
+
+    def _squares_of_piece(self, old: Sequence[Tensor | None], piece: Sequence[int]) -> Tensor:
+        copies = [cast(Tensor, old[i]).clone() for i in piece] if self.device.type == "cpu" else None
+        if copies is None:
+            copies = list(cast(Any, torch._foreach_mul(cast(Any, [old[i] for i in piece]), 1)))
+        changes: list[Tensor | None] = [None] * len(self.members)
+        for i, change in zip(piece, subtract(copies, [local(self.members[i]) for i in piece]), strict=True):
+            changes[i] = change
+        return self.squares(changes)
+
+    @torch.no_grad()
+    def after(self, before: Statistics, squares: Tensor, groups: Groups, rates: Sequence[Any]) -> Statistics:
         """Return the statistics with those of the finished step.
 
         Args:
             before: What `compute` returned before the step.
-            changes: The change of each of `members`, of a sharded one this process's part; None for none.
+            squares: The squared norm of the change of each of `members`, of a sharded one this process's share.
             groups: The parameter groups.
             rates: Their rates before the step.
         """
-        squares = self.squares(changes)
         if any(isinstance(rate, Tensor) for rate in rates):
             vector = torch.stack([torch.as_tensor(r, dtype=self.dtype, device=self.device).reshape(()) for r in rates])
         else:

@@ -243,7 +243,8 @@ def test_no_statistic_reads_a_value_from_the_device(imagined_accelerator, need):
         with torch.no_grad():
             found = statistics.compute(groups, torch.ones((), device="cuda"))
             if need in OF_STEP:
-                found = statistics.after(found, [p.grad for p in parameters], groups, [0.1])
+                squares = statistics.changed_squares([p.grad for p in parameters])
+                found = statistics.after(found, squares, groups, [0.1])
             result = getattr(found, need)
         tensors = [g for g in result.tensors if g is not None] if need == "gradients" else [result]
         assert all(tensor.device.type == "cuda" for tensor in tensors)

@@ -19,7 +19,7 @@ def test_only_what_is_needed_is_computed_and_reading_the_rest_names_the_remedy()
         statistics = measured.compute(groups)
         if need in OF_STEP:  # known after the step
             assert not any(hasattr(statistics, name) for name in NEEDS)
-            statistics = measured.after(statistics, [torch.ones(2)], groups, [0.1])
+            statistics = measured.after(statistics, measured.squares([torch.ones(2)]), groups, [0.1])
         assert [name for name in NEEDS if hasattr(statistics, name)] == [need]
     with pytest.raises(AttributeError, match=r"statistics\.weight_norm .*; add 'weight_norm' to them"):
         _ = LayerStatistics(layers, ["gradient_norm"]).compute(groups).weight_norm
@@ -56,7 +56,7 @@ def test_directions_of_layers_are_those_of_numpy(dtype, on_device):
     members = [[weights[0], weights[2]], [weights[1], weights[3]], [weights[4]]]
     groups = [{"params": held, "lr": rate} for held, rate in zip(members, shown, strict=True)]
     statistics = LayerStatistics(layers, ["direction_norm", "direction_rms", "weight_norm"])
-    found = statistics.after(statistics.compute(groups), changes, groups, shown)
+    found = statistics.after(statistics.compute(groups), statistics.squares(changes), groups, shown)
     first, second, third = (c.double().numpy().ravel() for c in changes[:3])
     expected = [np.sqrt((first**2).sum() / 0.5**2 + (second**2).sum() / 0.03**2), np.sqrt((third**2).sum()) / 0.5, 0.0]
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-6}[dtype]

@@ -103,8 +103,12 @@ def test_each_write_moves_by_factor_times_the_change(write: str, on_device: bool
 
 
 def test_the_old_argument_order_of_add_works() -> None:
-    with pytest.warns(UserWarning, match="deprecated"):
-        bare = parameter().detach().add_(0.3, D)
+    torch.set_warn_always(True)  # else only the first time in a process
+    try:
+        with pytest.warns(UserWarning, match="deprecated"):
+            bare = parameter().detach().add_(0.3, D)
+    finally:
+        torch.set_warn_always(False)
     scaled = parameter()
     mode = ScaledWrites([scaled], {})
     mode.scale([(scaled, 2.0)])

@@ -70,7 +70,7 @@ def measured(layers: Sequence[Layer], needs: Collection[str], groups: Groups, sc
         return before
     rates = [group["lr"] for group in groups]
     changes = [None if p.grad is None else p.grad.double() * (rates[0] / scale) for p in statistics.members]
-    return statistics.after(before, changes, groups, rates)
+    return statistics.after(before, statistics.squares(changes), groups, rates)
 
 
 def factors_of(rule: Rule, layers: Sequence[Layer], groups: Groups) -> Tensor:

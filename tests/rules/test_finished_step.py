@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +13,7 @@ import layerwise
 from layerwise import LayerwiseLR
 from layerwise.rules import AlignUpdates, LayerAdaptive, Trust, UpdateClip, UpdateFloor, chain
 from layerwise.statistics import Statistics
+from packages import imported, is_here
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -51,17 +48,11 @@ def furthest(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
 
 
 @pytest.fixture
-def lamb(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """timm's Lamb, without the rest of timm, which needs torchvision."""
-    found = importlib.util.find_spec("timm")
-    if found is None or found.origin is None:
+def lamb() -> Any:
+    """timm's Lamb."""
+    if not is_here("timm"):
         pytest.skip("timm is not installed")
-    folder = Path(found.origin).parent
-    for name in ("timm", "timm.optim"):
-        module = types.ModuleType(name)
-        module.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
-        monkeypatch.setitem(sys.modules, name, module)
-    return importlib.import_module("timm.optim.lamb").Lamb
+    return imported("timm.optim").Lamb
 
 
 @pytest.mark.parametrize("clip", [None, (0.0, 1.0)], ids=["LAMB", "LAMBC"])
@@ -161,8 +152,11 @@ def test_vectors_of_muon_l() -> None:
     factors, state = rule.factors(measured, state)
     expected = [1.7142857142857142, 0.8571428571428571, 0.42857142857142855]
     assert factors.tolist() == pytest.approx(expected, rel=1e-14)
-    assert not rule.asks(state)
-    assert rule.factors(Statistics(), state)[0].tolist() == pytest.approx(expected, rel=1e-14)
+    later = Statistics(weight_norm=torch.ones(3, dtype=torch.float64), direction_norm=ratios.flip(0))
+    for step in range(1, 5):  # asked again in the first period, for layers without an answer
+        assert rule.asks(state) == (step in (1, 2, 4))
+        factors, state = rule.factors(later if rule.asks(state) else Statistics(), state)
+        assert factors.tolist() == pytest.approx(expected, rel=1e-14)
     t_muon = Statistics(weight_norm=torch.tensor([3.0, 1.0, 2.0]).double(), direction_norm=torch.ones(3).double())
     fresh = rule.init(layers, torch.device("cpu"))
     assert rule.factors(t_muon, fresh)[0].tolist() == pytest.approx([1.5, 0.5, 1.0], rel=1e-14)
@@ -315,19 +309,38 @@ def test_a_step_that_fails_leaves_nothing_for_the_next() -> None:
         assert float((model[0].weight - before).detach().abs().max()) < 1
 
 
-def test_two_adapters_multiply() -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_beside_another_adapter_it_is_refused_and_chained_they_multiply(first: bool) -> None:
     model, alike = network(), network()
+    rules = [layerwise.rules.Constant({"0*": 3.0, "*": 1.0}), Trust()]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    LayerwiseLR(optimizer, layerwise.rules.Constant({"0": 3.0}), model)
-    trust = LayerwiseLR(optimizer, Trust(exponent=1), model)
-    theirs = torch.optim.SGD(alike.parameters(), lr=0.1)
-    LayerwiseLR(theirs, Trust(), alike)
-    for net, each in ((model, optimizer), (alike, theirs)):
+    LayerwiseLR(optimizer, rules[first], model, layers="parameter")
+    hooks = len(optimizer._optimizer_step_pre_hooks)
+    with pytest.raises(ValueError, match=r"attach chain\(…\) of both"):
+        LayerwiseLR(optimizer, rules[not first], model, layers="parameter")
+    assert len(optimizer._optimizer_step_pre_hooks) == hooks
+    both, alone = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(alike.parameters(), lr=0.1)
+    chained = LayerwiseLR(both, chain(*rules), model)
+    trust = LayerwiseLR(alone, Trust(), alike)
+    for net, each in ((model, both), (alike, alone)):
         backward(net, 0)
         each.step()
-    # The trust ratio sees the step that the other factor has made, and so takes it out.
-    torch.testing.assert_close(model[0].weight, alike[0].weight, rtol=1e-12, atol=1e-15)
-    assert trust.get_last_factors()["0.weight"] != 1
+    own, only = chained.get_last_factors(), trust.get_last_factors()
+    assert own["0.weight"] == pytest.approx(3 * only["0.weight"], rel=1e-12)
+    assert own["3.weight"] == pytest.approx(only["3.weight"], rel=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e6), (torch.float32, 1e9), (torch.bfloat16, 1e3)])
+def test_a_huge_step_that_is_clipped_keeps_the_weights(dtype: torch.dtype, size: float) -> None:
+    weight = nn.Parameter((0.05 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))).to(dtype))
+    before = weight.detach().double().clone()
+    optimizer = torch.optim.SGD([("weight", weight)], lr=0.1)
+    LayerwiseLR(optimizer, UpdateClip(1.0))
+    weight.grad = (size * torch.randn(64, 64, generator=torch.Generator().manual_seed(1))).to(dtype)
+    gradient = weight.grad.double()
+    optimizer.step()
+    expected = before - 0.1 * gradient / gradient.square().mean().sqrt()
+    assert float((weight.detach().double() - expected).abs().max()) <= 4 * torch.finfo(dtype).eps
 
 
 def test_factors_beyond_half_precision_act_whole() -> None:

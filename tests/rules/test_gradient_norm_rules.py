@@ -204,13 +204,13 @@ def test_refresh_holds_moves_and_smooths() -> None:
     shown, asked = [], []
     for step in range(9):
         asked.append(rule.asks(state))
-        norm = {0: 1.0, 4: 0.25, 8: 0.1}.get(step)
+        norm = {0: 1.0, 1: 9.0, 2: 9.0, 4: 0.25, 8: 0.1}.get(step)  # at 1 and 2 for those without an answer
         factors, state = rule.factors(statistics(*([norm] if norm else [])), state)
         shown.append(factors.item())
     second = (0.5 * 1 + 1.0 * 4) / 1.5  # a moving average corrected for its beginning
     expected = [1, 1, 1, 1, 1 + (second - 1) / 3, 1 + 2 * (second - 1) / 3, second, second]
     assert shown[:8] == pytest.approx(expected, rel=1e-14)
-    assert asked == [step % 4 == 0 for step in range(9)]
+    assert asked == [True, True, True, False, True, False, False, False, True]
 
 
 @pytest.mark.parametrize("arguments", [{"every": 0}, {"every": 3, "ramp": 3}, {"every": 3, "smooth": 1}])
@@ -315,3 +315,84 @@ def test_rules_whose_factors_change_are_refused(rule: Any) -> None:
         layerwise.param_groups(model, rule, lr=0.1)
     with pytest.raises(ValueError, match="must be the rate"):
         layerwise.param_groups(model, layerwise.rules.LayerDecay(0.5))
+
+
+def test_a_layer_without_an_answer_is_asked_for_again_and_others_keep_theirs() -> None:
+    rule = layerwise.rules.refresh(NormalizedGradient(), every=100)
+    state = rule.init(layers(2), CPU)
+    for norms, expected in (([0.5, math.inf], [2, 1]), ([0.25, 0.1], [2, 10]), ([0.2, 0.2], [2, 10])):
+        own = torch.tensor(norms, dtype=torch.float64)
+        own = torch.where(own < math.inf, own, math.nan)
+        factors, state = rule.factors(statistics(*own.tolist()), state)
+        assert factors.tolist() == pytest.approx(expected)
+
+
+def test_what_wraps_a_rule_keeps_its_state_through_files_epochs_and_new_layers() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    unfreezing = layerwise.rules.Unfreezing()
+    for rule in (layerwise.rules.refresh(unfreezing, 1), layerwise.rules.bounds(unfreezing, 0, 9)):
+        adapter = LayerwiseLR(optimizer, rule, model)
+        assert adapter.counts_epochs
+        adapter.end_epoch()
+        saved = adapter.state_dict()
+        adapter.detach()
+        again = LayerwiseLR(optimizer, rule, model)
+        again.load_state_dict(saved)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert again.get_last_factors() == {"0": 0.0, "1": 1.0, "2": 1.0}
+        again.detach()
+    bounded = LayerwiseLR(optimizer, layerwise.rules.LDoG(), model, bounds=(0, 100))
+    optimizer.step()
+    first = {name: value.clone() for name, value in bounded.state_dict()["state"]["0"]["copies"].items()}
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    optimizer.step()
+    later = bounded.state_dict()["state"]["0"]["copies"]
+    assert all(torch.equal(later[name], value) for name, value in first.items())
+
+
+def test_layers_without_a_step_do_not_count_in_the_mean() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3)))
+    for frozen in (False, True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        adapter = LayerwiseLR(optimizer, layerwise.rules.LARS(), model, normalize="mean")
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        if frozen:
+            model[2].weight.grad = None
+        optimizer.step()
+        factors = list(adapter.get_last_factors().values())[: 2 if frozen else 3]
+        assert sum(factors) / len(factors) == pytest.approx(1, rel=1e-12)
+        adapter.detach()
+
+
+def test_a_chain_that_would_lose_a_rule_under_adam_is_refused() -> None:
+    model = network()
+    rule = layerwise.rules.chain(layerwise.rules.LayerDecay(0.1), AGC())
+    with pytest.raises(ValueError, match="Attach each of its rules by itself"):
+        LayerwiseLR(torch.optim.AdamW(model.parameters()), rule, model)
+
+
+def test_stepping_in_backward_takes_the_place_of_the_rule() -> None:
+    results = []
+    for inside in (True, False):
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        if inside:
+            attached: Any = layerwise.step_in_backward(optimizer, model, AGC())
+        else:
+            attached = LayerwiseLR(optimizer, AGC(), model)
+        for step in range(3):
+            backward(model, step)
+            optimizer.step()
+        attached.detach()
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert furthest(*results) <= 1e-14
+
+
+def test_an_argument_of_both_is_the_rules() -> None:
+    model = network()
+    adapter = layerwise.attach(torch.optim.AdamW(model.parameters()), "layer_decay", model, decay=0.75)
+    assert repr(adapter.rule).startswith("LayerDecay(decay=0.75")

@@ -79,7 +79,7 @@ def check_place(optimizer: optim.Optimizer, place: str, decay: str, *, decay_giv
     if place != "lr" and any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(
             f"apply={place!r} changes tensors in place, which cuts the graph of {name}(differentiable=True); use "
-            "apply='lr' (the factors themselves count as constants)"
+            "apply='lr' (the factors themselves count as constants), or differentiable=False"
         )
     if place != "gradient":
         rate = why_not_rate(optimizer)
@@ -132,7 +132,14 @@ def check_method(optimizer: optim.Optimizer, rule: Rule, place: PlaceName, *, au
         words = " or ".join(f"apply={name!r}" for name in rule.places)
         known = " It follows from the finished step." if rule.places == ("update",) else ""
         raise ValueError(f"apply={place!r} does not work with {described(rule)}: use {words}.{known}")
-    if automatic and rule.needs_scale and (isinstance(optimizer, SCALE_INVARIANT) or divides_by_gradients(optimizer)):
+    reason = no_effect(optimizer, place, rule)
+    if rule.places == ("gradient",) and reason is not None:
+        raise ValueError(f"{described(rule)} acts on the gradient, and {reason}. Attach each of its rules by itself")
+    if (
+        (automatic or place == "lr")
+        and rule.needs_scale
+        and (isinstance(optimizer, SCALE_INVARIANT) or divides_by_gradients(optimizer))
+    ):
         raise ValueError(
             f"{described(rule)} gives each layer's gradient a size, which {type(optimizer).__name__} divides out "
             "again; use SGD, or a rule that scales the rate, or pass apply='gradient' to try what is left of it"

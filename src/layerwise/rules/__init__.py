@@ -2,7 +2,7 @@
 
 from .back_matching import BackMatching
 from .base import Rule, Selection
-from .by_name import show_rules as list
+from .by_name import show_rules
 from .by_role import ByRole
 from .combine import bounds, chain, refresh
 from .constant import Constant
@@ -30,6 +30,8 @@ from .unfreezing import Unfreezing
 from .update_ratio import AlignUpdates, UpdateClip, UpdateFloor
 from .weight_scaled import WeightScaled
 from .width_depth import WidthDepth
+
+list = show_rules  # not in __all__, since it hides Python's own
 
 __all__ = [
     "AGC",
@@ -74,7 +76,6 @@ __all__ = [
     "WidthDepth",
     "bounds",
     "chain",
-    "list",
     "load_factors",
     "refresh",
     "save_factors",

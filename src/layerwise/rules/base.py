@@ -106,6 +106,10 @@ class Rule(ABC):
         """Return the state with the entries that follow from the others computed again."""
         return state
 
+    def counts_epochs(self) -> bool:
+        """Return whether the rule does something at the ends of epochs."""
+        return type(self).end_epoch is not Rule.end_epoch
+
     def get_selection(self, state: State) -> list[Selection] | None:
         """Return the last choice of a rule that chooses layers, one entry a layer; None for other rules."""
         return None

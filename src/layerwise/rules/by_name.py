@@ -71,6 +71,13 @@ def _made(name: str, arguments: Mapping[str, Any]) -> Rule:
     return kind(**arguments)
 
 
+def arguments_of(rule: Any) -> set[str]:
+    """Return the names of the arguments of a rule that is given by its name; empty for any other."""
+    name = rule.get("name") if has_type(rule, Mapping) else rule
+    kind = {_key(one): kind for one, kind in every_rule().items()}.get(_key(name)) if isinstance(name, str) else None
+    return set() if kind is None else set(inspect.signature(kind).parameters)
+
+
 def show_rules() -> None:
     """Print each rule with its equation, the statistics it needs, where it acts, and its source."""
     print("\n".join(map(described_rule, every_rule())))  # noqa: T201 - what the caller asks for

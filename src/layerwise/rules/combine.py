@@ -13,10 +13,11 @@ from .._arguments import check_choice, check_count, has_type
 from .._tensors import moved
 from ..layers import Layer
 from ..optimizers import PLACES
-from ..statistics import Statistics, common_device
+from ..statistics import Statistics
 from .base import Rule, Selection, check_rule, finite_or_one, is_number
+from .refreshing import RefreshingRule
 from .shapes import sizes_of
-from .state import State, described, is_state
+from .state import State, carried_over, described, is_state, saved_names
 
 
 class _Combined(Rule):
@@ -45,20 +46,45 @@ class _Combined(Rule):
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         return {str(i): rule.init(layers, device) for i, rule in enumerate(self.rules)}
 
+    def asks(self, state: State) -> bool:
+        return any(rule.asks(own) for _, rule, own in self._each(state))
+
     def _factors_of_each(self, statistics: Statistics, state: State) -> tuple[list[Tensor], State]:
         results = {key: rule.factors(statistics, own) for key, rule, own in self._each(state)}
         return [factors for factors, _ in results.values()], {key: new for key, (_, new) in results.items()}
 
+    def _has_step(self, statistics: Statistics, factors: Tensor) -> Tensor:
+        """Return which layers have a finite factor and, as far as is measured, a gradient and a step."""
+        result = torch.isfinite(factors)
+        for name in {"gradient_norm", "direction_norm"}.intersection(vars(statistics)):
+            size = getattr(statistics, name)
+            result = result & (size > 0) & (size < math.inf)
+        return result
+
     def end_epoch(self, state: State) -> State:
-        return {key: rule.end_epoch(own) for key, rule, own in self._each(state)}
+        return {**state, **{key: rule.end_epoch(own) for key, rule, own in self._each(state)}}
 
     def load(self, saved: Any, state: State) -> State:
-        if not is_state(saved) or sorted(saved) != sorted(state):
+        if not is_state(saved) or sorted(saved) != sorted(saved_names(state)):
             raise ValueError(f"the file does not hold a state for each of the {len(self.rules)} rules; attach the same")
-        return {key: rule.load(saved[key], own) for key, rule, own in self._each(state)}
+        inner = {key: rule.load(saved[key], own) for key, rule, own in self._each(state)}
+        rest = {name: value for name, value in saved.items() if name not in inner}
+        own = {name: value for name, value in state.items() if name not in inner}
+        return {**Rule.load(self, rest, own), **inner}
 
     def derived(self, state: State) -> State:
-        return {key: rule.derived(own) for key, rule, own in self._each(state)}
+        return {**state, **{key: rule.derived(own) for key, rule, own in self._each(state)}}
+
+    def renewed(self, layers: Sequence[Layer], device: torch.device, state: State, old_names: Sequence[str]) -> State:
+        inner = {
+            str(i): rule.renewed(layers, device, state.get(str(i), {}), old_names) for i, rule in enumerate(self.rules)
+        }
+        rest = {name: value for name, value in state.items() if name not in inner}
+        own = {name: value for name, value in self.init(layers, device).items() if name not in inner}
+        return {**carried_over(own, rest, [layer.name for layer in layers], old_names), **inner}
+
+    def counts_epochs(self) -> bool:
+        return any(rule.counts_epochs() for rule in self.rules)
 
     def get_selection(self, state: State) -> list[Selection] | None:
         """Return the last choice of the first rule that chooses layers."""
@@ -120,39 +146,35 @@ class _Normalized(_Combined):
         self.by = by
         self.own_layer = False
         self.compares_layers = True
+        if {"counts", "gradients"} & set(self.needs):  # which come from the same pass
+            self.needs = tuple(dict.fromkeys([*self.needs, "gradient_norm"]))
 
     @property
     def rule_kind(self) -> str:
         return f"normalized({self.rules[0].rule_kind})"
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
-        included = torch.tensor([float(layer.included) for layer in layers], device=device)
+        trained = [layer.included and any(p.requires_grad for p in layer.parameters) for layer in layers]
+        included = torch.tensor(trained, device=device)
         sizes = sizes_of(layers)
         weights = sizes * included if self.by == "weighted" else included.to(sizes.dtype)
         return {**super().init(layers, device), "_weights": weights}
 
-    def _each(self, state: State) -> Iterator[tuple[str, Rule, State]]:
-        yield "0", self.rules[0], state["0"]
-
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
-        (factors,), new = self._factors_of_each(statistics, state)
-        factors, weights = finite_or_one(factors), state["_weights"]
+        (factors,), inner = self._factors_of_each(statistics, state)
+        counted = self._has_step(statistics, factors)  # a layer without a step has no part in the mean
+        if self.by == "harmonic":
+            counted = counted & (factors > 0)
+        weights = torch.where(counted, state["_weights"], 0.0)
+        factors = finite_or_one(factors)
         if self.by == "max":
             scale = torch.where(weights > 0, factors, 0.0).amax()
         elif self.by == "harmonic":
             scale = weights.sum() / torch.where(weights > 0, weights / factors, 0.0).sum()
         else:
             scale = (weights * factors).sum() / weights.sum()
-        return torch.where(scale > 0, factors / scale, factors), {**new, "_weights": weights}
-
-    def load(self, saved: Any, state: State) -> State:
-        return {**super().load(saved, {"0": state["0"]}), "_weights": state["_weights"]}
-
-    def end_epoch(self, state: State) -> State:
-        return {**super().end_epoch(state), "_weights": state["_weights"]}
-
-    def derived(self, state: State) -> State:
-        return {**super().derived(state), "_weights": state["_weights"]}
+        usable = (scale > 0) & (scale < math.inf)
+        return torch.where(counted & usable, factors / scale, factors), {**state, **inner}
 
     def __repr__(self) -> str:
         return f"normalized({self.rules[0]!r}, {self.by!r})"
@@ -163,7 +185,8 @@ def normalized(rule: Any, by: Normalization) -> Rule:
 
     f_l = f_l / mean(f)
 
-    The argument `normalize` of `LayerwiseLR` is this. Excluded layers do not count.
+    The argument `normalize` of `LayerwiseLR` is this. Layers that are excluded, frozen or without a gradient in this
+    step do not count, and with `"harmonic"` those whose factor is zero.
 
     Args:
         rule: A rule.
@@ -188,7 +211,7 @@ def normalized(rule: Any, by: Normalization) -> Rule:
     return _Normalized(rule, by)
 
 
-class _Refreshed(_Combined):
+class _Refreshed(_Combined, RefreshingRule):
     def __init__(self, rule: Any, every: int, ramp: int, smooth: float) -> None:
         super().__init__(rule)
         self.every, self.ramp, self.smooth = every, ramp, smooth
@@ -200,41 +223,17 @@ class _Refreshed(_Combined):
         return f"refresh({self.rules[0].rule_kind})"
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
-        device, dtype = common_device(layers)
-        ones = torch.ones(len(layers), dtype=dtype, device=device)
-        vectors = {"average": torch.zeros_like(ones), "start": ones, "target": ones.clone(), "factors": ones.clone()}
-        return {"0": self.rules[0].init(layers, device), **vectors, "step": 0}
-
-    def _each(self, state: State) -> Iterator[tuple[str, Rule, State]]:
-        yield "0", self.rules[0], state["0"]
+        return {**super().init(layers, device), **RefreshingRule.init(self, layers, device)}
 
     def asks(self, state: State) -> bool:
-        return state["step"] % self.every == 0
+        return RefreshingRule.asks(self, state)
+
+    def answer(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        (factors,), inner = self._factors_of_each(statistics, state)
+        return torch.where(self._has_step(statistics, factors), factors, math.nan), {**state, **inner}
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
-        step = state["step"]
-        new: State = {**state, "step": step + 1}
-        if self.asks(state):
-            (factors,), inner = self._factors_of_each(statistics, state)
-            factors = finite_or_one(factors)
-            average = self.smooth * state["average"] + (1 - self.smooth) * factors
-            target = average / (1 - self.smooth ** (step // self.every + 1))
-            # The first factors have none before them from which they could come.
-            new |= {**inner, "average": average, "target": target, "start": state["factors"] if step else target}
-        since = step % self.every
-        if since <= self.ramp or self.asks(state):
-            share = min(1.0, (since + 1) / (self.ramp + 1))
-            new["factors"] = torch.lerp(new["start"], new["target"], share)
-        return new["factors"], new
-
-    def load(self, saved: Any, state: State) -> State:
-        return Rule.load(self, saved, state)
-
-    def end_epoch(self, state: State) -> State:
-        return {**state, **super().end_epoch(state)}
-
-    def derived(self, state: State) -> State:
-        return {**state, **super().derived(state)}
+        return RefreshingRule.factors(self, statistics, state)
 
     def __repr__(self) -> str:
         return f"refresh({self.rules[0]!r}, every={self.every}, ramp={self.ramp}, smooth={self.smooth:g})"
@@ -244,6 +243,9 @@ def refresh(rule: Any, every: int, ramp: int = 0, smooth: float = 0.0) -> Rule:
     """Return the rule, asked every few steps only; its factors hold in between.
 
     f_l = f_l^(k), asked at steps 1, 1 + every, …
+
+    A layer for which the rule has no finite answer keeps its factor. In the first period the rule is asked at steps 2,
+    3, 5, 9, … too, for layers without an answer, such as those of a skipped step.
 
     Args:
         rule: A rule.

@@ -13,15 +13,16 @@ from torch import Tensor
 from .._arguments import check_choice, check_count
 from ..layers import Layer
 from ..statistics import Statistics
-from .base import Rule, finite_or_one, is_number
+from .base import is_number
 from .elementwise import ElementwiseRule, Value
 from .lars import one_dimensional
+from .refreshing import RefreshingRule
 from .roles import roles_of
 from .state import State
 
 
 @dataclass(frozen=True)
-class AlignUpdates(Rule):
+class AlignUpdates(RefreshingRule):
     """One ratio of step to weights for all layers, or for all of a role.
 
     r_l = ‖u_l‖ / ‖w_l‖;  s_l = x / r_l, x the harmonic mean of r over the layers that are compared
@@ -79,37 +80,21 @@ class AlignUpdates(Rule):
         else:
             groups = roles_of(layers) if self.within == "role" else [""] * len(layers)
         kinds = list(dict.fromkeys(groups))
-        zeros = torch.zeros(len(layers), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
         return {
             "_group": torch.tensor([kinds.index(one) for one in groups], dtype=torch.long, device=device),
             "_groups": len(kinds),
             "_included": torch.tensor([layer.included for layer in layers], device=device),
-            "average": zeros,
-            "factors": torch.ones_like(zeros),
-            "step": 0,
-            "measurements": 0,
+            **super().init(layers, device),
         }
 
-    def asks(self, state: State) -> bool:
-        """Return whether this step is measured."""
-        return state["step"] % self.every == 0
-
-    def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
-        """Return the moving average, which is renewed every few steps."""
-        if not self.asks(state):
-            return state["factors"], {**state, "step": state["step"] + 1}
-        ratio = statistics.direction_norm / statistics.weight_norm
+    def answer(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Return what brings each layer's ratio to the harmonic mean; NaN where there is none."""
         inverse = statistics.weight_norm / statistics.direction_norm
-        usable = state["_included"] & (ratio > 0) & (ratio < math.inf)
+        usable = state["_included"] & (inverse > 0) & (inverse < math.inf)
         sums = inverse.new_zeros(2, state["_groups"])
         shown = torch.stack([torch.where(usable, inverse, 0.0), usable.to(inverse.dtype)])
         total, count = sums.index_add_(1, state["_group"], shown).index_select(1, state["_group"])
-        scale = torch.where(usable, inverse * count / total, 1.0)
-        measurements = state["measurements"] + 1
-        average = self.smooth * state["average"] + (1 - self.smooth) * scale
-        factors = finite_or_one(average / (1 - self.smooth**measurements))
-        new = {"average": average, "factors": factors, "step": state["step"] + 1, "measurements": measurements}
-        return factors, {**state, **new}
+        return torch.where(usable, inverse * count / total, math.nan), state
 
 
 class _OfStep(ElementwiseRule):

@@ -7,7 +7,17 @@ import torch
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import layerwise
-from layerwise.rules import BackMatching, Directionality, GradientAmplification, LayerAdaptive, Phase, Trust
+from layerwise.rules import (
+    LARS,
+    AlignUpdates,
+    BackMatching,
+    Directionality,
+    GradientAmplification,
+    LayerAdaptive,
+    Phase,
+    Trust,
+    refresh,
+)
 
 from .cases import CASES, attach, loss_of, momentum, network
 from .processes import run
@@ -136,3 +146,30 @@ def test_what_cannot_work_is_refused():
 @pytest.mark.dist
 def test_zero_is_followed_when_it_makes_its_inner_optimizer_anew():
     assert run(2, follow) == [(2, 0), (2, 0)]
+
+
+def pause_alone(rank: int) -> list[dict[str, float]]:
+    """Pause in one process alone, under rules that measure every few steps only."""
+    found = []
+    for rule in (refresh(LARS(), every=3), AlignUpdates(every=3), Trust()):
+        model = network()
+        fully_shard(model)
+        optimizer = momentum(model.parameters())
+        adapter = layerwise.LayerwiseLR(optimizer, rule, model)
+        for step in range(8):
+            loss_of(model, step, rank, 2).backward()
+            if rank == 0 and step == 1:
+                with adapter.paused():
+                    optimizer.step()
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+        found.append(adapter.get_last_factors())
+    return found
+
+
+@pytest.mark.dist
+def test_a_process_that_pauses_alone_counts_the_steps_of_the_others() -> None:
+    first, second = run(2, pause_alone)
+    assert first == second
+    assert all(len(set(factors.values())) > 2 for factors in first)

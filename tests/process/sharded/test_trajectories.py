@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from layerwise.statistics import OF_STEP
+from rule_cases import RULES
 
 from .cases import CASES, train_alone
 from .processes import run
@@ -30,12 +31,14 @@ RUNS = [
     ("FSDP1, NO_SHARD", 2),
 ]
 NAMES = list(CASES)
+OF_FSDP2 = {name for name, case in RULES.items() if case.sharded == "FSDP2"}
 PARTS = []  # each way has a rule or two in every run of the tests, and each rule a way
 for number, (way, world) in enumerate(RUNS):
     few, told = NAMES[number :: len(RUNS)], f"{way}, {world} processes"
     # Where each process steps only some parameters, the changes of the others are not known: see test_refusals.
     unknown = [name for name in NAMES if way.startswith("Zero") and not OF_STEP.isdisjoint(CASES[name].rule().needs)]
-    few, rest = ([name for name in part if name not in unknown] for part in (few, [n for n in NAMES if n not in few]))
+    rest = [name for name in NAMES if name not in few and (name not in OF_FSDP2 or (way, world) == ("FSDP2", 2))]
+    few, rest = ([name for name in part if name not in unknown] for part in (few, rest))
     PARTS.append(pytest.param(way, world, few, id=told))
     PARTS.append(pytest.param(way, world, rest, id=f"{told}, the other rules", marks=pytest.mark.full))
 
