@@ -44,19 +44,19 @@ def test_layer_moment_over_steps(corrected: bool) -> None:
     state = rule.init(layers(2), CPU)
     norms = [2.0, 1.0, 3.0, 0.5]
     for step, expected in enumerate(reference.layer_moment(norms, 0.9, corrected=corrected)):
-        factors, state = rule.factors(statistics(norms[step], 7.0), state)
+        factors, state = rule.factors(statistics(norms[step], 7.0, counts=torch.tensor(True)), state)
         assert float(factors[0]) == pytest.approx(expected, rel=1e-14)
 
 
 @pytest.mark.parametrize("gradient", [0.0, math.nan, math.inf])
 def test_layer_moment_does_not_count_a_step_without_a_gradient(gradient: float) -> None:
-    rule = LayerMoment()
+    rule, counts = LayerMoment(), torch.tensor(True)
     state = rule.init(layers(1), CPU)
-    factors, state = rule.factors(statistics(gradient), state)
+    factors, state = rule.factors(statistics(gradient, counts=counts), state)
     assert factors.item() == 1
-    factors, state = rule.factors(statistics(2.0), state)
+    factors, state = rule.factors(statistics(2.0, counts=counts), state)
     before = {name: value.clone() for name, value in state.items()}
-    factors, state = rule.factors(statistics(gradient), state)
+    factors, state = rule.factors(statistics(gradient, counts=counts), state)
     assert factors.item() == pytest.approx(0.5, rel=1e-7)
     assert all(torch.equal(state[name], before[name]) for name in state)
 
@@ -98,6 +98,18 @@ def test_ada_gc_over_steps() -> None:
     _, state = rule.factors(statistics(math.inf, 1.0, counts=torch.tensor(False)), state)
     assert torch.equal(state["average"], kept)
     assert state["steps"] == 5
+
+
+def test_ada_gc_leaves_excluded_and_broken_layers_out_of_the_global_norm() -> None:
+    three = [*layers(2), Layer("2", (torch.zeros(4),), included=False)]
+    rule = AdaGC(absolute=1.0)
+    state = rule.init(three, CPU)
+    factors, state = rule.factors(statistics(3.0, 4.0, 100.0, counts=torch.tensor(True)), state)
+    assert factors[:2].tolist() == pytest.approx([0.2, 0.2], rel=1e-14)
+    assert state["average"][:2].tolist() == pytest.approx([0.6, 0.8], rel=1e-14)
+    for broken in (math.inf, math.nan):
+        factors, _ = rule.factors(statistics(2.0, broken, 1.0, counts=torch.tensor(False)), rule.init(three, CPU))
+        assert factors[:2].tolist() == [0.5, 1.0]
 
 
 def test_ada_gc_on_adam_is_that_of_pytorch_optimizer() -> None:

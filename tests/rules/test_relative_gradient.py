@@ -61,6 +61,18 @@ def test_zero_weights_and_excluded_layers_do_not_take_the_maximum() -> None:
     assert factors.tolist() == [0.2, 1]
 
 
+@pytest.mark.parametrize("kind", ["rgn", "snr"])
+def test_a_layer_without_a_gradient_has_1(kind: Any) -> None:
+    rule = RelativeGradient(kind, batches=2)
+    state = rule.init(layers(3), CPU)
+    signal = torch.ones(2, 2, dtype=torch.float64)
+    for third in (0.0, 1.0):
+        gradients = Gradients([signal, 0 * signal, third * signal])
+        given = {**vars(of([2.0, 0.0, 4 * third], [1, 1, 1])), "gradients": gradients}
+        factors, state = rule.factors(Statistics(**given), state)
+    assert factors.tolist() == ([0.5, 1, 1] if kind == "rgn" else [1, 1, 1])
+
+
 @pytest.mark.parametrize("gradient", [math.nan, math.inf])
 def test_steps_that_do_not_count_are_left_out(gradient: float) -> None:
     rule = RelativeGradient(batches=2)
@@ -91,6 +103,19 @@ def test_the_signal_to_noise_ratio_decides_which_layers_train(scale: float | Non
     assert factors.tolist() == [float(one >= 0.95) for one in expected] + [1.0]  # one row has no variance
     assert expected[0] == pytest.approx(5 / 6, rel=1e-7)  # the smallest of 6 rows
     assert factors[0] == 0
+
+
+def test_the_ratio_of_a_sparse_gradient_is_that_of_the_dense_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(6, 3, generator=generator, dtype=torch.float64) + 5
+    gradient[2:] = 0  # of the two rows alone the ratio is above the threshold
+    rule, own = RelativeGradient("snr", batches=1), [Layer("w", (torch.zeros(6, 3),))]
+    shown = []
+    for one in (gradient, gradient.to_sparse(1), gradient.to_sparse(2)):
+        statistics = Statistics(gradients=Gradients([one]), counts=torch.tensor(True))
+        _, state = rule.factors(statistics, rule.init(own, CPU))
+        shown.append(state["sum"].tolist())
+    assert shown[0] == shown[1] == shown[2] == pytest.approx(list(reference.signal_to_noise([[gradient.numpy()]])))
 
 
 def test_training_continues_through_epochs() -> None:

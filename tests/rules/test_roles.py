@@ -249,6 +249,31 @@ def test_the_weighted_mean_of_the_blockwise_ratios() -> None:
     assert float((factors * sizes).sum() / sizes.sum()) == pytest.approx(6.220225403594274, rel=1e-15)
 
 
+class NanoChat(nn.Module):
+    """The names and kinds of nanochat's parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(8, 4), "h": nn.ModuleList([Block(4), Block(4)])})
+        self.value_embeds = nn.ModuleDict({"1": nn.Embedding(8, 4)})
+        self.lm_head = nn.Linear(4, 8, bias=False)
+        self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(2))
+
+
+def test_the_rates_of_nanochat() -> None:
+    model = NanoChat()
+    groups = layerwise.param_groups(model, ByRole("nanochat"), lr=0.02, weight_decay=0.0)
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    rates = {name_of[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    expected = {"transformer.wte.weight": 0.2, "value_embeds.1.weight": 0.1, "lm_head.weight": 0.004,
+                "resid_lambdas": 0.005, "x0_lambdas": 0.5}  # fmt: skip
+    assert rates == pytest.approx({name: expected.get(name, 0.02) for name in rates}, rel=1e-15)
+    own = ByRole("nanochat", role={"lm_head*": "wte"})
+    layers = make_layers(dict(model.named_parameters()), "parameter", model)
+    assert max(layer.name for layer, f in zip(layers, own.init(layers, torch.device("cpu"))["_factors"], strict=True)
+               if f == 10) == "lm_head.weight"  # fmt: skip
+
+
 @pytest.mark.parametrize("attached", [True, False], ids=["attached", "permanent groups"])
 def test_by_role_is_permanent_groups_by_hand_to_the_bit(attached: bool) -> None:
     ratios = {"embedding": 10.0, "norm": 0.5, "ffn": 2.0}

@@ -13,7 +13,7 @@ from torch import nn
 import reference
 from layerwise import LayerwiseLR
 from layerwise.layers import Layer
-from layerwise.rules import AdaLip, InitialSNR, LDoG, NoiseAdaptive
+from layerwise.rules import AdaLip, InitialSNR, LayerMoment, LDoG, NoiseAdaptive
 from layerwise.sharding import Shard
 from layerwise.statistics import Gradients, Statistics
 
@@ -86,7 +86,7 @@ def test_l_dog_keeps_1_without_a_gradient_and_ignores_what_is_not_finite() -> No
     shown = []
     for norms in ([0.0, 1.0], [2.0, math.nan], [math.inf, 1.0]):
         both = {"gradient_norm": torch.tensor(norms).double(), "weight_norm": torch.zeros(2).double()}
-        factors, state = rule.factors(Statistics(**both), state)
+        factors, state = rule.factors(Statistics(**both, counts=torch.tensor(True)), state)
         shown.append(factors.tolist())
     assert shown == [pytest.approx(row) for row in ([1, 0.1], [0.05, 0.1], [0.05, 0.1 / 2**0.5])]
 
@@ -143,7 +143,7 @@ def test_a_missing_gradient_counts_as_zero() -> None:
 
 def test_noise_adaptive_compares_layers_of_a_group() -> None:
     shown = followed(
-        NoiseAdaptive(beta=0, within="all"), [of(*[[0.0, 0.0]] * 3), of([0.0, 0.0], [3**0.5, 0.0], [8**0.5, 0.0])], 3
+        NoiseAdaptive(beta=0, within="all"), [of(*[[0.0, 1.0]] * 3), of([0.0, 1.0], [3**0.5, 1.0], [8**0.5, 1.0])], 3
     )
     assert shown[0] == [1, 1, 1]
     assert shown[1] == pytest.approx([1, 0.7071067811865476, 0.5773502691896257], rel=1e-14)
@@ -158,6 +158,21 @@ def test_noise_adaptive_compares_layers_of_a_group() -> None:
     adapter = LayerwiseLR(optimizer, NoiseAdaptive(0.01), model)
     train(model, optimizer, 3)
     assert 0 < min(adapter.get_last_factors().values()) < 1 == max(adapter.get_last_factors().values())
+
+
+def test_a_layer_without_a_difference_does_not_take_the_maximum() -> None:
+    rule = NoiseAdaptive(beta=0, within="all")
+    steps = [of(None, [0.0, 0.0], *[[0.0, 1.0]] * 2), of(None, [0.0, 0.0], [3**0.5, 1.0], [8**0.5, 1.0])]
+    assert followed(rule, steps, 4)[1] == pytest.approx([1, 1, 1, (2 / 3) ** 0.5], rel=1e-14)
+    # From its second gradient on it does; the first one is no difference.
+    later = [*steps, of([5.0, 1.0], [0.0, 0.0], [0.0, 1.0], [0.0, 1.0]), of([5.0, 1.0], None, *[[3**0.5, 1.0]] * 2)]
+    assert followed(rule, later, 4)[2] == pytest.approx([1, 1, 1, (2 / 3) ** 0.5], rel=1e-14)
+    assert followed(rule, later, 4)[3] == pytest.approx([1, 1, 0.5**0.5, 0.5**0.5], rel=1e-14)
+
+
+def test_ada_lip_begins_with_a_layers_first_gradient() -> None:
+    alone = followed(AdaLip(), [of([g, 0.0]) for g in (2.0, 1.0, 3.0)])
+    assert followed(AdaLip(), [of(None), of(None), *(of([g, 0.0]) for g in (2.0, 1.0, 3.0))]) == [[1], [1], *alone]
 
 
 # --- The first gradient -----------------------------------------------------------------------------------------------
@@ -200,6 +215,31 @@ def test_initial_snr_stays_at_the_first_gradient_of_each_layer() -> None:
     assert shown == [pytest.approx(row, rel=1e-7) for row in rows]
     assert asked == [True, True, True, False]
     assert rule.factors(statistics, state)[0] is factors
+
+
+def test_a_layer_that_comes_later_has_a_first_gradient_too() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)}).double()
+    optimizer = torch.optim.SGD(model["b"].parameters(), lr=0.1)
+    adapter = LayerwiseLR(optimizer, InitialSNR(within=2), model)
+    for step in range(6):
+        for p in model.parameters():
+            p.grad = torch.tensor([[3.0, 4.0], [3.0, 4.0]], dtype=torch.float64) + step * torch.eye(2)
+        if step == 4:
+            optimizer.add_param_group({"params": model["a"].parameters()})
+        optimizer.step()
+    first, later = ([[3.0, 4.0], [3.0, 4.0]], [[7.0, 4.0], [3.0, 8.0]])
+    expected = reference.initial_snr([[np.array(one)] for one in (later, first)])
+    assert list(adapter.get_last_factors().values()) == pytest.approx(list(expected), rel=1e-12)
+
+
+def test_an_older_layers_steps_do_not_begin_again() -> None:
+    rule = InitialSNR(within=1)
+    _, state = rule.factors(of(None), rule.init(layers(1), CPU))
+    state = rule.renewed(layers(2), CPU, state, ["0"])
+    assert rule.asks(state)
+    factors, state = rule.factors(of([3.0, 4.0], [3.0, 4.0]), state)
+    assert factors.tolist() == pytest.approx([1, 50**0.5], rel=1e-7)
+    assert not rule.asks(rule.renewed(layers(1), CPU, state, ["0", "1"]))  # none has come
 
 
 def test_a_gradient_without_spread_keeps_1() -> None:
@@ -251,6 +291,33 @@ def test_copies_stay_with_their_parameters_when_a_layer_comes(rule: Any) -> None
         assert torch.equal(copies["/b.weight"], before["/b.weight"])
         assert adapter.get_last_factors()["a.weight"] < 1e-4
     assert all(math.isfinite(f) for f in adapter.get_last_factors().values())
+
+
+@pytest.mark.parametrize("place", [0, 2], ids=["at first", "in the middle"])
+@pytest.mark.parametrize(
+    "rule", [LDoG(), AdaLip(), NoiseAdaptive(within="all"), LayerMoment(), LayerMoment(bias_correction=True)], ids=repr
+)
+def test_a_step_that_a_scaler_skips_is_not_learned_from(rule: Any, place: int) -> None:
+    """Clipping by value has made numbers of its infinities."""
+    trained = []
+    for skips in (True, False):
+        model, factors = network(torch.float32), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+        adapter = LayerwiseLR(optimizer, rule, model)
+        for step in range(5):
+            if step == place and skips:
+                for p in model.parameters():
+                    p.grad = torch.full_like(p, 100.0)
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+                optimizer.step()
+                del optimizer.grad_scale, optimizer.found_inf
+            backward(model, step)
+            optimizer.step()
+            factors.append(adapter.get_last_factors())
+        trained.append((factors, [p.detach() for p in model.parameters()]))
+    (skipped, weights), (plain, expected) = trained
+    assert skipped == plain
+    assert all(map(torch.equal, weights, expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64], ids=str)

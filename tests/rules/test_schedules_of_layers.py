@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -147,6 +148,17 @@ def test_the_stream_is_its_own_and_continues_from_a_checkpoint() -> None:
     before = torch.random.get_rng_state()
     rule.factors(Statistics(), state)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_block_of_excluded_layers_is_not_drawn() -> None:
+    some = [replace(layer, included=layer.name not in ("blocks.1", "head")) for layer in layers()]
+    rule = RandomTraining(1, every=1)
+    state, drawn = rule.init(some, CPU), torch.zeros(5)
+    for _ in range(40):
+        factors, state = rule.factors(Statistics(), state)
+        assert factors[1] + factors[3] == 1
+        drawn += factors
+    assert drawn[1] > 0 < drawn[3]
 
 
 def test_draws_are_uniform() -> None:

@@ -165,3 +165,8 @@ def test_a_base_that_does_not_fit() -> None:
         factors_of(WidthDepth({**shapes(model), "0.weight": (8, 3, 5)}), model)
     with pytest.raises(TypeError, match="must be a width, or a mapping"):
         WidthDepth("small")  # type: ignore[arg-type]
+
+
+def test_the_shape_of_a_transposed_convolution_with_groups() -> None:
+    conv = nn.ConvTranspose2d(6, 4, 3, groups=2, bias=False)  # each output sees 3 inputs at 9 positions
+    assert factors_of(WidthDepth(kind="match_rms_adamw"), conv)["weight"] == pytest.approx(0.2 * 27**0.5, rel=1e-15)

@@ -169,6 +169,16 @@ def finite_or_one(factors: Tensor) -> Tensor:
     return torch.nan_to_num(factors, nan=1.0, posinf=1.0, neginf=1.0)
 
 
+def shown(names: Sequence[str]) -> str:
+    """Return names for a table's line: of more than two, the first, the last and how many there are.
+
+    Example:
+        >>> shown(["a", "b", "c"])
+        'a, … c (3)'
+    """
+    return ", ".join(names) if len(names) < 3 else f"{names[0]}, … {names[-1]} ({len(names)})"
+
+
 def is_number(value: object) -> bool:
     """Return whether an argument is an int or a float, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._arguments import has_type
 from ..layers import Layer
 from ..statistics import Statistics
-from .base import Rule, is_number
+from .base import Rule, is_number, shown
 from .constant import check_factor, fixed_factors
 from .roles import ROLES, RoleArgument, roles_of
 from .state import State
@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, float]] = {
     "fixup": {"bias": 0.1, "scalar": 0.1},
     "airbench": {"norm.bias": 64},
     "dinov2": {"stem": 0.2},
-    "nanochat": {"embedding": 10, "head": 0.2, "scalar": 0.25},
+    "nanochat": {"wte": 10, "value_embeds": 5, "lm_head": 0.2, "resid_lambdas": 0.25, "x0_lambdas": 25},
 }
 """Role, `bias`, or role and `bias` to factor.
 
@@ -31,7 +31,8 @@ PRESETS: dict[str, dict[str, float]] = {
 * `fixup`: biases and scales of networks with Fixup initialisation (code of hongyi-zhang/Fixup).
 * `airbench`: biases of batch normalisations (lib_airbench94), whose weight decay is divided by 64 there.
 * `dinov2`: the patch embedding, beside `LayerDecay(0.9)` (code of DINOv2).
-* `nanochat`: its AdamW rates beside a matrix rate of 0.02, before their factor (width / 768)^−0.5.
+* `nanochat`: its AdamW rates beside a matrix rate of 0.02, before their factor (width / 768)^−0.5. Its keys are names
+  of its modules and parameters, which become roles.
 """
 FINAL = 0.05
 """The last rate of every role under `schedule="shared"`, relative to the largest rate of a factor of 1."""
@@ -50,7 +51,8 @@ class ByRole(Rule):
     Under `schedule="shared"` a role's ratio a lengthens its warm-up instead, and all roles end at the same rate, as the
     code of the paper does: of the largest rate η, a role has η t / warmup until t = a · warmup, and then falls by a
     cosine from a η to η / 20. The factor is this rate by that of a = 1, so the optimizer's scheduler must be the same
-    warm-up and cosine, with ratio 1.
+    warm-up and cosine, with ratio 1. t counts the calls of the optimizer, also those that a fused one skips for a
+    gradient scaler.
 
     When it helps: the paper reports transformers pre-trained in 1.9 to 2.3 times fewer steps. When not: another group's
     measurement at four sizes found no gain, or a loss. The blockwise ratios have a mean of 6.2 over the weights of a
@@ -106,7 +108,7 @@ class ByRole(Rule):
         known = {"bias", *ROLES, *(f"{role}.bias" for role in ROLES)}
         for role, factor in self._ratios.items():
             check_factor(factor, f"ByRole role {role!r}")
-            if self.role is None and role not in known:
+            if self._roles is None and role not in known:
                 raise ValueError(
                     f"role {role!r} is unknown; allowed: bias, and with or without .bias {', '.join(ROLES)}"
                 )
@@ -124,6 +126,10 @@ class ByRole(Rule):
             )
 
     @property
+    def _roles(self) -> RoleArgument:
+        return _nanochat_role if self.role is None and self.ratios == "nanochat" else self.role
+
+    @property
     def _ratios(self) -> Mapping[str, float]:
         return PRESETS[self.ratios] if isinstance(self.ratios, str) else self.ratios
 
@@ -135,7 +141,7 @@ class ByRole(Rule):
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return the ratios as a tensor, and the number of steps for a schedule."""
-        ratios = [self._ratio(role, layer) for role, layer in zip(roles_of(layers, self.role), layers, strict=True)]
+        ratios = [self._ratio(role, layer) for role, layer in zip(roles_of(layers, self._roles), layers, strict=True)]
         return {**fixed_factors(layers, ratios), **({"step": 0} if self.schedule == "shared" else {})}
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
@@ -158,11 +164,14 @@ class ByRole(Rule):
     def table(self, layers: Sequence[Layer]) -> list[str]:
         """Return the lines of a table: each role with its factor and its layers."""
         members: dict[tuple[str, float], list[str]] = {}
-        for role, layer in zip(roles_of(layers, self.role), layers, strict=True):
+        for role, layer in zip(roles_of(layers, self._roles), layers, strict=True):
             members.setdefault((role, self._ratio(role, layer)), []).append(layer.name or "(root)")
         lines = [f"{'role':<10} {'factor':<8} layers"]
         for (role, ratio), names in members.items():
-            shown = ", ".join(names) if len(names) < 3 else f"{names[0]}, … {names[-1]} ({len(names)})"
             without = "" if role in self._ratios or f"{role}.bias" in self._ratios or ratio != 1 else "  no ratio"
-            lines.append(f"{role:<10} {ratio:<8.4g} {shown}{without}")
+            lines.append(f"{role:<10} {ratio:<8.4g} {shown(names)}{without}")
         return lines
+
+
+def _nanochat_role(name: str) -> str | None:
+    return next((part for part in name.split(".") if part in PRESETS["nanochat"]), None)

@@ -53,6 +53,17 @@ def weights_copied(layers: Sequence[Layer], keys: Sequence[str]) -> dict[str, Te
     return dict(zip(keys, [p.detach().clone() for layer in layers for p in layer.parameters], strict=True))
 
 
+def dense(gradient: Tensor) -> Tensor:
+    """Return a gradient with its zeros if it is sparse, and as real numbers.
+
+    Example:
+        >>> dense(torch.tensor([0.0, 2.0]).to_sparse())
+        tensor([0., 2.])
+    """
+    own = gradient.detach()
+    return as_dense_real(own if own.layout is torch.strided else own.to_dense())
+
+
 def gradients_copied(gradients: Gradients, before: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a copy of each gradient without the factor of a gradient scaler; zeros for a missing one.
 
@@ -65,9 +76,7 @@ def gradients_copied(gradients: Gradients, before: dict[str, Tensor]) -> dict[st
         if gradient is None:
             copies.append(torch.zeros_like(old))
         else:
-            own = gradient.detach()
-            own = as_dense_real(own if own.layout is torch.strided else own.to_dense())
-            copies.append(own.to(old.dtype))
+            copies.append(dense(gradient).to(old.dtype))
     scale: Any = 1.0 if gradients.scale is None else gradients.scale.to(torch.float64).reciprocal()
     if isinstance(scale, Tensor) and any(one.device != scale.device for one in copies):
         scaled = [one * moved(scale, one.device) for one in copies]

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._arguments import check_choice, check_count
 from ..layers import Layer
 from ..statistics import Statistics, common_device
-from .base import Rule, is_number
+from .base import Rule, is_number, shown
 from .layer_decay import DepthArgument, check_depth, depths_of, doubt
 from .selection import check_flag
 from .state import State
@@ -27,10 +27,10 @@ class FreezeOut(Rule):
 
     f_l = ½ (1 + cos(π j / J_l)) / t_l at j < J_l, 0 after;  J_l = total t_l;  t_l = (t0 + (1 − t0) depth_l / D)^p
 
-    j counts the steps from 0, skipped ones too. The depth is 0 for the embeddings, D for the head. The optimizer's rate
-    must be constant, unless `base="cosine"`: then the factor is divided by the cosine ½ (1 + cos(π j / total)) that
-    the scheduler makes. After `total` steps every layer stands still. Start at the rate of a cosine; `rescale`
-    makes the first layers' rates up to 2 times larger at `t0=0.8`.
+    j counts the calls of the optimizer from 0, also those that a fused one skips for a gradient scaler. The depth is 0
+    for the embeddings, D for the head. The optimizer's rate must be constant, unless `base="cosine"`: then the factor
+    is divided by the cosine ½ (1 + cos(π j / total)) that the scheduler makes. After `total` steps every layer stands
+    still. Start at the rate of a cosine; `rescale` makes the first layers' rates up to 2 times larger at `t0=0.8`.
 
     The factor acts on the rate, so decoupled decay stops with it, and momentum goes on without effect. It saves no time
     by itself: set `requires_grad=False` for the parameters of layers whose factor is 0, from the input up. `diagnose`
@@ -110,6 +110,5 @@ class FreezeOut(Rule):
             members.setdefault(end * self.total, []).append(layer.name or "(root)")
         lines = [f"{'last step':<10} layers"]
         for end, names in sorted(members.items()):
-            shown = ", ".join(names) if len(names) < 3 else f"{names[0]}, … {names[-1]} ({len(names)})"
-            lines.append(f"{end:<10.6g} {shown}")
+            lines.append(f"{end:<10.6g} {shown(names)}")
         return lines

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_choice
+from .._tensors import moved
 from ..layers import Layer
 from ..statistics import Statistics, common_device
 from .base import is_number
@@ -29,15 +30,23 @@ class _ComparesGradients(RemembersTensors):
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return gradients of 0 for the step before the first."""
         refuse_shards(layers, self, "use LayerMoment, which needs norms only")
-        return {COPIES: no_copies(layers), "step": 0, "_norms": LayerNorms(layers)}
+        none = torch.zeros(len(layers), dtype=torch.bool, device=common_device(layers)[0])
+        return {COPIES: no_copies(layers), "compared": none, "_norms": LayerNorms(layers)}
 
     def _compared(self, statistics: Statistics, state: State) -> tuple[Tensor, Tensor, State]:
-        """Return ‖g_l(t − 1)‖ and ‖g_l(t) − g_l(t − 1)‖, and the state with this step's gradients."""
-        before = state[COPIES]
+        """Return ‖g_l(t − 1)‖ and ‖g_l(t) − g_l(t − 1)‖, NaN at a skipped step, and the state with these gradients.
+
+        A skipped step leaves the copies as they are.
+        """
+        before, skipped = state[COPIES], statistics.gradients.skipped
         now = gradients_copied(statistics.gradients, before)
         apart = differences(list(before.values()), list(now.values()))
         previous, difference = state["_norms"].of(list(before.values()), apart)
-        return previous, difference, {**state, COPIES: now, "step": state["step"] + 1}
+        if skipped is not None:
+            difference = torch.where(moved(skipped, difference.device) > 0, math.nan, difference)
+            kept = {device: moved(skipped, device) > 0 for device in {one.device for one in now.values()}}
+            now = {name: torch.where(kept[one.device], before[name], one) for name, one in now.items()}
+        return previous, difference, {**state, COPIES: now}
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,12 @@ class AdaLip(_ComparesGradients):
 
     f_l = L_l(t);  L_l(t) = β L_l(t − 1) + (1 − β) ‖g_l(t − 1)‖ / (‖g_l(t) − g_l(t − 1)‖ + c)
 
-    L begins at 1. At the first step the gradient before is 0, and f_l is 1. For plain SGD the ratio estimates 1 /
-    (lr · Lipschitz constant). In mini-batches the difference is mostly noise, √2 σ, so the ratio is one of signal
-    to noise. Begin at the optimizer's usual rate. A missing gradient counts as 0; where a gradient is not finite, L
-    stays as it is.
+    L begins at 1. At a layer's first gradient the one before is 0, and f_l is 1 up to there. For plain SGD the ratio
+    estimates 1 / (lr · Lipschitz constant). In mini-batches the difference is mostly noise, √2 σ, so the ratio is one
+    of signal to noise. Begin at the optimizer's usual rate. A missing gradient counts as 0. Where both gradients are 0,
+    or one is not finite, L stays as it is; at a step that a gradient scaler skips, the whole state does.
 
-    It keeps one copy of the gradients in its state, in float32 or float64, and makes another during each step, with
+    It keeps one copy of the gradients in its state, in float32 or float64, and makes two more during each step, with
     three passes over them.
 
     Args:
@@ -97,8 +106,10 @@ class AdaLip(_ComparesGradients):
         previous, difference, new = self._compared(statistics, state)
         ratio = previous / (difference + self.eps)
         average = self.beta * state["average"] + (1 - self.beta) * ratio
-        new["average"] = torch.where(torch.maximum(previous, difference) < math.inf, average, state["average"])
-        return new["average"] if state["step"] else torch.ones_like(average), new
+        usable = torch.nan_to_num(previous + difference, nan=0.0, posinf=0.0) > 0
+        new["average"] = torch.where(usable, average, state["average"])
+        new["compared"] = state["compared"] | usable
+        return torch.where(state["compared"], new["average"], 1.0), new
 
 
 @dataclass(frozen=True)
@@ -107,12 +118,14 @@ class NoiseAdaptive(_ComparesGradients):
 
     f_l = √(a_l / max_k a_k);  a_l = α / √(α² + H_l);  H_l ← β H_l + (1 − β) ‖g_l(t) − g_l(t − 1)‖²
 
-    The maximum is over the layers that are compared, and H begins at 0, so the factors are 1 at the first step and at
-    most 1 later. Begin at the optimizer's usual rate. The published method's equations were not at hand: this rule is
-    ours, with the Euclidean norm, and no result of the paper is its result.
+    H is 0 up to a layer's second gradient. The maximum is over the layers that are compared and have had a difference;
+    the others keep 1. So the factors are 1 at the first step and at most 1 later. Begin at the optimizer's usual rate.
+    The published method's equations were not at hand: this rule is ours, with the Euclidean norm, and no result of the
+    paper is its result.
 
-    A missing gradient counts as 0; where a gradient is not finite, H stays as it is. It keeps one copy of the gradients
-    in its state, in float32 or float64, and makes another during each step, with three passes over them.
+    A missing gradient counts as 0. Where the gradient before is 0, or one is not finite, H stays as it is; at a step
+    that a gradient scaler skips, the whole state does. It keeps one copy of the gradients in its state, in float32 or
+    float64, and makes two more during each step, with three passes over them.
 
     Args:
         alpha: α, the size of a difference that counts as noise, above 0. As H grows, the ratio of two layers tends to
@@ -130,7 +143,7 @@ class NoiseAdaptive(_ComparesGradients):
         >>> state = rule.init(layers, torch.device("cpu"))
         >>> from layerwise.statistics import Gradients
         >>> for scale in (0.0, 1.0):
-        ...     gradients = Gradients([torch.tensor([scale * h**0.5], dtype=torch.float64) for h in (0, 3, 8)])
+        ...     gradients = Gradients([torch.tensor([1 + scale * h**0.5], dtype=torch.float64) for h in (0, 3, 8)])
         ...     factors, state = rule.factors(Statistics(gradients=gradients), state)
         >>> factors
         tensor([1.0000, 0.7071, 0.5774], dtype=torch.float64)
@@ -170,12 +183,14 @@ class NoiseAdaptive(_ComparesGradients):
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the factors with this step's difference in H."""
-        _, difference, new = self._compared(statistics, state)
-        if state["step"]:
-            squares = difference.square()
-            noise = self.beta * state["noise"] + (1 - self.beta) * squares
-            new["noise"] = torch.where(squares < math.inf, noise, state["noise"])
+        previous, difference, new = self._compared(statistics, state)
+        squares = difference.square()
+        noise = self.beta * state["noise"] + (1 - self.beta) * squares
+        usable = (previous > 0) & (squares < math.inf)
+        new["noise"] = torch.where(usable, noise, state["noise"])
+        new["compared"] = state["compared"] | usable
         quiet = self.alpha / (self.alpha**2 + new["noise"]).sqrt()
-        shown = torch.where(state["_included"], quiet, 0.0)
-        largest = quiet.new_zeros(state["_groups"]).scatter_reduce_(0, state["_group"], shown, "amax")
-        return (quiet / largest.index_select(0, state["_group"])).sqrt(), new
+        compared = quiet * (state["_included"] & new["compared"])
+        largest = quiet.new_zeros(state["_groups"]).scatter_reduce_(0, state["_group"], compared, "amax")
+        # Without a difference a is its largest value, 1, so such a layer keeps 1.
+        return (quiet / largest.index_select(0, state["_group"])).clamp(max=1).sqrt(), new

@@ -81,9 +81,9 @@ class AdaGC(Rule):
     f_l = min(1, relative · γ_l / ‖g_l‖);  γ_l ← β γ_l + (1 − β) f_l ‖g_l‖
 
     Before step `warmup`, and at a layer's first gradient, the factor is that of a clipping of the global norm,
-    min(1, absolute / ‖g‖), and γ_l is the smallest clipped norm of the layer so far. It acts on the gradient of any
-    optimizer, in place of a clipping of the global norm. Layers are single parameters. Steps with zero or non-finite
-    gradients do not count.
+    min(1, absolute / ‖g‖), and γ_l is the smallest clipped norm of the layer so far. Excluded layers and those with
+    non-finite gradients are left out of ‖g‖. It acts on the gradient of any optimizer, in place of a clipping of the
+    global norm. Layers are single parameters. Steps with zero or non-finite gradients do not count.
 
     When it helps: against spikes of single layers. When not: γ_l grows by at most 0.1 % a step, so that after a lasting
     rise of its gradients a layer is held back for long. Costs: one pass over the gradients, and one number a layer.
@@ -138,16 +138,18 @@ class AdaGC(Rule):
         return {
             "average": torch.full((len(layers),), math.inf, dtype=dtype, device=device),
             "steps": torch.zeros((), dtype=torch.long, device=device),
+            "_included": torch.tensor([layer.included for layer in layers], device=device),
         }
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the factors, with this step's clipped norms in γ."""
         norm, average, counts = statistics.gradient_norm, state["average"], statistics.counts
         early = (state["steps"] + 1 < self.warmup) | (average == math.inf)
-        global_norm = norm.square().sum().sqrt()
+        global_norm = torch.where(state["_included"] & (norm < math.inf), norm, 0.0).square().sum().sqrt()
         clipped_all = (self.absolute / global_norm).clamp(max=1).expand_as(norm)
         factors = torch.where(early, clipped_all, (self.relative * average / norm).clamp(max=1))
         clipped = factors * norm
         moved = torch.where(early, torch.minimum(average, clipped), self.beta * average + (1 - self.beta) * clipped)
         average = torch.where(counts & (norm > 0), moved, average)
-        return torch.where(norm < math.inf, factors, 1.0), {"average": average, "steps": state["steps"] + counts}
+        new = {**state, "average": average, "steps": state["steps"] + counts}
+        return torch.where(norm < math.inf, factors, 1.0), new

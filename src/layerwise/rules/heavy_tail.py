@@ -144,7 +144,8 @@ class HeavyTail(Rule):
 
     Args:
         style: `"tempbalance"` or `"llr"`.
-        every: Steps from one measurement to the next. TempBalance measures once an epoch, LLR every 40 or 100 steps.
+        every: Steps from one measurement to the next. TempBalance measures once an epoch, LLR every 40 or 100 steps. A
+            step that a gradient scaler skips counts too where the optimizer is called for it, as a fused one is.
         limits: `(low, high)`; None for the style's, (0.5, 1.5) or (1, 5).
         ramp: Steps in which the factors move to new ones; None for the style's, 0 or 50 (at most `every` − 1).
         until: The step after which the factors stay; None for never. LLR takes a fifth of all steps.

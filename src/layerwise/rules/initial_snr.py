@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_choice, check_count
-from .._tensors import as_dense_real, moved
+from .._tensors import moved
 from ..layers import Layer
 from ..statistics import Gradients, Statistics, common_device
 from .base import Rule, is_number
-from .copies import refuse_shards
+from .copies import dense, refuse_shards
 from .shapes import sizes_of
 from .state import State
 
@@ -35,11 +35,11 @@ class InitialSNR(Rule):
 
     On `SGD(momentum=0.9, dampening=0.9)` without weight decay this is SGD-SaI, whose code begins at a rate of 0.01
     and takes the decay outside of the factor. Layers are single parameters. A layer takes the first gradient that
-    is finite and not zero among the first steps, and keeps 1 if there is none. A layer of one weight keeps 1 too,
+    is finite and not zero among its first steps, and keeps 1 if there is none. A layer of one weight keeps 1 too,
     and so does one whose entries are all equal.
 
-    The first `within` steps read the gradients three times more, in some 20 operations a layer. Later ones cost
-    nothing.
+    The first `within` steps, also those after a layer has come, read the gradients three times more, in some 20
+    operations a layer. Later ones cost nothing.
 
     Args:
         kind: `"snr"`, or the control `"sqrt_n"`.
@@ -82,14 +82,26 @@ class InitialSNR(Rule):
         return self.kind == "sqrt_n"
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
-        """Return factors of 1, which layers have had their first gradient, and the number of the first step."""
+        """Return factors of 1, which layers have had their first gradient, and the numbers of steps so far."""
         if self.kind == "sqrt_n":
             return {"_factors": sizes_of(layers).sqrt()}
         refuse_shards(layers, self, "use kind='sqrt_n', which is nearly the same")
         device, dtype = common_device(layers)
         ones = torch.ones(len(layers), dtype=dtype, device=device)
         found = torch.zeros(len(layers), dtype=torch.bool, device=device)
-        return {"factors": ones, "found": found, "step": 0, "_sizes": [len(layer.parameters) for layer in layers]}
+        return {
+            "factors": ones,
+            "found": found,
+            "steps": torch.zeros(len(layers), dtype=torch.long, device=device),
+            "step": 0,  # since the last layer came: `asks` cannot read the device
+            "_sizes": [len(layer.parameters) for layer in layers],
+        }
+
+    def renewed(self, layers: Sequence[Layer], device: torch.device, state: State, old_names: Sequence[str]) -> State:
+        """Return the state for new layers, whose first gradients are measured too."""
+        result = super().renewed(layers, device, state, old_names)
+        has_come = not {layer.name for layer in layers} <= {*old_names}
+        return {**result, "step": 0} if has_come and self.kind == "snr" else result
 
     def asks(self, state: State) -> bool:
         """Return whether a layer's first gradient may be this step's."""
@@ -101,9 +113,15 @@ class InitialSNR(Rule):
             return state["_factors"], state
         if self.asks(state):
             value = self._measured(statistics.gradients, state["_sizes"], state["factors"])
-            fresh = state["found"].logical_not() & (value > 0) & (value < math.inf)
-            factors = torch.where(fresh, value, state["factors"])
-            state = {**state, "factors": factors, "found": state["found"] | fresh, "step": state["step"] + 1}
+            waits = state["found"].logical_not() & (state["steps"] < self.within)
+            fresh = waits & (value > 0) & (value < math.inf)
+            state = {
+                **state,
+                "factors": torch.where(fresh, value, state["factors"]),
+                "found": state["found"] | fresh,
+                "steps": state["steps"] + 1,
+                "step": state["step"] + 1,
+            }
         return state["factors"], state
 
     def _measured(self, gradients: Gradients, sizes: Sequence[int], like: Tensor) -> Tensor:
@@ -112,7 +130,7 @@ class InitialSNR(Rule):
         tensors = iter(gradients.tensors)
         for size in sizes:
             held = [one for one in (next(tensors) for _ in range(size)) if one is not None]
-            own = [_flat(one, like.dtype) for one in held]
+            own = [dense(one).to(like.dtype).reshape(-1) for one in held]
             count = sum(one.numel() for one in own)
             if count < 2:
                 values.append(like.new_full((), math.nan))
@@ -125,8 +143,3 @@ class InitialSNR(Rule):
             value = square.sqrt() / scale / (deviation + self.eps)
             values.append(torch.where(value < LARGEST * math.sqrt(count), value, math.nan))
         return torch.stack(values)
-
-
-def _flat(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    own = gradient.detach()
-    return as_dense_real(own if own.layout is torch.strided else own.to_dense()).to(dtype).reshape(-1)

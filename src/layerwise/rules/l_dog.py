@@ -18,14 +18,15 @@ from .state import State
 
 @dataclass(frozen=True)
 class LDoG(RemembersTensors):
-    """Distance over gradients, for each layer.
+    """Distance over gradients, for each layer, on `SGD(lr=1)`.
 
     f_l = r_l / √G_l;  r_l = max of reps_rel (1 + ‖w_l(0)‖) and ‖w_l(i) − w_l(0)‖ up to now;  G_l = ε + Σ ‖g_l(i)‖²
 
     w_l(0) are the weights at the first step with this rule. The factor is the rate itself: use `SGD(lr=1)` without
-    momentum, weight decay and scheduler, and average the weights over the steps
-    (`torch.optim.swa_utils.AveragedModel`), without which the method falls short. Layers are single parameters. A layer
-    keeps 1 until its first gradient that is finite and not zero; other gradients are left out of G.
+    momentum, weight decay and scheduler, not Adam or another optimizer that sets the size of a step, and average the
+    weights over the steps (`torch.optim.swa_utils.AveragedModel`), without which the method falls short. Layers are
+    single parameters. A layer keeps 1 until its first gradient that is finite and not zero. Steps that do not count
+    (skipped ones, or with a gradient that is not finite) are left out of G.
 
     It keeps one copy of the parameters in its state, and makes another during each step.
 
@@ -41,7 +42,7 @@ class LDoG(RemembersTensors):
         >>> rule, layers = LDoG(reps_rel=0.1), [Layer("", (torch.zeros(1),))]
         >>> state = rule.init(layers, torch.device("cpu"))
         >>> norms = {"gradient_norm": torch.tensor([2.0]), "weight_norm": torch.tensor([0.0])}
-        >>> rule.factors(Statistics(**norms), state)[0]
+        >>> rule.factors(Statistics(**norms, counts=torch.tensor(True)), state)[0]
         tensor([0.0500], dtype=torch.float64)
 
     Reference:
@@ -52,7 +53,7 @@ class LDoG(RemembersTensors):
 
     reps_rel: float = 1e-6
     eps: float = 1e-8
-    needs = ("gradient_norm", "weight_norm")
+    needs = ("gradient_norm", "weight_norm", "counts")
     default_layers = "parameter"
     default_place = "lr"
 
@@ -90,6 +91,6 @@ class LDoG(RemembersTensors):
             state = {**state, COPIES: weights_copied(layers, list(state[COPIES])), "started": True}
             distance = first
         added = statistics.gradient_norm.square()
-        squares = state["squares"] + torch.where(added < math.inf, added, 0.0)
+        squares = state["squares"] + torch.where(statistics.counts & (added < math.inf), added, 0.0)
         factors = torch.where(squares > 0, distance / (squares + self.eps).sqrt(), 1.0)
         return factors, {**state, "distance": distance, "squares": squares}

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._arguments import has_type
 from ..layers import Layer, check_patterns
 from ..statistics import Statistics
-from .base import Rule, is_number
+from .base import Rule, is_number, shown
 from .constant import check_factor, fixed_factors
 from .depths import Depths, depths, matched_depths, read_depths
 from .roles import ROLES, roles_of
@@ -132,9 +132,9 @@ class LayerDecay(Rule):
 
     def __repr__(self) -> str:
         own = {one.name: getattr(self, one.name) for one in fields(self)}
-        shown = [f"{name}={own[name]!r}" for name in ("decay", "style", "depth")]
-        shown += [f"{one.name}={own[one.name]!r}" for one in fields(self)[3:] if own[one.name] != one.default]
-        return f"LayerDecay({', '.join(shown)})"
+        words = [f"{name}={own[name]!r}" for name in ("decay", "style", "depth")]
+        words += [f"{one.name}={own[one.name]!r}" for one in fields(self)[3:] if own[one.name] != one.default]
+        return f"LayerDecay({', '.join(words)})"
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return the factors as a tensor."""
@@ -153,8 +153,7 @@ class LayerDecay(Rule):
             members.setdefault((level, factor), []).append(layer.name or "(root)")
         lines = [f"{'depth':>5}  {'factor':<9}  layers"]
         for (level, factor), own in sorted(members.items()):
-            shown = ", ".join(own) if len(own) < 3 else f"{own[0]}, … {own[-1]} ({len(own)})"
-            lines.append(f"{level:>5}  {factor:<9.4g}  {shown}")
+            lines.append(f"{level:>5}  {factor:<9.4g}  {shown(own)}")
         return lines
 
     def _values(self, layers: Sequence[Layer], read: Depths) -> list[float]:

@@ -22,7 +22,11 @@ class LayerMoment(Rule):
     v_l ← β v_l + (1 − β) ‖g_l‖²;  f_l = 1 / (√v_l + ε)
 
     v begins as ‖g_l‖² of the layer's first gradient. With `bias_correction` it begins at 0, and √(v_l / (1 − βᵗ))
-    takes its place. A step whose gradient in the layer is zero or not finite leaves v as it is.
+    takes its place. v stays as it is at steps that do not count (skipped ones, or with a gradient that is not finite),
+    and in a layer whose gradient is zero.
+
+    It acts on the gradient, before momentum. `SGD` without momentum takes it at the rate, which is the same there; at
+    the rate of an optimizer with momentum, f would scale the momentum instead, and that is another method.
 
     On `SGD(momentum=0.95)` this is NovoGrad to rounding: `m ← μ m + f g + λ w`, the decay outside of the scale. Its
     rates are 0.01 to 0.03.
@@ -44,7 +48,8 @@ class LayerMoment(Rule):
         >>> rule, layers = LayerMoment(), [Layer("", (torch.zeros(4),))]
         >>> state = rule.init(layers, torch.device("cpu"))
         >>> for norm in (2.0, 1.0):
-        ...     statistics = Statistics(gradient_norm=torch.tensor([norm], dtype=torch.float64))
+        ...     norms = torch.tensor([norm], dtype=torch.float64)
+        ...     statistics = Statistics(gradient_norm=norms, counts=torch.tensor(True))
         ...     factors, state = rule.factors(statistics, state)
         ...     print(f"{factors.item():.6f}")
         0.500000
@@ -58,6 +63,7 @@ class LayerMoment(Rule):
     beta: float = 0.98
     eps: float = 1e-8
     bias_correction: bool = False
+    needs = ("gradient_norm", "counts")
     default_layers = "parameter"
     default_place = "gradient"
     default_decay = "plain"
@@ -83,7 +89,7 @@ class LayerMoment(Rule):
         """Return 1 / (√v + ε) with this step's gradient in v."""
         norm, moment, start = statistics.gradient_norm, state["moment"], state["weight_of_start"]
         squares = norm.square()
-        seen = (norm > 0) & (squares < math.inf)
+        seen = statistics.counts & (norm > 0) & (squares < math.inf)
         first = (start == 1) if not self.bias_correction else torch.zeros_like(seen)
         moved = torch.where(first, squares, self.beta * moment + (1 - self.beta) * squares)
         moment = torch.where(seen, moved, moment)

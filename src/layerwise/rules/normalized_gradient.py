@@ -27,6 +27,9 @@ class NormalizedGradient(Rule):
     layer whose gradient is zero keeps factor 1. The rate must be chosen anew: 0.03 to 0.3 with `"l2"` trained deep
     sigmoid networks that no single rate trains.
 
+    `SGD` without momentum takes the factor at the rate, which is the same there. At the rate of an optimizer with
+    momentum it would scale the momentum instead, and that is another method.
+
     When it helps: deep networks without normalisation, whose layers' gradients differ by orders of magnitude. In one
     run of eight sigmoid layers on MNIST, plain SGD and `LayerAdaptive` stayed at chance at every rate, and this came to
     24 % error in 1,500 steps. When not: Adam came to 11 % there, and normalised networks need neither. Costs: one pass

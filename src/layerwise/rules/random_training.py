@@ -13,7 +13,7 @@ from torch import Tensor
 from .._arguments import check_count, has_type
 from ..layers import Layer
 from ..statistics import Statistics, common_device
-from .base import Rule
+from .base import Rule, shown
 from .selection import check_whole
 from .state import State
 
@@ -28,15 +28,17 @@ class RandomTraining(Rule):
     f_l = 1 for layers of the drawn blocks and in no block, else 0
 
     Blocks are the numbered ones in the names (`h.3`, `layer1.0`); embeddings, the last normalisation and the head are
-    in none. The draws are uniform, without replacement, from a stream of random numbers of their own, which the state
-    holds: a run that is continued draws what the whole run would have drawn, and every process draws the same.
+    in none. A block whose layers are all excluded is not drawn. The draws are uniform, without replacement, from a
+    stream of random numbers of their own, which the state holds: a run that is continued draws what the whole run would
+    have drawn, and every process draws the same.
 
     Use the optimizer's usual rate. The factor acts on the rate, so decoupled decay rests with it; the optimizer's
     moments still see the gradients. Memory and time are saved only where `requires_grad=False` is set as well.
 
     Args:
         blocks: Blocks that train at a time.
-        every: Steps from one draw to the next.
+        every: Steps from one draw to the next. A step that a gradient scaler skips counts too where the optimizer is
+            called for it, as a fused one is.
         seed: Of the draws.
         block: A function from a layer's name to the name of its block, or None for a layer that always trains.
 
@@ -84,7 +86,10 @@ class RandomTraining(Rule):
                 "name to the name of its block"
             )
         ones = torch.ones(len(layers), dtype=common_device(layers)[1], device=common_device(layers)[0])
-        return {"seed": self.seed, "step": 0, "_blocks": blocks, "_drawn": None, "_factors": ones}
+        choices = {one for one, layer in zip(blocks, layers, strict=True) if one is not None and layer.included}
+        return {
+            "seed": self.seed, "step": 0, "_blocks": blocks, "_choices": choices, "_drawn": None, "_factors": ones,
+        }  # fmt: skip
 
     def _blocks(self, layers: Sequence[Layer]) -> list[str | None]:
         names = [layer.name for layer in layers]
@@ -101,7 +106,7 @@ class RandomTraining(Rule):
         stream = (state["seed"], state["step"] // self.every)
         new: State = {**state, "step": state["step"] + 1}
         if state["_drawn"] != stream:
-            training = _drawn({one for one in state["_blocks"] if one is not None}, self.blocks, *stream)
+            training = _drawn(state["_choices"], self.blocks, *stream)
             values = [float(one is None or one in training) for one in state["_blocks"]]
             old: Tensor = state["_factors"]
             new |= {"_drawn": stream, "_factors": torch.tensor(values, dtype=old.dtype, device=old.device)}
@@ -114,8 +119,7 @@ class RandomTraining(Rule):
             members.setdefault(one or "(always)", []).append(layer.name or "(root)")
         lines = [f"{'block':<16} layers"]
         for block, names in members.items():
-            shown = ", ".join(names) if len(names) < 3 else f"{names[0]}, … {names[-1]} ({len(names)})"
-            lines.append(f"{block:<16} {shown}")
+            lines.append(f"{block:<16} {shown(names)}")
         return lines
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import check_choice, check_count
-from .._tensors import as_dense_real, local, moved
+from .._tensors import local, moved
 from ..layers import Layer
 from ..statistics import Gradients, Statistics, common_device
 from .base import Rule
-from .copies import refuse_shards
+from .copies import dense, refuse_shards
 from .state import State
 
 THRESHOLD = 0.95
@@ -29,9 +29,10 @@ class RelativeGradient(Rule):
     r_l = mean of ‖g_l‖ / ‖w_l‖ over the first steps of an epoch;  f_l = r_l / max_k r_k
 
     The factors are 1 until the first measurement is complete. Each epoch begins with a new one, during which the
-    factors of the one before hold: call `adapter.end_epoch()` after each epoch. A layer whose weights are zero, such as
-    a new head, keeps 1 and does not count in the maximum, and so do batch normalisations. Steps that do not count
-    (skipped ones, non-finite or zero gradients) are left out of the mean.
+    factors of the one before hold: call `adapter.end_epoch()` after each epoch. Steps that do not count (skipped ones,
+    non-finite gradients), and those in which a layer's gradient is zero, are left out of its mean. A layer without a
+    gradient in all of them has 1 and does not count in the maximum. So has one whose weights are zero, such as a new
+    head, and so have batch normalisations.
 
     With `kind="snr"`, s_l is the mean over the weights of g² / (var(g) + 1e-8), the variance over the first dimension
     of each gradient, and f_l is 1 where s_l ≥ 0.95, else 0. The measured steps read the gradients twice more, in some
@@ -103,7 +104,7 @@ class RelativeGradient(Rule):
             value = statistics.gradient_norm / statistics.weight_norm
         else:
             value = _signal_to_noise(statistics.gradients, state["_sizes"], state["sum"])
-        usable = statistics.counts & (value >= 0) & (value < math.inf)
+        usable = statistics.counts & (value > 0) & (value < math.inf)
         total = state["sum"] + torch.where(usable, value, 0.0)
         count = state["count"] + usable
         new: State = {**state, "sum": total, "count": count, "step": state["step"] + 1}
@@ -134,7 +135,7 @@ def _signal_to_noise(gradients: Gradients, sizes: Sequence[int], like: Tensor) -
         for gradient in (next(tensors) for _ in range(size)):
             if gradient is None:
                 continue
-            own = as_dense_real(local(gradient.detach())).to(like.dtype)
+            own = dense(local(gradient)).to(like.dtype)
             if gradients.scale is not None:
                 own = own / moved(gradients.scale, own.device)
             noise = own.var(0, keepdim=True) if own.shape[:1].numel() > 1 else own * math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,18 @@ def sizes_of(layers: Sequence[Layer]) -> Tensor:
     return torch.tensor([sum(p.numel() for p in layer.whole()) for layer in layers], dtype=dtype, device=device)
 
 
+def largest_of(layer: Layer) -> tuple[str, Tensor]:
+    """Return the name and a tensor of the whole shape of a layer's largest parameter."""
+    names = layer.parameter_names or (layer.name,) * len(layer.parameters)
+    return max(zip(names, layer.whole(), strict=True), key=lambda pair: pair[1].numel())
+
+
+def inputs_first(layer: Layer) -> bool:
+    """Return whether the first dimension of a weight is that of the inputs."""
+    transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+    return isinstance(layer.module, transposed) or type(layer.module).__name__ == "Conv1D"
+
+
 def shape_of(layer: Layer) -> tuple[int, int]:
     """Return (d_out, d_in) of a layer's largest parameter; (n, 1) if it has one dimension or none.
 
@@ -28,13 +41,11 @@ def shape_of(layer: Layer) -> tuple[int, int]:
         >>> shape_of(Layer("", tuple(conv.parameters()), module=conv))
         (4, 27)
     """
-    largest = max(layer.whole(), key=Tensor.numel)
+    largest = largest_of(layer)[1]
     if largest.ndim < 2:
         return largest.numel(), 1
-    module, first, second = layer.module, largest.shape[0], largest.shape[1]
-    kernel = largest[0, 0].numel()
-    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return second * module.groups, first // module.groups * kernel
-    if type(module).__name__ == "Conv1D":
-        return second, first
-    return first, second * kernel
+    first, second, *kernel = largest.shape
+    if inputs_first(layer):
+        groups: int = getattr(layer.module, "groups", 1)
+        return second * groups, first // groups * math.prod(kernel)
+    return first, second * math.prod(kernel)

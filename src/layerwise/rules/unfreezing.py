@@ -13,7 +13,7 @@ from torch import Tensor
 from .._arguments import check_choice, check_count, has_type
 from ..layers import Layer, check_patterns, some
 from ..statistics import Statistics, common_device
-from .base import Rule
+from .base import Rule, shown
 from .layer_decay import DepthArgument, check_depth, depths_of, doubt
 from .state import State
 
@@ -167,8 +167,7 @@ class Unfreezing(Rule):
         lines = [f"{'group':>5}  {'epochs':<12} layers"]
         for group in range(max(groups) + 1):
             own = [layer.name or "(root)" for layer, at in zip(layers, groups, strict=True) if at == group]
-            shown = ", ".join(own) if len(own) < 3 else f"{own[0]}, … {own[-1]} ({len(own)})"
-            lines.append(f"{group:>5}  {self._epochs(group, stages):<12} {shown}")
+            lines.append(f"{group:>5}  {self._epochs(group, stages):<12} {shown(own)}")
         return lines
 
     def _epochs(self, group: int, stages: Sequence[set[int]]) -> str:

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._arguments import check_choice, has_type
 from ..layers import Layer
 from ..statistics import Statistics
-from .base import Rule, is_number
+from .base import Rule, is_number, shown
 from .constant import fixed_factors
 from .roles import RoleArgument, roles_of
+from .shapes import inputs_first, largest_of, shape_of
 from .state import State
 
 Kind = Literal["adam", "sgd", "rms_to_rms", "muon", "match_rms_adamw"]
@@ -32,9 +33,11 @@ ONE_SIDED: dict[str, tuple[bool, bool]] = {
 
 @dataclass(frozen=True)
 class WidthDepth(Rule):
-    """Rates for a network of another width and depth than the one that they were tuned on.
+    """Rates for a network of another width and depth than the one that they were tuned on; for Adam by default.
 
     f_l = 1 / m_in for Adam, m_out / m_in for SGD, of matrices that are wider than a base network's on both sides
+
+    **`kind` must be that of the optimizer**, which the rule does not see: the default is wrong for SGD and for Muon.
 
     m_out and m_in are the sides d_out and d_in of the matrix by those of the base network. What grows on one side only,
     by m (embeddings, the head, biases, gains), has 1 for Adam and m for SGD; what does not grow has 1. This is muP: the
@@ -140,8 +143,7 @@ class WidthDepth(Rule):
             members.setdefault((factor, role), []).append(layer.name or "(root)")
         lines = [f"{'factor':<9} {'role':<10} layers"]
         for (factor, role), names in sorted(members.items()):
-            shown = ", ".join(names) if len(names) < 3 else f"{names[0]}, … {names[-1]} ({len(names)})"
-            lines.append(f"{factor:<9.4g} {role:<10} {shown}")
+            lines.append(f"{factor:<9.4g} {role:<10} {shown(names)}")
         return lines
 
     # --- Width --------------------------------------------------------------------------------------------------------
@@ -153,7 +155,7 @@ class WidthDepth(Rule):
         if self.width is not None:
             return self.width / self.base
         pairs = zip(layers, roles, strict=True)
-        widths = {_sides(layer)[1] for layer, role in pairs if role == "embedding" and _largest(layer)[1].ndim == 2}
+        widths = {shape_of(layer)[1] for layer, role in pairs if role == "embedding" and largest_of(layer)[1].ndim == 2}
         if len(widths) != 1:
             found = f"its embeddings have the widths {sorted(widths)}" if widths else "it has no embedding"
             raise ValueError(f"the width of this network is not known, since {found}: pass width=")
@@ -170,7 +172,7 @@ class WidthDepth(Rule):
 
     def _growth(self, layer: Layer, role: str, width: float) -> tuple[float | None, float | None]:
         """Return m_out and m_in; None for a side that does not grow with the width."""
-        name, largest = _largest(layer)
+        name, largest = largest_of(layer)
         if not isinstance(self.base, Mapping):
             sides = (largest.numel() > 1, False) if largest.ndim < 2 else ONE_SIDED.get(role, (True, True))
             if role == "head" and largest.ndim < 2:
@@ -186,39 +188,22 @@ class WidthDepth(Rule):
             )
         ratios = [None if own == other else own / other for own, other in zip(largest.shape, shape, strict=True)][:2]
         first, second = (*ratios, None, None)[:2]
-        return (second, first) if _inputs_first(layer) else (first, second)
+        return (second, first) if inputs_first(layer) else (first, second)
 
     def _of_shape(self, layer: Layer, role: str) -> float:
-        largest = _largest(layer)[1]
+        largest = largest_of(layer)[1]
         if largest.ndim < 2 or role in ("embedding", "position"):
             return 1.0
-        d_out, d_in = _sides(layer)
-        kernel = math.prod(largest.shape[2:])
+        d_out, d_in = shape_of(layer)
         if self.kind == "rms_to_rms":
-            return math.sqrt(d_out / d_in) / kernel
+            kernel = math.prod(largest.shape[2:])
+            return math.sqrt(d_out / (d_in // kernel)) / kernel
         if self.kind == "muon":
-            return math.sqrt(max(1.0, d_out / (d_in * kernel)))
-        return 0.2 * math.sqrt(max(d_out, d_in * kernel))
+            return math.sqrt(max(1.0, d_out / d_in))
+        return 0.2 * math.sqrt(max(d_out, d_in))
 
     # --- Depth --------------------------------------------------------------------------------------------------------
 
     def _of_depth(self, layer: Layer, role: str) -> float:
         numbered = any(part.isdigit() for part in layer.name.split("."))
         return float(self.depth) ** (self.alpha - 1) if numbered and role not in ONE_SIDED else 1.0
-
-
-def _largest(layer: Layer) -> tuple[str, Tensor]:
-    names = layer.parameter_names or (layer.name,) * len(layer.parameters)
-    return max(zip(names, layer.whole(), strict=True), key=lambda pair: pair[1].numel())
-
-
-def _inputs_first(layer: Layer) -> bool:
-    """Return whether the first dimension of a weight is that of the inputs."""
-    transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-    return isinstance(layer.module, transposed) or type(layer.module).__name__ == "Conv1D"
-
-
-def _sides(layer: Layer) -> tuple[int, int]:
-    """Return the first two sizes of a layer's largest parameter as (d_out, d_in), without its kernel."""
-    first, second = _largest(layer)[1].shape[:2]
-    return (second, first) if _inputs_first(layer) else (first, second)
