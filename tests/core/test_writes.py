@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -112,7 +113,8 @@ def test_the_old_argument_order_of_add_works() -> None:
     scaled = parameter()
     mode = ScaledWrites([scaled], {})
     mode.scale([(scaled, 2.0)])
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         mode.begin()
         scaled.add_(0.3, D)
         mode.end()
