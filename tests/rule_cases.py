@@ -237,7 +237,7 @@ RULES: dict[str, RuleCase] = {
     "LayerMoment": RuleCase(
         lambda names: LayerMoment(),
         lambda of: np.array([reference.layer_moment([reference.joint_norm(g)])[0] for g in of.gradients]),
-        refused=NEEDS_OTHERS,
+        refused=COUNTS,
         sharded="FSDP2",
     ),
     "LayerMoment_corrected": RuleCase(
@@ -245,7 +245,7 @@ RULES: dict[str, RuleCase] = {
         lambda of: np.array(
             [reference.layer_moment([reference.joint_norm(g)], corrected=True)[0] for g in of.gradients]
         ),
-        refused=NEEDS_OTHERS,
+        refused=COUNTS,
         sharded=False,
     ),
     "WeightScaled": RuleCase(
@@ -329,7 +329,7 @@ RULES: dict[str, RuleCase] = {
                 for w, g in zip(of.weights, of.gradients, strict=True)
             ]
         ),
-        refused=NEEDS_OTHERS,
+        refused=COUNTS,
         sharded=False,
     ),
     "InitialSNR": RuleCase(
