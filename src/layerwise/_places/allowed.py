@@ -134,7 +134,10 @@ def check_method(optimizer: optim.Optimizer, rule: Rule, place: PlaceName, *, au
         raise ValueError(f"apply={place!r} does not work with {described(rule)}: use {words}.{known}")
     reason = no_effect(optimizer, place, rule)
     if rule.places == ("gradient",) and reason is not None:
-        raise ValueError(f"{described(rule)} acts on the gradient, and {reason}. Attach each of its rules by itself")
+        without_remedy = reason.partition(";")[0]  # the remedy is a place that this rule does not have
+        raise ValueError(
+            f"{described(rule)} acts on the gradient, and {without_remedy}. Attach each of its rules by itself"
+        )
     if (
         (automatic or place == "lr")
         and rule.needs_scale

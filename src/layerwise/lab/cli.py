@@ -43,7 +43,7 @@ def _carry_out(
     arguments: Sequence[str],
     next_command: Callable[[Outcome], str],
 ) -> int:
-    """Carry an experiment out, write its report and say what came of it; of several processes the first does so."""
+    """Carry an experiment out, write its report and print the result; of several processes the first does so."""
     from layerwise.lab import progress, report
     from layerwise.lab.report import terminal
 

@@ -1,4 +1,4 @@
-"""The methods and controls that can be arms of a comparison on a person's own task, by name."""
+"""The methods and controls that can be arms of a comparison on a user's own task, by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNMEASURED = ("amplification-random", "amplification-all")  # controls of the am
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A rule that can be an arm on a person's own task, with arguments that were not tuned for it."""
+    """A rule that can be an arm on a user's own task, with arguments that were not tuned for it."""
 
     words: str
     rule: Mapping[str, Any]  # its name and arguments, without the phases of an amplification

@@ -66,7 +66,7 @@ class Display:
         """Take in how many updates a run has done; workers count from 0, and ``total`` is None if it is not known."""
 
     def finished(self, worker: int, run: str, result: str, diverged: bool) -> None:
-        """Take in that a run is finished; ``result`` is what came of it in words."""
+        """Count a finished run; ``result`` is its result in words."""
 
     def stopping(self) -> None:
         """Take in that the user has interrupted it; running processes write their checkpoints."""

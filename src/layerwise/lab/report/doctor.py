@@ -44,7 +44,7 @@ QUANTITIES = {
 def run(asked: options.Doctor, arguments: Sequence[str], program: str) -> int:
     """Examine a task, print what was found, and write the page; give the exit code: 0, or 1 where there is a problem.
 
-    ``arguments`` is the command line as given, ``program`` the command as a person can type it.
+    ``arguments`` is the command line as given, ``program`` the command to type.
     """
     label = asked.task.rpartition("/")[2]
     path = place_of(label, asked.out)  # before anything is trained
@@ -129,7 +129,7 @@ def build(label: str, command: str, found: Examination, checkup: Checkup) -> str
 
 
 def headline(found: Examination) -> str:
-    """Say in a sentence what came of it."""
+    """Return the result in one sentence."""
     problems = len(found.problems)
     findings = found.checkup.findings if found.checkup else ()
     notes = sum(not finding.serious for finding in findings) + len(found.notes)

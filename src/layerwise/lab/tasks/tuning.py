@@ -29,7 +29,7 @@ Setting = dict[str, Value]
 
 @dataclass(frozen=True)
 class Tuning:
-    """What came of a tuning, whose plan has a subject for each setting, in the order of the settings."""
+    """The result of a tuning, whose plan has a subject for each setting, in the order of the settings."""
 
     outcome: Outcome
     grid: Grid
