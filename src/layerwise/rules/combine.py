@@ -199,7 +199,8 @@ def normalized(rule: Any, by: Normalization) -> Rule:
 
     Example:
         >>> from layerwise.rules import Constant
-        >>> layers = [Layer("a", (torch.zeros(3),)), Layer("b", (torch.zeros(1),))]
+        >>> model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 1, bias=False), "b": torch.nn.Linear(1, 1, bias=False)})
+        >>> layers = [Layer(name, tuple(module.parameters())) for name, module in model.items()]
         >>> for by in ("mean", "weighted", "max"):
         ...     rule = normalized(Constant({"a": 3.0}), by)
         ...     print(rule.factors(Statistics(), rule.init(layers, torch.device("cpu")))[0].tolist())
