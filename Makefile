@@ -33,10 +33,10 @@ demo: .venv/lab ## train LeNet on real digits, with and without per-layer rates,
 demo-amplification: .venv/lab ## train a narrow ResNet with and without amplified gradients, and write runs/report.html
 	$(BIN)/layerwise demo amplification
 
-test: .venv/dev ## run the tests without their long matrices, documents and faults (thirteen minutes on two cores)
+test: .venv/dev ## run the tests without their long matrices, documents and faults (five minutes on two cores)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test-all: .venv/dev ## run all tests but the long part of the fault suite (half an hour on two cores)
+test-all: .venv/dev ## run all tests but the long part of the fault suite (twenty minutes on two cores)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --full
 
 # In one process: pytest-xdist kills workers that take more than ten seconds to end, and with them what they measured.
