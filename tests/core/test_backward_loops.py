@@ -363,7 +363,7 @@ def test_factors_under_a_manual_grad_scale_use_true_gradients(few: bool, monkeyp
         optimizer = momentum(net, fused=True)
         if net is model:
             layerwise.step_in_backward(optimizer, net, LayerAdaptive())
-            optimizer.grad_scale = torch.tensor(64.0)  # type: ignore[attr-defined]
+            optimizer.grad_scale = torch.tensor(64.0)
         else:
             layerwise.LayerwiseLR(optimizer, LayerAdaptive(), net)
         for step in range(3):

@@ -105,9 +105,9 @@ def test_arguments_of_the_wrong_type_are_refused() -> None:
     model = network()
     optimizer = optim.SGD(model.parameters())
     with pytest.raises(TypeError, match=r"no torch\.optim\.Optimizer"):
-        layerwise.step_in_backward(model, optimizer)  # type: ignore[arg-type]
+        layerwise.step_in_backward(model, optimizer)
     with pytest.raises(TypeError, match="model must be a torch"):
-        layerwise.step_in_backward(optimizer, LayerAdaptive())  # type: ignore[arg-type]
+        layerwise.step_in_backward(optimizer, LayerAdaptive())
     with pytest.raises(TypeError, match=r"LayerAdaptive is a class; call it"):
         layerwise.step_in_backward(optimizer, model, LayerAdaptive)
     with pytest.raises(ValueError, match="have no names"):

@@ -214,7 +214,7 @@ def do_report(out: Path) -> None:
 
 def do_sweep(out: Path, log: Path, jobs: int, engine: str = "local") -> None:
     """Carry the plan out in worker processes."""
-    experiment.Chain = functools.partial(chains.Chain, checkpoint_seconds=0.02)  # type: ignore[misc]
+    experiment.Chain = functools.partial(chains.Chain, checkpoint_seconds=0.02)
     plan = plan_of(log, 0.01, seeds=2)
     outcome = experiment.carry_out(plan, Settings(out=out, jobs=jobs, engine=engine))
     words = [failure.reason for failure in outcome.failures]

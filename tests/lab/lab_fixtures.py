@@ -32,7 +32,7 @@ def carried_out(tmp_path: Path, one_thread: None) -> Callable[..., Outcome]:
     def do(plan: Plan, out: Path = tmp_path / "runs", data_dir: Path | None = None) -> Outcome:
         for chain in plan.chains():
             told = plan.labels(chain[0].subject)
-            chains.do_chain(chains.Chain(runs=chain, out=out, data_dir=data_dir, labels=told), chains.Alone())  # type: ignore[arg-type]
+            chains.do_chain(chains.Chain(runs=chain, out=out, data_dir=data_dir, labels=told), chains.Alone())
         torch.set_num_threads(1)
         return Outcome(plan, Settings(out=out, data_dir=data_dir), load_finished(plan, Runs(out)))
 

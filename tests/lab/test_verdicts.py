@@ -41,7 +41,7 @@ def test_what_an_arm_is_to_others_follows_from_its_rule_or_its_role():
     assert amplified("Directionality").kind == "method"
     assert recipe.load("singh2015-figure2").plan("full").arm("plain-lower-rate").kind == "control"
     with pytest.raises(UsageError, match="role='rival' of arm 'a': use one of method, plain, control"):
-        Arm(name="a", words="a", role="rival")  # type: ignore[arg-type]
+        Arm(name="a", words="a", role="rival")
 
 
 def test_a_method_of_another_length_is_judged_by_its_own_plain_arm(tmp_path):

@@ -167,7 +167,7 @@ class ByHand:
             )
 
     def step(self, factors: dict[str, float]) -> None:
-        gradients: Sequence[np.ndarray] = [p.grad.numpy() for p in self.parameters]  # type: ignore[union-attr]
+        gradients: Sequence[np.ndarray] = [p.grad.numpy() for p in self.parameters]
         self.solver.step(gradients, self.rate, [factors[name] for name in self.names])
 
 

@@ -81,7 +81,7 @@ def test_the_language_model_is_a_task_that_a_comparison_carries_out(tmp_path):
     assert tried.value == pytest.approx(math.log(128), abs=0.3)  # untrained
     plan = layout.plan(task, seeds=1)
     for chain in plan.chains():
-        chains.do_chain(chains.Chain(runs=chain, out=tmp_path, data_dir=None), chains.Alone())  # type: ignore[arg-type]
+        chains.do_chain(chains.Chain(runs=chain, out=tmp_path, data_dir=None), chains.Alone())
     torch.set_num_threads(1)
     records = load_finished(plan, Runs(tmp_path)).records
     losses = {arm: record.summary["finals"]["test_loss"] for (_, arm, _), record in records.items()}

@@ -137,7 +137,7 @@ def test_layer_decay_counts_the_tied_weight_with_the_embeddings():
     loss_of_text(model, 0).backward()
     optimizer.step()
     kinds = ["embeddings", "embeddings", *[0] * 6, *[1] * 6, "head"]
-    expected = reference.layer_decay(kinds, 2, 0.5, "beit")  # type: ignore[arg-type]
+    expected = reference.layer_decay(kinds, 2, 0.5, "beit")
     assert list(adapter.get_last_factors().values()) == pytest.approx(expected.tolist())
 
 

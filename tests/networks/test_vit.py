@@ -72,7 +72,7 @@ def test_decayed_rates_and_weights_are_those_of_the_equations_at_every_step(styl
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     adapter = layerwise.LayerwiseLR(optimizer, LayerDecay(0.75, style), model)
     hand = ByHand(twin, case.layers, "AdamW")
-    factors = dict(zip(case.layers, reference.layer_decay(KINDS, 2, 0.75, style).tolist(), strict=True))  # type: ignore
+    factors = dict(zip(case.layers, reference.layer_decay(KINDS, 2, 0.75, style).tolist(), strict=True))
     for step in range(5):
         for network in (model, twin):
             network.zero_grad()

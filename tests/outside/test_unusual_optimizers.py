@@ -32,7 +32,7 @@ class Slotted(optim.Optimizer):
 class WithoutHash(optim.SGD):
     """Is equal to others of its rate, and therefore has no hash."""
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, WithoutHash)

@@ -239,9 +239,9 @@ def test_phases_that_are_no_list_are_refused(phases: Any) -> None:
 
 def test_kinds_flags_and_seeds_are_checked_or_taken() -> None:
     with pytest.raises(ValueError, match="kinds holds"):
-        AllLayers(("conv", ["fc"]))  # type: ignore[arg-type]
+        AllLayers(("conv", ["fc"]))
     with pytest.raises(TypeError, match="after_analysis='no' must be True or False"):
-        AllLayers(after_analysis="no")  # type: ignore[arg-type]
+        AllLayers(after_analysis="no")
     with pytest.raises(ValueError, match="ddof=True"):
         Directionality(ddof=True)
     assert sum(RandomLayers(0.5, seed=2**62).choose([True] * 4, [], 0)) == 2

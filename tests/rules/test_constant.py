@@ -93,4 +93,4 @@ def test_pattern_that_matches_no_layer_is_refused_with_the_nearest_name() -> Non
 
 def test_pattern_that_is_no_string_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Constant holds 3 \(int\); each pattern must be a string"):
-        Constant({3: 1.0}).init(layers_of(network(0)), torch.device("cpu"))  # type: ignore[dict-item]
+        Constant({3: 1.0}).init(layers_of(network(0)), torch.device("cpu"))

@@ -207,7 +207,7 @@ def test_a_normalised_rule_keeps_its_state_and_its_bounds() -> None:
         adapter.state_dict()["state"]["0"]["0"]["moment"].tolist()
     )
     with pytest.raises(ValueError, match="'mean', 'weighted', 'max', 'harmonic'"):
-        LayerwiseLR(optimizer, LayerMoment(), model, normalize="median")  # type: ignore[arg-type]
+        LayerwiseLR(optimizer, LayerMoment(), model, normalize="median")
 
 
 def test_refresh_holds_moves_and_smooths() -> None:

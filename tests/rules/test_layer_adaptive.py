@@ -159,7 +159,7 @@ def test_factor_follows_equation_9_down_to_the_smallest_normal_norm() -> None:
 def test_base_that_is_no_number_above_one_is_refused(base: object) -> None:
     message = rf"log_base={re.escape(repr(base))} must be a finite number above 1, such as math\.e or 10"
     with pytest.raises(ValueError, match=message):
-        LayerAdaptive(base)  # type: ignore[arg-type]
+        LayerAdaptive(base)
 
 
 def test_the_paper_takes_modules_the_gradient_and_scaled_decay() -> None:

@@ -196,17 +196,17 @@ def test_factors_are_the_same_tensor_at_each_step() -> None:
 @pytest.mark.parametrize("decay", [0, -0.5, 1.0001, math.inf, math.nan, "0.8", None, True], ids=repr)
 def test_decay_out_of_range_is_refused(decay: object) -> None:
     with pytest.raises((TypeError, ValueError), match=rf"decay={re.escape(repr(decay))} must be a number in \(0, 1\]"):
-        LayerDecay(decay)  # type: ignore[arg-type]
+        LayerDecay(decay)
 
 
 def test_unknown_style_is_refused() -> None:
     with pytest.raises(ValueError, match="style='bert' is unknown; allowed: 'beit', 'electra'"):
-        LayerDecay(0.8, "bert")  # type: ignore[arg-type]
+        LayerDecay(0.8, "bert")
 
 
 @pytest.mark.parametrize("level", [-1, 1.5, True, "2", None], ids=repr)
 def test_depth_that_is_no_whole_number_is_refused(level: object) -> None:
-    rule = LayerDecay(0.8, depth=lambda name: level)  # type: ignore[arg-type,return-value]
+    rule = LayerDecay(0.8, depth=lambda name: level)
     message = re.escape(f"depth('fc') returned {level!r}; it must be a whole number of at least 0")
     with pytest.raises(ValueError, match=message):
         rule.init(dummies(["fc"]), torch.device("cpu"))

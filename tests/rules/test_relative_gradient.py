@@ -145,8 +145,8 @@ def test_shards_are_refused_for_the_ratio_of_whole_tensors() -> None:
 
 def test_arguments_out_of_their_range() -> None:
     with pytest.raises(ValueError, match="allowed: 'rgn', 'snr'"):
-        RelativeGradient("rng")  # type: ignore[arg-type]
+        RelativeGradient("rng")
     with pytest.raises(ValueError, match="at least 1"):
         RelativeGradient(batches=0)
     with pytest.raises(TypeError, match="whole number"):
-        RelativeGradient(batches=2.5)  # type: ignore[arg-type]
+        RelativeGradient(batches=2.5)

@@ -196,7 +196,7 @@ def test_a_user_may_say_the_roles() -> None:
     with pytest.raises(ValueError, match="matches none"):
         roles_of(layers, {"b*": "mine"})
     with pytest.raises(TypeError, match="must be a string"):
-        roles_of(layers, lambda name: 3)  # type: ignore[arg-type, return-value]
+        roles_of(layers, lambda name: 3)
     rule = ByRole({"mine": 3.0}, role={"a.x*": "mine"})
     assert rule.init(layers, torch.device("cpu"))["_factors"].tolist() == [3, 1]
 
@@ -359,7 +359,7 @@ def test_arguments_out_of_their_range(arguments: dict[str, Any], words: str) -> 
     with pytest.raises(ValueError, match=words):
         ByRole(**arguments)
     with pytest.raises(TypeError, match="a preset or a mapping"):
-        ByRole(3)  # type: ignore[arg-type]
+        ByRole(3)
 
 
 def test_the_table_says_which_roles_have_no_ratio() -> None:

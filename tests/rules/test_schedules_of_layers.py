@@ -94,7 +94,7 @@ def test_names_that_leave_the_depths_in_doubt_are_said() -> None:
         LayerwiseLR(optimizer, FreezeOut(100), model).detach()
     LayerwiseLR(optimizer, FreezeOut(100, depth=lambda name: int(name[0])), model)
     with pytest.raises(TypeError, match="must be a function"):
-        FreezeOut(100, depth=3)  # type: ignore[arg-type]
+        FreezeOut(100, depth=3)
 
 
 # --- Random blocks ----------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_blocks_of_ones_own() -> None:
     assert [line.split()[0] for line in lines] == ["block", "embed", "block", "(always)"]
     assert RandomTraining().table(layers(["h.0.a", "h.1.a", "x"]))[1].split() == ["h.0", "h.0.a"]
     with pytest.raises(TypeError, match="must be the name of a block"):
-        RandomTraining(block=len).init(layers(), CPU)  # type: ignore[arg-type]
+        RandomTraining(block=len).init(layers(), CPU)
     with pytest.raises(ValueError, match="pass block="):
         RandomTraining().init(layers(["a", "b"]), CPU)
 

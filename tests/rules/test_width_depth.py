@@ -164,7 +164,7 @@ def test_a_base_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="not in dimensions or kernels"):
         factors_of(WidthDepth({**shapes(model), "0.weight": (8, 3, 5)}), model)
     with pytest.raises(TypeError, match="must be a width, or a mapping"):
-        WidthDepth("small")  # type: ignore[arg-type]
+        WidthDepth("small")
 
 
 def test_the_shape_of_a_transposed_convolution_with_groups() -> None:

@@ -199,8 +199,7 @@ def normalized(rule: Any, by: Normalization) -> Rule:
 
     Example:
         >>> from layerwise.rules import Constant
-        >>> model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 1, bias=False), "b": torch.nn.Linear(1, 1, bias=False)})
-        >>> layers = [Layer(name, tuple(module.parameters())) for name, module in model.items()]
+        >>> layers = [Layer(name, (torch.zeros(size, requires_grad=True),)) for name, size in (("a", 3), ("b", 1))]
         >>> for by in ("mean", "weighted", "max"):
         ...     rule = normalized(Constant({"a": 3.0}), by)
         ...     print(rule.factors(Statistics(), rule.init(layers, torch.device("cpu")))[0].tolist())

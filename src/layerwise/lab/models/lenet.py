@@ -34,9 +34,11 @@ class LeNet(nn.Module):
         self.ip1 = nn.Linear(800, 500)
         self.ip2 = nn.Linear(500, 10)
         generator = torch.Generator().manual_seed(seed)
-        for layer in self.children():
-            caffe_xavier_(layer.weight, generator)  # type: ignore[arg-type]
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        for name, parameter in self.named_parameters():
+            if name.endswith("weight"):
+                caffe_xavier_(parameter, generator)
+            else:
+                nn.init.zeros_(parameter)
 
     @property
     def multipliers(self) -> dict[str, tuple[float, float]]:
