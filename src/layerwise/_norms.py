@@ -7,7 +7,7 @@ from functools import cache, cached_property
 from itertools import chain
 from math import sqrt
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -113,8 +113,8 @@ def _norms_of_one_kind(tensors: list[Tensor]) -> tuple[list[Sequence[Tensor]], S
     return parts, [*long, *short]
 
 
-def subtract(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors whose norms are those of `before - after`; `before` is overwritten.
+def subtract(before: Sequence[Tensor], after: Sequence[Tensor], *, in_place: bool = False) -> list[Tensor]:
+    """Return tensors whose norms are those of `before - after`; `in_place` overwrites `before`.
 
     Example:
         >>> subtract([torch.tensor([3.0])], [torch.tensor([1.0])])
@@ -127,8 +127,12 @@ def subtract(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
             plain.append(i)
         else:
             result[i] = _odd_difference(before[i], new)
-    if plain:
-        torch._foreach_sub_([result[i] for i in plain], [after[i] for i in plain])
+    old, new = [before[i] for i in plain], [after[i] for i in plain]
+    if plain and in_place:
+        torch._foreach_sub_(old, new)
+    elif plain:
+        for i, change in zip(plain, cast(Any, torch._foreach_sub(old, new)), strict=True):
+            result[i] = change
     return result
 
 

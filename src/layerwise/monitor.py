@@ -73,7 +73,7 @@ class Observation:
 
     def values(self) -> list[Tensor | Sequence[float] | None]:
         """Measure the updates, once, and return all that `record` needs: the layers' norms and more."""
-        updates = subtract(self._weights, [local(p) for p in self._statistics.members])
+        updates = subtract(self._weights, [local(p) for p in self._statistics.members], in_place=True)
         norms = self._statistics.norms([*self._squares, self._statistics.squares(updates)])
         # Some factors are known after the step only.
         known = [(one.factors, positions) for one, positions in self._acting if one.factors is not None]

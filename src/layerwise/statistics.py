@@ -246,9 +246,9 @@ class LayerStatistics:
         return result + self._squares_of_piece(old, piece) if piece else result
 
     def _squares_of_piece(self, old: Sequence[Tensor | None], piece: Sequence[int]) -> Tensor:
-        copies: Any = torch._foreach_mul(cast(Any, [old[i] for i in piece]), 1)  # one launch, as in FinishedStep
         changes: list[Tensor | None] = [None] * len(self.members)
-        for i, change in zip(piece, subtract(copies, [local(self.members[i]) for i in piece]), strict=True):
+        before = cast(list[Tensor], [old[i] for i in piece])
+        for i, change in zip(piece, subtract(before, [local(self.members[i]) for i in piece]), strict=True):
             changes[i] = change
         return self.squares(changes)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._norms import ORDINARY, JointNorms, subtract, tensor_norms
-from .._tensors import as_dense_real, has_values, is_quantised, moved
+from .._norms import JointNorms, tensor_norms
+from .._tensors import as_dense_real, has_values, moved
 from ..layers import Layer
 from ..statistics import Gradients, common_device
 from .base import Rule
@@ -83,19 +83,6 @@ def gradients_copied(gradients: Gradients, before: dict[str, Tensor]) -> dict[st
     else:
         scaled = list(torch._foreach_mul(copies, scale))
     return dict(zip(before, scaled, strict=True))
-
-
-def differences(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors whose norms are those of `before - after`.
-
-    Example:
-        >>> differences([torch.tensor([3.0])], [torch.tensor([1.0])])
-        [tensor([2.])]
-    """
-    ordinary = all(one.dtype in ORDINARY and not is_quantised(one) for one in before)
-    # One kernel makes all copies, where `clone` takes one each.
-    copies = list(torch._foreach_mul(list(before), 1.0)) if ordinary else [one.clone() for one in before]
-    return subtract(copies, after)
 
 
 class LayerNorms:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_choice
+from .._norms import subtract
 from .._tensors import moved
 from ..layers import Layer
 from ..statistics import Statistics, common_device
 from .base import is_number
-from .copies import COPIES, LayerNorms, RemembersTensors, differences, gradients_copied, no_copies, refuse_shards
+from .copies import COPIES, LayerNorms, RemembersTensors, gradients_copied, no_copies, refuse_shards
 from .roles import roles_of
 from .state import State
 
@@ -40,7 +41,7 @@ class _ComparesGradients(RemembersTensors):
         """
         before, skipped = state[COPIES], statistics.gradients.skipped
         now = gradients_copied(statistics.gradients, before)
-        apart = differences(list(before.values()), list(now.values()))
+        apart = subtract(list(before.values()), list(now.values()))
         previous, difference = state["_norms"].of(list(before.values()), apart)
         if skipped is not None:
             difference = torch.where(moved(skipped, difference.device) > 0, math.nan, difference)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._norms import subtract
 from ..layers import Layer
 from ..statistics import Statistics, common_device
 from .base import is_number
-from .copies import COPIES, LayerNorms, RemembersTensors, differences, keys_of, refuse_shards, weights_copied
+from .copies import COPIES, LayerNorms, RemembersTensors, keys_of, refuse_shards, weights_copied
 from .state import State
 
 
@@ -83,7 +84,7 @@ class LDoG(RemembersTensors):
         first = self.reps_rel * (1 + statistics.weight_norm)
         if state["started"]:
             now = [p.detach() for layer in layers for p in layer.parameters]
-            (far,) = state["_norms"].of(differences(list(state[COPIES].values()), now))
+            (far,) = state["_norms"].of(subtract(list(state[COPIES].values()), now))
             # A layer that has come later has no distance yet.
             distance = torch.where(distance > 0, torch.fmax(distance, torch.where(far < math.inf, far, 0.0)), first)
         else:

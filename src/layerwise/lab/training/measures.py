@@ -41,7 +41,7 @@ class LayerMeasures:
         """Give gradient_norm, weight_norm and update_ratio of each layer; call it after the update."""
         with torch.no_grad():
             weights = self._joined(self._before)
-            updates = self._joined(subtract(self._before, self._parameters))
+            updates = self._joined(subtract(self._before, self._parameters, in_place=True))
         self._before = []
         ratios = {name: updates[name] / weights[name] if weights[name] > 0 else 0.0 for name in weights}
         return {"gradient_norm": self._gradients, "weight_norm": weights, "update_ratio": ratios}
