@@ -127,5 +127,14 @@ def test_the_mean_factor_is_a_global_rate_to_the_bit(carried_out):
     assert [value for _, value in series_of(theirs, "training_loss")] == pytest.approx(losses, rel=1e-5)
 
 
-def test_the_controls_are_the_three_of_the_design():
-    assert CONTROLS == ("mean factor", "shuffled layers", "frozen factors")
+def test_the_controls_are_those_of_the_design_and_of_the_methods():
+    assert CONTROLS == (
+        "mean factor",
+        "weighted mean factor",
+        "frozen factors",
+        "reversed factors",
+        "mean factor of each role",
+        "first factor of each shape",
+        "shuffled layers",
+        "shuffled within shapes",
+    )

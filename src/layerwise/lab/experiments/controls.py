@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from layerwise import rules
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiments.plan import Control
+from layerwise.lab.experiments.plan import RATES, Control
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.record import Record
 
@@ -19,15 +20,69 @@ def control_rule(control: Control, record: Record) -> dict[str, Any]:
     factor = record.summary["factor"]
     if control == "mean factor":
         return {"name": "Constant", "factors": {"*": factor["mean"]}}
+    means = {name: value for name, value in factor["layers"].items() if name not in factor.get("excluded", [])}
+    if control == "weighted mean factor":
+        sizes = _of_layers(record, "sizes", control)
+        weight = sum(sizes[name] for name in means)
+        total = math.fsum(sizes[name] * value for name, value in means.items())
+        return {"name": "Constant", "factors": {"*": total / weight if means else 1.0}}
     method = getattr(rules, (record.configuration.rule or {}).get("name", ""), None)
     grouped = {"layers_by": "parameter"} if getattr(method, "default_layers", None) == "parameter" else {}
+    if control in ("shuffled layers", "shuffled within shapes"):
+        names, seed = _factor_layers(record), record.configuration.seed
+        adapted = [name for name in names if name not in factor.get("excluded", [])]
+        classes = [adapted]
+        if control == "shuffled within shapes":
+            shapes = _of_layers(record, "shapes", control)
+            classes = [[name for name in adapted if shapes[name] == shape] for shape in dict.fromkeys(shapes.values())]
+        places = {name: source for group in classes for name, source in displaced(group, seed).items()}
+        return {"name": "Replay", "layers": {**places, **{n: n for n in names if n not in places}}, **grouped}
+    # A run that diverged at its first update has no factors that could be repeated.
+    factors = {**factor["layers"], **_rearranged(control, record, means)} or {"*": 1.0}
+    return {"name": "Constant", "factors": factors, **grouped}
+
+
+def _rearranged(control: Control, record: Record, means: dict[str, float]) -> dict[str, float]:
+    """Give the factors that a control holds fixed, from the mean factor of each layer that has one."""
     if control == "frozen factors":
-        # A run that diverged at its first update has no factors that could be repeated.
-        return {"name": "Constant", "factors": factor["layers"] or {"*": 1.0}, **grouped}
-    excluded = factor.get("excluded", [])
-    names = [name for name in _factor_layers(record) if name not in excluded]
-    places = {**displaced(names, record.configuration.seed), **{name: name for name in excluded}}
-    return {"name": "Replay", "layers": places, **grouped}
+        return means
+    if control == "reversed factors":
+        order = [name for name in _factor_layers(record) if name in means]
+        return {name: means[source] for name, source in zip(order, reversed(order), strict=True)}
+    if control == "mean factor of each role":
+        return _means_of_classes(means, _of_layers(record, "roles", control))
+    # The first update's factors follow from the initial weights; the mean is that of the run, as for other controls.
+    first = _means_of_classes(_first_factors(record, means), _of_layers(record, "shapes", control))
+    scale = math.fsum(means.values()) / math.fsum(first.values()) if any(first.values()) else 1.0
+    return {name: value * scale for name, value in first.items()}
+
+
+def _means_of_classes(values: Mapping[str, float], class_of: Mapping[str, Any]) -> dict[str, float]:
+    """Give each layer the mean over the layers of its class."""
+    members: dict[Any, list[float]] = {}
+    for name, value in values.items():
+        members.setdefault(class_of[name], []).append(value)
+    return {name: math.fsum(members[class_of[name]]) / len(members[class_of[name]]) for name in values}
+
+
+def _first_factors(record: Record, names: Iterable[str]) -> dict[str, float]:
+    """Read the factors of a run's first recorded update."""
+    import polars
+
+    rows = record.metrics().filter(polars.col("quantity") == "factor").sort("step")
+    return {name: rows.filter(polars.col("layer") == name)["value"][0] for name in names}
+
+
+def _of_layers(record: Record, what: str, control: Control) -> dict[str, Any]:
+    """Give each layer's role, shape or size as the run has recorded it."""
+    factor = record.summary["factor"]
+    if what not in factor:
+        raise UsageError(
+            f"{record.folder} does not say the {what} of its layers, which the control {control!r} needs: an earlier "
+            "version has made it; give another --out, and the run is made anew"
+        )
+    values = (tuple(value) if isinstance(value, list) else value for value in factor[what])
+    return dict(zip(factor["names"], values, strict=True))
 
 
 def _factor_layers(record: Record) -> list[str]:
@@ -66,7 +121,7 @@ def recorded_factors(record: Record, sources: Mapping[str, str]) -> list[dict[st
 
 def configuration_of_control(template: Configuration, control: Control, record: Record) -> Configuration:
     """Complete the configuration of a control's run from its method's, which it names; a mean factor is a rate."""
-    place = "lr" if control == "mean factor" else record.summary["place"]
+    place = "lr" if control in RATES else record.summary["place"]
     return replace(
         template,
         rule=control_rule(control, record),

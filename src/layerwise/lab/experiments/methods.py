@@ -54,8 +54,13 @@ METHODS: dict[str, Method] = {
 
 CONTROLS: dict[str, tuple[Control, str]] = {
     "mean-factor": ("mean factor", "plain at the mean factor"),
+    "weighted-mean": ("weighted mean factor", "plain at the mean factor over weights"),
     "shuffled": ("shuffled layers", "factors of other layers"),
+    "shuffled-in-shape": ("shuffled within shapes", "factors of other layers of the same shape"),
     "frozen": ("frozen factors", "mean factor of each layer"),
+    "reversed": ("reversed factors", "mean factors in reverse order"),
+    "type-only": ("mean factor of each role", "mean factor of each role"),
+    "shape-only": ("first factor of each shape", "first factors by shape"),
 }
 
 

@@ -76,8 +76,19 @@ class Subject:
         return self.origin or self.name
 
 
-Control = Literal["mean factor", "shuffled layers", "frozen factors"]
+Control = Literal[
+    "mean factor",
+    "weighted mean factor",
+    "frozen factors",
+    "reversed factors",
+    "mean factor of each role",
+    "first factor of each shape",
+    "shuffled layers",
+    "shuffled within shapes",
+]
 CONTROLS: tuple[Control, ...] = get_args(Control)
+RATES: tuple[Control, ...] = CONTROLS[:2]
+"""Those that are plain training at another rate."""
 
 Role = Literal["method", "plain", "control"]
 ROLES: tuple[Role, ...] = get_args(Role)

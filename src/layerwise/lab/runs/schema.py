@@ -81,7 +81,16 @@ RUN = {
 }
 """``run.json``: the configuration, versions and hardware of a run."""
 
-FACTOR = {"mean": number, "spread": number, "layers": Each(number), "names?": [str], "excluded?": [str]}
+FACTOR = {
+    "mean": number,
+    "spread": number,
+    "layers": Each(number),
+    "names?": [str],
+    "excluded?": [str],
+    "roles?": [str],
+    "shapes?": [(count, count)],
+    "sizes?": [count],
+}
 
 RECORD = {
     "finals": Each(Maybe(number)),  # quantity -> last value

@@ -14,6 +14,7 @@ from layerwise.lab.experiments import rules as rule_making
 from layerwise.lab.experiments.methods import METHODS, make_arms, task_phases
 from layerwise.lab.experiments.plan import (
     FACTORS_ALONE,
+    RATES,
     Arm,
     Plan,
     PlannedRun,
@@ -113,7 +114,7 @@ class Layout:
             for arm, planned in {run.arm.name: run for run in runs}.items():
                 rule: Any = rule_making.make_rule(planned.configuration.rule, 0)
                 places: dict[str, Any] = {}
-                if planned.arm.control == "mean factor":
+                if planned.arm.control in RATES:
                     rule, places = rules.Constant({"*": 1.0}), {"apply": "lr"}
                 try:
                     if rule is not None:

@@ -23,6 +23,8 @@ from layerwise.lab.runs.record import Recorder
 from layerwise.lab.training.distributed import Processes
 from layerwise.lab.training.measures import LayerMeasures
 from layerwise.lab.training.trial import StoppedError, Trial
+from layerwise.rules.roles import roles_of
+from layerwise.rules.shapes import shape_of
 
 CHECKPOINT_SECONDS = 60.0
 """Seconds between two checkpoints: what a killed run loses at most, and the time of one update or test."""
@@ -125,6 +127,9 @@ class Training:
                 "layers": factors,
                 "names": [layer.name for layer in table],
                 "excluded": excluded,
+                "roles": roles_of(table),
+                "shapes": list(map(shape_of, table)),
+                "sizes": [sum(p.numel() for p in layer.parameters) for layer in table],
             },
             "place": None if self.adapter is None else self.adapter.apply,
             "decay": None if self.adapter is None else self.adapter.decay,

@@ -1,0 +1,131 @@
+"""Controls on a network whose layers share shapes and roles, by hand from the method's record."""
+
+from __future__ import annotations
+
+import json
+import math
+from statistics import fmean
+
+import polars
+import pytest
+
+from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments import controls, methods
+from layerwise.lab.runs.record import Record
+from layerwise.lab.tasks import layout
+from layerwise.lab.tasks import task as tasks
+
+BLOCKS = """
+import torch
+from torch import nn
+
+def task(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential()
+    model.add_module("embed", nn.Linear(4, 6))
+    for number in range(3):
+        model.add_module(f"block{number}", nn.Sequential())
+        model[-1].add_module("norm", nn.LayerNorm(6))
+        model[-1].add_module("mlp", nn.Linear(6, 6))
+    model.add_module("head", nn.Linear(6, 1))
+    inputs = torch.randn(32, 4)
+    return {
+        "model": model,
+        "batches": [inputs] * 3,
+        "loss": lambda model, batch: (model(batch) - batch[:, :1]).square().mean(),
+        "metric": lambda model: {"loss": float(model(inputs).square().mean())},
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.05),
+        "epochs": 2,
+    }
+"""
+SHAPES = {"embed": (6, 4), "head": (1, 6), **{f"block{i}.mlp": (6, 6) for i in range(3)}}
+SHAPES |= {f"block{i}.norm": (6, 1) for i in range(3)}
+SIZES = {name: out * into + out for name, (out, into) in SHAPES.items()} | {f"block{i}.norm": 12 for i in range(3)}
+
+
+@pytest.fixture
+def blocks(tmp_path):
+    path = tmp_path / "blocks.py"
+    path.write_text(BLOCKS, encoding="utf-8")
+    return f"{path}:task"
+
+
+@pytest.fixture
+def records(blocks, carried_out):
+    """Return the records of the method and of all its controls, and its factors: layer -> one for each update."""
+    outcome = carried_out(layout.plan(tasks.load(blocks), arms=["layer-adaptive", *methods.CONTROLS], seeds=1))
+    assert outcome.complete
+    found = {arm: record for (_, arm, _), record in outcome.results.records.items()}
+    return found, factors_of(found["layer-adaptive"])
+
+
+def factors_of(record: Record) -> dict[str, list[float]]:
+    rows = record.metrics().filter(polars.col("quantity") == "factor").sort("step")
+    return {str(name): part["value"].to_list() for (name,), part in rows.partition_by("layer", as_dict=True).items()}
+
+
+def means_of_classes(values, classes):
+    return {name: fmean(values[other] for other in values if classes[other] == classes[name]) for name in values}
+
+
+def test_every_control_repeats_what_it_says(records):
+    found, factors = records
+    assert {len(values) for values in factors.values()} == {6}
+    means = {name: fmean(values) for name, values in factors.items()}
+    assert len(set(means.values())) == len(means) == 8
+
+    def constant(arm):
+        return found[arm].configuration.rule["factors"]
+
+    weights = math.fsum(SIZES.values())
+    weighted = math.fsum(SIZES[name] * mean for name, mean in means.items()) / weights
+    assert constant("weighted-mean") == pytest.approx({"*": weighted}, rel=1e-12)
+    assert abs(weighted / constant("mean-factor")["*"] - 1) > 1e-3
+    assert found["weighted-mean"].configuration.apply == "lr"
+
+    order = list(found["layer-adaptive"].summary["factor"]["names"])
+    assert (order[0], order[-1]) == ("embed", "head")
+    reverse = dict(zip(order, [means[name] for name in reversed(order)], strict=True))
+    assert constant("reversed") == pytest.approx(reverse, rel=1e-12)
+
+    roles = {name: name.rpartition(".")[2] for name in means}  # of their own for the first and the last layer
+    assert constant("type-only") == pytest.approx(means_of_classes(means, roles), rel=1e-12)
+
+    first = means_of_classes({name: values[0] for name, values in factors.items()}, SHAPES)
+    scale = fmean(means.values()) / fmean(first.values())
+    by_shape = {name: value * scale for name, value in first.items()}
+    assert constant("shape-only") == pytest.approx(by_shape, rel=1e-12)
+    assert fmean(constant("shape-only").values()) == pytest.approx(constant("mean-factor")["*"], rel=1e-12)
+
+
+def test_factors_are_shuffled_among_layers_of_one_shape(records):
+    found, factors = records
+    sources = found["shuffled-in-shape"].configuration.rule["layers"]
+    assert all(SHAPES[name] == SHAPES[source] for name, source in sources.items())
+    own = {name for name, source in sources.items() if name == source}
+    assert own == {"embed", "head"}  # alone in their shapes
+    repeated = factors_of(found["shuffled-in-shape"])
+    for name, source in sources.items():
+        assert repeated[name] == pytest.approx(factors[source], rel=1e-12)
+
+
+def test_parameters_that_a_rule_leaves_out_keep_their_rate_in_every_control(blocks, carried_out):
+    outcome = carried_out(layout.plan(tasks.load(blocks), arms=["lars", *methods.CONTROLS], seeds=1))
+    assert outcome.complete
+    records = {arm: record for (_, arm, _), record in outcome.results.records.items()}
+    excluded = records["lars"].summary["factor"]["excluded"]
+    assert excluded
+    for arm in set(methods.CONTROLS) - {"mean-factor", "weighted-mean"}:
+        layers = records[arm].summary["factor"]["layers"]
+        assert {name: layers[name] for name in excluded} == dict.fromkeys(excluded, 1.0)
+
+
+@pytest.mark.parametrize("control", ["weighted mean factor", "shuffled within shapes", "mean factor of each role"])
+def test_a_run_of_an_earlier_version_is_refused_with_the_remedy(blocks, carried_out, control):
+    outcome = carried_out(layout.plan(tasks.load(blocks), arms=["layer-adaptive"], seeds=1))
+    record = outcome.results.records["task", "layer-adaptive", 0]
+    for name in ("roles", "shapes", "sizes"):
+        del record.summary["factor"][name]
+    with pytest.raises(UsageError, match=r"does not say the \w+ of its layers.*give another --out"):
+        controls.control_rule(control, record)
+    assert json.dumps(controls.control_rule("frozen factors", record))
