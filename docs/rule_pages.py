@@ -1,7 +1,7 @@
-"""A hook of mkdocs: the table of rules, their entries in the API and in the navigation follow from their docstrings.
+"""A hook of mkdocs: the table of rules, their pages and their entries in the API follow from their docstrings.
 
-`<!-- rules -->` stands for the table in `rules.md` and for the entries in `api/rules.md`. The table links a rule to its
-page `rules/its-name.md`, or where there is none to its entry in the API.
+`<!-- rules -->` stands for the table in `rules.md` and for the entries in `api/rules.md`. A rule without a page
+`rules/its-name.md` of its own gets one of its docstring.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise import rules
+from layerwise.rules.by_role import PRESETS
 
 MARK = "<!-- rules -->"
 DOCS = Path(__file__).parent
@@ -24,10 +25,32 @@ def every_rule() -> list[str]:
     return [name for name, k in kinds.items() if isinstance(k, type) and issubclass(k, bases) and k not in bases]
 
 
-def page_of(name: str) -> str | None:
-    """Return the page of a rule, or None."""
-    path = f"rules/{re.sub(r'(?<=[a-z])(?=[A-Z])', '-', name).lower()}.md"
-    return path if (DOCS / path).exists() else None
+def page_of(name: str) -> str:
+    """Return the page of a rule."""
+    return f"rules/{re.sub(r'(?<=[a-z])(?=[A-Z][a-z])', '-', name).lower()}.md"
+
+
+def page(name: str) -> str:
+    """Return a page of a rule's docstring: what to type, what it is, when it helps and what it costs, an example."""
+    text = inspect.getdoc(getattr(rules, name)) or ""
+    sections = re.split(r"^(Args|Raises|Example|Reference):\n", text, flags=re.M)
+    summary, equation, *rest = sections[0].strip().split("\n\n")
+    parts = dict(zip(sections[1::2], map(inspect.cleandoc, sections[2::2]), strict=True))
+    begin = [part for part in rest if part.startswith("Begin with")]
+    formula = "```text\n" + equation.replace("`", "") + "\n```"
+    lines = [f"# {name}", *begin, summary, formula, *(part for part in rest if part not in begin)]
+    if name == "ByRole":
+        lines += ["## Presets", presets()]
+    lines += ["## Example", f"```python\n{parts['Example']}\n```", "## Source", parts["Reference"]]
+    return "\n\n".join([*lines, f"Arguments and errors: [API](../api/rules.md#layerwise.rules.{name}).\n"])
+
+
+def presets() -> str:
+    """Return the table of `ByRole`'s presets."""
+    rows = ["| preset | factor of each role or part of a name; all else has 1 |", "|---|---|"]
+    for preset, ratios in PRESETS.items():
+        rows.append(f"| `{preset}` | {', '.join(f'`{role}` {factor:g}' for role, factor in ratios.items())} |")
+    return "\n".join(rows)
 
 
 def table() -> str:
@@ -38,8 +61,9 @@ def table() -> str:
         summary, equation = (" ".join(part.split()) for part in text.split("\n\n")[:2])
         parameters = inspect.signature(getattr(rules, name)).parameters.values()
         required = ", ".join(one.name for one in parameters if one.default is one.empty)
-        link = page_of(name) or f"api/rules.md#layerwise.rules.{name}"
-        rows.append(f"| [`{name}({required})`]({link}) | {summary} | {re.split(': ', equation)[0]} | {source(text)} |")
+        rows.append(
+            f"| [`{name}({required})`]({page_of(name)}) | {summary} | {re.split(': ', equation)[0]} | {source(text)} |"
+        )
     return "\n".join(rows)
 
 
@@ -66,7 +90,16 @@ def expanded(uri: str, markdown: str) -> str:
 def on_config(config: Any) -> None:
     """Add the pages of rules to the navigation, after the table."""
     nav = next(entry["Rules"] for entry in config.nav if "Rules" in entry)
-    nav[1:1] = [{name: page} for name in every_rule() if (page := page_of(name))]
+    nav[1:1] = [{name: page_of(name)} for name in every_rule()]
+
+
+def on_files(files: Any, config: Any) -> None:
+    """Add the pages that follow from docstrings."""
+    from mkdocs.structure.files import File  # the table is made where mkdocs is not installed, too
+
+    for name in every_rule():
+        if not (DOCS / page_of(name)).exists():
+            files.append(File.generated(config, page_of(name), content=page(name)))
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -69,8 +69,9 @@ import new_row
 import rule_pages
 from layerwise.lab.experiments.rules import make_rule
 
-row = "| [`InverseNorm()`](api/rules.md#layerwise.rules.InverseNorm) | A rule of the tests. | f_l = 1 / ‖g_l‖ |"
+row = "| [`InverseNorm()`](rules/inverse-norm.md) | A rule of the tests. | f_l = 1 / ‖g_l‖ |"
 assert row + " Nobody 2026 |" in rule_pages.expanded("rules.md", "<!-- rules -->")
+assert rule_pages.page("InverseNorm").split()[:5] == ["#", "InverseNorm", "A", "rule", "of"]
 assert "::: layerwise.rules.InverseNorm" in rule_pages.expanded("api/rules.md", "<!-- rules -->")
 assert make_rule({"name": "InverseNorm", "scale": 2.0}, seed=0).scale == 2.0
 """

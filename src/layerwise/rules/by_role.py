@@ -59,6 +59,9 @@ class ByRole(Rule):
     small GPT, so compare with the plain optimizer at that rate (`normalize="weighted"` takes it out). Costs: nothing
     but the groups; as permanent groups (`layerwise.param_groups`) nothing at all.
 
+    Begin with `LayerwiseLR(adamw, ByRole("blockwise"), model, normalize="weighted")` at the optimizer's own rate.
+    Without `normalize`, try a fifth of it too.
+
     Args:
         ratios: A preset, `"blockwise"`, `"fixup"`, `"airbench"`, `"dinov2"` or `"nanochat"`, or a mapping of roles
             to factors. A key `"bias"` stands for the biases of all roles, one such as `"norm.bias"` for those of one.

@@ -36,6 +36,12 @@ class FreezeOut(Rule):
     by itself: set `requires_grad=False` for the parameters of layers whose factor is 0, from the input up. `diagnose`
     prints the step at which each ends.
 
+    When it helps: to save time, up to 20 % within 3 % of the error as its authors report. When not: without
+    `requires_grad=False`, where nothing is saved. Costs: a few numbers a step.
+
+    Begin with `LayerwiseLR(sgd, FreezeOut(total=steps), model)` at the rate at which a cosine would begin, without
+    a scheduler.
+
     Args:
         total: J, the number of all steps.
         t0: When the first layer ends before the power is taken, in (0, 1]; 1 freezes nothing early.

@@ -31,6 +31,8 @@ class AGC(ElementwiseRule):
     small a `clip` holds every layer back at every step, which is a smaller rate. Costs: one pass over gradients and
     weights.
 
+    Begin with `LayerwiseLR(optimizer, AGC(), model, exclude=["head*"])` at the optimizer's own rate.
+
     Args:
         clip: The largest ratio of gradient to weights, above 0; the paper's is 0.01 for batches of 4,096, and more for
             smaller ones.
@@ -87,6 +89,9 @@ class AdaGC(Rule):
 
     When it helps: against spikes of single layers. When not: γ_l grows by at most 0.1 % a step, so that after a lasting
     rise of its gradients a layer is held back for long. Costs: one pass over the gradients, and one number a layer.
+
+    Begin with `LayerwiseLR(optimizer, AdaGC(), model)` at the optimizer's own rate, and drop the clipping of the
+    global norm.
 
     Args:
         relative: The largest norm relative to γ_l.

@@ -139,8 +139,15 @@ class HeavyTail(Rule):
     rate for all (`normalize="weighted"`). Of a random matrix α is larger the longer it is beside its width, so at the
     start of training this is a rule of shapes; `aspect` measures windows of one shape instead.
 
-    A measurement decomposes each matrix, which takes seconds for 4096 × 4096 and waits for the device. Other steps cost
-    nothing.
+    Costs: a decomposition of each matrix at a measurement, which takes seconds for 4096 × 4096 and waits for the
+    device. Nothing at other steps.
+
+    When it helps: the authors of LLR report perplexities of 20.30 against 21.94 for 60 million parameters, and 9.59
+    against 9.77 for a billion. When not: they had no control at the mean factor, and their reviewers asked for one
+    by type and for a larger rate.
+
+    Begin with `LayerwiseLR(sgd, HeavyTail(every=steps_per_epoch), model)` at the optimizer's own rate, with its
+    scheduler.
 
     Args:
         style: `"tempbalance"` or `"llr"`.

@@ -29,7 +29,13 @@ class LDoG(RemembersTensors):
     single parameters. A layer keeps 1 until its first gradient that is finite and not zero. Steps that do not count
     (skipped ones, or with a gradient that is not finite) are left out of G.
 
-    It keeps one copy of the parameters in its state, and makes another during each step.
+    Costs: one copy of the parameters in the state, and another during each step.
+
+    When it helps: where no rate can be tuned. When not: for hundreds of steps the rate hardly moves if `reps_rel`
+    is too small, and the weights of the last step are worse than their average.
+
+    Begin with `LayerwiseLR(SGD(model.parameters(), lr=1), LDoG(), model)`: the rate stays 1. With batch
+    normalisation, pass `reps_rel=1e-4`.
 
     Args:
         reps_rel: The first distance by 1 + ‖w_l(0)‖, above 0; 1e-4 for networks with batch normalisation, 1e-8 for T5.

@@ -35,6 +35,8 @@ class LayerMoment(Rule):
     too much memory. When not: beside Adam, which has a moment for each weight. Costs: one pass over the gradients, and
     two numbers a layer.
 
+    Begin with `LayerwiseLR(SGD(model.parameters(), lr=0.01, momentum=0.95), LayerMoment(), model)`, and try 0.03.
+
     Args:
         beta: β, from 0 to below 1; 0 is `NormalizedGradient`.
         eps: ε, at least 0.

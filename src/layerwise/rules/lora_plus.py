@@ -29,6 +29,9 @@ class LoRAPlus(Rule):
     When it helps: the paper reports 1 to 2 % and up to twice the speed, on hard tasks. When not: its authors call the
     best ratio dependent on model and task, so compare at each ratio's own best rate. Costs: nothing but two groups.
 
+    Begin with `AdamW(param_groups(model, LoRAPlus(), lr=lr))`, lr half of the rate for LoRA, and try a ratio of 4
+    too.
+
     Args:
         ratio: The rate of B by that of A, above 0.
 

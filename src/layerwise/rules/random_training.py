@@ -35,6 +35,11 @@ class RandomTraining(Rule):
     Use the optimizer's usual rate. The factor acts on the rate, so decoupled decay rests with it; the optimizer's
     moments still see the gradients. Memory and time are saved only where `requires_grad=False` is set as well.
 
+    When it helps: to fine-tune a large model in little memory. When not: as a rule alone, which saves none. Costs:
+    a draw each `every` steps.
+
+    Begin with `LayerwiseLR(adamw, RandomTraining(), model)` at the optimizer's own rate.
+
     Args:
         blocks: Blocks that train at a time.
         every: Steps from one draw to the next. A step that a gradient scaler skips counts too where the optimizer is

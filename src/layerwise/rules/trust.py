@@ -33,11 +33,14 @@ class Trust(Rule):
     On AdamW this is LAMB, to rounding, with `eps=1e-6` and rates of 0.001 to 0.02. `clip=(0, 1)` is LAMBC, and
     `calibrate=True, clip=(0.1, 5)` on `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` is OrScale-LM.
 
-    The factor is known when the step has been taken. This keeps a copy of the parameters during the step, and passes
-    over them three times more.
+    The factor is known when the step has been taken. Costs: a copy of the parameters during the step, and three
+    passes over them.
 
     When it helps: large batches, for which LAMB was made; on Muon the authors of OrScale report 94.05 % against 93.70
     on CIFAR-10, in three seeds. When not: in the same table LAMB is below AdamW at an ordinary batch, 92.40 to 93.12.
+
+    Begin with `LayerwiseLR(AdamW(model.parameters(), lr=0.002, eps=1e-6), Trust(), model)`, or with
+    `Trust(calibrate=True)` at AdamW's own rate.
 
     Args:
         calibrate: Whether r_l is divided by its first value.

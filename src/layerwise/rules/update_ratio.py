@@ -37,6 +37,8 @@ class AlignUpdates(RefreshingRule):
     When it helps: its authors report 65 of 3,325 steps saved in training a GPT of 124 million parameters, five seeds.
     When not: elsewhere it has not been measured. Costs: a copy of the parameters in each step that measures.
 
+    Begin with `LayerwiseLR(muon, AlignUpdates(), model)` at the optimizer's own rate, since the mean factor is 1.
+
     Args:
         within: `"all"`, `"role"` (`roles_of`), or a function from a layer's name to what it is compared with.
         every: Steps from one measurement to the next.
@@ -118,6 +120,8 @@ class UpdateFloor(_OfStep):
     When it helps: in place of weight decay, about 1 % fewer steps in one record of the same training. When not: beside
     weight decay, which it works against. Costs: a copy of the parameters during the step.
 
+    Begin with `LayerwiseLR(muon, UpdateFloor(), model)` at the optimizer's own rate, without weight decay.
+
     Args:
         ratio: The least ratio, above 0.
 
@@ -156,6 +160,9 @@ class UpdateClip(_OfStep):
 
     When it helps: against single steps that are too large, without a clipping of the global norm. When not: where no
     step is too large, it changes nothing. Costs: a copy of the parameters during the step.
+
+    Begin with `LayerwiseLR(adamw, UpdateClip(), model)` at the optimizer's own rate, and drop the clipping of the
+    global norm.
 
     Args:
         limit: d, above 0.

@@ -28,6 +28,8 @@ class WeightScaled(Rule):
     When it helps: one rate for networks of several sizes, and rates that need not be tuned to how weights begin. When
     not: on `torch.optim.Adafactor`, which has this factor already. Costs: one pass over the weights.
 
+    Begin with `LayerwiseLR(Adam(model.parameters(), lr=0.03), WeightScaled(), model)`.
+
     Args:
         smallest: The least factor, so that weights that begin at zero move; Adafactor's is 0.001, ScaledAdam's 1e-5.
         largest: The greatest factor; ScaledAdam's is 3.

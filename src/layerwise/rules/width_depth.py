@@ -56,6 +56,11 @@ class WidthDepth(Rule):
     √max(d_out, d_in) (`"match_rms_adamw"`). They need no base, and leave out embeddings. PyTorch's Muon applies
     `"muon"` itself, as `adjust_lr_fn="original"`.
 
+    When it helps: a rate that was tuned on a small network is good for a large one. When not: at the base width all
+    factors are 1. Costs: nothing, as permanent groups.
+
+    Begin with `AdamW(param_groups(model, WidthDepth(base=256, width=1024), lr=lr))`, lr as tuned at a width of 256.
+
     Args:
         base: For `"adam"` and `"sgd"`: the shapes of the base network, by parameter name, such as
             `{name: p.shape for name, p in Net(width=128).named_parameters()}`; or its width, a whole number. Then all
