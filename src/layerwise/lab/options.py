@@ -159,6 +159,9 @@ class Doctor(Places):
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE:FUNCTION")]
     steps: int = 100  # Updates of the short training.
     seconds: float = 30.0  # After which the short training ends earlier.
+    spectrum: bool = False  # Print the exponent of each matrix's spectrum too.
+    # A parameter of the task and its values, such as width=16,32,64: how activations depend on it after 3 updates.
+    coordinate_check: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

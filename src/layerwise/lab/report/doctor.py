@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
+from layerwise.lab import options
 from layerwise.lab.errors import columns, shown
 from layerwise.lab.progress import Meter
 from layerwise.lab.report.figures import HEIGHT, ZOOM, Figure, Table, columns_of, quantitative, tip, written
@@ -28,9 +29,6 @@ from layerwise.lab.tasks import task as tasks
 from layerwise.lab.tasks.doctor import Checkup, Examination, examine
 from layerwise.lab.tasks.findings import EXPLODING, FAR, HIGH_RATIO, LOW_RATIO, VANISHING, LayerNumbers
 from layerwise.sinks import Record
-
-if TYPE_CHECKING:
-    from layerwise.lab import options
 
 QUANTITIES = {
     "update_ratio": UPDATE_RATIO,
@@ -50,7 +48,9 @@ def run(asked: options.Doctor, arguments: Sequence[str], program: str) -> int:
     path = place_of(label, asked.out)  # before anything is trained
     target = None if asked.json or asked.quiet else Console(stderr=True, highlight=False)
     with Meter(target, "training", "updates") as meter:
-        found = examine(tasks.load(asked.task), steps=asked.steps, seconds=asked.seconds, advance=meter.show)
+        widths = options.assignments([asked.coordinate_check], "coordinate-check") if asked.coordinate_check else None
+        how = {"steps": asked.steps, "seconds": asked.seconds, "spectrum": asked.spectrum, "widths": widths}
+        found = examine(tasks.load(asked.task), **how, advance=meter.show)
     page = None
     if found.checkup is not None:
         page = path
@@ -83,6 +83,8 @@ def as_data(task: str, found: Examination, page: Path | None) -> dict[str, Any]:
             "seconds": checkup.seconds,
             "losses": checkup.losses,
             "layers": [asdict(layer) for layer in checkup.layers],
+            "roles": [asdict(role) for role in checkup.roles],
+            "spectra": [asdict(spectrum) for spectrum in checkup.spectra],
         }
     return {
         "task": task,
@@ -90,6 +92,7 @@ def as_data(task: str, found: Examination, page: Path | None) -> dict[str, Any]:
         "findings": findings,
         "notes": list(found.notes),
         "training": trained,
+        "activations": None if found.activations is None else asdict(found.activations),
         "page": None if page is None else str(page),
         "lines": found.lines,
     }
@@ -119,6 +122,7 @@ def build(label: str, command: str, found: Examination, checkup: Checkup) -> str
         findings=checkup.findings,
         notes=found.notes,
         layers=[row(layer, checkup.layers) for layer in checkup.layers],
+        measured="\n".join(found.measured).strip("\n"),
         maps=maps,
         tabs=[(f"tab-{drawn[0].name}", f"pane-{drawn[0].name}") for _, drawn in maps],
         viridis=VIRIDIS,

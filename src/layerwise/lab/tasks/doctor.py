@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
@@ -23,6 +23,16 @@ from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.store import usable_cores
 from layerwise.lab.tasks.findings import Finding, LayerNumbers, find, numbers_of
 from layerwise.lab.tasks.layout import plan, setting_words
+from layerwise.lab.tasks.network import (
+    Activations,
+    Outputs,
+    RoleNumbers,
+    Spectrum,
+    layers_of,
+    lines,
+    sharpness,
+    spectra,
+)
 from layerwise.lab.tasks.task import Stream, TaskFile, TriedTask
 from layerwise.lab.training.engine import Training
 from layerwise.lab.training.trial import StoppedError, Trial
@@ -36,6 +46,7 @@ MOST_STEPS = 100_000  # a record of every update is kept in memory
 UPDATES = 8  # of the dry run: the first ones take longer than the rest
 UPDATE_SECONDS = 5.0  # after which the dry run ends with its second update or later
 SEEDS = 5
+WIDTH_UPDATES = 3  # after which activations are compared: rates that grow with the width show after as many
 
 TRIED = "a few updates with the layer-adaptive rule: "  # how a problem begins that came up in them
 NOT_FINITE = "the loss is not finite"  # how the problem begins of which the training reports more, if it has it too
@@ -56,6 +67,8 @@ class Checkup:
     asked: int  # updates that were to be done
     seconds: float
     findings: tuple[Finding, ...]
+    roles: tuple[RoleNumbers, ...] = ()
+    spectra: tuple[Spectrum, ...] = ()  # if they were asked for
 
     @property
     def layers(self) -> list[LayerNumbers]:
@@ -83,6 +96,7 @@ class Examination:
     faults: list[str]  # of the dry run
     checkup: Checkup | None = None  # None where no update could be done
     notes: tuple[str, ...] = ()
+    activations: Activations | None = None  # if they were asked for
 
     @property
     def problems(self) -> list[str]:
@@ -104,17 +118,33 @@ class Examination:
     def lines(self) -> list[str]:
         """Everything, as it is printed."""
         trained = [] if self.checkup is None else ["", f"{'trained':<12}{self.checkup.words}, without a rule"]
-        return [*self.described, *trained, "", *self.conclusion]
+        return [*self.described, *trained, *self.measured, "", *self.conclusion]
+
+    @property
+    def measured(self) -> list[str]:
+        """Sharpness by role, and what was asked for besides."""
+        roles, spectrum = ((), ()) if self.checkup is None else (self.checkup.roles, self.checkup.spectra)
+        return lines(roles, spectrum, self.activations)
 
 
 def examine(
-    task_file: TaskFile, *, steps: int = STEPS, seconds: float = SECONDS, advance: Advance = lambda done, total: None
+    task_file: TaskFile,
+    *,
+    steps: int = STEPS,
+    seconds: float = SECONDS,
+    spectrum: bool = False,
+    widths: Mapping[str, Sequence[Any]] | None = None,
+    advance: Advance = lambda done, total: None,
 ) -> Examination:
-    """Try a task, do a few updates, say what a comparison would do, and train it for a little while."""
+    """Try a task, do a few updates, say what a comparison would do, and train it for a little while.
+
+    ``spectrum`` asks for those of the weights, ``widths``, a parameter and its values, for the activations at each.
+    """
     if not 1 <= steps <= MOST_STEPS:
         raise UsageError(f"steps={steps!r}: must be from 1 to {MOST_STEPS:,}; {STEPS} is the default")
     if not (math.isfinite(seconds) and seconds > 0):
         raise UsageError(f"seconds={seconds!r}: must be finite and above 0; {SECONDS:g} is the default")
+    chosen = _widths(task_file, widths) if widths else None
     tried = task_file.tried(spawned=True)
     problems: list[str] = []
     try:
@@ -133,7 +163,7 @@ def examine(
     described = [*_described(task_file, tried), *_times(tried, an_update, jobs), "", *kept.splitlines()]
     trained = None
     if math.isfinite(an_update):
-        trained = train(task_file, steps=steps, seconds=seconds, advance=advance)
+        trained = train(task_file, steps=steps, seconds=seconds, spectrum=spectrum, advance=advance)
         if any(finding.kind == "non-finite" for finding in trained.findings):
             found = [problem for problem in found if not problem.startswith(NOT_FINITE)]
     faults: list[str] = []
@@ -142,7 +172,38 @@ def examine(
         if not any(problem.removeprefix(TRIED) in other for other in faults):
             faults.append(problem)
     notes = (f"{NO_FORK}{' '.join(tried.spawned.split())}",) if tried.spawned else ()
-    return Examination(described, faults, trained, notes)
+    activations = None if chosen is None or faults else activations_of(task_file, *chosen)
+    return Examination(described, faults, trained, notes, activations)
+
+
+def _widths(task_file: TaskFile, widths: Mapping[str, Sequence[Any]]) -> tuple[str, list[Any]]:
+    """Give the one parameter and its values, or refuse what cannot be drawn over a logarithm."""
+    (name, given), *more = widths.items()
+    values = list(dict.fromkeys(given))
+    numbers = [value for value in values if isinstance(value, (int, float)) and value > 0]
+    if more or len(numbers) != len(values) or len(values) < 2:
+        raise UsageError(
+            f"coordinate-check={dict(widths)!r}: give one parameter of the task and at least two numbers above 0, as "
+            "width=16,32,64"
+        )
+    for value in values:
+        task_file.with_values({name: value})
+    return name, sorted(values)
+
+
+def activations_of(task_file: TaskFile, name: str, values: Sequence[Any]) -> Activations:
+    """Train a task a few updates at each value of a parameter, and give the mean |output| of its modules then."""
+    found: list[dict[str, float]] = []
+    for value in values:
+        chosen = task_file.with_values({name: value})
+        configuration = Configuration(trial=chosen.configuration(layers_every=MOST_STEPS), rule=None)
+        with Stream(0), _one_thread():
+            trial = _short(chosen.trial(configuration), WIDTH_UPDATES + 1)  # the last loss comes before its update
+            outputs = Outputs(trial.model)
+            Training(trial, None, configuration).run(lambda: False)
+        found.append(outputs.read())
+    means = {module: [each.get(module, math.nan) for each in found] for module in found[0]}
+    return Activations(name, values, WIDTH_UPDATES, means)
 
 
 def _described(task_file: TaskFile, tried: TriedTask) -> list[str]:
@@ -251,7 +312,12 @@ def _unsaved(training: Training) -> list[str]:
 
 
 def train(
-    task_file: TaskFile, *, steps: int = STEPS, seconds: float = SECONDS, advance: Advance = lambda done, total: None
+    task_file: TaskFile,
+    *,
+    steps: int = STEPS,
+    seconds: float = SECONDS,
+    spectrum: bool = False,
+    advance: Advance = lambda done, total: None,
 ) -> Checkup:
     """Train a task as it is, without a rule, and look at every update; on one thread, as a run of a comparison is."""
     configuration = Configuration(trial=task_file.configuration(layers_every=MOST_STEPS), rule=None)
@@ -284,12 +350,15 @@ def train(
         took = time.perf_counter() - began
     frozen = _layers(trial.model, lambda p: not p.requires_grad)
     ungiven = _layers(trial.model, lambda p: p.grad is None)
+    layers = layers_of(trial.model, memory.records[0].layers) if memory.records else []
     return Checkup(
         records=tuple(memory.records),
         losses=tuple(torch.stack(losses).double().tolist()) if losses else (),
         asked=steps,
         seconds=took,
         findings=tuple(find(memory.records, diverged_at=training.diverged_at, frozen=frozen, ungiven=ungiven)),
+        roles=tuple(sharpness(memory.records, layers)),
+        spectra=tuple(spectra(layers)) if spectrum else (),
     )
 
 
