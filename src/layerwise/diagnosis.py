@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -19,12 +20,17 @@ from .adapter import LayerwiseLR, parameters_of
 from .apply import damps_history
 from .layers import DOUBTS, Layer, Model, as_module, as_specification, divided, flattened, joining, named_parameters
 from .optimizers import SCALE_INVARIANT, acting_optimizer, decay_is_coupled, is_capturing, unwrap
-from .rules import LayerAdaptive
+from .rules import ByRole, FreezeOut, LayerAdaptive, LayerDecay, Unfreezing, WidthDepth
 from .rules.base import is_number
+from .rules.layer_decay import depths_of
+from .rules.roles import roles_of
 from .statistics import NORMS, OF_STEP, WEIGHT_NORMS
 
 LAUNCHES = 7
 """The most kernels that one norm of all layers takes on an accelerator; a test counts them."""
+
+WIDTH = 80  # of the lines of roles
+LEFT = ("layer", "role", "layers", "")  # columns that are aligned on the left
 
 
 def diagnose(
@@ -38,15 +44,17 @@ def diagnose(
 ) -> str:
     """Print which layers exist, where a factor would act and why, what it costs, and what would not work.
 
-    Nothing stays attached, and nothing is changed, to the bit. The cost is what a step does in addition: passes over
-    memory, parameter groups and, on accelerators, launches. It follows from the rule and the optimizer; nothing is
-    timed.
+    Each layer has a line with its role and its depth, as rules such as `ByRole` and `LayerDecay` read them. The column
+    is "depth?" where names leave room for doubt, and a note says why. Nothing stays attached, and nothing is changed,
+    to the bit. The cost is what a step does in addition: passes over memory, parameter groups and, on accelerators,
+    launches. It follows from the rule and the optimizer; nothing is timed.
 
     Args:
         optimizer: The optimizer.
         model: Its model, as for `LayerwiseLR`.
         rule: The rule that would be attached; `LayerAdaptive()` if None.
-        most: How many layers are listed; where that is too few for all, frozen ones come last.
+        most: How many layers are listed; where that is too few for all, frozen ones come last, and a second table has
+            a line for each role.
         seconds: Without effect, since no step is timed.
         **arguments: As for `LayerwiseLR`: `layers`, `apply`, `decay`, `exclude`, `bounds`, `normalize`.
 
@@ -64,8 +72,8 @@ def diagnose(
         >>> text = diagnose(torch.optim.AdamW(model.parameters()), model)
         LayerAdaptive on AdamW: 1 layer, 2 parameter tensors, 7,850 numbers
         <BLANKLINE>
-        layer      tensors     numbers          lr       decay
-        0                2       7,850       0.001        0.01
+        layer  tensors  numbers     lr  decay  role   depth
+        0            2    7,850  0.001   0.01  other      0
         <BLANKLINE>
         acts on   'lr': the layer's rate in this step is f lr
         because   AdamW divides out what multiplies the gradient, and is exact in its rate
@@ -105,25 +113,32 @@ def _describe(
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     inside = {id(p) for layer in layers for p in layer.parameters}
     outside = sum(holds_weights(p) and id(p) not in inside for p in parameters_of(optimizer.param_groups))
-    listed = layers if len(layers) <= most else sorted(layers, key=_frozen)[:most]
-    width = max(9, *(len(layer.name) for layer in listed))
+    roles = roles_of(layers, rule.role if isinstance(rule, ByRole | WidthDepth) else None)
+    read = depths_of(layers, rule.depth if isinstance(rule, FreezeOut | LayerDecay | Unfreezing) else None)
+    depth = "depth?" if read.doubts else "depth"
+    entries = list(zip(layers, roles, read.depth, strict=True))
+    listed = entries if len(entries) <= most else sorted(entries, key=lambda entry: _frozen(entry[0]))[:most]
+    rows = [["layer", "tensors", "numbers", "lr", "decay", "role", depth, ""]]
+    for layer, role, level in listed:
+        groups = [group_of[id(p)] for p in layer.parameters]
+        numbers = f"{sum(p.numel() for p in layer.whole()):,}"
+        rates = _values(groups, "lr"), _values(groups, "weight_decay")
+        frozen = "frozen" if _frozen(layer) else ""
+        rows.append([layer.name or "(root)", str(len(groups)), numbers, *rates, role, str(level), frozen])
     lines = [
         f"{type(rule).__name__} on {type(optimizer).__name__}: {_count(len(layers), 'layer')}, "
         f"{_count(len(inside), 'parameter tensor')}, "
         f"{sum(p.numel() for layer in layers for p in layer.whole()):,} numbers",
         "",
-        f"{'layer':<{width}} {'tensors':>8} {'numbers':>11} {'lr':>11} {'decay':>11}",
+        *_table(rows),
     ]
-    for layer in listed:
-        groups = [group_of[id(p)] for p in layer.parameters]
-        lines.append(
-            f"{layer.name or '(root)':<{width}} {len(groups):>8} "
-            f"{sum(p.numel() for p in layer.whole()):>11,} {_values(groups, 'lr'):>11} "
-            f"{_values(groups, 'weight_decay'):>11}{'  frozen' if _frozen(layer) else ''}"
-        )
     if len(layers) > most:
         lines.append(f"… and {len(layers) - most} more (most={len(layers)} lists all)")
-    if table := rule.table(layers):
+    table = rule.table(layers)
+    # Some rules list the layers of each role themselves.
+    if len(layers) > most and not any("role" in line.split() for line in table[:1]):
+        lines += ["", *_by_role(entries, depth)]
+    if table:
         lines += ["", *table]
     route, costs = _cost(adapter, optimizer, automatic)
     lines += ["", f"acts on   {adapter.apply!r}: {_where(adapter, optimizer)}"]
@@ -132,6 +147,9 @@ def _describe(
     # Without their tables, which stand above.
     problems += [doubt.partition("\n")[0] for doubt in flattened(layers, specification) + rule.doubts(layers)]
     lines += [f"problem   {problem}" for problem in problems] or ["problems  none found"]
+    doubts = [doubt for doubt in read.doubts if not any(doubt in problem for problem in problems)]
+    if doubts:
+        lines.append(f"note      depths are read from names, which leave room for doubt: {'; '.join(doubts)}")
     lines += [f"note      {note}" for note in _notes(adapter, optimizer)]
     if specification == "module":
         lines += [f"note      {note}" for note in _divided(layers)]
@@ -140,6 +158,45 @@ def _describe(
     else:
         lines.append("next      adapter = layerwise.LayerwiseLR(optimizer, rule, model)")
     return "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines of aligned columns, of which the first line has the titles."""
+    sides = ["<" if title in LEFT else ">" for title in rows[0]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return [form.format(*row).rstrip() for row in rows]
+
+
+def _by_role(entries: Sequence[tuple[Layer, str, int]], depth: str) -> list[str]:
+    """Return the lines of a table: each role with the depths, number and names of its layers."""
+    members: dict[str, list[tuple[Layer, int]]] = {}
+    for layer, role, level in entries:
+        members.setdefault(role, []).append((layer, level))
+    rows = [["role", depth, "number"]]
+    for role, own in members.items():
+        levels = sorted({level for _, level in own})
+        reach = "…".join(map(str, levels if len(levels) < 2 else (levels[0], levels[-1])))
+        rows.append([role, reach, str(len(own))])
+    starts = _table(rows)
+    room = WIDTH - len(starts[0]) - 2
+    lines = [f"{starts[0]}  layers"]
+    for start, own in zip(starts[1:], members.values(), strict=True):
+        first, last = own[0][0].name or "(root)", own[-1][0].name
+        if len(own) == 1:
+            lines.append(f"{start}  {_end(first, room)}")
+            continue
+        # Of the last name only what follows the components that both begin with.
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(first.split("."), last.split("."), strict=False))
+        last = ".".join(last.split(".")[len(list(shared)) :])
+        last = _end(last, max((room - 3) // 2, room - 3 - len(first)))
+        lines.append(f"{start}  {_end(first, room - 3 - len(last))}{', ' if len(own) == 2 else ' … '}{last}")
+    return lines
+
+
+def _end(name: str, room: int) -> str:
+    """Return the end of a name that is too long, since that tells layers apart."""
+    return name if len(name) <= room else f"…{name[1 - room :]}"
 
 
 def _where(adapter: LayerwiseLR, optimizer: Optimizer) -> str:

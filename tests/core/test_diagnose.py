@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 import layerwise
-from layerwise.rules import LARS, Constant, Directionality, GradientAmplification
+from layerwise.rules import LARS, ByRole, Constant, Directionality, GradientAmplification, LayerDecay
 
 
 @pytest.fixture
@@ -33,9 +35,9 @@ def test_the_layers_are_listed_with_their_size_rate_and_decay(make_model, printe
     groups[2]["weight_decay"] = 0.01
     text = printed(torch.optim.SGD(groups, lr=0.1), model)
     assert text.splitlines()[0] == "LayerAdaptive on SGD: 3 layers, 6 parameter tensors, 47 numbers"
-    assert line_of(text, "0 ").split() == ["0", "2", "24", "0.1", "0"]
-    assert line_of(text, "2 ").split() == ["2", "2", "15", "0.5", "0"]
-    assert line_of(text, "4 ").split() == ["4", "2", "8", "0.1", "0.01"]
+    assert line_of(text, "0 ").split() == ["0", "2", "24", "0.1", "0", "other", "0"]
+    assert line_of(text, "2 ").split() == ["2", "2", "15", "0.5", "0", "other", "1"]
+    assert line_of(text, "4 ").split() == ["4", "2", "8", "0.1", "0.01", "other", "2"]
     assert "problems  none found" in text
 
 
@@ -83,6 +85,89 @@ def test_it_notes_decoupled_decay_that_a_factor_scales(make_model, printed):
     model = make_model()
     assert "decoupled weight decay" in printed(torch.optim.AdamW(model.parameters()), model)
     assert "decoupled weight decay" not in printed(torch.optim.AdamW(model.parameters(), weight_decay=0), model)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(4, 12), "proj": nn.Linear(4, 4)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(4, 8), "fc2": nn.Linear(8, 4)})
+        self.norm = nn.LayerNorm(4)
+
+
+def transformer(blocks):
+    parts = {"embed_tokens": nn.Embedding(8, 4), "layers": nn.ModuleList(Block() for _ in range(blocks))}
+    return nn.ModuleDict({**parts, "norm": nn.LayerNorm(4), "lm_head": nn.Linear(4, 8)})
+
+
+@pytest.mark.parametrize("rule", [None, LARS(), ByRole("blockwise"), LayerDecay(0.5)], ids=repr)
+def test_every_rule_shows_role_and_depth_of_each_layer(printed, rule):
+    model = transformer(2)
+    text = printed(torch.optim.AdamW(model.parameters()), model, rule, layers="module")
+    rows = {line.split()[0]: line.split()[5:] for line in text.split("\n\n")[1].splitlines()}
+    assert rows == {
+        "layer": ["role", "depth"],
+        "embed_tokens": ["embedding", "0"],
+        "layers.0.attn.qkv": ["qkv", "1"],
+        "layers.0.attn.proj": ["vo", "1"],
+        "layers.0.mlp.fc1": ["ffn", "1"],
+        "layers.0.mlp.fc2": ["ffn", "1"],
+        "layers.0.norm": ["norm", "1"],
+        "layers.1.attn.qkv": ["qkv", "2"],
+        "layers.1.attn.proj": ["vo", "2"],
+        "layers.1.mlp.fc1": ["ffn", "2"],
+        "layers.1.mlp.fc2": ["ffn", "2"],
+        "layers.1.norm": ["norm", "2"],
+        "norm": ["norm", "3"],
+        "lm_head": ["head", "3"],
+    }
+    assert max(map(len, text.split("\n\n")[1].splitlines())) <= 80
+
+
+def test_a_rule_told_other_roles_or_depths_shows_these(make_model, printed):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    by_role = ByRole({"mine": 2.0}, role={"0.*": "mine"})
+    assert line_of(printed(optimizer, model, by_role), "0.weight").split()[-2:] == ["mine", "0"]
+    decay = LayerDecay(0.5, depth=lambda name: 7 - int(name[0]))
+    assert line_of(printed(optimizer, model, decay), "2 ").split()[-2:] == ["other", "5"]
+
+
+def test_a_doubtful_depth_is_marked_and_explained_once(printed):
+    model = nn.ModuleDict({"first": nn.Linear(2, 2), "head": nn.Linear(2, 2), "last": nn.Linear(2, 2)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reason = "'head' by name next to the loss, but not last in the model's order"
+    for rule, kind in ((None, "note"), (LayerDecay(0.5), "problem")):
+        text = printed(optimizer, model, rule)
+        assert line_of(text, "layer").split()[-1] == "depth?"
+        assert text.count(reason) == 1
+        assert reason in line_of(text, kind)
+    assert "depth?" not in printed(optimizer, model, LayerDecay(0.5, depth=len))
+
+
+def test_a_long_network_is_listed_by_role_too(printed):
+    model = transformer(12)
+    optimizer = torch.optim.AdamW(model.parameters())
+    text = printed(optimizer, model)
+    assert text.split("\n\n")[2].splitlines() == [
+        "role       depth  number  layers",
+        "embedding      0       1  embed_tokens",
+        "qkv         1…12      12  layers.0.attn.qkv … 11.attn.qkv",
+        "vo          1…12      12  layers.0.attn.proj … 11.attn.proj",
+        "ffn         1…12      24  layers.0.mlp.fc1 … 11.mlp.fc2",
+        "norm        1…13      13  layers.0.norm … norm",
+        "head          13       1  lm_head",
+    ]
+    assert "\nrole " not in printed(optimizer, model, most=100)
+    # The rule's own table has the roles already.
+    assert printed(optimizer, model, ByRole("blockwise")).count("\nrole ") == 1
+
+
+def test_lines_of_roles_keep_to_80_columns_and_to_the_ends_of_names(printed):
+    model = nn.ModuleDict({"a" * 60: transformer(2), "b" * 60: transformer(2)})
+    table = printed(torch.optim.AdamW(model.parameters()), model, most=3).split("\n\n")[2].splitlines()
+    assert max(map(len, table)) <= 80
+    assert re.search(r" …a+\.layers\.0\.attn\.proj … …b+\.layers\.1\.attn\.proj$", table[3])
 
 
 def test_a_long_list_is_cut_and_names_the_argument(printed):
