@@ -19,14 +19,14 @@ BLOCKS = """
 import torch
 from torch import nn
 
-def task(seed):
+def task(seed, epochs=2, lr=0.05):
     torch.manual_seed(seed)
     model = nn.Sequential()
     model.add_module("embed", nn.Linear(4, 6))
-    for number in range(3):
-        model.add_module(f"block{number}", nn.Sequential())
-        model[-1].add_module("norm", nn.LayerNorm(6))
-        model[-1].add_module("mlp", nn.Linear(6, 6))
+    model.add_module("blocks", nn.Sequential(*[nn.Sequential() for _ in range(3)]))
+    for block in model.blocks:
+        block.add_module("norm", nn.LayerNorm(6))
+        block.add_module("mlp", nn.Linear(6, 6))
     model.add_module("head", nn.Linear(6, 1))
     inputs = torch.randn(32, 4)
     return {
@@ -34,13 +34,13 @@ def task(seed):
         "batches": [inputs] * 3,
         "loss": lambda model, batch: (model(batch) - batch[:, :1]).square().mean(),
         "metric": lambda model: {"loss": float(model(inputs).square().mean())},
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.05),
-        "epochs": 2,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=lr),
+        "epochs": epochs,
     }
 """
-SHAPES = {"embed": (6, 4), "head": (1, 6), **{f"block{i}.mlp": (6, 6) for i in range(3)}}
-SHAPES |= {f"block{i}.norm": (6, 1) for i in range(3)}
-SIZES = {name: out * into + out for name, (out, into) in SHAPES.items()} | {f"block{i}.norm": 12 for i in range(3)}
+SHAPES = {"embed": (6, 4), "head": (1, 6), **{f"blocks.{i}.mlp": (6, 6) for i in range(3)}}
+SHAPES |= {f"blocks.{i}.norm": (6, 1) for i in range(3)}
+SIZES = {name: out * into + out for name, (out, into) in SHAPES.items()} | {f"blocks.{i}.norm": 12 for i in range(3)}
 
 
 @pytest.fixture
@@ -129,3 +129,27 @@ def test_a_run_of_an_earlier_version_is_refused_with_the_remedy(blocks, carried_
     with pytest.raises(UsageError, match=r"does not say the \w+ of its layers.*give another --out"):
         controls.control_rule(control, record)
     assert json.dumps(controls.control_rule("frozen factors", record))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_rule_is_an_arm_with_its_controls(blocks, carried_out, name):
+    plan = layout.plan(tasks.load(blocks, {"epochs": 3, "lr": 0.005}), arms=[name, "shuffled", "frozen"], seeds=1)
+    found = carried_out(plan)
+    assert found.complete, found.failures
+    records = {arm: record for (_, arm, _), record in found.results.records.items()}
+    assert set(records) == {"plain", name, "mean-factor", "shuffled", "frozen"}
+    if name == "back-matching":  # products over layers, without a bound
+        return
+    assert not any(record.diverged for record in records.values())
+    layers = records[name].summary["factor"]["layers"]
+    assert records["frozen"].summary["factor"]["layers"] == pytest.approx(layers, rel=1e-9)
+    sources = records["shuffled"].configuration.rule["layers"]
+    swapped = {layer: layers[source] for layer, source in sources.items()}
+    assert records["shuffled"].summary["factor"]["layers"] == pytest.approx(swapped, rel=1e-9)
+
+
+def test_what_a_rule_remarks_is_on_the_page(blocks):
+    plan = layout.plan(tasks.load(blocks), arms=["heavy-tail", "agc"], seeds=1)
+    for words in ("heavy-tail: HeavyTail(", "so their factors are 1", "agc: AGC leaves the classifier out"):
+        assert any(words in note for note in plan.notes)

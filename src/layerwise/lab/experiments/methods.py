@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from layerwise import rules
 from layerwise.lab.errors import UsageError, nearest
+from layerwise.lab.experiments import rules as rule_making
 from layerwise.lab.experiments.plan import Arm, Control
 
 PLAIN = "plain"
@@ -50,7 +54,26 @@ METHODS: dict[str, Method] = {
     ),
     "amplification-random": _amplification("of random layers", "RandomLayers", ratio=RATIO, after_analysis=True),
     "amplification-all": _amplification("of all layers", "AllLayers"),
+    "by-role": Method(words="blockwise rates by role", rule={"name": "ByRole", "ratios": "blockwise"}),
 }
+
+OWN_SIZE = ("InitialSNR", "LDoG", "LayerMoment", "NormalizedGradient", "Trust", "WeightScaled")
+"""Rules whose factors set the size of a step."""
+
+
+def _other_rules() -> Iterator[tuple[str, Method]]:
+    """Give the rules that can be made without an argument, in the names of their pages."""
+    listed = {method.rule["name"] for method in METHODS.values()}
+    for name, kind in rule_making.public(rules.Rule).items():
+        if name not in listed:
+            with suppress(TypeError, ValueError):
+                kind()
+                note = f"{name} sets the size of a step, so it wants another rate: without --tune this is unfair to it."
+                method = Method(words=name, rule={"name": name}, note=note if name in OWN_SIZE else "")
+                yield re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "-", name).lower(), method
+
+
+METHODS.update(dict(_other_rules()))
 
 CONTROLS: dict[str, tuple[Control, str]] = {
     "mean-factor": ("mean factor", "plain at the mean factor"),

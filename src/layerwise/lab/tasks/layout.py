@@ -57,7 +57,7 @@ class Layout:
         check_names("setting", [subject.name for subject in subjects])
         check_names("arm", [arm.name for arm in arms])
         runs = tuple(self._run(subject, arm, seed, measure) for subject in subjects for arm in arms for seed in seeds)
-        self._check(runs)
+        remarks = self._check(runs)
         path, label = self.task_file.path, self.task_file.label
         stem = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in path.stem)
         name = self.tried.metric if measure == "metric" else measure
@@ -80,7 +80,7 @@ class Layout:
             seeds=tuple(seeds),
             runs=runs,
             constants=self._constants(),
-            notes=tuple(notes),
+            notes=(*notes, *remarks),
         )
 
     def _run(self, subject: Subject, arm: Arm, seed: int, measure: Measure) -> PlannedRun:
@@ -103,8 +103,9 @@ class Layout:
                 self._passes[key] = chosen.build(0).passes
         return {**arm.rule, "selection": dict(arm.rule["selection"]), "phases": task_phases(self._passes[key])}
 
-    def _check(self, runs: Sequence[PlannedRun]) -> None:
-        """Attach the rule of each arm once; refuse it where it cannot be attached, or warns that it changes nothing."""
+    def _check(self, runs: Sequence[PlannedRun]) -> list[str]:
+        """Attach the rule of each arm once, and give what it remarks; refuse it where it cannot be attached."""
+        remarks: list[str] = []
         trial, logger, warned = self.tried.trial, logging.getLogger("layerwise"), BufferingHandler(100)
         warned.setLevel(logging.WARNING)
         level = logger.level
@@ -121,14 +122,18 @@ class Layout:
                         layerwise.LayerwiseLR(trial.optimizer, rule, trial.model, **places).detach()
                 except (TypeError, ValueError) as error:
                     raise self.task_file.refuse(f"arm {arm!r} cannot be attached: {error}") from error
-                if warned.buffer:  # a choice that can choose nothing: the arm would be the plain one
+                words = [record.getMessage() for record in warned.buffer]
+                warned.flush()
+                if isinstance(rule, rules.GradientAmplification) and words:  # a choice that can choose nothing
                     raise self.task_file.refuse(
-                        f"arm {arm!r} would be plain training: {warned.buffer[0].getMessage()}; it takes a model of "
+                        f"arm {arm!r} would be plain training: {words[0]}; it takes a model of "
                         "more layers; leave the arm out, or try amplification-random or amplification-all"
                     )
+                remarks += [f"{arm}: {one}" for one in words]
         finally:
             logger.removeHandler(warned)
             logger.setLevel(level)
+        return remarks
 
     def _constants(self) -> dict[str, tuple[Any, str]]:
         """Give what the page says of the task: name -> value and source."""
