@@ -23,6 +23,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from ._rows import Rows, whole_of
 from ._tensors import local, shards_of
 
 Factor: TypeAlias = "float | Tensor"
@@ -57,7 +58,27 @@ KINDS: dict[Any, str | None] = {
 """How each function writes; None if it does not. `kind_of` adds those that it has not met before."""
 _UNKNOWN = "unknown"
 _OF_ONE = frozenset(_NAMES_OF_KINDS)
-_PLAIN = frozenset({Tensor, Parameter})
+_PLAIN = frozenset({Tensor, Parameter, Rows})
+
+
+class Parts(list[tuple[Rows, Factor]]):
+    """The factors of a parameter's parts, in order, in place of its factor.
+
+    Args:
+        shared: The factor of the whole parameter, which multiplies each of them.
+    """
+
+    def __init__(self, shared: Factor) -> None:
+        super().__init__()
+        self._shared = shared
+
+    def add(self, rows: Rows, factor: Factor) -> None:
+        """Add a part."""
+        self.append((rows, factor if _is_one(self._shared) else self._shared * factor))
+
+    def between(self, old: Tensor, new: Tensor) -> Tensor:
+        """Return `old + f (new − old)` of all parts."""
+        return torch.cat([_between(rows.of(old), rows.of(new), f) for rows, f in self], self[0][0].span[0])
 
 
 class CannotScaleError(RuntimeError):
@@ -104,12 +125,13 @@ class ScaledWrites(TorchFunctionMode):
         super().__init__()
         self._parameters = list(parameters)
         self._state = state
-        self._factors: dict[int, Factor] = {id(p): 1.0 for p in self._parameters}
+        self._factors: dict[int, Factor | Parts] = {id(p): 1.0 for p in self._parameters}
         self._memory: dict[int, _Memory] = {}
         for p in self._parameters:
             self._keep(p)
         self._versions: dict[int, int] = {}
         self._moved: set[int] = set()
+        self._has_parts = False
         self._ranges = 0
         self._ended = False
 
@@ -127,7 +149,17 @@ class ScaledWrites(TorchFunctionMode):
     def scale(self, factors: Iterable[tuple[Tensor, Factor]]) -> None:
         """Multiply the factors of parameters, which are 1 at first, by these."""
         for p, factor in factors:
+            if type(p) is Rows:
+                parts = self._factors.get(id(p.whole), 1.0)
+                if not isinstance(parts, Parts):
+                    parts = self._factors[id(p.whole)] = Parts(parts)
+                    self._has_parts = True
+                parts.add(p, factor)
+                continue
             own = self._factors.get(id(p))
+            if isinstance(own, Parts):
+                own[:] = [(rows, f * factor) for rows, f in own]
+                continue
             if own is None:
                 self._parameters.append(p)
                 self._keep(p)
@@ -206,6 +238,9 @@ class ScaledWrites(TorchFunctionMode):
         else:
             self._expect(owners)
             scaled = getattr(self, f"_{kind}") if each_of_one else self._other
+            if self._has_parts and any(isinstance(f, Parts) for f in factors):
+                whole = kind not in _OF_ONE or not each_of_one
+                scaled = self._other if whole else partial(self._in_parts, scaled)
             result = scaled(func, owners, factors, args, kwargs)
             self._moved.update(map(id, owners))
         self._versions.update([(id(p), p._version) for p in touched if id(p) in self._versions])
@@ -224,6 +259,8 @@ class ScaledWrites(TorchFunctionMode):
             self._expect([first])
         if _is_one(factor):
             result = func(*args, **kwargs)
+        elif self._has_parts:
+            return self._write(kind, func, [first], args, kwargs)
         else:
             result = getattr(self, f"_{kind}")(func, [first], [factor], args, kwargs)
             self._moved.add(key)
@@ -390,7 +427,7 @@ class ScaledWrites(TorchFunctionMode):
             torch._foreach_lerp_(old, new, [fs[i] for i in together])
             torch._foreach_copy_(new, old)
 
-    def _data(self, func: Any, p: Tensor, f: Factor, args: Any) -> None:
+    def _data(self, func: Any, p: Tensor, f: Factor | Parts, args: Any) -> None:
         """`p.data = q`."""
         old, new = p.detach(), args[1]
         if storage_of(new) == storage_of(old):
@@ -402,12 +439,14 @@ class ScaledWrites(TorchFunctionMode):
             self._refuse_state([p], [new])
             if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:
                 raise CannotScaleError("a parameter's data is replaced by that of another shape, type or device")
-            new = torch.lerp(old, new.detach(), f)
+            new = _between(old, new.detach(), f)
         replaced = self._memory.get(cast(int, storage_of(old)))
         if replaced is not None and replaced.remove(p):  # freed memory may come back as another tensor's
             del self._memory[cast(int, storage_of(old))]
         func(p, new)
         self._keep(p)
+        for rows, _ in f if isinstance(f, Parts) else ():
+            rows.renew()
         self._moved.add(id(p))
         if id(p) in self._versions:
             self._versions[id(p)] = p._version
@@ -422,10 +461,38 @@ class ScaledWrites(TorchFunctionMode):
         result = func(*args, **kwargs)
         for p, before, f in zip(ps, old, fs, strict=True):
             now = local(p.detach())
-            now.copy_(torch.lerp(before, now, f) if now.is_floating_point() else before + f * (now - before))
+            now.copy_(_between(before, now, f))
         return result
 
     _operator = _out = _other
+
+    def _in_parts(
+        self, scaled: Callable[..., Any], func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any
+    ) -> Any:
+        """Make an elementwise call with the rows of parts in place of the tensors of parameters that have them."""
+        values = [*args, *kwargs.values()]
+        many = bool(args) and isinstance(args[0], (list, tuple))
+        lists = [many and (isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.ndim == 1)) for v in values]
+        columns = [list(v) if own else [v] * len(ps) for v, own in zip(values, lists, strict=True)]
+        calls: list[tuple[Tensor, Factor, list[Any]]] = []
+        for p, f, *row in zip(ps, fs, *columns, strict=True):
+            if not isinstance(f, Parts):
+                calls.append((p, f, row))
+            elif args and row[0].stride() == p.stride() and all(_has_rows(value, p) for value in row):
+                calls += [(rows, own, [_of(rows, value) for value in row]) for rows, own in f]
+                if id(p) in self._moved:
+                    self._moved.update(id(rows) for rows, _ in f)
+            else:
+                return self._other(func, ps, fs, args, kwargs)
+        count, names = len(args), list(kwargs)
+        if many:
+            rows = [row for *_, row in calls]
+            new = [[row[i] for row in rows] if own else values[i] for i, own in enumerate(lists)]
+            calls_of = [p for p, *_ in calls], [f for _, f, _ in calls]
+            return scaled(func, *calls_of, new[:count], dict(zip(names, new[count:], strict=True)))
+        for p, f, row in calls:
+            scaled(func, [p], [f], row[:count], dict(zip(names, row[count:], strict=True)))
+        return args[0]
 
     def _expect_first(self, ps: Sequence[Tensor]) -> None:
         """Raise in a second write that follows from the weights, since the first one has been scaled: in a projection.
@@ -438,7 +505,7 @@ class ScaledWrites(TorchFunctionMode):
     def _refuse_state(self, ps: Sequence[Tensor], sources: Sequence[Any]) -> None:
         """Raise if a parameter is fetched from the state, which then holds the position itself."""
         for p, source in zip(ps, sources, strict=True):
-            held: Any = self._state.get(p, {})
+            held: Any = self._state.get(whole_of(p), {})
             values: Iterable[Any] = cast("dict[Any, Any]", held).values() if isinstance(held, dict) else ()
             kept = {storage_of(value) for value in values if isinstance(value, Tensor)}
             if isinstance(source, Tensor) and storage_of(source) in kept - {None}:
@@ -528,6 +595,24 @@ def range_of(tensor: Tensor) -> tuple[int, int, int]:
         return begin, begin, 0
     span = 1 + sum((size - 1) * stride for size, stride in zip(own.shape, own.stride(), strict=True))
     return begin, begin + int(span) * own.element_size(), int(own.numel()) * own.element_size()
+
+
+def _has_rows(value: Any, p: Tensor) -> bool:
+    """Return whether a value is the same for all rows of a parameter, or has rows as it has."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return True
+    return value.shape == p.shape and value.layout is torch.strided
+
+
+def _of(rows: Rows, value: Any) -> Any:
+    return rows.of(value) if isinstance(value, Tensor) and value.ndim else value
+
+
+def _between(old: Tensor, new: Tensor, factor: Any) -> Tensor:
+    """Return `old + f (new − old)`."""
+    if isinstance(factor, Parts):
+        return factor.between(old, new)
+    return torch.lerp(old, new, factor) if new.is_floating_point() else old + factor * (new - old)
 
 
 def _is_one(factor: Any) -> bool:

@@ -19,10 +19,19 @@ from torch.optim import Optimizer
 from ._arguments import StaysBehind, check_choice, chosen
 from ._fused import DealtStep, can_be_dealt
 from ._hooks import OptimizerHooks, makes_state_only
-from ._places.allowed import automatic_place, check_groups, check_method, check_place, no_effect, scales_writes
+from ._places.allowed import (
+    automatic_place,
+    check_groups,
+    check_method,
+    check_parts,
+    check_place,
+    no_effect,
+    scales_writes,
+)
 from ._places.averaging import compare_gradients
 from ._places.known_groups import KnownGroups
 from ._places.trial import try_again, verdict_of
+from ._rows import whole_of
 from ._tensors import (
     can_be_measured,
     has_values,
@@ -39,13 +48,16 @@ from .layers import (
     Layer,
     LayerSpecification,
     Model,
+    SplitSpecification,
     as_module,
     as_specification,
+    as_split,
     flattened,
     included_layers,
     make_layers,
     named_parameters,
     named_parameters_of,
+    rows_of,
     warn_of_unmeasured,
 )
 from .optimizers import (
@@ -77,6 +89,7 @@ from .statistics import (
     OnNonfinite,
     Statistics,
     check_alike,
+    check_gains,
     check_needs,
 )
 
@@ -98,8 +111,10 @@ class Request:
         apply: PlaceName | Literal["auto"] = "auto",
         decay: Decay = "auto",
         exclude: Exclusion | Literal["auto"] = "auto",
+        split: SplitSpecification | None = None,
     ) -> None:
         self.rule, self.model = rule, as_module(model)
+        self.split = as_split(split)
         self.apply: PlaceName | Literal["auto"] = apply
         self.layers: LayerSpecification = as_specification(chosen(layers, rule.default_layers, "module"))
         self.exclude: Exclusion = chosen(exclude, rule.default_exclude, None)
@@ -122,11 +137,15 @@ class Resolution:
         self.parameters = parameters_of(groups)
         refuse_stages(rule, self.parameters)
         named = named_parameters_of(holder, request.model, request.layers)
-        layers = make_layers(named, request.layers, request.model, find_shards(self.parameters, request.model))
+        shards = find_shards(self.parameters, request.model)
+        layers = make_layers(named, request.layers, request.model, shards, request.split)
+        self.rows = rows_of(layers)
         self.included = included_layers(layers, request.exclude)
         self.layers = [replace(layer, included=own) for layer, own in zip(layers, self.included, strict=True)]
         self.names = [layer.name for layer in layers]
         automatic = automatic_place(optimizer, request.preferred, request.decay)
+        if self.rows:
+            automatic = check_parts(optimizer, holder, rule, request.apply, automatic)
         automatic = automatic if automatic in rule.places else rule.places[0]
         self.place: PlaceName = automatic if request.apply == "auto" else request.apply
         check_method(optimizer, rule, self.place, automatic=request.apply == "auto")
@@ -136,6 +155,7 @@ class Resolution:
         if {"learning_rate", *OF_STEP} & set(rule.needs) and any(group.get("lr") is None for group in groups):
             raise ValueError(f"{rule!r} needs the rate, and {type(optimizer).__name__} has no 'lr' in its groups")
         check_alike(self.layers, rule.needs)
+        check_gains(self.layers, rule.needs)
         self.statistics = statistics = LayerStatistics(self.layers, rule.needs)
         check_groups(optimizer, self.place, request.decay, statistics.layer_of)
         alone = statistics.device.type == "cpu" and statistics.sharing is None and set(rule.needs) <= AS_NUMBERS
@@ -147,10 +167,11 @@ class Resolution:
                 f"{described(rule)} needs what the step has changed, and each process of {type(holder).__name__} steps "
                 "only some of the parameters: shard with FSDP, or use a rule that needs no direction_norm, such as LARS"
             )
-        self.partition = Partition(statistics.layer_of)
+        self.partition = Partition(statistics.layer_of, self.rows)
+        self.inside = {id(whole_of(p)) for p in statistics.members}
         self.mask = None if all(self.included) else torch.tensor(self.included, device=statistics.device)
         group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-        self.first_group = [group_of[id(layer.parameters[0])] for layer in layers]
+        self.first_group = [group_of[id(whole_of(layer.parameters[0]))] for layer in layers]
         self.measurable = sum(map(can_be_measured, self.parameters))
         self.dry = not self.measurable  # as in a dry run on the meta device
         self.circumstances = circumstances_of(groups, self.parameters, request)
@@ -162,7 +183,7 @@ class Resolution:
     def outside(self) -> int:
         """How many parameters belong to no layer, of those that could."""
         could = [p for p in self.parameters if holds_weights(p) and (self.dry or can_be_measured(p))]
-        return len(could) - len(self.statistics.layer_of)
+        return len(could) - len(self.inside)
 
     def others(self, model: nn.Module | None) -> dict[str, Tensor]:
         """Return the parameters that belong to no layer, by the model's names or by their place in the optimizer."""
@@ -170,8 +191,19 @@ class Resolution:
         return {
             names.get(id(p), f"parameter {i} of the optimizer"): p
             for i, p in enumerate(self.parameters)
-            if id(p) not in self.statistics.layer_of
+            if id(p) not in self.inside
         }
+
+    def renew_rows(self) -> None:
+        """View the memory that the parameters have now; raise where the gradient of one has no rows."""
+        for rows in self.rows:
+            rows.renew()
+            gradient = rows.whole.grad
+            if gradient is not None and gradient.layout is not torch.strided:
+                raise ValueError(
+                    "split: the gradient of a parameter that is split is sparse, and parts are rows of a dense one; "
+                    "use sparse=False in its module, or leave it out of split"
+                )
 
     def holds(self, groups: Sequence[Mapping[str, Any]], request: Request) -> bool:
         """Return whether this is still true.
@@ -279,6 +311,11 @@ class AttachedRule:
                     f"{described(self._rule)} beside {described(other.rule)} on one optimizer: one follows from the "
                     "finished step, and would measure the other's factors; attach chain(…) of both, or detach() one"
                 )
+            if self.found.rows and other.found.rows:
+                raise ValueError(
+                    f"{described(self._rule)} beside {described(other.rule)} on one optimizer, each with split=: "
+                    "attach chain(…) of both, or detach() one"
+                )
 
     @property
     def rule(self) -> Rule:
@@ -370,6 +407,8 @@ class AttachedRule:
             check_backward_is_over(optimizer)
         holder = self._holder()
         self._now = groups = self._groups if holder is None or self._known is not None else holder.param_groups
+        if self.found.rows:
+            self.found.renew_rows()
         if not self.found.holds(groups, self._request):
             self._take(Resolution(optimizer, self._source, self._request))
             self._now = self._groups
@@ -501,6 +540,8 @@ class AttachedRule:
 
     def finish(self) -> None:
         """Act after the step."""
+        if self.found.rows:  # the step may have replaced memory
+            self.found.renew_rows()
         self._place.finish()
         if self._before is not None:
             self._scale_finished()
@@ -592,6 +633,10 @@ class LayerwiseLR(StaysBehind):
         exclude: Layers left at factor 1: None, fnmatch patterns of layer names, or a callable
             `(parameter name, parameter) -> bool`, which must hold for all of the layer's parameters.
         bounds: `(low, high)`, a clamp of the factors.
+        split: Parts of parameters that are layers of their own: fnmatch patterns of parameter names, and for each into
+            how many equal parts of rows it is cut, `{"*.qkv.weight": 3}`, their sizes, `(768, 256, 256)`, or their
+            names, `("q", "k", "v")`. Rows are outputs. A part is named `"attn.qkv.weight[q]"`; its factor acts on the
+            gradient or the update.
         normalize: Divides the factors by their mean over the layers, so that they are no larger rate: `"mean"`,
             `"harmonic"`, `"weighted"` (over weights), `"max"` (by the largest); None for not. Before `bounds`.
         on_nonfinite: What a gradient with NaN or infinity in it does. `"ignore"`: the step is taken, and rules that
@@ -635,6 +680,7 @@ class LayerwiseLR(StaysBehind):
         apply: PlaceName | Literal["auto"] = "auto",
         decay: Decay = "auto",
         exclude: Exclusion | Literal["auto"] = "auto",
+        split: SplitSpecification | None = None,
         bounds: tuple[float, float] | None = None,
         normalize: Normalization | None = None,
         on_nonfinite: OnNonfinite = "ignore",
@@ -648,7 +694,7 @@ class LayerwiseLR(StaysBehind):
         check_choice("on_nonfinite", on_nonfinite, ("ignore", "raise"))
         rule = rule if normalize is None else normalized(rule, normalize)
         rule = rule if bounds is None else bounded(rule, *check_bounds(bounds))
-        self._request = Request(rule, model, layers=layers, apply=apply, decay=decay, exclude=exclude)
+        self._request = Request(rule, model, layers=layers, apply=apply, decay=decay, exclude=exclude, split=split)
         finite = FiniteGradients() if on_nonfinite == "raise" else None
         named = named_parameters_of(holder, self._request.model, self._request.layers)
         warn_of_unmeasured(named, STEPS_AS_BARE)
@@ -850,7 +896,7 @@ class LayerwiseLR(StaysBehind):
         return [remark for remark in remarks if remark] + self.rule.remarks(found.layers)
 
 
-_OF_ADAPTER = ("layers", "apply", "decay", "exclude", "bounds", "normalize", "on_nonfinite")
+_OF_ADAPTER = ("layers", "apply", "decay", "exclude", "split", "bounds", "normalize", "on_nonfinite")
 
 
 def attach(optimizer: Any, rule: Any, model: Model | None = None, **arguments: Any) -> LayerwiseLR:

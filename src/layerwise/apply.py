@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn, optim
 
+from ._rows import Rows
 from ._tensors import has_values, local, moved, warn_without_values
 from ._writes import HALF, Factor
 from .optimizers import PlaceName, decay_is_coupled, has_decay, is_capturing, takes_tensor_rate
@@ -200,10 +201,14 @@ class Partition:
 
     Args:
         layer_of: id of parameter to layer number.
+        parts: Parts of parameters that are layers of their own; such a parameter is in no layer.
     """
 
-    def __init__(self, layer_of: Mapping[int, int]) -> None:
+    def __init__(self, layer_of: Mapping[int, int], parts: Iterable[Rows] = ()) -> None:
         self.layer_of = layer_of
+        self.parts_of: dict[int, list[Rows]] = {}
+        for rows in parts:
+            self.parts_of.setdefault(id(rows.whole), []).append(rows)
         self._cached: dict[int, ByLayer] = {}
         self._sharings: set[tuple[tuple[int, ...], ...]] = set()
 
@@ -362,13 +367,24 @@ class Step:
         return self.partition.split(self.view, self.factors.buckets, overrides)
 
     def scaled(self) -> list[tuple[Tensor, Factor]]:
-        """Return parameters with their factors: numbers other than 1, or tensors where no number may be read."""
-        layer_of, factors = self.partition.layer_of, self.factors
-        every = [p for group in self.view.param_groups for p in group["params"] if id(p) in layer_of]
+        """Return parameters with their factors: numbers other than 1, or tensors where no number may be read.
+
+        All parts of a parameter are among them, in order.
+        """
+        layer_of, parts_of, factors = self.partition.layer_of, self.partition.parts_of, self.factors
+        every: list[Tensor] = [p for group in self.view.param_groups for p in group["params"] if id(p) in layer_of]
+        parts: list[Rows] = []
+        if parts_of:
+            for group in self.view.param_groups:
+                for p in group["params"]:
+                    parts += parts_of.get(id(p), ())
         if factors.numbers is None and (is_capturing(self.view) or not self.reads):
-            return [(p, factors.each(p)[layer_of[id(p)]]) for p in every]
+            return [(p, factors.each(p)[layer_of[id(p)]]) for p in every + parts]
         numbers = factors.read()
-        return [(p, numbers[layer_of[id(p)]]) for p in every if numbers[layer_of[id(p)]] != 1]
+        scaled: list[tuple[Tensor, Factor]] = [
+            (p, numbers[layer_of[id(p)]]) for p in every if numbers[layer_of[id(p)]] != 1
+        ]
+        return scaled + [(rows, numbers[layer_of[id(rows)]]) for rows in parts]
 
 
 class PrivateStep(Step):
@@ -475,7 +491,8 @@ class Gradient(Place):
     def act(self, step: Step) -> list[Split]:
         """Scale the gradients, or what the optimizer multiplies them by."""
         self._started = None  # of a step that failed
-        if not self.in_place and step.factors.numbers is not None and damps_history(step.view):
+        divides = step.factors.numbers is not None and not step.partition.parts_of
+        if not self.in_place and divides and damps_history(step.view):
             # The dampening multiplies g + λw, so to leave the decay plain λ is divided by f, which must not be small.
             possible = (
                 self.decay == "scaled" or not has_decay(step.view) or min(step.factors.read()) >= SMALLEST_DIVISOR
@@ -486,12 +503,13 @@ class Gradient(Place):
 
     @torch.no_grad()
     def _in_gradients(self, step: Step) -> list[Split]:
-        view, on_device = step.view, step.factors.numbers is None
+        view = step.view
         decayed = [group for group in view.param_groups if self.decay == "scaled" and _has_coupled_decay(view, group)]
-        # On a device, f λ in the groups would divide them by layer, which costs launches.
-        splits = self._add_decay(view, decayed) if decayed and on_device else []
+        # On a device, f λ in the groups would divide them by layer, which costs launches. Parts are in no own groups.
+        added = step.factors.numbers is None or bool(step.partition.parts_of)
+        splits = self._add_decay(view, decayed) if decayed and added else []
         scale_in_place([(p.grad, factor) for p, factor in step.scaled() if p.grad is not None])
-        if decayed and not on_device:
+        if decayed and not added:
             return step.divide(lambda group, factor: self._decay(view, group, factor))
         return splits
 

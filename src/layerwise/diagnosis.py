@@ -15,10 +15,22 @@ from ._arguments import chosen
 from ._hooks import OptimizerHooks
 from ._places.allowed import no_effect, scales_writes, why_not_rate
 from ._places.trial import reason_against, verdict_of
+from ._rows import whole_of
 from ._tensors import holds_weights
 from .adapter import LayerwiseLR, parameters_of
 from .apply import damps_history
-from .layers import DOUBTS, Layer, Model, as_module, as_specification, divided, flattened, joining, named_parameters
+from .layers import (
+    DOUBTS,
+    Layer,
+    Model,
+    as_module,
+    as_specification,
+    divided,
+    flattened,
+    joining,
+    named_parameters,
+    rows_of,
+)
 from .optimizers import SCALE_INVARIANT, acting_optimizer, decay_is_coupled, is_capturing, unwrap
 from .rules import ByRole, FreezeOut, LayerAdaptive, LayerDecay, Unfreezing, WidthDepth
 from .rules.base import is_number
@@ -56,7 +68,8 @@ def diagnose(
         most: How many layers are listed; where that is too few for all, frozen ones come last, and a second table has
             a line for each role.
         seconds: Without effect, since no step is timed.
-        **arguments: As for `LayerwiseLR`: `layers`, `apply`, `decay`, `exclude`, `bounds`, `normalize`.
+        **arguments: As for `LayerwiseLR`: `layers`, `apply`, `decay`, `exclude`, `split`, `bounds`,
+            `normalize`.
 
     Returns:
         The text that was printed.
@@ -111,7 +124,7 @@ def _describe(
     automatic = arguments.get("apply", "auto") == "auto"
     specification = chosen(arguments["layers"], rule.default_layers, "module")
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    inside = {id(p) for layer in layers for p in layer.parameters}
+    inside = {id(whole_of(p)) for layer in layers for p in layer.parameters}
     outside = sum(holds_weights(p) and id(p) not in inside for p in parameters_of(optimizer.param_groups))
     roles = roles_of(layers, rule.role if isinstance(rule, ByRole | WidthDepth) else None)
     read = depths_of(layers, rule.depth if isinstance(rule, FreezeOut | LayerDecay | Unfreezing) else None)
@@ -120,7 +133,7 @@ def _describe(
     listed = entries if len(entries) <= most else sorted(entries, key=lambda entry: _frozen(entry[0]))[:most]
     rows = [["layer", "tensors", "numbers", "lr", "decay", "role", depth, ""]]
     for layer, role, level in listed:
-        groups = [group_of[id(p)] for p in layer.parameters]
+        groups = [group_of[id(whole_of(p))] for p in layer.parameters]
         numbers = f"{sum(p.numel() for p in layer.whole()):,}"
         rates = _values(groups, "lr"), _values(groups, "weight_decay")
         frozen = "frozen" if _frozen(layer) else ""
@@ -214,6 +227,8 @@ def _why(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> str:
         return "the argument apply says so"
     if adapter.rule.places == ("update",):
         return "the rule's factors follow from the finished step"
+    if rows_of(adapter.layer_table()):
+        return "a parameter that is split has one rate, so factors of its parts act beside it"
     if adapter.apply == "update":
         return f"{name} {why_not_rate(optimizer) or reason_against(optimizer, 'groups')}"
     if adapter.apply == "gradient":
@@ -234,6 +249,7 @@ def _cost(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> tuple[
     if "counts" in needs:
         needs.add("gradient_norm")
     on_cpu, groups = _device_of(optimizer) in ("cpu", "meta"), optimizer.param_groups
+    has_parts = bool(rows_of(adapter.layer_table()))
     layer_of = {id(p): number for number, layer in enumerate(adapter.layer_table()) for p in layer.parameters}
     parts = sum(len({layer_of.get(id(p)) for p in group["params"]}) for group in groups)
     what = "calls of the fused kernel" if groups[0].get("fused") else "groups"
@@ -252,12 +268,12 @@ def _cost(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> tuple[
     if "gradients" in needs:
         costs.append("in epochs of analysis one number a parameter for G, two for G′, or those of the sample")
     if place == "gradient":
-        if automatic and on_cpu and damps_history(optimizer):
+        if automatic and on_cpu and not has_parts and damps_history(optimizer):
             route = f"SGD's dampening in {division}"
         else:
             route = "the gradients are multiplied in place"
             costs.append("1 pass over the gradients to multiply them")
-            if scales_decay and on_cpu:
+            if scales_decay and on_cpu and not has_parts:
                 route += f"; weight decay in {division}"
             elif scales_decay:
                 costs.append("1 pass over gradients and weights to add the weight decay")

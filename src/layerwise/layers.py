@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeGuard, cast
 from torch import Tensor, nn
 
 from ._arguments import has_type
+from ._rows import Rows, is_rows
 from ._tensors import can_be_measured, holds_weights, warn_without_values
 from .sharding import Shard, stand_in
 
@@ -215,13 +216,27 @@ class Layer:
         return list(map(stand_in, self.parameters, self.shards) if any(self.shards) else self.parameters)
 
 
+_LITERAL = str.maketrans("[]", "()")
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Return whether a pattern of `fnmatch` matches a name, in which a part of a parameter stands as it is written.
+
+    Example:
+        >>> matches("qkv.weight[q]", "*.weight[q]"), matches("qkv.weight", "qkv.[vw]eight")
+        (True, True)
+    """
+    found = fnmatchcase(name, pattern)
+    return found or (name.endswith("]") and fnmatchcase(name.translate(_LITERAL), pattern.translate(_LITERAL)))
+
+
 def check_patterns(patterns: Iterable[object], names: Iterable[str], argument: str) -> None:
     """Raise unless each pattern of an argument, such as `"exclude"`, is a string that matches one of the names."""
     names = list(names)
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"{argument} holds {pattern!r} ({type(pattern).__name__}); each pattern must be a string")
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{argument} pattern {pattern!r} matches none of {some(names)}.{hint}")
@@ -307,19 +322,28 @@ def make_layers(
     specification: LayerSpecification,
     model: nn.Module | None = None,
     shards: Mapping[int, Shard] | None = None,
+    split: SplitSpecification | None = None,
 ) -> list[Layer]:
     """Group named parameters into layers, in the order of their first parameter.
 
-    Integer parameters, such as quantised weights, are in no layer. Nor are those on the meta device if others are not.
+    Each part of a parameter that is split is a layer. Integer parameters, such as quantised weights, are in no layer.
+    Nor are those on the meta device if others are not.
     """
     modules = {} if model is None else named_modules(model)
+    parts = {} if split is None else _parts(named_parameters, split, modules)
     owners = _owners(named_parameters, modules)
     name_of = _layer_name_function(named_parameters, specification, owners)
     shards = shards or {}
     members: dict[str, dict[str, Tensor]] = {}
+    part_of: dict[str, str] = {}  # the name of a part to that of its parameter
     some_measured = any(map(can_be_measured, named_parameters.values()))
     for name, parameter in named_parameters.items():
         if not holds_weights(parameter) or (some_measured and not can_be_measured(parameter)):
+            continue
+        if name in parts:
+            for rows in parts[name]:
+                part = f"{name}[{rows.label}]"
+                members[part], part_of[part] = {part: rows}, name
             continue
         layer = name_of(name, stand_in(parameter, shards.get(id(parameter))))
         if layer is None:
@@ -331,13 +355,111 @@ def make_layers(
         raise ValueError(f"layers={specification!r} puts no parameter into a layer; names: {some(named_parameters)}")
     layers: list[Layer] = []
     for layer, held in members.items():
-        own = set(map(owner_name, held))
+        own = {owner_name(part_of.get(name, name)) for name in held}
         if len(own) > 1:
             own = {owners[name] for name in held}
         module = modules.get(own.pop()) if len(own) == 1 else None
         own_shards = tuple(shards.get(id(p)) for p in held.values())
         layers.append(Layer(layer, tuple(held.values()), tuple(held), module, shards=own_shards))
     return layers
+
+
+# --- Parts of parameters ---------------------------------------------------------------------------------------------
+
+SplitSpecification = Mapping[str, int | Sequence[int] | Sequence[str]]
+"""Patterns of parameters' names to how many parts of equal size, to the sizes of the parts, or to their names."""
+
+
+def as_split(split: Any) -> SplitSpecification | None:
+    """Return the argument `split` after a check of its form."""
+    if split is None:
+        return None
+    if not has_type(split, Mapping):
+        raise TypeError(
+            f"split={split!r} ({type(split).__name__}) must be a mapping of patterns to parts: {{'*.qkv.weight': 3}}"
+        )
+    if not split:
+        raise ValueError("split={} names no parameter; pass None, or {'*.qkv.weight': 3}")
+    for pattern, parts in cast("Mapping[Any, Any]", split).items():
+        _check_parts(f"split[{pattern!r}]={parts!r}", parts)
+    return dict(cast("SplitSpecification", split))
+
+
+def _check_parts(given: str, parts: Any) -> None:
+    allowed = "a number of parts from 2, two or more sizes from 1, or two or more names: 3, (768, 256, 256), ('q', 'k')"
+    if isinstance(parts, int) and not isinstance(parts, bool):
+        if parts < 2:
+            raise ValueError(f"{given} must be {allowed}; leave out what is not to be split")
+        return
+    if isinstance(parts, str) or not has_type(parts, Sequence):
+        raise TypeError(f"{given} must be {allowed}")
+    held = list(cast("Sequence[Any]", parts))
+    sizes = [one for one in held if isinstance(one, int) and not isinstance(one, bool)]
+    names = [one for one in held if isinstance(one, str)]
+    if len(held) not in (len(sizes), len(names)):
+        raise TypeError(f"{given} must be {allowed}")
+    if len(held) < 2 or min(sizes, default=1) < 1:
+        raise ValueError(f"{given} must be {allowed}")
+    if len(set(names)) != len(names) or not all(map(str.isidentifier, names)):
+        raise ValueError(f"{given} must hold different names of letters, digits and _, which begin with no digit")
+
+
+def inputs_first(module: nn.Module | None) -> bool:
+    """Return whether the first dimension of a module's weight is that of the inputs."""
+    transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+    return isinstance(module, transposed) or type(module).__name__ == "Conv1D"
+
+
+def _parts(
+    named: Mapping[str, Tensor], split: SplitSpecification, modules: Mapping[str, nn.Module]
+) -> dict[str, list[Rows]]:
+    """Return the parts of each parameter that a pattern matches."""
+    check_patterns(split, named, "split")
+    found: dict[str, list[Rows]] = {}
+    for name, parameter in named.items():
+        patterns = [pattern for pattern in split if fnmatchcase(name, pattern)]
+        if len(patterns) > 1:
+            raise ValueError(f"split: {some(patterns)} all match {name!r}; let one of them match it")
+        if patterns:
+            found[name] = _rows(name, parameter, split[patterns[0]], modules.get(owner_name(name)))
+    return found
+
+
+def _rows(name: str, parameter: Tensor, parts: Any, module: nn.Module | None) -> list[Rows]:
+    if type(parameter) not in (Tensor, nn.Parameter) or getattr(parameter, "_fsdp_flattened", False):
+        raise ValueError(
+            f"split: {name!r} is a {type(parameter).__name__} that is sharded, quantised or without values, and parts "
+            "are rows of an ordinary parameter; leave it out of split, or keep its parts as separate modules"
+        )
+    if not parameter.ndim or not holds_weights(parameter):
+        raise ValueError(
+            f"split: {name!r} of shape {tuple(parameter.shape)} and type {parameter.dtype} has no rows of weights; "
+            "leave it out of split"
+        )
+    by_input = parameter.ndim > 1 and inputs_first(module)
+    if by_input and getattr(module, "groups", 1) > 1:
+        raise ValueError(
+            f"split: {name!r} belongs to a transposed convolution of {cast(Any, module).groups} groups, whose outputs "
+            "are not rows; leave it out of split"
+        )
+    dimension = int(by_input)
+    rows = parameter.shape[dimension]
+    number = parts if isinstance(parts, int) else len(parts)
+    given = [] if isinstance(parts, int) else list(parts)
+    sizes: list[int] = given if given and isinstance(given[0], int) else [rows // number] * number
+    if sum(sizes) != rows or not all(sizes):
+        raise ValueError(
+            f"split: {parts!r} does not divide the {rows} rows of {name!r}; pass a number of parts that does, or sizes "
+            f"that add up to {rows}"
+        )
+    labels = given if given and isinstance(given[0], str) else list(map(str, range(number)))
+    firsts = [sum(sizes[:i]) for i in range(number)]
+    return [Rows(parameter, dimension, *one) for one in zip(firsts, sizes, labels, strict=True)]
+
+
+def rows_of(layers: Iterable[Layer]) -> list[Rows]:
+    """Return the parts of parameters among the layers."""
+    return [p for layer in layers for p in layer.parameters if is_rows(p)]
 
 
 def warn_of_unmeasured(named_parameters: Mapping[str, Tensor], nothing_measured: str) -> None:
@@ -368,7 +490,7 @@ def included_layers(layers: Sequence[Layer], exclude: Exclusion) -> list[bool]:
         allowed = "'auto', None, a list of patterns or a callable (name, parameter) -> bool"
         raise TypeError(f"exclude={exclude!r} must be {allowed}")
     check_patterns(exclude, [layer.name for layer in layers], "exclude")
-    return [not any(fnmatchcase(layer.name, pattern) for pattern in exclude) for layer in layers]
+    return [not any(matches(layer.name, pattern) for pattern in exclude) for layer in layers]
 
 
 def _layer_name_function(

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ._arguments import StaysBehind, check_count, has_type
 from ._hooks import Member, OptimizerHooks, makes_state_only
 from ._norms import subtract
+from ._rows import whole_of
 from ._tensors import (
     NoValuesError,
     can_be_measured,
@@ -63,9 +64,10 @@ class Observation:
         rates: list[Any] = [group.get("lr") for group in groups]
         self._rates = [x if isinstance(x, Tensor) else [math.nan if x is None else float(x)] for x in rates]
         # Rate and factors of a layer are those of its first parameter.
-        first = [id(layer.parameters[0]) for layer in statistics.layers]
+        parameters = [layer.parameters[0] for layer in statistics.layers]
+        first = list(map(id, parameters))
         group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
-        self._groups = [group_of.get(p) for p in first]
+        self._groups = [group_of.get(id(whole_of(p))) for p in parameters]
         self._acting: list[tuple[Member, list[int | None]]] = []
         for member in measured:
             layer_of = {id(p): number for number, layer in enumerate(member.layers) for p in layer.parameters}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import optim
 
@@ -147,6 +147,38 @@ def check_method(optimizer: optim.Optimizer, rule: Rule, place: PlaceName, *, au
             f"{described(rule)} gives each layer's gradient a size, which {type(optimizer).__name__} divides out "
             "again; use SGD, or a rule that scales the rate, or pass apply='gradient' to try what is left of it"
         )
+
+
+def check_parts(
+    optimizer: optim.Optimizer, holder: Any, rule: Rule, place: PlaceName | Literal["auto"], automatic: PlaceName
+) -> PlaceName:
+    """Return what `"auto"` stands for where parts of parameters are layers: they cannot be in groups of their own.
+
+    Args:
+        optimizer: The optimizer.
+        holder: The optimizer whose groups have all parameters.
+        rule: The rule.
+        place: `"gradient"`, `"lr"`, `"update"` or `"auto"`.
+        automatic: What `"auto"` stands for without parts.
+
+    Raises:
+        ValueError: The factors would act on the rate, or each process steps only some of the parameters.
+    """
+    if optimizer is not holder:
+        raise ValueError(
+            f"split= does not work with {type(holder).__name__}, of which each process steps only some of the "
+            "parameters; leave split out, or use the optimizer itself"
+        )
+    if automatic == "lr" and (place == "lr" or "update" in rule.places):
+        automatic = "update"
+    if place == "lr" or (place == "auto" and automatic == "lr"):
+        others = " or ".join(f"apply={name!r}" for name in rule.places if name != "lr")
+        raise ValueError(
+            "apply='lr' does not act on parts of a parameter, since a parameter has one rate; "
+            f"{f'use {others}' if others else f'{described(rule)} acts nowhere else: use another rule'}, or leave "
+            "split out"
+        )
+    return automatic
 
 
 def check_groups(optimizer: Any, place: str, decay: str, layer_of: Mapping[int, int]) -> None:

@@ -138,7 +138,8 @@ class ByRole(Rule):
 
     def _ratio(self, role: str, layer: Layer) -> float:
         """Return the ratio of a layer's role; what is said of its biases goes first."""
-        is_bias = all(name.rpartition(".")[2] == "bias" for name in layer.parameter_names or (layer.name,))
+        names = [name.partition("[")[0] for name in layer.parameter_names or (layer.name,)]
+        is_bias = all(name.rpartition(".")[2] == "bias" for name in names)
         keys = (f"{role}.bias", "bias", role) if is_bias else (role,)
         return float(next((self._ratios[key] for key in keys if key in self._ratios), 1.0))
 

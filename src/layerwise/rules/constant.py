@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from .._arguments import has_type
-from ..layers import Layer, check_patterns
+from ..layers import Layer, check_patterns, matches
 from ..statistics import Statistics, common_device
 from .base import Rule, is_number
 from .state import State
@@ -63,7 +62,7 @@ class Constant(Rule):
         """Return the factors as a tensor."""
         names = [layer.name for layer in layers]
         check_patterns(self.factors_by_pattern, names, "Constant")
-        values = [next((f for p, f in self.factors_by_pattern.items() if fnmatchcase(name, p)), 1.0) for name in names]
+        values = [next((f for p, f in self.factors_by_pattern.items() if matches(name, p)), 1.0) for name in names]
         return fixed_factors(layers, values)
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:

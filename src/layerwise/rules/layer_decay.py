@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from .._arguments import has_type
-from ..layers import Layer, check_patterns
+from ..layers import Layer, check_patterns, matches
 from ..statistics import Statistics
 from .base import Rule, is_number, shown
 from .constant import check_factor, fixed_factors
@@ -176,13 +175,13 @@ class LayerDecay(Rule):
         names, roles = [layer.name for layer in layers], roles_of(layers)
         for key, factor in self.multiply.items():
             if key not in roles:
-                if key in ROLES and not any(fnmatchcase(name, key) for name in names):
+                if key in ROLES and not any(matches(name, key) for name in names):
                     raise ValueError(
                         f"multiply {key!r} is the role of no layer; there are {', '.join(sorted(set(roles)))}"
                     )
                 check_patterns([key], names, "multiply")
             for i, (name, role) in enumerate(zip(names, roles, strict=True)):
-                result[i] *= float(factor) if key == role or fnmatchcase(name, key) else 1.0
+                result[i] *= float(factor) if key == role or matches(name, key) else 1.0
         return result
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:

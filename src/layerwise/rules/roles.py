@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
 from .._arguments import has_type
-from ..layers import Layer, check_patterns
+from .._rows import is_rows
+from ..layers import Layer, check_patterns, matches
 
 ROLES = (
     "embedding",
@@ -65,7 +65,8 @@ def roles_of(layers: Sequence[Layer], role: RoleArgument = None) -> list[str]:
     """Return the role of each layer, from its module's class where the model is known, and from its name.
 
     The last three components of a name count, without capitals. A layer of several parameters has the role of its
-    largest one, so a bias has the role of its weight.
+    largest one, so a bias has the role of its weight. A part of a parameter has the role of the whole one,
+    but `"qk"` or `"vo"` where it is named `q`, `k` or `v`.
 
     Args:
         layers: The layers, in the model's order.
@@ -88,7 +89,7 @@ def roles_of(layers: Sequence[Layer], role: RoleArgument = None) -> list[str]:
     last = numbered[-1] if numbered else len(layers)
     beside_experts = {path[: path.index("experts")] for path in map(tuple, paths) if "experts" in path}
     return [
-        given or _role(layer, path, above=i > last, routes=tuple(path[:-1]) in beside_experts)
+        given or _of_part(layer, _role(layer, path, above=i > last, routes=tuple(path[:-1]) in beside_experts))
         for i, (layer, path, given) in enumerate(zip(layers, paths, own, strict=True))
     ]
 
@@ -101,7 +102,7 @@ def _own_roles(layers: Sequence[Layer], role: RoleArgument) -> list[str | None]:
         found = [role(name) for name in names]
     elif has_type(role, Mapping):
         check_patterns(role, names, "role")
-        found = [next((one for pattern, one in role.items() if fnmatchcase(name, pattern)), None) for name in names]
+        found = [next((one for pattern, one in role.items() if matches(name, pattern)), None) for name in names]
     else:
         raise TypeError(
             f"role={role!r} must be a mapping of patterns to roles, or a function from name to role or None"
@@ -120,8 +121,19 @@ def _largest(layer: Layer) -> tuple[str, Tensor]:
 
 def _path(layer: Layer) -> list[str]:
     """Return the components of the name of the module that owns a layer, and of a parameter with a name of its own."""
-    parts = _largest(layer)[0].lower().split(".")
+    largest, parameter = _largest(layer)
+    own = largest.removesuffix(f"[{parameter.label}]") if is_rows(parameter) else largest
+    parts = own.lower().split(".")
     return parts[:-1] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts
+
+
+def _of_part(layer: Layer, role: str) -> str:
+    """Return the role of a layer that is a part of a parameter of this role: its name may say more."""
+    first = layer.parameters[0]
+    if not is_rows(first) or role not in ("qkv", "other"):
+        return role
+    name = first.label.lower()
+    return "qk" if _QK.match(name) else "vo" if _VO.match(name) else role
 
 
 def _role(layer: Layer, path: list[str], *, above: bool, routes: bool) -> str:

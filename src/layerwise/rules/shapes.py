@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..layers import Layer
+from ..layers import Layer, inputs_first
 from ..statistics import common_device
 
 
@@ -24,12 +24,6 @@ def largest_of(layer: Layer) -> tuple[str, Tensor]:
     return max(zip(names, layer.whole(), strict=True), key=lambda pair: pair[1].numel())
 
 
-def inputs_first(layer: Layer) -> bool:
-    """Return whether the first dimension of a weight is that of the inputs."""
-    transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-    return isinstance(layer.module, transposed) or type(layer.module).__name__ == "Conv1D"
-
-
 def shape_of(layer: Layer) -> tuple[int, int]:
     """Return (d_out, d_in) of a layer's largest parameter; (n, 1) if it has one dimension or none.
 
@@ -37,7 +31,7 @@ def shape_of(layer: Layer) -> tuple[int, int]:
     transposed convolution d_in × d_out/groups, an embedding vocabulary × width, Hugging Face's `Conv1D` d_in × d_out.
 
     Example:
-        >>> conv = nn.ConvTranspose2d(6, 4, 3, groups=2)
+        >>> conv = torch.nn.ConvTranspose2d(6, 4, 3, groups=2)
         >>> shape_of(Layer("", tuple(conv.parameters()), module=conv))
         (4, 27)
     """
@@ -45,7 +39,7 @@ def shape_of(layer: Layer) -> tuple[int, int]:
     if largest.ndim < 2:
         return largest.numel(), 1
     first, second, *kernel = largest.shape
-    if inputs_first(layer):
+    if inputs_first(layer.module):
         groups: int = getattr(layer.module, "groups", 1)
         return second * groups, first // groups * math.prod(kernel)
     return first, second * math.prod(kernel)

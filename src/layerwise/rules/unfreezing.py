@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from .._arguments import check_choice, check_count, has_type
-from ..layers import Layer, check_patterns, some
+from ..layers import Layer, check_patterns, matches, some
 from ..statistics import Statistics, common_device
 from .base import Rule, shown
 from .layer_decay import DepthArgument, check_depth, depths_of, doubt
@@ -123,7 +122,7 @@ class Unfreezing(Rule):
     def _groups_of_patterns(self, names: Sequence[str]) -> list[int]:
         check_patterns([pattern for group in self._patterns for pattern in group], names, "groups")
         found = [
-            next((i for i, group in enumerate(self._patterns) if any(fnmatchcase(name, one) for one in group)), None)
+            next((i for i, group in enumerate(self._patterns) if any(matches(name, one) for one in group)), None)
             for name in names
         ]
         if missing := [name for name, group in zip(names, found, strict=True) if group is None]:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_choice, has_type
-from ..layers import Layer
+from ..layers import Layer, inputs_first
 from ..statistics import Statistics
 from .base import Rule, is_number, shown
 from .constant import fixed_factors
 from .roles import RoleArgument, roles_of
-from .shapes import inputs_first, largest_of, shape_of
+from .shapes import largest_of, shape_of
 from .state import State
 
 Kind = Literal["adam", "sgd", "rms_to_rms", "muon", "match_rms_adamw"]
@@ -193,7 +193,7 @@ class WidthDepth(Rule):
             )
         ratios = [None if own == other else own / other for own, other in zip(largest.shape, shape, strict=True)][:2]
         first, second = (*ratios, None, None)[:2]
-        return (second, first) if inputs_first(layer) else (first, second)
+        return (second, first) if inputs_first(layer.module) else (first, second)
 
     def _of_shape(self, layer: Layer, role: str) -> float:
         largest = largest_of(layer)[1]
