@@ -113,17 +113,3 @@ def test_the_pages_of_the_api_name_everything_public() -> None:
     shown = "".join(rule_pages.expanded(uri, text) for uri, text in pages.items())
     public = {*layerwise.__all__, *layerwise.rules.__all__}
     assert {name for name in public if not re.search(rf"\b{name}\b", shown)} == set()
-
-
-@pytest.mark.parametrize(
-    "name", [n for n in rule_pages.every_rule() if not (ROOT / "docs" / rule_pages.page_of(n)).exists()]
-)
-def test_a_page_of_a_docstring_begins_with_what_to_type_and_says_when_it_helps_and_what_it_costs(name: str) -> None:
-    title, begin, *_ = (text := rule_pages.page(name)).split("\n\n")
-    assert title == f"# {name}"
-    code = re.match(r"Begin with `([^`]+)`", begin)
-    assert code is not None
-    assert name in {node.id for node in ast.walk(ast.parse(code[1])) if isinstance(node, ast.Name)}
-    flat = " ".join(text.split())
-    for words in ("When it helps: ", "When not: ", "Costs: ", "## Example ```python >>> ", "## Source "):
-        assert words in flat

@@ -16,7 +16,8 @@ import pytest
 pytestmark = pytest.mark.full
 
 SITE = Path(__file__).parents[2] / "site"
-PAGES = [path.name for path in sorted(SITE.glob("*.html"))] + ["api/rules.html", "benchmarks/index.html"]
+PAGES = [path.relative_to(SITE).as_posix() for path in sorted([*SITE.glob("*.html"), *SITE.glob("rules/*.html")])]
+PAGES += ["api/rules.html", "benchmarks/index.html"]
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -67,16 +68,23 @@ def opened(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
     assert complaints == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_search_finds_a_rule(scheme: str, opened: Callable[..., Any], address: str) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "rule", "path"),
+    [
+        ("light", "LayerAdaptive", "rules/layer-adaptive.html"),
+        ("dark", "LayerAdaptive", "rules/layer-adaptive.html"),
+        ("light", "HeavyTail", "rules/heavy-tail.html"),
+    ],
+)
+def test_the_search_finds_a_rule(scheme: str, rule: str, path: str, opened: Callable[..., Any], address: str) -> None:
     page = opened(1280, scheme)
     page.goto(address)
     assert page.locator("h1").inner_text().startswith("layerwise")
     dark = page.evaluate("getComputedStyle(document.body).getPropertyValue('color-scheme')")
     assert dark == scheme
     page.locator("input[name=query]").click()
-    page.keyboard.type("LayerAdaptive", delay=10)
-    found = page.locator(".md-search-result__item a[href*='rules/layer-adaptive.html']").first
+    page.keyboard.type(rule, delay=10)
+    found = page.locator(f".md-search-result__item a[href*='{path}']").first
     found.wait_for(timeout=15_000)
 
 

@@ -23,6 +23,10 @@ class InverseNorm(ElementwiseRule):
 
     f_l = 1 / ‖g_l‖
 
+    Start: `LayerwiseLR(optimizer, InverseNorm(), model)`. Keep the optimizer's own rate.
+
+    When it helps: in tests. When not: elsewhere. Costs: nothing.
+
     Args:
         scale: A number.
 
@@ -73,6 +77,9 @@ row = "| [`InverseNorm()`](rules/inverse-norm.md) | A rule of the tests. | f_l =
 assert row + " Nobody 2026 |" in rule_pages.expanded("rules.md", "<!-- rules -->")
 assert rule_pages.page("InverseNorm").split()[:5] == ["#", "InverseNorm", "A", "rule", "of"]
 assert "::: layerwise.rules.InverseNorm" in rule_pages.expanded("api/rules.md", "<!-- rules -->")
+page = rule_pages.page("InverseNorm")
+assert page.startswith("# InverseNorm\\n\\nA rule of the tests.\\n\\n## Start\\n\\n```python\\n"), page
+assert "adapter = LayerwiseLR(optimizer, InverseNorm(), model)\\n```\\n\\nKeep the optimizer's own rate.\\n" in page
 assert make_rule({"name": "InverseNorm", "scale": 2.0}, seed=0).scale == 2.0
 """
 COMMON = [

@@ -218,6 +218,8 @@ def test_every_rule_is_exported_and_has_a_row_and_a_reference(name: str) -> None
 def test_the_docstring_of_every_rule_has_its_equation_its_parts_and_an_example(name: str) -> None:
     text = inspect.getdoc(getattr(rules, name)) or ""
     assert "f_l" in text or "g_l" in text
+    if name in CLASSES:
+        assert "\nStart: `LayerwiseLR(" in text
     for heading in ("Args:", "Raises:", "Example:"):
         assert f"\n{heading}\n" in text, heading
     module = importlib.import_module(getattr(rules, name).__module__)

@@ -21,6 +21,9 @@ class BackMatching(Rule):
 
     f_l = ∏_{j above l} 1/s_j,  f_top = 1
 
+    Start: `LayerwiseLR(optimizer, BackMatching(), model, bounds=(0.1, 10))`. Begin at a tenth of the optimizer's own
+    rate: the factors of low layers reach the upper bound. No source gives a rate.
+
     s_j is the factor by which layer j multiplies the squared signal that goes back through it: ‖W_j‖² / n_in for a
     linear layer, ‖W_j‖² / (c_in stride²) for a convolution, the mean over channels of γ²/σ² for a batch normalisation
     (σ² its running variance) and of γ² for a normalisation without running statistics. Each weight layer but the lowest

@@ -25,15 +25,7 @@ PRESETS: dict[str, dict[str, float]] = {
     "dinov2": {"stem": 0.2},
     "nanochat": {"wte": 10, "value_embeds": 5, "lm_head": 0.2, "resid_lambdas": 0.25, "x0_lambdas": 25},
 }
-"""Role, `bias`, or role and `bias` to factor.
-
-* `blockwise`: Wang et al. 2025; the head's factor is that of a re-implementation (hed-ucas/Layer-wise-Learning-Rate).
-* `fixup`: biases and scales of networks with Fixup initialisation (code of hongyi-zhang/Fixup).
-* `airbench`: biases of batch normalisations (lib_airbench94), whose weight decay is divided by 64 there.
-* `dinov2`: the patch embedding, beside `LayerDecay(0.9)` (code of DINOv2).
-* `nanochat`: its AdamW rates beside a matrix rate of 0.02, before their factor (width / 768)^−0.5. Its keys are names
-  of its modules and parameters, which become roles.
-"""
+"""Role, `bias`, or role and `bias` to factor; the docstring of `ByRole` has the sources."""
 FINAL = 0.05
 """The last rate of every role under `schedule="shared"`, relative to the largest rate of a factor of 1."""
 
@@ -44,9 +36,13 @@ class ByRole(Rule):
 
     f_l = ratio[role_l], 1 for a role without a ratio
 
+    Start: `LayerwiseLR(optimizer, ByRole("blockwise"), model, normalize="weighted")`. Keep the optimizer's own rate.
+    Without `normalize` begin at a sixth of it: the blockwise ratios have a mean of 6.2 over the weights of a small GPT.
+    The other presets leave most factors at 1, and need no `normalize`.
+
     Roles come from the modules' classes and from names, `layerwise.rules.roles.roles_of`; `adapter.roles` and
-    `diagnose` show them. Layers are single parameters, and a bias has the role of its module. The factor multiplies
-    decoupled weight decay too.
+    `diagnose` show them. Look at them first: names may be read wrongly. Layers are single parameters, and a bias has
+    the role of its module. The factor multiplies decoupled weight decay too.
 
     Under `schedule="shared"` a role's ratio a lengthens its warm-up instead, and all roles end at the same rate, as the
     code of the paper does: of the largest rate η, a role has η t / warmup until t = a · warmup, and then falls by a
@@ -55,12 +51,15 @@ class ByRole(Rule):
     gradient scaler.
 
     When it helps: the paper reports transformers pre-trained in 1.9 to 2.3 times fewer steps. When not: another group's
-    measurement at four sizes found no gain, or a loss. The blockwise ratios have a mean of 6.2 over the weights of a
-    small GPT, so compare with the plain optimizer at that rate (`normalize="weighted"` takes it out). Costs: nothing
-    but the groups; as permanent groups (`layerwise.param_groups`) nothing at all.
+    measurement at four sizes found no gain, or a loss. Without `normalize` compare with the plain optimizer at the mean
+    factor. Costs: nothing but the groups; as permanent groups (`layerwise.param_groups`) nothing at all.
 
-    Begin with `LayerwiseLR(adamw, ByRole("blockwise"), model, normalize="weighted")` at the optimizer's own rate.
-    Without `normalize`, try a fifth of it too.
+    Presets: `"blockwise"` has the paper's ratios; that of the head is from another group's code
+    (hed-ucas/Layer-wise-Learning-Rate). `"fixup"` is for biases and scales of networks with Fixup initialisation, as in
+    its code. `"airbench"` is for biases of batch normalisations, as in lib_airbench94, which divides their weight decay
+    by 64. `"dinov2"` is for the patch embedding, beside `LayerDecay(0.9)`, as in its code. `"nanochat"` has its AdamW
+    rates beside a matrix rate of 0.02, before their factor (width / 768)^−0.5; its keys are names of its modules and
+    parameters, which become roles.
 
     Args:
         ratios: A preset, `"blockwise"`, `"fixup"`, `"airbench"`, `"dinov2"` or `"nanochat"`, or a mapping of roles

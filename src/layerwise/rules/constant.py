@@ -30,6 +30,17 @@ class Constant(Rule):
 
     f_l = the factor of the first pattern that matches the layer's name, 1 where none does.
 
+    Start: `LayerwiseLR(optimizer, Constant({"head*": 10}), model)`. Keep the optimizer's own rate, which is that of
+    layers of factor 1.
+
+    0 freezes a layer under `"lr"` and `"update"`; under `"gradient"` its momentum and decay go on. `adapter.detach()`
+    ends it. The factors do what a parameter group for each layer does, whose rate is f · lr.
+
+    When it helps: a larger rate for a new head on a pretrained body, a smaller one for embeddings, freezing for a
+    while, and as a control: a method's mean factor for each layer, held fixed. When not: to freeze layers for good
+    `requires_grad_(False)` is better, since gradients of frozen layers are still computed here. Costs: nothing but the
+    groups.
+
     Args:
         factors_by_pattern: fnmatch pattern of layer names to factor, at least 0. 0 freezes a layer under
             `"lr"` and `"update"`; under `"gradient"` its momentum and decay go on.
@@ -39,10 +50,17 @@ class Constant(Rule):
         ValueError: It is empty, a factor is out of its range, or (when attached) a pattern matches no layer.
 
     Example:
-        >>> layers = [Layer("conv1", (torch.zeros(1),)), Layer("fc", (torch.zeros(1),))]
-        >>> rule = Constant({"conv*": 0.1})
-        >>> rule.factors(Statistics(), rule.init(layers, torch.device("cpu")))[0]
-        tensor([0.1000, 1.0000], dtype=torch.float64)
+        >>> from layerwise import LayerwiseLR
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> adapter = LayerwiseLR(optimizer, Constant({"0": 0, "2": 10}), model)
+        >>> before = model[0].weight.detach().clone()
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> adapter.get_last_factors()
+        {'0': 0.0, '1': 1.0, '2': 10.0}
+        >>> torch.equal(model[0].weight, before)  # it is frozen
+        True
     """
 
     factors_by_pattern: Mapping[str, float]

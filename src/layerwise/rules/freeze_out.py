@@ -27,20 +27,20 @@ class FreezeOut(Rule):
 
     f_l = ½ (1 + cos(π j / J_l)) / t_l at j < J_l, 0 after;  J_l = total t_l;  t_l = (t0 + (1 − t0) depth_l / D)^p
 
+    Start: `LayerwiseLR(optimizer, FreezeOut(total=10_000), model)`. `total` is the number of all steps. Take the rate
+    that a cosine would begin with, and no scheduler.
+
     j counts the calls of the optimizer from 0, also those that a fused one skips for a gradient scaler. The depth is 0
     for the embeddings, D for the head. The optimizer's rate must be constant, unless `base="cosine"`: then the factor
     is divided by the cosine ½ (1 + cos(π j / total)) that the scheduler makes. After `total` steps every layer stands
-    still. Start at the rate of a cosine; `rescale` makes the first layers' rates up to 2 times larger at `t0=0.8`.
+    still. `rescale` makes the first layers' rates up to 2 times larger at `t0=0.8`.
 
-    The factor acts on the rate, so decoupled decay stops with it, and momentum goes on without effect. It saves no time
-    by itself: set `requires_grad=False` for the parameters of layers whose factor is 0, from the input up. `diagnose`
-    prints the step at which each ends.
+    The factor acts on the rate, so decoupled decay stops with it, and momentum goes on without effect. `diagnose`
+    prints the step at which each layer ends.
 
-    When it helps: to save time, up to 20 % within 3 % of the error as its authors report. When not: without
-    `requires_grad=False`, where nothing is saved. Costs: a few numbers a step.
-
-    Begin with `LayerwiseLR(sgd, FreezeOut(total=steps), model)` at the rate at which a cosine would begin, without
-    a scheduler.
+    When it helps: the authors report 10 % less time at no cost, and 20 % for a relative rise of the error by at most 3
+    %. When not: it saves no time by itself, and without that it only trains less. Set `requires_grad=False` for the
+    parameters of layers whose factor is 0, from the input up. Costs: nothing but the groups.
 
     Args:
         total: J, the number of all steps.

@@ -60,10 +60,14 @@ class GradientAmplification(ChoosingRule):
     gradient alone. SGD's weight decay is not amplified (AdamW's is, which goes with the rate); momentum is neither
     reset nor scaled when amplification begins or ends.
 
+    Start: `LayerwiseLR(optimizer, GradientAmplification(Directionality("G", threshold=1.5)), model)` with `optimizer =
+    SGD(model.parameters(), lr=0.1, momentum=0.9)`. Call `adapter.end_epoch()` after every epoch. The paper's rate is
+    0.1, and 0.01 from epoch 101 of 150; its momentum is not known.
+
     With `Directionality` the first epoch of each amplified phase is one of analysis: gradients are summed, nothing is
     amplified, and the layers are chosen at its end. With `reselect=N` the choice is renewed at epochs N, 2N … later,
-    from what the epoch before each showed. Call `adapter.end_epoch()` after every epoch; `adapter.get_last_selection()`
-    tells value, ẑ and choice. Where no layer passes the threshold none is amplified, and the log says so.
+    from what the epoch before each showed. `adapter.get_last_selection()` has value, ẑ and choice. Where no layer
+    passes the threshold none is amplified, and the log says so.
 
     The sums take one float32 number a parameter for G and two for G′ while an epoch of analysis lasts.
 

@@ -56,19 +56,17 @@ class AdaLip(_ComparesGradients):
 
     f_l = L_l(t);  L_l(t) = β L_l(t − 1) + (1 − β) ‖g_l(t − 1)‖ / (‖g_l(t) − g_l(t − 1)‖ + c)
 
+    Start: `LayerwiseLR(optimizer, AdaLip(), model)`. Keep the optimizer's own rate, of SGD without momentum: the
+    factors begin at 1.
+
     L begins at 1. At a layer's first gradient the one before is 0, and f_l is 1 up to there. For plain SGD the ratio
-    estimates 1 / (lr · Lipschitz constant). In mini-batches the difference is mostly noise, √2 σ, so the ratio is one
-    of signal to noise. Begin at the optimizer's usual rate. A missing gradient counts as 0. Where both gradients are 0,
-    or one is not finite, L stays as it is; at a step that a gradient scaler skips, the whole state does.
+    estimates 1 / (lr · Lipschitz constant). A missing gradient counts as 0. Where both gradients are 0, or one is not
+    finite, L stays as it is; at a step that a gradient scaler skips, the whole state does.
 
-    Costs: one copy of the gradients in the state, in float32 or float64, two more during each step, and three
-    passes over them.
-
-    When it helps: its authors report faster training, and less dependence on the rate, on MNIST and CIFAR. When
-    not: with small batches, whose noise is most of the difference.
-
-    Begin with `LayerwiseLR(SGD(model.parameters(), lr=0.1), AdaLip(), model)`: the optimizer's own rate, no
-    momentum.
+    When it helps: its authors report faster training on MNIST and CIFAR, and less dependence on the rate. When not: in
+    mini-batches the difference is mostly noise, √2 σ. The factor is then a ratio of signal to noise, so compare with
+    the plain optimizer at the mean factor. Costs: a copy of the gradients in the state, in float32 or float64, two more
+    during each step, and three passes over them.
 
     Args:
         beta: β, from 0 to below 1.
@@ -125,20 +123,19 @@ class NoiseAdaptive(_ComparesGradients):
 
     f_l = √(a_l / max_k a_k);  a_l = α / √(α² + H_l);  H_l ← β H_l + (1 − β) ‖g_l(t) − g_l(t − 1)‖²
 
+    Start: `LayerwiseLR(optimizer, NoiseAdaptive(), model)`. Keep the optimizer's own rate: the factors begin at 1, and
+    the least noisy layer of each role keeps it.
+
     H is 0 up to a layer's second gradient. The maximum is over the layers that are compared and have had a difference;
-    the others keep 1. So the factors are 1 at the first step and at most 1 later. Begin at the optimizer's usual rate.
-    The published method's equations were not at hand: this rule is ours, with the Euclidean norm, and no result of the
-    paper is its result.
+    the others keep 1. The published method's equations were not at hand: this rule is ours, with the Euclidean norm,
+    and no result of the paper is its result.
 
-    A missing gradient counts as 0. Where the gradient before is 0, or one is not finite, H stays as it is; at a
-    step that a gradient scaler skips, the whole state does. Costs: one copy of the gradients in the state, in
-    float32 or float64, two more during each step, and three passes over them.
+    A missing gradient counts as 0. Where the gradient before is 0, or one is not finite, H stays as it is; at a step
+    that a gradient scaler skips, the whole state does.
 
-    When it helps: where some layers' gradients are much noisier than others'. When not: it has not been measured
-    here, and it only lowers rates, so compare with a smaller one.
-
-    Begin with `LayerwiseLR(optimizer, NoiseAdaptive(), model)` at the optimizer's own rate, and at twice it, since
-    factors are at most 1.
+    When it helps: no comparison shows that it does. When not: no factor is above 1, so compare with the plain optimizer
+    at the mean factor. Costs: a copy of the gradients in the state, in float32 or float64, two more during each step,
+    and three passes over them.
 
     Args:
         alpha: α, the size of a difference that counts as noise, above 0. As H grows, the ratio of two layers tends to

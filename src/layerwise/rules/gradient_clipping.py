@@ -24,18 +24,19 @@ class AGC(ElementwiseRule):
 
     f_l = min(1, clip · max(‖w_l‖, eps) / ‖g_l‖)
 
-    It acts on the gradient, before decay and momentum, in place of a clipping of the global norm. Layers are single
-    parameters. The method leaves the classifier out: pass `exclude=["head*"]`, or what yours is called.
+    Start: `LayerwiseLR(optimizer, AGC(), model, exclude=["head*"])`. `exclude` names the classifier, which the method
+    leaves out. It stands in place of a clipping of the global norm. Keep the optimizer's own rate: the factor is 1 but
+    where gradients are large.
+
+    It acts on the gradient, before decay and momentum. Layers are single parameters.
 
     When it helps: networks without normalisation, at large batches and rates, for which it was made. When not: too
     small a `clip` holds every layer back at every step, which is a smaller rate. Costs: one pass over gradients and
     weights.
 
-    Begin with `LayerwiseLR(optimizer, AGC(), model, exclude=["head*"])` at the optimizer's own rate.
-
     Args:
-        clip: The largest ratio of gradient to weights, above 0; the paper's is 0.01 for batches of 4,096, and more for
-            smaller ones.
+        clip: The largest ratio of gradient to weights, above 0; the authors' code has 0.01 for batches of 4,096, and
+            more for smaller ones.
         eps: The least norm of weights that counts, so that weights that begin at zero move.
 
     Raises:
@@ -82,16 +83,16 @@ class AdaGC(Rule):
 
     f_l = min(1, relative · γ_l / ‖g_l‖);  γ_l ← β γ_l + (1 − β) f_l ‖g_l‖
 
-    Before step `warmup`, and at a layer's first gradient, the factor is that of a clipping of the global norm,
-    min(1, absolute / ‖g‖), and γ_l is the smallest clipped norm of the layer so far. Excluded layers and those with
-    non-finite gradients are left out of ‖g‖. It acts on the gradient of any optimizer, in place of a clipping of the
-    global norm. Layers are single parameters. Steps with zero or non-finite gradients do not count.
+    Start: `LayerwiseLR(optimizer, AdaGC(), model)`. It stands in place of a clipping of the global norm. Keep the
+    optimizer's own rate: the factor is 1 but at spikes.
+
+    Before step `warmup`, and at a layer's first gradient, the factor is that of a clipping of the global norm, min(1,
+    absolute / ‖g‖), and γ_l is the smallest clipped norm of the layer so far. Excluded layers and those with non-finite
+    gradients are left out of ‖g‖. It acts on the gradient of any optimizer. Layers are single parameters. Steps with
+    zero or non-finite gradients do not count.
 
     When it helps: against spikes of single layers. When not: γ_l grows by at most 0.1 % a step, so that after a lasting
     rise of its gradients a layer is held back for long. Costs: one pass over the gradients, and one number a layer.
-
-    Begin with `LayerwiseLR(optimizer, AdaGC(), model)` at the optimizer's own rate, and drop the clipping of the
-    global norm.
 
     Args:
         relative: The largest norm relative to γ_l.

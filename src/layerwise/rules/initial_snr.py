@@ -29,22 +29,20 @@ class InitialSNR(Rule):
 
     f_l = ‖g_l‖ / (std(g_l) + ε) of the layer's first gradient, with the unbiased standard deviation of its entries
 
-    A gradient whose entries have the mean μ and the variance σ² gives √n_l · √(1 + μ²/σ²), n_l the number of weights.
-    The means are small, so **this is a rule of shapes**: run `kind="sqrt_n"` beside it, f_l = √n_l. The factors are
-    10 to 3000, so rates are that much smaller than the optimizer's usual ones.
+    Start: `LayerwiseLR(optimizer, InitialSNR(), model)` with `optimizer = SGD(model.parameters(), lr=0.01,
+    momentum=0.9, dampening=0.9)`. This is SGD-SaI without weight decay, at the rate of its code. The factors are about
+    √n_l, 10 to 3000: divide the rate of any other optimizer by as much.
 
-    On `SGD(momentum=0.9, dampening=0.9)` without weight decay this is SGD-SaI, whose code begins at a rate of 0.01
-    and takes the decay outside of the factor. Layers are single parameters. A layer takes the first gradient that
-    is finite and not zero among its first steps, and keeps 1 if there is none. A layer of one weight keeps 1 too,
+    A gradient whose entries have the mean μ and the variance σ² gives √n_l · √(1 + μ²/σ²), n_l the number of weights.
+    The means are small, so **this is a rule of shapes**: run `kind="sqrt_n"` beside it, f_l = √n_l.
+
+    SGD-SaI takes the weight decay outside of the factor. Layers are single parameters. A layer takes the first gradient
+    that is finite and not zero among its first steps, and keeps 1 if there is none. A layer of one weight keeps 1 too,
     and so does one whose entries are all equal.
 
-    Costs: in the first `within` steps, also those after a layer has come, three passes over the gradients in some
-    20 operations a layer. Nothing later.
-
-    When it helps: in place of Adam, where its moments take too much memory. When not: where `"sqrt_n"` does as
-    well, which no statistic has to be measured for.
-
-    Begin with `LayerwiseLR(SGD(model.parameters(), lr=0.01, momentum=0.9, dampening=0.9), InitialSNR(), model)`.
+    When it helps: it keeps no second moment, so it takes less memory than Adam. No comparison shows that it does more.
+    When not: where `kind="sqrt_n"` does as well, the gradients add nothing. Costs: the first `within` steps, also those
+    after a layer has come, read the gradients three times more, in some 20 operations a layer. Later ones cost nothing.
 
     Args:
         kind: `"snr"`, or the control `"sqrt_n"`.

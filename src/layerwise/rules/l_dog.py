@@ -23,19 +23,17 @@ class LDoG(RemembersTensors):
 
     f_l = r_l / √G_l;  r_l = max of reps_rel (1 + ‖w_l(0)‖) and ‖w_l(i) − w_l(0)‖ up to now;  G_l = ε + Σ ‖g_l(i)‖²
 
-    w_l(0) are the weights at the first step with this rule. The factor is the rate itself: use `SGD(lr=1)` without
-    momentum, weight decay and scheduler, not Adam or another optimizer that sets the size of a step, and average the
-    weights over the steps (`torch.optim.swa_utils.AveragedModel`), without which the method falls short. Layers are
-    single parameters. A layer keeps 1 until its first gradient that is finite and not zero. Steps that do not count
-    (skipped ones, or with a gradient that is not finite) are left out of G.
+    Start: `LayerwiseLR(optimizer, LDoG(), model)` with `optimizer = SGD(model.parameters(), lr=1)`. The factor is the
+    rate itself: add no momentum, weight decay or scheduler. Average the weights over the steps
+    (`torch.optim.swa_utils.AveragedModel`), as the method does.
 
-    Costs: one copy of the parameters in the state, and another during each step.
+    w_l(0) are the weights at the first step with this rule. Adam and other optimizers that set the size of a step do
+    not go with it. Layers are single parameters. A layer keeps 1 until its first gradient that is finite and not zero.
+    Steps that do not count (skipped ones, or with a gradient that is not finite) are left out of G.
 
-    When it helps: where no rate can be tuned. When not: for hundreds of steps the rate hardly moves if `reps_rel`
-    is too small, and the weights of the last step are worse than their average.
-
-    Begin with `LayerwiseLR(SGD(model.parameters(), lr=1), LDoG(), model)`: the rate stays 1. With batch
-    normalisation, pass `reps_rel=1e-4`.
+    When it helps: where no rate can be tuned. When not: without the average of the weights the method falls short, and
+    with too small a `reps_rel` hundreds of steps pass before the rates have grown. Costs: a copy of the parameters in
+    the state, and another during each step.
 
     Args:
         reps_rel: The first distance by 1 + ‖w_l(0)‖, above 0; 1e-4 for networks with batch normalisation, 1e-8 for T5.

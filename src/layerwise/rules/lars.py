@@ -54,8 +54,12 @@ class LARS(TrustRatio):
 
     f_l = η‖w_l‖ / (‖g_l‖ + λ‖w_l‖ + ε)
 
-    and 1 where ‖w_l‖ or ‖g_l‖ is zero or not finite. λ is the weight decay of the layer's parameter group. Layers are
-    single parameters, and one-dimensional ones (biases, gains of normalisations) are left out; give those a group
+    Start: `LayerwiseLR(optimizer, LARS(trust_coefficient=0.1), model)` with `optimizer = SGD(model.parameters(),
+    lr=0.05, momentum=0.9)`. A step moves a layer by the share η · lr of its weights: begin at 0.003 to 0.01. With the
+    usual η = 0.001 that is an `lr` of 3 to 10, and what is left out needs a group with a rate of its own.
+
+    f_l is 1 where ‖w_l‖ or ‖g_l‖ is zero or not finite. λ is the weight decay of the layer's parameter group. Layers
+    are single parameters, and one-dimensional ones (biases, gains of normalisations) are left out; give those a group
     without weight decay, as the method does. The factor acts inside the momentum, on gradient and decay together: `v ←
     μv + f (g + λw)`.
 
@@ -89,8 +93,18 @@ class LARC(TrustRatio):
 
     λ_l = η‖w_l‖ / (‖g_l‖ + λ‖w_l‖ + ε),  f_l = min(λ_l / lr, 1) if clip else λ_l
 
-    and λ_l = 1 where a norm is zero (the original then leaves the tensor's decay out too; here the optimizer's own
-    behaviour stays). Layers, exclusions and the place are those of `LARS`.
+    Start: `LayerwiseLR(optimizer, LARC(), model)`. Keep the optimizer's own rate. It is a ceiling: no factor is above
+    1.
+
+    λ_l is 1 where a norm is zero (the original then leaves the tensor's decay out too; here the optimizer's own
+    behaviour stays). λ is the weight decay of the layer's parameter group. With `clip` the layer's rate is min(λ_l,
+    lr), without it lr λ_l. Layers, exclusions and the place are those of `LARS`.
+
+    When it helps: where a rate that suits one layer makes another diverge. A large `lr` leaves the trust ratios as they
+    are, a small one makes it plain training. When not: it only lowers rates, so not where plain training is too slow.
+    We have not measured it against plain training with intervals; `layerwise compare … --arms larc` does. Costs: one
+    pass over gradients and weights. Some factors are 1 and others not, so `torch.compile` of the step makes a graph for
+    each way of sharing.
 
     Args:
         trust_coefficient: η, above 0.
@@ -103,9 +117,19 @@ class LARC(TrustRatio):
     Example:
         >>> LARC(trust_coefficient=0.5, eps=0).factor(16.0, 4.0, 0.0, 0.25)
         0.5
+        >>> from layerwise import LayerwiseLR
+        >>> model = torch.nn.Linear(8, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> adapter = LayerwiseLR(optimizer, LARC(), model)
+        >>> with torch.no_grad():
+        ...     _, gradient = model.weight.fill_(1), model.bias.fill_(1)
+        >>> model(torch.ones(1, 8)).sum().backward()  # both norms of the weight are √8, so λ_l is 0.02
+        >>> optimizer.step()
+        >>> {name: round(rate, 6) for name, rate in adapter.get_last_lr().items()}
+        {'weight': 0.02, 'bias': 0.1}
 
     Reference:
-        You, Gitman, Ginsburg 2017 (as `LARS`); the clipped form is that of NVIDIA's apex and Caffe.
+        You, Gitman, Ginsburg 2017, arXiv 1708.03888 (as `LARS`); the clipped form is that of NVIDIA's apex and Caffe.
     """
 
     trust_coefficient: float = 0.02

@@ -15,6 +15,10 @@ class LayerAdaptive(ElementwiseRule):
 
     f_l = 1 + log(1 + 1/‖g_l‖)
 
+    Start: `LayerwiseLR(optimizer, LayerAdaptive(), model)` with `optimizer = SGD(model.parameters(), lr=0.006,
+    momentum=0.9)`. The paper takes 0.006 on ImageNet, where SGD has 0.01, and keeps 0.01 on MNIST, where the factors
+    are 2.5 on average.
+
     ‖g_l‖ is the 2-norm of the mini-batch gradient of all the layer's parameters together (weight and bias), without
     weight decay. The factor is above 1 always, and large where the gradient is small: in flat regions and low layers.
     It is not scale-free: a loss summed over the batch instead of averaged gives other factors.

@@ -65,13 +65,14 @@ class LayerDecay(Rule):
 
     f_l = max(min_scale, d^(D − depth_l)) · multiply_l, depth 0 for the embeddings, D for the head (BEiT)
 
-    With `style="electra"` there is one more power between the last block and the head: below the head it is
-    d^(D + 1 − depth_l), and 1 for the head. Each of several towers (CLIP, BART) has depths and a D of its own. The
-    factor scales the rate, and so decoupled weight decay too.
+    Start: `LayerwiseLR(optimizer, LayerDecay(0.65), model)` with `optimizer = AdamW(model.parameters(), lr=5e-4,
+    weight_decay=0.05)`. The rate is that of the head. MAE's code fine-tunes ViT-B so, with batches of 256; its `lr`
+    grows with the batch. `LayerDecay(1 / 2.6)` is discriminative fine-tuning, over few groups of layers: over twelve
+    blocks its lowest factor is 1e-5.
 
-    Type `LayerDecay(0.75)` to fine-tune a pretrained network. The rate is that of the head: MAE's code fine-tunes ViT-B
-    with d = 0.65 and AdamW at 5e-4 · batch / 256. `LayerDecay(1 / 2.6)` is discriminative fine-tuning, over few groups
-    of layers: over twelve blocks its lowest factor is 1e-5.
+    With `style="electra"` there is one more power between the last block and the head: below the head it is d^(D + 1 −
+    depth_l), and 1 for the head. Each of several towers (CLIP, BART) has depths and a D of its own. The factor scales
+    the rate, and so decoupled weight decay too.
 
     Args:
         decay: d, in (0, 1]; ELECTRA uses 0.8 (base) and 0.9 (large), BEiT 0.65 to 0.9.

@@ -21,10 +21,14 @@ class LayerFreezing(ChoosingRule):
 
     F_l = 1 − G_l over an epoch of measuring; f_l = 0 where F_l > threshold, else 1, until the next one
 
+    Start: `LayerwiseLR(optimizer, LayerFreezing(0.9), model)`. Keep the optimizer's own rate, and call
+    `adapter.end_epoch()` after every epoch. Take 1 − 1/√m as the threshold for m steps an epoch: 0.87 for 63, 0.95 for
+    400.
+
     G_l is that of `Directionality`, so F_l is 0 for gradients that keep their direction and about 1 − 1/√m for noise
-    over m steps, where a threshold may begin: 0.87 for 63 steps an epoch, 0.95 for 400. Frozen layers are measured too,
-    and thaw when their gradients find a direction again. The logger `layerwise` warns when every layer is frozen. This
-    rule is ours: it decides by fluctuations as Xiao et al. 2019 do, whose formula is not public.
+    over m steps. Frozen layers are measured too, and thaw when their gradients find a direction again. The logger
+    `layerwise` warns when every layer is frozen. This rule is ours: it decides by fluctuations as Xiao et al. 2019 do,
+    whose formula is not public.
 
     Args:
         threshold: On F_l, from 0 to 1.

@@ -23,14 +23,14 @@ class LoRAPlus(Rule):
 
     f_l = ratio for `lora_B` and for parameters of one dimension, 1 for every other parameter
 
-    It finds the matrices by their names in PEFT. Layers are single parameters. The base rate should be about half of
-    the one for LoRA. LoRA of embeddings keeps factor 1, where the paper's code gives it an absolute rate of 1e-6.
+    Start: `LayerwiseLR(optimizer, LoRAPlus(), model)`. The model is one that PEFT has made. Begin at half the rate that
+    is tuned for LoRA.
+
+    It finds the matrices by their names in PEFT. Layers are single parameters. LoRA of embeddings keeps factor 1, where
+    the paper's code gives it an absolute rate of 1e-6. Decoupled weight decay is multiplied too.
 
     When it helps: the paper reports 1 to 2 % and up to twice the speed, on hard tasks. When not: its authors call the
     best ratio dependent on model and task, so compare at each ratio's own best rate. Costs: nothing but two groups.
-
-    Begin with `AdamW(param_groups(model, LoRAPlus(), lr=lr))`, lr half of the rate for LoRA, and try a ratio of 4
-    too.
 
     Args:
         ratio: The rate of B by that of A, above 0.

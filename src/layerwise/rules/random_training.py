@@ -27,18 +27,18 @@ class RandomTraining(Rule):
 
     f_l = 1 for layers of the drawn blocks and in no block, else 0
 
+    Start: `LayerwiseLR(optimizer, RandomTraining(), model)`. Keep the optimizer's own rate: the factors are 0 or 1.
+
     Blocks are the numbered ones in the names (`h.3`, `layer1.0`); embeddings, the last normalisation and the head are
     in none. A block whose layers are all excluded is not drawn. The draws are uniform, without replacement, from a
     stream of random numbers of their own, which the state holds: a run that is continued draws what the whole run would
     have drawn, and every process draws the same.
 
-    Use the optimizer's usual rate. The factor acts on the rate, so decoupled decay rests with it; the optimizer's
-    moments still see the gradients. Memory and time are saved only where `requires_grad=False` is set as well.
+    The factor acts on the rate, so decoupled decay rests with it; the optimizer's moments still see the gradients.
 
-    When it helps: to fine-tune a large model in little memory. When not: as a rule alone, which saves none. Costs:
-    a draw each `every` steps.
-
-    Begin with `LayerwiseLR(adamw, RandomTraining(), model)` at the optimizer's own rate.
+    When it helps: the authors of LISA fine-tune language models of 7 billion weights in 24 GB, and report more than
+    LoRA reaches. When not: the factors alone save no memory and no time, which takes `requires_grad=False` for the
+    blocks that rest. Costs: nothing but the groups.
 
     Args:
         blocks: Blocks that train at a time.

@@ -28,24 +28,24 @@ class RelativeGradient(Rule):
 
     r_l = mean of ‖g_l‖ / ‖w_l‖ over the first steps of an epoch;  f_l = r_l / max_k r_k
 
+    Start: `LayerwiseLR(optimizer, RelativeGradient(), model)`. It is for fine-tuning a trained network. Take the rate
+    of ordinary fine-tuning, or up to ten times more: the largest factor is 1. The authors' code chooses from 1e-5 to
+    0.1. Call `adapter.end_epoch()` after every epoch.
+
     The factors are 1 until the first measurement is complete. Each epoch begins with a new one, during which the
-    factors of the one before hold: call `adapter.end_epoch()` after each epoch. Steps that do not count (skipped ones,
-    non-finite gradients), and those in which a layer's gradient is zero, are left out of its mean. A layer without a
-    gradient in all of them has 1 and does not count in the maximum. So has one whose weights are zero, such as a new
-    head, and so have batch normalisations.
+    factors of the one before hold. Steps that do not count (skipped ones, non-finite gradients), and those in which a
+    layer's gradient is zero, are left out of its mean. A layer without a gradient in all of them has 1 and does not
+    count in the maximum. So has one whose weights are zero, such as a new head, and so have batch normalisations.
 
     With `kind="snr"`, s_l is the mean over the weights of g² / (var(g) + 1e-8), the variance over the first dimension
-    of each gradient, and f_l is 1 where s_l ≥ 0.95, else 0. The measured steps read the gradients twice more, in some
-    15 operations a layer. A layer with only one row has no variance, and keeps 1. Of n rows, s_l is at least
-    (n − 1) / n while gradients are large beside 1e-4, so this stops narrow layers and those with tiny gradients only.
+    of each gradient, and f_l is 1 where s_l ≥ 0.95, else 0. A layer with only one row has no variance, and keeps 1. Of
+    n rows, s_l is at least (n − 1) / n while gradients are large beside 1e-4, so this stops narrow layers and those
+    with tiny gradients only.
 
-    It is meant for fine-tuning a trained network. The largest factor is 1, so the rate is that of ordinary fine-tuning
-    or up to ten times more.
-
-    When it helps: fine-tuning on shifted inputs, which the first layers have to learn. When not: where the labels
-    change, for the last layers. Costs: the norms of some steps of each epoch.
-
-    Begin with `LayerwiseLR(adam, RelativeGradient(), model)` at the rate of fine-tuning, and at three times it.
+    When it helps: where the new data differ in a way that few layers must follow. The paper finds the first block best
+    for changed inputs, the last one for changed labels. When not: from random weights, where no layer is to be kept.
+    Costs: one pass over gradients and weights in the measured steps, and with `"snr"` two more over the gradients, in
+    some 15 operations a layer.
 
     Args:
         kind: `"rgn"` or `"snr"`.

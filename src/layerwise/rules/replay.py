@@ -102,8 +102,11 @@ class Replay(Rule):
 
     f_l(k) = the factor recorded for layer l at step k; the last ones after the last recorded step
 
+    Start: `LayerwiseLR(optimizer, Replay("factors.jsonl"), model)`. Take the optimizer, rate, `apply`, `decay` and
+    `layers` of the run that was recorded by `save_factors`.
+
     Steps that count are those with finite gradients that are not all zero, so a skipped step does not move the
-    recording on. Attach it with the `apply`, `decay` and `layers` of the run that was recorded.
+    recording on.
 
     Args:
         file: A file written by `save_factors`.

@@ -25,13 +25,22 @@ class Unfreezing(Rule):
 
     f_l = 1 if the group of layer l is among the last ⌈epoch / every⌉, else 0
 
-    Type `chain(LayerDecay(1 / 2.6), Unfreezing(4))` and a rate as for the last layer alone; end each epoch with
-    `adapter.end_epoch()`, which the callbacks for trainers do. Under `order="chain"` the last group trains first, then
-    each other one alone, from the input on, and then all: f_l = 1 for one group at a time.
+    Start: `LayerwiseLR(optimizer, chain(LayerDecay(1 / 2.6), Unfreezing(4)), model)`. It is for fine-tuning with a new
+    head. Take the rate that the last layer alone needs. Call `adapter.end_epoch()` after every epoch; the callbacks for
+    trainers do.
 
-    Frozen layers stand still, with decoupled weight decay, where the factor multiplies the rate, as by default. Their
-    gradients are computed still, and the optimizer's momentum and moments take them in: set `requires_grad` of their
-    parameters to save that. The state is the number of the epoch.
+    Under `order="chain"` the last group trains first, then each other one alone, from the input on, and then all: f_l =
+    1 for one group at a time. Pass groups as patterns where layers belong together, such as `["embed*", "blocks.*",
+    "*"]`; of several patterns for a layer the first counts.
+
+    Frozen layers stand still, with decoupled weight decay, where the factor multiplies the rate, as by default. The
+    state is the number of the epoch.
+
+    When it helps: with a new head, which learns before its gradients reach what pretraining found. When not: fewer
+    layers learn in the first epochs, so compare with the plain optimizer over as many epochs, and with `LayerDecay`
+    alone. Costs: nothing in a step. It saves nothing either: the gradients of frozen layers are computed, and the
+    optimizer's momentum and moments take them in. Set `requires_grad=False` for their parameters to save the backward
+    pass, and leave the momentum of these layers empty.
 
     Args:
         groups: The number of groups of about equally many depths; patterns of layer names, or lists of patterns, a
@@ -46,16 +55,21 @@ class Unfreezing(Rule):
             a layer has no group.
 
     Example:
-        >>> layers = [Layer(name, (torch.zeros(1),)) for name in ["embedding", "layer.0", "layer.1", "head"]]
-        >>> rule = Unfreezing(every=2)
-        >>> state = rule.init(layers, torch.device("cpu"))
-        >>> for epoch in range(1, 5):
-        ...     print(epoch, rule.factors(Statistics(), state)[0].tolist())
-        ...     state = rule.end_epoch(state)
-        1 [0.0, 0.0, 0.0, 1.0]
-        2 [0.0, 0.0, 0.0, 1.0]
-        3 [0.0, 0.0, 1.0, 1.0]
-        4 [0.0, 0.0, 1.0, 1.0]
+        >>> from layerwise import LayerwiseLR
+        >>> from layerwise.rules import LayerDecay, chain
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> adapter = LayerwiseLR(optimizer, chain(LayerDecay(0.5), Unfreezing(every=2)), model)
+        >>> for epoch in range(1, 6):
+        ...     model(torch.ones(1, 4)).sum().backward()
+        ...     optimizer.step()
+        ...     print(epoch, adapter.get_last_factors())
+        ...     adapter.end_epoch()
+        1 {'0': 0.0, '1': 0.0, '2': 1.0}
+        2 {'0': 0.0, '1': 0.0, '2': 1.0}
+        3 {'0': 0.0, '1': 0.5, '2': 1.0}
+        4 {'0': 0.0, '1': 0.5, '2': 1.0}
+        5 {'0': 0.25, '1': 0.5, '2': 1.0}
 
     Reference:
         Howard, Ruder: Universal language model fine-tuning for text classification (ULMFiT), ACL 2018, arXiv

@@ -22,13 +22,14 @@ class WeightScaled(Rule):
 
     f_l = min(max(‖w_l‖ / √n_l, smallest), largest)
 
+    Start: `LayerwiseLR(optimizer, WeightScaled(), model)` with `optimizer = Adam(model.parameters(), lr=0.03)`. The
+    rate must be chosen anew: the code of ScaledAdam uses 0.03 to 0.045.
+
     n_l is the number of the layer's weights. It is for optimizers whose steps have a size of their own, as Adam's.
-    Layers are single parameters. The rate must be chosen anew: ScaledAdam uses 0.03 to 0.045.
+    Layers are single parameters.
 
     When it helps: one rate for networks of several sizes, and rates that need not be tuned to how weights begin. When
     not: on `torch.optim.Adafactor`, which has this factor already. Costs: one pass over the weights.
-
-    Begin with `LayerwiseLR(Adam(model.parameters(), lr=0.03), WeightScaled(), model)`.
 
     Args:
         smallest: The least factor, so that weights that begin at zero move; Adafactor's is 0.001, ScaledAdam's 1e-5.

@@ -37,11 +37,13 @@ class WidthDepth(Rule):
 
     f_l = 1 / m_in for Adam, m_out / m_in for SGD, of matrices that are wider than a base network's on both sides
 
+    Start: `LayerwiseLR(optimizer, WidthDepth(base=256), model)`. The optimizer is Adam or AdamW. Take the rate that is
+    tuned on a network of width 256: all factors are 1 there.
+
     **`kind` must be that of the optimizer**, which the rule does not see: the default is wrong for SGD and for Muon.
 
     m_out and m_in are the sides d_out and d_in of the matrix by those of the base network. What grows on one side only,
-    by m (embeddings, the head, biases, gains), has 1 for Adam and m for SGD; what does not grow has 1. This is muP: the
-    base rate is that of the small network, where all factors are 1.
+    by m (embeddings, the head, biases, gains), has 1 for Adam and m for SGD; what does not grow has 1. This is muP.
 
     **Rates alone are not muP.** The network must be initialised by muP, its attention scaled by 1 / d, its output
     multiplied by 1 / m, and Adam's ε divided by m; without these a tuned rate does not carry over. Weight decay that is
@@ -56,10 +58,9 @@ class WidthDepth(Rule):
     √max(d_out, d_in) (`"match_rms_adamw"`). They need no base, and leave out embeddings. PyTorch's Muon applies
     `"muon"` itself, as `adjust_lr_fn="original"`.
 
-    When it helps: a rate that was tuned on a small network is good for a large one. When not: at the base width all
-    factors are 1. Costs: nothing, as permanent groups.
-
-    Begin with `AdamW(param_groups(model, WidthDepth(base=256, width=1024), lr=lr))`, lr as tuned at a width of 256.
+    When it helps: a rate that is tuned on a small network serves a large one. When not: at the width of the base
+    network it changes nothing. Without the initialisation and multipliers of muP in the network a tuned rate does not
+    carry over. Costs: nothing but the groups.
 
     Args:
         base: For `"adam"` and `"sgd"`: the shapes of the base network, by parameter name, such as
