@@ -115,6 +115,11 @@ def test_names_become_paths() -> None:
     ]
 
 
+def test_the_readme_names_every_rule() -> None:
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Rules\n")[1].split("\n## ")[0]
+    assert [name for name in NAMES if not re.search(rf"`{name}\(", table)] == []
+
+
 def test_the_presets_are_those_of_the_code() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", rule_pages.presets(), re.M))
     read = {key: {w.split()[0]: float(w.split()[1]) for w in words.split(", ")} for key, words in rows.items()}
