@@ -253,6 +253,12 @@ def test_wrong_names_and_arguments_say_what_there_is() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"'lamb' is unknown; there are .*Trust"):
         layerwise.attach(optimizer, "lamb", model)
+    with pytest.raises(ValueError, match=r"Did you mean 'LARS'\?$"):
+        layerwise.attach(optimizer, "lasr", model)
+    with pytest.raises(
+        TypeError, match=r"'lars' is a name; attach it with layerwise\.attach\(optimizer, 'lars', model\)"
+    ):
+        layerwise.LayerwiseLR(optimizer, "lars", model)
     with pytest.raises(ValueError, match=r"LARS\(.*unexpected keyword argument 'trust'"):
         layerwise.attach(optimizer, "lars", model, trust=3)
     with pytest.raises(ValueError, match=r"missing a required argument: 'decay'"):

@@ -77,6 +77,16 @@ RESNET = {
     "layer4.1.conv2": "conv",
     "fc": "head",
 }
+HUGGING_FACE = {  # T5, DeBERTa-v2, ConvNeXt and ALBERT
+    "encoder.block.0.layer.0.SelfAttention.q.weight": "qk",
+    "encoder.block.0.layer.0.SelfAttention.o.weight": "vo",
+    "encoder.block.0.layer.1.DenseReluDense.wi.weight": "ffn",
+    "encoder.block.0.layer.1.DenseReluDense.wo.weight": "ffn",
+    "encoder.layer.0.attention.self.query_proj.weight": "qk",
+    "encoder.layer.0.attention.self.value_proj.weight": "vo",
+    "encoder.stages.0.layers.0.pwconv1.weight": "ffn",
+    "encoder.layers.0.ffn_output.weight": "ffn",
+}
 EXPERTS = {
     "layers.0.attn.wq": "qk",
     "layers.0.attn.wo": "vo",
@@ -96,7 +106,7 @@ def layers_named(names: dict[str, str], dimensions: int = 2) -> list[Layer]:
     return made
 
 
-@pytest.mark.parametrize("names", [NANOGPT, VIT, SWIN, CONVNEXT, RESNET, EXPERTS], ids=list("nvscre"))
+@pytest.mark.parametrize("names", [NANOGPT, VIT, SWIN, CONVNEXT, RESNET, EXPERTS, HUGGING_FACE], ids=list("nvscreh"))
 def test_roles_from_names(names: dict[str, str]) -> None:
     layers = layers_named(names)
     assert dict(zip(names, roles_of(layers), strict=True)) == names

@@ -152,9 +152,11 @@ def check_rule(rule: Any) -> Rule:
     if isinstance(rule, type):
         raise TypeError(f"rule={rule.__name__} is a class; call it: {rule.__name__}(…)")
     if not isinstance(rule, Rule):
+        by_name = f"attach a name with layerwise.attach(optimizer, {rule!r}, model), " if isinstance(rule, str) else ""
         raise TypeError(
-            f"rule={rule!r} ({type(rule).__name__}) is not a layerwise.rules.Rule; pass one of layerwise.rules, or an "
-            "object of a class that derives from layerwise.rules.Rule and has a method factors(statistics, state)"
+            f"rule={rule!r} ({type(rule).__name__}) is not a layerwise.rules.Rule; {by_name}pass one of "
+            "layerwise.rules, or an object of a class that derives from layerwise.rules.Rule and has a method "
+            "factors(statistics, state)"
         )
     return rule
 

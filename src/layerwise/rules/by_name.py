@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,9 @@ def make_rule(rule: Any, arguments: Mapping[str, Any] | None = None) -> Rule:
 def _made(name: str, arguments: Mapping[str, Any]) -> Rule:
     known = {_key(one): kind for one, kind in every_rule().items()}
     if _key(name) not in known:
-        raise ValueError(f"rule {name!r} is unknown; there are {', '.join(every_rule())}")
+        near = [known[one].__name__ for one in difflib.get_close_matches(_key(name), known, n=1)]
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"rule {name!r} is unknown; there are {', '.join(every_rule())}{hint}")
     kind = known[_key(name)]
     try:
         inspect.signature(kind).bind(**arguments)

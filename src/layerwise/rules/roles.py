@@ -50,13 +50,14 @@ _EMBEDDING = re.compile(
 )
 _NORM_CLASS = re.compile(r"Norm$|(?:Layer|RMS|Group|Batch|Instance)Norm")
 _QKV = re.compile(r"^(?:qkv|c_attn|query_key_value|in_proj|wqkv|qkv_proj)$")
-_QK = re.compile(r"^(?:[qk]|[qk]_proj|w[qk]|query|key|to_[qk]|[qk]_attn|[qk]_lin)$")
-_VO = re.compile(r"^(?:[vo]|[vo]_proj|w[vo]|value|to_v|to_out|v_attn|v_lin|out_lin)$")
+_QK = re.compile(r"^(?:[qk]|(?:[qk]|query|key)_proj|w[qk]|query|key|to_[qk]|[qk]_attn|[qk]_lin)$")
+_VO = re.compile(r"^(?:[vo]|(?:[vo]|value)_proj|w[vo]|value|to_v|to_out|v_attn|v_lin|out_lin)$")
 _OUT = re.compile(r"^(?:c_proj|proj|out_proj|output|dense)$")
 _STEM = re.compile(r"^(?:patch_embed\w*|conv_stem|stem)$")
 _ROUTER = re.compile(r"^(?:router|gate)$")
+_FFN_BLOCK = re.compile(r"^dense\w+dense$")  # of T5, whose wi and wo are no projections of attention
 _FFN = re.compile(
-    r"^(?:mlp|ffn|feed_forward|fc[12]|c_fc|(?:gate|up|down)_proj|intermediate|w[123]|lin(?:ear)?[12]|expand|contract)$"
+    r"^(?:mlp|ffn|ffn_output|feed_forward|pwconv[12]|fc[12]|c_fc|(?:gate|up|down)_proj|intermediate|w[123]|lin(?:ear)?[12]|expand|contract)$"
 )
 _HEAD = re.compile(r"^(?:lm_head|head|classifier|score|fc|output)$")
 
@@ -166,6 +167,8 @@ def _role(layer: Layer, path: list[str], *, above: bool, routes: bool) -> str:
             return role
     if largest.numel() == 1 and not _largest(layer)[0].endswith(("weight", "bias")):
         return "scalar"
+    if has(_FFN_BLOCK):
+        return "ffn"
     if has(_QKV) or last.startswith("in_proj_"):
         return "qkv"
     if has(_QK):
