@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -73,3 +74,10 @@ def is_rows(tensor: object) -> TypeGuard[Rows]:
 def whole_of(tensor: Tensor) -> Tensor:
     """Return the parameter of which a tensor is rows; else the tensor itself."""
     return tensor.whole if is_rows(tensor) else tensor
+
+
+def renew(tensors: Iterable[Tensor]) -> None:
+    """Let those of the tensors that are rows view the memory that their parameters have now."""
+    for tensor in tensors:
+        if is_rows(tensor):
+            tensor.renew()

@@ -31,7 +31,7 @@ from ._places.allowed import (
 from ._places.averaging import compare_gradients
 from ._places.known_groups import KnownGroups
 from ._places.trial import try_again, verdict_of
-from ._rows import whole_of
+from ._rows import renew, whole_of
 from ._tensors import (
     can_be_measured,
     has_values,
@@ -89,7 +89,6 @@ from .statistics import (
     OnNonfinite,
     Statistics,
     check_alike,
-    check_gains,
     check_needs,
 )
 
@@ -155,7 +154,6 @@ class Resolution:
         if {"learning_rate", *OF_STEP} & set(rule.needs) and any(group.get("lr") is None for group in groups):
             raise ValueError(f"{rule!r} needs the rate, and {type(optimizer).__name__} has no 'lr' in its groups")
         check_alike(self.layers, rule.needs)
-        check_gains(self.layers, rule.needs)
         self.statistics = statistics = LayerStatistics(self.layers, rule.needs)
         check_groups(optimizer, self.place, request.decay, statistics.layer_of)
         alone = statistics.device.type == "cpu" and statistics.sharing is None and set(rule.needs) <= AS_NUMBERS
@@ -196,8 +194,8 @@ class Resolution:
 
     def renew_rows(self) -> None:
         """View the memory that the parameters have now; raise where the gradient of one has no rows."""
+        renew(self.rows)
         for rows in self.rows:
-            rows.renew()
             gradient = rows.whole.grad
             if gradient is not None and gradient.layout is not torch.strided:
                 raise ValueError(
@@ -356,7 +354,7 @@ class AttachedRule:
         self._required()
         model = self._request.model
         used = set[int]() if model is None else set(map(id, model.parameters()))
-        if used and not any(id(p) in used for layer in self.layers for p in layer.parameters):
+        if used and not any(id(whole_of(p)) in used for layer in self.layers for p in layer.parameters):
             raise RuntimeError(
                 "the model has other parameters now than the optimizer of this LayerwiseLR, whose steps do not change "
                 "the model; make an optimizer of model.parameters() and attach to it"

@@ -324,6 +324,7 @@ def _notes(adapter: LayerwiseLR, optimizer: Optimizer) -> list[str]:
 
 def _divided(layers: list[Layer]) -> list[str]:
     """Say which modules own parameters beside modules below them, and how they become one layer each."""
+    layers = [layer for layer in layers if not rows_of([layer])]
     modules = divided(layers)
     if not modules:
         return []

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ._arguments import StaysBehind, check_count, has_type
 from ._hooks import Member, OptimizerHooks, makes_state_only
 from ._norms import subtract
-from ._rows import whole_of
+from ._rows import renew, whole_of
 from ._tensors import (
     NoValuesError,
     can_be_measured,
@@ -37,6 +37,7 @@ from .layers import (
     flattened,
     make_layers,
     named_parameters_of,
+    rows_of,
     warn_of_unmeasured,
 )
 from .optimizers import refuse_outer, unwrap
@@ -56,6 +57,7 @@ class Observation:
 
     def __init__(self, statistics: LayerStatistics, optimizer: Any, measured: Sequence[Member]) -> None:
         members, groups = statistics.members, optimizer.param_groups
+        renew(members)
         gradients = [None if (g := settled_gradient(p)) is None else g.detach() for p in members]
         self._statistics = statistics
         self._squares = [statistics.squares(gradients), statistics.squares(members)]
@@ -69,12 +71,16 @@ class Observation:
         group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
         self._groups = [group_of.get(id(whole_of(p))) for p in parameters]
         self._acting: list[tuple[Member, list[int | None]]] = []
+        # A parameter that an adapter splits has several factors.
+        split = {id(rows.whole) for member in measured for rows in rows_of(member.layers)}
+        self._known = [1.0 if p not in split else math.nan for p in first]
         for member in measured:
             layer_of = {id(p): number for number, layer in enumerate(member.layers) for p in layer.parameters}
             self._acting.append((member, [layer_of.get(p) for p in first]))
 
     def values(self) -> list[Tensor | Sequence[float] | None]:
         """Measure the updates, once, and return all that `record` needs: the layers' norms and more."""
+        renew(self._statistics.members)
         updates = subtract(self._weights, [local(p) for p in self._statistics.members], in_place=True)
         norms = self._statistics.norms([*self._squares, self._statistics.squares(updates)])
         # Some factors are known after the step only.
@@ -89,7 +95,7 @@ class Observation:
         rates, factors = others[: len(self._rates)], others[len(self._rates) :]
         count = self._statistics.count
         scaled, weights, updates = (list(norms[i : i + count]) for i in range(0, 3 * count, count))
-        products = [1.0] * count
+        products = self._known
         for one, positions in zip(factors, self._positions, strict=True):
             products = [f if i is None else f * one[i] for f, i in zip(products, positions, strict=True)]
         base = [math.nan if group is None else rates[group][0] for group in self._groups]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._arguments import has_type
 from ._norms import JointNorms, subtract, tensor_norm_numbers, tensor_norms
-from ._rows import is_rows, whole_of
+from ._rows import whole_of
 from ._tensors import as_dense_real, has_values, local, moved, several_processes
 from .layers import Layer, some
 from .sharding import Shard, Sharing, find_shards, is_absent, settled_gradient, sharing_of
@@ -118,18 +118,6 @@ def check_alike(layers: Sequence[Layer], needs: Collection[str]) -> None:
             raise ValueError(
                 f"layer {layer.name!r} keeps a running variance of its own in each process, so the processes would "
                 "find other factors each and drift apart; use torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)"
-            )
-
-
-def check_gains(layers: Sequence[Layer], needs: Collection[str]) -> None:
-    """Raise if a rule needs the gain of a normalisation of which only parts are layers."""
-    if "normalisation_gain" not in needs:
-        return
-    for layer in layers:
-        if hasattr(layer.module, "eps") and any(map(is_rows, layer.parameters)):
-            raise ValueError(
-                f"split: layer {layer.name!r} is a part of a normalisation, and the rule needs the gain of the whole "
-                "one; leave it out of split"
             )
 
 

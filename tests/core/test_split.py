@@ -15,6 +15,7 @@ from torch import Tensor, nn, optim
 import layerwise
 from layerwise.rules import LARS, BackMatching, Constant, LayerAdaptive, LayerDecay, NormalizedGradient, Trust
 from optimizer_cases import assert_same_bits
+from rule_cases import RULES
 
 NAMES = ("q", "k", "v")
 
@@ -144,6 +145,7 @@ MATRIX = [
 ]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(("rule", "place", "name"), MATRIX)
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D], ids=["Linear", "Conv1D"])
 def test_parts_equal_separate_parameters(rule: str, place: Any, name: str, kind: Any) -> None:
@@ -163,6 +165,41 @@ def test_parts_equal_separate_parameters(rule: str, place: Any, name: str, kind:
         for tensor in ("weight", "bias"):
             assert own[f"qkv.{tensor}[{part}]"] == pytest.approx(wanted[f"{part}.{tensor}"], rel=1e-12)
     assert len(set(own.values())) > 1
+
+
+# These read depths, chains, blocks or the first matrix from names and order, in which the two networks differ.
+BY_NAME = re.compile("LayerDecay|Unfreezing|BackMatching|FreezeOut|RandomTraining|HeavyTail$|chain_with_a_file")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("place", ["gradient", "update"])
+@pytest.mark.parametrize("rule", [name for name in RULES if not BY_NAME.match(name)])
+def test_every_rule_finds_the_factors_of_separate_parameters(rule: str, place: Any) -> None:
+    kinds = ["qkv.weight[{}]", "qkv.bias[{}]"], ["{}.weight", "{}.bias"]
+    found: list[list[list[float]]] = []
+    for model, kind, split in zip(networks(), kinds, (split_like, lambda _: None), strict=True):
+        names = [*(one.format(part) for one in kind for part in NAMES), "proj.weight", "proj.bias"]
+        own = RULES[rule].make(names)
+        if place not in own.places:
+            return
+        optimizer = optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        adapter = layerwise.LayerwiseLR(
+            optimizer,
+            own,
+            model,
+            layers="parameter",
+            apply=place,
+            split=split(model),  # type: ignore[arg-type]
+        )
+        found.append([])
+        for step in range(8):
+            train(model, optimizer, 1)
+            found[-1].append(list(map(adapter.get_last_factors().__getitem__, names)))
+            if step in (3, 5):
+                adapter.end_epoch()
+                adapter.load_state_dict(copy.deepcopy(adapter.state_dict()))
+    for factors, wanted in zip(*found, strict=True):
+        assert factors == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize("place", ["gradient", "update"])
@@ -279,7 +316,28 @@ def test_names_of_layers_factors_and_records() -> None:
         assert record.update_norm[i] == pytest.approx(float((new - old).norm()), rel=1e-9)
 
 
-def test_without_parts_nothing_is_copied_or_kept() -> None:
+def test_a_monitor_of_whole_parameters_has_no_factor_for_one_that_is_split() -> None:
+    fused, _ = networks()
+    optimizer = optim.SGD(fused.parameters(), lr=0.01)
+    layerwise.LayerwiseLR(optimizer, Constant({"*": 2.0}), fused, layers="parameter", split={"qkv.weight": 3})
+    monitor = layerwise.Monitor(optimizer, fused, every=1, layers="parameter")
+    train(fused, optimizer, 1)
+    record = monitor.get_last_record()
+    assert record is not None
+    assert record.factor[1:] == [2, 2, 2]
+    assert record.factor[0] != record.factor[0]
+
+
+def test_an_adapter_of_parts_alone() -> None:
+    model = nn.Linear(4, 6, bias=False)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    adapter = attach(model, optimizer=optimizer, split={"weight": 2})
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert list(adapter.get_last_factors()) == ["weight[0]", "weight[1]"]
+
+
+def test_parts_are_views_and_keep_no_gradient() -> None:
     fused, _ = networks()
     optimizer = optim.SGD(fused.parameters(), lr=0.01)
     adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), fused, split={"qkv.weight": 3})
@@ -450,12 +508,14 @@ def test_roles_of_parts() -> None:
 
 @pytest.mark.filterwarnings("ignore:LayerDecay takes the depths:UserWarning")
 def test_depths_of_parts() -> None:
+    attention = nn.ModuleList([nn.Sequential(nn.LayerNorm(4), Attention((4, 4, 4))) for _ in range(3)])
     for model in (
+        nn.ModuleDict({"embed": nn.Embedding(4, 4), "blocks": attention, "head": nn.Linear(4, 2)}),
         nn.Sequential(nn.Embedding(4, 4), *(nn.Linear(4, 12) for _ in range(3))),
         nn.ModuleDict({"embed": nn.Embedding(4, 4), "fc1": nn.Linear(4, 12), "fc2": nn.Linear(4, 12)}),
     ):
         factors: list[dict[str, float]] = []
-        for split in (None, {"*1.weight": 3}):
+        for split in (None, {"*1.qkv.*" if "blocks" in dict(model.named_children()) else "*1.weight": 3}):
             optimizer = optim.SGD(model.parameters(), lr=0.1)
             adapter = layerwise.LayerwiseLR(optimizer, LayerDecay(0.5), model, layers="parameter", split=split)
             for p in model.parameters():
@@ -578,11 +638,12 @@ def test_sparse_gradients_are_refused_before_the_step() -> None:
             optimizer.step()
 
 
-def test_the_gain_of_a_part_is_refused() -> None:
+def test_a_rule_of_a_chain_of_layers_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    with pytest.raises(ValueError, match="leave it out of split"):
-        attach(model, BackMatching(), split={"1.weight": 2})
-    attach(model, BackMatching(), split={"0.weight": 2})
+    with pytest.raises(ValueError, match="use another rule, or leave split out"):
+        attach(model, BackMatching(), split={"0.weight": 2})
+    attach(model, LayerAdaptive(), split={"0.weight": 2}).detach()
+    attach(model, BackMatching())
 
 
 def test_a_second_adapter_with_parts_is_refused() -> None:

@@ -162,8 +162,14 @@ def check_parts(
         automatic: What `"auto"` stands for without parts.
 
     Raises:
-        ValueError: The factors would act on the rate, or each process steps only some of the parameters.
+        ValueError: The factors would act on the rate, each process steps only some of the parameters, or the rule takes
+            the layers for a chain.
     """
+    if "normalisation_gain" in rule.needs:
+        raise ValueError(
+            f"{described(rule)} takes the layers for a chain, in which each feeds the next, and parts of a parameter "
+            "lie beside each other; use another rule, or leave split out"
+        )
     if optimizer is not holder:
         raise ValueError(
             f"split= does not work with {type(holder).__name__}, of which each process steps only some of the "

@@ -36,6 +36,12 @@ def refuse(rank: int) -> None:
     with pytest.raises(ValueError, match="pass model=, the wrapped model"):
         layerwise.LayerwiseLR(momentum(model.named_parameters()), LayerAdaptive())
 
+    split, whole = {"embed.weight": 2}, network()
+    fully_shard(whole)
+    for shared in (model, whole):
+        with pytest.raises(ValueError, match=r"split: 'embed.weight' is .* sharded.* leave it out of split"):
+            layerwise.LayerwiseLR(momentum(shared.parameters()), LayerAdaptive(), shared, split=split)
+
     bare = network()
     optimizer = momentum(bare.parameters())
     adapter = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), bare)
@@ -71,6 +77,8 @@ def refuse(rank: int) -> None:
     zero = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
     with pytest.raises(ValueError, match="steps only some of the parameters: shard with FSDP"):
         layerwise.LayerwiseLR(zero, Trust(), model)
+    with pytest.raises(ValueError, match="leave split out, or use the optimizer itself"):
+        layerwise.LayerwiseLR(zero, LayerAdaptive(), model, split=split)
     assert not zero._optimizer_step_pre_hooks
 
 
