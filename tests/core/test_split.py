@@ -14,7 +14,7 @@ from torch import Tensor, nn, optim
 
 import layerwise
 from layerwise.rules import LARS, BackMatching, Constant, LayerAdaptive, LayerDecay, NormalizedGradient, Trust
-from optimizer_cases import assert_same_bits
+from optimizer_cases import CASES, Case, assert_same_bits, network, take_step
 from rule_cases import RULES
 
 NAMES = ("q", "k", "v")
@@ -217,6 +217,29 @@ def test_factors_on_a_device_act_on_parts(place: Any, capturing: bool, monkeypat
     train(separate, second)
     assert difference(fused, separate) <= 1e-12
     assert all(bool(p.abs().max() < 10) for p in fused.parameters())
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("case", [case for case in CASES if case.optimizer is not optim.SparseAdam], ids=str)
+def test_every_optimizer_moves_each_part_by_its_factor(case: Case) -> None:
+    """`w ← w_old + f (w_new − w_old)`, with w_new of a twin that has no adapter and the same weights at each step."""
+    model, twin = network(case), network(case)
+    optimizer, bare = case.make(model.parameters()), case.make(twin.parameters())
+    split = {"first.weight": (2, 4), "second.weight": 2}
+    factors = {"first.weight[0]": 0.3, "first.weight[1]": 1.7, "second.weight[1]": 0.0}
+    layerwise.LayerwiseLR(optimizer, Constant(factors), model, layers="parameter", apply="update", split=split)
+    for step in range(3):
+        twin.load_state_dict(model.state_dict())
+        old = model.first.weight.detach().clone(), model.second.weight.detach().clone()
+        take_step(model, optimizer, step)
+        take_step(twin, bare, step)
+        halves = [[0.3] * 2 + [1.7] * 4, [1.0] * 2 + [0.0] * 2]
+        by_row = [torch.tensor(rows, dtype=torch.float64)[:, None] for rows in halves]
+        for name, f, before in zip(("first", "second"), by_row, old, strict=True):
+            new = getattr(twin, name).weight.detach()
+            wanted = before + f * (new - before)
+            torch.testing.assert_close(getattr(model, name).weight.detach(), wanted, rtol=0, atol=1e-15)
+        assert_same_bits(list(model.third.parameters()), list(twin.third.parameters()))
 
 
 @pytest.mark.parametrize("place", ["gradient", "update"])
