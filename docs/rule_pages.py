@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import layerwise
 from layerwise import rules
+from layerwise.rules import by_name
 from layerwise.rules.by_role import PRESETS
 
 MARK = re.compile(r"<!-- rules(?:: ([\w, ]+))? -->")
@@ -38,9 +39,7 @@ class Docstring(NamedTuple):
 
 def every_rule() -> list[str]:
     """Return the names of the public rules, but for the classes that rules derive from."""
-    bases = (rules.Rule, rules.ElementwiseRule)
-    kinds = {name: getattr(rules, name) for name in sorted(rules.__all__, key=str.casefold)}
-    return [name for name, k in kinds.items() if isinstance(k, type) and issubclass(k, bases) and k not in bases]
+    return [*by_name.every_rule()]
 
 
 def docstring_of(name: str) -> Docstring:
@@ -62,8 +61,7 @@ def docstring_of(name: str) -> Docstring:
 
 def page_of(name: str) -> str:
     """Return the path of a rule's page."""
-    words = name.replace("LoRA", "Lora").replace("DoG", "Dog")
-    return f"rules/{re.sub(r'(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '-', words).lower()}.md"
+    return f"rules/{by_name.hyphenated(name)}.md"
 
 
 # --- Tables and entries -----------------------------------------------------------------------------------------------

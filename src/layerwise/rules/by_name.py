@@ -25,6 +25,17 @@ def every_rule() -> dict[str, Any]:
     return {n: k for n, k in kinds.items() if isinstance(k, type) and issubclass(k, Rule) and k not in bases}
 
 
+def hyphenated(name: str) -> str:
+    """Return the name of a class in small letters, as pages and arms of comparisons have it.
+
+    Example:
+        >>> [hyphenated(name) for name in ("LayerDecay", "InitialSNR", "LoRAPlus", "LDoG", "AGC")]
+        ['layer-decay', 'initial-snr', 'lora-plus', 'l-dog', 'agc']
+    """
+    words = name.replace("LoRA", "Lora").replace("DoG", "Dog")
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", words).lower()
+
+
 def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from layerwise import rules
 from layerwise.lab.errors import UsageError, nearest
 from layerwise.lab.experiments import rules as rule_making
 from layerwise.lab.experiments.plan import Arm, Control
+from layerwise.rules.by_name import hyphenated
 
 PLAIN = "plain"
 DEFAULT_ARMS = (PLAIN, "layer-adaptive", "mean-factor", "shuffled", "frozen")
@@ -70,7 +70,7 @@ def _other_rules() -> Iterator[tuple[str, Method]]:
                 kind()
                 note = f"{name} sets the size of a step, so it wants another rate: without --tune this is unfair to it."
                 method = Method(words=name, rule={"name": name}, note=note if name in OWN_SIZE else "")
-                yield re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "-", name).lower(), method
+                yield hyphenated(name), method
 
 
 METHODS.update(dict(_other_rules()))
