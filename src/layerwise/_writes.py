@@ -61,8 +61,8 @@ _OF_ONE = frozenset(_NAMES_OF_KINDS)
 _PLAIN = frozenset({Tensor, Parameter, Rows})
 
 
-class Parts(list[tuple[Rows, Factor]]):
-    """The factors of a parameter's parts, in order, in place of its factor.
+class FactorsOfRows(list[tuple[Rows, Factor]]):
+    """The factors of the rows of a parameter that is split, in order, in place of its factor.
 
     Args:
         shared: The factor of the whole parameter, which multiplies each of them.
@@ -73,11 +73,11 @@ class Parts(list[tuple[Rows, Factor]]):
         self._shared = shared
 
     def add(self, rows: Rows, factor: Factor) -> None:
-        """Add a part."""
+        """Add rows and their factor."""
         self.append((rows, factor if _is_one(self._shared) else self._shared * factor))
 
     def between(self, old: Tensor, new: Tensor) -> Tensor:
-        """Return `old + f (new − old)` of all parts."""
+        """Return `old + f (new − old)` of all rows."""
         return torch.cat([_between(rows.of(old), rows.of(new), f) for rows, f in self], self[0][0].span[0])
 
 
@@ -125,13 +125,13 @@ class ScaledWrites(TorchFunctionMode):
         super().__init__()
         self._parameters = list(parameters)
         self._state = state
-        self._factors: dict[int, Factor | Parts] = {id(p): 1.0 for p in self._parameters}
+        self._factors: dict[int, Factor | FactorsOfRows] = {id(p): 1.0 for p in self._parameters}
         self._memory: dict[int, _Memory] = {}
         for p in self._parameters:
             self._keep(p)
         self._versions: dict[int, int] = {}
         self._moved: set[int] = set()
-        self._has_parts = False
+        self._scales_rows = False
         self._ranges = 0
         self._ended = False
 
@@ -150,14 +150,14 @@ class ScaledWrites(TorchFunctionMode):
         """Multiply the factors of parameters, which are 1 at first, by these."""
         for p, factor in factors:
             if type(p) is Rows:
-                parts = self._factors.get(id(p.whole), 1.0)
-                if not isinstance(parts, Parts):
-                    parts = self._factors[id(p.whole)] = Parts(parts)
-                    self._has_parts = True
-                parts.add(p, factor)
+                shared = self._factors.get(id(p.whole), 1.0)
+                if not isinstance(shared, FactorsOfRows):
+                    shared = self._factors[id(p.whole)] = FactorsOfRows(shared)
+                    self._scales_rows = True
+                shared.add(p, factor)
                 continue
             own = self._factors.get(id(p))
-            if isinstance(own, Parts):
+            if isinstance(own, FactorsOfRows):
                 own[:] = [(rows, f * factor) for rows, f in own]
                 continue
             if own is None:
@@ -238,9 +238,9 @@ class ScaledWrites(TorchFunctionMode):
         else:
             self._expect(owners)
             scaled = getattr(self, f"_{kind}") if each_of_one else self._other
-            if self._has_parts and any(isinstance(f, Parts) for f in factors):
+            if self._scales_rows and any(isinstance(f, FactorsOfRows) for f in factors):
                 whole = kind not in _OF_ONE or not each_of_one
-                scaled = self._other if whole else partial(self._in_parts, scaled)
+                scaled = self._other if whole else partial(self._in_rows, scaled)
             result = scaled(func, owners, factors, args, kwargs)
             self._moved.update(map(id, owners))
         self._versions.update([(id(p), p._version) for p in touched if id(p) in self._versions])
@@ -259,7 +259,7 @@ class ScaledWrites(TorchFunctionMode):
             self._expect([first])
         if _is_one(factor):
             result = func(*args, **kwargs)
-        elif self._has_parts:
+        elif self._scales_rows:
             return self._write(kind, func, [first], args, kwargs)
         else:
             result = getattr(self, f"_{kind}")(func, [first], [factor], args, kwargs)
@@ -427,7 +427,7 @@ class ScaledWrites(TorchFunctionMode):
             torch._foreach_lerp_(old, new, [fs[i] for i in together])
             torch._foreach_copy_(new, old)
 
-    def _data(self, func: Any, p: Tensor, f: Factor | Parts, args: Any) -> None:
+    def _data(self, func: Any, p: Tensor, f: Factor | FactorsOfRows, args: Any) -> None:
         """`p.data = q`."""
         old, new = p.detach(), args[1]
         if storage_of(new) == storage_of(old):
@@ -445,7 +445,7 @@ class ScaledWrites(TorchFunctionMode):
             del self._memory[cast(int, storage_of(old))]
         func(p, new)
         self._keep(p)
-        for rows, _ in f if isinstance(f, Parts) else ():
+        for rows, _ in f if isinstance(f, FactorsOfRows) else ():
             rows.renew()
         self._moved.add(id(p))
         if id(p) in self._versions:
@@ -466,17 +466,17 @@ class ScaledWrites(TorchFunctionMode):
 
     _operator = _out = _other
 
-    def _in_parts(
+    def _in_rows(
         self, scaled: Callable[..., Any], func: Any, ps: list[Tensor], fs: list[Any], args: Any, kwargs: Any
     ) -> Any:
-        """Make an elementwise call with the rows of parts in place of the tensors of parameters that have them."""
+        """Make an elementwise call with rows in place of the parameters that are split."""
         values = [*args, *kwargs.values()]
         many = bool(args) and isinstance(args[0], (list, tuple))
         lists = [many and (isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.ndim == 1)) for v in values]
         columns = [list(v) if own else [v] * len(ps) for v, own in zip(values, lists, strict=True)]
         calls: list[tuple[Tensor, Factor, list[Any]]] = []
         for p, f, *row in zip(ps, fs, *columns, strict=True):
-            if not isinstance(f, Parts):
+            if not isinstance(f, FactorsOfRows):
                 calls.append((p, f, row))
             elif args and row[0].stride() == p.stride() and all(_has_rows(value, p) for value in row):
                 calls += [(rows, own, [_of(rows, value) for value in row]) for rows, own in f]
@@ -610,7 +610,7 @@ def _of(rows: Rows, value: Any) -> Any:
 
 def _between(old: Tensor, new: Tensor, factor: Any) -> Tensor:
     """Return `old + f (new − old)`."""
-    if isinstance(factor, Parts):
+    if isinstance(factor, FactorsOfRows):
         return factor.between(old, new)
     return torch.lerp(old, new, factor) if new.is_floating_point() else old + factor * (new - old)
 

@@ -23,8 +23,8 @@ from ._places.allowed import (
     automatic_place,
     check_groups,
     check_method,
-    check_parts,
     check_place,
+    check_rows,
     no_effect,
     scales_writes,
 )
@@ -144,7 +144,7 @@ class Resolution:
         self.names = [layer.name for layer in layers]
         automatic = automatic_place(optimizer, request.preferred, request.decay)
         if self.rows:
-            automatic = check_parts(optimizer, holder, rule, request.apply, automatic)
+            automatic = check_rows(optimizer, holder, rule, request.apply, automatic)
         automatic = automatic if automatic in rule.places else rule.places[0]
         self.place: PlaceName = automatic if request.apply == "auto" else request.apply
         check_method(optimizer, rule, self.place, automatic=request.apply == "auto")

@@ -201,14 +201,14 @@ class Partition:
 
     Args:
         layer_of: id of parameter to layer number.
-        parts: Parts of parameters that are layers of their own; such a parameter is in no layer.
+        rows: Rows of parameters that are layers of their own; such a parameter is in no layer.
     """
 
-    def __init__(self, layer_of: Mapping[int, int], parts: Iterable[Rows] = ()) -> None:
+    def __init__(self, layer_of: Mapping[int, int], rows: Iterable[Rows] = ()) -> None:
         self.layer_of = layer_of
-        self.parts_of: dict[int, list[Rows]] = {}
-        for rows in parts:
-            self.parts_of.setdefault(id(rows.whole), []).append(rows)
+        self.rows_of: dict[int, list[Rows]] = {}
+        for one in rows:
+            self.rows_of.setdefault(id(one.whole), []).append(one)
         self._cached: dict[int, ByLayer] = {}
         self._sharings: set[tuple[tuple[int, ...], ...]] = set()
 
@@ -369,22 +369,22 @@ class Step:
     def scaled(self) -> list[tuple[Tensor, Factor]]:
         """Return parameters with their factors: numbers other than 1, or tensors where no number may be read.
 
-        All parts of a parameter are among them, in order.
+        All rows of a parameter that is split are among them, in order.
         """
-        layer_of, parts_of, factors = self.partition.layer_of, self.partition.parts_of, self.factors
+        layer_of, rows_of, factors = self.partition.layer_of, self.partition.rows_of, self.factors
         every: list[Tensor] = [p for group in self.view.param_groups for p in group["params"] if id(p) in layer_of]
-        parts: list[Rows] = []
-        if parts_of:
+        rows: list[Rows] = []
+        if rows_of:
             for group in self.view.param_groups:
                 for p in group["params"]:
-                    parts += parts_of.get(id(p), ())
+                    rows += rows_of.get(id(p), ())
         if factors.numbers is None and (is_capturing(self.view) or not self.reads):
-            return [(p, factors.each(p)[layer_of[id(p)]]) for p in every + parts]
+            return [(p, factors.each(p)[layer_of[id(p)]]) for p in every + rows]
         numbers = factors.read()
         scaled: list[tuple[Tensor, Factor]] = [
             (p, numbers[layer_of[id(p)]]) for p in every if numbers[layer_of[id(p)]] != 1
         ]
-        return scaled + [(rows, numbers[layer_of[id(rows)]]) for rows in parts]
+        return scaled + [(one, numbers[layer_of[id(one)]]) for one in rows]
 
 
 class PrivateStep(Step):
@@ -491,7 +491,7 @@ class Gradient(Place):
     def act(self, step: Step) -> list[Split]:
         """Scale the gradients, or what the optimizer multiplies them by."""
         self._started = None  # of a step that failed
-        divides = step.factors.numbers is not None and not step.partition.parts_of
+        divides = step.factors.numbers is not None and not step.partition.rows_of
         if not self.in_place and divides and damps_history(step.view):
             # The dampening multiplies g + λw, so to leave the decay plain λ is divided by f, which must not be small.
             possible = (
@@ -505,8 +505,8 @@ class Gradient(Place):
     def _in_gradients(self, step: Step) -> list[Split]:
         view = step.view
         decayed = [group for group in view.param_groups if self.decay == "scaled" and _has_coupled_decay(view, group)]
-        # On a device, f λ in the groups would divide them by layer, which costs launches. Parts are in no own groups.
-        added = step.factors.numbers is None or bool(step.partition.parts_of)
+        # On a device, f λ in the groups would divide them by layer, which costs launches. Rows are in no group alone.
+        added = step.factors.numbers is None or bool(step.partition.rows_of)
         splits = self._add_decay(view, decayed) if decayed and added else []
         scale_in_place([(p.grad, factor) for p, factor in step.scaled() if p.grad is not None])
         if decayed and not added:

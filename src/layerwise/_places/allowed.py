@@ -149,7 +149,7 @@ def check_method(optimizer: optim.Optimizer, rule: Rule, place: PlaceName, *, au
         )
 
 
-def check_parts(
+def check_rows(
     optimizer: optim.Optimizer, holder: Any, rule: Rule, place: PlaceName | Literal["auto"], automatic: PlaceName
 ) -> PlaceName:
     """Return what `"auto"` stands for where parts of parameters are layers: they cannot be in groups of their own.
