@@ -189,7 +189,7 @@ def test_every_rule_finds_the_factors_of_separate_parameters(rule: str, place: A
             model,
             layers="parameter",
             apply=place,
-            split=split(model),  # type: ignore[arg-type]
+            split=split(model),
         )
         found.append([])
         for step in range(8):

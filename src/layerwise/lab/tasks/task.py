@@ -415,8 +415,9 @@ class _Parts:
                 generator = getattr(holder, "generator", None)
                 if isinstance(generator, torch.Generator):
                     generator.manual_seed(_seed_of(self.seed, "generator", epoch))
-                if callable(getattr(holder, "set_epoch", None)):
-                    holder.set_epoch(epoch)  # type: ignore[union-attr]
+                set_epoch = getattr(holder, "set_epoch", None)
+                if callable(set_epoch):
+                    set_epoch(epoch)
         return source
 
     def batches(self, epoch: int) -> Iterator[Any]:

@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -122,7 +122,7 @@ class Processes:
         value, failure = (value, failure) if self.first else told[0]
         if failure is not None:
             raise failure
-        return value  # type: ignore[return-value]
+        return cast(T, value)
 
     @contextmanager
     def step(self) -> Iterator[None]:

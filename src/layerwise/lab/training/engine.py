@@ -387,11 +387,12 @@ def random_state() -> dict[str, Any]:
     import numpy
 
     version, words, gauss = random.getstate()
-    name, keys, *rest = numpy.random.get_state()
+    state_of_numpy: Any = numpy.random.get_state()  # typed as either of two forms
+    name, keys, *rest = state_of_numpy
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype("int64")), *rest],  # type: ignore[union-attr]
+        "numpy": [name, torch.from_numpy(keys.astype("int64")), *rest],
     }
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
