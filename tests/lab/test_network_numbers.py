@@ -13,7 +13,7 @@ from torch import nn
 import layerwise
 from layerwise.lab import cli
 from layerwise.lab.errors import UsageError
-from layerwise.lab.tasks import doctor, network
+from layerwise.lab.tasks import doctor, network_numbers
 from layerwise.lab.tasks import task as tasks
 from layerwise.sinks import Memory
 
@@ -73,14 +73,14 @@ def test_sharpness_is_the_mean_square_of_a_roles_gradient_by_that_of_the_network
         )
         optimizer.step()
     monitor.detach()
-    found = network.sharpness(memory.records, network.layers_of(model, memory.records[0].layers))
+    found = network_numbers.sharpness(memory.records, network_numbers.layers_of(model, memory.records[0].layers))
     assert [(one.role, one.layers) for one in found] == [("norm", 1), ("ffn", 2), ("head", 1)]
     assert [one.sharpness for one in found] == pytest.approx([median(values) for values in zip(*by_hand, strict=True)])
 
 
 def test_the_exponent_of_a_spectrum_is_that_of_the_rule():
-    layer = network.Layer("l", (torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64).sqrt().diag(),))
-    (found,) = network.spectra([layer, network.Layer("bias", (torch.ones(3),))])
+    layer = network_numbers.Layer("l", (torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64).sqrt().diag(),))
+    (found,) = network_numbers.spectra([layer, network_numbers.Layer("bias", (torch.ones(3),))])
     assert (found.layer, found.count) == ("l", 4)
     assert found.alpha == pytest.approx(3.885390081777927, rel=1e-12)
 

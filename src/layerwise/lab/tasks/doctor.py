@@ -23,13 +23,13 @@ from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.store import usable_cores
 from layerwise.lab.tasks.findings import Finding, LayerNumbers, find, numbers_of
 from layerwise.lab.tasks.layout import plan, setting_words
-from layerwise.lab.tasks.network import (
+from layerwise.lab.tasks.network_numbers import (
     Activations,
     Outputs,
     RoleNumbers,
     Spectrum,
+    as_tables,
     layers_of,
-    lines,
     sharpness,
     spectra,
 )
@@ -124,7 +124,7 @@ class Examination:
     def measured(self) -> list[str]:
         """Sharpness by role, and what was asked for besides."""
         roles, spectrum = ((), ()) if self.checkup is None else (self.checkup.roles, self.checkup.spectra)
-        return lines(roles, spectrum, self.activations)
+        return as_tables(roles, spectrum, self.activations)
 
 
 def examine(

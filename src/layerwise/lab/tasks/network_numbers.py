@@ -113,7 +113,7 @@ class Outputs:
         return {name: float(mean) for name, mean in self._means.items()}
 
 
-def lines(roles: Sequence[RoleNumbers], spectrum: Sequence[Spectrum], activations: Activations | None) -> list[str]:
+def as_tables(roles: Sequence[RoleNumbers], spectrum: Sequence[Spectrum], activations: Activations | None) -> list[str]:
     """Write tables for a terminal, without what was not measured."""
     written: list[str] = []
     if roles:
