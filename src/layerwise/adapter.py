@@ -42,7 +42,18 @@ from ._tensors import (
     warn_without_values,
 )
 from ._writes import HALF, is_compiled
-from .apply import Factors, FinishedStep, Partition, Place, PrivateStep, Split, Step, Writes, make_place
+from .apply import (
+    Factors,
+    FinishedStep,
+    Partition,
+    Place,
+    PrivateStep,
+    Split,
+    Step,
+    Writes,
+    damps_history,
+    make_place,
+)
 from .layers import (
     Exclusion,
     Layer,
@@ -242,7 +253,8 @@ def circumstances_of(groups: Sequence[Mapping[str, Any]], parameters: Sequence[T
         decay = group.get("weight_decay")
         unread = isinstance(decay, Tensor) and not (decay.is_cpu and has_values(decay))
         decays = unread or bool(decay)
-        options.append((len(group["params"]), decays, bool(group.get("differentiable")), bool(group.get("momentum"))))
+        switches = map(bool, map(group.get, ("differentiable", "momentum", "nesterov")))
+        options.append((len(group["params"]), decays, *switches))
     return processes, shared, trained, options
 
 
@@ -577,7 +589,8 @@ class AttachedRule:
         self.factors: Factors | None = None
 
     def _new_place(self) -> Place:
-        return make_place(self.place, self._request.decay, automatic=self._request.apply == "auto")
+        dampens = self._request.apply == "auto" and damps_history(self._optimizer())
+        return make_place(self.place, self._request.decay, dampens=dampens)
 
     def _follow(self, holder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inner, hooked = acting_optimizer(holder), self._optimizer()

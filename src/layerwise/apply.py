@@ -461,7 +461,7 @@ SMALLEST_DIVISOR = 1e-3
 """Factors below this are applied to the gradient itself where the decay is to stay plain: λ/f would lose digits."""
 
 
-def damps_history(optimizer: optim.Optimizer) -> bool:
+def damps_history(optimizer: Any) -> bool:
     """Tell whether this is torch's SGD with momentum, not Nesterov's and without dampening, in every group.
 
     Its history is `v ← μv + (1 − dampening)(g + λw)`, so a factor inside the momentum can act through the dampening and
@@ -480,8 +480,9 @@ class Gradient(Place):
 
     Args:
         decay: `"scaled"` multiplies coupled weight decay too, `"plain"` leaves it.
-        in_place: Whether the gradient itself is to be multiplied. If not, torch's SGD with momentum gets the factor
-            through its dampening, `v ← μv + (1 − dampening)(g + λw)`: the same numbers without a pass over memory.
+        in_place: Whether the gradient itself is to be multiplied. If not, the optimizer `damps_history` and gets the
+            factor through its dampening, `v ← μv + (1 − dampening)(g + λw)`: the same numbers without a pass over
+            memory. Where a gradient is sparse or the dampening in use, the gradient is multiplied.
     """
 
     def __init__(self, decay: str, *, in_place: bool) -> None:
@@ -492,7 +493,7 @@ class Gradient(Place):
         """Scale the gradients, or what the optimizer multiplies them by."""
         self._started = None  # of a step that failed
         divides = step.factors.numbers is not None and not step.partition.rows_of
-        if not self.in_place and divides and damps_history(step.view):
+        if not self.in_place and divides:
             # The dampening multiplies g + λw, so to leave the decay plain λ is divided by f, which must not be small.
             possible = (
                 self.decay == "scaled" or not has_decay(step.view) or min(step.factors.read()) >= SMALLEST_DIVISOR
@@ -548,11 +549,13 @@ class Gradient(Place):
         return splits
 
     def _begin_history(self, view: Any) -> bool:
-        """Let the momentum begin from zero, in a copy of the state; return False where a gradient is sparse."""
+        """Let the momentum begin from zero, in a copy of the state; return False where the dampening is not free."""
         state = view.state
         # Parameters in no layer too: while the view has a state of its own, what step() begins there is begun for all.
         fresh: list[Tensor] = []
         for group in view.param_groups:
+            if group["dampening"]:  # of another adapter
+                return False
             for p in group["params"]:
                 gradient = p.grad
                 if gradient is None:
@@ -690,14 +693,14 @@ def interpolate(parameters: Sequence[Tensor], old: Sequence[Tensor], factors: Se
     torch._foreach_copy_(list(parameters), list(old))
 
 
-def make_place(name: PlaceName, decay: str, *, automatic: bool) -> Place:
+def make_place(name: PlaceName, decay: str, *, dampens: bool) -> Place:
     """Return the place of this name.
 
     Args:
         name: One of `layerwise.optimizers.PLACES`.
         decay: `"scaled"` or `"plain"`, for `"gradient"`.
-        automatic: Whether `"auto"` chose it, which may then carry the factor in another way with the same numbers.
+        dampens: Whether the factor may act through the dampening, with the same numbers.
     """
     if name == "gradient":
-        return Gradient(decay, in_place=not automatic)
+        return Gradient(decay, in_place=not dampens)
     return LearningRate() if name == "lr" else Update()

@@ -490,7 +490,7 @@ class StepInBackward(StaysBehind):
         decay = self._request.decay
         place, allowed = automatic_place(optimizer, self._request.preferred, decay), self._request.rule.places
         self._place_name = place if place in allowed else allowed[0]
-        self._place = make_place(self._place_name, decay, automatic=damps_history(optimizer))
+        self._place = make_place(self._place_name, decay, dampens=damps_history(optimizer))
 
 
 def _weak(method: Callable[..., None]) -> Callable[..., None]:

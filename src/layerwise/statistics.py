@@ -369,7 +369,10 @@ class LayerStatistics:
         if not names:
             return {}
         norms, order = norms_of([*tensors, *self.members] if scales else tensors)
-        return dict(zip(names, join(self._joint_norms(present, order, scales), norms), strict=True))
+        arguments = (present, order, scales)
+        if self._joint is None or self._joint[0] != arguments:
+            self._joint = (arguments, self._joint_norms(*arguments))
+        return dict(zip(names, join(self._joint[1], norms), strict=True))
 
     def _weight_scales(self, name: str, groups: Groups) -> list[float] | None:
         """Return the factor of each parameter in a norm over the weights; None for 1."""
@@ -398,21 +401,18 @@ class LayerStatistics:
     def _joint_norms(
         self, present: Sequence[int], order: Sequence[int], scales: list[list[float] | None]
     ) -> JointNorms:
-        """Return what joins norms of tensors to those of layers; made anew only when the arguments change.
+        """Return what joins norms of tensors to those of layers.
 
         `present` are the members whose gradients were measured, before the weights of all members; `order` is the
         position of each norm's tensor. `scales` are the factors of the members in each norm of weights; None for 1.
         """
-        arguments = (present, order, scales)
-        if self._joint is None or self._joint[0] != arguments:
-            position_of = {tensor: at for at, tensor in enumerate(order)}
-            entries = [(position_of[at], 0, self._owners[i], 1.0) for at, i in enumerate(present)]
-            for row, own in enumerate(scales, start=int(bool(present))):
-                for i, layer in enumerate(self._owners):
-                    scale = 1.0 if own is None else own[i]
-                    entries.append((position_of[len(present) + i], row, layer, scale))
-            self._joint = (arguments, JointNorms(entries, len(scales) + bool(present), self._zeros))
-        return self._joint[1]
+        position_of = {tensor: at for at, tensor in enumerate(order)}
+        entries = [(position_of[at], 0, self._owners[i], 1.0) for at, i in enumerate(present)]
+        for row, own in enumerate(scales, start=int(bool(present))):
+            for i, layer in enumerate(self._owners):
+                scale = 1.0 if own is None else own[i]
+                entries.append((position_of[len(present) + i], row, layer, scale))
+        return JointNorms(entries, len(scales) + bool(present), self._zeros)
 
     def _rates_of(self, groups: Groups) -> list[list[Any]]:
         """Return the rates of each layer's parameters."""

@@ -183,6 +183,33 @@ def test_momentum_that_is_set_later_decides_the_place_anew() -> None:
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("option", [{"nesterov": True}, {"dampening": 0.2}, {"momentum": 0.0}], ids=str)
+def test_an_option_of_sgd_may_change_between_steps(option: dict[str, Any]) -> None:
+    """A factor that acts through the dampening acts on the gradient as soon as the dampening is not free."""
+    attached, by_hand = network(), network()
+    optimizers = [optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01) for m in (attached, by_hand)]
+    layerwise.LayerwiseLR(optimizers[0], LayerAdaptive(), attached)
+    for step in range(6):
+        if step in (2, 4):  # there and back
+            before = {name: optimizers[0].param_groups[0][name] for name in option}
+            for optimizer in optimizers:
+                optimizer.param_groups[0].update(option)
+            option = before
+        for model in (attached, by_hand):
+            backward(model, step)
+        for layer in by_hand.children():
+            of_layer = [(p, p.grad) for p in layer.parameters() if p.grad is not None]
+            if of_layer:
+                factor = LayerAdaptive().factor(torch.cat([g.flatten() for _, g in of_layer]).norm())
+            for p, gradient in of_layer:
+                p.grad = factor * (gradient + 0.01 * p.detach())
+        optimizers[1].param_groups[0]["weight_decay"] = 0.0
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q in zip(attached.parameters(), by_hand.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-13)
+
+
 def test_another_post_hook_can_read_what_it_is_handed() -> None:
     model = network()
     optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
