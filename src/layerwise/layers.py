@@ -151,7 +151,7 @@ LayerName = Callable[[str, Tensor], "str | None"]
 Exclusion = Sequence[str] | Callable[[str, Tensor], bool] | None
 """Layers left at factor 1: patterns of layer names, or a function of a parameter's name and the parameter."""
 
-LayerSpecification = Literal["module", "parameter"] | Sequence[str] | LayerName | Mapping[str, Iterable[Tensor]]
+LayerSpecification = Literal["module", "parameter", "unit"] | Sequence[str] | LayerName | Mapping[str, Iterable[Tensor]]
 
 
 def names_tensors(layers: object) -> TypeGuard[Mapping[str, Sequence[Tensor]]]:
@@ -198,6 +198,7 @@ class Layer:
         module: The module that owns them, when there is one such module and the model is known.
         included: Whether the layer is not excluded; the factor of an excluded one is 1.
         shards: This process's shard of each parameter; None, also in place of all of them, for one that is not sharded.
+        dimension: Of the rows that have a factor each, in its only parameter; None where it has one factor.
     """
 
     name: str
@@ -206,6 +207,7 @@ class Layer:
     module: nn.Module | None = field(default=None, repr=False)
     included: bool = True
     shards: tuple[Shard | None, ...] = field(default=(), repr=False)
+    dimension: int | None = None
 
     def __post_init__(self) -> None:
         if not self.shards:
@@ -404,6 +406,11 @@ def _check_parts(given: str, parts: Any) -> None:
         raise ValueError(f"{given} must hold different names of letters, digits and _, which begin with no digit")
 
 
+def is_ordinary(parameter: Tensor) -> bool:
+    """Return whether a parameter is neither sharded nor of a class of its own, as quantised ones are."""
+    return type(parameter) in (Tensor, nn.Parameter) and not getattr(parameter, "_fsdp_flattened", False)
+
+
 def inputs_first(module: nn.Module | None) -> bool:
     """Return whether the first dimension of a module's weight is that of the inputs."""
     transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -426,7 +433,7 @@ def _parts(
 
 
 def _rows(name: str, parameter: Tensor, parts: Any, module: nn.Module | None) -> list[Rows]:
-    if type(parameter) not in (Tensor, nn.Parameter) or getattr(parameter, "_fsdp_flattened", False):
+    if not is_ordinary(parameter):
         raise ValueError(
             f"split: {name!r} is a {type(parameter).__name__} that is sharded, quantised or without values, and parts "
             "are rows of an ordinary parameter; leave it out of split, or keep its parts as separate modules"
@@ -497,8 +504,8 @@ def _layer_name_function(
     named_parameters: Mapping[str, Tensor], specification: LayerSpecification, owners: Mapping[str, str]
 ) -> LayerName:
     allowed = (
-        "'module', 'parameter', a list of patterns, a callable (name, parameter) -> layer name or None, or a dict of "
-        "layer names and lists of tensors"
+        "'module', 'parameter', in LayerwiseLR 'unit', a list of patterns, a callable (name, parameter) -> layer name "
+        "or None, or a dict of layer names and lists of tensors"
     )
     if isinstance(specification, str):
         if specification == "module":
