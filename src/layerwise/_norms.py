@@ -181,7 +181,7 @@ def row_norms(tensor: Tensor, dimension: int) -> Tensor:
         return _norms_along(rows, 1)
     rows = rows.contiguous()
     if rows.dtype in NARROW and rows.numel() > CHUNK:
-        return torch.cat([_norms_of_each(part) for part in rows.split(max(1, CHUNK // rows.shape[1]))])
+        return torch.cat(list(map(_norms_of_each, rows.tensor_split(-(-rows.numel() // CHUNK)))))
     return _norms_of_each(rows)
 
 
@@ -192,7 +192,7 @@ def _norms_of_each(rows: Tensor) -> Tensor:
         return _norms_along(rows, 1)
     length = _row_length(size)
     whole = size - size % length
-    norms = _norms_along(rows[:, :whole].unflatten(1, (-1, length)), 2)
+    norms = _norms_along(rows[:, :whole].view(len(rows), whole // length, length), 2)
     if whole < size:
         norms = torch.cat([norms, _norms_along(rows[:, whole:], 1)[:, None]], 1)
     return _norms_along(norms.double(), 1)

@@ -112,11 +112,11 @@ class UnitStatistics(LayerStatistics):
         return torch.stack(list(squares)).sqrt()
 
     def _unit_norms(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        parts = list(self._zeros.split(self.counts))
+        parts = _split(self._zeros, self.counts)
         wholes = [i for i in self._wholes if tensors[i] is not None]
         if wholes:
             norms, order = tensor_norms([cast(Tensor, tensors[i]) for i in wholes], self.device)
-            for at, norm in zip(order, norms.split(1), strict=True):
+            for at, norm in zip(order, _split(norms, 1), strict=True):
                 parts[wholes[at]] = norm
         for i, dimension in self._rows.items():
             tensor = tensors[i]
@@ -131,8 +131,12 @@ class UnitStatistics(LayerStatistics):
 
     def owners(self, chosen: Tensor) -> list[int]:
         """Return the numbers of the layers of which units are chosen; waits for the device."""
-        numbers: Any = self._owner_of[chosen].unique_consecutive()
-        return numbers.tolist()
+        owner_of: Any = self._owner_of
+        return owner_of[chosen].unique_consecutive().tolist()
+
+
+def _split(tensor: Any, sizes: Any) -> list[Tensor]:
+    return list(tensor.split(sizes))
 
 
 class UnitFactors(Factors):
@@ -164,14 +168,14 @@ class UnitFactors(Factors):
 
     def of_layers(self) -> dict[int, Tensor]:
         """Return by layer's number, unless all are 1, the units' factors in a shape that multiplies the parameter."""
-        statistics, pieces = self._statistics, dict[torch.dtype, Sequence[Tensor]]()
+        statistics, pieces = self._statistics, dict[torch.dtype, list[Tensor]]()
         result: dict[int, Tensor] = {}
         for i in self._changed:
             p, dimension = statistics.members[i], statistics.layers[i].dimension
             # Half precision would round the factor.
             dtype = torch.float32 if p.dtype in HALF else p.dtype.to_real()
             if dtype not in pieces:
-                pieces[dtype] = self._units.to(dtype).split(statistics.counts)
+                pieces[dtype] = _split(self._units.to(dtype), statistics.counts)
             shape = [-1 if axis == dimension else 1 for axis in range(p.ndim)]
             result[i] = moved(pieces[dtype][i].view(shape), p.device)
         return result

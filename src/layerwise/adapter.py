@@ -41,8 +41,8 @@ from ._tensors import (
     several_processes,
     warn_without_values,
 )
-from ._writes import HALF, is_compiled
 from ._units import UnitFactors, UnitStatistics, UnitStep, check_units, with_units
+from ._writes import HALF, is_compiled
 from .apply import Factors, FinishedStep, Partition, Place, PrivateStep, Split, Step, Writes, make_place
 from .layers import (
     Exclusion,
@@ -879,7 +879,8 @@ class LayerwiseLR(StaysBehind):
         excluded = found.included.count(False)
         place = f"apply={self.apply!r}"
         place += f", decay={self.decay!r}" if self.apply == "gradient" else f" by {self._attached.route}"
-        parts = [f"{described(self.rule)} on {attached}", f"{len(found.layers)} layers", place]
+        units = "" if found.units is None else f" of {found.units.count:,} units"
+        parts = [f"{described(self.rule)} on {attached}", f"{len(found.layers)} layers{units}", place]
         if self.counts_epochs:
             parts.append(f"epoch {self._epoch}")
         if excluded:

@@ -185,7 +185,7 @@ def check_rows(
         )
     if automatic == "lr" and (place == "lr" or "update" in rule.places):
         automatic = "update"
-    if place == "lr" or (place == "auto" and automatic == "lr"):
+    if place == "lr" or (place == "auto" and automatic == "lr" and "lr" in rule.places):
         others = " or ".join(f"apply={name!r}" for name in rule.places if name != "lr")
         raise ValueError(
             "apply='lr' does not act on parts of a parameter, since a parameter has one rate; "
