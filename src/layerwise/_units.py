@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ._norms import row_norms, tensor_norms
-from ._tensors import FLOAT8, moved
+from ._tensors import FLOAT8, is_quantised, local, moved
 from ._writes import HALF, Factor
 from .apply import Factors, Step
-from .layers import Layer, inputs_first, is_ordinary
+from .layers import Layer, inputs_first
 from .rules.base import Rule, finite_or_one
 from .rules.state import described
 from .statistics import OF_ROWS, Groups, LayerStatistics, Statistics
@@ -47,8 +47,10 @@ def with_units(layer: Layer) -> Layer:
     if not layer.included:
         return layer
     reason = None
-    if not is_ordinary(parameter) or any(layer.shards) or parameter.dtype in FLOAT8:
-        reason = f"is a {type(parameter).__name__} of {parameter.dtype} that is sharded or quantised"
+    if any(layer.shards) or local(parameter) is not parameter:
+        reason = "is sharded, and its rows are not measured across processes"
+    elif is_quantised(parameter) or parameter.dtype in FLOAT8:
+        reason = f"is a quantised {type(parameter).__name__} of {parameter.dtype}, whose rows are not measured"
     elif parameter.ndim > 1 and inputs_first(module) and getattr(module, "groups", 1) > 1:
         reason = f"belongs to a transposed convolution of {cast(Any, module).groups} groups, whose outputs are not rows"
     if reason is not None:

@@ -634,10 +634,11 @@ class LayerwiseLR(StaysBehind):
         model: Names the layers. A list or dictionary of modules counts as one model, whose names begin with the index
             or the key. None takes the names of an optimizer built from `model.named_parameters()`.
         layers: `"module"` (the module that directly owns the parameters: weight and bias together; a MultiheadAttention
-            or a convolution of PyTorch Geometric as a whole), `"parameter"`, a list of fnmatch patterns, a callable
-            `(name, parameter) -> layer name or None`, or a dictionary of layer names and lists of tensors, such as
-            `{"log_alpha": [log_alpha]}`, which needs no model. `"auto"`: what the rule's paper took. A parameter
-            without a layer keeps factor 1.
+            or a convolution of PyTorch Geometric as a whole), `"parameter"`, `"unit"`, a list of fnmatch patterns, a
+            callable `(name, parameter) -> layer name or None`, or a dictionary of layer names and lists of tensors,
+            such as `{"log_alpha": [log_alpha]}`, which needs no model. `"auto"`: what the rule's paper took. A
+            parameter without a layer keeps factor 1. `"unit"` is `"parameter"` with a factor for each output row of
+            parameters of two or more dimensions, on the gradient or the update; `get_last_factors()` has their mean.
         apply: Where the factor acts. `"gradient"`: `g ← f g` before the optimizer sees it, so inside the momentum; the
             gradient is left so. `"lr"`: this step's rate. `"update"`: `w ← w_old + f (w_new − w_old)`. `"auto"`: what
             the rule's paper did for this optimizer.

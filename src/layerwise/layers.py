@@ -406,11 +406,6 @@ def _check_parts(given: str, parts: Any) -> None:
         raise ValueError(f"{given} must hold different names of letters, digits and _, which begin with no digit")
 
 
-def is_ordinary(parameter: Tensor) -> bool:
-    """Return whether a parameter is neither sharded nor of a class of its own, as quantised ones are."""
-    return type(parameter) in (Tensor, nn.Parameter) and not getattr(parameter, "_fsdp_flattened", False)
-
-
 def inputs_first(module: nn.Module | None) -> bool:
     """Return whether the first dimension of a module's weight is that of the inputs."""
     transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -433,7 +428,7 @@ def _parts(
 
 
 def _rows(name: str, parameter: Tensor, parts: Any, module: nn.Module | None) -> list[Rows]:
-    if not is_ordinary(parameter):
+    if type(parameter) not in (Tensor, nn.Parameter) or getattr(parameter, "_fsdp_flattened", False):
         raise ValueError(
             f"split: {name!r} is a {type(parameter).__name__} that is sharded, quantised or without values, and parts "
             "are rows of an ordinary parameter; leave it out of split, or keep its parts as separate modules"
