@@ -1,4 +1,8 @@
-"""Rows of parameters that have a factor each: `layers="unit"`."""
+"""Rows of parameters that have a factor each: `layers="unit"`.
+
+A layer stays one parameter, since names and Python numbers for each row would cost more than the step: ResNet-50 has
+26,560 rows. The statistics of all rows are one tensor, and so are the factors.
+"""
 
 from __future__ import annotations
 
