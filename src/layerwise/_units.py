@@ -1,7 +1,7 @@
 """Rows of parameters that have a factor each: `layers="unit"`.
 
 A layer stays one parameter, since names and Python numbers for each row would cost more than the step: ResNet-50 has
-26,560 rows. The statistics of all rows are one tensor, and so are the factors.
+27,560 rows. The statistics of all rows are one tensor, and so are the factors.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class UnitStatistics(LayerStatistics):
         included = [i for i, layer in enumerate(layers) if layer.included]
         self._wholes = [i for i in included if layers[i].dimension is None]
         self._rows = {i: dimension for i in included if (dimension := layers[i].dimension) is not None}
-        self.counts = [int(i in self._wholes) for i in range(len(layers))]
+        self.counts = [int(layer.included) for layer in layers]
         for i, dimension in self._rows.items():
             self.counts[i] = self.members[i].shape[dimension]
         self.count = sum(self.counts)
@@ -156,7 +156,8 @@ class UnitFactors(Factors):
     """
 
     def __init__(self, raw: Tensor, statistics: UnitStatistics) -> None:
-        self._units, self._statistics, self.numbers = finite_or_one(raw), statistics, None
+        self._units, self._statistics = finite_or_one(raw), statistics
+        self._included, self._mask, self.numbers = (), None, None
         self._changed: Sequence[int] = [i for i, count in enumerate(statistics.counts) if count]
         if raw.device.type == "cpu":
             self._changed = statistics.owners(self._units != 1)
@@ -169,8 +170,8 @@ class UnitFactors(Factors):
 
     def read(self) -> list[float]:
         """Return the factors of layers; waits for the device."""
-        numbers: Any = self.tensor
-        return numbers.tolist()
+        self._raw = self.tensor
+        return self._read()
 
     def of_layers(self) -> dict[int, Tensor]:
         """Return by layer's number, unless all are 1, the units' factors in a shape that multiplies the parameter."""

@@ -416,11 +416,11 @@ class AttachedRule:
         self._now = groups = self._groups if holder is None or self._known is not None else holder.param_groups
         if self.found.rows:
             self.found.renew_rows()
-        if self.found.units is not None:
-            self.found.units.check_dense()
         if not self.found.holds(groups, self._request):
             self._take(Resolution(optimizer, self._source, self._request))
             self._now = self._groups
+        if self.found.units is not None:
+            self.found.units.check_dense()
         faked = torch._C._len_torch_dispatch_stack() > 0 and runs_on_fakes(self.found.layers[0].parameters[0])
         dry = faked or not self.found.measurable
         if dry and not self._dry:
@@ -773,7 +773,7 @@ class LayerwiseLR(StaysBehind):
     def get_last_factors(self) -> dict[str, float]:
         """Return the factor of each layer at the last step; 1 before the first. Waits for the device.
 
-        Those of the last step remain after `detach()`.
+        With `layers="unit"` it is the mean over the layer's rows. Those of the last step remain after `detach()`.
 
         Raises:
             RuntimeError: The optimizer no longer exists, or the model has other parameters now.
