@@ -161,6 +161,48 @@ def absolute_sum(tensor: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dtype=torch.float64)
 
 
+def row_norms(tensor: Tensor, dimension: int) -> Tensor:
+    """Return the 2-norm of each row of a dense tensor of two or more dimensions: of each index of a dimension.
+
+    It is as accurate as `tensor_norms`. An accelerator takes one launch. The CPU measures long rows in pieces. It
+    copies tensors whose rows have gaps, and narrow types in parts of at most `CHUNK` elements or one row.
+
+    Example:
+        >>> row_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), 0)
+        tensor([5., 2.])
+    """
+    dense = as_dense_real(tensor)
+    if dimension or not dense.is_contiguous():
+        # In memory order, so that a channels_last tensor has no gaps.
+        dense = dense.movedim(dimension, 0)
+        dense = dense.permute(0, *sorted(range(1, dense.ndim), key=dense.stride, reverse=True))
+    rows = dense.flatten(1)
+    if not rows.is_cpu:
+        return _norms_along(rows, 1)
+    rows = rows.contiguous()
+    if rows.dtype in NARROW and rows.numel() > CHUNK:
+        return torch.cat(list(map(_norms_of_each, rows.tensor_split(-(-rows.numel() // CHUNK)))))
+    return _norms_of_each(rows)
+
+
+def _norms_of_each(rows: Tensor) -> Tensor:
+    """Return the norms of the rows of a matrix on the CPU."""
+    size = rows.shape[1]
+    if size <= SHORT:
+        return _norms_along(rows, 1)
+    length = _row_length(size)
+    whole = size - size % length
+    norms = _norms_along(rows[:, :whole].view(len(rows), whole // length, length), 2)
+    if whole < size:
+        norms = torch.cat([norms, _norms_along(rows[:, whole:], 1)[:, None]], 1)
+    return _norms_along(norms.double(), 1)
+
+
+def _norms_along(tensor: Tensor, dimension: int) -> Tensor:
+    linalg: Any = torch.linalg
+    return linalg.vector_norm(tensor, dim=dimension, dtype=torch.float32 if tensor.dtype in NARROW else None)
+
+
 def _norms_of_rows(tensor: Tensor) -> Tensor:
     """Return a vector with the same norm as a large tensor on the CPU: the norms of its rows.
 

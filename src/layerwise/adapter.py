@@ -41,6 +41,7 @@ from ._tensors import (
     several_processes,
     warn_without_values,
 )
+from ._units import UnitFactors, UnitStatistics, UnitStep, check_units, with_units
 from ._writes import HALF, is_compiled
 from .apply import (
     Factors,
@@ -126,7 +127,11 @@ class Request:
         self.rule, self.model = rule, as_module(model)
         self.split = as_split(split)
         self.apply: PlaceName | Literal["auto"] = apply
-        self.layers: LayerSpecification = as_specification(chosen(layers, rule.default_layers, "module"))
+        given: LayerSpecification = as_specification(chosen(layers, rule.default_layers, "module"))
+        self.units = given == "unit"
+        self.layers: LayerSpecification = "parameter" if self.units else given
+        if self.units:
+            check_units(rule, self.split)
         self.exclude: Exclusion = chosen(exclude, rule.default_exclude, None)
         self.preferred: str = chosen("auto", rule.default_place, "lr")
         self.decay: str = chosen(decay, rule.default_decay, "scaled")
@@ -154,8 +159,10 @@ class Resolution:
         self.layers = [replace(layer, included=own) for layer, own in zip(layers, self.included, strict=True)]
         self.names = [layer.name for layer in layers]
         automatic = automatic_place(optimizer, request.preferred, request.decay)
-        if self.rows:
-            automatic = check_rows(optimizer, holder, rule, request.apply, automatic)
+        if request.units:
+            self.layers = list(map(with_units, self.layers))
+        if self.rows or request.units:
+            automatic = check_rows(optimizer, holder, rule, request.apply, automatic, units=request.units)
         automatic = automatic if automatic in rule.places else rule.places[0]
         self.place: PlaceName = automatic if request.apply == "auto" else request.apply
         check_method(optimizer, rule, self.place, automatic=request.apply == "auto")
@@ -165,10 +172,12 @@ class Resolution:
         if {"learning_rate", *OF_STEP} & set(rule.needs) and any(group.get("lr") is None for group in groups):
             raise ValueError(f"{rule!r} needs the rate, and {type(optimizer).__name__} has no 'lr' in its groups")
         check_alike(self.layers, rule.needs)
-        self.statistics = statistics = LayerStatistics(self.layers, rule.needs)
+        self.units = UnitStatistics(self.layers, rule.needs) if request.units else None
+        self.statistics = statistics = self.units or LayerStatistics(self.layers, rule.needs)
         check_groups(optimizer, self.place, request.decay, statistics.layer_of)
         alone = statistics.device.type == "cpu" and statistics.sharing is None and set(rule.needs) <= AS_NUMBERS
-        self.in_numbers = rule if is_elementwise(rule) and alone and len(layers) <= MOST_NUMBERS else None
+        few = self.units is None and len(layers) <= MOST_NUMBERS
+        self.in_numbers = rule if is_elementwise(rule) and alone and few else None
         # Whether factors follow from what the step has changed.
         self.afterwards = not OF_STEP.isdisjoint(rule.needs)
         if self.afterwards and optimizer is not holder and several_processes():
@@ -422,6 +431,8 @@ class AttachedRule:
         if not self.found.holds(groups, self._request):
             self._take(Resolution(optimizer, self._source, self._request))
             self._now = self._groups
+        if self.found.units is not None:
+            self.found.units.check_dense()
         faked = torch._C._len_torch_dispatch_stack() > 0 and runs_on_fakes(self.found.layers[0].parameters[0])
         dry = faked or not self.found.measurable
         if dry and not self._dry:
@@ -479,18 +490,19 @@ class AttachedRule:
                 f"{described(self._rule)}.factors returned {type(result).__name__}; it must return (factors, state)"
             )
         raw, self.state = result
-        if not isinstance(raw, Tensor) or raw.shape != (len(found.layers),):
+        if not isinstance(raw, Tensor) or raw.shape != (found.statistics.count,):
             shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
             raise ValueError(
                 f"{described(self._rule)} returned factors of shape {shape}; return a tensor of shape "
-                f"({len(found.layers)},), one factor for each layer"
+                f"({found.statistics.count},), one factor for each layer"
             )
         if found.statistics.paused is not None:
             # Bounds and rules of one's own may make another number than 1 of NaN.
             paused = found.statistics.paused
             raw = torch.where(moved(paused, raw.device), 1.0, raw)
         if self._last_raw is None or self._last_raw[0] is not raw or self._last_raw[1] != raw._version:
-            self.factors = Factors(raw, found.included, found.mask)
+            units = found.units
+            self.factors = Factors(raw, found.included, found.mask) if units is None else UnitFactors(raw, units)
             self._last_raw = (raw, raw._version)
 
     def _scale_finished(self) -> None:
@@ -503,7 +515,9 @@ class AttachedRule:
         factors = self.factors
         assert factors is not None
         layers = [statistics.layer_of[id(p)] for p in statistics.members]
-        if factors.numbers is None and is_capturing(self._source):
+        if isinstance(factors, UnitFactors):
+            self._finished.scale(factors.of_members())
+        elif factors.numbers is None and is_capturing(self._source):
             each = {dtype: factors.tensor.to(dtype).unbind() for dtype in {p.dtype for p in statistics.members}}
             pairs = zip(layers, statistics.members, strict=True)
             self._finished.scale([moved(each[p.dtype][number], p.device) for number, p in pairs])
@@ -543,8 +557,8 @@ class AttachedRule:
         assert self.factors is not None  # measured
         acting = view if self._known is None else self._known
         scales = writes if self._scales and not is_compiled() else None
-        kind = PrivateStep if private else Step
-        if private and scales is None and view.param_groups[0].get("fused") and can_be_dealt(view):
+        kind = UnitStep if self.found.units is not None else PrivateStep if private else Step
+        if kind is PrivateStep and scales is None and view.param_groups[0].get("fused") and can_be_dealt(view):
             kind = DealtStep
         return self._place.act(kind(acting, self.found.partition, self.factors, scales))
 
@@ -582,7 +596,7 @@ class AttachedRule:
         self._place = self._new_place()
         self._finished = FinishedStep(found.statistics.members)
         self._before: Statistics | None = None
-        self._scales = scales_writes(self._optimizer(), found.place)
+        self._scales = found.units is None and scales_writes(self._optimizer(), found.place)
         self._compared = False
         self._last_raw: tuple[Tensor, int] | None = None
         self.rates: list[Any] | None = None
@@ -633,10 +647,11 @@ class LayerwiseLR(StaysBehind):
         model: Names the layers. A list or dictionary of modules counts as one model, whose names begin with the index
             or the key. None takes the names of an optimizer built from `model.named_parameters()`.
         layers: `"module"` (the module that directly owns the parameters: weight and bias together; a MultiheadAttention
-            or a convolution of PyTorch Geometric as a whole), `"parameter"`, a list of fnmatch patterns, a callable
-            `(name, parameter) -> layer name or None`, or a dictionary of layer names and lists of tensors, such as
-            `{"log_alpha": [log_alpha]}`, which needs no model. `"auto"`: what the rule's paper took. A parameter
-            without a layer keeps factor 1.
+            or a convolution of PyTorch Geometric as a whole), `"parameter"`, `"unit"`, a list of fnmatch patterns, a
+            callable `(name, parameter) -> layer name or None`, or a dictionary of layer names and lists of tensors,
+            such as `{"log_alpha": [log_alpha]}`, which needs no model. `"auto"`: what the rule's paper took. A
+            parameter without a layer keeps factor 1. `"unit"` is `"parameter"` with a factor for each output row of
+            parameters of two or more dimensions, on the gradient or the update; `get_last_factors()` has their mean.
         apply: Where the factor acts. `"gradient"`: `g ← f g` before the optimizer sees it, so inside the momentum; the
             gradient is left so. `"lr"`: this step's rate. `"update"`: `w ← w_old + f (w_new − w_old)`. `"auto"`: what
             the rule's paper did for this optimizer.
@@ -771,7 +786,7 @@ class LayerwiseLR(StaysBehind):
     def get_last_factors(self) -> dict[str, float]:
         """Return the factor of each layer at the last step; 1 before the first. Waits for the device.
 
-        Those of the last step remain after `detach()`.
+        With `layers="unit"` it is the mean over the layer's rows. Those of the last step remain after `detach()`.
 
         Raises:
             RuntimeError: The optimizer no longer exists, or the model has other parameters now.
@@ -878,7 +893,8 @@ class LayerwiseLR(StaysBehind):
         excluded = found.included.count(False)
         place = f"apply={self.apply!r}"
         place += f", decay={self.decay!r}" if self.apply == "gradient" else f" by {self._attached.route}"
-        parts = [f"{described(self.rule)} on {attached}", f"{len(found.layers)} layers", place]
+        units = "" if found.units is None else f" of {found.units.count:,} units"
+        parts = [f"{described(self.rule)} on {attached}", f"{len(found.layers)} layers{units}", place]
         if self.counts_epochs:
             parts.append(f"epoch {self._epoch}")
         if excluded:

@@ -554,6 +554,11 @@ def _check_options(optimizer: Optimizer) -> None:
 def _check_rule(rule: Any) -> None:
     """Raise unless this is a rule with which each layer's factor follows from that layer alone."""
     check_needs(check_rule(rule).needs)
+    if rule.default_layers == "unit":
+        raise ValueError(
+            f"rule={rule!r} has default_layers='unit', and step_in_backward multiplies whole layers; give it "
+            "default_layers='parameter', or use LayerwiseLR"
+        )
     if rule.needs_own_layer_only():
         return
     reason = "it does not say own_layer = True, that the factor of a layer follows from that layer alone"

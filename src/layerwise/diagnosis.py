@@ -36,7 +36,7 @@ from .rules import ByRole, FreezeOut, LayerAdaptive, LayerDecay, Unfreezing, Wid
 from .rules.base import is_number
 from .rules.layer_decay import depths_of
 from .rules.roles import roles_of
-from .statistics import NORMS, OF_STEP, WEIGHT_NORMS
+from .statistics import NORMS, OF_ROWS, OF_STEP, WEIGHT_NORMS
 
 LAUNCHES = 7
 """The most kernels that one norm of all layers takes on an accelerator; a test counts them."""
@@ -229,6 +229,8 @@ def _why(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> str:
         return "the rule's factors follow from the finished step"
     if rows_of(adapter.layer_table()):
         return "a parameter that is split has one rate, so factors of its parts act beside it"
+    if _units(adapter) and adapter.apply == "update":
+        return "a parameter has one rate, so factors of its rows act beside it"
     if adapter.apply == "update":
         return f"{name} {why_not_rate(optimizer) or reason_against(optimizer, 'groups')}"
     if adapter.apply == "gradient":
@@ -249,7 +251,8 @@ def _cost(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> tuple[
     if "counts" in needs:
         needs.add("gradient_norm")
     on_cpu, groups = _device_of(optimizer) in ("cpu", "meta"), optimizer.param_groups
-    has_parts = bool(rows_of(adapter.layer_table()))
+    units = _units(adapter)
+    has_parts = bool(units or rows_of(adapter.layer_table()))
     layer_of = {id(p): number for number, layer in enumerate(adapter.layer_table()) for p in layer.parameters}
     parts = sum(len({layer_of.get(id(p)) for p in group["params"]}) for group in groups)
     what = "calls of the fused kernel" if groups[0].get("fused") else "groups"
@@ -263,7 +266,9 @@ def _cost(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> tuple[
     if needs & WEIGHT_NORMS:
         costs.append("1 pass over the weights")
     norms = needs & (NORMS | {"counts"})
-    if norms and not on_cpu:
+    if units and not on_cpu:
+        costs.append(f"{len(needs & {*OF_ROWS})} launches a tensor for the norms of rows, 1 to multiply them")
+    elif norms and not on_cpu:
         costs.append(f"at most {LAUNCHES * len(norms)} launches for the norms at any number of layers")
     if "gradients" in needs:
         costs.append("in epochs of analysis one number a parameter for G, two for G′, or those of the sample")
@@ -272,7 +277,8 @@ def _cost(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> tuple[
             route = f"SGD's dampening in {division}"
         else:
             route = "the gradients are multiplied in place"
-            costs.append("1 pass over the gradients to multiply them")
+            changed = " that have a factor other than 1" if units and on_cpu else ""
+            costs.append(f"1 pass over the gradients{changed} to multiply them")
             if scales_decay and on_cpu and not has_parts:
                 route += f"; weight decay in {division}"
             elif scales_decay:
@@ -280,7 +286,7 @@ def _cost(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> tuple[
     elif needs & OF_STEP:
         route = "the finished step is measured, then scaled"
         costs.append("a copy of the parameters during the step, 3 passes over them")
-    elif scales_writes(optimizer, place):
+    elif not units and scales_writes(optimizer, place):
         route = "scaled writes: what the step writes into a weight is multiplied; no parameter group is divided"
         if is_capturing(optimizer) and not on_cpu:
             costs.append("1 launch for each tensor")
@@ -308,6 +314,8 @@ def _problems(adapter: LayerwiseLR, optimizer: Optimizer, model: nn.Module | Non
 
 def _notes(adapter: LayerwiseLR, optimizer: Optimizer) -> list[str]:
     notes: list[str] = []
+    if units := _units(adapter):
+        notes.append(f"{units:,} rows have a factor each; the factor that is reported of a layer is their mean")
     if adapter.counts_epochs:
         notes.append("the rule counts epochs: call adapter.end_epoch() after each")
     integers = sum(not holds_weights(p) for p in parameters_of(optimizer.param_groups))
@@ -339,6 +347,12 @@ def _divided(layers: list[Layer]) -> list[str]:
 
 def _device_of(optimizer: Optimizer) -> str:
     return parameters_of(optimizer.param_groups)[0].device.type
+
+
+def _units(adapter: LayerwiseLR) -> int:
+    """Return how many rows have a factor each, under `layers="unit"`."""
+    layers = adapter.layer_table()
+    return sum(layer.parameters[0].shape[layer.dimension] for layer in layers if layer.dimension is not None)
 
 
 def _frozen(layer: Layer) -> bool:

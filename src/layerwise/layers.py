@@ -151,7 +151,7 @@ LayerName = Callable[[str, Tensor], "str | None"]
 Exclusion = Sequence[str] | Callable[[str, Tensor], bool] | None
 """Layers left at factor 1: patterns of layer names, or a function of a parameter's name and the parameter."""
 
-LayerSpecification = Literal["module", "parameter"] | Sequence[str] | LayerName | Mapping[str, Iterable[Tensor]]
+LayerSpecification = Literal["module", "parameter", "unit"] | Sequence[str] | LayerName | Mapping[str, Iterable[Tensor]]
 
 
 def names_tensors(layers: object) -> TypeGuard[Mapping[str, Sequence[Tensor]]]:
@@ -198,6 +198,7 @@ class Layer:
         module: The module that owns them, when there is one such module and the model is known.
         included: Whether the layer is not excluded; the factor of an excluded one is 1.
         shards: This process's shard of each parameter; None, also in place of all of them, for one that is not sharded.
+        dimension: Of the rows that have a factor each, in its only parameter; None where it has one factor.
     """
 
     name: str
@@ -206,6 +207,7 @@ class Layer:
     module: nn.Module | None = field(default=None, repr=False)
     included: bool = True
     shards: tuple[Shard | None, ...] = field(default=(), repr=False)
+    dimension: int | None = None
 
     def __post_init__(self) -> None:
         if not self.shards:
@@ -497,8 +499,8 @@ def _layer_name_function(
     named_parameters: Mapping[str, Tensor], specification: LayerSpecification, owners: Mapping[str, str]
 ) -> LayerName:
     allowed = (
-        "'module', 'parameter', a list of patterns, a callable (name, parameter) -> layer name or None, or a dict of "
-        "layer names and lists of tensors"
+        "'module', 'parameter', in LayerwiseLR 'unit', a list of patterns, a callable (name, parameter) -> layer name "
+        "or None, or a dict of layer names and lists of tensors"
     )
     if isinstance(specification, str):
         if specification == "module":

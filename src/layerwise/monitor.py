@@ -139,8 +139,8 @@ class Monitor(StaysBehind):
         sinks: Where records go: callables that take a `Record`, such as those of `layerwise.sinks`. One that raises is
             dropped with one message in the log, and training goes on. With several processes, each makes a monitor and
             only one passes sinks.
-        layers: As in `LayerwiseLR`. `"auto"` takes those of the adapter if just one is attached to the optimizer, else
-            `"module"`. Parameters without a layer are not measured.
+        layers: As in `LayerwiseLR`, but for `"unit"`. `"auto"` takes those of the adapter if just one is attached to
+            the optimizer, else `"module"`. Parameters without a layer are not measured.
 
     Raises:
         TypeError: An argument has the wrong type.

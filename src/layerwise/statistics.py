@@ -155,6 +155,8 @@ WEIGHT_NORMS = frozenset({"weight_norm", "matrix_norm", "decay_norm"})
 NORMS = WEIGHT_NORMS | {"gradient_norm"}
 OF_STEP = frozenset({"direction_norm", "direction_rms"})
 """What is known after the step only."""
+OF_ROWS = ("gradient_norm", "weight_norm", "direction_norm")
+"""What is measured of single rows."""
 AS_NUMBERS = NORMS | {"learning_rate"}
 """What `LayerStatistics.numbers` can return."""
 PIECE, PIECE_ON_DEVICE = 2**20, 2**24
@@ -267,7 +269,7 @@ class LayerStatistics:
             vector = torch.stack([torch.as_tensor(r, dtype=self.dtype, device=self.device).reshape(()) for r in rates])
         else:
             vector = self._copied("rates", list(map(float, rates)))
-        of_members = vector.index_select(0, self._index(self._group_numbers(groups)))
+        of_members = self._spread(vector.index_select(0, self._index(self._group_numbers(groups))))
         shares = (squares / of_members.square()).masked_fill_(of_members == 0, 0.0)
         (norm,) = self.norms([shares]).unbind()
         values = {**vars(before), "direction_norm": norm}
@@ -275,6 +277,10 @@ class LayerStatistics:
             sizes = [sum(p.numel() for p in layer.whole()) for layer in self.layers]
             values["direction_rms"] = norm / self._copied("sizes", list(map(float, sizes))).sqrt()
         return Statistics(**{name: value for name, value in values.items() if name in self.needs})
+
+    def _spread(self, of_members: Tensor) -> Tensor:
+        """Return for each square what belongs to its member."""
+        return of_members
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return this process's share of the squared norms of tensors, one for each of `members` or None."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerwise._norms import FEW, tensor_norm_numbers, tensor_norms
+from layerwise._norms import FEW, row_norms, tensor_norm_numbers, tensor_norms
 from slow_norms import arrays, layer_norm
 
 
@@ -42,6 +42,29 @@ def test_a_large_tensor_among_small_ones_has_its_norm(name):
     assert sorted(order) == [0, 1, 2]
     expected = [layer_norm(arrays([tensors[i]])) for i in order]
     assert norms.tolist() == pytest.approx(expected, rel=1e-12 if large.dtype is torch.float64 else 1e-6)
+
+
+ROWS = {
+    **{name: make for name, make in LARGE_TENSORS.items() if make().ndim > 1},
+    "rows of one number": lambda: torch.randn(5, 1),
+    "no rows": lambda: torch.randn(0, 1009),
+    "rows without numbers": lambda: torch.randn(3, 0),
+    "a convolution of volumes": lambda: torch.randn(3, 70, 2, 2, 3),
+    "equal numbers": lambda: torch.full((3, 100_000), 1.1),
+    "float16, long": lambda: torch.full((3, 300_000), 3e4, dtype=torch.float16),
+    "a gap after each row": lambda: torch.randn(600, 2000)[:, :1500],
+}
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+@pytest.mark.parametrize("name", ROWS)
+def test_each_row_has_its_norm(name, dimension):
+    torch.manual_seed(0)
+    tensor = ROWS[name]()
+    expected = [layer_norm(arrays([row])) for row in tensor.unbind(dimension)]
+    assert row_norms(tensor, dimension).tolist() == pytest.approx(
+        expected, rel=1e-12 if tensor.dtype is torch.float64 else 1e-6
+    )
 
 
 @pytest.mark.parametrize("count", [1, FEW, FEW + 1])

@@ -163,6 +163,20 @@ def test_run_continues_to_the_bit_from_a_state_taken_in_the_middle(
     assert bits(fresh) == bits(model)
 
 
+def test_rows_have_factors_or_are_refused(rule: Rule) -> None:
+    model = network(0)
+    optimizer = OPTIMIZERS["SGD"](model)
+    if not rule.takes_units():
+        with pytest.raises(ValueError, match="use layers='parameter'"):
+            layerwise.LayerwiseLR(optimizer, rule, model, layers="unit")
+        return
+    adapter = layerwise.LayerwiseLR(optimizer, rule, model, layers="unit", exclude=None)
+    before = bits(model)
+    quadratic_step(model, optimizer, 0)
+    assert all(math.isfinite(factor) for factor in adapter.get_last_factors().values())
+    assert bits(model) != before
+
+
 def test_saved_state_does_not_change_with_later_steps(rule: Rule) -> None:
     model = network(0)
     optimizer = OPTIMIZERS["SGD"](model)

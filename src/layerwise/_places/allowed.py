@@ -150,9 +150,15 @@ def check_method(optimizer: optim.Optimizer, rule: Rule, place: PlaceName, *, au
 
 
 def check_rows(
-    optimizer: optim.Optimizer, holder: Any, rule: Rule, place: PlaceName | Literal["auto"], automatic: PlaceName
+    optimizer: optim.Optimizer,
+    holder: Any,
+    rule: Rule,
+    place: PlaceName | Literal["auto"],
+    automatic: PlaceName,
+    *,
+    units: bool,
 ) -> PlaceName:
-    """Return what `"auto"` stands for where parts of parameters are layers: they cannot be in groups of their own.
+    """Return what `"auto"` stands for where parts of parameters have factors: they cannot be in groups of their own.
 
     Args:
         optimizer: The optimizer.
@@ -160,11 +166,13 @@ def check_rows(
         rule: The rule.
         place: `"gradient"`, `"lr"`, `"update"` or `"auto"`.
         automatic: What `"auto"` stands for without parts.
+        units: Whether the parts are those of `layers="unit"`, not of `split`.
 
     Raises:
         ValueError: The factors would act on the rate, each process steps only some of the parameters, or the rule takes
             the layers for a chain.
     """
+    given, instead = ("layers='unit'", "use layers='parameter'") if units else ("split=", "leave split out")
     if "normalisation_gain" in rule.needs:
         raise ValueError(
             f"{described(rule)} takes the layers for a chain, in which each feeds the next, and parts of a parameter "
@@ -172,17 +180,16 @@ def check_rows(
         )
     if optimizer is not holder:
         raise ValueError(
-            f"split= does not work with {type(holder).__name__}, of which each process steps only some of the "
-            "parameters; leave split out, or use the optimizer itself"
+            f"{given} does not work with {type(holder).__name__}, of which each process steps only some of the "
+            f"parameters; {instead}, or use the optimizer itself"
         )
     if automatic == "lr" and (place == "lr" or "update" in rule.places):
         automatic = "update"
-    if place == "lr" or (place == "auto" and automatic == "lr"):
+    if place == "lr" or (place == "auto" and automatic == "lr" and "lr" in rule.places):
         others = " or ".join(f"apply={name!r}" for name in rule.places if name != "lr")
         raise ValueError(
             "apply='lr' does not act on parts of a parameter, since a parameter has one rate; "
-            f"{f'use {others}' if others else f'{described(rule)} acts nowhere else: use another rule'}, or leave "
-            "split out"
+            f"{f'use {others}' if others else f'{described(rule)} acts nowhere else: use another rule'}, or {instead}"
         )
     return automatic
 

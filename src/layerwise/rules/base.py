@@ -38,7 +38,7 @@ class Rule(ABC):
     `chain`.
 
     * `needs`: names of the statistics it reads (fields of `layerwise.statistics.Statistics`).
-    * `default_layers`: `"module"` or `"parameter"`.
+    * `default_layers`: `"module"`, `"parameter"` or `"unit"`.
     * `default_place`: `"gradient"` when the method multiplies the gradient (inside momentum), `"lr"` when the rate.
     * `default_decay`: whether the method's factor multiplies coupled weight decay too: `"scaled"` or `"plain"`.
     * `default_exclude`: layers that the method leaves out: None, patterns or a callable `(name, parameter) -> bool`.
@@ -136,6 +136,10 @@ class Rule(ABC):
     def needs_own_layer_only(self) -> bool:
         """Return whether a layer's factor needs the statistics of no other layer."""
         return self.own_layer
+
+    def takes_units(self) -> bool:
+        """Return whether a factor may be that of one row of a parameter, for `layers="unit"`."""
+        return False
 
     def depends_on_other_layers(self) -> bool:
         """Return whether a layer's factor depends on which other layers there are, or on their statistics."""

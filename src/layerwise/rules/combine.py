@@ -102,6 +102,9 @@ class _Combined(Rule):
 
 
 class _Chain(_Combined):
+    def takes_units(self) -> bool:
+        return all(rule.takes_units() for rule in self.rules)
+
     @property
     def rule_kind(self) -> str:
         return f"chain({', '.join(rule.rule_kind for rule in self.rules)})"
@@ -117,6 +120,9 @@ class _Chain(_Combined):
 
 
 class _Bounds(_Combined):
+    def takes_units(self) -> bool:
+        return self.rules[0].takes_units()
+
     def __init__(self, rule: Any, low: float, high: float) -> None:
         super().__init__(rule)
         self.low, self.high = check_bounds((low, high))

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor
 
-from ..statistics import OF_STEP, Statistics
+from ..statistics import OF_ROWS, OF_STEP, Statistics
 from .base import Rule
 from .state import State
 
@@ -68,6 +68,10 @@ class ElementwiseRule(Rule):
         if is_elementwise(self):
             return not {"counts", "gradients", *OF_STEP} & set(self.needs)
         return self.own_layer
+
+    def takes_units(self) -> bool:
+        """Return whether φ is in use and reads what is measured of rows."""
+        return is_elementwise(self) and set(self.needs) <= set(OF_ROWS)
 
     def numbers(self, statistics: Mapping[str, Sequence[float]]) -> list[float]:
         """Return φ layer by layer, from one number a layer for each name in `needs`."""

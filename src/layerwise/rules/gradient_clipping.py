@@ -1,4 +1,4 @@
-"""Clipping of each layer's gradient: by its weights (AGC), by its own history (AdaGC)."""
+"""Clipping of gradients: of layers or rows by their weights (AGC), of layers by their own history (AdaGC)."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ from .state import State
 
 @dataclass(frozen=True)
 class AGC(ElementwiseRule):
-    """Adaptive gradient clipping of whole tensors.
+    """Adaptive gradient clipping, of rows or of whole tensors.
 
     f_l = min(1, clip · max(‖w_l‖, eps) / ‖g_l‖)
 
-    Start: `LayerwiseLR(optimizer, AGC(), model, exclude=["head*"])`. `exclude` names the classifier, which the method
-    leaves out. It stands in place of a clipping of the global norm. Keep the optimizer's own rate: the factor is 1 but
-    where gradients are large.
+    Start: `LayerwiseLR(optimizer, AGC(), model, layers="unit", exclude=["head*"])`. `exclude` names the classifier,
+    which the method leaves out. It stands in place of a clipping of the global norm. Keep the optimizer's own rate: the
+    factor is 1 but where gradients are large.
 
-    It acts on the gradient, before decay and momentum. Layers are single parameters.
+    It acts on the gradient, before decay and momentum. With `layers="unit"`, as in the paper, each row of weights has a
+    factor: each output of a linear layer, each channel of a convolution; a bias or a gain is one unit. Without it
+    layers are single parameters, which may be sharded, and step in backward.
 
     When it helps: networks without normalisation, at large batches and rates, for which it was made. When not: too
     small a `clip` holds every layer back at every step, which is a smaller rate. Costs: one pass over gradients and
-    weights.
+    weights. With `layers="unit"` one more over the gradients, on the CPU only over tensors with a clipped row; on an
+    accelerator three launches for each tensor of two or more dimensions.
 
     Args:
         clip: The largest ratio of gradient to weights, above 0; the authors' code has 0.01 for batches of 4,096, and
@@ -48,7 +51,7 @@ class AGC(ElementwiseRule):
 
     Reference:
         Brock, De, Smith, Simonyan: High-performance large-scale image recognition without normalization, 2021, arXiv
-        2102.06171, equation 3; there a unit is a row of the weights.
+        2102.06171, equation 3.
     """
 
     clip: float = 0.01

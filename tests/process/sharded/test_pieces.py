@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import layerwise
-from layerwise.rules import BackMatching, Directionality, GradientAmplification, LayerAdaptive, Phase
+from layerwise.rules import AGC, BackMatching, Directionality, GradientAmplification, LayerAdaptive, Phase
 
 from .cases import loss_of, momentum, network
 from .processes import run
@@ -195,6 +195,24 @@ def test_an_fsdp1_module_without_parameters_of_its_own_does_not_hide_those_below
     (layer,) = layerwise.LayerwiseLR(optimizer, LayerAdaptive(), model).layer_table()
     assert (layer.name, layer.parameter_names) == ("0", ("0.weight", "0.bias"))
     assert [(tuple(shard.shape), shard.span) for shard in layer.shards if shard] == [((2, 4), (0, 3)), ((2,), (0, 0))]
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_rows_of_shards_have_no_factors() -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = fsdp2(network())
+    optimizer = momentum(model.parameters())
+    with pytest.raises(ValueError, match=r"is sharded.*pass layers='parameter'"):
+        layerwise.LayerwiseLR(optimizer, AGC(), model, layers="unit")
+    assert not optimizer._optimizer_step_pre_hooks
+    layerwise.LayerwiseLR(optimizer, AGC(), model, layers="parameter")
+    whole = nn.Linear(4, 4)
+    zero = ZeroRedundancyOptimizer(whole.parameters(), optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="layers='unit' does not work with ZeroRedundancyOptimizer"):
+        layerwise.LayerwiseLR(zero, AGC(), whole, layers="unit")
+    layerwise.LayerwiseLR(zero, AGC(), whole, layers="parameter")
 
 
 @pytest.mark.usefixtures("four")
