@@ -112,17 +112,10 @@ def comparison_frame(outcome: Outcome) -> polars.DataFrame:
 
 def listing(outcome: Outcome) -> dict[str, object]:
     """Name the experiment and where its finished runs are, relative to its folder."""
-    above: dict[Path, str] = {}
-
-    def place(folder: Path) -> str:
-        if folder.parent not in above:
-            above[folder.parent] = os.path.relpath(folder.parent, outcome.folder)
-        return os.path.normpath(os.path.join(above[folder.parent], folder.name))
-
     return {
         "plan": outcome.plan.name,
         "runs": [
-            {"subject": subject, "arm": arm, "seed": seed, "folder": place(record.folder)}
+            {"subject": subject, "arm": arm, "seed": seed, "folder": os.path.relpath(record.folder, outcome.folder)}
             for (subject, arm, seed), record in sorted(outcome.results.records.items())
         ],
     }

@@ -7,7 +7,6 @@ comparison and how it is judged.
 from __future__ import annotations
 
 import json
-import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -313,8 +312,4 @@ def as_json(outcome: Outcome) -> str:
 
 def finite(value: Any) -> Any:
     """Give None for numbers that JSON does not have, as the value of a diverged task."""
-    if isinstance(value, dict):
-        return {name: finite(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
