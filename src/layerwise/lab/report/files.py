@@ -153,7 +153,6 @@ def _markdown(outcome: Outcome) -> Iterator[str]:
 
 
 def _cell(one: Entry) -> str:
-    """Write a cell in one line."""
     below = [f"{name} {words}".strip() for name, words in one.lines]
     if one.off is not None:
         below.append(one.off_words)

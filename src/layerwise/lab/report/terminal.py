@@ -59,12 +59,10 @@ def _text(words: str, style: str = "", *, lines: bool = False) -> Text:
 
 
 def _bare() -> Table:
-    """Make a table without lines."""
     return Table(box=None, padding=(0, 1, 0, 0), title_justify="left", title_style="bold", header_style="")
 
 
 def _heading(words: str, width: int) -> Text:
-    """Break the heading of a column into lines."""
     return Text("\n".join(textwrap.wrap(shown(words), width, break_on_hyphens=False)))
 
 
@@ -93,7 +91,6 @@ def tables(whole: ResultTable, width: int) -> Iterator[Table]:
 
 
 def _widths(whole: ResultTable, rows: Sequence[Row], *, inside: bool) -> list[int]:
-    """Give the width of each column."""
     return [
         max(
             [
@@ -115,7 +112,6 @@ def _cell(one: Entry, *, inside: bool) -> list[str]:
 
 
 def _table(whole: ResultTable, title: str, rows: Sequence[Row], widths: dict[int, int], *, inside: bool) -> Table:
-    """Make one table of some of the columns."""
     made = _bare()
     if title:
         made.title = _text(title)

@@ -207,7 +207,6 @@ def activations_of(task_file: TaskFile, name: str, values: Sequence[Any]) -> Act
 
 
 def _described(task_file: TaskFile, tried: TriedTask) -> list[str]:
-    """Say what the task is."""
     trial = tried.trial
     parameters = list(trial.model.parameters())
     types = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
@@ -231,7 +230,6 @@ def _described(task_file: TaskFile, tried: TriedTask) -> list[str]:
 
 
 def _times(tried: TriedTask, seconds: float, jobs: int) -> list[str]:
-    """Say what a comparison would take."""
     arms, total = make_arms(), tried.trial.total
     runs = SEEDS * len(arms)
     words = f"{', '.join(DEFAULT_ARMS)} at {SEEDS} seeds: {runs} runs, {jobs} side by side"

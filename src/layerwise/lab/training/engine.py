@@ -173,7 +173,6 @@ class Training:
         return self.position.epoch > (self.trial.epochs or 0)
 
     def _update(self, batch: Any) -> None:
-        """Do one update and count it."""
         trial, position = self.trial, self.position
         optimizer = trial.optimizer
         step = position.iteration + 1
@@ -196,7 +195,6 @@ class Training:
         position.iteration, position.batch = step, position.batch + 1
 
     def _record_layers(self, step: int, measured: bool) -> None:
-        """Record factor and rate of each layer, and its norms where they were measured."""
         epoch = self.position.epoch
         if self.adapter is not None:
             self.recorder.add_layers("factor", step, epoch, self.adapter.get_last_factors())
