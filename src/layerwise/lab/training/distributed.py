@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -37,8 +36,8 @@ class Processes:
         if shared:
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
             # The gradients have a group of their own, which may be on cards.
-            groups: Any = (dist.new_group(None, wait, "gloo") for wait in (LONGEST_WAIT, FAILURE_WAIT))
-            self._group, self._failures = groups
+            self._group: Any = dist.new_group(None, LONGEST_WAIT, "gloo")
+            self._failures: Any = dist.new_group(None, FAILURE_WAIT, "gloo")
             self._alone, _ = dist.new_subgroups(1)
         self.first = self.rank == 0  # writes the run's files and tests the network
 
@@ -60,7 +59,7 @@ class Processes:
         """Give the network that averages its gradients; the loss must depend on every parameter."""
         if self.count == 1:
             return model
-        self.check(0, normalised=any(isinstance(module, _BatchNorm) for module in model.modules()))
+        self.check(0, normalised=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()))
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self._synchronised = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
         return DistributedDataParallel(model, None if self.device == "cpu" else [torch.device(self.device)])
