@@ -47,6 +47,11 @@ class Entry:
         return f"{self.main} {self.spread}".rstrip()
 
     @property
+    def below(self) -> list[str]:
+        """What stands below it, a line each."""
+        return [f"{name} {words}".strip() for name, words in self.lines]
+
+    @property
     def off_words(self) -> str:
         """The distance to the paper's number in words, or ""."""
         return "" if self.off is None else f"{signed(self.off, 1)} sd"

@@ -106,8 +106,7 @@ def _widths(whole: ResultTable, rows: Sequence[Row], *, inside: bool) -> list[in
 def _cell(one: Entry, *, inside: bool) -> list[str]:
     """Write a cell: in one line, or with what stands below it."""
     if inside and one.lines:
-        below = [f"{name} {words}".strip() for name, words in one.lines]
-        return [shown(f"{one.text} ({', '.join(below)})")]
+        return [shown(f"{one.text} ({', '.join(one.below)})")]
     return [shown(line) for line in (one.text, *(words for _, words in one.lines))]
 
 

@@ -154,10 +154,8 @@ def examine(
     jobs = max(1, min(usable_cores(), SEEDS * sum(arm.control is None for arm in make_arms())))
     with Stream(0), _one_thread():
         an_update, found = _updates(tried)
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
-        layerwise.diagnose(tried.trial.optimizer, tried.trial.model)
-    diagnosis = text.getvalue().splitlines()
+    with contextlib.redirect_stdout(io.StringIO()):
+        diagnosis = layerwise.diagnose(tried.trial.optimizer, tried.trial.model).splitlines()
     more = [line.removeprefix("problem ").strip() for line in diagnosis if line.startswith("problem ")]
     kept = "\n".join(line for line in diagnosis if not line.startswith(("problem ", "problems ", "next "))).rstrip()
     described = [*_described(task_file, tried), *_times(tried, an_update, jobs), "", *kept.splitlines()]
