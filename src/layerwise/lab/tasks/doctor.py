@@ -21,6 +21,7 @@ from layerwise.lab.experiments.methods import DEFAULT_ARMS, make_arms
 from layerwise.lab.progress import duration
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.store import usable_cores
+from layerwise.lab.stats.wording import counted
 from layerwise.lab.tasks.findings import Finding, LayerNumbers, find, numbers_of
 from layerwise.lab.tasks.layout import plan, setting_words
 from layerwise.lab.tasks.network_numbers import (
@@ -80,7 +81,7 @@ class Checkup:
         """How much was trained."""
         count = len(self.records)
         early = f" of {self.asked}, as the time was up" if self.ended_early else ""
-        return f"{count} update{'' if count == 1 else 's'}{early}, in {self.seconds:.1f} s"
+        return f"{counted(count, 'update')}{early}, in {self.seconds:.1f} s"
 
     @property
     def ended_early(self) -> bool:
