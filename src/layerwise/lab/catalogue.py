@@ -40,12 +40,9 @@ class _Looked(Runs):
     def __init__(self, out: Path) -> None:
         super().__init__(out)
         self._found: dict[str, Record | None] = {}
-        self._there = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
 
     def find(self, configuration: Configuration) -> Record | None:
         name = configuration.name
-        if name not in self._there:
-            return None
         if name not in self._found:
             self._found[name] = super().find(configuration)
         return self._found[name]

@@ -329,13 +329,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(words: object) -> None:
-    """Write a line to the standard error."""
     with suppress(OSError, ValueError):  # its reader may have gone
         sys.stderr.write(f"layerwise: {shown(words, lines=True)}\n")
 
 
 def _done(arguments: list[str]) -> int:
-    """Do what a command line asks for."""
     if arguments == ["--version"]:
         from layerwise import __version__
 

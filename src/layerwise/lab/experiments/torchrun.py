@@ -19,7 +19,7 @@ from layerwise.lab.experiments.chain import Alone, Chain, do_chain, do_run
 from layerwise.lab.experiments.plan import Plan
 from layerwise.lab.experiments.pool import Failure, Interrupt
 from layerwise.lab.experiments.runner import Display, Outcome, Settings, carry_out
-from layerwise.lab.training.distributed import Processes, indivisible, joined, unsynchronised
+from layerwise.lab.training.distributed import Processes, joined
 from layerwise.lab.training.networks import WITH_BATCH_NORMALISATION
 
 
@@ -32,27 +32,16 @@ def run_shared(plan: Plan, settings: Settings, display: Display | None = None) -
     try:
         if not processes.first:
             with Interrupt() as interrupt:
-                follow(processes, lambda: interrupt.requested)
-            return None
-        try:
-            check(plan, processes)
-            shared, engine = replace(settings, jobs=1), partial(lead, processes)
-            return carry_out(places.ready(plan, settings.data_dir), shared, display, engine=engine)
-        finally:
-            if processes.in_step:
-                processes.from_first(lambda: None)
+                return follow(processes, lambda: interrupt.requested)
+        # Before anything is written. What a user's own task needs is seen when it comes.
+        for constants in (run.configuration.constants for run in plan.runs if run.task is None):
+            processes.check(constants.batch_size, normalised=constants.model.startswith(WITH_BATCH_NORMALISATION))
+        shared, engine = replace(settings, jobs=1), partial(lead, processes)
+        return carry_out(places.ready(plan, settings.data_dir), shared, display, engine=engine)
     finally:
+        if processes.first and processes.in_step:
+            processes.from_first(lambda: None)
         dist.destroy_process_group()
-
-
-def check(plan: Plan, processes: Processes) -> None:
-    """Refuse runs that processes cannot share, before anything is written; a task's are seen when they come."""
-    for constants in (run.configuration.constants for run in plan.runs if run.task is None):
-        if constants.batch_size % processes.count:
-            raise indivisible(constants.batch_size, processes.count)
-        on_cpu = processes.count > 1 and processes.device == "cpu"
-        if on_cpu and constants.model.startswith(WITH_BATCH_NORMALISATION):
-            raise unsynchronised(processes.count)
 
 
 def lead(
@@ -60,18 +49,14 @@ def lead(
 ) -> list[Failure]:
     """Be the first process: do chains one after another, with the others at every run; failures come as messages."""
     for chain in chains:
-        if stop():
-            break
-        do_chain(replace(chain, device=processes.device), Alone(stop, partial(on_message, 0)), processes)
+        if not stop():
+            do_chain(replace(chain, device=processes.device), Alone(stop, partial(on_message, 0)), processes)
     return []
 
 
 def follow(processes: Processes, stop: Callable[[], bool] = lambda: False) -> None:
     """Be a process beside the first one: do what ``do_chain`` does there; ``stop`` stops the run in all of them."""
-    while True:
-        order: Any = processes.from_first(lambda: None)
-        if order is None:
-            return
+    while order := processes.from_first(lambda: None):
         planned, configuration, chain = order
         torch.set_num_threads(chain.threads)
         try:

@@ -185,7 +185,6 @@ def _curves(
     *,
     falling: bool,
 ) -> Figure:
-    """Draw the curves of one subject."""
     items, names, several = list(dict.fromkeys(item for item, _ in lines)), list(measures), len(measures) > 1
     used = [shown[item] for item in items]
     means = {key: curve(seeds) for key, seeds in lines.items()}
@@ -248,7 +247,6 @@ def _curves(
 
 
 def _mean_words(cell: Cell | None) -> str:
-    """Write mean and standard deviation."""
     if cell is None:
         return "–"
     return written(cell.mean) + (f" ± {written(cell.sd)}" if cell.count > 1 else "")
@@ -302,7 +300,6 @@ def _over_values(
     band: str = "",
     height: int = HEIGHT,
 ) -> Figure:
-    """Draw means over the values of groups."""
     items = list(dict.fromkeys(item for item, _, _ in points))
     used = [shown[item] for item in items]
     rows: list[tuple[Any, ...]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,9 +14,9 @@ import polars
 from layerwise.lab.errors import shown
 from layerwise.lab.experiments.runner import Outcome
 from layerwise.lab.report.page import build
-from layerwise.lab.report.rendering import bundle
+from layerwise.lab.report.rendering import bundle, template
 from layerwise.lab.report.saved import PLAN, RUNS, as_json
-from layerwise.lab.report.tables import Entry, result_table
+from layerwise.lab.report.tables import result_table
 from layerwise.lab.report.verdicts import headline, note, verdicts
 from layerwise.lab.report.words import capital, place_words
 from layerwise.lab.runs.files import OwnFolder, check_page, remove_leftovers
@@ -112,17 +112,10 @@ def comparison_frame(outcome: Outcome) -> polars.DataFrame:
 
 def listing(outcome: Outcome) -> dict[str, object]:
     """Name the experiment and where its finished runs are, relative to its folder."""
-    above: dict[Path, str] = {}
-
-    def place(folder: Path) -> str:
-        if folder.parent not in above:
-            above[folder.parent] = os.path.relpath(folder.parent, outcome.folder)
-        return os.path.normpath(os.path.join(above[folder.parent], folder.name))
-
     return {
         "plan": outcome.plan.name,
         "runs": [
-            {"subject": subject, "arm": arm, "seed": seed, "folder": place(record.folder)}
+            {"subject": subject, "arm": arm, "seed": seed, "folder": os.path.relpath(record.folder, outcome.folder)}
             for (subject, arm, seed), record in sorted(outcome.results.records.items())
         ],
     }
@@ -130,44 +123,21 @@ def listing(outcome: Outcome) -> dict[str, object]:
 
 def markdown(outcome: Outcome) -> str:
     """Write the table of results and every comparison in Markdown; names have no meaning in Markdown or HTML."""
-    return "\n".join(_markdown(outcome)) + "\n"
+    plan, results, table = outcome.plan, outcome.results, result_table(outcome.results)
+    text = template("table.md.j2", finalize=escaped).render(
+        plan=plan,
+        finished=len(results.records),
+        planned=outcome.planned,
+        headline=headline(outcome),
+        table=table,
+        lead=capital(table.lead),
+        verdicts=[each for verdict in verdicts(results) for each in verdict.split()],
+        place=place_words(plan),
+        note=note(max(1, results.family), len(plan.seeds)),
+    )
+    return f"{text}\n"
 
 
-def _markdown(outcome: Outcome) -> Iterator[str]:
-    plan, results = outcome.plan, outcome.results
-    table = result_table(results)
-    scale = f", {plan.scale} scale" if plan.scale else ""
-    yield f"# {escaped(plan.title)}"
-    yield f"\n{escaped(plan.source)}{scale}. {len(results.records)} of {outcome.planned} runs finished.\n"
-    yield f"**{escaped(headline(outcome))}**\n"
-    yield f"{escaped(capital(table.lead))}.\n"
-    for title, rows in table.sections:
-        if title:
-            yield f"\n## {escaped(title)}\n"
-        yield f"| {escaped(table.corner)} | " + " | ".join(map(escaped, table.columns)) + " |"
-        yield "|---|" + "---:|" * len(table.columns)
-        for row in rows:
-            remark = f" ({escaped(row.remark)})" if row.remark else ""
-            yield f"| {escaped(row.words)}{remark} | " + " | ".join(map(_cell, row.entries)) + " |"
-    for words in table.notes:
-        yield f"\n- {escaped(words)}"
-    yield f"\n## Verdict, {escaped(place_words(plan))}\n"
-    for verdict in verdicts(results):
-        for each in verdict.split():
-            assert each.alone is not None
-            yield f"- {each.answer()}. {escaped(each.subject_words)}: {escaped(each.alone.sentence)}"
-    yield f"\n{escaped(note(max(1, results.family), len(plan.seeds)))}"
-
-
-def _cell(one: Entry) -> str:
-    """Write a cell in one line."""
-    below = [f"{name} {words}".strip() for name, words in one.lines]
-    if one.off is not None:
-        below.append(one.off_words)
-    main = f"**{escaped(one.main)}** {escaped(one.spread)}".rstrip() if one.best else escaped(one.text)
-    return main + (f" ({escaped(', '.join(below))})" if below else "")
-
-
-def escaped(text: str) -> str:
+def escaped(words: object) -> str:
     """Take their meaning from the signs of Markdown and HTML, and keep a text on one line."""
-    return " ".join(text.split()).translate(MEANT)
+    return " ".join(str(words).split()).translate(MEANT)

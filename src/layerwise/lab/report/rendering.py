@@ -46,22 +46,25 @@ def bundle() -> str:
     return made
 
 
+def template(name: str, **options: Any) -> Any:
+    """Give a template, in which names that are not given are refused."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    how = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined, **options}
+    return Environment(loader=FileSystemLoader(HERE), **how).get_template(name)
+
+
 def rendered(name: str, figures: Mapping[str, Figure], **values: Any) -> str:
     """Make a page that needs no network from a template, and a figure in each element whose id names one.
 
-    Every string is escaped, and names that are not given are refused. The page's policy allows its own script alone,
-    by checksum, and no request.
+    Every string is escaped. The page's policy allows its own script alone, by checksum, and no request.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader, escapes = FileSystemLoader(HERE), {"autoescape": True, "undefined": StrictUndefined}
-    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **escapes)
     script = (HERE / "page.js").read_text(encoding="utf-8")
     code = f"{bundle()}\n{script}" if figures else script
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     common = {"made": now, "version": layerwise.__version__, "colours": COLOURS, "script": digest}
-    html = shown(environment.get_template(name).render(**common, **values), lines=True)
+    html = shown(template(name, autoescape=True).render(**common, **values), lines=True)
     drawn = {key: {"spec": figure.spec, "data": figure.data} for key, figure in figures.items()}
     data = json.dumps(cleaned({"config": CONFIG, "figures": drawn}), separators=(",", ":"), allow_nan=False)
     for sign in "<>&":  # nothing in it is a tag

@@ -88,7 +88,7 @@ def rebuilt(folder: Path) -> tuple[Results, list[str]] | None:
         listed = [((each["subject"], each["arm"], each["seed"]), each["folder"]) for each in content["runs"]]
         planned = {run.key: run for run in plan.runs}
         records: dict[Key, Record] = {}
-        left_out: list[tuple[Path, str]] = []
+        left_out: list[str] = []
         for key, place in listed:
             try:
                 record = read_run(listed_place(folder, place))
@@ -96,7 +96,8 @@ def rebuilt(folder: Path) -> tuple[Results, list[str]] | None:
                     raise UsageError("the plan has no run of this configuration")
                 records[key] = record
             except (OSError, UsageError) as error:
-                left_out.append((folder / place, str(error)))
+                named = str(error).startswith(str(folder / place))
+                left_out.append(str(error) if named else f"{folder / place}: {error}")
     except BROKEN:
         return None
     results = Results(plan, records)
@@ -107,7 +108,9 @@ def rebuilt(folder: Path) -> tuple[Results, list[str]] | None:
     if lost:
         words = f"{lost} runs that the experiment had finished are gone or damaged, or are of another configuration."
         results.plan = replace(plan, notes=(*plan.notes, words))
-    return results, [*skipped(left_out), *unreadable]
+    if len(left_out) > MOST_NAMED:
+        left_out[MOST_NAMED:] = [f"{len(left_out) - MOST_NAMED} more that could not be read"]
+    return results, [*left_out, *unreadable]
 
 
 def _fits(configuration: Configuration, planned: PlannedRun) -> bool:
@@ -159,18 +162,13 @@ def experiments_in(folder: Path) -> list[Path]:
     words = f"runs={str(folder)!r}: holds no experiment ({PLAN})"
     below = [] if (folder / "store").is_dir() else sorted(path.parent for path in folder.glob(f"*/{FILES}"))
     for place in (folder, *below):
-        if _is_picture(place):
+        # The page of a picture has no tables beside it.
+        if [os.path.lexists(place / name) for name in (FILES, "report.html", "table.md")] == [True, True, False]:
             raise UsageError(f"{words}, but a picture without runs: its page is {place / 'report.html'}")
     raise UsageError(
         f"{words}; give the folder that --out named, or start the experiment's command again, which keeps finished "
         "runs and writes its plan"
     )
-
-
-def _is_picture(folder: Path) -> bool:
-    """Tell whether the lab has written a page without tables into a folder."""
-    has = {name: os.path.lexists(folder / name) for name in (FILES, "report.html", "table.md")}
-    return list(has.values()) == [True, True, False]
 
 
 def listed_place(page: Path, folder: str) -> Path:
@@ -185,12 +183,3 @@ def listed_place(page: Path, folder: str) -> Path:
     if os.path.commonpath([above, place]) != above:
         raise UsageError(f"{page / RUNS} names a run outside of {above}: give the folder of that run to report instead")
     return page / folder
-
-
-def skipped(left_out: Sequence[tuple[Path, str]]) -> list[str]:
-    """Say what was left out and why; the reason names the file where it is another place."""
-    told = [
-        reason if reason.startswith(str(place)) else f"{place}: {reason}" for place, reason in left_out[:MOST_NAMED]
-    ]
-    more = len(left_out) - len(told)
-    return [*told, f"{more} more that could not be read"] if more else told

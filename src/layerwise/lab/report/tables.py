@@ -23,7 +23,7 @@ from layerwise.lab.report.words import (
     value_words,
     with_unit,
 )
-from layerwise.lab.stats.wording import counted, listed
+from layerwise.lab.stats.wording import counted, listed, signed
 
 FAR = 2.0  # standard deviations of the paper from which a difference to it is marked
 
@@ -47,9 +47,14 @@ class Entry:
         return f"{self.main} {self.spread}".rstrip()
 
     @property
+    def below(self) -> list[str]:
+        """What stands below it, a line each."""
+        return [f"{name} {words}".strip() for name, words in self.lines]
+
+    @property
     def off_words(self) -> str:
         """The distance to the paper's number in words, or ""."""
-        return "" if self.off is None else f"{self.off:+.1f} sd".replace("-", "\N{MINUS SIGN}")
+        return "" if self.off is None else f"{signed(self.off, 1)} sd"
 
 
 BLANK = Entry("")
@@ -126,7 +131,7 @@ def _with_others(results: Results) -> ResultTable:
         for (subject, arm, against, step), each in beside.comparisons().items():
             if step == last_step(plan) and against == plan.arm(arm).against[0]:
                 more = relative_times(beside, subject, [plan.arm(arm)], beside.values(subject, against))
-                percent = f" ({_percent(statistics.fmean(more))})" if plan.quantity.take == "first" and more else ""
+                percent = f" ({signed(statistics.fmean(more), 1)} %)" if plan.quantity.take == "first" and more else ""
                 notes.append(f"{plan.subject(subject).words}, {plan.quantity.words}{percent}: {each.sentence}")
     return replace(whole, sections=tuple(sections), notes=tuple(notes))
 
@@ -312,7 +317,7 @@ class _Layout:
         sd = f"± {statistics.stdev(more):.1f}" if len(more) > 1 else ""
         paper = self.paper(subject, item)
         lines = ((paper.label, paper.gain or paper_words(paper, self.quantity)),) if paper else ()
-        return Entry(_percent(statistics.fmean(more)) if more else "–", sd, lines)
+        return Entry(f"{signed(statistics.fmean(more), 1)} %" if more else "–", sd, lines)
 
 
 def best_of(values: Sequence[float], count: int, quantity: Quantity) -> float:
@@ -332,10 +337,6 @@ def relative_times(results: Results, subject: str, arms: Sequence[Arm], base: Ma
         for seed, value in results.values(subject, arm.name).items()
         if base.get(seed)
     ]
-
-
-def _percent(value: float) -> str:
-    return f"{value:+.1f} %".replace("-", "\N{MINUS SIGN}")
 
 
 # --- The ends of the runs ---------------------------------------------------------------------------------------------

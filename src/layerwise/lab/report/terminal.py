@@ -7,7 +7,6 @@ comparison and how it is judged.
 from __future__ import annotations
 
 import json
-import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -60,12 +59,10 @@ def _text(words: str, style: str = "", *, lines: bool = False) -> Text:
 
 
 def _bare() -> Table:
-    """Make a table without lines."""
     return Table(box=None, padding=(0, 1, 0, 0), title_justify="left", title_style="bold", header_style="")
 
 
 def _heading(words: str, width: int) -> Text:
-    """Break the heading of a column into lines."""
     return Text("\n".join(textwrap.wrap(shown(words), width, break_on_hyphens=False)))
 
 
@@ -94,7 +91,6 @@ def tables(whole: ResultTable, width: int) -> Iterator[Table]:
 
 
 def _widths(whole: ResultTable, rows: Sequence[Row], *, inside: bool) -> list[int]:
-    """Give the width of each column."""
     return [
         max(
             [
@@ -110,13 +106,11 @@ def _widths(whole: ResultTable, rows: Sequence[Row], *, inside: bool) -> list[in
 def _cell(one: Entry, *, inside: bool) -> list[str]:
     """Write a cell: in one line, or with what stands below it."""
     if inside and one.lines:
-        below = [f"{name} {words}".strip() for name, words in one.lines]
-        return [shown(f"{one.text} ({', '.join(below)})")]
+        return [shown(f"{one.text} ({', '.join(one.below)})")]
     return [shown(line) for line in (one.text, *(words for _, words in one.lines))]
 
 
 def _table(whole: ResultTable, title: str, rows: Sequence[Row], widths: dict[int, int], *, inside: bool) -> Table:
-    """Make one table of some of the columns."""
     made = _bare()
     if title:
         made.title = _text(title)
@@ -313,8 +307,4 @@ def as_json(outcome: Outcome) -> str:
 
 def finite(value: Any) -> Any:
     """Give None for numbers that JSON does not have, as the value of a diverged task."""
-    if isinstance(value, dict):
-        return {name: finite(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)

@@ -233,7 +233,6 @@ class RunFolder:
         return Record(self.path, self.configuration, summary, about[1])
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        """Write a JSON file that names its own checksum."""
         store.write_whole(self.path / name, store.signed(content))
 
     def _read(self, name: str, read: Callable[[Path], Any]) -> Any:

@@ -64,11 +64,9 @@ class Recorder:
             self.add(quantity, step, epoch, value, layer)
 
     def _table(self) -> np.ndarray:
-        """Give all numbers in the order in which they came."""
         return self._rows[: self._size]
 
     def _values(self, quantity: str) -> dict[str, list[float]]:
-        """Give the values of a quantity, for each layer."""
         table = self._table()
         return {
             layer: table["value"][table["series"] == number].tolist()

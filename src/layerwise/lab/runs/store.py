@@ -242,7 +242,6 @@ _ODD = re.compile(r"\d{19}|[eE]\+?\d{3}|\\u[dD][89abAB]")
 
 
 def _check_plain(made: Any) -> None:
-    """Refuse what ``read_json`` says."""
     left = [(made, 0)]
     while left:
         value, depth = left.pop()

@@ -21,6 +21,7 @@ from layerwise.lab.experiments.methods import DEFAULT_ARMS, make_arms
 from layerwise.lab.progress import duration
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.store import usable_cores
+from layerwise.lab.stats.wording import counted
 from layerwise.lab.tasks.findings import Finding, LayerNumbers, find, numbers_of
 from layerwise.lab.tasks.layout import plan, setting_words
 from layerwise.lab.tasks.network_numbers import (
@@ -80,7 +81,7 @@ class Checkup:
         """How much was trained."""
         count = len(self.records)
         early = f" of {self.asked}, as the time was up" if self.ended_early else ""
-        return f"{count} update{'' if count == 1 else 's'}{early}, in {self.seconds:.1f} s"
+        return f"{counted(count, 'update')}{early}, in {self.seconds:.1f} s"
 
     @property
     def ended_early(self) -> bool:
@@ -154,10 +155,8 @@ def examine(
     jobs = max(1, min(usable_cores(), SEEDS * sum(arm.control is None for arm in make_arms())))
     with Stream(0), _one_thread():
         an_update, found = _updates(tried)
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
-        layerwise.diagnose(tried.trial.optimizer, tried.trial.model)
-    diagnosis = text.getvalue().splitlines()
+    with contextlib.redirect_stdout(io.StringIO()):
+        diagnosis = layerwise.diagnose(tried.trial.optimizer, tried.trial.model).splitlines()
     more = [line.removeprefix("problem ").strip() for line in diagnosis if line.startswith("problem ")]
     kept = "\n".join(line for line in diagnosis if not line.startswith(("problem ", "problems ", "next "))).rstrip()
     described = [*_described(task_file, tried), *_times(tried, an_update, jobs), "", *kept.splitlines()]
@@ -207,7 +206,6 @@ def activations_of(task_file: TaskFile, name: str, values: Sequence[Any]) -> Act
 
 
 def _described(task_file: TaskFile, tried: TriedTask) -> list[str]:
-    """Say what the task is."""
     trial = tried.trial
     parameters = list(trial.model.parameters())
     types = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
@@ -231,7 +229,6 @@ def _described(task_file: TaskFile, tried: TriedTask) -> list[str]:
 
 
 def _times(tried: TriedTask, seconds: float, jobs: int) -> list[str]:
-    """Say what a comparison would take."""
     arms, total = make_arms(), tried.trial.total
     runs = SEEDS * len(arms)
     words = f"{', '.join(DEFAULT_ARMS)} at {SEEDS} seeds: {runs} runs, {jobs} side by side"

@@ -278,7 +278,6 @@ def load(file_and_function: str, values: Mapping[str, Value] | None = None) -> T
 
 
 def _task_of(returned: Any, file: TaskModule) -> Task:
-    """Read what the function returned."""
     if isinstance(returned, Task):
         return returned
     if not isinstance(returned, Mapping):

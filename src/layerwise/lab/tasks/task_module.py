@@ -53,8 +53,6 @@ def _stem_of(source: bytes) -> str:
 
 
 class _Copy(SourceLoader):
-    """Finds and executes copies."""
-
     def __init__(self, stem: str) -> None:
         self.stem = stem
         self.copy, self.original = json.loads(os.environ[_PLACES + stem])

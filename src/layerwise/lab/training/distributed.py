@@ -11,18 +11,15 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from layerwise.lab.errors import UsageError
-
-T = TypeVar("T")
 
 LONGEST_WAIT, FAILURE_WAIT = timedelta(days=2), timedelta(seconds=60)
 """How long processes wait for the first one, which may test a large network; and how long a process in which a run
@@ -35,27 +32,37 @@ class Processes:
     def __init__(self, device: str = "cpu", *, shared: bool = False) -> None:
         self.device, self.rank, self.count = device, 0, 1
         self.in_step = True  # the processes are known to wait for the next run
-        self._group: Any = None
-        self._failures: Any = None
         self._synchronised: list[Any] = []
         if shared:
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
             # The gradients have a group of their own, which may be on cards.
-            self._group, self._failures = (dist.new_group(None, wait, "gloo") for wait in (LONGEST_WAIT, FAILURE_WAIT))
+            self._group: Any = dist.new_group(None, LONGEST_WAIT, "gloo")
+            self._failures: Any = dist.new_group(None, FAILURE_WAIT, "gloo")
             self._alone, _ = dist.new_subgroups(1)
         self.first = self.rank == 0  # writes the run's files and tests the network
+
+    def check(self, batch_size: int, *, normalised: bool = False) -> None:
+        """Refuse a batch that cannot be divided, and on the CPU batch normalisation."""
+        if batch_size % self.count:
+            fitting = " or ".join(str(divisor) for divisor in range(1, self.count) if batch_size % divisor == 0)
+            raise UsageError(
+                f"batch_size={batch_size!r} cannot be divided among processes={self.count!r}: use a multiple of "
+                f"{self.count}, or start {fitting} of them"
+            )
+        if normalised and self.count > 1 and self.device == "cpu":
+            raise UsageError(
+                f"processes={self.count!r} on the CPU cannot share a network with batch normalisation, as PyTorch's "
+                "SyncBatchNorm needs GPUs: start one process, or use --device cuda"
+            )
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Give the network that averages its gradients; the loss must depend on every parameter."""
         if self.count == 1:
             return model
-        if self.device == "cpu":
-            if any(isinstance(module, _BatchNorm) for module in model.modules()):
-                raise unsynchronised(self.count)
-            return DistributedDataParallel(model)
+        self.check(0, normalised=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()))
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self._synchronised = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
-        return DistributedDataParallel(model, [torch.device(self.device)])
+        return DistributedDataParallel(model, None if self.device == "cpu" else [torch.device(self.device)])
 
     def share(self, batch: Any, *, begins: bool, whole: int | None = None) -> Any:
         """Give this process's part of a batch: of its tensors, and of lists of one entry an example.
@@ -66,31 +73,31 @@ class Processes:
         """
         if self.count == 1:
             return batch
-        shapes = [tuple(leaf.shape) for leaf in tree_leaves(batch) if _divisible(leaf)]
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
         if len({shape[0] for shape in shapes}) != 1:
             raise UsageError(
                 f"a batch of type {type(batch).__name__} with tensors of shapes {shapes} cannot be divided among "
                 "processes: give tensors of one length, or tuples, lists or dicts of them, or start one process"
             )
         size = whole or shapes[0][0]
+        if begins:
+            self.check(size)
         undivided = size % self.count != 0
-        if undivided and begins:
-            raise indivisible(size, self.count)
         for module in self._synchronised:
             module.process_group = self._alone if undivided else None
         if undivided or whole is not None:
             return batch
 
-        def listed(entry: Any) -> bool:
+        def divided(entry: Any) -> bool:
+            if isinstance(entry, Tensor):
+                return entry.dim() > 0
             holds_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(entry))
             return isinstance(entry, (list, tuple)) and len(entry) == size and not holds_tensors
 
         own = slice(self.rank * size // self.count, (self.rank + 1) * size // self.count)
-        return tree_map(
-            lambda entry: entry[own] if _divisible(entry) or listed(entry) else entry, batch, is_leaf=listed
-        )
+        return tree_map(lambda entry: entry[own] if divided(entry) else entry, batch, is_leaf=divided)
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: Any) -> list[Any]:
         """Give the values of all processes, in the order of their ranks."""
         values = [value] * self.count
         if self.count > 1:
@@ -108,21 +115,21 @@ class Processes:
             dist.all_reduce(votes, dist.ReduceOp.MAX, self._group)
         return tuple(map(bool, votes.tolist()))
 
-    def from_first(self, act: Callable[[], T]) -> T:
+    def from_first(self, act: Callable[[], Any]) -> Any:
         """Do something in the first process while the others wait; all get its result or its error."""
         if self.count == 1:
             return act()
         value, failure = None, None
-        try:
-            value = act() if self.first else None
-        except Exception as error:
-            failure = error
-        told: list[Any] = [(value, _portable(failure))]
+        if self.first:
+            try:
+                value = act()
+            except Exception as error:
+                failure = error
+        told = [value, _portable(failure)]
         dist.broadcast_object_list(told, 0, self._group)
-        value, failure = (value, failure) if self.first else told[0]
-        if failure is not None:
-            raise failure
-        return cast(T, value)
+        if told[1] is not None:
+            raise failure or told[1]
+        return told[0]
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -153,27 +160,6 @@ def joined(device: str = "cpu") -> Processes:
         torch.cuda.set_device(local)
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
     return Processes(device, shared=True)
-
-
-def _divisible(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0
-
-
-def indivisible(size: int, count: int) -> UsageError:
-    """Say that a batch cannot be divided, and among how many processes it can."""
-    fitting = " or ".join(str(divisor) for divisor in range(1, count) if size % divisor == 0)
-    return UsageError(
-        f"batch_size={size!r} cannot be divided among processes={count!r}: use a multiple of {count}, or start "
-        f"{fitting} of them"
-    )
-
-
-def unsynchronised(count: int) -> UsageError:
-    """Say that processes on the CPU cannot share a network with batch normalisation."""
-    return UsageError(
-        f"processes={count!r} on the CPU cannot share a network with batch normalisation, as PyTorch's SyncBatchNorm "
-        "needs GPUs: start one process, or use --device cuda"
-    )
 
 
 def _portable(error: Exception | None) -> Exception | None:

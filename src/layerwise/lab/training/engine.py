@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import islice
 from typing import Any
 
@@ -31,6 +31,9 @@ CHECKPOINT_SECONDS = 60.0
 
 LOSSES_EVERY = 10
 """Updates between two looks at the losses, which wait for the device; a loss that is not finite is found then."""
+
+KEPT = ("tested_at", "diverged_at", "losses", "metric", "selections", "seconds", "test_seconds", "sessions", "counts")
+"""Plain values of a training that a checkpoint holds."""
 
 
 class _DivergedError(Exception):
@@ -170,7 +173,6 @@ class Training:
         return self.position.epoch > (self.trial.epochs or 0)
 
     def _update(self, batch: Any) -> None:
-        """Do one update and count it."""
         trial, position = self.trial, self.position
         optimizer = trial.optimizer
         step = position.iteration + 1
@@ -193,7 +195,6 @@ class Training:
         position.iteration, position.batch = step, position.batch + 1
 
     def _record_layers(self, step: int, measured: bool) -> None:
-        """Record factor and rate of each layer, and its norms where they were measured."""
         epoch = self.position.epoch
         if self.adapter is not None:
             self.recorder.add_layers("factor", step, epoch, self.adapter.get_last_factors())
@@ -278,45 +279,33 @@ class Training:
         self.seconds += now - self._clock
         self._clock = now
 
+    def _parts(self) -> dict[str, Any]:
+        """Give what has a state of its own, by name."""
+        parts = {"model": self.trial.model, "optimizer": self.trial.optimizer, "scheduler": self.trial.scheduler}
+        parts |= {"adapter": self.adapter, "recorder": self.recorder}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def state_dict(self) -> dict[str, Any]:
         """Give everything that the rest of the training depends on; of several processes all must ask."""
         # Only fetched: were they looked at, after which update a divergence ends the run would depend on checkpoints.
         self.fetch_losses()
-        trial, adapter, position = self.trial, self.adapter, self.position
         return {
-            "model": trial.model.state_dict(),
-            "optimizer": trial.optimizer.state_dict(),
-            "scheduler": None if trial.scheduler is None else trial.scheduler.state_dict(),
-            "adapter": None if adapter is None else adapter.state_dict(),
-            "recorder": self.recorder.state_dict(),
-            "position": [position.iteration, position.epoch, position.batch],
-            "tests": self.tested_at,
-            "diverged_at": self.diverged_at,
-            "losses": self.losses,
-            "metric": self.metric,
-            "selections": self.selections,
-            "seconds": [self.seconds, self.test_seconds],
-            "sessions": self.sessions,
-            "processes": self.counts,
+            **{name: part.state_dict() for name, part in self._parts().items()},
+            **{name: getattr(self, name) for name in KEPT},
+            "position": list(astuple(self.position)),
             "random": self.processes.gather(random_state()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on, newly made, from what ``state_dict`` gave."""
-        trial, position, rank = self.trial, self.position, self.processes.rank
-        trial.model.load_state_dict(state["model"])
-        trial.optimizer.load_state_dict(state["optimizer"])
-        if trial.scheduler is not None:
-            trial.scheduler.load_state_dict(state["scheduler"])
-        if self.adapter is not None:
-            self.adapter.load_state_dict(state["adapter"])
-        self.recorder.load_state_dict(state["recorder"])
-        position.iteration, position.epoch, position.batch = state["position"]
-        self.tested_at, self.diverged_at = state["tests"], state["diverged_at"]
-        self.losses, self.metric, self.selections = state["losses"], state["metric"], state["selections"]
-        self.seconds, self.test_seconds = state["seconds"]
-        self.sessions = state["sessions"] + 1
-        self.counts = list(dict.fromkeys([*state["processes"], self.processes.count]))
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        for name in KEPT:
+            setattr(self, name, state[name])
+        self.position = Position(*state["position"])
+        self.sessions += 1
+        self.counts = list(dict.fromkeys([*self.counts, self.processes.count]))
+        rank = self.processes.rank
         if rank < len(state["random"]):  # more processes than before begin with numbers of their own
             set_random_state(state["random"][rank])
 
@@ -386,12 +375,11 @@ def random_state() -> dict[str, Any]:
     """Give the state of torch, Python and NumPy, in plain values and tensors."""
     import numpy
 
-    version, words, gauss = random.getstate()
     state_of_numpy: Any = numpy.random.get_state()  # typed as either of two forms
     name, keys, *rest = state_of_numpy
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "python": [version, list(words), gauss],
+        "python": random.getstate(),
         "numpy": [name, torch.from_numpy(keys.astype("int64")), *rest],
     }
     if torch.cuda.is_initialized():
@@ -405,8 +393,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     import numpy
 
     torch.set_rng_state(state["torch"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
+    random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
     if "cuda" in state and torch.cuda.is_available():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import nn
@@ -47,12 +48,9 @@ class LayerMeasures:
         return {"gradient_norm": self._gradients, "weight_norm": weights, "update_ratio": ratios}
 
     def _joined(self, tensors: Sequence[torch.Tensor]) -> dict[str, float]:
-        """Give the norm over the tensors of each layer."""
         measured, order = tensor_norms(tensors, tensors[0].device)
-        norms: list[float] = [norm for _, norm in sorted(zip(order, measured.tolist(), strict=True))]
-        joined, place = {}, 0
-        for layer in self.layers:
-            part = norms[place : place + len(layer.parameters)]
-            joined[layer.name] = sum(norm * norm for norm in part) ** 0.5
-            place += len(part)
-        return joined
+        norms = iter([norm for _, norm in sorted(zip(order, measured.tolist(), strict=True))])
+        return {
+            layer.name: sum(norm * norm for norm in islice(norms, len(layer.parameters))) ** 0.5
+            for layer in self.layers
+        }

@@ -183,7 +183,6 @@ class FolderStream:
         return _staying(self.folder, self.loaders, self.pin).batches(self._jobs(epoch, skip))
 
     def _jobs(self, epoch: int, skip: int) -> Iterator[Job]:
-        """Draw what is to be decoded."""
         generator, (rank, count) = epoch_generator(self.seed, epoch), self.share
         for number, index in enumerate(shuffled_batches(self.folder.train_count, self.batch_size, generator)):
             job, size = self.folder.drawn(index, generator), len(index)
