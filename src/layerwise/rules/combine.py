@@ -13,7 +13,7 @@ from .._arguments import check_choice, check_count, has_type
 from .._tensors import moved
 from ..layers import Layer
 from ..optimizers import PLACES
-from ..statistics import Statistics
+from ..statistics import MOMENTS, Statistics
 from .base import Rule, Selection, check_rule, finite_or_one, is_number
 from .refreshing import RefreshingRule
 from .shapes import sizes_of
@@ -146,7 +146,7 @@ class _Normalized(_Combined):
         self.by = by
         self.own_layer = False
         self.compares_layers = True
-        if {"counts", "gradients"} & set(self.needs):  # which come from the same pass
+        if {"counts", "gradients", *MOMENTS} & set(self.needs):  # which read the gradients in any case
             self.needs = tuple(dict.fromkeys([*self.needs, "gradient_norm"]))
 
     @property
