@@ -78,6 +78,7 @@ from .rules.elementwise import check_elementwise, is_elementwise
 from .rules.replication import check_processes, refuse_stages
 from .rules.roles import roles_of
 from .rules.state import State, check_saved, copied, described
+from .rules.unfreezing import Stilled
 from .sharding import absent, can_compare, find_shards
 from .statistics import (
     AS_NUMBERS,
@@ -279,6 +280,7 @@ class AttachedRule:
         optimizer = acting_optimizer(holder)
         self.enabled = self.attached = True
         self.state: State = {}
+        self._stilled = Stilled()
         self._request, self._rule, self._finite = request, request.rule, finite
         self._idle = self._dry = self._measured = False
         self._now: list[dict[str, Any]] = []
@@ -298,6 +300,7 @@ class AttachedRule:
         )
         self._process_group = verdict.process_group if verdict is not None else None
         OptimizerHooks.add(optimizer, self)
+        self.still()
         # ZeRO recreates its inner optimizer when a group is added.
         self._follows = None if optimizer is holder else holder.register_step_pre_hook(self._follow)
 
@@ -371,6 +374,17 @@ class AttachedRule:
         rates = [by_group[group] for group in self.found.first_group]
         return [float("nan") if rate is None else float(rate) * f for rate, f in zip(rates, factors, strict=True)]
 
+    def still(self) -> None:
+        """Set `requires_grad` where the rule does, and only while it takes part in steps."""
+        acts = self.attached and self.enabled
+        self._stilled.still(self.found.layers, self._rule.trained(self.state) if acts else None)
+
+    def end_epoch(self) -> None:
+        """Let the rule go on to the next epoch."""
+        if self.has_values():
+            self.state = self._rule.end_epoch(self.state)
+            self.still()
+
     def save(self) -> Any:
         """Return a copy of the rule's state."""
         return copied(self.state)
@@ -384,6 +398,7 @@ class AttachedRule:
         """Go on with a saved state of the rule."""
         self.state = self._rule.load(saved, self.state)
         self._last_raw, self._compared = None, False
+        self.still()
 
     def detach(self) -> None:
         """Take the hooks off; a second call does nothing."""
@@ -396,6 +411,7 @@ class AttachedRule:
         if self._follows is not None:
             self._follows.remove()
         self.attached = False
+        self.still()
 
     # --- What the optimizer's hooks call ------------------------------------------------------------------------------
 
@@ -409,6 +425,7 @@ class AttachedRule:
             self.found.renew_rows()
         if not self.found.holds(groups, self._request):
             self._take(Resolution(optimizer, self._source, self._request))
+            self.still()
             self._now = self._groups
         faked = torch._C._len_torch_dispatch_stack() > 0 and runs_on_fakes(self.found.layers[0].parameters[0])
         dry = faked or not self.found.measurable
@@ -750,6 +767,7 @@ class LayerwiseLR(StaysBehind):
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self._attached.enabled = value
+        self._attached.still()
 
     def layer_table(self) -> list[Layer]:
         """The layers themselves, with their parameters."""
@@ -806,8 +824,7 @@ class LayerwiseLR(StaysBehind):
             RuntimeError: The optimizer no longer exists, or the model has other parameters now.
         """
         self._attached.check_current()
-        if self._attached.has_values():
-            self._attached.state = self.rule.end_epoch(self._attached.state)
+        self._attached.end_epoch()
         self._epoch += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -110,6 +110,10 @@ class Rule(ABC):
         """Return whether the rule does something at the ends of epochs."""
         return type(self).end_epoch is not Rule.end_epoch
 
+    def trained(self, state: State) -> Sequence[bool] | None:
+        """Return which layers are trained, for a rule that also sets `requires_grad`; None for other rules."""
+        return None
+
     def get_selection(self, state: State) -> list[Selection] | None:
         """Return the last choice of a rule that chooses layers, one entry a layer; None for other rules."""
         return None

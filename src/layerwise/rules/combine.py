@@ -86,6 +86,10 @@ class _Combined(Rule):
     def counts_epochs(self) -> bool:
         return any(rule.counts_epochs() for rule in self.rules)
 
+    def trained(self, state: State) -> Sequence[bool] | None:
+        found = [own for own in (rule.trained(part) for _, rule, part in self._each(state)) if own is not None]
+        return list(map(all, zip(*found, strict=True))) if found else None
+
     def get_selection(self, state: State) -> list[Selection] | None:
         """Return the last choice of the first rule that chooses layers."""
         found = (rule.get_selection(own) for _, rule, own in self._each(state))
