@@ -138,6 +138,8 @@ def check_method(optimizer: optim.Optimizer, rule: Rule, place: PlaceName, *, au
         raise ValueError(
             f"{described(rule)} acts on the gradient, and {without_remedy}. Attach each of its rules by itself"
         )
+    if rule.scales_rates and reason is not None:
+        raise ValueError(f"{described(rule)} scales rates, and apply='gradient' would lose its factors: {reason}")
     if (
         (automatic or place == "lr")
         and rule.needs_scale

@@ -24,6 +24,7 @@ class _ComparesGradients(RemembersGradients):
 
     default_layers = "parameter"
     default_place = "lr"
+    scales_rates = True
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return gradients of 0 for the step before the first."""

@@ -235,6 +235,7 @@ class HeavyTail(Rule):
     needs = ()
     default_layers = "module"
     default_place = "lr"
+    scales_rates = True
 
     def __post_init__(self) -> None:
         check_choice("style", self.style, tuple(RANGES))

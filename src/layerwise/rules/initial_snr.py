@@ -69,6 +69,7 @@ class InitialSNR(Rule):
     needs = ("gradient_norm", "gradient_std")
     default_layers = "parameter"
     default_place = "lr"
+    scales_rates = True
     compares_layers = False
 
     def __post_init__(self) -> None:

@@ -60,6 +60,7 @@ class LDoG(RemembersWeights):
     needs = ("gradient_norm", "weight_norm", "counts")
     default_layers = "parameter"
     default_place = "lr"
+    scales_rates = True
 
     def __post_init__(self) -> None:
         if not (is_number(self.reps_rel) and 0 < self.reps_rel < math.inf):

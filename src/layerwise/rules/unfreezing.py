@@ -92,6 +92,7 @@ class Unfreezing(Rule):
     requires_grad: bool = False
     needs = ()
     default_place = "lr"
+    scales_rates = True
     own_layer = True
     compares_layers = True
 
