@@ -65,6 +65,7 @@ from .optimizers import (
     PlaceName,
     acting_optimizer,
     check_backward_is_over,
+    is_captured,
     is_capturing,
     is_foreign,
     refuse,
@@ -77,7 +78,7 @@ from .rules.combine import bounds as bounded
 from .rules.elementwise import check_elementwise, is_elementwise
 from .rules.replication import check_processes, refuse_stages
 from .rules.roles import roles_of
-from .rules.state import State, check_saved, copied, described
+from .rules.state import State, check_saved, copied, described, moved_tensors, write_over
 from .rules.unfreezing import Stilled
 from .sharding import absent, can_compare, find_shards
 from .statistics import (
@@ -469,7 +470,10 @@ class AttachedRule:
             found_inf = getattr(optimizer, "found_inf", None)
             statistics = found.statistics.compute(groups, grad_scale, found_inf)
             if found.afterwards:
-                self._before, self.rates = statistics, rates_of(groups)
+                self.rates = rates_of(groups)
+                if is_captured(found.statistics.device):
+                    self._check_replays_of_finished(statistics)
+                self._before = statistics
                 return True
         self._ask(statistics)
         self.rates = rates_of(groups)
@@ -483,7 +487,16 @@ class AttachedRule:
             raise TypeError(
                 f"{described(self._rule)}.factors returned {type(result).__name__}; it must return (factors, state)"
             )
-        raw, self.state = result
+        raw, state = result
+        if is_captured(found.statistics.device):
+            write_over(self._moved_tensors(state))
+            if self._rule.counts_epochs():
+                logger.warning(
+                    "%s counts epochs, and replays keep the factors of this one: capture anew after each end_epoch()",
+                    described(self._rule),
+                )
+        else:
+            self.state = state
         if not isinstance(raw, Tensor) or raw.shape != (len(found.layers),):
             shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
             raise ValueError(
@@ -497,6 +510,24 @@ class AttachedRule:
         if self._last_raw is None or self._last_raw[0] is not raw or self._last_raw[1] != raw._version:
             self.factors = Factors(raw, found.included, found.mask)
             self._last_raw = (raw, raw._version)
+
+    def _moved_tensors(self, new: State) -> list[tuple[Tensor, Tensor]]:
+        """Return what a step that a CUDA graph captures changes in the rule's state; raise if replays would not."""
+        try:
+            return moved_tensors(self.state, new)
+        except ValueError as error:
+            raise ValueError(
+                f"{described(self._rule)} counts in Python ({error} at this step), and replays of a CUDA graph would "
+                "repeat this step's factors: call optimizer.step() outside of the graph, or if only the first steps "
+                "count, before the capture"
+            ) from None
+
+    @torch.no_grad()
+    def _check_replays_of_finished(self, before: Statistics) -> None:
+        """Raise before the step where `_moved_tensors` would after it, as if the step moved nothing."""
+        statistics = self.found.statistics
+        after = statistics.after(before, statistics.squares([]), self._groups, rates_of(self._groups))
+        self._moved_tensors(self._rule.factors(after, self.state)[1])
 
     def _scale_finished(self) -> None:
         """Ask the rule for the factors of the finished step, and let them act."""
