@@ -281,6 +281,7 @@ class AttachedRule:
         optimizer = acting_optimizer(holder)
         self.enabled = self.attached = True
         self.state: State = {}
+        self.has_stepped = False
         self._stilled = Stilled()
         self._request, self._rule, self._finite = request, request.rule, finite
         self._idle = self._dry = self._measured = False
@@ -398,7 +399,7 @@ class AttachedRule:
     def load(self, saved: Any) -> None:
         """Go on with a saved state of the rule."""
         self.state = self._rule.load(saved, self.state)
-        self._last_raw, self._compared = None, False
+        self._last_raw, self._compared, self.has_stepped = None, False, True
         self.still()
 
     def detach(self) -> None:
@@ -420,6 +421,7 @@ class AttachedRule:
         """See what has changed since the last step, and raise before anything else does if a gradient is not finite."""
         if torch._C._current_graph_task_id() != -1:
             check_backward_is_over(optimizer)
+        self.has_stepped = True
         holder = self._holder()
         self._now = groups = self._groups if holder is None or self._known is not None else holder.param_groups
         if self.found.rows:
@@ -851,10 +853,19 @@ class LayerwiseLR(StaysBehind):
     def end_epoch(self) -> None:
         """Tell rules that count epochs that one has ended; the first is epoch 1. May wait for the device.
 
+        Where no step has been taken until then, the log says so, once.
+
         Raises:
             RuntimeError: The optimizer no longer exists, or the model has other parameters now.
         """
         self._attached.check_current()
+        if not self._attached.has_stepped and self._attached.attached:
+            self._attached.has_stepped = True  # one line is enough
+            logger.warning(
+                "end_epoch() is called, and %s has taken no step with this LayerwiseLR: attach to the optimizer whose "
+                "step() the loop calls",
+                self._attached.attached_to,
+            )
         self._attached.end_epoch()
         self._epoch += 1
 
