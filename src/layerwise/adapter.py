@@ -25,6 +25,7 @@ from ._places.allowed import (
     check_method,
     check_place,
     check_rows,
+    made_for_descent,
     no_effect,
     scales_writes,
 )
@@ -935,7 +936,8 @@ class LayerwiseLR(StaysBehind):
 
     def _remarks(self, optimizer: Optimizer) -> list[str]:
         """Return what the log says about this attachment."""
-        found, remarks = self._attached.found, [no_effect(optimizer, self.apply, self.rule)]
+        found = self._attached.found
+        remarks = [no_effect(optimizer, self.apply, self.rule) or made_for_descent(optimizer, self.rule)]
         if found.outside:
             among = len(found.parameters)
             remarks.append(f"{found.outside} of the optimizer's {among} parameters are in no layer: factor 1")

@@ -247,3 +247,13 @@ def no_effect(optimizer: optim.Optimizer, place: str, rule: Rule) -> str | None:
         f"{type(optimizer).__name__} divides by the size of the gradients it has seen, so multiplying the gradient "
         f"changes next to nothing{after}; {remedy}"
     )
+
+
+def made_for_descent(optimizer: optim.Optimizer, rule: Rule) -> str | None:
+    """Return a sentence when a rule was made for optimizers that do not divide by the size of gradients, else None."""
+    if not rule.for_descent or not (isinstance(optimizer, SCALE_INVARIANT) or divides_by_gradients(optimizer)):
+        return None
+    return (
+        f"{described(rule)} is made for SGD; {type(optimizer).__name__} divides by the size of its gradients, so the "
+        "factor multiplies steps that are normalised already. Trust is the rule for such steps (LAMB)"
+    )
