@@ -336,7 +336,6 @@ RULES: dict[str, RuleCase] = {
         lambda names: InitialSNR(within=2),
         lambda of: reference.initial_snr(of.gradients),
         refused=NEEDS_OTHERS,
-        sharded=False,
     ),
     "InitialSNR_sqrt_n": RuleCase(
         lambda names: InitialSNR("sqrt_n"),

@@ -142,7 +142,7 @@ def _odd_difference(before: Tensor, after: Tensor) -> Tensor:
     if is_quantised(after):
         pairs = [(before.dequantize(), after.dequantize())]
     else:
-        pairs = ((old.float(), new.float()) for old, new in zip(_chunks(before), _chunks(after), strict=True))
+        pairs = ((old.float(), new.float()) for old, new in zip(chunks(before), chunks(after), strict=True))
     return torch.cat([tensor_norms([old - new], old.device)[0] for old, new in pairs])
 
 
@@ -157,7 +157,7 @@ def absolute_sum(tensor: Tensor) -> Tensor:
     if not tensor.is_cpu:
         return tensor.abs().sum(dtype=wide)
     # PyTorch's sum is a cascade; its 1-norm adds one number after another.
-    parts = [chunk.abs().sum(dtype=wide) for chunk in _chunks(tensor)]
+    parts = [chunk.abs().sum(dtype=wide) for chunk in chunks(tensor)]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dtype=torch.float64)
 
 
@@ -217,7 +217,7 @@ def _norms_of_rows(tensor: Tensor) -> Tensor:
         norms = _norms_of_flat_rows(flat)
     else:
         wide = torch.float32 if flat.dtype in NARROW else flat.dtype
-        copies = (chunk.to(wide).contiguous().view(-1) for chunk in _chunks(flat))
+        copies = (chunk.to(wide).contiguous().view(-1) for chunk in chunks(flat))
         norms = torch.cat(list(map(_norms_of_flat_rows, copies)))
     return norms if norms.numel() <= MOST_ROWS else _norms_of_rows(norms.double())
 
@@ -238,14 +238,14 @@ def _row_length(count: int) -> int:
     return next((length for length in range(SHORT, SHORTEST_ROW - 1, -1) if count % length == 0), SHORT)
 
 
-def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
     """Yield views of a tensor of at most `CHUNK` elements each, `CHUNK_ON_DEVICE` on an accelerator."""
     if tensor.numel() <= (CHUNK if tensor.is_cpu else CHUNK_ON_DEVICE):
         yield tensor
         return
     longest = max(range(tensor.ndim), key=tensor.size)
     for half in tensor.tensor_split(2, longest):
-        yield from _chunks(half)
+        yield from chunks(half)
 
 
 class JointNorms:

@@ -25,6 +25,7 @@ from ._places.allowed import (
     check_method,
     check_place,
     check_rows,
+    made_for_descent,
     no_effect,
     scales_writes,
 )
@@ -77,6 +78,7 @@ from .optimizers import (
     PlaceName,
     acting_optimizer,
     check_backward_is_over,
+    is_captured,
     is_capturing,
     is_foreign,
     refuse,
@@ -89,7 +91,8 @@ from .rules.combine import bounds as bounded
 from .rules.elementwise import check_elementwise, is_elementwise
 from .rules.replication import check_processes, refuse_stages
 from .rules.roles import roles_of
-from .rules.state import State, check_saved, copied, described
+from .rules.state import State, check_saved, copied, described, moved_tensors, write_over
+from .rules.unfreezing import Stilled
 from .sharding import absent, can_compare, find_shards
 from .statistics import (
     AS_NUMBERS,
@@ -300,6 +303,8 @@ class AttachedRule:
         optimizer = acting_optimizer(holder)
         self.enabled = self.attached = True
         self.state: State = {}
+        self.has_stepped = False
+        self._stilled = Stilled()
         self._request, self._rule, self._finite = request, request.rule, finite
         self._idle = self._dry = self._measured = False
         self._now: list[dict[str, Any]] = []
@@ -319,6 +324,7 @@ class AttachedRule:
         )
         self._process_group = verdict.process_group if verdict is not None else None
         OptimizerHooks.add(optimizer, self)
+        self.still()
         # ZeRO recreates its inner optimizer when a group is added.
         self._follows = None if optimizer is holder else holder.register_step_pre_hook(self._follow)
 
@@ -392,6 +398,17 @@ class AttachedRule:
         rates = [by_group[group] for group in self.found.first_group]
         return [float("nan") if rate is None else float(rate) * f for rate, f in zip(rates, factors, strict=True)]
 
+    def still(self) -> None:
+        """Set `requires_grad` where the rule does, and only while it takes part in steps."""
+        acts = self.attached and self.enabled
+        self._stilled.still(self.found.layers, self._rule.trained(self.state) if acts else None)
+
+    def end_epoch(self) -> None:
+        """Let the rule go on to the next epoch."""
+        if self.has_values():
+            self.state = self._rule.end_epoch(self.state)
+            self.still()
+
     def save(self) -> Any:
         """Return a copy of the rule's state."""
         return copied(self.state)
@@ -404,7 +421,8 @@ class AttachedRule:
     def load(self, saved: Any) -> None:
         """Go on with a saved state of the rule."""
         self.state = self._rule.load(saved, self.state)
-        self._last_raw, self._compared = None, False
+        self._last_raw, self._compared, self.has_stepped = None, False, True
+        self.still()
 
     def detach(self) -> None:
         """Take the hooks off; a second call does nothing."""
@@ -417,6 +435,7 @@ class AttachedRule:
         if self._follows is not None:
             self._follows.remove()
         self.attached = False
+        self.still()
 
     # --- What the optimizer's hooks call ------------------------------------------------------------------------------
 
@@ -424,12 +443,14 @@ class AttachedRule:
         """See what has changed since the last step, and raise before anything else does if a gradient is not finite."""
         if torch._C._current_graph_task_id() != -1:
             check_backward_is_over(optimizer)
+        self.has_stepped = True
         holder = self._holder()
         self._now = groups = self._groups if holder is None or self._known is not None else holder.param_groups
         if self.found.rows:
             self.found.renew_rows()
         if not self.found.holds(groups, self._request):
             self._take(Resolution(optimizer, self._source, self._request))
+            self.still()
             self._now = self._groups
         if self.found.units is not None:
             self.found.units.check_dense()
@@ -475,7 +496,10 @@ class AttachedRule:
             found_inf = getattr(optimizer, "found_inf", None)
             statistics = found.statistics.compute(groups, grad_scale, found_inf)
             if found.afterwards:
-                self._before, self.rates = statistics, rates_of(groups)
+                self.rates = rates_of(groups)
+                if is_captured(found.statistics.device):
+                    self._check_replays_of_finished(statistics)
+                self._before = statistics
                 return True
         self._ask(statistics)
         self.rates = rates_of(groups)
@@ -489,7 +513,16 @@ class AttachedRule:
             raise TypeError(
                 f"{described(self._rule)}.factors returned {type(result).__name__}; it must return (factors, state)"
             )
-        raw, self.state = result
+        raw, state = result
+        if is_captured(found.statistics.device):
+            write_over(self._moved_tensors(state))
+            if self._rule.counts_epochs():
+                logger.warning(
+                    "%s counts epochs, and replays keep the factors of this one: capture anew after each end_epoch()",
+                    described(self._rule),
+                )
+        else:
+            self.state = state
         if not isinstance(raw, Tensor) or raw.shape != (found.statistics.count,):
             shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
             raise ValueError(
@@ -504,6 +537,24 @@ class AttachedRule:
             units = found.units
             self.factors = Factors(raw, found.included, found.mask) if units is None else UnitFactors(raw, units)
             self._last_raw = (raw, raw._version)
+
+    def _moved_tensors(self, new: State) -> list[tuple[Tensor, Tensor]]:
+        """Return what a step that a CUDA graph captures changes in the rule's state; raise if replays would not."""
+        try:
+            return moved_tensors(self.state, new)
+        except ValueError as error:
+            raise ValueError(
+                f"{described(self._rule)} counts in Python ({error} at this step), and replays of a CUDA graph would "
+                "repeat this step's factors: call optimizer.step() outside of the graph, or if only the first steps "
+                "count, before the capture"
+            ) from None
+
+    @torch.no_grad()
+    def _check_replays_of_finished(self, before: Statistics) -> None:
+        """Raise before the step where `_moved_tensors` would after it, as if the step moved nothing."""
+        statistics = self.found.statistics
+        after = statistics.after(before, statistics.squares([]), self._groups, rates_of(self._groups))
+        self._moved_tensors(self._rule.factors(after, self.state)[1])
 
     def _scale_finished(self) -> None:
         """Ask the rule for the factors of the finished step, and let them act."""
@@ -778,6 +829,7 @@ class LayerwiseLR(StaysBehind):
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self._attached.enabled = value
+        self._attached.still()
 
     def layer_table(self) -> list[Layer]:
         """The layers themselves, with their parameters."""
@@ -830,12 +882,20 @@ class LayerwiseLR(StaysBehind):
     def end_epoch(self) -> None:
         """Tell rules that count epochs that one has ended; the first is epoch 1. May wait for the device.
 
+        Where no step has been taken until then, the log says so, once.
+
         Raises:
             RuntimeError: The optimizer no longer exists, or the model has other parameters now.
         """
         self._attached.check_current()
-        if self._attached.has_values():
-            self._attached.state = self.rule.end_epoch(self._attached.state)
+        if not self._attached.has_stepped and self._attached.attached:
+            self._attached.has_stepped = True  # one line is enough
+            logger.warning(
+                "end_epoch() is called, and %s has taken no step with this LayerwiseLR: attach to the optimizer whose "
+                "step() the loop calls",
+                self._attached.attached_to,
+            )
+        self._attached.end_epoch()
         self._epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -905,7 +965,8 @@ class LayerwiseLR(StaysBehind):
 
     def _remarks(self, optimizer: Optimizer) -> list[str]:
         """Return what the log says about this attachment."""
-        found, remarks = self._attached.found, [no_effect(optimizer, self.apply, self.rule)]
+        found = self._attached.found
+        remarks = [no_effect(optimizer, self.apply, self.rule) or made_for_descent(optimizer, self.rule)]
         if found.outside:
             among = len(found.parameters)
             remarks.append(f"{found.outside} of the optimizer's {among} parameters are in no layer: factor 1")

@@ -404,7 +404,13 @@ class StepInBackward(StaysBehind):
         found = Resolution(optimizer, optimizer, self._request)
         if self._rule is not None:
             before = self._found.names if self._state else []
-            self._state = self._rule.renewed(found.layers, found.statistics.device, self._state, before)
+            state = self._rule.renewed(found.layers, found.statistics.device, self._state, before)
+            if self._rule.trained(state) is not None:
+                raise ValueError(
+                    f"{described(self._rule)} sets requires_grad, of which step_in_backward knows nothing; leave "
+                    "requires_grad=True out, or use LayerwiseLR"
+                )
+            self._state = state
         group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
 
         def unit(layer: int | None, parameters: Sequence[Tensor]) -> _Unit:

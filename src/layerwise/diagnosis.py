@@ -36,7 +36,7 @@ from .rules import ByRole, FreezeOut, LayerAdaptive, LayerDecay, Unfreezing, Wid
 from .rules.base import is_number
 from .rules.layer_decay import depths_of
 from .rules.roles import roles_of
-from .statistics import NORMS, OF_ROWS, OF_STEP, WEIGHT_NORMS
+from .statistics import MOMENTS, NORMS, OF_ROWS, OF_STEP, WEIGHT_NORMS
 
 LAUNCHES = 7
 """The most kernels that one norm of all layers takes on an accelerator; a test counts them."""
@@ -263,6 +263,8 @@ def _cost(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> tuple[
     costs: list[str] = []
     if "gradient_norm" in needs:
         costs.append("1 pass over the gradients")
+    if needs & MOMENTS:
+        costs.append("1 pass over the gradients for their moments, some operations a tensor")
     if needs & WEIGHT_NORMS:
         costs.append("1 pass over the weights")
     norms = needs & (NORMS | {"counts"})

@@ -365,6 +365,11 @@ def is_capturing(optimizer: optim.Optimizer) -> bool:
     return any(group.get("capturable") for group in optimizer.param_groups)
 
 
+def is_captured(device: torch.device) -> bool:
+    """Tell whether a CUDA graph captures this step, whose replays run no Python."""
+    return device.type == "cuda" and torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
+
+
 def is_on_accelerator(optimizer: optim.Optimizer) -> bool:
     """Tell whether any parameter is on a device that is neither the CPU nor the meta device."""
     parameters = (p for group in optimizer.param_groups for p in group["params"])

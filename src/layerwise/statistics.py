@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ._arguments import has_type
+from ._moments import Moments, tensor_moments
 from ._norms import JointNorms, subtract, tensor_norm_numbers, tensor_norms
 from ._rows import whole_of
 from ._tensors import as_dense_real, has_values, local, moved, several_processes
 from .layers import Layer, some
-from .sharding import Shard, Sharing, find_shards, is_absent, settled_gradient, sharing_of
+from .sharding import Shard, Sharing, find_shards, is_absent, number_count, settled_gradient, sharing_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Statistics:
             keeps none), 1 for every other layer.
         decay_norm: ‖λ w_l‖, the norm of the weight-decay term, with each parameter's own λ.
         learning_rate: The layer's rate in its parameter group (the largest one, where a layer spans several groups).
+        gradient_mean: The mean over the numbers of the gradient that `gradient_norm` measures; a missing gradient
+            counts as zeros, and of a complex one real and imaginary parts are numbers of their own.
+        gradient_std: Their standard deviation, unbiased (ddof 1); NaN for a layer of one number, whose factor then acts
+            as 1. Over several processes it is accurate to 2e-8 of the mean.
         direction_norm: ‖Δw_l‖ / lr of the finished step, each parameter's change divided by its own group's rate; 0
             where the rate is 0. It is known after the step only, so a rule that needs it acts on the update.
         direction_rms: direction_norm / √n_l, n_l the number of the layer's weights.
@@ -68,6 +73,8 @@ class Statistics:
     normalisation_gain: Tensor
     decay_norm: Tensor
     learning_rate: Tensor
+    gradient_mean: Tensor
+    gradient_std: Tensor
     direction_norm: Tensor
     direction_rms: Tensor
     counts: Tensor
@@ -153,6 +160,7 @@ def _gain_share(module: Any, weight: Tensor, shard: Shard | None, dtype: torch.d
 
 WEIGHT_NORMS = frozenset({"weight_norm", "matrix_norm", "decay_norm"})
 NORMS = WEIGHT_NORMS | {"gradient_norm"}
+MOMENTS = frozenset({"gradient_mean", "gradient_std"})
 OF_STEP = frozenset({"direction_norm", "direction_rms"})
 """What is known after the step only."""
 OF_ROWS = ("gradient_norm", "weight_norm", "direction_norm")
@@ -173,6 +181,10 @@ class LayerStatistics:
 
     If parameters are sharded, each process computes its share and one collective a step adds them. `paused` then holds,
     for each layer, whether a process with a shard of it was paused in the step.
+
+    Norms take a few operations for all layers. Moments of gradients take one pass over them and operations for each
+    parameter: on accelerators one launch, for narrow types two; on the CPU six for each 2 MB of a copy in float64, some
+    five times what their norm takes.
     """
 
     def __init__(self, layers: Sequence[Layer], needs: Collection[str]) -> None:
@@ -193,6 +205,7 @@ class LayerStatistics:
         self._copies: dict[str, tuple[list[float], Tensor]] = {}
         self._joint: tuple[Any, JointNorms] | None = None
         self._measures_gradients = not self.needs.isdisjoint({"gradient_norm", "counts"})
+        self._measures_moments = not self.needs.isdisjoint(MOMENTS)
         self._weight_norms = sorted(self.needs & WEIGHT_NORMS)
         self._grouped: tuple[list[int], list[int]] = ([], [])
 
@@ -205,8 +218,8 @@ class LayerStatistics:
         """Return this step's statistics; `grad_scale` and `found_inf` are those of a gradient scaler."""
         needs = self.needs
         values: dict[str, Any]
-        # BackMatching's gains are no norms. Few rules need them, so they are summed as those of shards are.
-        if self.sharing is not None or "normalisation_gain" in needs:
+        # Gains and moments are no norms. Few rules need them, so they are summed as those of shards are.
+        if self.sharing is not None or "normalisation_gain" in needs or self._measures_moments:
             values = self._sums(groups)
         else:
             values = self._joined(groups, partial(tensor_norms, device=self.device), JointNorms.of)
@@ -215,8 +228,9 @@ class LayerStatistics:
         if "gradients" in needs:
             gradients = [p.grad if self.sharing is None else settled_gradient(p) for p in self.members]
             values["gradients"] = Gradients(gradients, grad_scale, found_inf)
-        if "gradient_norm" in values and grad_scale is not None:
-            values["gradient_norm"] = values["gradient_norm"] / moved(grad_scale, self.device).to(self.dtype)
+        if grad_scale is not None:
+            for name in values.keys() & {"gradient_norm", *MOMENTS}:
+                values[name] = values[name] / moved(grad_scale, self.device).to(self.dtype)
         if "counts" in needs:
             total = values["gradient_norm"].sum()  # not finite if any of them is not
             values["counts"] = (total > 0) & (total < torch.inf)
@@ -297,10 +311,14 @@ class LayerStatistics:
         return self._layer_sums(squares).sqrt_()
 
     def _layer_sums(self, rows: Sequence[Tensor]) -> Tensor:
+        return self._of_layers(self._summed(rows))
+
+    def _summed(self, rows: Sequence[Tensor]) -> Tensor:
         shares = torch.stack(list(rows))
-        if self.sharing is not None:
-            shares = self.sharing.sum(shares)
-        return self._zeros.repeat(len(rows), 1).index_add_(1, self._index(self._owners), shares)
+        return shares if self.sharing is None else self.sharing.sum(shares)
+
+    def _of_layers(self, rows: Tensor) -> Tensor:
+        return self._zeros.repeat(len(rows), 1).index_add_(1, self._index(self._owners), rows)
 
     def _index(self, positions: Sequence[int]) -> Tensor:
         """Return positions on the device; copied there once, because that waits for it."""
@@ -315,8 +333,11 @@ class LayerStatistics:
         """Return the norms and gains in `needs`, out of sums over processes: one collective for all of them."""
         rows: dict[str, Tensor] = {}
         has_gain: Tensor | None = None
+        gradients: list[Tensor | None] = []
+        if self._measures_gradients or self._measures_moments:
+            gradients = list(map(settled_gradient, self.members))
         if self._measures_gradients:
-            rows["gradient_norm"] = self.squares(list(map(settled_gradient, self.members)))
+            rows["gradient_norm"] = self.squares(gradients)
         if self._weight_norms:
             weights = self.squares(self.members)
             for name in self._weight_norms:
@@ -327,16 +348,48 @@ class LayerStatistics:
                     rows[name] = torch.where(squares > 0, weights * squares, 0)
         if "normalisation_gain" in self.needs:
             rows["normalisation_gain"], has_gain = gain_shares(self.layers, self._zeros)
-        if not rows:
+        moments = self._moments(gradients) if self._measures_moments else None
+        if not rows and moments is None:
             return {}
-        sums = self._layer_sums([*rows.values(), self._zeros.new_zeros(len(self.members))])
+        own = [*rows.values(), self._zeros.new_zeros(len(self.members))]
+        shares = self._summed(own if moments is None else own + moments.shares())
+        sums = self._of_layers(shares.narrow(0, 0, len(own)))
         self.paused = None if self.sharing is None else sums[-1].isnan()
         values = dict(zip(rows, sums, strict=False))
+        if moments is not None:
+            if self.sharing is not None:
+                moments = Moments.of_sums(*shares.narrow(0, len(own), len(shares) - len(own)).unbind())
+            values |= self._of_moments(moments)
         for name in values.keys() & NORMS:
             values[name] = values[name].sqrt()
         if has_gain is not None:
             values["normalisation_gain"] = torch.where(has_gain, values["normalisation_gain"], 1.0)
         return values
+
+    def _moments(self, gradients: Sequence[Tensor | None]) -> Moments:
+        """Return this process's share of the moments of each member's gradient."""
+        zeros = torch.zeros(len(self.members), dtype=self.dtype, device=self.device)
+        present = [] if is_absent() else [i for i, gradient in enumerate(gradients) if gradient is not None]
+        owners, counts, means, deviations = tensor_moments([local(cast(Tensor, gradients[i])) for i in present])
+        if not owners:
+            return Moments(zeros, zeros, zeros)
+        count = self._copied("counts", list(map(float, counts)))
+        mean, deviation = (
+            torch.stack([moved(one, self.device) for one in part]).to(self.dtype) for part in (means, deviations)
+        )
+        parts = Moments(count, mean, count * deviation.square())
+        return parts.joined(self._index([present[i] for i in owners]), zeros)
+
+    def _of_moments(self, moments: Moments) -> dict[str, Tensor]:
+        """Return mean and standard deviation of each layer from the moments of its gradients; what is missing is 0."""
+        numbers = self._copied("numbers", [float(sum(map(number_count, layer.whole()))) for layer in self.layers])
+        missing = numbers - self._zeros.index_add(0, self._index(self._owners), moments.count)
+        none = torch.zeros_like(missing)
+        parts = zip((moments.count, moments.mean, moments.squares), (missing, none, none), strict=True)
+        found = Moments(*map(torch.cat, parts)).joined(self._index([*self._owners, *range(self.count)]), self._zeros)
+        deviation = (found.squares / (numbers - 1).clamp(min=0)).sqrt()
+        values = {"gradient_mean": found.mean, "gradient_std": deviation}
+        return {name: values[name] for name in self.needs & MOMENTS}
 
     def numbers(self, groups: Groups, grad_scale: Tensor | None = None) -> dict[str, list[float]]:
         """Return the statistics in `needs`, all of them in `AS_NUMBERS`, as Python numbers; for unsharded parameters.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import layerwise
-from layerwise.rules import Constant, LayerAdaptive, Rule
+from layerwise.rules import Constant, LayerAdaptive, Rule, Unfreezing
 
 FACTORS = {"0": 0.5, "2": 3.0, "4": 1.0}
 LR, MOMENTUM, DECAY = 0.02, 0.9, 0.1
@@ -240,3 +240,46 @@ def test_without_its_optimizer_an_adapter_says_that_there_is_none(setup):
     assert "on an optimizer that no longer exists" in repr(adapter)
     adapter.detach()
     assert "on detached" in repr(adapter)
+
+
+# --- An optimizer that never steps ------------------------------------------------------------------------------------
+
+NO_STEP = "end_epoch() is called, and SGD has taken no step with this LayerwiseLR: attach to the optimizer whose step()"
+
+
+def no_step_lines(caplog):
+    return [record for record in caplog.records if record.getMessage().startswith(NO_STEP)]
+
+
+def test_an_epoch_without_a_step_is_logged_once(make_model, backward, caplog):
+    model = make_model()
+    attached, stepped = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    adapter = layerwise.LayerwiseLR(attached, Unfreezing(), model)
+    for _ in range(3):
+        backward(model)
+        stepped.step()
+        adapter.end_epoch()
+    assert len(no_step_lines(caplog)) == 1
+    adapter.detach()
+
+    caplog.clear()
+    adapter = layerwise.LayerwiseLR(stepped, Unfreezing(), model)  # the remedy
+    for _ in range(3):
+        backward(model)
+        stepped.step()
+        adapter.end_epoch()
+    assert not caplog.records
+
+
+def test_nothing_is_logged_after_a_load_or_when_detached(make_model, caplog):
+    model = make_model()
+    saved = layerwise.LayerwiseLR(torch.optim.SGD(model.parameters(), lr=0.1), Unfreezing(), model).state_dict()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, Unfreezing(), model)
+    adapter.load_state_dict(saved)
+    adapter.end_epoch()
+    adapter.detach()
+    other = layerwise.LayerwiseLR(optimizer, Unfreezing(), model)
+    other.detach()
+    other.end_epoch()
+    assert not no_step_lines(caplog)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 import layerwise
 from layerwise import adapter, diagnosis
-from layerwise.rules import LARS, BackMatching, Constant, LayerAdaptive
+from layerwise.rules import LARS, BackMatching, Constant, InitialSNR, LayerAdaptive
 from layerwise.statistics import LayerStatistics
 
 VIEWS = {"detach", "view", "unbind", "select", "alias", "expand", "slice", "unsqueeze", "empty", "empty_like"}
@@ -80,8 +80,15 @@ def printed(text: str, name: str) -> str:
             0,
         ),
         (lambda p: optim.Rprop(p), LayerAdaptive(), "1 pass over the gradients", 1, 0),
+        (
+            lambda p: optim.SGD(p, 0.1),
+            InitialSNR(),
+            "1 pass over the gradients, 1 pass over the gradients for their moments, some operations a tensor",
+            2,
+            0,
+        ),
     ],
-    ids=["SGD", "SGD momentum", "constant", "LARS", "Nesterov", "Rprop"],
+    ids=["SGD", "SGD momentum", "constant", "LARS", "Nesterov", "Rprop", "moments"],
 )
 def test_the_passes_printed_are_those_of_a_step(
     make: Any, rule: Any, costs: str, of_gradients: int, of_weights: int

@@ -27,6 +27,7 @@ from layerwise.rules import (
     NoiseAdaptive,
     RandomTraining,
     RelativeGradient,
+    Rule,
     Trust,
     WidthDepth,
 )
@@ -153,6 +154,22 @@ def test_a_rule_that_remembers_or_follows_a_schedule_launches_a_constant_number_
     make = FOREACH["SGD momentum decay"]
     surplus = [launches(make, n, rule) - launches(make, n, None) for n in (20, 60)]
     assert surplus[0] == surplus[1] <= 40
+
+
+class Spread(Rule):
+    """A rule of both moments of the gradients."""
+
+    needs = ("gradient_mean", "gradient_std")
+
+    def factors(self, statistics: Any, state: Any) -> Any:
+        return statistics.gradient_mean + statistics.gradient_std, state
+
+
+def test_moments_of_gradients_launch_one_more_for_each_tensor() -> None:
+    make = FOREACH["SGD momentum decay"]
+    surplus = [launches(make, n, Spread()) - launches(make, n, None) for n in (20, 120)]
+    assert surplus[1] - surplus[0] == 100
+    assert surplus[0] <= 20 + 60
 
 
 def test_a_capturable_step_with_such_a_rule_reads_nothing() -> None:

@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerwise
+import reference
 from layerwise.apply import Factors
 from layerwise.layers import Layer, make_layers
+from layerwise.rules import Rule
 from layerwise.statistics import AS_NUMBERS, NEEDS, OF_STEP, LayerStatistics
 from slow_norms import arrays, layer_norm
 
@@ -169,6 +171,116 @@ def test_one_broken_gradient_makes_a_step_not_count_and_one_zero_gradient_does_n
     assert compute(layers, groups, "counts").counts.item() is True
     layers[1].parameters[0].grad[0] = math.inf
     assert compute(layers, groups, "counts").counts.item() is False
+
+
+# --- Moments of gradients ---------------------------------------------------------------------------------------------
+
+
+def moments(layers, groups, **arguments):
+    """Return the measured mean and standard deviation of each layer's gradient."""
+    found = compute(layers, groups, "gradient_mean", "gradient_std", **arguments)
+    return found.gradient_mean.tolist(), found.gradient_std.tolist()
+
+
+def moments_by_hand(layers):
+    """Return the same in loops; real and imaginary parts are numbers of their own."""
+    found = []
+    for layer in layers:
+        dense = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in layer.parameters if p.grad is not None]
+        real = [torch.view_as_real(g) if g.is_complex() else g for g in dense]
+        count = sum(p.numel() * (2 if p.is_complex() else 1) for p in layer.parameters)
+        found.append(reference.gradient_moments([g.double().numpy() for g in real], count))
+    return found
+
+
+def assert_moments(layers, groups, tolerance, **arguments):
+    for mean, deviation, (wanted, spread) in zip(
+        *moments(layers, groups, **arguments), moments_by_hand(layers), strict=True
+    ):
+        assert mean == pytest.approx(wanted, rel=tolerance, abs=tolerance * (0 if math.isnan(spread) else spread))
+        assert deviation == pytest.approx(spread, rel=tolerance, nan_ok=True)
+
+
+@given(SHAPES, st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]))
+@settings(deadline=None, max_examples=50)
+def test_moments_of_gradients_are_those_of_loops_whatever_the_shapes_and_the_type(shapes, dtype):
+    layers, groups = layers_with_gradients(shapes, dtype)
+    assert_moments(layers, groups, 1e-12)  # copies are in float64, narrow types too
+    groups[0]["params"][0].grad = None
+    assert_moments(layers, groups, 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2**18 + 3,), (700, 1001), (3, 2**18 + 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_moments_of_gradients_that_are_measured_in_pieces(shape, dtype):
+    layers, groups = layers_with_gradients([[shape, (5,)], [(7,)]], dtype)
+    layers[0].parameters[0].grad = (
+        layers[0].parameters[0].grad.reshape(shape[::-1]).permute(*reversed(range(len(shape)))).mul(3).add(1)
+    )
+    assert_moments(layers, groups, 1e-12)
+
+
+@pytest.mark.parametrize(("offset", "tolerance"), [(1e3, 1e-12), (1e6, 1e-12), (1e9, 1e-9)])
+def test_a_mean_far_above_the_deviation_costs_few_digits(offset, tolerance):
+    """The mean of squares less the square of the mean would have none left at 1e9."""
+    layers, groups = layers_with_gradients([[(300, 7), (5,)], [(11,)]])
+    for p in groups[0]["params"]:
+        p.grad += offset
+    assert_moments(layers, groups, tolerance)
+    gradient = layers[0].parameters[0].grad
+    assert offset < 1e9 or abs(float(gradient.square().mean() - gradient.mean().square()) - 1) > 0.1
+
+
+def test_a_missing_gradient_counts_as_zeros_in_moments_and_so_do_gaps_of_a_sparse_one():
+    layers, groups = layers_with_gradients([[(3, 2), (3,)], [(4, 2)], [(2,)]])
+    layers[0].parameters[1].grad = None
+    indices, values = torch.tensor([[1, 3, 1]]), torch.randn(3, 2, dtype=torch.float64)
+    layers[1].parameters[0].grad = torch.sparse_coo_tensor(indices, values, (4, 2), check_invariants=True)
+    layers[2].parameters[0].grad = None
+    assert_moments(layers, groups, 1e-13)
+    assert moments(layers[2:], groups) == ([0.0], [0.0])
+    for p in groups[0]["params"]:
+        p.grad = torch.zeros_like(p)
+    assert moments(layers, groups) == ([0.0] * 3, [0.0] * 3)
+
+
+def test_a_layer_of_one_number_has_no_deviation_and_its_factor_acts_as_1():
+    layers, groups = layers_with_gradients([[(1,)], [(2,)]])
+    mean, deviation = moments(layers, groups)
+    assert mean[0] == float(layers[0].parameters[0].grad)
+    assert math.isnan(deviation[0])
+    assert deviation[1] > 0
+
+    class Spread(Rule):
+        needs = ("gradient_std",)
+
+        def factors(self, statistics, state):
+            return 2 + statistics.gradient_std, state
+
+    parameters = groups[0]["params"]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, Spread(), layers={"one": parameters[:1], "two": parameters[1:]})
+    optimizer.step()
+    assert adapter.get_last_factors() == {"one": 1.0, "two": pytest.approx(2 + deviation[1], rel=1e-14)}
+
+
+def test_a_gradient_that_is_not_finite_has_no_moments_and_spoils_no_other_layer():
+    layers, groups = layers_with_gradients([[(3, 2)], [(2,)]])
+    layers[0].parameters[0].grad[1, 1] = math.inf
+    mean, deviation = moments(layers, groups)
+    assert not math.isfinite(mean[0])
+    assert math.isnan(deviation[0])
+    assert_moments(layers[1:], groups, 1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_scale_of_a_gradient_scaler_is_divided_out_of_moments(dtype):
+    layers, groups = layers_with_gradients([[(3, 2)], [(2,)]], dtype)
+    plain = moments(layers, groups)
+    for p in groups[0]["params"]:
+        p.grad *= 1024
+    scaled = moments(layers, groups, grad_scale=torch.tensor(1024.0))
+    assert scaled == (pytest.approx(plain[0], rel=1e-14), pytest.approx(plain[1], rel=1e-14))
 
 
 class Operations(TorchDispatchMode):

@@ -37,7 +37,8 @@ def fits(rule: str, kind: str, place: str) -> bool:
     """Tell whether a rule may act at this place of an optimizer; elsewhere it is refused."""
     if place == "auto":
         return not RULES[rule].needs_scale or kind in ("SGD", "momentum", "Nesterov")
-    return place in RULES[rule].places
+    divided_out = place == "gradient" and RULES[rule].scales_rates and kind.startswith("Ada")
+    return place in RULES[rule].places and not divided_out
 
 
 @dataclass(frozen=True)

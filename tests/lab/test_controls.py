@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from statistics import fmean
 
 import polars
@@ -118,6 +119,32 @@ def test_parameters_that_a_rule_leaves_out_keep_their_rate_in_every_control(bloc
     for arm in set(methods.CONTROLS) - {"mean-factor", "weighted-mean"}:
         layers = records[arm].summary["factor"]["layers"]
         assert {name: layers[name] for name in excluded} == dict.fromkeys(excluded, 1.0)
+
+
+def without_equal_shapes(blocks):
+    path = Path(blocks.rpartition(":")[0])
+    path.write_text(BLOCKS.replace("range(3)", "range(1)"), encoding="utf-8")
+
+
+@pytest.mark.parametrize("arms", [["layer-adaptive", "shuffled-in-shape"], ["lars", "shuffled-in-shape:lars"]])
+def test_a_shuffle_within_shapes_is_refused_where_no_two_layers_share_one(blocks, arms):
+    layout.plan(tasks.load(blocks), arms=arms, seeds=1)
+    without_equal_shapes(blocks)
+    with pytest.raises(UsageError) as caught:
+        layout.plan(tasks.load(blocks), arms=arms, seeds=1)
+    words = str(caught.value)
+    assert f"arm 'shuffled-in-shape' would repeat {arms[0]!r} itself: no two of its" in words
+    assert "layers have the same shape; leave the arm out, or take shuffled" in words
+    assert layout.plan(tasks.load(blocks), arms=[arms[0], "shuffled"], seeds=1).runs
+
+
+def test_a_recipe_s_shuffle_within_shapes_is_refused_likewise(blocks, carried_out):
+    without_equal_shapes(blocks)
+    outcome = carried_out(layout.plan(tasks.load(blocks), arms=["layer-adaptive"], seeds=1))
+    record = outcome.results.records["task", "layer-adaptive", 0]
+    with pytest.raises(UsageError, match=r"no two layers have the same shape.* leave it out, or use 'shuffled layers'"):
+        controls.control_rule("shuffled within shapes", record)
+    assert controls.control_rule("shuffled layers", record)["layers"]
 
 
 @pytest.mark.parametrize("control", ["weighted mean factor", "shuffled within shapes", "mean factor of each role"])

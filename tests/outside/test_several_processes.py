@@ -24,6 +24,7 @@ from layerwise.rules import (
     BackMatching,
     Constant,
     Directionality,
+    ElementwiseRule,
     GradientAmplification,
     LayerAdaptive,
     LayerDecay,
@@ -696,6 +697,15 @@ def route(rank: int, rule: Any, **how: Any) -> Any:
     return whole(model)["router"], adapter.get_last_factors()
 
 
+class Spread(ElementwiseRule):
+    """The deviation of a layer's gradient."""
+
+    needs = ("gradient_std",)
+
+    def factor(self, gradient_std: Any) -> Any:
+        return 1 + gradient_std
+
+
 @case
 def router_and_experts_of_ones_own(rank: int, world: int) -> Any:
     choice = GradientAmplification(Directionality(threshold=0.0, kinds=None), [Phase(9, True)])
@@ -704,6 +714,7 @@ def router_and_experts_of_ones_own(rank: int, world: int) -> Any:
         route(rank, choice, layers="parameter"),
         route(rank, LayerAdaptive(), layers="parameter"),
         route(rank, Constant({"*": 2.0})),
+        route(rank, Spread()),
     ]
 
 
@@ -711,10 +722,11 @@ def router_and_experts_of_ones_own(rank: int, world: int) -> Any:
 def test_layer_of_shared_and_own_parameters_is_refused(results):
     first = results[0]["router_and_experts_of_ones_own"]
     for result in results:
-        joined, scores, apart, constant = result["router_and_experts_of_ones_own"]
-        assert "pass layers='parameter'" in joined
-        assert "(router)" in joined
-        assert "(own)" in joined
+        joined, scores, apart, constant, spread = result["router_and_experts_of_ones_own"]
+        for refused in (joined, spread):
+            assert "pass layers='parameter'" in refused
+            assert "(router)" in refused
+            assert "(own)" in refused
         assert "compares layers" in scores
         assert torch.equal(apart[0], first[2][0])
         assert torch.equal(constant[0], first[3][0])

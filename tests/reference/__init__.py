@@ -14,13 +14,14 @@ from .lars import larc, lars
 from .layer_adaptive import layer_adaptive
 from .layer_decay import layer_decay, layer_decay_by_depth
 from .layer_freezing import freezing_score
+from .moments import gradient_moments
 from .norms import joint_norm
 from .relative_gradient import relative_gradient, signal_to_noise
-from .remembered import ada_lip, initial_snr, l_dog, noise_adaptive
+from .remembered import ada_lip, change, initial_snr, l_dog, noise_adaptive, rotation
 from .replay import replay
 from .schedules import freeze_out
 from .solvers import Adam, CaffeAdaGrad, CaffeNesterov, CaffeSGD, TorchSGD
-from .spectrum import heavy_tail, hill_alpha, spectrum
+from .spectrum import heavy_tail, hill_alpha, spectral_norm, spectrum, stable_rank
 from .unfreezing import unfreezing
 from .width_depth import mup, of_shape
 
@@ -42,11 +43,13 @@ __all__ = [
     "back_matching",
     "bounds",
     "chain",
+    "change",
     "chosen",
     "constant",
     "directionality",
     "freeze_out",
     "freezing_score",
+    "gradient_moments",
     "heavy_tail",
     "hill_alpha",
     "initial_snr",
@@ -64,9 +67,12 @@ __all__ = [
     "of_shape",
     "relative_gradient",
     "replay",
+    "rotation",
     "schedule",
     "signal_to_noise",
+    "spectral_norm",
     "spectrum",
+    "stable_rank",
     "trust",
     "unfreezing",
     "update_clip",

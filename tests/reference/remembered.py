@@ -14,6 +14,29 @@ def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([array.ravel() for array in arrays])
 
 
+def change(before: Sequence[np.ndarray], now: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """Return ‖x‖, ‖y − x‖ and ⟨x, y⟩ of a layer's arrays at two steps.
+
+    Example:
+        >>> change([np.array([3.0, 4.0])], [np.array([3.0, 6.0])])
+        (5.0, 2.0, 33.0)
+    """
+    x, y = joined(before), joined(now)
+    apart = math.fsum((b - a) ** 2 for a, b in zip(x, y, strict=True))
+    return math.sqrt(math.fsum(a * a for a in x)), math.sqrt(apart), math.fsum(a * b for a, b in zip(x, y, strict=True))
+
+
+def rotation(first: Sequence[np.ndarray], now: Sequence[np.ndarray]) -> float:
+    """Return 1 − cos of the angle between a layer's arrays at two steps.
+
+    Example:
+        >>> rotation([np.array([3.0, 4.0])], [np.array([-8.0, 6.0])])
+        1.0
+    """
+    inner = change(first, now)[2]
+    return 1 - inner / (change(first, now)[0] * change(now, now)[0])
+
+
 def l_dog(
     weights: Sequence[np.ndarray], gradients: Sequence[np.ndarray], reps_rel: float = 1e-6, eps: float = 1e-8
 ) -> list[float]:

@@ -30,6 +30,26 @@ def spectrum(weight: np.ndarray) -> list[float]:
     return [float(value) for values in each for value in values]
 
 
+def stable_rank(eigenvalues: Sequence[float]) -> float:
+    """Return Σ λ / max λ of the squared singular values.
+
+    Example:
+        >>> stable_rank([9.0, 16.0])
+        1.5625
+    """
+    return math.fsum(eigenvalues) / max(eigenvalues)
+
+
+def spectral_norm(eigenvalues: Sequence[float]) -> float:
+    """Return √max λ of the squared singular values.
+
+    Example:
+        >>> spectral_norm([9.0, 16.0])
+        4.0
+    """
+    return math.sqrt(max(eigenvalues))
+
+
 def heavy_tail(alphas: Sequence[float | None], low: float, high: float) -> list[float]:
     """Return the linear map of the exponents to factors; 1 for None.
 

@@ -199,3 +199,43 @@ def test_a_rule_that_cannot_divide_by_some_number_is_taken() -> None:
     assert Pole().numbers({"gradient_norm": [3.0, 2.5]}) == [1.0, 2.0]
     factors, _ = steps(network(3), Pole(), count=1)
     assert len(factors[0]) == 3
+
+
+class Noise(ElementwiseRule):
+    """The mean and the deviation of a layer's gradient, which are no numbers on the CPU."""
+
+    needs = ("gradient_mean", "gradient_std")
+
+    def factor(self, gradient_mean: Any, gradient_std: Any) -> Any:
+        return 1 + gradient_mean**2 / (gradient_mean**2 + gradient_std**2)
+
+
+def test_moments_of_gradients_are_those_of_stepping_in_backward_too() -> None:
+    weights, factors = [], []
+    for attach in (layerwise.LayerwiseLR, layerwise.step_in_backward):
+        model = network(3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        adapter = (
+            attach(optimizer, Noise(), model) if attach is layerwise.LayerwiseLR else attach(optimizer, model, Noise())
+        )
+        for step in range(3):
+            optimizer.zero_grad()
+            model(torch.full((4, 2), 1.0 + step, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+        factors.append(adapter.get_last_factors())
+        weights.append([p.detach() for p in model.parameters()])
+    assert all(1 < factor < 2 for factor in factors[0].values())
+    assert factors[0] == pytest.approx(factors[1], rel=1e-14)
+    torch.testing.assert_close(*weights, rtol=1e-14, atol=0)
+
+
+def test_a_layer_without_a_gradient_has_no_part_in_the_mean_of_factors_of_moments() -> None:
+    model = network(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    adapter = layerwise.LayerwiseLR(optimizer, Noise(), model, normalize="mean")
+    for number, p in enumerate(model.parameters()):
+        p.grad = torch.zeros_like(p) if number < 2 else torch.arange(p.numel(), dtype=p.dtype).view_as(p) + number
+    optimizer.step()
+    factors = adapter.get_last_factors()
+    assert factors.pop("0") == 1
+    assert sum(factors.values()) / 2 == pytest.approx(1, rel=1e-14)

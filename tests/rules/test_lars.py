@@ -15,7 +15,7 @@ from torch import nn
 
 import layerwise
 import reference
-from layerwise.rules import LARC, LARS
+from layerwise.rules import LARC, LARS, Constant, Trust, chain
 from layerwise.statistics import Statistics
 
 from .samples import (
@@ -222,3 +222,23 @@ def test_eps_out_of_range_is_refused(rule: type[LARS | LARC], value: float) -> N
 def test_argument_that_is_no_number_is_refused_by_name(rule: type[LARS | LARC], name: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"{name}='0.1'"):
         rule(**{name: "0.1"})
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_lars_says_on_adam_and_its_like_that_it_is_made_for_sgd(
+    kind: Any, make_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for rule, optimizer, place, words in (
+        (LARS(), kind, "auto", f"LARS.* is made for SGD; {kind.__name__} divides by .* Trust is the rule for such"),
+        (chain(LARS(), Constant({"*": 2.0})), kind, "auto", "is made for SGD"),
+        (LARS(), kind, "gradient", "changes next to nothing"),  # which says enough
+        (Trust(), kind, "auto", ""),  # the remedy
+        (LARC(), kind, "auto", ""),
+        (LARS(), torch.optim.SGD, "auto", ""),
+    ):
+        caplog.clear()
+        model = make_model()
+        layerwise.LayerwiseLR(optimizer(model.parameters(), lr=0.1), rule, model, apply=place)
+        found = [record.getMessage() for record in caplog.records]
+        assert len(found) == bool(words)
+        assert all(re.search(words, one) for one in found)

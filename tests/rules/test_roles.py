@@ -87,6 +87,19 @@ HUGGING_FACE = {  # T5, DeBERTa-v2, ConvNeXt and ALBERT
     "encoder.stages.0.layers.0.pwconv1.weight": "ffn",
     "encoder.layers.0.ffn_output.weight": "ffn",
 }
+FURTHER = {  # T5, Mamba, Segformer of two versions, wav2vec2, and a fused projection beside them
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias": "position",
+    "backbone.layers.0.mixer.in_proj": "other",
+    "backbone.layers.0.mixer.out_proj": "other",
+    "blocks.0.attn.in_proj": "qkv",
+    "segformer.stages.0.blocks.0.attention.q_proj": "qk",
+    "decode_head.linear_c.0.proj": "head",
+    "decode_head.linear_projections.1.proj": "head",
+    "decode_head.linear_fuse": "head",
+    "decode_head.batch_norm": "norm",
+    "decode_head.classifier": "head",
+    "wav2vec2.masked_spec_embed": "position",
+}
 EXPERTS = {
     "layers.0.attn.wq": "qk",
     "layers.0.attn.wo": "vo",
@@ -101,12 +114,15 @@ def layers_named(names: dict[str, str], dimensions: int = 2) -> list[Layer]:
     for name, role in names.items():
         shape = [3] if role == "norm" else [3] * (4 if role == "conv" or "conv" in name else dimensions)
         leaf = name if name.rpartition(".")[2] in ("gamma", "relative_position_bias_table") else f"{name}.weight"
-        leaf = name if name in ("cls_token", "pos_embed", "reg_token") else leaf
+        leaf = name if name in ("cls_token", "pos_embed", "reg_token", "wav2vec2.masked_spec_embed") else leaf
         made.append(Layer(leaf, (torch.zeros(shape),), (leaf,)))
     return made
 
 
-@pytest.mark.parametrize("names", [NANOGPT, VIT, SWIN, CONVNEXT, RESNET, EXPERTS, HUGGING_FACE], ids=list("nvscreh"))
+EVERY = [NANOGPT, VIT, SWIN, CONVNEXT, RESNET, EXPERTS, HUGGING_FACE, FURTHER]
+
+
+@pytest.mark.parametrize("names", EVERY, ids=list("nvscrehf"))
 def test_roles_from_names(names: dict[str, str]) -> None:
     layers = layers_named(names)
     assert dict(zip(names, roles_of(layers), strict=True)) == names
@@ -124,6 +140,9 @@ def hugging_face(kind: str) -> nn.Module:
         if kind == "llama":
             config = transformers.LlamaConfig(**small, num_key_value_heads=2, tie_word_embeddings=False)
             return transformers.LlamaForCausalLM(config)
+        if kind == "t5":
+            config = transformers.T5Config(d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=20)
+            return transformers.T5Model(config)
         text, vision = transformers.CLIPTextConfig(**small), transformers.CLIPVisionConfig(**small)
         return transformers.CLIPModel(
             transformers.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
@@ -163,6 +182,13 @@ EXPECTED: dict[str, dict[str, str]] = {
         "model.layers.0.input_layernorm": "norm",
         "model.norm": "norm",
         "lm_head": "head",
+    },
+    "t5": {
+        "shared": "embedding",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias": "position",  # an nn.Embedding
+        "encoder.block.0.layer.0.SelfAttention.q": "qk",
+        "encoder.block.0.layer.1.DenseReluDense.wi": "ffn",
+        "encoder.final_layer_norm": "norm",
     },
     "clip": {
         "text_model.embeddings.token_embedding": "embedding",

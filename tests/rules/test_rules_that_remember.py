@@ -29,7 +29,15 @@ def layers(count: int) -> list[Layer]:
 
 def of(*gradients: list[float] | None, scale: float | None = None) -> Statistics:
     tensors = [None if g is None else torch.tensor(g, dtype=torch.float64) * (scale or 1) for g in gradients]
-    return Statistics(gradients=Gradients(tensors, None if scale is None else torch.tensor(scale)))
+    own = [
+        reference.gradient_moments([] if g is None else [np.array(g)], 2 if g is None else len(g)) for g in gradients
+    ]
+    norms = [reference.joint_norm([] if g is None else [np.array(g)]) for g in gradients]
+    return Statistics(
+        gradients=Gradients(tensors, None if scale is None else torch.tensor(scale)),
+        gradient_norm=torch.tensor(norms, dtype=torch.float64),
+        gradient_std=torch.tensor([deviation for _, deviation in own], dtype=torch.float64),
+    )
 
 
 def followed(rule: Any, steps: list[Statistics], count: int = 1) -> list[list[float]]:
@@ -194,7 +202,8 @@ def test_initial_snr_is_nearly_a_rule_of_shapes() -> None:
     values = [1.0 * torch.randn(100, 100, generator=generator), torch.randn(100, 100, generator=generator) + 3]
     shown = []
     for gradient in values:
-        factors, _ = rule.factors(Statistics(gradients=Gradients([gradient])), rule.init([big], CPU))
+        both = {"gradient_norm": gradient.norm().view(1), "gradient_std": gradient.std().view(1)}
+        factors, _ = rule.factors(Statistics(**both), rule.init([big], CPU))
         shown.append(float(factors[0]))
     assert control.init([big], CPU)["_factors"].tolist() == [100]
     assert shown == pytest.approx([100, 100 * 10**0.5], rel=0.02)
@@ -336,7 +345,7 @@ def test_narrow_and_complex_gradients(rule: Any, dtype: torch.dtype) -> None:
         assert factors[1] == pytest.approx(0.84, rel=0.01)
 
 
-@pytest.mark.parametrize("rule", [LDoG(), AdaLip(), NoiseAdaptive(), InitialSNR()], ids=repr)
+@pytest.mark.parametrize("rule", [LDoG(), AdaLip(), NoiseAdaptive()], ids=repr)
 def test_shards_are_refused_with_a_remedy(rule: Any) -> None:
     shard = Shard(torch.Size([4, 2]), 1, (), "cpu", (0, 1))
     with pytest.raises(ValueError, match="the parameters are sharded: use "):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import layerwise
 import reference
@@ -123,6 +124,113 @@ def test_permanent_groups_are_refused() -> None:
         layerwise.param_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), Unfreezing(), lr=0.1)
 
 
+# --- With requires_grad -----------------------------------------------------------------------------------------------
+
+
+def deep() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(3, 3) for _ in range(3))).double()
+
+
+def flags(model: nn.Module) -> list[bool]:
+    return [p.requires_grad for p in model.parameters()]
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    optimizer.zero_grad()
+    model(torch.randn(4, 3, generator=generator, dtype=torch.float64)).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("order", ["top-down", "chain"])
+def test_requires_grad_follows_the_epochs_and_saves_the_backward_pass(order: Any) -> None:
+    model = deep()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, Unfreezing(order=order, requires_grad=True), model)
+    for epoch in range(1, 6):
+        trained = [factor > 0 for factor in reference.unfreezing([0, 1, 2], epoch, order=order)]
+        assert flags(model) == [own for own in trained for _ in range(2)]
+        before = [p.detach().clone() for p in model.parameters()]
+        for number in range(2):
+            step(model, optimizer, number)
+        assert [p.grad is not None for p in model.parameters()] == flags(model)
+        assert [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)] == flags(model)
+        assert list(adapter.get_last_factors().values()) == trained
+        adapter.end_epoch()
+
+
+def test_weights_are_those_without_it_where_the_optimizer_remembers_nothing() -> None:
+    weights = []
+    for requires_grad in (False, True):
+        model = deep()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.1)
+        adapter = layerwise.LayerwiseLR(optimizer, Unfreezing(requires_grad=requires_grad), model)
+        for number in range(8):
+            step(model, optimizer, number)
+            if number % 2:
+                adapter.end_epoch()
+        weights.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *weights))
+
+
+def test_frozen_layers_leave_the_optimizer_without_state() -> None:
+    model = deep()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    layerwise.LayerwiseLR(optimizer, chain(LayerDecay(0.5), Unfreezing(requires_grad=True)), model)
+    step(model, optimizer, 0)
+    assert [p in optimizer.state for p in model.parameters()] == [False] * 4 + [True] * 2
+
+
+def test_own_flags_come_back_in_a_pause_and_when_detached() -> None:
+    model = deep()
+    model[0].bias.requires_grad_(False)
+    own = flags(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, Unfreezing(requires_grad=True), model, exclude=["1"])
+    acting = [False, False, True, True, True, True]  # an excluded layer is trained as without the rule
+    assert flags(model) == acting
+    with adapter.paused():
+        assert flags(model) == own
+    assert flags(model) == acting
+    adapter.end_epoch()
+    adapter.end_epoch()
+    assert flags(model) == own
+    adapter.load_state_dict(layerwise.LayerwiseLR(optimizer, Unfreezing(), model, exclude=["1"]).state_dict())
+    assert flags(model) == acting
+    adapter.detach()
+    assert flags(model) == own
+    layerwise.diagnose(optimizer, model, Unfreezing(requires_grad=True))
+    assert flags(model) == own
+
+
+def test_a_layer_that_comes_later_is_frozen_too() -> None:
+    model = deep()
+    optimizer = torch.optim.SGD([*model[1].parameters(), *model[2].parameters()], lr=0.1)
+    layerwise.LayerwiseLR(optimizer, Unfreezing(requires_grad=True), model)
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    step(model, optimizer, 0)
+    assert flags(model) == [False] * 4 + [True] * 2
+
+
+def test_requires_grad_is_refused_where_others_have_settled_it() -> None:
+    model = deep()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = Unfreezing(requires_grad=True)
+    with pytest.raises(ValueError, match="step_in_backward knows nothing; leave requires_grad=True out, or use Layer"):
+        layerwise.step_in_backward(optimizer, model, rule)
+    layerwise.step_in_backward(optimizer, model, Unfreezing()).detach()
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(ValueError, match=r"DistributedDataParallel and FSDP settle that .*: leave it out"):
+            layerwise.LayerwiseLR(optimizer, rule, model)
+        assert not optimizer._optimizer_step_pre_hooks
+        layerwise.LayerwiseLR(optimizer, Unfreezing(), model).detach()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(flags(model))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -137,6 +245,7 @@ def test_permanent_groups_are_refused() -> None:
         ({"every": 0}, ValueError, "at least 1"),
         ({"order": "bottom-up"}, ValueError, "allowed: 'top-down', 'chain'"),
         ({"depth": 3}, TypeError, "a function from a layer's name"),
+        ({"requires_grad": 1}, TypeError, "must be True or False"),
     ],
 )
 def test_arguments_out_of_their_range(arguments: dict[str, Any], error: type[Exception], words: str) -> None:

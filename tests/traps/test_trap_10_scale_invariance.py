@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import layerwise
+from rule_cases import RULES
 
 KINDS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
 KINDS += (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.Adafactor)
@@ -78,3 +79,35 @@ def test_the_advice_works_where_it_is_given(kind, make_model, caplog):
         layerwise.LayerwiseLR(optimizer, Triple(), model, apply="gradient").detach()
     advised = next(place for place in ("lr", "update") if f"apply={place!r}" in caplog.text)
     assert layerwise.LayerwiseLR(optimizer, Triple(), model, apply=advised).apply == advised
+
+
+def made_for(names):
+    """Every published method that scales rates, for layers of these names, among which are none of LoRA."""
+    made = {name: case.make(names) for name, case in RULES.items() if name != "LoRAPlus"}
+    return [rule for rule in made.values() if rule.scales_rates]
+
+
+@every_kind
+def test_a_method_that_scales_rates_is_refused_on_the_gradient_and_the_advice_works(kind, make_model):
+    model = make_model()
+    names = [name for name, child in model.named_children() if list(child.parameters())]
+    optimizer = kind(model.parameters(), lr=0.001)
+    rules = made_for(names)
+    assert {"LayerDecay", "Unfreezing", "WeightScaled", "FreezeOut"} <= {type(rule).__name__ for rule in rules}
+    for rule in [*rules, layerwise.rules.chain(Triple(), rules[0]), layerwise.rules.bounds(rules[0], 0, 2)]:
+        arguments = {"model": model, "layers": "module", "exclude": None}
+        with pytest.raises(ValueError, match="scales rates, and apply='gradient' would lose its factors") as refused:
+            layerwise.LayerwiseLR(optimizer, rule, apply="gradient", **arguments)
+        assert not optimizer._optimizer_step_pre_hooks
+        advised = next(place for place in ("lr", "update") if f"apply={place!r} scales" in str(refused.value))
+        adapter = layerwise.LayerwiseLR(optimizer, rule, apply=advised, **arguments)
+        assert adapter.apply == advised
+        adapter.detach()
+
+
+def test_on_descent_such_a_method_may_act_on_the_gradient(make_model):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    assert (
+        layerwise.LayerwiseLR(optimizer, layerwise.rules.LayerDecay(0.5), model, apply="gradient").apply == "gradient"
+    )

@@ -138,6 +138,8 @@ def check_method(optimizer: optim.Optimizer, rule: Rule, place: PlaceName, *, au
         raise ValueError(
             f"{described(rule)} acts on the gradient, and {without_remedy}. Attach each of its rules by itself"
         )
+    if rule.scales_rates and reason is not None:
+        raise ValueError(f"{described(rule)} scales rates, and apply='gradient' would lose its factors: {reason}")
     if (
         (automatic or place == "lr")
         and rule.needs_scale
@@ -251,4 +253,14 @@ def no_effect(optimizer: optim.Optimizer, place: str, rule: Rule) -> str | None:
     return (
         f"{type(optimizer).__name__} divides by the size of the gradients it has seen, so multiplying the gradient "
         f"changes next to nothing{after}; {remedy}"
+    )
+
+
+def made_for_descent(optimizer: optim.Optimizer, rule: Rule) -> str | None:
+    """Return a sentence when a rule was made for optimizers that do not divide by the size of gradients, else None."""
+    if not rule.for_descent or not (isinstance(optimizer, SCALE_INVARIANT) or divides_by_gradients(optimizer)):
+        return None
+    return (
+        f"{described(rule)} is made for SGD; {type(optimizer).__name__} divides by the size of its gradients, so the "
+        "factor multiplies steps that are normalised already. Trust is the rule for such steps (LAMB)"
     )

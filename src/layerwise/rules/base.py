@@ -46,6 +46,9 @@ class Rule(ABC):
     * `clips`: whether the factor is 1 but at single steps, so that on the gradient it acts under any optimizer.
     * `needs_scale`: whether the method means nothing on an optimizer that divides by the size of its gradients, as Adam
       does; `"auto"` then refuses it there.
+    * `scales_rates`: whether the method scales rates, so that on the gradient of such an optimizer, which would divide
+      its factors out again, it is refused.
+    * `for_descent`: whether the method was made for optimizers that do not divide so; elsewhere the log says it.
     * `own_layer`: whether a layer's factor needs the statistics of no other layer, and the state stays as it is but at
       the ends of epochs. Then it can be computed before the other layers' gradients exist, by `step_in_backward`.
     * `compares_layers`: whether a layer's factor depends on what other layers there are, so that it must see those of
@@ -69,6 +72,8 @@ class Rule(ABC):
     places: Sequence[PlaceName] = PLACES
     clips: bool = False
     needs_scale: bool = False
+    scales_rates: bool = False
+    for_descent: bool = False
     own_layer: bool = False
     compares_layers: bool | None = None
 
@@ -109,6 +114,10 @@ class Rule(ABC):
     def counts_epochs(self) -> bool:
         """Return whether the rule does something at the ends of epochs."""
         return type(self).end_epoch is not Rule.end_epoch
+
+    def trained(self, state: State) -> Sequence[bool] | None:
+        """Return which layers are trained, for a rule that also sets `requires_grad`; None for other rules."""
+        return None
 
     def get_selection(self, state: State) -> list[Selection] | None:
         """Return the last choice of a rule that chooses layers, one entry a layer; None for other rules."""

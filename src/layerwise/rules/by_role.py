@@ -93,6 +93,7 @@ class ByRole(Rule):
     needs = ()
     default_layers = "parameter"
     default_place = "lr"
+    scales_rates = True
     compares_layers = True
 
     def needs_own_layer_only(self) -> bool:

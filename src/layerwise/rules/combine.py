@@ -13,7 +13,7 @@ from .._arguments import check_choice, check_count, has_type
 from .._tensors import moved
 from ..layers import Layer
 from ..optimizers import PLACES
-from ..statistics import Statistics
+from ..statistics import MOMENTS, Statistics
 from .base import Rule, Selection, check_rule, finite_or_one, is_number
 from .refreshing import RefreshingRule
 from .shapes import sizes_of
@@ -32,6 +32,8 @@ class _Combined(Rule):
         self.places = tuple(place for place in PLACES if all(place in rule.places for rule in self.rules))
         self.clips = all(rule.clips for rule in self.rules)
         self.needs_scale = any(rule.needs_scale for rule in self.rules)
+        self.scales_rates = any(rule.scales_rates for rule in self.rules)
+        self.for_descent = any(rule.for_descent for rule in self.rules)
         for name in ("default_layers", "default_place", "default_decay", "default_exclude"):
             preferences = (getattr(rule, name) for rule in self.rules)
             setattr(self, name, next((p for p in preferences if p is not None), None))
@@ -85,6 +87,10 @@ class _Combined(Rule):
 
     def counts_epochs(self) -> bool:
         return any(rule.counts_epochs() for rule in self.rules)
+
+    def trained(self, state: State) -> Sequence[bool] | None:
+        found = [own for own in (rule.trained(part) for _, rule, part in self._each(state)) if own is not None]
+        return list(map(all, zip(*found, strict=True))) if found else None
 
     def get_selection(self, state: State) -> list[Selection] | None:
         """Return the last choice of the first rule that chooses layers."""
@@ -152,7 +158,7 @@ class _Normalized(_Combined):
         self.by = by
         self.own_layer = False
         self.compares_layers = True
-        if {"counts", "gradients"} & set(self.needs):  # which come from the same pass
+        if {"counts", "gradients", *MOMENTS} & set(self.needs):  # which read the gradients in any case
             self.needs = tuple(dict.fromkeys([*self.needs, "gradient_norm"]))
 
     @property

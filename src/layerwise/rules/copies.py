@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._norms import JointNorms, tensor_norms
+from .._norms import JointNorms, subtract, tensor_norms
 from .._tensors import as_dense_real, has_values, moved
 from ..layers import Layer
-from ..statistics import Gradients, common_device
+from ..statistics import Gradients, Statistics, common_device
 from .base import Rule
 from .state import State, described
 
 COPIES = "copies"
 """The entry of the state with a tensor for each parameter."""
+MOST_ORDERS = 4
+"""Numbers of rows, and orders of their tensors, for which `LayerNorms` keeps indices."""
 
 
 def refuse_shards(layers: Sequence[Layer], rule: Rule, remedy: str) -> None:
@@ -98,6 +101,7 @@ class LayerNorms:
         self._device, dtype = common_device(layers)
         self._zeros = torch.zeros(len(layers), dtype=dtype, device=self._device)
         self._owners = [number for number, layer in enumerate(layers) for _ in layer.parameters]
+        self._index = torch.tensor(self._owners, dtype=torch.long, device=self._device)
         self._joint: dict[tuple[int, ...], JointNorms] = {}
 
     def of(self, *rows: Sequence[Tensor]) -> list[Tensor]:
@@ -105,7 +109,8 @@ class LayerNorms:
         norms, order = tensor_norms([tensor for row in rows for tensor in row], self._device)
         key = tuple(order)
         if key not in self._joint:
-            self._joint.clear()
+            if len(self._joint) >= MOST_ORDERS:
+                self._joint.clear()
             position_of, count = {tensor: at for at, tensor in enumerate(order)}, len(self._owners)
             entries = [
                 (position_of[row * count + i], row, owner, 1.0)
@@ -114,6 +119,14 @@ class LayerNorms:
             ]
             self._joint[key] = JointNorms(entries, len(rows), self._zeros)
         return list(self._joint[key].of(norms))
+
+    def inner(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+        """Return the inner products of the layers in two rows of tensors, accurate to 1e-6 of the norms' product."""
+        sums: list[Tensor] = []
+        for one, other in zip(first, second, strict=True):
+            product = as_dense_real(one) * as_dense_real(other)
+            sums.append(moved(product.sum(dtype=torch.promote_types(product.dtype, torch.float32)), self._device))
+        return self._zeros.index_add(0, self._index, torch.stack(sums).to(self._zeros.dtype))
 
 
 class RemembersTensors(Rule):
@@ -133,3 +146,108 @@ class RemembersTensors(Rule):
             for key, fresh in result[COPIES].items()
         }
         return {**result, COPIES: copies}
+
+
+class RemembersGradients(RemembersTensors):
+    """A rule that compares the gradients with those of the step before, of which its state holds a copy.
+
+    The copies are kept in float32, or float64. A rule with further entries in its state adds them to those of `init`.
+
+    Example:
+        >>> class Steady(RemembersGradients):
+        ...     '''f_l = ‖g_l(t − 1)‖ / ‖g_l(t) − g_l(t − 1)‖.'''
+        ...     def factors(self, statistics, state):
+        ...         previous, difference, new = self.compared(statistics, state)
+        ...         return previous / difference, new
+        >>> rule, layers = Steady(), [Layer("", (torch.zeros(2),))]
+        >>> state = rule.init(layers, torch.device("cpu"))
+        >>> for g in ([3.0, 4.0], [3.0, 6.0]):
+        ...     before, statistics = state, Statistics(gradients=Gradients([torch.tensor(g)]))
+        ...     factors, state = rule.factors(statistics, before)
+        >>> factors, rule.gradient_inner(before, state)
+        (tensor([2.5000], dtype=torch.float64), tensor([33.], dtype=torch.float64))
+    """
+
+    needs = ("gradients",)
+
+    def init(self, layers: Sequence[Layer], device: torch.device) -> State:
+        """Return gradients of 0 for the step before the first.
+
+        Raises:
+            ValueError: The parameters are sharded.
+        """
+        refuse_shards(layers, self, "use a rule that needs norms only, such as LayerMoment")
+        return {COPIES: no_copies(layers), "_norms": LayerNorms(layers)}
+
+    def compared(self, statistics: Statistics, state: State) -> tuple[Tensor, Tensor, State]:
+        """Return `previous_norm` and `difference_norm`, and the state with the gradients of this step.
+
+        They are ‖g_l(t − 1)‖, 0 at the first step, and ‖g_l(t) − g_l(t − 1)‖. A missing gradient counts as 0. At a step
+        that a gradient scaler skips, `difference_norm` is NaN and the copies stay as they are.
+        """
+        before, skipped = state[COPIES], statistics.gradients.skipped
+        now = gradients_copied(statistics.gradients, before)
+        apart = subtract(list(before.values()), list(now.values()))
+        previous, difference = state["_norms"].of(list(before.values()), apart)
+        if skipped is not None:
+            difference = torch.where(moved(skipped, difference.device) > 0, math.nan, difference)
+            kept = {device: moved(skipped, device) > 0 for device in {one.device for one in now.values()}}
+            now = {name: torch.where(kept[one.device], before[name], one) for name, one in now.items()}
+        return previous, difference, {**state, COPIES: now}
+
+    def gradient_inner(self, before: State, after: State) -> Tensor:
+        """Return ⟨g_l(t), g_l(t − 1)⟩ of the states before and after `compared`: one pass, some operations a tensor."""
+        return after["_norms"].inner(list(before[COPIES].values()), list(after[COPIES].values()))
+
+
+class RemembersWeights(RemembersTensors):
+    """A rule that compares the weights with those at its first step, of which its state holds a copy.
+
+    Example:
+        >>> class Still(RemembersWeights):
+        ...     '''f_l = 1 + ‖w_l − w_l(0)‖.'''
+        ...     needs = ()
+        ...     def factors(self, statistics, state):
+        ...         state = self.begun(state)
+        ...         return 1 + self.distance(state), state
+        >>> weight = torch.tensor([3.0, 4.0])
+        >>> rule, layers = Still(), [Layer("", (weight,))]
+        >>> _, state = rule.factors(Statistics(), rule.init(layers, torch.device("cpu")))
+        >>> _ = weight.copy_(torch.tensor([-4.0, 3.0]))
+        >>> rule.factors(Statistics(), state)[0], rule.rotation(state)
+        (tensor([8.0711], dtype=torch.float64), tensor([1.0000], dtype=torch.float64))
+    """
+
+    def init(self, layers: Sequence[Layer], device: torch.device) -> State:
+        """Return a copy of the weights, which `begun` makes again at the first step.
+
+        Raises:
+            ValueError: The parameters are sharded.
+        """
+        refuse_shards(layers, self, "use a rule that needs norms only, such as LARS")
+        copies = weights_copied(layers, keys_of(layers))
+        return {COPIES: copies, "started": False, "_layers": tuple(layers), "_norms": LayerNorms(layers)}
+
+    def begun(self, state: State) -> State:
+        """Return the state with w_l(0): the weights at the first step, which may have been loaded since `init`."""
+        if state["started"]:
+            return state
+        return {**state, COPIES: weights_copied(state["_layers"], list(state[COPIES])), "started": True}
+
+    def distance(self, state: State) -> Tensor:
+        """Return ‖w_l − w_l(0)‖."""
+        (far,) = state["_norms"].of(subtract(list(state[COPIES].values()), self._weights(state)))
+        return far
+
+    def rotation(self, state: State) -> Tensor:
+        """Return 1 − cos(w_l, w_l(0)); NaN where one of them is zero.
+
+        1 − cos = (‖w − w(0)‖² − (‖w‖ − ‖w(0)‖)²) / (2 ‖w‖ ‖w(0)‖), which keeps the digits of a small turn
+        """
+        first, now = list(state[COPIES].values()), self._weights(state)
+        before, after, far = state["_norms"].of(first, now, subtract(first, now))
+        across = (far - (after - before).abs()) * (far + (after - before).abs())
+        return across.clamp(min=0) / (2 * before * after)
+
+    def _weights(self, state: State) -> list[Tensor]:
+        return [p.detach() for layer in state["_layers"] for p in layer.parameters]

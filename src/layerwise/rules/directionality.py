@@ -138,7 +138,9 @@ class DirectionalitySums:
                 counts &= moved(gradients.skipped, size.device) == 0
         if not sums:
             sums = {**{part: {} for part in PARTS}, "iterations": size.new_zeros((), dtype=torch.int64)}
-        sums["iterations"] = moved(sums["iterations"], size.device) + (1 if counts is None else counts)
+        # In place, as all of the sums, so that a replay of a CUDA graph goes on from it.
+        iterations = sums["iterations"] = moved(sums["iterations"], size.device)
+        iterations += 1 if counts is None else counts
         for i, parameter in enumerate(self._parameters):
             gradient, sample, key = held.get(i), self._samples[i], self._keys[i]
             # A process without a gradient of a sharded parameter adds the others' sums: all have to choose alike.
@@ -151,7 +153,7 @@ class DirectionalitySums:
             self._open(sums, i, like)
             arrived: Any = True if holders is None else holders[i] > 0
             arrived = bool(arrived) if counts is None else moved(counts, like.device) & arrived
-            sums["received"][key] = sums["received"][key] | arrived
+            sums["received"][key] |= arrived
             if gradient is not None:
                 _accumulate(sums["signed"][key], gradient, inverse, counts)
             if not self.each_weight:

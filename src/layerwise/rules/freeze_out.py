@@ -73,6 +73,7 @@ class FreezeOut(Rule):
     depth: DepthArgument = None
     needs = ()
     default_place = "lr"
+    scales_rates = True
     compares_layers = True
 
     def __post_init__(self) -> None:

@@ -11,43 +11,25 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_choice
-from .._norms import subtract
-from .._tensors import moved
 from ..layers import Layer
 from ..statistics import Statistics, common_device
 from .base import is_number
-from .copies import COPIES, LayerNorms, RemembersTensors, gradients_copied, no_copies, refuse_shards
+from .copies import RemembersGradients
 from .roles import roles_of
 from .state import State
 
 
-class _ComparesGradients(RemembersTensors):
-    """What the two have in common: a copy of the last gradients, and the norms of it and of the difference."""
+class _ComparesGradients(RemembersGradients):
+    """What the two have in common: which layers have had two gradients."""
 
-    needs = ("gradients",)
     default_layers = "parameter"
     default_place = "lr"
+    scales_rates = True
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return gradients of 0 for the step before the first."""
-        refuse_shards(layers, self, "use LayerMoment, which needs norms only")
         none = torch.zeros(len(layers), dtype=torch.bool, device=common_device(layers)[0])
-        return {COPIES: no_copies(layers), "compared": none, "_norms": LayerNorms(layers)}
-
-    def _compared(self, statistics: Statistics, state: State) -> tuple[Tensor, Tensor, State]:
-        """Return ‖g_l(t − 1)‖ and ‖g_l(t) − g_l(t − 1)‖, NaN at a skipped step, and the state with these gradients.
-
-        A skipped step leaves the copies as they are.
-        """
-        before, skipped = state[COPIES], statistics.gradients.skipped
-        now = gradients_copied(statistics.gradients, before)
-        apart = subtract(list(before.values()), list(now.values()))
-        previous, difference = state["_norms"].of(list(before.values()), apart)
-        if skipped is not None:
-            difference = torch.where(moved(skipped, difference.device) > 0, math.nan, difference)
-            kept = {device: moved(skipped, device) > 0 for device in {one.device for one in now.values()}}
-            now = {name: torch.where(kept[one.device], before[name], one) for name, one in now.items()}
-        return previous, difference, {**state, COPIES: now}
+        return {**super().init(layers, device), "compared": none}
 
 
 @dataclass(frozen=True)
@@ -108,7 +90,7 @@ class AdaLip(_ComparesGradients):
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return L with this step's ratio."""
-        previous, difference, new = self._compared(statistics, state)
+        previous, difference, new = self.compared(statistics, state)
         ratio = previous / (difference + self.eps)
         average = self.beta * state["average"] + (1 - self.beta) * ratio
         usable = torch.nan_to_num(previous + difference, nan=0.0, posinf=0.0) > 0
@@ -193,7 +175,7 @@ class NoiseAdaptive(_ComparesGradients):
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the factors with this step's difference in H."""
-        previous, difference, new = self._compared(statistics, state)
+        previous, difference, new = self.compared(statistics, state)
         squares = difference.square()
         noise = self.beta * state["noise"] + (1 - self.beta) * squares
         usable = (previous > 0) & (squares < math.inf)

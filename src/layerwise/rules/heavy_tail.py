@@ -36,25 +36,75 @@ def hill_alpha(weight: Tensor, aspect: float | None = None) -> Tensor:
         weight: A tensor of two or more dimensions.
         aspect: None, or the ratio of the long side to the short one of windows whose spectra are averaged.
 
+    Raises:
+        ValueError: The weight has fewer dimensions, or is sharded.
+
     Example:
         >>> hill_alpha(torch.tensor([1.0, 2.0, 4.0, 8.0]).sqrt().diag()).item().__round__(5)
         3.88539
     """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    # The decomposition raises for numbers that are not finite.
-    values = torch.nan_to_num(weight.detach().to(dtype), 0.0, 0.0, 0.0)
-    matrices = values.flatten(2).movedim(2, 0) if values.ndim > 2 else values.unsqueeze(0)
-    linalg: Any = torch.linalg
-    if aspect is None:
-        singular: Tensor = linalg.svdvals(matrices)
-    else:
-        singular = linalg.svdvals(_windows(matrices, aspect)).square().mean(1).sqrt()
+    singular = _singular_values(weight, aspect)
     smallest = torch.finfo(singular.dtype).tiny
     logarithms = 2 * singular.flatten().clamp(min=smallest).double().log().sort().values
     count = len(logarithms) - len(logarithms) // 2
     upper = logarithms.narrow(0, len(logarithms) - count, count)
     alpha = 1 + count / (upper - upper.select(0, 0)).sum()
     return torch.where(weight.detach().isfinite().all(), alpha, math.nan)
+
+
+def spectral_norm(weight: Tensor) -> Tensor:
+    """Return the largest singular value of a matrix, a scalar in float64; of a kernel, that at any of its positions.
+
+    Args:
+        weight: A tensor of two or more dimensions.
+
+    Raises:
+        ValueError: It has fewer, or is sharded.
+
+    Example:
+        >>> spectral_norm(torch.tensor([3.0, -4.0]).diag())
+        tensor(4., dtype=torch.float64)
+    """
+    largest = _singular_values(weight).amax().double()
+    return torch.where(weight.detach().isfinite().all(), largest, math.nan)
+
+
+def stable_rank(weight: Tensor) -> Tensor:
+    """Return Σ λ / max λ, λ the squared singular values of a matrix, a scalar in float64; NaN for zero weights.
+
+    Of a kernel, the singular values of the matrices at all its positions are taken together.
+
+    Args:
+        weight: A tensor of two or more dimensions.
+
+    Raises:
+        ValueError: It has fewer, or is sharded.
+
+    Example:
+        >>> stable_rank(torch.tensor([3.0, 4.0]).diag())
+        tensor(1.5625, dtype=torch.float64)
+    """
+    singular = _singular_values(weight).double()
+    rank = (singular / singular.amax()).square().sum()
+    return torch.where(weight.detach().isfinite().all(), rank, math.nan)
+
+
+def _singular_values(weight: Tensor, aspect: float | None = None) -> Tensor:
+    """Return the singular values of the matrix at each position of a kernel, in at least float32."""
+    if weight.ndim < 2 or hasattr(weight, "placements"):
+        what = "is sharded" if hasattr(weight, "placements") else f"has shape {tuple(weight.shape)}"
+        raise ValueError(
+            f"weight {what}, and a spectrum is that of a whole matrix: pass a tensor of two or more dimensions, of a "
+            "sharded one full_tensor()"
+        )
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    # The decomposition raises for numbers that are not finite.
+    values = torch.nan_to_num(weight.detach().to(dtype), 0.0, 0.0, 0.0)
+    matrices = values.flatten(2).movedim(2, 0) if values.ndim > 2 else values.unsqueeze(0)
+    linalg: Any = torch.linalg
+    if aspect is None:
+        return linalg.svdvals(matrices)
+    return linalg.svdvals(_windows(matrices, aspect)).square().mean(1).sqrt()
 
 
 def _windows(matrices: Tensor, aspect: float) -> Tensor:
@@ -185,6 +235,7 @@ class HeavyTail(Rule):
     needs = ()
     default_layers = "module"
     default_place = "lr"
+    scales_rates = True
 
     def __post_init__(self) -> None:
         check_choice("style", self.style, tuple(RANGES))

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .._arguments import check_choice, check_count
-from .._tensors import moved
 from ..layers import Layer
-from ..statistics import Gradients, Statistics, common_device
+from ..statistics import Statistics, common_device
 from .base import Rule, is_number
-from .copies import dense, refuse_shards
 from .shapes import sizes_of
 from .state import State
 
@@ -38,11 +36,12 @@ class InitialSNR(Rule):
 
     SGD-SaI takes the weight decay outside of the factor. Layers are single parameters. A layer takes the first gradient
     that is finite and not zero among its first steps, and keeps 1 if there is none. A layer of one weight keeps 1 too,
-    and so does one whose entries are all equal.
+    and so does one whose entries are all equal. A missing gradient of a layer of several counts as zeros.
 
     When it helps: it keeps no second moment, so it takes less memory than Adam. No comparison shows that it does more.
     When not: where `kind="sqrt_n"` does as well, the gradients add nothing. Costs: the first `within` steps, also those
-    after a layer has come, read the gradients three times more, in some 20 operations a layer. Later ones cost nothing.
+    after a layer has come, take norm and standard deviation of the gradients, some operations a layer. Later ones cost
+    nothing.
 
     Args:
         kind: `"snr"`, or the control `"sqrt_n"`.
@@ -51,12 +50,12 @@ class InitialSNR(Rule):
 
     Raises:
         TypeError: `within` is no whole number, or `kind` no string.
-        ValueError: An argument is out of its range; or, when attached with `kind="snr"`, parameters are sharded.
+        ValueError: An argument is out of its range.
 
     Example:
         >>> rule, layers = InitialSNR(eps=0), [Layer("", (torch.zeros(2),))]
-        >>> gradients = Gradients([torch.tensor([3.0, 4.0], dtype=torch.float64)])
-        >>> rule.factors(Statistics(gradients=gradients), rule.init(layers, torch.device("cpu")))[0]
+        >>> of_3_and_4 = {"gradient_norm": torch.tensor([5.0]), "gradient_std": torch.tensor([0.5]).sqrt()}
+        >>> rule.factors(Statistics(**of_3_and_4), rule.init(layers, torch.device("cpu")))[0]
         tensor([7.0711], dtype=torch.float64)
 
     Reference:
@@ -67,9 +66,10 @@ class InitialSNR(Rule):
     kind: Literal["snr", "sqrt_n"] = "snr"
     eps: float = 1e-8
     within: int = 20
-    needs = ("gradients",)
+    needs = ("gradient_norm", "gradient_std")
     default_layers = "parameter"
     default_place = "lr"
+    scales_rates = True
     compares_layers = False
 
     def __post_init__(self) -> None:
@@ -88,7 +88,6 @@ class InitialSNR(Rule):
         """Return factors of 1, which layers have had their first gradient, and the numbers of steps so far."""
         if self.kind == "sqrt_n":
             return {"_factors": sizes_of(layers).sqrt()}
-        refuse_shards(layers, self, "use kind='sqrt_n', which is nearly the same")
         device, dtype = common_device(layers)
         ones = torch.ones(len(layers), dtype=dtype, device=device)
         found = torch.zeros(len(layers), dtype=torch.bool, device=device)
@@ -97,7 +96,7 @@ class InitialSNR(Rule):
             "found": found,
             "steps": torch.zeros(len(layers), dtype=torch.long, device=device),
             "step": 0,  # since the last layer came: `asks` cannot read the device
-            "_sizes": [len(layer.parameters) for layer in layers],
+            "_largest": LARGEST * sizes_of(layers).sqrt(),
         }
 
     def renewed(self, layers: Sequence[Layer], device: torch.device, state: State, old_names: Sequence[str]) -> State:
@@ -115,9 +114,9 @@ class InitialSNR(Rule):
         if self.kind == "sqrt_n":
             return state["_factors"], state
         if self.asks(state):
-            value = self._measured(statistics.gradients, state["_sizes"], state["factors"])
+            value = statistics.gradient_norm / (statistics.gradient_std + self.eps)
             waits = state["found"].logical_not() & (state["steps"] < self.within)
-            fresh = waits & (value > 0) & (value < math.inf)
+            fresh = waits & (value > 0) & (value < state["_largest"])
             state = {
                 **state,
                 "factors": torch.where(fresh, value, state["factors"]),
@@ -126,23 +125,3 @@ class InitialSNR(Rule):
                 "step": state["step"] + 1,
             }
         return state["factors"], state
-
-    def _measured(self, gradients: Gradients, sizes: Sequence[int], like: Tensor) -> Tensor:
-        """Return ‖g‖ / (std(g) + ε) of each layer; NaN for one without a gradient, or with one entry."""
-        values: list[Tensor] = []
-        tensors = iter(gradients.tensors)
-        for size in sizes:
-            held = [one for one in (next(tensors) for _ in range(size)) if one is not None]
-            own = [dense(one).to(like.dtype).reshape(-1) for one in held]
-            count = sum(one.numel() for one in own)
-            if count < 2:
-                values.append(like.new_full((), math.nan))
-                continue
-            mean = torch.stack([moved(one.sum(), like.device) for one in own]).sum() / count
-            square = torch.stack([moved(one.square().sum(), like.device) for one in own]).sum()
-            apart = [moved((one - moved(mean, one.device)).square().sum(), like.device) for one in own]
-            scale: Any = 1.0 if gradients.scale is None else moved(gradients.scale, like.device).to(like.dtype)
-            deviation = (torch.stack(apart).sum() / (count - 1)).sqrt() / scale
-            value = square.sqrt() / scale / (deviation + self.eps)
-            values.append(torch.where(value < LARGEST * math.sqrt(count), value, math.nan))
-        return torch.stack(values)

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._norms import subtract
 from ..layers import Layer
 from ..statistics import Statistics, common_device
 from .base import is_number
-from .copies import COPIES, LayerNorms, RemembersTensors, keys_of, refuse_shards, weights_copied
+from .copies import RemembersWeights
 from .state import State
 
 
 @dataclass(frozen=True)
-class LDoG(RemembersTensors):
+class LDoG(RemembersWeights):
     """Distance over gradients, for each layer, on `SGD(lr=1)`.
 
     f_l = r_l / √G_l;  r_l = max of reps_rel (1 + ‖w_l(0)‖) and ‖w_l(i) − w_l(0)‖ up to now;  G_l = ε + Σ ‖g_l(i)‖²
@@ -61,6 +60,7 @@ class LDoG(RemembersTensors):
     needs = ("gradient_norm", "weight_norm", "counts")
     default_layers = "parameter"
     default_place = "lr"
+    scales_rates = True
 
     def __post_init__(self) -> None:
         if not (is_number(self.reps_rel) and 0 < self.reps_rel < math.inf):
@@ -70,31 +70,18 @@ class LDoG(RemembersTensors):
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return a copy of the weights, r and G; the copy is made again at the first step."""
-        refuse_shards(layers, self, "use another rule, such as LARS, which needs norms only")
         device, dtype = common_device(layers)
         zeros = torch.zeros(len(layers), dtype=dtype, device=device)
-        return {
-            COPIES: weights_copied(layers, keys_of(layers)),
-            "distance": zeros,
-            "squares": zeros.clone(),
-            "started": False,
-            "_layers": tuple(layers),
-            "_norms": LayerNorms(layers),
-        }
+        return {**super().init(layers, device), "distance": zeros, "squares": zeros.clone()}
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return r / √G with this step's distance and gradient."""
-        layers, distance = state["_layers"], state["distance"]
-        first = self.reps_rel * (1 + statistics.weight_norm)
+        distance = first = self.reps_rel * (1 + statistics.weight_norm)
         if state["started"]:
-            now = [p.detach() for layer in layers for p in layer.parameters]
-            (far,) = state["_norms"].of(subtract(list(state[COPIES].values()), now))
+            far, before = self.distance(state), state["distance"]
             # A layer that has come later has no distance yet.
-            distance = torch.where(distance > 0, torch.fmax(distance, torch.where(far < math.inf, far, 0.0)), first)
-        else:
-            # Weights may have been loaded since the rule was attached.
-            state = {**state, COPIES: weights_copied(layers, list(state[COPIES])), "started": True}
-            distance = first
+            distance = torch.where(before > 0, torch.fmax(before, torch.where(far < math.inf, far, 0.0)), first)
+        state = self.begun(state)
         added = statistics.gradient_norm.square()
         squares = state["squares"] + torch.where(statistics.counts & (added < math.inf), added, 0.0)
         factors = torch.where(squares > 0, distance / (squares + self.eps).sqrt(), 1.0)

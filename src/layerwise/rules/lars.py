@@ -63,6 +63,9 @@ class LARS(TrustRatio):
     without weight decay, as the method does. The factor acts inside the momentum, on gradient and decay together: `v ←
     μv + f (g + λw)`.
 
+    It was made for SGD with momentum. On Adam and its like it scales steps that are normalised already, and the log
+    says so; `Trust` is the rule for those.
+
     Args:
         trust_coefficient: η, above 0.
         eps: ε, at least 0.
@@ -81,6 +84,7 @@ class LARS(TrustRatio):
     trust_coefficient: float = 0.001
     eps: float = 1e-8
     needs = ("gradient_norm", "weight_norm", "decay_norm")
+    for_descent = True
 
     def factor(self, gradient_norm: Value, weight_norm: Value, decay_norm: Value) -> Value:
         """Return the trust ratio."""

@@ -113,6 +113,7 @@ class LayerDecay(Rule):
     multiply: Mapping[str, float] | None = None
     needs = ()
     default_place = "lr"
+    scales_rates = True
     own_layer = True
     compares_layers = True
 

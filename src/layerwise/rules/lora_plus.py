@@ -53,6 +53,7 @@ class LoRAPlus(Rule):
     needs = ()
     default_layers = "parameter"
     default_place = "lr"
+    scales_rates = True
     own_layer = True
 
     def __post_init__(self) -> None:

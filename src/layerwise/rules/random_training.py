@@ -75,6 +75,7 @@ class RandomTraining(Rule):
     block: Callable[[str], str | None] | None = None
     needs = ()
     default_place = "lr"
+    scales_rates = True
     compares_layers = True
 
     def __post_init__(self) -> None:

@@ -74,6 +74,7 @@ class RelativeGradient(Rule):
     needs = ("gradient_norm", "weight_norm", "counts")
     default_layers = "parameter"
     default_place = "lr"
+    scales_rates = True
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, ("rgn", "snr"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._tensors import several_processes
 from ..layers import Layer, some
 from ..sharding import LONGEST, SECONDS, Table, can_compare, compared, digest, settled_gradient
-from ..statistics import NORMS, LayerStatistics
+from ..statistics import MOMENTS, NORMS, LayerStatistics
 from .base import Rule
 from .state import State, described, is_state
 
@@ -55,7 +55,7 @@ def check_processes(rule: Rule, state: State, layers: Sequence[Layer], statistic
         check_members("LayerwiseLR", alike, statistics, needs_all=bool(needs))
     compares = rule.depends_on_other_layers()
     # A rule with own_layer may sum gradients without using them for its factors, so only these needs count.
-    reads = bool(needs - {"learning_rate"} if compares else needs & {*NORMS, "normalisation_gain"})
+    reads = bool(needs - {"learning_rate"} if compares else needs & {*NORMS, *MOMENTS, "normalisation_gain"})
     everywhere = torch.distributed.get_world_size()
     if all(shard is not None and len(shard.ranks) == everywhere for shard in statistics.shards):
         return  # all parameters are sharded over all processes

@@ -39,17 +39,19 @@ RoleArgument = Mapping[str, str] | Callable[[str], str | None] | None
 
 _LEAF = {
     "position": re.compile(
-        r"pos_embed|position_embedding|(?:cls|reg|mask|class|dist)_token|class_embedding|rel(?:ative)?_pos"
+        r"pos_embed|position_embedding|(?:cls|reg|mask|class|dist)_token|class_embedding|masked_spec_embed|"
+        r"rel(?:ative)?_pos|relative_attention_bias"
     ),
     "lora_a": re.compile(r"lora_(?:embedding_)?a\b"),
     "lora_b": re.compile(r"lora_(?:embedding_)?b\b"),
 }
-_POSITION = re.compile(r"pos|wpe")
+_POSITION = re.compile(r"pos|wpe|relative_attention_bias")
 _EMBEDDING = re.compile(
     r"^(?:wte|tok_embeddings|embed_tokens|(?:word|token|token_type|value)_embed(?:ding)?s?|shared)$"
 )
 _NORM_CLASS = re.compile(r"Norm$|(?:Layer|RMS|Group|Batch|Instance)Norm")
-_QKV = re.compile(r"^(?:qkv|c_attn|query_key_value|in_proj|wqkv|qkv_proj)$")
+_QKV = re.compile(r"^(?:qkv|c_attn|query_key_value|wqkv|qkv_proj)$")
+_IN = re.compile(r"^in_proj$")  # elsewhere that of a state space or a gated unit
 _QK = re.compile(r"^(?:[qk]|(?:[qk]|query|key)_proj|w[qk]|query|key|to_[qk]|[qk]_attn|[qk]_lin)$")
 _VO = re.compile(r"^(?:[vo]|(?:[vo]|value)_proj|w[vo]|value|to_v|to_out|v_attn|v_lin|out_lin)$")
 _OUT = re.compile(r"^(?:c_proj|proj|out_proj|output|dense)$")
@@ -59,7 +61,7 @@ _FFN_BLOCK = re.compile(r"^dense\w+dense$")  # of T5, whose wi and wo are no pro
 _FFN = re.compile(
     r"^(?:mlp|ffn|ffn_output|feed_forward|pwconv[12]|fc[12]|c_fc|(?:gate|up|down)_proj|intermediate|w[123]|lin(?:ear)?[12]|expand|contract)$"
 )
-_HEAD = re.compile(r"^(?:lm_head|head|classifier|score|fc|output)$")
+_HEAD = re.compile(r"^(?:lm_head|decode_head|head|classifier|score|fc|output)$")
 
 
 def roles_of(layers: Sequence[Layer], role: RoleArgument = None) -> list[str]:
@@ -169,7 +171,7 @@ def _role(layer: Layer, path: list[str], *, above: bool, routes: bool) -> str:
         return "scalar"
     if has(_FFN_BLOCK):
         return "ffn"
-    if has(_QKV) or last.startswith("in_proj_"):
+    if has(_QKV) or (attends and has(_IN)) or last.startswith("in_proj_"):
         return "qkv"
     if has(_QK):
         return "qk"

@@ -94,6 +94,53 @@ def _rows(fresh: Tensor, old: Tensor, names: Sequence[str], old_names: Sequence[
     return result
 
 
+def moved_tensors(old: State, new: State) -> list[tuple[Tensor, Tensor]]:
+    """Return each tensor of a state that has another value in the new one, with that value.
+
+    Raises:
+        ValueError: Something else than values of tensors has changed; the message names it.
+
+    Example:
+        >>> moved_tensors({"epoch": 1}, {"epoch": 1})
+        []
+        >>> moved_tensors({"step": 3}, {"step": 4})
+        Traceback (most recent call last):
+        ValueError: 'step' goes from 3 to 4
+    """
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for name in {**old, **new}:
+        before, after = old.get(name), new.get(name)
+        if before is after:
+            continue
+        if is_state(before) and is_state(after):
+            pairs += moved_tensors(before, after)
+        elif isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape == after.shape:
+            pairs.append((before, after))
+        elif isinstance(before, Tensor) or isinstance(after, Tensor) or before != after:
+            raise ValueError(f"{name!r} goes from {_in_words(before)} to {_in_words(after)}")
+    return pairs
+
+
+def _in_words(value: Any) -> str:
+    return "a tensor" if isinstance(value, Tensor) else "a dictionary" if is_state(value) else repr(value)
+
+
+def write_over(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write values into tensors, each of which keeps its memory, so that a replay of a CUDA graph goes on from there.
+
+    Example:
+        >>> import torch
+        >>> first, second = torch.zeros(1), torch.ones(1)
+        >>> write_over([(first, second), (second, first)])
+        >>> first, second
+        (tensor([1.]), tensor([0.]))
+    """
+    ours = {id(target) for target, _ in pairs}
+    # A value that is another entry's tensor would be overwritten before it is read.
+    for target, value in [(target, value.clone() if id(value) in ours else value) for target, value in pairs]:
+        target.copy_(value)
+
+
 def check_saved(saved: Any, rule: Any, layers: Sequence[str]) -> None:
     """Raise unless this is the saved state of an adapter with this kind of rule and these layers.
 

@@ -14,6 +14,7 @@ from ..layers import Layer, check_patterns, matches, some
 from ..statistics import Statistics, common_device
 from .base import Rule, shown
 from .layer_decay import DepthArgument, check_depth, depths_of, doubt
+from .selection import check_flag
 from .state import State
 
 Groups = int | Sequence[str | Sequence[str]] | None
@@ -39,8 +40,12 @@ class Unfreezing(Rule):
     When it helps: with a new head, which learns before its gradients reach what pretraining found. When not: fewer
     layers learn in the first epochs, so compare with the plain optimizer over as many epochs, and with `LayerDecay`
     alone. Costs: nothing in a step. It saves nothing either: the gradients of frozen layers are computed, and the
-    optimizer's momentum and moments take them in. Set `requires_grad=False` for their parameters to save the backward
-    pass, and leave the momentum of these layers empty.
+    optimizer's momentum and moments take them in.
+
+    With `requires_grad=True` the parameters of frozen layers have `requires_grad=False` until their epoch begins. This
+    saves their backward pass, and their momentum stays empty. Inside `adapter.paused()` and after `adapter.detach()`
+    they have what they had before, and so do parameters that were frozen already. Reentrant checkpointing of
+    activations loses the gradients above frozen layers: use `use_reentrant=False`.
 
     Args:
         groups: The number of groups of about equally many depths; patterns of layer names, or lists of patterns, a
@@ -48,11 +53,13 @@ class Unfreezing(Rule):
         every: Epochs from one group to the next.
         order: `"top-down"` or `"chain"`.
         depth: As for `LayerDecay`.
+        requires_grad: Whether the parameters of frozen layers have `requires_grad=False`.
 
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of its range, there are fewer depths than groups, a pattern matches no layer, or
-            a layer has no group.
+            a layer has no group; or, when attached with `requires_grad=True`, there is a process group, or layers step
+            in backward.
 
     Example:
         >>> from layerwise import LayerwiseLR
@@ -82,8 +89,10 @@ class Unfreezing(Rule):
     every: int = 1
     order: Literal["top-down", "chain"] = "top-down"
     depth: DepthArgument = None
+    requires_grad: bool = False
     needs = ()
     default_place = "lr"
+    scales_rates = True
     own_layer = True
     compares_layers = True
 
@@ -95,6 +104,7 @@ class Unfreezing(Rule):
         check_count("every", self.every)
         check_choice("order", self.order, ("top-down", "chain"))
         check_depth(self.depth)
+        check_flag("requires_grad", self.requires_grad)
         if self.depth is not None and self._patterns:
             raise ValueError("depth says the groups only where groups is None or a number: leave one of them out")
 
@@ -116,10 +126,17 @@ class Unfreezing(Rule):
 
     def init(self, layers: Sequence[Layer], device: torch.device) -> State:
         """Return the number of the epoch, and the factors of each stage."""
+        distributed = torch.distributed
+        if self.requires_grad and distributed.is_available() and distributed.is_initialized():
+            raise ValueError(
+                "requires_grad=True changes which parameters get gradients, and DistributedDataParallel and FSDP "
+                "settle that when they wrap the model: leave it out; frozen layers stand still all the same"
+            )
         groups = self._groups(layers)
         device, dtype = common_device(layers)
         stages = [[float(group in trained) for group in groups] for trained in self._stages(max(groups) + 1)]
-        return self.derived({"epoch": 1, "_stages": torch.tensor(stages, dtype=dtype, device=device)})
+        factors = torch.tensor(stages, dtype=dtype, device=device)
+        return self.derived({"epoch": 1, "_stages": factors, "_trained": stages})
 
     def _groups(self, layers: Sequence[Layer]) -> list[int]:
         """Return the group of each layer, from 0 at the input."""
@@ -154,7 +171,14 @@ class Unfreezing(Rule):
     def derived(self, state: State) -> State:
         """Return the state with the factors of its epoch."""
         stages: Tensor = state["_stages"]
-        return {**state, "_factors": stages[min((state["epoch"] - 1) // self.every, len(stages) - 1)]}
+        return {**state, "_factors": stages[self._stage(state)]}
+
+    def _stage(self, state: State) -> int:
+        return min((state["epoch"] - 1) // self.every, len(state["_trained"]) - 1)
+
+    def trained(self, state: State) -> list[bool] | None:
+        """Return which layers are trained in this epoch, with `requires_grad=True`."""
+        return [factor > 0 for factor in state["_trained"][self._stage(state)]] if self.requires_grad else None
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the factors of this epoch."""
@@ -196,3 +220,37 @@ class Unfreezing(Rule):
             until = "on" if end == last else str((end + 1) * self.every)
             runs.append(f"{begin} on" if until == "on" else str(begin) if until == str(begin) else f"{begin}-{until}")
         return ", ".join(runs)
+
+
+class Stilled:
+    """The parameters whose `requires_grad` is False because their layers are not trained now.
+
+    Example:
+        >>> layers = [Layer(name, (torch.nn.Parameter(torch.zeros(1)),)) for name in "ab"]
+        >>> stilled = Stilled()
+        >>> stilled.still(layers, [False, True])
+        >>> [layer.parameters[0].requires_grad for layer in layers]
+        [False, True]
+        >>> stilled.still(layers, None)
+        >>> [layer.parameters[0].requires_grad for layer in layers]
+        [True, True]
+    """
+
+    def __init__(self) -> None:
+        self._parameters: dict[int, Tensor] = {}
+
+    def still(self, layers: Sequence[Layer], trained: Sequence[bool] | None) -> None:
+        """Set `requires_grad=False` for the layers that are not trained, and True again for those of before.
+
+        Excluded layers are trained, and so are all layers with None.
+        """
+        wanted: dict[int, Tensor] = {}
+        for layer, own in zip(layers, [True] * len(layers) if trained is None else trained, strict=True):
+            for p in () if own or not layer.included else layer.parameters:
+                if p.requires_grad or id(p) in self._parameters:
+                    wanted[id(p)] = p
+        for p in wanted.values():
+            p.requires_grad_(False)
+        for number in self._parameters.keys() - wanted.keys():
+            self._parameters[number].requires_grad_(True)
+        self._parameters = wanted

@@ -54,6 +54,7 @@ class WeightScaled(Rule):
     needs = ("weight_norm",)
     default_layers = "parameter"
     default_place = "lr"
+    scales_rates = True
     own_layer = True
 
     def __post_init__(self) -> None:

@@ -100,6 +100,7 @@ class WidthDepth(Rule):
     needs = ()
     default_layers = "parameter"
     default_place = "lr"
+    scales_rates = True
     own_layer = True
     compares_layers = True
 

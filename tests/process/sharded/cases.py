@@ -20,6 +20,7 @@ from layerwise.rules import (
     LayerAdaptive,
     Phase,
     RandomLayers,
+    Rule,
     bounds,
     chain,
 )
@@ -97,6 +98,17 @@ def amplification(measure: Any) -> Callable[[], Any]:
     return lambda: GradientAmplification(choice, [Phase(2, True, 3.0)])
 
 
+class Spread(Rule):
+    """Factors of both moments, in sizes that gradients of any scale give."""
+
+    needs = ("gradient_mean", "gradient_std")
+    compares_layers = False
+
+    def factors(self, statistics: Any, state: Any) -> tuple[Tensor, Any]:
+        mean, deviation = statistics.gradient_mean, statistics.gradient_std
+        return 1 + mean / (mean.abs() + deviation), state
+
+
 CASES = {
     "LayerAdaptive, momentum": Case(LayerAdaptive, momentum),
     "LayerAdaptive, Nesterov, in the gradient": Case(LayerAdaptive, nesterov, {"apply": "gradient"}),
@@ -109,6 +121,8 @@ CASES = {
     "LARS, momentum, plain decay": Case(lambda: LARS(0.1), nesterov, {"decay": "plain", "apply": "gradient"}),
     "LARC, AdamW": Case(lambda: LARC(0.5), adamw),
     "chain, bounded": Case(lambda: bounds(chain(LayerAdaptive(), BackMatching()), 0.5, 4), momentum),
+    "moments": Case(Spread, momentum),
+    "moments by parameter": Case(Spread, adamw, {"layers": "parameter"}),
     "amplification by G": Case(amplification("G"), momentum),
     "amplification by G'": Case(amplification("G_prime"), nesterov),
     "amplification at random": Case(lambda: GradientAmplification(RandomLayers(0.5), [Phase(9, True)]), adamw),

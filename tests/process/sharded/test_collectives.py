@@ -11,6 +11,7 @@ ONE = {
     "LayerAdaptive, momentum": [1] * 6,
     "LARS, momentum": [1] * 6,
     "chain, bounded": [1] * 6,
+    "moments": [1] * 6,
     "amplification by G": [1, 1, 1, 0, 0, 0],  # an epoch of analysis, and one that amplifies
     "amplification by G'": [1, 1, 1, 0, 0, 0],
     "amplification at random": [0] * 6,

@@ -35,6 +35,11 @@ def control_rule(control: Control, record: Record) -> dict[str, Any]:
         if control == "shuffled within shapes":
             shapes = _of_layers(record, "shapes", control)
             classes = [[name for name in adapted if shapes[name] == shape] for shape in dict.fromkeys(shapes.values())]
+            if adapted and max(map(len, classes)) < 2:
+                raise UsageError(
+                    f"{record.folder}: no two layers have the same shape, so the control {control!r} would repeat its "
+                    "method; leave it out, or use 'shuffled layers'"
+                )
         places = {name: source for group in classes for name, source in displaced(group, seed).items()}
         return {"name": "Replay", "layers": {**places, **{n: n for n in names if n not in places}}, **grouped}
     # A run that diverged at its first update has no factors that could be repeated.

@@ -26,6 +26,7 @@ from layerwise.lab.experiments.plan import (
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.values import Value
 from layerwise.lab.tasks.task import Stream, TaskFile, TriedTask
+from layerwise.rules.shapes import shape_of
 
 Measure = Literal["metric", "validation"]
 """What a run calls; one that calls validation never sees the metric."""
@@ -106,6 +107,7 @@ class Layout:
     def _check(self, runs: Sequence[PlannedRun]) -> list[str]:
         """Attach the rule of each arm once, and give what it remarks; refuse it where it cannot be attached."""
         remarks: list[str] = []
+        shapes: dict[str, list[tuple[int, int]]] = {}  # of the layers that each arm gives factors
         trial, logger, warned = self.tried.trial, logging.getLogger("layerwise"), BufferingHandler(100)
         warned.setLevel(logging.WARNING)
         level = logger.level
@@ -119,7 +121,9 @@ class Layout:
                     rule, places = rules.Constant({"*": 1.0}), {"apply": "lr"}
                 try:
                     if rule is not None:
-                        layerwise.LayerwiseLR(trial.optimizer, rule, trial.model, **places).detach()
+                        adapter = layerwise.LayerwiseLR(trial.optimizer, rule, trial.model, **places)
+                        adapter.detach()
+                        shapes[arm] = [shape_of(layer) for layer in adapter.layer_table() if layer.included]
                 except (TypeError, ValueError) as error:
                     raise self.task_file.refuse(f"arm {arm!r} cannot be attached: {error}") from error
                 words = [record.getMessage() for record in warned.buffer]
@@ -130,6 +134,12 @@ class Layout:
                         "more layers; leave the arm out, or try amplification-random or amplification-all"
                     )
                 remarks += [f"{arm}: {one}" for one in words]
+                method = shapes.get(planned.arm.of or "", [])
+                if planned.arm.control == "shuffled within shapes" and len(set(method)) == len(method):
+                    raise self.task_file.refuse(
+                        f"arm {arm!r} would repeat {planned.arm.of!r} itself: no two of its {len(method)} layers have "
+                        "the same shape; leave the arm out, or take shuffled"
+                    )
         finally:
             logger.removeHandler(warned)
             logger.setLevel(level)
