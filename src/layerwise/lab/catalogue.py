@@ -21,6 +21,7 @@ from layerwise.lab.errors import UsageError, columns, shown
 from layerwise.lab.experiments import datasets as places
 from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments.runner import load_finished
+from layerwise.lab.experiments.tuned_recipe import TunedRecipe, counts
 from layerwise.lab.progress import Meter
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import Runs
@@ -77,9 +78,14 @@ def entries(names: Sequence[str], out: Path, folder: Path | None) -> list[dict[s
         for scale in read.content["scales"]:
             plan = read.plan(scale)
             datasets = sorted({run.configuration.trial["data"] for run in plan.runs})
+            planned, done = len(plan.runs), 0
+            if "tuned" in read.content:
+                planned, done = counts(TunedRecipe(read, scale), runs)
+            elif runs.path.is_dir():
+                done = finished(plan, datasets)
             scales[scale] = {
-                "runs": len(plan.runs),
-                "finished": finished(plan, datasets) if runs.path.is_dir() else 0,
+                "runs": planned,
+                "finished": done,
                 "datasets": datasets,
                 "present": all(data.present(dataset, folder) for dataset in datasets),
                 **read.need(scale)._asdict(),

@@ -81,6 +81,7 @@ CONTROLS: dict[str, tuple[Control, str]] = {
     "shuffled": ("shuffled layers", "factors of other layers"),
     "shuffled-in-shape": ("shuffled within shapes", "factors of other layers of the same shape"),
     "frozen": ("frozen factors", "mean factor of each layer"),
+    "frozen-at-start": ("first factors", "factor of each layer at the first update"),
     "reversed": ("reversed factors", "mean factors in reverse order"),
     "type-only": ("mean factor of each role", "mean factor of each role"),
     "shape-only": ("first factor of each shape", "first factors by shape"),

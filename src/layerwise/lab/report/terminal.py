@@ -11,7 +11,7 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -24,7 +24,8 @@ from layerwise.lab.experiments.results import Results
 from layerwise.lab.experiments.runner import Outcome
 from layerwise.lab.report.saved import NAME
 from layerwise.lab.report.tables import Entry, ResultTable, Row, brief, further, result_table
-from layerwise.lab.report.verdicts import Verdict, headline, note, verdicts
+from layerwise.lab.report.trials import cost
+from layerwise.lab.report.verdicts import MEANINGS, Verdict, headline, note, standings, verdicts
 from layerwise.lab.report.words import SMOKE, capital, item_of
 from layerwise.lab.stats.comparison import MINIMUM_PAIRS
 from layerwise.lab.stats.wording import listed
@@ -207,16 +208,39 @@ def _short(verdict: Verdict) -> str:
     return f"{verdict.answer()} {difference}".rstrip() if verdict.alone else verdict.answer()
 
 
+def standing_table(results: Results) -> Table | None:
+    """Lay out what each method is on each subject, in the fixed words; None where nothing was tuned."""
+    found = standings(results)
+    if not found:
+        return None
+    made, alone, before = _bare(), len(results.plan.subjects) == 1, ""
+    for heading in ([] if alone else ["tuned arms"]) + ["tuned method" if alone else "method", ""]:
+        made.add_column(_heading(heading, LONGEST_NAME), overflow="fold")
+    for each in found:
+        begin = [] if alone else ["" if each.subject == before else each.subject_words]
+        made.add_row(*map(_text, (*begin, each.words)), Text(each.word, style="bold" if each.word == "helps" else ""))
+        before = each.subject
+    return made
+
+
 def _verdict(outcome: Outcome, *, explain: bool) -> Iterator[RenderableType]:
     """Give the table of verdicts, what makes them weigh less, and what they mean together."""
     plan, results = outcome.plan, outcome.results
+    standing = standing_table(results)
+    if standing is not None:
+        yield standing
+        yield ""
     table = verdict_table(results, whole=explain)
     if table is not None:
         yield table
         if any(words.startswith(UNTUNED) for words in plan.notes):
             yield _text(UNFAIR)
     yield _text(headline(outcome))
+    if plan.tuning is not None:
+        yield _text(cost(plan.tuning))
     if explain:
+        if standing is not None:
+            yield _text(MEANINGS)
         for verdict in verdicts(results):
             each = None if verdict.grouped else verdict.alone
             # Rows say of how many pairs they are, where these are too few.
@@ -305,10 +329,19 @@ def as_json(outcome: Outcome) -> str:
         "headline": headline(outcome),
         "table": results.table().to_dicts(),
         "verdict": [{"subject": subject, "arm": item, "comparisons": rows} for (subject, item), rows in judged.items()],
+        **_tuned(results),
         "report": str(outcome.report) if results.records else None,
         "runs": str(outcome.settings.out / "store"),
     }
     return json.dumps(finite(whole), indent=2, allow_nan=False)
+
+
+def _tuned(results: Results) -> dict[str, Any]:
+    """Give how the arms were tuned, and what each method is in the fixed words; nothing where nothing was tuned."""
+    tuning = results.plan.tuning
+    if tuning is None:
+        return {}
+    return {"tuning": asdict(tuning), "standings": [vars(each) for each in standings(results)]}
 
 
 def finite(value: Any) -> Any:

@@ -24,9 +24,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "order": ("sequential", "shuffled"),
     "precision": ("float32", "tf32", "bfloat16"),
     "memory_format": ("channels_last", "contiguous"),
+    "measured": ("test", "validation"),
     **dict.fromkeys(SWITCHES, (False, True)),
 }
 """Constant -> the values that it may have."""
+
+TO_THE_END = ("poly", "cosine")
+"""Rate policies that end with the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,8 @@ class Constants:
     data_digest: str | None = None  # tells an image folder from others; published data have checksums of their own
     train_count: int | None = None  # images, the first of the file; None for all
     test_count: int | None = None
+    validation_count: int | None = None  # training images, the last of the file, that no run trains on; None for none
+    measured: str = "test"  # what runs are measured on; a run measured on "validation" never reads the test images
     inputs: str  # a key of ``inputs.INPUTS``
     order: str  # in file order without end, or shuffled anew in every epoch
     batch_size: int
@@ -70,7 +76,7 @@ class Constants:
             raise UsageError(
                 f"iterations={self.iterations!r}, epochs={self.epochs!r}: give exactly one of them, the length of a run"
             )
-        optional = ("train_count", "test_count", "iterations", "epochs", "test_every")
+        optional = ("train_count", "test_count", "validation_count", "iterations", "epochs", "test_every")
         for name in (*optional, "batch_size", "test_batch_size", "layers_every", "factors_every"):
             value = getattr(self, name)
             if value is None and name in optional:
@@ -96,9 +102,12 @@ class Constants:
             raise UsageError("training_accuracy=True with order='sequential', which has no epochs: use 'shuffled'")
         if self.order == "sequential" and self.policy_unit == "epoch":
             raise UsageError("policy_unit='epoch' with order='sequential', which has no epochs: use 'iteration'")
-        if self.policy == "poly" and (self.policy_unit == "epoch") != (self.epochs is not None):
+        if self.measured == "validation" and self.validation_count is None:
+            raise UsageError("measured='validation' without validation images: give validation_count, their number")
+        if self.policy in TO_THE_END and (self.policy_unit == "epoch") != (self.epochs is not None):
             raise UsageError(
-                f"policy_unit={self.policy_unit!r}: policy='poly' ends with the run, so count it as the run's length is"
+                f"policy_unit={self.policy_unit!r}: policy={self.policy!r} ends with the run, so count it as the run's "
+                "length is"
             )
         for name in ("rate", "momentum", "weight_decay", "delta", "gamma", "power", "width"):
             value = getattr(self, name)
@@ -131,7 +140,7 @@ class Constants:
             "power": self.power,
             "stepsize": self.stepsize,
             "stepvalues": self.steps or None,
-            "max_iter": (self.iterations or self.epochs) if self.policy == "poly" else None,
+            "max_iter": (self.iterations or self.epochs) if self.policy in TO_THE_END else None,
         }
         return {name: value for name, value in given.items() if value is not None}
 

@@ -9,6 +9,9 @@ from layerwise.lab.errors import UsageError
 if TYPE_CHECKING:  # a report names networks and does not wait for PyTorch
     from torch import nn
 
+ACTIVATIONS = ("sigmoid", "tanh")
+"""Of the networks without normalisation, ``sigmoid-mlp8`` and their like."""
+
 NETWORKS = {
     "lenet": "LeNet",
     "cifar10-full": "cifar10_full",
@@ -16,10 +19,11 @@ NETWORKS = {
     "alexnet": "AlexNet",
     "vgg19": "VGG-19",
     **{f"resnet{depth}": f"ResNet-{depth}" for depth in (10, 18, 34, 50, 101)},
+    **{f"{kind}-mlp{depth}": f"{kind} MLP of {depth} hidden layers" for kind in ACTIVATIONS for depth in range(1, 33)},
 }
 """Name -> the name in tables."""
 
-WITH_WIDTH = ("alexnet", "vgg", "resnet")
+WITH_WIDTH = ("alexnet", "vgg", "resnet", *(f"{kind}-mlp" for kind in ACTIVATIONS))
 """How the names of networks begin that come in several widths."""
 
 WITH_BATCH_NORMALISATION = ("vgg", "resnet")
@@ -31,6 +35,7 @@ def build(name: str, seed: int, *, classes: int, channels: int, width: float | N
     from layerwise.lab.models.alexnet import AlexNet
     from layerwise.lab.models.cifar_full import CifarFull, CifarQuick
     from layerwise.lab.models.lenet import LeNet
+    from layerwise.lab.models.perceptron import Perceptron
     from layerwise.lab.models.resnet import ResNet
     from layerwise.lab.models.vgg import VGG19
 
@@ -47,6 +52,9 @@ def build(name: str, seed: int, *, classes: int, channels: int, width: float | N
             return AlexNet(seed, classes=classes, **options)
         case "vgg19":
             return VGG19(seed, classes, channels=channels, **options)
+        case _ if name.startswith(ACTIVATIONS):
+            activation, _, depth = name.partition("-mlp")
+            return Perceptron(seed, classes, depth=int(depth), activation=activation, **options)
         case _:
             return ResNet(int(name.removeprefix("resnet")), seed, classes=classes, channels=channels, **options)
 

@@ -1,4 +1,4 @@
-"""The solvers that recipes name, Caffe's, which Singh et al. 2015 used, and PyTorch's; and Caffe's rate policies.
+"""The solvers that recipes name, Caffe's, which Singh et al. 2015 used, and PyTorch's; and policies of the rate.
 
 The rate of update k, from 0, is base_lr times the multiplier of k: a pure function of k, so that a resumed run has
 the rates of one that was never interrupted. Caffe src/caffe/solvers/sgd_solver.cpp, SGDSolver::GetLearningRate.
@@ -6,6 +6,7 @@ the rates of one that was never interrupted. Caffe src/caffe/solvers/sgd_solver.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -65,6 +66,7 @@ _FORMULAS: dict[str, Callable[..., float]] = {
     "step": lambda k, gamma, stepsize: float(gamma) ** (k // stepsize),
     "multistep": lambda k, gamma, stepvalues: float(gamma) ** bisect_right(stepvalues, k),
     "poly": lambda k, power, max_iter: (1.0 - k / max_iter) ** power,
+    "cosine": lambda k, max_iter: 0.5 * (1.0 + math.cos(math.pi * k / max_iter)),  # Loshchilov and Hutter 2017, eq. 5
 }
 
 POLICIES = {name: tuple(signature(formula).parameters)[1:] for name, formula in _FORMULAS.items()}

@@ -202,6 +202,24 @@ class FolderStream:
         return Loader(self.folder, min(self.loaders, len(jobs)), pin=self.pin, stay=False).batches(jobs)
 
 
+def with_validation(dataset: Dataset, count: int | None, train_count: int | None, *, measure: bool) -> Dataset:
+    """Take the last ``count`` training images out; to ``measure`` on them, put them in the place of the test images.
+
+    The test images are then not even looked at. Training images before them are kept, ``train_count`` at most.
+    """
+    if count is None:
+        return dataset
+    left = len(dataset.train_labels) - count
+    if left < max(1, train_count or 1):
+        raise UsageError(
+            f"validation_count={count!r} of {len(dataset.train_labels):,} training images leaves {max(0, left):,}, and "
+            f"train_count={train_count!r} takes more: give fewer images of validation or of training"
+        )
+    images, labels = dataset.train_images, dataset.train_labels
+    kept = replace(dataset, train_images=images[:left], train_labels=labels[:left])
+    return replace(kept, test_images=images[left:], test_labels=labels[left:]) if measure else kept
+
+
 def shortened(dataset: Dataset, train_count: int | None, test_count: int | None) -> Dataset:
     """Keep the first images of a data set only; None keeps all."""
     return replace(

@@ -16,10 +16,17 @@ from layerwise.lab import data
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.training import inputs, networks, solvers
-from layerwise.lab.training.streams import FolderStream, MemoryStream, shortened
+from layerwise.lab.training.streams import FolderStream, MemoryStream, shortened, with_validation
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 """Layouts of the convolutions. On one thread an iteration of LeNet takes 11 ms in the first, 20 ms in the second."""
+
+
+MEASURES = {
+    "test": ("test_error", "accuracy", "test_loss"),
+    "validation": ("validation_error", "validation_accuracy", "validation_loss"),
+}
+"""What a classifier is measured on -> the names of its error, accuracy and loss there."""
 
 
 class StoppedError(Exception):
@@ -70,9 +77,13 @@ def cross_entropy_and_accuracy(model: nn.Module, batch: Any) -> tuple[torch.Tens
 
 
 def classification(
-    tests: Callable[[], Iterator[Any]], prepare: Callable[[Any], Any]
+    tests: Callable[[], Iterator[Any]], prepare: Callable[[Any], Any], measured: str = "test"
 ) -> Callable[[nn.Module, Callable[[], bool]], dict[str, float]]:
-    """Make a classifier's ``evaluate``: ``test_error`` and ``accuracy`` in %, ``test_loss`` in nats."""
+    """Make a classifier's ``evaluate``: ``test_error`` and ``accuracy`` in %, ``test_loss`` in nats.
+
+    On validation images they are called ``validation_error``, ``validation_accuracy`` and ``validation_loss``.
+    """
+    names = MEASURES[measured]
 
     def evaluate(model: nn.Module, stop: Callable[[], bool]) -> dict[str, float]:
         wrong, loss, count = 0, 0.0, 0
@@ -90,7 +101,7 @@ def classification(
         finally:
             model.train()
         right = 100.0 * (count - wrong) / count
-        return {"test_error": 100.0 * wrong / count, "accuracy": right, "test_loss": loss / count}
+        return dict(zip(names, (100.0 * wrong / count, right, loss / count), strict=True))
 
     return evaluate
 
@@ -103,20 +114,30 @@ def check(constants: Constants) -> None:
     if constants.data != data.FOLDER:
         inputs.check(constants.inputs)
         return
-    read = constants.train_count, constants.test_count, constants.inputs, constants.order
-    if read != (None, None, "crops", "shuffled"):
+    counts = constants.train_count, constants.test_count, constants.validation_count
+    if (*counts, constants.inputs, constants.order) != (None, None, None, "crops", "shuffled"):
         raise UsageError(
             "an image folder is read whole, shuffled, in crops: use inputs='crops' and order='shuffled', and leave "
-            "train_count and test_count out"
+            "train_count, test_count and validation_count out"
         )
 
 
 @lru_cache(maxsize=1)
-def _source(name: str, digest: str | None, train: int | None, test: int | None, data_dir: Path | None) -> Any:
+def _source(
+    name: str,
+    digest: str | None,
+    train: int | None,
+    test: int | None,
+    validation: int | None,
+    measured: str,
+    data_dir: Path | None,
+) -> Any:
     """Read a data set once a process, shortened; open the image folder that the run was planned for, and no other."""
     if name != data.FOLDER:
         whole = data.load(name, data_dir)
-        return shortened(whole, train, test), int(whole.train_labels.max()) + 1
+        classes = int(whole.train_labels.max()) + 1
+        whole = with_validation(whole, validation, train, measure=measured == "validation")
+        return shortened(whole, train, test if measured == "test" else None), classes
     folder = data.open_folder(data_dir)
     if folder.digest != digest:
         raise UsageError(
@@ -139,7 +160,7 @@ def build(
     constants = configuration.constants
     cuda, memory_format = device.startswith("cuda"), MEMORY_FORMATS[constants.memory_format]
     wanted = constants.data, constants.data_digest, constants.train_count, constants.test_count
-    source = _source(*wanted, data_dir)
+    source = _source(*wanted, constants.validation_count, constants.measured, data_dir)
     sizes = {"batch_size": constants.batch_size, "test_batch_size": constants.test_batch_size}
     how: Any = {**sizes, "seed": configuration.seed}
     stream: MemoryStream | FolderStream
@@ -176,7 +197,7 @@ def build(
         batches=stream.batches,
         loss=at_precision(cross_entropy_and_accuracy if constants.training_accuracy else cross_entropy),
         training_metric="training_accuracy" if constants.training_accuracy else "",
-        evaluate=at_precision(classification(stream.tests, prepare)),
+        evaluate=at_precision(classification(stream.tests, prepare, constants.measured)),
         iterations=constants.iterations,
         epochs=constants.epochs,
         epoch_length=stream.epoch_length,
