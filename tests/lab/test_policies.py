@@ -21,6 +21,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "step": {"gamma": 0.1, "stepsize": 3},
     "multistep": {"gamma": 0.1, "stepvalues": [2, 5]},
     "poly": {"power": 0.5, "max_iter": 20},
+    "cosine": {"max_iter": 20},
 }
 
 
@@ -142,7 +143,7 @@ def test_a_resumed_run_has_the_same_bits(name):
 @pytest.mark.parametrize(
     ("name", "arguments", "text"),
     [
-        ("exp", {}, r"policy='exp': use one of fixed, inv, step, multistep, poly"),
+        ("exp", {}, r"policy='exp': use one of fixed, inv, step, multistep, poly, cosine"),
         ("fixed", {"gamma": 0.1}, r"gamma=0\.1: policy 'fixed' takes no argument; leave gamma out"),
         ("inv", {"gamma": 0.1, "stepsize": 3}, r"stepsize=3: policy 'inv' takes gamma, power; leave stepsize out"),
         ("inv", {"gamma": 0.1}, r"power is missing: policy 'inv' takes gamma, power; give all of them"),

@@ -125,7 +125,7 @@ class Sweep(OfRecipe):
             "weight_decay, delta, batch_size, test_batch_size, model, width, solver, policy, policy_unit, gamma, "
             "power, stepsize, steps, iterations, epochs, data, data_digest, train_count, test_count, "
             "validation_count, measured, inputs, order, test_every, layers_every, factors_every, training_accuracy, "
-            "precision, memory_format, compile, timed."
+            "precision, memory_format, flush_denormal, compile, timed."
         ),
     ] = ()
 

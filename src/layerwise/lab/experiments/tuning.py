@@ -18,6 +18,7 @@ from layerwise.lab.experiments.plan import FACTORS_ALONE, Arm, Plan, Subject, Tr
 from layerwise.lab.experiments.results import Results
 from layerwise.lab.experiments.runner import Display, Outcome, Settings, carry_out
 from layerwise.lab.runs.values import Value
+from layerwise.lab.stats.wording import counted
 
 FIRST_SEED = 10_000
 """Above every seed of a comparison, which are below ``plan.LARGEST_SEEDS``: what was tuned on is never judged on."""
@@ -108,8 +109,10 @@ def space_of(
             raise UsageError(
                 f"tune {name}={given!r}: give a list of values, as {name}=0.01,0.03,0.1 or {name}=1e-3:1:7"
             )
-        for value in listed if found is None else [found.low, found.high]:
-            check({name: round(value) if name in whole and found is not None else value})
+        for value in listed if found is None else []:
+            check({name: value})
+        for end in [] if found is None else [found.low, found.high]:
+            check({name: round(end) if name in whole else end})
         values[name] = tuple(dict.fromkeys(listed)) if found is None else found
     if draws is not None and not 1 <= draws <= LARGEST_GRID:
         raise UsageError(f"tune random:{draws}: must be from 1 to {LARGEST_GRID} draws")
@@ -204,7 +207,10 @@ def edges(setting: Setting, tried: Sequence[Setting]) -> list[str]:
 class Bench(Protocol):
     """What is tuned."""
 
-    subjects: Sequence[Subject]
+    @property
+    def subjects(self) -> Sequence[Subject]:
+        """What all arms are tried on."""
+        ...
 
     def arms_of(self, subject: str) -> Sequence[Arm]:
         """List the arms that are compared on a subject."""
@@ -293,9 +299,15 @@ class Tuner:
         return found
 
     def _beyond(self, subject: Subject, arm: Arm) -> list[Setting]:
-        """Give the settings a step beyond the best one, for each parameter of which it is at the edge of a range."""
+        """Give the settings a step beyond the best one, for each parameter of which it is at the edge of a range.
+
+        Where all diverged they are a step below the smallest.
+        """
         key = (subject.name, arm.name)
         best, tried, ratios = self.chosen(*key), self.tried[key], self.spaces[key].ratios
+        if not any(map(math.isfinite, self.scores(*key))):
+            smallest = {name: rounded(min(each[name] for each in tried) / ratio) for name, ratio in ratios.items()}
+            return [{**best, **smallest}] if smallest else []
         found = []
         for name in self._edges(subject, arm):
             if name in ratios:
@@ -357,9 +369,7 @@ class Tuner:
             more = len(self.tried[subject.name, arm.name]) - self.count
             if more:
                 of = f" on {subject.words}" if several else ""
-                notes.append(
-                    f"{arm.words}{of} was best at the edge of its range, and had {more} more settings beyond it."
-                )
+                notes.append(f"{arm.words}{of} had {counted(more, 'setting')} more, beyond the edge of its range.")
         return notes + [words for subject, arm in self._all() for words in self.warnings(subject, arm)]
 
     @property
@@ -455,6 +465,7 @@ def carry_out_tuned(tuner: Tuner, settings: Settings, display: Display | None = 
     if not tuner.outcome.complete:
         return tuner.outcome
     plan = tuner.bench.comparison(tuner)
-    for words in tuner.choices if display is not None else ():
+    display = display or Display()
+    for words in tuner.choices:
         display.say(words)
     return carry_out(replace(plan, tuning=tuner.told()), settings, display)

@@ -17,7 +17,7 @@ from layerwise.lab.runs.store import versions
 IDENTITY_LENGTH = 12
 """Letters of a run's identity in its name; 48 bits, so that a million runs are distinct."""
 
-SWITCHES = ("training_accuracy", "compile", "timed")
+SWITCHES = ("training_accuracy", "flush_denormal", "compile", "timed")
 """Constants that are true or false."""
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -68,6 +68,7 @@ class Constants:
     training_accuracy: bool = False  # recorded at the end of each epoch
     precision: str = "float32"  # the papers'; tf32: a GPU multiplies with 10 bits of fraction; bfloat16: autocast
     memory_format: str = "channels_last"  # of the convolutions
+    flush_denormal: bool = False  # on the CPU numbers below 1e-38 are 0: else a network that saturates is slow
     compile: bool = False  # by ``torch.compile``
     timed: bool = False  # the running time is what is asked for: no run is shared with recipes that do not ask for it
 

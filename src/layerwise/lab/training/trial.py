@@ -53,6 +53,7 @@ class Trial:
     training_metric: str = ""  # averaged over each epoch's examples
     prepare: Callable[[Any], Any] = lambda batch: batch  # puts a batch where the network reads it
     test_batches: int | None = None
+    flush_denormal: bool = False
     whole: Callable[[int], int | None] = lambda number: None
     """Number of a batch in its epoch -> its examples, where ``batches`` gives only the part of this process."""
 
@@ -206,5 +207,6 @@ def build(
         factors_every=constants.factors_every,
         prepare=prepare,
         test_batches=stream.test_length,
+        flush_denormal=constants.flush_denormal,
         whole=stream.whole,
     )
