@@ -83,6 +83,11 @@ def test_poly_falls_to_zero_at_its_last_iteration():
     assert multiplier("poly", 3, power=0.5, max_iter=4) == 0.5
 
 
+def test_the_cosine_falls_to_zero_at_its_last_iteration():
+    expected = [1.0, 0.75, 0.5, 0.25, 0.0]  # (1 + cos(π k / 6)) / 2 at k of 0, 2, 3, 4, 6
+    assert [multiplier("cosine", k, max_iter=6) for k in (0, 2, 3, 4, 6)] == pytest.approx(expected, abs=1e-15)
+
+
 # --- The scheduler ----------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lab_helpers import do_here, runs_in_process
+from made_up import finish_plan, noise, only, outcome_of, table_plan, table_value
 
 from layerwise.lab import cli, data, report
 from layerwise.lab.catalogue import entries
@@ -18,18 +19,21 @@ from layerwise.lab.data import digits
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import runner as experiment
 from layerwise.lab.experiments import tuned_recipe
-from layerwise.lab.experiments.plan import LARGEST_SEEDS, Arm, Plan, Subject
+from layerwise.lab.experiments.plan import LARGEST_SEEDS, Arm, Plan, Subject, Tuning
 from layerwise.lab.experiments.recipe import Recipe, load
 from layerwise.lab.experiments.results import Results
 from layerwise.lab.experiments.runner import Outcome, Settings
 from layerwise.lab.experiments.tuned_recipe import TunedRecipe
 from layerwise.lab.experiments.tuning import Range, Space, Tuner, range_of, setting_words, space_of, with_ratios
+from layerwise.lab.models.perceptron import Perceptron
 from layerwise.lab.options import ranges
 from layerwise.lab.report import saved
+from layerwise.lab.report.verdicts import standings
 from layerwise.lab.runs.configuration import Constants
 from layerwise.lab.runs.folder import Runs
 from layerwise.lab.tasks import compare
-from layerwise.lab.training import trial
+from layerwise.lab.training import networks, trial
+from layerwise.lab.training.engine import Training
 from layerwise.lab.training.streams import with_validation
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -482,3 +486,138 @@ def test_a_tasks_range_is_extended_and_its_draws_are_recorded(tmp_path, capsys):
     assert drawn == [[each["lr"] for each in space_of({"lr": "0.01:1"}, 4).settings]] * 3
     assert cli.main([*asked, "--tune", "random:4", "--out", str(tmp_path / "none")]) == 2
     assert "tune random:4 without a range: add one, as --tune lr=1e-3:1e1" in capsys.readouterr().err
+
+
+NETWORK = VALLEY.replace(
+    "    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)\n    nn.init.constant_(model.weight, 3.0)\n",
+    "    model = nn.Sequential(nn.Embedding(2, 1), nn.LayerNorm(1), nn.Linear(1, 1)).double()\n"
+    "    for parameter in model.parameters():\n        nn.init.constant_(parameter, 3.0)\n",
+).replace("(model.weight - 1).square().sum()", "sum((p - 1).square().sum() for p in model.parameters())")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_search_over_roles_has_the_budget_of_every_arm(tmp_path, capsys):
+    path = tmp_path / "network.py"
+    path.write_text(NETWORK, encoding="utf-8")
+    settings = Settings(out=tmp_path / "runs", jobs=1)
+    outcome = compare.run(f"{path}:task", {"lr": "0.1:0.4:3"}, arms=["role-search"], seeds=1, settings=settings)
+    assert not outcome.failures, outcome.failures[0].details
+    told = {one.arm: one for one in outcome.plan.tuning.arms}
+    assert {len(one.trials) - one.extensions for one in told.values()} == {3}
+    for trial_ in told["role-search"].trials:
+        assert set(trial_.setting["ratios"]) == {"embedding", "norm", "other"}
+    record = outcome.results.records["task", "role-search", 0]
+    assert record.configuration.rule == {"name": "ByRole", "ratios": told["role-search"].chosen["ratios"]}
+    assert record.summary["factor"]["layers"]["0.weight"] == told["role-search"].chosen["ratios"]["embedding"]
+    asked = ["compare", f"{path}:task", "--arms", "role-search", "--out", str(tmp_path / "none")]
+    assert cli.main(asked) == 2
+    assert "arm 'role-search' draws its multipliers in trials: add --tune" in capsys.readouterr().err
+
+
+def test_a_search_needs_layers_of_several_roles(tmp_path):
+    path = tmp_path / "valley.py"
+    path.write_text(VALLEY, encoding="utf-8")
+    with pytest.raises(UsageError, match=r"has layers of one role \(\w+\): leave the arm 'role-search' out"):
+        compare.run(f"{path}:task", {"lr": "0.1:0.4:3"}, arms=["role-search"], settings=Settings(out=tmp_path / "runs"))
+
+
+# --- The words of a verdict -------------------------------------------------------------------------------------------
+
+PLAIN, RATE, METHOD = "plain", "mean-factor", "layer-adaptive"
+
+
+def word(
+    tmp_path: Path, values: dict[str, float], *, diverged: str = "", against: tuple[str, ...] = (PLAIN, RATE)
+) -> str:
+    """Give the word for a method whose runs, those of plain and of its mean factor end at values, with noise."""
+    plan = only(table_plan(), "sgd", PLAIN, METHOD, RATE)
+    arms = tuple(replace(arm, against=against if arm.name == METHOD else ()) for arm in plan.arms)
+    tuning = Tuning(words="made up", quantity="validation error", seeds=(10_000,), runs=1, seconds=1.0, arms=())
+    plan = replace(plan, arms=arms, columns=(), tuning=tuning)
+
+    def value(run: Any) -> float:
+        return values[run.arm.name] + (-1 if run.arm.name == METHOD else 1) * noise(run.seed)
+
+    finish_plan(plan, tmp_path, value, diverged_at=lambda run: 3 if run.arm.name == diverged else None)
+    (found,) = standings(outcome_of(plan, tmp_path, tmp_path).results)
+    assert (found.item, found.subject) == (METHOD, "sgd")
+    return found.word
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({PLAIN: 2.0, RATE: 1.8, METHOD: 1.0}, "helps"),
+        ({PLAIN: 2.0, RATE: 1.0, METHOD: 1.0}, "a larger rate"),
+        ({PLAIN: 2.0, RATE: 0.5, METHOD: 1.0}, "a larger rate"),
+        ({PLAIN: 1.0, RATE: 3.0, METHOD: 2.0}, "hurts"),
+        ({PLAIN: 1.0, RATE: 3.0, METHOD: 1.0}, "not shown"),
+    ],
+)
+def test_a_method_is_one_of_four_words(tmp_path, values, expected):
+    assert word(tmp_path, values) == expected
+
+
+def test_a_method_without_a_mean_factor_is_never_said_to_help(tmp_path):
+    assert word(tmp_path, {PLAIN: 2.0, RATE: 1.8, METHOD: 1.0}, against=(PLAIN,)) == "a larger rate"
+
+
+def test_an_arm_that_always_diverged_is_worse_than_one_that_never_did(tmp_path):
+    assert word(tmp_path / "rate", {PLAIN: 2.0, RATE: 1.0, METHOD: 1.0}, diverged=RATE) == "helps"
+    assert word(tmp_path / "method", {PLAIN: 2.0, RATE: 1.0, METHOD: 1.0}, diverged=METHOD) == "not shown"
+
+
+def test_arms_that_were_not_tuned_have_no_word(tmp_path):
+    plan = only(table_plan(), "sgd", PLAIN, METHOD, RATE)
+    finish_plan(plan, tmp_path, table_value)
+    assert standings(outcome_of(plan, tmp_path, tmp_path).results) == []
+
+
+# --- Networks that saturate -------------------------------------------------------------------------------------------
+
+
+def test_a_perceptron_is_the_one_written_by_hand():
+    model = networks.build("tanh-mlp3", 5, classes=4, channels=1, width=6)
+    names = [name for name, _ in model.named_parameters()]
+    layers = ("hidden.0", "hidden.1", "hidden.2", "head")
+    assert names == [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+    assert sum(p.numel() for p in model.parameters()) == 785 * 6 + 2 * 7 * 6 + 7 * 4
+    w = {name: p.detach().double() for name, p in model.named_parameters()}
+    pixels = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    hidden = pixels.double().reshape(3, 784)
+    for layer in layers[:3]:
+        bound = math.sqrt(6.0 / sum(w[f"{layer}.weight"].shape))
+        assert 0.8 * bound < w[f"{layer}.weight"].abs().max() <= bound
+        assert not w[f"{layer}.bias"].any()
+        hidden = (hidden @ w[f"{layer}.weight"].T).tanh()
+    torch.testing.assert_close(model(pixels).double(), hidden @ w["head.weight"].T, rtol=1e-5, atol=1e-6)
+    sigmoid = networks.build("sigmoid-mlp3", 5, classes=4, channels=1, width=6)
+    assert torch.equal(sigmoid.head.weight, model.head.weight)
+    assert not torch.equal(sigmoid(pixels), model(pixels))
+
+
+@pytest.mark.parametrize("name", ["sigmoid-mlp0", "tanh-mlp33", "relu-mlp8"])
+def test_unknown_perceptrons_are_refused(name):
+    with pytest.raises(UsageError, match=f"model='{name}': use one of"):
+        networks.build(name, 0, classes=10, channels=1)
+    with pytest.raises(UsageError, match="activation='relu': use one of sigmoid, tanh"):
+        Perceptron(0, activation="relu")
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_numbers_below_the_normal_ones_are_zero_while_a_run_asks_for_it(one_thread, flush):
+    small, read = torch.tensor(1e-30), load(NAME)
+    constants = {"data": "digits5k", "validation_count": 500, "flush_denormal": flush, "iterations": 1, "test_every": 1}
+    scale = {**read.content["scales"]["smoke"], "constants": constants}
+    run = Recipe("tiny", {**read.content, "scales": {"smoke": scale}}).plan("smoke").runs[0]
+    made = trial.build(run.configuration)
+    seen, loss = [], made.loss
+
+    def looked(model: Any, batch: Any) -> Any:
+        seen.append(bool(small * 1e-10))
+        return loss(model, batch)
+
+    made.loss = looked
+    Training(made, None, run.configuration).run()
+    assert seen == [not flush]
+    assert bool(small * 1e-10)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments.methods import SEARCHES
 from layerwise.lab.experiments.plan import check_seeds
 from layerwise.lab.experiments.runner import Display, Outcome, Settings, carry_out
 from layerwise.lab.experiments.tuning import Grid, carry_out_tuned
@@ -33,6 +35,9 @@ def run(
     tried = task_file.tried(settings.device, validation=asked)
     same = {"arms": arms, "settings": settings, "display": display, "tried": tried}
     first = plan(task_file, arms=arms, seeds=seeds, tried=tried)
+    searching = [arm.name for arm in first.arms if arm.name in SEARCHES]
+    if searching and not asked:
+        raise UsageError(f"arm {searching[0]!r} draws its multipliers in trials: add --tune, as --tune lr=1e-3:1e1:9")
     if not asked:
         return carry_out(first, settings, display)
     return carry_out_tuned(tune(task_file, grid or {}, draws=draws, compared=seeds, **same).tuner, settings, display)

@@ -178,7 +178,7 @@ def plan(
     return Layout(task_file, tried or task_file.tried()).plan(
         "metric",
         suffix="" if tuned is None else "-tuned",
-        title=", ".join(method.words for method in methods),
+        title=", ".join(arm.words for arm in make_arms(arms) if arm.kind == "method" or arm.name in METHODS),
         subjects=[Subject(name="task", words=task_file.label)],
         arms=chosen,
         seeds=given,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.methods import make_arms
@@ -13,6 +13,8 @@ from layerwise.lab.experiments.tuning import SEEDS, Grid, Setting, Space, Tuner,
 from layerwise.lab.experiments.tuning import tune as carry_out_trials
 from layerwise.lab.tasks.layout import Layout, plan
 from layerwise.lab.tasks.task import TaskFile, TriedTask
+from layerwise.layers import make_layers, named_parameters_of
+from layerwise.rules.roles import roles_of
 
 
 @dataclass(frozen=True)
@@ -122,5 +124,18 @@ def tune(
     """Try every setting of a grid with every arm, or ``draws`` of its ranges; ``compared`` seeds are compared later."""
     tries = space(task_file, grid, draws)
     tried = tried or task_file.tried(settings.device, validation=True)
-    bench = TaskBench(task_file, tried, tuple(make_arms(arms)), tries, tuple(arms), compared)
+    made = tuple(_searching(arm, task_file, tried) for arm in make_arms(arms))
+    bench = TaskBench(task_file, tried, made, tries, tuple(arms), compared)
     return Tuning(carry_out_trials(bench, settings, display, seeds=seeds))
+
+
+def _searching(arm: Arm, task_file: TaskFile, tried: TriedTask) -> Arm:
+    """Tell an arm that searches which roles the network has."""
+    if arm.search is None:
+        return arm
+    trial = tried.trial
+    layers = make_layers(named_parameters_of(trial.optimizer, trial.model), "parameter", trial.model)
+    roles = sorted(set(roles_of(layers)))
+    if len(roles) < 2:
+        raise task_file.refuse(f"has layers of one role ({roles[0]}): leave the arm {arm.name!r} out")
+    return replace(arm, search={"roles": roles})
