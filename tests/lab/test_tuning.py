@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab_helpers import do_here, runs_in_process
+from lab_helpers import do_here, runs_in_process, tiny_tuned
 from made_up import finish_plan, noise, only, outcome_of, table_plan, table_value
 
 from layerwise.lab import cli, data, report
@@ -277,21 +277,6 @@ def test_a_measure_on_validation_needs_its_images():
 NAME = "depth-without-normalisation"
 
 
-def tiny(**tuned: Any) -> TunedRecipe:
-    """Give the recipe with few, narrow and short runs: two arms, two controls."""
-    content = load(NAME).content
-    smoke = content["scales"]["smoke"]
-    constants = {**smoke["constants"], "iterations": 6, "test_every": 6, "layers_every": 6, "test_count": 100}
-    scale = {
-        **smoke,
-        "constants": constants,
-        "subjects": ["sigmoid8", "sigmoid3"],
-        "arms": ["plain", "normalised", "mean-factor:normalised", "adam"],
-        "tuned": {**smoke["tuned"], "extensions": 0, **tuned},
-    }
-    return TunedRecipe(Recipe("tiny", {**content, "scales": {"smoke": scale}}), "smoke")
-
-
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """Carry the tiny recipe out: its trials must not read the test images."""
@@ -312,7 +297,7 @@ def tuned(tmp_path_factory):
         trial._source.cache_clear()
         patch.setattr(data, "load", read)
         patch.setattr(tuned_recipe, "carry_out_tuned", then)
-        outcome = tuned_recipe.run(tiny(), Settings(out=out, jobs=1))
+        outcome = tuned_recipe.run(tiny_tuned(), Settings(out=out, jobs=1))
     trial._source.cache_clear()
     assert not outcome.failures, outcome.failures[0].details
     return outcome, seen[0]
@@ -397,13 +382,13 @@ def test_a_tuning_that_is_stopped_goes_on_and_repeats_nothing(tuned, tmp_path, m
 
     threads = torch.get_num_threads()
     monkeypatch.setattr(experiment, "_local", a_few)
-    first = tuned_recipe.run(tiny(), Settings(out=tmp_path, jobs=1))
+    first = tuned_recipe.run(tiny_tuned(), Settings(out=tmp_path, jobs=1))
     assert not first.complete
     assert first.plan.name == "tiny-smoke-tuning"
     assert 0 < len(first.results.records) < first.planned
     times = {path: path.stat().st_mtime_ns for path in Runs(tmp_path).path.glob("*/record.json")}
     left[0] = 10**6
-    whole = tuned_recipe.run(tiny(), Settings(out=tmp_path, jobs=1))
+    whole = tuned_recipe.run(tiny_tuned(), Settings(out=tmp_path, jobs=1))
     torch.set_num_threads(threads)
     assert whole.complete
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
@@ -412,11 +397,11 @@ def test_a_tuning_that_is_stopped_goes_on_and_repeats_nothing(tuned, tmp_path, m
     }
     for key, record in outcome.results.records.items():
         assert whole.results.records[key].summary["weights"] == record.summary["weights"]
-    assert tuned_recipe.counts(tiny(), Runs(tmp_path)) == (16 + len(whole.plan.runs),) * 2
+    assert tuned_recipe.counts(tiny_tuned(), Runs(tmp_path)) == (16 + len(whole.plan.runs),) * 2
 
 
 def test_a_recipe_can_draw_its_rates():
-    bench = tiny(random=5)
+    bench = tiny_tuned(random=5)
     spaces = {arm.name: bench.space("sigmoid8", arm) for arm in bench.arms_of("sigmoid8")}
     assert {len(space.settings) for space in spaces.values()} == {5}
     assert spaces["normalised"] == spaces["mean-factor:normalised"] != spaces["plain"]
@@ -429,7 +414,7 @@ def test_what_a_tuned_recipe_cannot_have_is_refused():
         TunedRecipe(read, "smoke", vary={"rate": [0.1]})
     assert TunedRecipe(read, "smoke", vary={"width": [8, 16]}).subjects
     with pytest.raises(UsageError, match=r"tuned\.grit of recipe tiny: use count, extensions, grid"):
-        tiny(grit=3)
+        tiny_tuned(grit=3)
     content = {**read.content, "constants": {**read.content["constants"]}}
     del content["constants"]["validation_count"]
     content["scales"] = {"reduced": read.content["scales"]["reduced"]}
