@@ -27,7 +27,7 @@ from layerwise.lab.experiments.tuned_recipe import TunedRecipe
 from layerwise.lab.experiments.tuning import Range, Space, Tuner, range_of, setting_words, space_of, with_ratios
 from layerwise.lab.models.perceptron import Perceptron
 from layerwise.lab.options import ranges
-from layerwise.lab.report import saved
+from layerwise.lab.report import saved, terminal
 from layerwise.lab.report.verdicts import standings
 from layerwise.lab.runs.configuration import Constants
 from layerwise.lab.runs.folder import Runs
@@ -349,7 +349,14 @@ def test_each_arm_is_compared_at_the_rate_that_was_best_on_its_subject(tuned):
 def test_the_tuning_is_on_the_page_and_in_the_terminal_and_a_report_keeps_it(tuned, capsys):
     outcome, _ = tuned
     page = report.write(outcome, "").read_text(encoding="utf-8")
-    for words in ("<h2>Tuning</h2>", "The tuning took 16 runs", "method, tuned", "not shown", "all that was tried"):
+    for words in (
+        "<h2>Tuning</h2>",
+        "The tuning took 16 runs",
+        "method, tuned",
+        "not shown",
+        "all that was tried",
+        "reached by 0 of 2",
+    ):
         assert words in page
     assert cli.main(["report", str(outcome.settings.out)]) == 0
     said = capsys.readouterr().out
@@ -360,10 +367,11 @@ def test_the_tuning_is_on_the_page_and_in_the_terminal_and_a_report_keeps_it(tun
     assert cli.main(["report", str(outcome.settings.out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert {each["word"] for each in told["standings"]} == {"not shown"}
+    assert {each["item"] for each in told["standings"]} == {"normalised"}  # Adam is another optimizer, and no rule
     assert told["tuning"]["runs"] == 16
 
 
-def test_a_tuning_that_is_stopped_goes_on_and_repeats_nothing(tuned, tmp_path, monkeypatch):
+def test_a_tuning_that_is_stopped_goes_on_and_repeats_nothing(tuned, tmp_path, monkeypatch, capsys):
     outcome, _tuner = tuned
     done: list[str] = []
     left = [5]
@@ -386,6 +394,12 @@ def test_a_tuning_that_is_stopped_goes_on_and_repeats_nothing(tuned, tmp_path, m
     assert not first.complete
     assert first.plan.name == "tiny-smoke-tuning"
     assert 0 < len(first.results.records) < first.planned
+    terminal.show(first, terminal.console())
+    said = " ".join(capsys.readouterr().out.split())
+    done_count = len(first.results.records)
+    assert f"Incomplete: {done_count} of 16 runs of the tuning are finished; the same command goes on." in said
+    assert "Report:" not in said
+    assert "%" not in said  # no table
     times = {path: path.stat().st_mtime_ns for path in Runs(tmp_path).path.glob("*/record.json")}
     left[0] = 10**6
     whole = tuned_recipe.run(tiny_tuned(), Settings(out=tmp_path, jobs=1))

@@ -54,7 +54,7 @@ def _carry_out(
     outcome = do(settings, progress.display(target, silent=asked.json or asked.quiet))
     if outcome is None:
         return 0
-    if outcome.results.records:
+    if outcome.results.records and not outcome.plan.of_trials:
         _write_report([outcome], asked, arguments)
     command = next_command(outcome) if outcome.complete else "" if outcome.alike else typed(arguments)
     if asked.json:

@@ -91,6 +91,9 @@ CONTROLS: tuple[Control, ...] = get_args(Control)
 RATES: tuple[Control, ...] = CONTROLS[:2]
 """Those that are plain training at another rate."""
 
+TRIALS = "Runs of a tuning"
+"""How the note of a plan begins whose runs only choose settings."""
+
 Role = Literal["method", "plain", "control"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -257,6 +260,11 @@ class Plan:
         object.__setattr__(self, "beside", tuple(self.beside))
         for name in self.beside:
             quantity_of(name)
+
+    @property
+    def of_trials(self) -> bool:
+        """Whether its runs only choose settings, so that nothing is concluded from them."""
+        return any(words.startswith(TRIALS) for words in self.notes)
 
     def arms_of(self, subject: str) -> list[Arm]:
         """List the arms that the subject of this name is tried with, in the plan's order."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import datasets as places
-from layerwise.lab.experiments.plan import Arm, Plan, Quantity, Subject
+from layerwise.lab.experiments.plan import TRIALS, Arm, Plan, Quantity, Subject
 from layerwise.lab.experiments.recipe import Recipe
 from layerwise.lab.experiments.runner import Display, Outcome, Settings, load_finished
 from layerwise.lab.experiments.tuning import (
@@ -98,7 +98,7 @@ class TunedRecipe:
             arms=tuple(arms),
             seeds=tuple(seeds),
             runs=self.recipe.runs(self.scale, pairs, seeds, measured="validation"),
-            notes=("Runs of a tuning: they choose rates, and nothing is concluded from them.",),
+            notes=(f"{TRIALS}: they choose rates, and nothing is concluded from them.",),
         )
 
     def comparison(self, tuner: Tuner) -> Plan:

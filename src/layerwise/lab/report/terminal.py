@@ -259,9 +259,9 @@ def show(
     """Print the outcome: numbers, verdicts, where the report is, and the next command.
 
     ``quiet`` prints the verdicts, the failures and the place of the report only; ``explain`` every number and every
-    comparison too, and how comparisons are judged.
+    comparison too, and how comparisons are judged. Of a tuning that is not finished nothing but its state is printed.
     """
-    plan, count = outcome.plan, len(outcome.results.records)
+    plan, count = outcome.plan, 0 if outcome.plan.of_trials else len(outcome.results.records)
     parts: list[RenderableType] = []
     if count:
         parts = list(_verdict(outcome, explain=explain))
@@ -301,11 +301,12 @@ def _ends(outcome: Outcome, *, quiet: bool) -> Iterator[Text]:
         rest = "the same command goes on"
         if outcome.failures and not outcome.interrupted:
             rest = "correct what failed, then start the command again"
-        elif count:
+        elif count and not outcome.plan.of_trials:
             rest = "the table is of these; the same command goes on with the rest"
         if outcome.plan.name == NAME:  # made by `layerwise report`, which trains nothing
             rest = "the table is of these; the experiment's own command goes on with the rest"
-        yield _text(f"{how}: {count} of {outcome.planned} runs are finished; {rest}.")
+        runs = "runs of the tuning" if outcome.plan.of_trials else "runs"
+        yield _text(f"{how}: {count} of {outcome.planned} {runs} are finished; {rest}.")
 
 
 def as_json(outcome: Outcome) -> str:
@@ -330,7 +331,7 @@ def as_json(outcome: Outcome) -> str:
         "table": results.table().to_dicts(),
         "verdict": [{"subject": subject, "arm": item, "comparisons": rows} for (subject, item), rows in judged.items()],
         **_tuned(results),
-        "report": str(outcome.report) if results.records else None,
+        "report": str(outcome.report) if results.records and not plan.of_trials else None,
         "runs": str(outcome.settings.out / "store"),
     }
     return json.dumps(finite(whole), indent=2, allow_nan=False)

@@ -156,7 +156,8 @@ def standings(results: Results) -> list[Standing]:
         return []
     of: dict[tuple[str, str], list[Verdict]] = {}
     for verdict in verdicts(results):
-        if not verdict.grouped and results.arms[verdict.item].kind == "method":
+        arm = results.arms.get(verdict.item)  # None of a group
+        if arm is not None and arm.kind == "method" and arm.rule is not None:
             of.setdefault((verdict.subject, verdict.item), []).append(verdict)
     return [
         Standing(subject, own[0].subject_words, item, own[0].words, standing(own))

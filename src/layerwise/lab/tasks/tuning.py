@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.methods import make_arms
-from layerwise.lab.experiments.plan import Arm, Plan, Subject
+from layerwise.lab.experiments.plan import TRIALS, Arm, Plan, Subject
 from layerwise.lab.experiments.runner import Display, Outcome, Settings
 from layerwise.lab.experiments.tuning import SEEDS, Grid, Setting, Space, Tuner, space_of, with_ratios
 from layerwise.lab.experiments.tuning import tune as carry_out_trials
@@ -50,7 +50,7 @@ class TaskBench:
             subjects=list({at.name: at for _, at, _ in pairs}.values()),
             arms=arms,
             seeds=seeds,
-            notes=("Runs of a tuning: they choose values, and nothing is concluded from them.",),
+            notes=(f"{TRIALS}: they choose values, and nothing is concluded from them.",),
             pairs=[(at, arm) for _, at, arm in pairs],
         )
 
