@@ -371,6 +371,21 @@ def test_the_tuning_is_on_the_page_and_in_the_terminal_and_a_report_keeps_it(tun
     assert told["tuning"]["runs"] == 16
 
 
+def test_a_plan_with_a_choice_that_was_not_tried_is_damaged(tuned):
+    outcome, _ = tuned
+    content = json.loads(saved.as_json(outcome.plan))
+    assert saved.plan_of(content).tuning == outcome.plan.tuning
+    content["tuning"]["arms"][0]["chosen"] = {"rate": 123.0}
+    with pytest.raises(ValueError, match="has chosen a setting that it did not try"):
+        saved.plan_of(content)
+
+
+def test_torchrun_is_refused_for_a_tuned_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["run", NAME, "--scale", "smoke", "--out", str(tmp_path)]) == 2
+    assert "is tuned, and torchrun cannot share its trials: leave torchrun out" in capsys.readouterr().err
+
+
 def test_a_tuning_that_is_stopped_goes_on_and_repeats_nothing(tuned, tmp_path, monkeypatch, capsys):
     outcome, _tuner = tuned
     done: list[str] = []

@@ -103,6 +103,8 @@ def tuning_of(content: Mapping[str, Any] | None) -> Tuning | None:
         )
         for row in content["arms"]
     )
+    if not all(any(trial.setting == one.chosen for trial in one.trials) for one in arms):
+        raise ValueError("an arm of the plan has chosen a setting that it did not try")
     return Tuning(**{**content, "seeds": tuple(content["seeds"]), "arms": arms})
 
 
