@@ -56,7 +56,8 @@ def estimate(
             words = f"{subject.words}: {run.arm.words}"
             rows.append({"subject": subject.name, "words": words, "runs": counts[run.arm.name], **found})
     hours = sum(row["runs"] * row["hours_a_run"] for row in rows) / jobs
-    return {"device": settings.device, "jobs": jobs, "subjects": rows, "hours": hours}
+    about = {"device": settings.device, "jobs": jobs, "tuned": bench is not None}
+    return {**about, "subjects": rows, "hours": hours}
 
 
 def _measured(runs: Sequence[PlannedRun], settings: Settings, loaders: int) -> list[dict[str, Any]]:
@@ -137,4 +138,6 @@ def words(found: dict[str, Any]) -> str:
     runs = sum(row["runs"] for row in found["subjects"])
     whole = f"{runs} runs: {found['hours']:.2g} hours on {found['device']}, {found['jobs']} side by side"
     how = f"Measured: {STEPS} updates and {STEPS} batches of a test, one at a time."
+    if found["tuned"]:
+        how += " Trials are counted, but not those beyond the edges of grids, nor runs of methods at their controls' rates."
     return "\n".join([*table, "", f"{whole}, if they do not slow one another.", how])
