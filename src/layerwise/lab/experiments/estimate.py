@@ -139,5 +139,7 @@ def words(found: dict[str, Any]) -> str:
     whole = f"{runs} runs: {found['hours']:.2g} hours on {found['device']}, {found['jobs']} side by side"
     how = f"Measured: {STEPS} updates and {STEPS} batches of a test, one at a time."
     if found["tuned"]:
-        how += " Trials are counted, but not those beyond the edges of grids, nor runs of methods at their controls' rates."
+        how += (
+            " Trials are counted, but not those beyond the edges of grids, nor methods at the rates of their controls."
+        )
     return "\n".join([*table, "", f"{whole}, if they do not slow one another.", how])
