@@ -90,7 +90,7 @@ def test_whole_numbers_of_a_range_are_rounded_and_stand_once():
         ({"lr": "0:1:5"}, None, ["0 < LOW < HIGH"]),
         ({"lr": "0.1:1:1"}, None, ["COUNT from 2 to 1000"]),
         ({"lr": "0.1:1"}, None, ["has no number of values", "write lr=0.1:1:9, or add random:N"]),
-        ({"lr": "0.1:1:9"}, 5, ["has one: write lr=0.1:1, of which values are drawn"]),
+        ({"lr": "0.1:1:9"}, 5, ["tune lr=0.1:1:9 has a number of values: write lr=0.1:1, of which values are drawn"]),
         ({"lr": "0.1:1"}, 0, ["tune random:0: must be from 1 to 1000 draws"]),
     ],
 )
@@ -235,7 +235,7 @@ def test_arms_with_other_numbers_of_settings_are_refused():
 
 
 class Closed:
-    """Test images and labels that nobody may look at."""
+    """Test images and labels that must not be read."""
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"the test images were read: {name}")
@@ -619,7 +619,7 @@ def test_unknown_perceptrons_are_refused(name):
 
 
 @pytest.mark.parametrize("flush", [True, False])
-def test_numbers_below_the_normal_ones_are_zero_while_a_run_asks_for_it(one_thread, flush):
+def test_tiny_numbers_are_zero_only_while_a_run_flushes_them(one_thread, flush):
     small, read = torch.tensor(1e-30), load(NAME)
     constants = {"data": "digits5k", "validation_count": 500, "flush_denormal": flush, "iterations": 1, "test_every": 1}
     scale = {**read.content["scales"]["smoke"], "constants": constants}

@@ -46,6 +46,7 @@ class Range:
     low: float
     high: float
     count: int | None = None
+    whole: bool = False  # whether the values are whole numbers
 
     @property
     def ratio(self) -> float:
@@ -53,12 +54,15 @@ class Range:
         return (self.high / self.low) ** (1.0 / ((self.count or 2) - 1))
 
     def values(self) -> tuple[float, ...]:
-        """Give the values: low · ratio^k."""
-        return tuple(rounded(self.low * self.ratio**place) for place in range(self.count or 0))
+        """Give the values: low · ratio^k; whole numbers once each."""
+        return tuple(dict.fromkeys(self._fit(self.low * self.ratio**place) for place in range(self.count or 0)))
 
     def draw(self, source: random.Random) -> float:
         """Draw one, its logarithm uniform."""
-        return rounded(math.exp(source.uniform(math.log(self.low), math.log(self.high))))
+        return self._fit(math.exp(source.uniform(math.log(self.low), math.log(self.high))))
+
+    def _fit(self, value: float) -> float:
+        return round(value) if self.whole else rounded(value)
 
 
 def rounded(value: float) -> float:
@@ -101,57 +105,61 @@ def space_of(
     ``check`` refuses a value of a parameter; those named in ``whole`` are whole numbers. The draws depend on nothing
     but the names and their number, so that every arm has the same.
     """
-    values: dict[str, Range | tuple[Value, ...]] = {}
-    for name, given in grid.items():
-        listed = [given] if isinstance(given, str) else list(given)
-        found = range_of(name, listed[0]) if len(listed) == 1 else None
-        if found is None and (isinstance(given, str) or not listed):
-            raise UsageError(
-                f"tune {name}={given!r}: give a list of values, as {name}=0.01,0.03,0.1 or {name}=1e-3:1:7"
-            )
-        for value in listed if found is None else []:
-            check({name: value})
-        for end in [] if found is None else [found.low, found.high]:
-            check({name: round(end) if name in whole else end})
-        values[name] = tuple(dict.fromkeys(listed)) if found is None else found
-    if draws is not None and not 1 <= draws <= LARGEST_GRID:
-        raise UsageError(f"tune random:{draws}: must be from 1 to {LARGEST_GRID} draws")
+    values = {name: _values_of(name, given, check, name in whole) for name, given in grid.items()}
     for name, each in values.items():
-        if isinstance(each, Range) and (each.count is None) != (draws is not None):
-            other = f"{name}={each.low:g}:{each.high:g}"
-            remedy = (
-                f"write {other}:9, or add random:N" if draws is None else f"write {other}, of which values are drawn"
-            )
-            raise UsageError(
-                f"tune {name}={grid[name]!r} {'has no number of values' if draws is None else 'has one'}: {remedy}"
-            )
-    fit = lambda name, value: round(value) if name in whole else value  # noqa: E731
+        if isinstance(each, Range):
+            _check_count(name, each, draws)
     if draws is not None:
-        settings = tuple(dict(_drawn(values, number, fit)) for number in range(draws))
-        words = f"{draws} draws of {'; '.join(_words(name, each) for name, each in values.items())}"
-        return Space(settings=settings, words=words)
-    rows = {
-        name: list(dict.fromkeys(fit(name, one) for one in each.values())) if isinstance(each, Range) else list(each)
-        for name, each in values.items()
-    }
+        if not 1 <= draws <= LARGEST_GRID:
+            raise UsageError(f"tune random:{draws}: must be from 1 to {LARGEST_GRID} draws")
+        settings = tuple({name: _drawn(name, each, n) for name, each in values.items()} for n in range(draws))
+        words = "; ".join(_words(name, each) for name, each in values.items())
+        return Space(settings=settings, words=f"{draws} draws of {words}")
+    rows = {name: each.values() if isinstance(each, Range) else each for name, each in values.items()}
     count = math.prod(map(len, rows.values()))
     if count > LARGEST_GRID:
         raise UsageError(f"tune has {count} settings: must be at most {LARGEST_GRID}; give fewer values")
-    ratios = {name: each.ratio for name, each in values.items() if isinstance(each, Range) and name not in whole}
-    words = "; ".join(f"{name} of {', '.join(map(value_words, row))}" for name, row in rows.items())
-    settings = tuple(dict(zip(rows, row, strict=True)) for row in product(*rows.values()))
-    return Space(settings=settings, words=words, ratios=ratios)
+    return Space(
+        settings=tuple(dict(zip(rows, row, strict=True)) for row in product(*rows.values())),
+        words="; ".join(_words(name, row) for name, row in rows.items()),
+        ratios={name: each.ratio for name, each in values.items() if isinstance(each, Range) and not each.whole},
+    )
 
 
-def _drawn(
-    values: Mapping[str, Range | tuple[Value, ...]], number: int, fit: Callable[[str, Any], Any]
-) -> Iterator[tuple[str, Value]]:
-    for name, each in values.items():
-        source = random.Random(f"setting {number} {name}")
-        yield name, fit(name, each.draw(source)) if isinstance(each, Range) else source.choice(each)
+def _values_of(
+    name: str, given: Sequence[Value] | str, check: Callable[[Setting], object], whole: bool
+) -> Range | tuple[Value, ...]:
+    """Read what a parameter is to be, and refuse what it cannot be."""
+    listed = [given] if isinstance(given, str) else list(given)
+    found = range_of(name, listed[0]) if len(listed) == 1 else None
+    if found is None:
+        if isinstance(given, str) or not listed:
+            example = f"{name}=0.01,0.03,0.1 or {name}=1e-3:1:7"
+            raise UsageError(f"tune {name}={given!r}: give a list of values, as {example}")
+        for value in listed:
+            check({name: value})
+        return tuple(dict.fromkeys(listed))
+    for end in (found.low, found.high):
+        check({name: round(end) if whole else end})
+    return replace(found, whole=whole)
 
 
-def _words(name: str, each: Range | tuple[Value, ...]) -> str:
+def _check_count(name: str, each: Range, draws: int | None) -> None:
+    """Refuse a range without a number of values, or with one where values are drawn."""
+    ends = f"{name}={each.low:g}:{each.high:g}"
+    if draws is None and each.count is None:
+        raise UsageError(f"tune {ends} has no number of values: write {ends}:9, or add random:N")
+    if draws is not None and each.count is not None:
+        raise UsageError(f"tune {ends}:{each.count} has a number of values: write {ends}, of which values are drawn")
+
+
+def _drawn(name: str, each: Range | tuple[Value, ...], number: int) -> Value:
+    """Draw the value of a setting, from 0."""
+    source = random.Random(f"setting {number} {name}")
+    return each.draw(source) if isinstance(each, Range) else source.choice(each)
+
+
+def _words(name: str, each: Range | Sequence[Value]) -> str:
     if isinstance(each, Range):
         return f"{name} from {each.low:g} to {each.high:g}"
     return f"{name} of {', '.join(map(value_words, each))}"
