@@ -124,9 +124,8 @@ class Sweep(OfRecipe):
             "factor=1.5,2 or kinds=conv,conv+fc or ratio=0.1,0.16, and so is a constant. Constants: rate, momentum, "
             "weight_decay, delta, batch_size, test_batch_size, model, width, solver, policy, policy_unit, gamma, "
             "power, stepsize, steps, iterations, epochs, data, data_digest, train_count, test_count, "
-            "validation_count, pretrain_count, pretrain_iterations, shift, drawn_count, measured, inputs, order, "
-            "test_every, layers_every, factors_every, training_accuracy, precision, memory_format, flush_denormal, "
-            "compile, timed."
+            "validation_count, measured, inputs, order, test_every, layers_every, factors_every, training_accuracy, "
+            "precision, memory_format, flush_denormal, compile, timed."
         ),
     ] = ()
 

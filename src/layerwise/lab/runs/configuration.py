@@ -42,10 +42,6 @@ class Constants:
     train_count: int | None = None  # images, the first of the file; None for all
     test_count: int | None = None
     validation_count: int | None = None  # training images, the last of the file, that no run trains on; None for none
-    pretrain_count: int | None = None  # first images of the file, on which the network is trained before the run
-    pretrain_iterations: int = 0  # updates of this, by Adam, the same for all seeds; 0 for none
-    shift: str | None = None  # of all other images or of their classes, a key of ``shifts.SHIFTS``
-    drawn_count: int | None = None  # training images that the seed draws from those that are left; None for all
     measured: str = "test"  # what runs are measured on; a run measured on "validation" never reads the test images
     inputs: str  # a key of ``inputs.INPUTS``
     order: str  # in file order without end, or shuffled anew in every epoch
@@ -81,8 +77,7 @@ class Constants:
             raise UsageError(
                 f"iterations={self.iterations!r}, epochs={self.epochs!r}: give exactly one of them, the length of a run"
             )
-        data = ("train_count", "test_count", "validation_count", "pretrain_count", "drawn_count")
-        optional = (*data, "iterations", "epochs", "test_every")
+        optional = ("train_count", "test_count", "validation_count", "iterations", "epochs", "test_every")
         for name in (*optional, "batch_size", "test_batch_size", "layers_every", "factors_every"):
             value = getattr(self, name)
             if value is None and name in optional:
@@ -108,11 +103,6 @@ class Constants:
             raise UsageError("training_accuracy=True with order='sequential', which has no epochs: use 'shuffled'")
         if self.order == "sequential" and self.policy_unit == "epoch":
             raise UsageError("policy_unit='epoch' with order='sequential', which has no epochs: use 'iteration'")
-        if (self.pretrain_count is None) != (self.pretrain_iterations == 0):
-            raise UsageError(
-                f"pretrain_count={self.pretrain_count!r}, pretrain_iterations={self.pretrain_iterations!r}: give both "
-                "or none of them"
-            )
         if self.measured == "validation" and self.validation_count is None:
             raise UsageError("measured='validation' without validation images: give validation_count, their number")
         if self.policy in TO_THE_END and (self.policy_unit == "epoch") != (self.epochs is not None):

@@ -57,13 +57,6 @@ def _augmented(dataset: Dataset) -> Inputs:
     )
 
 
-def _normalised(dataset: Dataset) -> Inputs:
-    if dataset.name not in STATISTICS:
-        raise UsageError(f"inputs='normalised' with data={dataset.name!r}: use one of {', '.join(STATISTICS)}")
-    mean, std = STATISTICS[dataset.name]
-    return Inputs(lambda images: augmentation.normalised(images, mean, std), dataset.train_images.shape[1])
-
-
 def _in_frame(images: Tensor) -> Tensor:
     return functional.pad(images, (2, 2, 2, 2))
 
@@ -84,8 +77,6 @@ INPUTS: dict[str, Callable[[Dataset], Inputs]] = {
     "mean-image": _mean_image,
     # Random crops, mirrored at random and normalised; see data/augmentation.py.
     "augmented": _augmented,
-    # Normalised alike, neither cropped nor mirrored.
-    "normalised": _normalised,
     # Digits in frames of 32 x 32 pixels, normalised, in the place of small photographs.
     "framed": lambda dataset: Inputs(
         lambda images: augmentation.normalised(_in_frame(images), DIGITS_MEAN, DIGITS_STD), 1

@@ -220,26 +220,6 @@ def with_validation(dataset: Dataset, count: int | None, train_count: int | None
     return replace(kept, test_images=images[left:], test_labels=labels[left:]) if measure else kept
 
 
-def without_first(dataset: Dataset, count: int | None) -> Dataset:
-    """Leave the first training images out, which the network was trained on before."""
-    if count is None:
-        return dataset
-    if count >= len(dataset.train_labels):
-        raise UsageError(f"pretrain_count={count!r} leaves none of {len(dataset.train_labels):,} images: give fewer")
-    return replace(dataset, train_images=dataset.train_images[count:], train_labels=dataset.train_labels[count:])
-
-
-def drawn(dataset: Dataset, count: int | None, seed: int) -> Dataset:
-    """Keep so many training images, drawn by the seed; None keeps all."""
-    if count is None:
-        return dataset
-    have = len(dataset.train_labels)
-    if count > have:
-        raise UsageError(f"drawn_count={count!r} of {have:,} training images that are left: give at most {have}")
-    index = torch.randperm(have, generator=epoch_generator(seed, 0))[:count]  # epochs begin at 1
-    return replace(dataset, train_images=dataset.train_images[index], train_labels=dataset.train_labels[index])
-
-
 def shortened(dataset: Dataset, train_count: int | None, test_count: int | None) -> Dataset:
     """Keep the first images of a data set only; None keeps all."""
     return replace(

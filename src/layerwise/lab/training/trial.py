@@ -13,19 +13,10 @@ from torch import nn
 from torch.nn import functional
 
 from layerwise.lab import data
-from layerwise.lab.data import shifts
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.training import inputs, networks, solvers
-from layerwise.lab.training.pretraining import pretrained
-from layerwise.lab.training.streams import (
-    FolderStream,
-    MemoryStream,
-    drawn,
-    shortened,
-    with_validation,
-    without_first,
-)
+from layerwise.lab.training.streams import FolderStream, MemoryStream, shortened, with_validation
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 """Layouts of the convolutions. On one thread an iteration of LeNet takes 11 ms in the first, 20 ms in the second."""
@@ -121,16 +112,14 @@ def check(constants: Constants) -> None:
     data.known(constants.data)
     networks.check(constants.model, constants.width)
     solvers.check(constants)
-    shifts.check(constants.shift)
     if constants.data != data.FOLDER:
         inputs.check(constants.inputs)
         return
-    counts: tuple[Any, ...] = constants.train_count, constants.test_count, constants.validation_count
-    counts += constants.pretrain_count, constants.drawn_count, constants.shift
-    if any(each is not None for each in counts) or (constants.inputs, constants.order) != ("crops", "shuffled"):
+    counts = constants.train_count, constants.test_count, constants.validation_count
+    if (*counts, constants.inputs, constants.order) != (None, None, None, "crops", "shuffled"):
         raise UsageError(
             "an image folder is read whole, shuffled, in crops: use inputs='crops' and order='shuffled', and leave "
-            "train_count, test_count, validation_count, pretrain_count, drawn_count and shift out"
+            "train_count, test_count and validation_count out"
         )
 
 
@@ -142,8 +131,6 @@ def _source(
     test: int | None,
     validation: int | None,
     measured: str,
-    pretrain: int | None,
-    shift: str | None,
     data_dir: Path | None,
 ) -> Any:
     """Read a data set once a process, shortened; open the image folder that the run was planned for, and no other."""
@@ -151,9 +138,7 @@ def _source(
         whole = data.load(name, data_dir)
         classes = int(whole.train_labels.max()) + 1
         whole = with_validation(whole, validation, train, measure=measured == "validation")
-        whole = without_first(whole, pretrain)
-        whole = shortened(whole, train, test if measured == "test" else None)
-        return shifts.shifted(whole, shift, classes), classes
+        return shortened(whole, train, test if measured == "test" else None), classes
     folder = data.open_folder(data_dir)
     if folder.digest != digest:
         raise UsageError(
@@ -176,8 +161,7 @@ def build(
     constants = configuration.constants
     cuda, memory_format = device.startswith("cuda"), MEMORY_FORMATS[constants.memory_format]
     wanted = constants.data, constants.data_digest, constants.train_count, constants.test_count
-    wanted += constants.validation_count, constants.measured, constants.pretrain_count, constants.shift
-    source = _source(*wanted, data_dir)
+    source = _source(*wanted, constants.validation_count, constants.measured, data_dir)
     sizes = {"batch_size": constants.batch_size, "test_batch_size": constants.test_batch_size}
     how: Any = {**sizes, "seed": configuration.seed}
     stream: MemoryStream | FolderStream
@@ -185,14 +169,10 @@ def build(
         stream = FolderStream(folder=source, loaders=loaders, pin=cuda, share=share, **how)
     else:
         dataset, classes = source
-        dataset = drawn(dataset, constants.drawn_count, configuration.seed)
         form = {"form": constants.inputs, "order": constants.order}
         stream = MemoryStream(dataset=dataset, classes=classes, **form, **how)
     shape = {"classes": stream.classes, "channels": stream.channels, "width": constants.width}
     model = networks.build(constants.model, configuration.seed, **shape)
-    if constants.pretrain_count is not None:
-        how = constants.inputs, constants.model, constants.width, constants.pretrain_iterations
-        model.load_state_dict(pretrained(constants.data, data_dir, constants.pretrain_count, *how))
     model = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     if constants.compile:
         # A graph for each shape: one for all shapes would be compiled at another moment in a run that goes on.
