@@ -32,6 +32,21 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 TO_THE_END = ("poly", "cosine")
 """Rate policies that end with the run."""
 
+SHARED_WITH_PRETRAINING = (
+    "data",
+    "data_digest",
+    "validation_count",
+    "inputs",
+    "order",
+    "test_batch_size",
+    "model",
+    "width",
+    "precision",
+    "memory_format",
+    "compile",
+)
+"""Constants that a run has in common with the one whose weights it begins from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
@@ -43,6 +58,9 @@ class Constants:
     test_count: int | None = None
     validation_count: int | None = None  # training images, the last of the file, that no run trains on; None for none
     measured: str = "test"  # what runs are measured on; a run measured on "validation" never reads the test images
+    drawn_count: int | None = None  # training images that each seed draws of those; None for all
+    shift: str | None = None  # of images or labels, a key of ``shifts.SHIFTS``
+    pretrained: Mapping[str, Any] | None = None  # constants of the run whose weights this one begins from
     inputs: str  # a key of ``inputs.INPUTS``
     order: str  # in file order without end, or shuffled anew in every epoch
     batch_size: int
@@ -77,7 +95,7 @@ class Constants:
             raise UsageError(
                 f"iterations={self.iterations!r}, epochs={self.epochs!r}: give exactly one of them, the length of a run"
             )
-        optional = ("train_count", "test_count", "validation_count", "iterations", "epochs", "test_every")
+        optional = ("train_count", "test_count", "validation_count", "drawn_count", "iterations", "epochs", "test_every")
         for name in (*optional, "batch_size", "test_batch_size", "layers_every", "factors_every"):
             value = getattr(self, name)
             if value is None and name in optional:
@@ -116,6 +134,22 @@ class Constants:
                 continue
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0.0):
                 raise UsageError(f"{name}={value!r}: must be a finite number of at least 0")
+        if self.pretrained is not None:
+            self._check_pretrained(self.pretrained)
+
+    def _check_pretrained(self, given: object) -> None:
+        if not isinstance(given, Mapping) or given.get("train_count") is None:
+            raise UsageError(
+                f"pretrained={given!r}: give the constants of a run, train_count among them: these images of the file "
+                "are left out of the run that begins from its weights"
+            )
+        refused = [name for name in given if name in (*SHARED_WITH_PRETRAINING, "measured", "pretrained")]
+        if refused:
+            raise UsageError(
+                f"pretrained has {refused[0]}={given[refused[0]]!r}: leave it out, it follows from the run that begins "
+                "from these weights"
+            )
+        _ = self.pretraining  # checks the others
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Constants:
@@ -132,6 +166,15 @@ class Constants:
             return cls(**given)
         except TypeError as error:
             raise UsageError(f"a constant is missing: {error}") from error
+
+    @property
+    def pretraining(self) -> Constants | None:
+        """The constants of the run whose weights this one begins from; it never sees the test images if it need not."""
+        if self.pretrained is None:
+            return None
+        shared = {name: getattr(self, name) for name in SHARED_WITH_PRETRAINING}
+        measured = "test" if self.validation_count is None else "validation"
+        return Constants.of({**shared, "measured": measured, **self.pretrained})
 
     @property
     def policy_arguments(self) -> dict[str, Any]:
@@ -177,6 +220,12 @@ class Configuration:
     def constants(self) -> Constants:
         """The constants of a recipe's run."""
         return Constants.of(self.trial)
+
+    @property
+    def pretraining(self) -> Configuration | None:
+        """The run whose weights this one begins from: the same for all arms and seeds."""
+        before = self.constants.pretraining
+        return None if before is None else Configuration.make(before, threads=self.threads, device=self.device)
 
     def as_json(self) -> dict[str, Any]:
         """Give it as JSON holds it."""

@@ -18,12 +18,13 @@ NETWORKS = {
     "cifar10-quick": "cifar10_quick",
     "alexnet": "AlexNet",
     "vgg19": "VGG-19",
+    "small-cnn": "CNN of three blocks",
     **{f"resnet{depth}": f"ResNet-{depth}" for depth in (10, 18, 34, 50, 101)},
     **{f"{kind}-mlp{depth}": f"{kind} MLP of {depth} hidden layers" for kind in ACTIVATIONS for depth in range(1, 33)},
 }
 """Name -> the name in tables."""
 
-WITH_WIDTH = ("alexnet", "vgg", "resnet", *(f"{kind}-mlp" for kind in ACTIVATIONS))
+WITH_WIDTH = ("alexnet", "vgg", "resnet", "small-cnn", *(f"{kind}-mlp" for kind in ACTIVATIONS))
 """How the names of networks begin that come in several widths."""
 
 WITH_BATCH_NORMALISATION = ("vgg", "resnet")
@@ -37,6 +38,7 @@ def build(name: str, seed: int, *, classes: int, channels: int, width: float | N
     from layerwise.lab.models.lenet import LeNet
     from layerwise.lab.models.perceptron import Perceptron
     from layerwise.lab.models.resnet import ResNet
+    from layerwise.lab.models.small_cnn import SmallCNN
     from layerwise.lab.models.vgg import VGG19
 
     check(name, width)
@@ -52,6 +54,8 @@ def build(name: str, seed: int, *, classes: int, channels: int, width: float | N
             return AlexNet(seed, classes=classes, **options)
         case "vgg19":
             return VGG19(seed, classes, channels=channels, **options)
+        case "small-cnn":
+            return SmallCNN(seed, classes, channels=channels, **options)
         case _ if name.startswith(ACTIVATIONS):
             activation, _, depth = name.partition("-mlp")
             return Perceptron(seed, classes, depth=int(depth), activation=activation, **options)

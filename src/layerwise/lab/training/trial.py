@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn import functional
 
 from layerwise.lab import data
+from layerwise.lab.data import shifts
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.training import inputs, networks, solvers
-from layerwise.lab.training.streams import FolderStream, MemoryStream, shortened, with_validation
+from layerwise.lab.training.streams import FolderStream, MemoryStream, drawn, shortened, with_validation, without_first
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 """Layouts of the convolutions. On one thread an iteration of LeNet takes 11 ms in the first, 20 ms in the second."""
@@ -112,14 +113,18 @@ def check(constants: Constants) -> None:
     data.known(constants.data)
     networks.check(constants.model, constants.width)
     solvers.check(constants)
+    shifts.check(constants.shift)
+    if constants.pretraining is not None:
+        check(constants.pretraining)
     if constants.data != data.FOLDER:
         inputs.check(constants.inputs)
         return
-    counts = constants.train_count, constants.test_count, constants.validation_count
-    if (*counts, constants.inputs, constants.order) != (None, None, None, "crops", "shuffled"):
+    counts = constants.train_count, constants.test_count, constants.validation_count, constants.drawn_count
+    others = constants.shift, constants.pretrained
+    if (*counts, *others, constants.inputs, constants.order) != (*[None] * 6, "crops", "shuffled"):
         raise UsageError(
             "an image folder is read whole, shuffled, in crops: use inputs='crops' and order='shuffled', and leave "
-            "train_count, test_count and validation_count out"
+            "train_count, test_count, validation_count, drawn_count, shift and pretrained out"
         )
 
 
@@ -131,6 +136,8 @@ def _source(
     test: int | None,
     validation: int | None,
     measured: str,
+    before: int,
+    shift: str | None,
     data_dir: Path | None,
 ) -> Any:
     """Read a data set once a process, shortened; open the image folder that the run was planned for, and no other."""
@@ -138,7 +145,9 @@ def _source(
         whole = data.load(name, data_dir)
         classes = int(whole.train_labels.max()) + 1
         whole = with_validation(whole, validation, train, measure=measured == "validation")
-        return shortened(whole, train, test if measured == "test" else None), classes
+        whole = without_first(whole, before, train or 0) if before else whole
+        whole = shortened(whole, train, test if measured == "test" else None)
+        return shifts.shifted(whole, shift, classes), classes
     folder = data.open_folder(data_dir)
     if folder.digest != digest:
         raise UsageError(
@@ -161,7 +170,9 @@ def build(
     constants = configuration.constants
     cuda, memory_format = device.startswith("cuda"), MEMORY_FORMATS[constants.memory_format]
     wanted = constants.data, constants.data_digest, constants.train_count, constants.test_count
-    source = _source(*wanted, constants.validation_count, constants.measured, data_dir)
+    before = 0 if constants.pretraining is None else constants.pretraining.train_count or 0
+    kept = constants.validation_count, constants.measured, before, constants.shift
+    source = _source(*wanted, *kept, data_dir)
     sizes = {"batch_size": constants.batch_size, "test_batch_size": constants.test_batch_size}
     how: Any = {**sizes, "seed": configuration.seed}
     stream: MemoryStream | FolderStream
@@ -169,6 +180,7 @@ def build(
         stream = FolderStream(folder=source, loaders=loaders, pin=cuda, share=share, **how)
     else:
         dataset, classes = source
+        dataset = drawn(dataset, constants.drawn_count, configuration.seed)
         form = {"form": constants.inputs, "order": constants.order}
         stream = MemoryStream(dataset=dataset, classes=classes, **form, **how)
     shape = {"classes": stream.classes, "channels": stream.channels, "width": constants.width}
