@@ -83,7 +83,7 @@ def test_there_is_a_recipe_for_every_table_and_figure_of_the_papers():
     expected = {f"singh2015-{part}" for part in ("table1", "table2", "table3", "figure1", "figure2", "best")}
     expected |= {f"basodi2023-figure{number}" for number in range(2, 12)}
     expected |= {f"basodi2023-table{number}" for number in range(1, 5)}
-    own = {"demo-lenet", "demo-amplification", "depth-without-normalisation"}
+    own = {"demo-lenet", "demo-amplification", "depth-without-normalisation", "surgical-shift"}
     assert set(recipe.names()) == expected | own | {PICTURE}
 
 
@@ -216,7 +216,7 @@ def test_the_networks_of_the_small_scales_are_built_and_read_their_inputs(one_th
             side = {"lenet": 28, "alexnet": 227}.get(constants.model, 28 if "mlp" in constants.model else 32)
             assert model(torch.zeros(2, channels, side, side)).shape == (2, 10)
     papers = {"lenet", "cifar10-full", "alexnet", "vgg19", "resnet10", "resnet50"}
-    assert {model for model, _, _ in seen} == papers | {f"sigmoid-mlp{depth}" for depth in (3, 4, 8)}
+    assert {model for model, _, _ in seen} == papers | {f"sigmoid-mlp{depth}" for depth in (3, 4, 8)} | {"small-cnn"}
 
 
 @pytest.mark.parametrize(("name", "scale"), [entry for entry in EVERY if entry[1] == "smoke"])

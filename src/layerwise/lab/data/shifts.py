@@ -26,7 +26,8 @@ def _mixed(images: Tensor) -> Tensor:
             "'permuted-labels'"
         )
     mixing = torch.tensor(MIXING)
-    return torch.cat([torch.einsum("ij,njhw->nihw", mixing, part.float()).round_().byte() for part in images.split(CHUNK)])
+    chunks = (torch.einsum("ij,njhw->nihw", mixing, part.float()) for part in images.split(CHUNK))
+    return torch.cat([chunk.round_().byte() for chunk in chunks])
 
 
 SHIFTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int], Tensor]]] = {

@@ -95,7 +95,8 @@ class Constants:
             raise UsageError(
                 f"iterations={self.iterations!r}, epochs={self.epochs!r}: give exactly one of them, the length of a run"
             )
-        optional = ("train_count", "test_count", "validation_count", "drawn_count", "iterations", "epochs", "test_every")
+        counts = ("train_count", "test_count", "validation_count", "drawn_count")
+        optional = (*counts, "iterations", "epochs", "test_every")
         for name in (*optional, "batch_size", "test_batch_size", "layers_every", "factors_every"):
             value = getattr(self, name)
             if value is None and name in optional:
