@@ -197,6 +197,8 @@ def _got(name: str, target: Path, progress: Callable[[str, int, int], None]) -> 
 
     if name == "digits5k":
         return 0, "digits5k comes with layerwise: nothing to fetch"
+    if name == data.LIBRARY:
+        return 0, f"{name} comes with Python: nothing to fetch"
     if name == data.FOLDER:
         if data.present(name, target):
             return 0, f"{name}: it is in {target}"

@@ -18,6 +18,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from layerwise.lab import data
+from layerwise.lab.data import library
 from layerwise.lab.errors import UsageError, nearest
 from layerwise.lab.experiments.plan import (
     LAYOUTS,
@@ -146,8 +148,14 @@ class Recipe:
             constants=sourced(content, chosen, subjects, arms),
             notes=tuple(notes),
             scale=scale,
-            data_title=chosen["needs"]["data"],
+            data_title=_data_title(chosen["needs"]["data"], runs),
         )
+
+
+def _data_title(words: str, runs: Sequence[PlannedRun]) -> str:
+    """Say what the runs read; of a text its checksums too."""
+    read = any(run.configuration.trial["data"] == data.LIBRARY for run in runs)
+    return f"{words}. {library.load().title}" if read else words
 
 
 def _suffix(vary: Mapping[str, Sequence[Any]]) -> str:
@@ -191,7 +199,10 @@ def _stand_ins(content: Table, subjects: Sequence[Subject], paper: Sequence[Pape
 def _configuration(base: Table, subject: Subject, arm: Arm) -> Configuration:
     """Put together what the runs of an arm are, but for their seeds."""
     varied = {name: value for name, value in subject.varied.items() if name in CONSTANTS}
-    constants = Constants.of({**base, **subject.constants, **arm.constants, **varied})
+    given = {**base, **subject.constants, **arm.constants, **varied}
+    if given.get("data") == data.LIBRARY:  # another version of Python has another text, whose runs are other runs
+        given["data_digest"] = library.load().digest
+    constants = Constants.of(given)
     check(constants)
     rule = arm.rule
     if rule is not None and "phases" in rule:

@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 """Constant -> the values that it may have."""
 
-TO_THE_END = ("poly", "cosine")
+TO_THE_END = ("poly", "cosine", "warmup-cosine")
 """Rate policies that end with the run."""
 
 SHARED_WITH_PRETRAINING = (
@@ -62,6 +62,7 @@ class Constants:
     shift: str | None = None  # of images or labels, a key of ``shifts.SHIFTS``
     pretrained: Mapping[str, Any] | None = None  # constants of the run whose weights this one begins from
     inputs: str  # a key of ``inputs.INPUTS``
+    context: int | None = None  # symbols that a network of text reads at once
     order: str  # in file order without end, or shuffled anew in every epoch
     batch_size: int
     test_batch_size: int = 100  # changes no result but for rounding
@@ -72,12 +73,15 @@ class Constants:
     momentum: float = 0.0  # of the solvers that have one; decay rate rho of AdaDelta
     weight_decay: float = 0.0  # L2
     delta: float | None = None  # of AdaGrad and AdaDelta; None for the solver's own
+    beta2: float | None = None  # of AdamW's mean of squares; None for PyTorch's 0.999
     policy: str = "fixed"  # of the rate, a key of ``solvers.POLICIES``; its arguments are the next ones
     policy_unit: str = "iteration"  # or "epoch"
     gamma: float | None = None
     power: float | None = None
     stepsize: int | None = None
     steps: tuple[int, ...] = ()
+    warmup: int | None = None
+    floor: float | None = None
     iterations: int | None = None  # updates of a run, or
     epochs: int | None = None  # its passes over the training images
     test_every: int | None = None  # iterations between two tests, from 0 on; None for each epoch's end
@@ -96,7 +100,7 @@ class Constants:
                 f"iterations={self.iterations!r}, epochs={self.epochs!r}: give exactly one of them, the length of a run"
             )
         counts = ("train_count", "test_count", "validation_count", "drawn_count")
-        optional = (*counts, "iterations", "epochs", "test_every")
+        optional = (*counts, "context", "warmup", "iterations", "epochs", "test_every")
         for name in (*optional, "batch_size", "test_batch_size", "layers_every", "factors_every"):
             value = getattr(self, name)
             if value is None and name in optional:
@@ -129,7 +133,7 @@ class Constants:
                 f"policy_unit={self.policy_unit!r}: policy={self.policy!r} ends with the run, so count it as the run's "
                 "length is"
             )
-        for name in ("rate", "momentum", "weight_decay", "delta", "gamma", "power", "width"):
+        for name in ("rate", "momentum", "weight_decay", "delta", "gamma", "power", "width", "beta2", "floor"):
             value = getattr(self, name)
             if value is None and name not in ("rate", "momentum", "weight_decay"):
                 continue
@@ -185,6 +189,8 @@ class Constants:
             "power": self.power,
             "stepsize": self.stepsize,
             "stepvalues": self.steps or None,
+            "warmup": self.warmup,
+            "floor": self.floor,
             "max_iter": (self.iterations or self.epochs) if self.policy in TO_THE_END else None,
         }
         return {name: value for name, value in given.items() if value is not None}

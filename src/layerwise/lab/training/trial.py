@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn import functional
 
 from layerwise.lab import data
-from layerwise.lab.data import shifts
+from layerwise.lab.data import library, shifts, text
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.training import inputs, networks, solvers
 from layerwise.lab.training.streams import FolderStream, MemoryStream, drawn, shortened, with_validation, without_first
+from layerwise.lab.training.text_stream import TextStream
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 """Layouts of the convolutions. On one thread an iteration of LeNet takes 11 ms in the first, 20 ms in the second."""
@@ -71,6 +72,11 @@ def cross_entropy(model: nn.Module, batch: Any) -> torch.Tensor:
     return functional.cross_entropy(model(batch[0]), batch[1])
 
 
+def next_symbol_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Compute the mean cross-entropy of the symbol that follows each, in nats."""
+    return functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+
 def cross_entropy_and_accuracy(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the mean cross-entropy of a batch, in nats, and the accuracy on it, in %."""
     scores = model(batch[0])
@@ -108,6 +114,30 @@ def classification(
     return evaluate
 
 
+def language_model(
+    tests: Callable[[], Iterator[Any]], prepare: Callable[[Any], Any], measured: str = "test"
+) -> Callable[[nn.Module, Callable[[], bool]], dict[str, float]]:
+    """Make a language model's ``evaluate``: ``test_loss``, in nats a symbol; see ``classification``."""
+    name = MEASURES[measured][2]
+
+    def evaluate(model: nn.Module, stop: Callable[[], bool]) -> dict[str, float]:
+        loss, count = 0.0, 0
+        model.eval()
+        try:
+            with torch.no_grad():
+                for batch in tests():
+                    if stop():
+                        raise StoppedError
+                    symbols, following = prepare(batch)
+                    loss += float(next_symbol_loss(model, (symbols, following))) * following.numel()
+                    count += following.numel()
+        finally:
+            model.train()
+        return {name: loss / count}
+
+    return evaluate
+
+
 def check(constants: Constants) -> None:
     """Refuse constants that no run can have, before any is begun."""
     data.known(constants.data)
@@ -116,6 +146,10 @@ def check(constants: Constants) -> None:
     shifts.check(constants.shift)
     if constants.pretraining is not None:
         check(constants.pretraining)
+    of_text = constants.model.startswith(networks.OF_TEXT)
+    if constants.data == data.LIBRARY or of_text or constants.context is not None:
+        _check_text(constants, of_text=of_text)
+        return
     if constants.data != data.FOLDER:
         inputs.check(constants.inputs)
         return
@@ -126,6 +160,22 @@ def check(constants: Constants) -> None:
             "an image folder is read whole, shuffled, in crops: use inputs='crops' and order='shuffled', and leave "
             "train_count, test_count, validation_count, drawn_count, shift and pretrained out"
         )
+
+
+def _check_text(constants: Constants, *, of_text: bool) -> None:
+    """Refuse a text for a network of images, and the reverse."""
+    read = constants.data == data.LIBRARY, of_text, constants.context is not None, constants.inputs == inputs.SYMBOLS
+    if not all(read) or constants.order != "shuffled":
+        raise UsageError(
+            f"data={constants.data!r} with model={constants.model!r}, context={constants.context!r}, "
+            f"inputs={constants.inputs!r}, order={constants.order!r}: a text is {data.LIBRARY!r} for a network whose "
+            f"name begins with {networks.OF_TEXT!r}, with a context, inputs={inputs.SYMBOLS!r} and order='shuffled'"
+        )
+    others = ("train_count", "drawn_count", "shift", "pretrained")
+    given = [name for name in others if getattr(constants, name) is not None]
+    given += ["training_accuracy"] if constants.training_accuracy else []
+    if given:
+        raise UsageError(f"{given[0]} with data={constants.data!r}: a text takes none; leave it out")
 
 
 @lru_cache(maxsize=1)
@@ -141,6 +191,14 @@ def _source(
     data_dir: Path | None,
 ) -> Any:
     """Read a data set once a process, shortened; open the image folder that the run was planned for, and no other."""
+    if name == data.LIBRARY:
+        found = library.load()
+        if found.digest != digest:
+            raise UsageError(
+                f"data_digest={digest!r}, and the library of this Python has {found.digest!r}: use the Python that "
+                "this run was planned with, or start the command again, which makes other runs of other text"
+            )
+        return found
     if name != data.FOLDER:
         whole = data.load(name, data_dir)
         classes = int(whole.train_labels.max()) + 1
@@ -156,6 +214,16 @@ def _source(
             "runs of other files, or give the folder that it had with --data-dir"
         )
     return folder
+
+
+def _text_stream(source: library.Library, constants: Constants, how: Any) -> TextStream:
+    """Make the stream of a text: windows to test of its last part, or of that for validation."""
+    part, count = source.test, constants.test_count
+    if constants.measured == "validation":
+        part, count = source.validation, constants.validation_count
+    assert constants.context is not None
+    counts = {"test_count": count, "context": constants.context, "classes": text.SYMBOLS}
+    return TextStream(train=source.train, test=part, **counts, **how)
 
 
 def build(
@@ -175,16 +243,19 @@ def build(
     source = _source(*wanted, *kept, data_dir)
     sizes = {"batch_size": constants.batch_size, "test_batch_size": constants.test_batch_size}
     how: Any = {**sizes, "seed": configuration.seed}
-    stream: MemoryStream | FolderStream
-    if constants.data == data.FOLDER:
+    stream: MemoryStream | FolderStream | TextStream
+    if constants.data == data.LIBRARY:
+        stream = _text_stream(source, constants, how)
+    elif constants.data == data.FOLDER:
         stream = FolderStream(folder=source, loaders=loaders, pin=cuda, share=share, **how)
     else:
         dataset, classes = source
         dataset = drawn(dataset, constants.drawn_count, configuration.seed)
         form = {"form": constants.inputs, "order": constants.order}
         stream = MemoryStream(dataset=dataset, classes=classes, **form, **how)
-    shape = {"classes": stream.classes, "channels": stream.channels, "width": constants.width}
-    model = networks.build(constants.model, configuration.seed, **shape)
+    shape = {"classes": stream.classes, "channels": stream.channels}
+    sizes = {"width": constants.width, "context": constants.context}
+    model = networks.build(constants.model, configuration.seed, **shape, **sizes)
     model = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     if constants.compile:
         # A graph for each shape: one for all shapes would be compiled at another moment in a run that goes on.
@@ -200,17 +271,22 @@ def build(
     def prepare(batch: Any) -> Any:
         inputs, labels = batch
         inputs, labels = (each.to(device, non_blocking=cuda) for each in (inputs, labels))
-        return inputs.contiguous(memory_format=memory_format), labels
+        return inputs if inputs.ndim < 4 else inputs.contiguous(memory_format=memory_format), labels
 
+    loss: Callable[[nn.Module, Any], Any] = next_symbol_loss
+    evaluate = language_model
+    if constants.data != data.LIBRARY:
+        loss = cross_entropy_and_accuracy if constants.training_accuracy else cross_entropy
+        evaluate = classification
     return Trial(
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
         schedule_unit=constants.policy_unit,
         batches=stream.batches,
-        loss=at_precision(cross_entropy_and_accuracy if constants.training_accuracy else cross_entropy),
+        loss=at_precision(loss),
         training_metric="training_accuracy" if constants.training_accuracy else "",
-        evaluate=at_precision(classification(stream.tests, prepare, constants.measured)),
+        evaluate=at_precision(evaluate(stream.tests, prepare, constants.measured)),
         iterations=constants.iterations,
         epochs=constants.epochs,
         epoch_length=stream.epoch_length,
