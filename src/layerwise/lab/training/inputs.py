@@ -102,4 +102,6 @@ SYMBOLS = "symbols"
 def check(name: str) -> None:
     """Refuse a form of inputs that is not known."""
     if name not in INPUTS:
-        raise UsageError(f"inputs={name!r}: use one of {', '.join(INPUTS)}, or 'crops' of an image folder, or 'symbols' of a text")
+        raise UsageError(
+            f"inputs={name!r}: use one of {', '.join(INPUTS)}, or 'crops' of an image folder, or 'symbols' of a text"
+        )
