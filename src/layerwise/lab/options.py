@@ -199,7 +199,7 @@ class Data(Places):
     Without a name, say which there are.
     """
 
-    # mnist, fashion-mnist, cifar10, cifar100, imagenet (or any image folder in its layout), or digits5k.
+    # mnist, fashion-mnist, cifar10, cifar100, imagenet (or any image folder in its layout), digits5k or python-library.
     name: tyro.conf.Positional[str] = ""
     quiet: Flag = False  # Show no progress; without a name, print the names alone.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.store import read_bytes
 
-PARTS = ("train", "validation", "test")
+PARTS: tuple[str, ...] = ("train", "validation", "test")
 SHARE = 20
 """One in so many files is for validation, and one for tests."""
 
