@@ -14,11 +14,14 @@ from lab_helpers import series_of
 
 from layerwise.lab import data
 from layerwise.lab.errors import UsageError
+from layerwise.lab.experiments import chain as chains
 from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments.plan import Plan
+from layerwise.lab.experiments.rules import make_rule
 from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.runs.folder import Runs
 from layerwise.lab.training import pretraining, trial
+from layerwise.lab.training.engine import Training
 from layerwise.lab.training.trial import StoppedError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,8 +70,6 @@ def test_all_arms_shifts_and_seeds_share_one_training(whole):
 
 def test_the_weights_are_those_of_the_training_and_named_by_their_checksum(tmp_path, whole):
     before = before_of(tiny_plan())
-    from layerwise.lab.training.engine import Training
-
     training = Training(trial.build(before), None, before)
     summary = training.run()
     assert equal(training.trial.model.state_dict(), whole)
@@ -173,9 +174,38 @@ def test_runs_begin_from_the_weights_and_keep_what_is_frozen(tmp_path, carried_o
     assert min(values[0][1] for values in flipped) > 90.0
 
 
-def test_a_run_goes_on_in_the_middle_as_if_it_had_never_stopped(tmp_path, carried_out, whole):
-    from layerwise.lab.experiments import chain as chains
+@pytest.mark.full
+def test_every_arm_of_the_recipe_trains_at_smoke_scale(carried_out, whole):
+    plan = recipe.load("surgical-shift").plan("smoke", seeds=1)
+    outcome = carried_out(plan)
+    assert outcome.complete
+    assert len(plan.runs) == 2 * 17
 
+    def factors(arm: str) -> dict[str, float]:
+        return outcome.results.records["inverted", arm, 0].summary["factor"]["layers"]
+
+    names = [f"blocks.{block}.{part}" for block in range(3) for part in ("conv", "norm")] + ["head"]
+    by_depth = [0.125, 0.125, 0.25, 0.25, 0.5, 0.5, 1.0]
+    assert factors("decay-0.5") == dict(zip(names, by_depth, strict=True))
+    assert factors("reversed-0.5") == {name: 0.125 / value for name, value in factors("decay-0.5").items()}
+    assert sorted(factors("shuffled:decay-0.5").values()) == by_depth
+    assert factors("shuffled:decay-0.5") != factors("decay-0.5")
+    assert [factors("first-block")[name] for name in names] == [1, 1, 0, 0, 0, 0, 0]
+    assert [factors("last-block")[name] for name in names] == [0, 0, 0, 0, 1, 1, 0]
+    assert [factors("head")[name] for name in names] == [0, 0, 0, 0, 0, 0, 1]
+    mean = outcome.results.records["inverted", "mean-factor:first-block", 0].configuration.rule["factors"]
+    assert mean == {"*": pytest.approx(2 / 7)}
+    assert 0.0 < min(factors("auto-rgn").values()) < 1.0  # it was measured, in a smoke test too
+    for arm, trained in (("first-block", "blocks.0"), ("head", "head"), ("last-block", "blocks.2")):
+        run = next(run for run in plan.runs if run.arm.name == arm)
+        made = trial.build(run.configuration)
+        made.model.load_state_dict(whole)
+        Training(made, make_rule(run.configuration.rule, 0), run.configuration).run()
+        for name, value in made.model.state_dict().items():
+            assert torch.equal(value, whole[name]) == (not name.startswith(trained)), name
+
+
+def test_a_run_goes_on_in_the_middle_as_if_it_had_never_stopped(tmp_path, carried_out, whole):
     plan = tiny_plan(("auto-rgn",))
     first = carried_out(plan, tmp_path / "first")
     run, asked = plan.runs[0], []

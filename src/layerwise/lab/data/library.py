@@ -58,7 +58,7 @@ class Library:
             f"{name} {len(text):,} characters of {count} files, SHA-256 {digest}"
             for name, text, count, digest in zip(PARTS, texts, self.files, self.digests, strict=True)
         )
-        return f"Python {platform.python_version()}'s own library without tests: {'; '.join(words)}"
+        return f"Python {platform.python_version()}'s own library without tests: {'; '.join(words)}."
 
 
 def part_of(name: str) -> str:

@@ -130,6 +130,8 @@ class Recipe:
         paper = _paper(content, chosen, subjects, arms, not chosen.get("paper", scale != "smoke"))
         notes = [*chosen.get("notes", ()), *_stand_ins(content, subjects, paper)]
         notes += [*content.get("own_notes", ()), *content.get("notes", ())]
+        if any(run.configuration.trial["data"] == data.LIBRARY for run in runs):
+            notes.append(library.load().title)
         return Plan(
             name=f"{self.name}-{scale}{_suffix(vary or {})}",
             title=f"Smoke test of: {content['title']}" if scale == "smoke" else content["title"],
@@ -148,14 +150,8 @@ class Recipe:
             constants=sourced(content, chosen, subjects, arms),
             notes=tuple(notes),
             scale=scale,
-            data_title=_data_title(chosen["needs"]["data"], runs),
+            data_title=chosen["needs"]["data"],
         )
-
-
-def _data_title(words: str, runs: Sequence[PlannedRun]) -> str:
-    """Say what the runs read; of a text its checksums too."""
-    read = any(run.configuration.trial["data"] == data.LIBRARY for run in runs)
-    return f"{words}. {library.load().title}" if read else words
 
 
 def _suffix(vary: Mapping[str, Sequence[Any]]) -> str:

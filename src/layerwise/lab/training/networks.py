@@ -19,7 +19,7 @@ NETWORKS = {
     "alexnet": "AlexNet",
     "vgg19": "VGG-19",
     "small-cnn": "CNN of three blocks",
-    **{f"gpt{depth}": f"GPT of {depth} blocks" for depth in range(1, 13)},
+    **{f"gpt{depth}": f"GPT of {depth} block{'s' * (depth > 1)}" for depth in range(1, 13)},
     **{f"resnet{depth}": f"ResNet-{depth}" for depth in (10, 18, 34, 50, 101)},
     **{f"{kind}-mlp{depth}": f"{kind} MLP of {depth} hidden layers" for kind in ACTIVATIONS for depth in range(1, 33)},
 }
