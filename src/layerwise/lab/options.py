@@ -122,10 +122,11 @@ class Sweep(OfRecipe):
         tyro.conf.arg(
             help="NAME=VALUE,VALUE,... as in rate=0.005,0.01; once for each. An argument of a rule is one, as in "
             "factor=1.5,2 or kinds=conv,conv+fc or ratio=0.1,0.16, and so is a constant. Constants: rate, momentum, "
-            "weight_decay, delta, batch_size, test_batch_size, model, width, solver, policy, policy_unit, gamma, "
-            "power, stepsize, steps, iterations, epochs, data, data_digest, train_count, test_count, "
-            "validation_count, measured, inputs, order, test_every, layers_every, factors_every, training_accuracy, "
-            "precision, memory_format, flush_denormal, compile, timed."
+            "weight_decay, delta, beta2, batch_size, test_batch_size, model, width, solver, policy, policy_unit, "
+            "gamma, power, stepsize, steps, warmup, floor, iterations, epochs, data, data_digest, train_count, "
+            "test_count, validation_count, drawn_count, measured, shift, pretrained, inputs, context, order, "
+            "test_every, layers_every, factors_every, training_accuracy, precision, memory_format, flush_denormal, "
+            "compile, timed."
         ),
     ] = ()
 
