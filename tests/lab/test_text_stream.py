@@ -151,6 +151,11 @@ def test_the_arms_of_the_recipe_train_at_smoke_scale(carried_out):
     factors = outcome.results.records["gpt", "blockwise", 0].summary["factor"]["layers"]
     assert factors["blocks.0.attention.query.weight"] == 8.0
     assert factors["head.weight"] == 10.0
+    spectral = outcome.results.records["gpt", "heavy-tail", 0].summary["factor"]["layers"]
+    assert 1.0 <= min(spectral.values()) < max(spectral.values()) == spectral["head"] == spectral["embedding"] <= 5.0
+    by_type = outcome.results.records["gpt", "type-only", 0].configuration.rule["factors"]
+    feed_forward = (spectral["blocks.0.expand"] + spectral["blocks.0.contract"]) / 2
+    assert by_type["blocks.0.expand"] == by_type["blocks.0.contract"] == pytest.approx(feed_forward)
     mean = outcome.results.records["gpt", "weighted-mean:blockwise", 0].configuration.rule["factors"]["*"]
     # norm 1, values and output 4, feed-forward 6, queries and keys 8, embedding, positions and head 10
     expected = (6 * 32 * 1 + 2 * 1024 * 4 + (8 * 1024 + 160) * 6 + 2 * 1024 * 8 + (2 * 4096 + 512) * 10) / 21_344
