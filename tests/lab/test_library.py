@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerwise.lab import data
+from layerwise.lab import cli, data
 from layerwise.lab.data import library
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import recipe
@@ -124,3 +124,17 @@ def test_the_digest_is_in_the_configuration_and_the_checksums_on_the_page(monkey
     ):
         trial.build(plan.runs[0].configuration)
     trial._source.cache_clear()
+
+
+def test_a_python_without_its_library_lists_the_recipe_and_says_what_a_run_lacks(monkeypatch, folder, capsys):
+    (folder / "a.py").unlink()
+    (folder / "ast.py").unlink()
+    load = library.load
+    monkeypatch.setattr(library, "load", lambda: load(folder))
+    plan = recipe.load("roles-in-a-transformer").plan("smoke", seeds=1)
+    assert "data_digest" not in plan.runs[0].configuration.trial
+    trial._source.cache_clear()
+    with pytest.raises(UsageError, match="use a Python with its whole standard library"):
+        trial.build(plan.runs[0].configuration)
+    assert cli.main(["data", data.LIBRARY]) == 2
+    assert "use a Python with its whole standard library" in " ".join(capsys.readouterr().err.split())

@@ -192,12 +192,13 @@ def show_data(name: str, folder: Path | None, *, quiet: bool, as_json: bool, pro
 
 def _got(name: str, target: Path, progress: Callable[[str, int, int], None]) -> tuple[int, str]:
     """Fetch a data set; give the exit code, and where it is or what to do."""
-    from layerwise.lab.data import fetch
+    from layerwise.lab.data import fetch, library
     from layerwise.lab.data.download import MirrorsError
 
     if name == "digits5k":
         return 0, "digits5k comes with layerwise: nothing to fetch"
     if name == data.LIBRARY:
+        library.load()  # it says what is missing
         return 0, f"{name} comes with Python: nothing to fetch"
     if name == data.FOLDER:
         if data.present(name, target):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -131,7 +132,8 @@ class Recipe:
         notes = [*chosen.get("notes", ()), *_stand_ins(content, subjects, paper)]
         notes += [*content.get("own_notes", ()), *content.get("notes", ())]
         if any(run.configuration.trial["data"] == data.LIBRARY for run in runs):
-            notes.append(library.load().title)
+            with suppress(UsageError):
+                notes.append(library.load().title)
         return Plan(
             name=f"{self.name}-{scale}{_suffix(vary or {})}",
             title=f"Smoke test of: {content['title']}" if scale == "smoke" else content["title"],
@@ -197,7 +199,8 @@ def _configuration(base: Table, subject: Subject, arm: Arm) -> Configuration:
     varied = {name: value for name, value in subject.varied.items() if name in CONSTANTS}
     given = {**base, **subject.constants, **arm.constants, **varied}
     if given.get("data") == data.LIBRARY:  # another version of Python has another text, whose runs are other runs
-        given["data_digest"] = library.load().digest
+        with suppress(UsageError):  # a Python without its library can list the recipe; a run says what it lacks
+            given["data_digest"] = library.load().digest
     constants = Constants.of(given)
     check(constants)
     rule = arm.rule
