@@ -16,6 +16,7 @@ from layerwise.lab.experiments import chain as chains
 from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments import runner as experiment
 from layerwise.lab.experiments.plan import Plan
+from layerwise.lab.experiments.tuned_recipe import TunedRecipe
 from layerwise.lab.models.lenet import LeNet
 from layerwise.lab.runs.folder import Runs
 from layerwise.lab.runs.record import Record, read_about
@@ -29,6 +30,21 @@ def tiny_plan(seeds: int = 1, **constants: Any) -> Plan:
     changed = {**smoke["constants"], **short, **constants}
     content = {**read.content, "scales": {"smoke": {**smoke, "constants": changed, "columns": [4, 8]}}}
     return recipe.Recipe("tiny", content).plan("smoke", seeds=seeds)
+
+
+def tiny_tuned(*, iterations: int = 6, **tuned: Any) -> TunedRecipe:
+    """Lay out a tuned recipe with few, narrow and short runs: two methods, a control."""
+    content = recipe.load("depth-without-normalisation").content
+    smoke = content["scales"]["smoke"]
+    short = {"iterations": iterations, "test_every": iterations, "layers_every": 6, "test_count": 100}
+    scale = {
+        **smoke,
+        "constants": {**smoke["constants"], **short},
+        "subjects": ["sigmoid8", "sigmoid3"],
+        "arms": ["plain", "normalised", "mean-factor:normalised", "adam"],
+        "tuned": {**smoke["tuned"], "extensions": 0, **tuned},
+    }
+    return TunedRecipe(recipe.Recipe("tiny", {**content, "scales": {"smoke": scale}}), "smoke")
 
 
 def stored(runs: Runs) -> list[Record]:

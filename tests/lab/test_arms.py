@@ -132,6 +132,7 @@ def test_the_controls_are_those_of_the_design_and_of_the_methods():
         "mean factor",
         "weighted mean factor",
         "frozen factors",
+        "first factors",
         "reversed factors",
         "mean factor of each role",
         "first factor of each shape",

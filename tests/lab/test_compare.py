@@ -18,6 +18,7 @@ from layerwise.lab.experiments import chain as chains
 from layerwise.lab.experiments import methods
 from layerwise.lab.experiments.plan import FACTORS_ALONE, LARGEST_SEEDS
 from layerwise.lab.experiments.runner import Display, Settings
+from layerwise.lab.experiments.tuning import edges, space_of
 from layerwise.lab.report import layers as maps
 from layerwise.lab.report import saved
 from layerwise.lab.stats.comparison import MINIMUM_PAIRS
@@ -448,13 +449,13 @@ def test_a_setting_that_diverges_is_the_worst_and_of_equal_ones_the_first_is_tak
     assert found.chosen["plain"] == {"lr": 1.0, "kind": "plain"}
 
 
-def test_only_a_value_beyond_which_there_could_be_better_ones_is_at_the_edge(tuned):
-    _, whole = tuned
+def test_only_a_value_beyond_which_there_could_be_better_ones_is_at_the_edge():
     grid = {"decay": (0, 0.1, 0.2), "lr": (0.1, 0.2), "kind": ("a", "b"), "one": (3,)}
-    case = tuning.Tuning(whole.outcome, grid)
-    assert case._at_edge({"decay": 0, "lr": 0.1, "kind": "a", "one": 3}) == ["lr"]
-    assert case._at_edge({"decay": 0.2, "lr": 0.2, "kind": "b", "one": 3}) == ["decay", "lr"]
-    assert case._at_edge({"decay": 0.1, "lr": 0.1, "kind": "b", "one": 3}) == ["lr"]
+    tried = space_of(grid).settings
+    assert len(tried) == 12
+    assert edges({"decay": 0, "lr": 0.1, "kind": "a", "one": 3}, tried) == ["lr"]
+    assert edges({"decay": 0.2, "lr": 0.2, "kind": "b", "one": 3}, tried) == ["decay", "lr"]
+    assert edges({"decay": 0.1, "lr": 0.1, "kind": "b", "one": 3}, tried) == ["lr"]
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,11 @@ def test_every_control_repeats_what_it_says(records):
     roles = {name: name.rpartition(".")[2] for name in means}  # of their own for the first and the last layer
     assert constant("type-only") == pytest.approx(means_of_classes(means, roles), rel=1e-12)
 
+    assert constant("frozen-at-start") == pytest.approx(
+        {name: values[0] for name, values in factors.items()}, rel=1e-12
+    )
+    assert set(factors_of(found["frozen-at-start"])) == set(factors)
+
     first = means_of_classes({name: values[0] for name, values in factors.items()}, SHAPES)
     scale = fmean(means.values()) / fmean(first.values())
     by_shape = {name: value * scale for name, value in first.items()}

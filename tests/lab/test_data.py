@@ -305,13 +305,19 @@ def test_all_sets_are_listed_with_their_sizes():
         "cifar10": 170_498_071,
         "cifar100": 169_001_437,
         "imagenet": 0,
+        "python-library": 0,
     }
     assert all(entry.title for entry in data.names())
 
 
+def test_a_text_is_not_loaded_as_images():
+    with pytest.raises(UsageError, match=r"'python-library' has no images: use library\.load"):
+        data.load("python-library")
+
+
 def test_only_what_is_there_is_present(tmp_path):
     found = [entry.name for entry in data.names() if data.present(entry.name, tmp_path)]
-    assert found == ["digits5k"]
+    assert found == ["digits5k", "python-library"]
     assert not data.present("mnist", None)
     assert not data.present("mnist", tmp_path / "nowhere")
     with pytest.raises(UsageError, match="name='svhn': use one of 'digits5k', 'mnist'"):

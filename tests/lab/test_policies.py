@@ -21,6 +21,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "step": {"gamma": 0.1, "stepsize": 3},
     "multistep": {"gamma": 0.1, "stepvalues": [2, 5]},
     "poly": {"power": 0.5, "max_iter": 20},
+    "cosine": {"max_iter": 20},
+    "warmup-cosine": {"warmup": 3, "floor": 0.05, "max_iter": 20},
 }
 
 
@@ -80,6 +82,19 @@ def test_multistep_changes_from_each_of_its_values_on(iteration, expected):
 def test_poly_falls_to_zero_at_its_last_iteration():
     assert [multiplier("poly", k, power=2.0, max_iter=4) for k in range(5)] == [1.0, 0.5625, 0.25, 0.0625, 0.0]
     assert multiplier("poly", 3, power=0.5, max_iter=4) == 0.5
+
+
+def test_the_cosine_falls_to_zero_at_its_last_iteration():
+    expected = [1.0, 0.75, 0.5, 0.25, 0.0]  # (1 + cos(π k / 6)) / 2 at k of 0, 2, 3, 4, 6
+    assert [multiplier("cosine", k, max_iter=6) for k in (0, 2, 3, 4, 6)] == pytest.approx(expected, abs=1e-15)
+
+
+def test_a_warm_up_rises_in_a_line_and_its_cosine_falls_to_the_floor():
+    arguments = {"warmup": 4, "floor": 0.2, "max_iter": 10}
+    # k + 1 over 4; then 0.2 + 0.8 (1 + cos(π (k − 4) / 6)) / 2 at k of 4, 6, 7, 8, 10
+    assert [multiplier("warmup-cosine", k, **arguments) for k in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    found = [multiplier("warmup-cosine", k, **arguments) for k in (4, 6, 7, 8, 10)]
+    assert found == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2], abs=1e-15)
 
 
 # --- The scheduler ----------------------------------------------------------------------------------------------------
@@ -142,7 +157,7 @@ def test_a_resumed_run_has_the_same_bits(name):
 @pytest.mark.parametrize(
     ("name", "arguments", "text"),
     [
-        ("exp", {}, r"policy='exp': use one of fixed, inv, step, multistep, poly"),
+        ("exp", {}, r"policy='exp': use one of fixed, inv, step, multistep, poly, cosine, warmup-cosine"),
         ("fixed", {"gamma": 0.1}, r"gamma=0\.1: policy 'fixed' takes no argument; leave gamma out"),
         ("inv", {"gamma": 0.1, "stepsize": 3}, r"stepsize=3: policy 'inv' takes gamma, power; leave stepsize out"),
         ("inv", {"gamma": 0.1}, r"power is missing: policy 'inv' takes gamma, power; give all of them"),
@@ -151,6 +166,8 @@ def test_a_resumed_run_has_the_same_bits(name):
         ("multistep", {"gamma": 0.1, "stepvalues": []}, r"stepvalues=\[\]: .* a list of rising whole numbers from 1"),
         ("multistep", {"gamma": 0.1, "stepvalues": [5, 5]}, r"stepvalues=\[5, 5\]: .* rising whole numbers"),
         ("multistep", {"gamma": 0.1, "stepvalues": [0, 5]}, r"stepvalues=\[0, 5\]: .* from 1"),
+        ("warmup-cosine", {"warmup": 9, "floor": 0.0, "max_iter": 9}, r"warmup=9: must be below the length .*, 9"),
+        ("warmup-cosine", {"warmup": 1, "floor": 1.5, "max_iter": 9}, r"floor=1\.5: must be at most 1"),
         ("multistep", {"gamma": 0.1, "stepvalues": 5}, r"stepvalues=5: .* a list of rising whole numbers"),
     ],
 )

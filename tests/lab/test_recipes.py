@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from layerwise.lab import cli
-from layerwise.lab.data import FOLDER
+from layerwise.lab.data import FOLDER, LIBRARY
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments import rules as rule_making
@@ -83,7 +83,9 @@ def test_there_is_a_recipe_for_every_table_and_figure_of_the_papers():
     expected = {f"singh2015-{part}" for part in ("table1", "table2", "table3", "figure1", "figure2", "best")}
     expected |= {f"basodi2023-figure{number}" for number in range(2, 12)}
     expected |= {f"basodi2023-table{number}" for number in range(1, 5)}
-    assert set(recipe.names()) == expected | {"demo-lenet", "demo-amplification", PICTURE}
+    own = {"demo-lenet", "demo-amplification", "depth-without-normalisation", "surgical-shift"}
+    own |= {"roles-in-a-transformer"}
+    assert set(recipe.names()) == expected | own | {PICTURE}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -198,7 +200,8 @@ def test_every_rule_optimizer_and_policy_can_be_made(name, scale):
             assert (rule_making.make_rule(run.configuration.rule, 3) is None) == (run.arm.rule is None)
         solvers.build(constants, torch.nn.Linear(2, 2))
         assert constants.model in networks.NETWORKS
-        assert constants.inputs in inputs.INPUTS or (constants.inputs == "crops" and constants.data == FOLDER)
+        others = {FOLDER: "crops", LIBRARY: inputs.SYMBOLS}
+        assert constants.inputs in inputs.INPUTS or constants.inputs == others.get(constants.data)
 
 
 def test_the_networks_of_the_small_scales_are_built_and_read_their_inputs(one_thread):
@@ -211,15 +214,26 @@ def test_the_networks_of_the_small_scales_are_built_and_read_their_inputs(one_th
             if scale == "full" or key in seen:
                 continue
             seen.add(key)
+            if constants.data == LIBRARY:
+                sizes = {"width": constants.width, "context": constants.context}
+                model = networks.build(constants.model, 0, classes=128, channels=1, **sizes)
+                symbols = torch.zeros((2, constants.context), dtype=torch.int64)
+                assert model(symbols).shape == (2, constants.context, 128)
+                continue
             model = networks.build(constants.model, 0, classes=10, channels=channels, width=constants.width)
-            side = {"lenet": 28, "alexnet": 227}.get(constants.model, 32)
+            side = {"lenet": 28, "alexnet": 227}.get(constants.model, 28 if "mlp" in constants.model else 32)
             assert model(torch.zeros(2, channels, side, side)).shape == (2, 10)
-    assert {model for model, _, _ in seen} == {"lenet", "cifar10-full", "alexnet", "vgg19", "resnet10", "resnet50"}
+    papers = {"lenet", "cifar10-full", "alexnet", "vgg19", "resnet10", "resnet50"}
+    assert {model for model, _, _ in seen} == papers | {f"sigmoid-mlp{depth}" for depth in (3, 4, 8)} | {
+        "small-cnn",
+        "gpt1",
+        "gpt2",
+    }
 
 
 @pytest.mark.parametrize(("name", "scale"), [entry for entry in EVERY if entry[1] == "smoke"])
 def test_smoke_needs_no_files(name, scale):
-    assert recipe.load(name).datasets(scale) == {"digits5k"}
+    assert recipe.load(name).datasets(scale) <= {"digits5k", LIBRARY}
 
 
 def test_the_phases_and_the_thresholds_follow_the_kind_of_the_network():

@@ -73,6 +73,17 @@ def test_delta_is_taken_where_it_is_given():
     assert made.param_groups[0]["delta"] == 1e-3
 
 
+def test_the_mean_of_squares_of_adamw_is_as_given():
+    of_adamw = {**VALUES, "solver": "adamw", "momentum": 0.0}
+    assert solvers.build(Constants.of(of_adamw), LeNet(0))[0].param_groups[0]["betas"] == (0.9, 0.999)
+    made, _ = solvers.build(Constants.of({**of_adamw, "beta2": 0.95}), LeNet(0))
+    assert made.param_groups[0]["betas"] == (0.9, 0.95)
+    with pytest.raises(UsageError, match=r"beta2=1\.0: must be below 1"):
+        solvers.build(Constants.of({**of_adamw, "beta2": 1.0}), LeNet(0))
+    with pytest.raises(UsageError, match=r"beta2=0\.95 of solver='sgd': leave it out, or use 'adamw'"):
+        solvers.build(Constants.of({**VALUES, "solver": "sgd", "beta2": 0.95}), LeNet(0))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

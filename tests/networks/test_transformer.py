@@ -16,7 +16,8 @@ import reference
 from layerwise.lab.data import text
 from layerwise.lab.errors import UsageError
 from layerwise.lab.models.transformer import TransformerLanguageModel
-from layerwise.rules import LayerAdaptive, LayerDecay
+from layerwise.lab.training import networks
+from layerwise.rules import ByRole, LayerAdaptive, LayerDecay
 
 from .by_hand import CASES, loss_of_text
 
@@ -90,6 +91,51 @@ def test_no_score_depends_on_what_follows():
     one, other = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 2, 7, 8]])
     torch.testing.assert_close(model(one)[:, :2], model(other)[:, :2], rtol=0, atol=1e-15)
     assert (model(one)[:, 2:] != model(other)[:, 2:]).all()
+
+
+def with_separate_weights(model: TransformerLanguageModel, sizes: dict[str, int]) -> TransformerLanguageModel:
+    """Build the network with matrices of its own for queries, keys and values, at the fused weights."""
+    apart = TransformerLanguageModel(0, **sizes, separate=True, tied=False).double()
+    found = model.state_dict()
+    for block in range(sizes["depth"]):
+        begin = f"blocks.{block}.attention"
+        parts = found.pop(f"{begin}.query_key_value.weight").chunk(3)
+        found |= {f"{begin}.{name}.weight": part for name, part in zip(("query", "key", "value"), parts, strict=True)}
+        del found[f"{begin}.query_key_value.bias"], found[f"{begin}.output.bias"]
+    apart.load_state_dict(found)
+    return apart
+
+
+def test_separate_matrices_compute_what_fused_ones_without_biases_do():
+    sizes = {"vocabulary": 11, "context": 6, "width": 8, "depth": 3, "heads": 2}
+    model = TransformerLanguageModel(0, **sizes).double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(0.3 * torch.randn(p.shape, dtype=p.dtype))
+            if "attention" in name and name.endswith("bias"):
+                p.zero_()
+    apart = with_separate_weights(model, sizes)
+    one, other = torch.tensor([[3, 1, 4, 1, 5, 9]]), torch.tensor([[3, 1, 4, 1, 2, 6]])
+    torch.testing.assert_close(apart(one), model(one), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(apart(one)[:, :4], apart(other)[:, :4], rtol=0, atol=1e-15)  # the causal mask
+    assert (apart(one)[:, 4:] != apart(other)[:, 4:]).any()
+    assert apart.head.weight is not apart.embedding.weight
+
+
+@pytest.mark.parametrize(("name", "width", "count"), [("gpt4", None, 840_448), ("gpt6", 192, 2_738_688)])
+def test_the_gpts_of_recipes_have_the_size_and_the_roles_that_blockwise_rates_ask_for(name, width, count):
+    model = networks.build(name, 0, classes=128, channels=1, width=width)
+    assert sum(p.numel() for p in model.parameters()) == count
+    optimizer = torch.optim.AdamW(model.parameters())
+    adapter = layerwise.LayerwiseLR(optimizer, ByRole("blockwise"), model)
+    assert set(adapter.roles.values()) == {"embedding", "position", "qk", "vo", "ffn", "norm", "head"}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    factors = adapter.get_last_factors()
+    mean = math.fsum(p.numel() * factors[own] for own, p in model.named_parameters()) / count
+    if name == "gpt4":
+        assert mean == pytest.approx(6.220225403594274, rel=1e-14)
 
 
 def test_the_tied_weight_is_one_layer_whose_gradient_holds_both_uses():

@@ -21,6 +21,7 @@ from layerwise.lab.errors import UsageError, columns, shown
 from layerwise.lab.experiments import datasets as places
 from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments.runner import load_finished
+from layerwise.lab.experiments.tuned_recipe import TunedRecipe, counts
 from layerwise.lab.progress import Meter
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import Runs
@@ -74,9 +75,14 @@ def entries(names: Sequence[str], out: Path, folder: Path | None) -> list[dict[s
         for scale in read.content["scales"]:
             plan = read.plan(scale)
             datasets = sorted({run.configuration.trial["data"] for run in plan.runs})
+            planned, done = len(plan.runs), 0
+            if "tuned" in read.content:
+                planned, done = counts(TunedRecipe(read, scale), runs)
+            elif runs.path.is_dir():
+                done = finished(plan, datasets)
             scales[scale] = {
-                "runs": len(plan.runs),
-                "finished": finished(plan, datasets) if runs.path.is_dir() else 0,
+                "runs": planned,
+                "finished": done,
                 "datasets": datasets,
                 "present": all(data.present(dataset, folder) for dataset in datasets),
                 **read.need(scale)._asdict(),
@@ -183,11 +189,14 @@ def show_data(name: str, folder: Path | None, *, quiet: bool, as_json: bool, pro
 
 def _got(name: str, target: Path, progress: Callable[[str, int, int], None]) -> tuple[int, str]:
     """Fetch a data set; give the exit code, and where it is or what to do."""
-    from layerwise.lab.data import fetch
+    from layerwise.lab.data import fetch, library
     from layerwise.lab.data.download import MirrorsError
 
     if name == "digits5k":
         return 0, "digits5k comes with layerwise: nothing to fetch"
+    if name == data.LIBRARY:
+        library.load()  # it says what is missing
+        return 0, f"{name} comes with Python: nothing to fetch"
     if name == data.FOLDER:
         if data.present(name, target):
             return 0, f"{name}: it is in {target}"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from layerwise.lab.experiments.plan import Plan
     from layerwise.lab.experiments.recipe import Recipe
     from layerwise.lab.experiments.runner import Outcome, Settings
+    from layerwise.lab.experiments.tuned_recipe import TunedRecipe
 
 DEMOS = ("lenet", "amplification")
 WITHOUT_TORCH = ("report", "completion")  # they only read what is there, and do not wait for PyTorch's import
@@ -53,7 +54,7 @@ def _carry_out(
     outcome = do(settings, progress.display(target, silent=asked.json or asked.quiet))
     if outcome is None:
         return 0
-    if outcome.results.records:
+    if outcome.results.records and not outcome.plan.of_trials:
         _write_report([outcome], asked, arguments)
     command = next_command(outcome) if outcome.complete else "" if outcome.alike else typed(arguments)
     if asked.json:
@@ -78,10 +79,13 @@ def _write_report(outcomes: Sequence[Outcome], asked: options.Shown, arguments: 
         report.write(outcomes, shlex.join(["layerwise", *arguments]), meter.show, figures=asked.figures)
 
 
-def _carry_out_plan(plan: Plan, settings: Settings, display: Any) -> Outcome:
+def _carry_out_plan(plan: Plan | TunedRecipe, settings: Settings, display: Any) -> Outcome:
     from layerwise.lab.experiments import datasets as places
     from layerwise.lab.experiments import runner as experiment
+    from layerwise.lab.experiments import tuned_recipe
 
+    if isinstance(plan, tuned_recipe.TunedRecipe):
+        return tuned_recipe.run(plan, settings, display)
     return experiment.carry_out(places.ready(plan, settings.data_dir), settings, display)
 
 
@@ -121,11 +125,17 @@ def _with_data(command: Sequence[str], names: Iterable[str], asked: options.Work
     return " && ".join(typed([*words, *place]) for words in (*(["data", name] for name in missing), command))
 
 
-def _planned(asked: options.OfRecipe, vary: dict[str, list[Any]] | None = None) -> tuple[Recipe, str, Plan]:
+def _planned(
+    asked: options.OfRecipe, vary: dict[str, list[Any]] | None = None
+) -> tuple[Recipe, str, Plan | TunedRecipe]:
+    """Read a recipe, and lay out its runs, or what its arms try before they are compared."""
     from layerwise.lab.experiments import recipe
+    from layerwise.lab.experiments.tuned_recipe import TunedRecipe
 
     read = recipe.load(asked.recipe)
     scale = asked.scale or read.default_scale
+    if "tuned" in read.content:
+        return read, scale, TunedRecipe(read, scale, seeds=asked.seeds, vary=vary)
     return read, scale, read.plan(scale, seeds=asked.seeds, vary=vary)
 
 
@@ -137,7 +147,12 @@ def _run(asked: options.Run, arguments: Sequence[str]) -> int:
     read, scale, plan = _planned(asked)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from layerwise.lab.experiments import torchrun as shared_runs
+        from layerwise.lab.experiments.plan import Plan
 
+        if not isinstance(plan, Plan):
+            raise UsageError(
+                f"recipe {asked.recipe} is tuned, and torchrun cannot share its trials: leave torchrun out"
+            )
         return _carry_out(asked, partial(shared_runs.run_shared, plan), arguments, lambda outcome: "")
     scales = [name for name in recipe.SCALES if name in read.content["scales"]]
     larger = next((name for name in scales[scales.index(scale) + 1 :]), None) if scale in scales else None
@@ -194,15 +209,16 @@ def _more_seeds(arguments: Sequence[str], outcome: Outcome) -> str:
 
 
 def _compare(asked: options.Compare, arguments: Sequence[str]) -> int:
-    from layerwise.lab.options import assignments
+    from layerwise.lab.options import ranges
     from layerwise.lab.tasks import compare
 
-    tune = assignments(asked.tune, "tune")
+    tune, draws = ranges(asked.tune)
     seeds = 5 if asked.seeds is None else asked.seeds
     arms = tuple(name for word in asked.arms for name in word.split(",") if name)
 
     def do(settings: Settings, display: Any) -> Outcome:
-        return compare.run(asked.task, tune, arms=arms, seeds=seeds, settings=settings, display=display)
+        given = {"draws": draws, "arms": arms, "seeds": seeds, "settings": settings, "display": display}
+        return compare.run(asked.task, tune, **given)
 
     return _carry_out(asked, do, arguments, partial(_more_seeds, arguments))
 

@@ -122,10 +122,11 @@ class Sweep(OfRecipe):
         tyro.conf.arg(
             help="NAME=VALUE,VALUE,... as in rate=0.005,0.01; once for each. An argument of a rule is one, as in "
             "factor=1.5,2 or kinds=conv,conv+fc or ratio=0.1,0.16, and so is a constant. Constants: rate, momentum, "
-            "weight_decay, delta, batch_size, test_batch_size, model, width, solver, policy, policy_unit, gamma, "
-            "power, stepsize, steps, iterations, epochs, data, data_digest, train_count, test_count, inputs, order, "
-            "test_every, layers_every, factors_every, training_accuracy, precision, memory_format, compile, "
-            "timed."
+            "weight_decay, delta, beta2, batch_size, test_batch_size, model, width, solver, policy, policy_unit, "
+            "gamma, power, stepsize, steps, warmup, floor, iterations, epochs, data, data_digest, train_count, "
+            "test_count, validation_count, drawn_count, measured, shift, pretrained, inputs, context, order, "
+            "test_every, layers_every, factors_every, training_accuracy, precision, memory_format, flush_denormal, "
+            "compile, timed."
         ),
     ] = ()
 
@@ -142,7 +143,8 @@ class Compare(Work):
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE:FUNCTION")]
     # Arms by name, separated by spaces or commas; if left out: plain, layer-adaptive and its controls.
     arms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="")] = ()
-    # PARAMETER=VALUE,... of the function; every arm gets the same budget, on other seeds and a validation split.
+    # PARAMETER=VALUE,... of the function; or PARAMETER=LOW:HIGH:COUNT, in equal ratios; or PARAMETER=LOW:HIGH and
+    # random:N, so many draws. Every arm gets the same budget, on other seeds and a validation split.
     tune: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
 
 
@@ -198,7 +200,7 @@ class Data(Places):
     Without a name, say which there are.
     """
 
-    # mnist, fashion-mnist, cifar10, cifar100, imagenet (or any image folder in its layout), or digits5k.
+    # mnist, fashion-mnist, cifar10, cifar100, imagenet (or any image folder in its layout), digits5k or python-library.
     name: tyro.conf.Positional[str] = ""
     quiet: Flag = False  # Show no progress; without a name, print the names alone.
 
@@ -265,6 +267,15 @@ def assignments(words: Sequence[str], option: str) -> dict[str, list[Any]]:
             raise UsageError(f"--{option} {word!r}: {name.strip()} is given twice; list its values after one another")
         found[name.strip()] = [_value(part) for part in parts]
     return found
+
+
+def ranges(words: Sequence[str]) -> tuple[dict[str, list[Any]], int | None]:
+    """Read ``--tune``: name -> values or one range, and the N of random:N, the number of draws."""
+    drawn = [word.removeprefix("random:") for word in words if word.startswith("random:")]
+    if len(drawn) > 1 or not all(word.isdigit() and int(word) for word in drawn):
+        raise UsageError(f"--tune random:{drawn[-1]}: give random:N once, N the number of draws, as random:12")
+    found = assignments([word for word in words if not word.startswith("random:")], "tune")
+    return found, int(drawn[0]) if drawn else None
 
 
 def _value(word: str) -> Any:

@@ -29,3 +29,18 @@ def test_data_that_are_not_there_are_named_at_once(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "layerwise data mnist fetches it" in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.dist
+@pytest.mark.full
+def test_a_tuned_recipe_is_measured_arm_by_arm_with_its_trials(tmp_path, capsys):
+    asked = ["estimate", "depth-without-normalisation", "--scale", "smoke", "--out", str(tmp_path / "runs"), "--json"]
+    assert main(asked) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {(row["subject"], row["words"].partition(": ")[2]): row["runs"] for row in found["subjects"]}
+    assert rows["sigmoid3", "plain SGD"] == 2 * 1 + 2  # settings on one seed, and two runs
+    assert rows["sigmoid3", "normalised gradient"] == 2 * (2 * 1 + 2)  # and its mean factor
+    assert rows["sigmoid8", "normalised gradient"] == 4 * (2 * 1 + 2)
+    assert len(rows) == 8 + 3
+    assert all(row["seconds_an_update"] > 0 for row in found["subjects"])
+    assert not (tmp_path / "runs").exists()

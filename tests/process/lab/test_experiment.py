@@ -13,10 +13,11 @@ from dataclasses import replace
 import lab_helpers
 import pytest
 import torch
-from lab_helpers import tiny_plan
+from lab_helpers import tiny_plan, tiny_tuned
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import runner as experiment
+from layerwise.lab.experiments import tuned_recipe
 from layerwise.lab.experiments.runner import Display, Settings, carry_out, load_finished
 from layerwise.lab.runs.folder import Runs
 
@@ -188,6 +189,52 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, carried_o
     assert weights(plan, out) == {key: record.summary["weights"] for key, record in expected.results.records.items()}
     for key, record in done.results.records.items():
         assert record.metrics().equals(expected.results.records[key].metrics())
+
+
+TUNED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from lab_helpers import tiny_tuned
+from layerwise.lab.experiments import tuned_recipe
+from layerwise.lab.experiments.runner import Settings
+if __name__ == "__main__":
+    import dataclasses
+    from layerwise.lab.experiments import runner
+    left = runner.chains_left
+    runner.chains_left = lambda *given: [dataclasses.replace(each, checkpoint_seconds=0.02) for each in left(*given)]
+    tuned_recipe.run(tiny_tuned(iterations=60, extensions=1), Settings(out=Path(sys.argv[1]), jobs=2))
+"""
+
+
+@pytest.mark.full
+@pytest.mark.dist
+@posix
+def test_a_tuning_killed_twice_chooses_and_ends_with_the_same_bits(tmp_path):
+    script = tmp_path / "tuned.py"
+    script.write_text(TUNED.format(tests=os.path.dirname(lab_helpers.__file__)))
+    bench, out, kills = tiny_tuned(iterations=60, extensions=1), tmp_path / "killed", 0
+    for count in (3, 12):  # of the 20 runs of the tuning or more
+        process = start(script, out)
+        while process.poll() is None and len(list(out.rglob("record.json"))) < count:
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills == 2
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("record.json")}
+    done = tuned_recipe.run(bench, Settings(out=out, jobs=2))
+    whole = tuned_recipe.run(bench, Settings(out=tmp_path / "whole", jobs=2))
+    assert done.complete
+    assert whole.complete
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert [(one.trials, one.chosen) for one in done.plan.tuning.arms] == [
+        (one.trials, one.chosen) for one in whole.plan.tuning.arms
+    ]
+    assert {key: record.summary["weights"] for key, record in done.results.records.items()} == {
+        key: record.summary["weights"] for key, record in whole.results.records.items()
+    }
 
 
 @pytest.mark.full

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from layerwise.lab.data.folder import ImageFolder
 
 FOLDER = "imagenet"  # name of what is not held in memory: ImageNet, or any image folder in its layout
+LIBRARY = "python-library"  # name of the only text; library.py reads it
 IMAGENET_COUNTS = (1_000, 1_281_167, 50_000)
 """Classes, training and validation images of ImageNet itself (ILSVRC 2012), which the papers trained on."""
 
@@ -65,6 +66,7 @@ def names() -> tuple[Known, ...]:
         Known("digits5k", "5,000 MNIST digits, which come with layerwise", 0),
         *(Known(name, titles[name], size) for name, size in sizes.items()),
         Known(FOLDER, "ImageNet, or any image folder in its layout", 0),
+        Known(LIBRARY, "Python's own library as text, which comes with Python", 0),
     )
 
 
@@ -81,7 +83,7 @@ def present(name: str, data_dir: Path | None) -> bool:
     from layerwise.lab.data import cifar, folder, mnist
 
     known(name)
-    if name == "digits5k":
+    if name in ("digits5k", LIBRARY):
         return True
     if data_dir is None or not data_dir.is_dir():
         return False
@@ -122,5 +124,6 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
         return cifar.load(name, data_dir)
     raise UsageError(
         f"name={name!r} with data_dir={str(data_dir)!r}: use 'digits5k', or 'mnist', 'fashion-mnist', 'cifar10' or "
-        f"'cifar100' with its folder; {FOLDER!r} does not fit into the memory: use open_folder"
+        f"'cifar100' with its folder; {FOLDER!r} does not fit into the memory: use open_folder; {LIBRARY!r} has no "
+        "images: use library.load"
     )

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from layerwise.lab.errors import UsageError
 
+SYMBOLS = 128
+"""Different characters of ASCII, which every text here is of."""
+
 TEST_SHARE = 10
 """The last of so many equal parts is for tests."""
 

@@ -24,7 +24,7 @@ from layerwise.lab.experiments.pool import Failure
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.folder import FACTORS, BusyError, RunFolder, Runs
 from layerwise.lab.runs.record import Record
-from layerwise.lab.training import trial
+from layerwise.lab.training import pretraining, trial
 from layerwise.lab.training.devices import begin_memory, card_count, device_of_worker, peak_memory, whole_memory
 from layerwise.lab.training.distributed import Processes
 from layerwise.lab.training.engine import CHECKPOINT_SECONDS, Training
@@ -214,8 +214,12 @@ def do_run(
                 own = Path(held.enter_context(TemporaryDirectory(prefix="layerwise-"))) / FACTORS
                 own.write_bytes(factors)
                 rule = replace(rule, file=own)
+        made = make_trial(planned, configuration, chain, (processes.rank, processes.count))
+        before = None if planned.task is not None else configuration.pretraining
+        if before is not None:
+            made.model.load_state_dict(processes.from_first(lambda: _weights(planned, before, chain, link)))
         training = Training(
-            make_trial(planned, configuration, chain, (processes.rank, processes.count)),
+            made,
             rule,
             configuration,
             folder=folder if processes.first else None,
@@ -238,6 +242,18 @@ def _begin(planned: PlannedRun, chain: Chain, folder: RunFolder, held: ExitStack
         return finished
     folder.begin({**chain.labels, "subject": planned.subject, "arm": planned.arm.name, "arm_words": planned.arm.words})
     return None
+
+
+def _weights(planned: PlannedRun, before: Configuration, chain: Chain, link: Any) -> dict[str, Any]:
+    """Give the weights that a run begins from; while it trains them, its updates count without a total."""
+    return pretraining.weights(
+        before,
+        chain.out,
+        chain.data_dir,
+        stop=link.stopped,
+        progress=lambda done: link.send(Advance(planned.label, done, None)),
+        checkpoint_seconds=chain.checkpoint_seconds,
+    )
 
 
 def _train(training: Training, planned: PlannedRun, folder: RunFolder, link: Any, device: str) -> Record:

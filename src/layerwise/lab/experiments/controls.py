@@ -51,6 +51,8 @@ def _rearranged(control: Control, record: Record, means: dict[str, float]) -> di
     """Give the factors that a control holds fixed, from the mean factor of each layer that has one."""
     if control == "frozen factors":
         return means
+    if control == "first factors":
+        return _first_factors(record, means)
     if control == "reversed factors":
         order = [name for name in _factor_layers(record) if name in means]
         return {name: means[source] for name, source in zip(order, reversed(order), strict=True)}

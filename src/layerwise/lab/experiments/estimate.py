@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ from layerwise.lab.experiments.chain import Chain, make_rule, make_trial
 from layerwise.lab.experiments.plan import Plan, PlannedRun
 from layerwise.lab.experiments.pool import run_jobs
 from layerwise.lab.experiments.runner import Settings, placed, side_by_side
+from layerwise.lab.experiments.tuned_recipe import TunedRecipe
 from layerwise.lab.runs.folder import Runs
 from layerwise.lab.training.devices import begin_memory, device_of_worker, peak_memory
 from layerwise.lab.training.engine import Training
@@ -26,9 +28,15 @@ from layerwise.lab.training.trial import StoppedError
 STEPS = 10  # updates, and batches of a test, that are timed
 
 
-def estimate(plan: Plan, settings: Settings, say: Callable[[str], None] = lambda words: None) -> dict[str, Any]:
-    """Do ten updates of each subject of a plan, and part of a test; nothing is written."""
-    plan = placed(places.ready(plan, settings.data_dir), settings)
+def estimate(
+    plan: Plan | TunedRecipe, settings: Settings, say: Callable[[str], None] = lambda words: None
+) -> dict[str, Any]:
+    """Do ten updates of each subject of a plan, and part of a test; nothing is written.
+
+    Of a recipe that is tuned they are those of each arm: a control takes as long as its method, which it follows.
+    """
+    bench, whole = (None, plan) if isinstance(plan, Plan) else (plan, plan.untuned)
+    plan = placed(places.ready(whole, settings.data_dir), settings)
     jobs, loaders = side_by_side(settings, 1 if plan.quantity.name == "seconds" else len(plan.chains()))
     rows = []
     for subject in plan.subjects:
@@ -36,27 +44,43 @@ def estimate(plan: Plan, settings: Settings, say: Callable[[str], None] = lambda
         methods = [run for run in runs if run.arm.control is None]
         first = next((run for run in methods if run.arm.rule is not None), methods[0])
         say(f"measuring {subject.words}")
-        found = _measured(first, settings, loaders)
-        rows.append({"subject": subject.name, "words": subject.words, "runs": len(runs), **found})
+        if bench is None:
+            (found,) = _measured([first], settings, loaders)
+            rows.append({"subject": subject.name, "words": subject.words, "runs": len(runs), **found})
+            continue
+        counts = Counter(run.arm.of or run.arm.name for run in runs)
+        for arm in plan.arms_of(subject.name):
+            counts[arm.of or arm.name] += len(bench.space(subject.name, arm).settings) * bench.seeds
+        each = list({run.arm.name: run for run in methods}.values())
+        for run, found in zip(each, _measured(each, settings, loaders), strict=True):
+            words = f"{subject.words}: {run.arm.words}"
+            rows.append({"subject": subject.name, "words": words, "runs": counts[run.arm.name], **found})
     hours = sum(row["runs"] * row["hours_a_run"] for row in rows) / jobs
-    return {"device": settings.device, "jobs": jobs, "subjects": rows, "hours": hours}
+    about = {"device": settings.device, "jobs": jobs, "tuned": bench is not None}
+    return {**about, "subjects": rows, "hours": hours}
 
 
-def _measured(run: PlannedRun, settings: Settings, loaders: int) -> dict[str, Any]:
-    """Measure a run in a process of its own, so that its memory is its own too."""
-    chain = Chain(runs=(run,), out=settings.out, data_dir=settings.data_dir, device=settings.device, loaders=loaders)
+def _measured(runs: Sequence[PlannedRun], settings: Settings, loaders: int) -> list[dict[str, Any]]:
+    """Measure runs in a process of their own, so that its memory is theirs too."""
+    where = {"out": settings.out, "data_dir": settings.data_dir, "device": settings.device}
+    chain = Chain(runs=tuple(runs), loaders=loaders, **where)
     found: list[dict[str, Any]] = []
     failures = run_jobs(measure, [chain], 1, on_message=lambda worker, message: found.append(message))
-    if not found:
+    if len(found) < len(runs):
         reason = failures[0].reason if failures else "interrupted"
         raise UsageError(reason.removeprefix("UsageError: "))
-    return found[0]
+    return found
 
 
 def measure(chain: Chain, link: Any) -> None:
-    """Do ten updates of a chain's first run and ten batches of its test, and send what they took."""
+    """Do ten updates of each run of a chain and ten batches of its test, and send what they took."""
     torch.set_num_threads(chain.threads)
-    (run,), device = chain.runs, device_of_worker(chain.device, 0, 1)
+    for run in chain.runs:
+        link.send(_taken(run, chain))
+
+
+def _taken(run: PlannedRun, chain: Chain) -> dict[str, Any]:
+    device = device_of_worker(chain.device, 0, 1)
     begin_memory(device)
     configuration = run.configuration
     trial = make_trial(run, configuration, chain)
@@ -85,15 +109,13 @@ def measure(chain: Chain, link: Any) -> None:
     batch = (clock[-1] - clock[0]) / max(1, len(clock) - 1)
     tests = (epochs or 0) if every is None else 1 + math.ceil((updates or 0) / every)
     update, test = statistics.median(steps or [0.0]), batch * (trial.test_batches or len(clock))
-    link.send(
-        {
-            "updates": updates,  # None where it is not known beforehand
-            "seconds_an_update": update,
-            "seconds_a_test": test,
-            "hours_a_run": ((updates or 0) * update + tests * test) / 3600,
-            "memory": peak_memory(device),
-        }
-    )
+    return {
+        "updates": updates,  # None where it is not known beforehand
+        "seconds_an_update": update,
+        "seconds_a_test": test,
+        "hours_a_run": ((updates or 0) * update + tests * test) / 3600,
+        "memory": peak_memory(device),
+    }
 
 
 def _now(device: str) -> float:
@@ -115,5 +137,9 @@ def words(found: dict[str, Any]) -> str:
     table = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
     runs = sum(row["runs"] for row in found["subjects"])
     whole = f"{runs} runs: {found['hours']:.2g} hours on {found['device']}, {found['jobs']} side by side"
-    how = f"Measured: {STEPS} updates and {STEPS} batches of a test, one subject at a time."
+    how = f"Measured: {STEPS} updates and {STEPS} batches of a test, one at a time."
+    if found["tuned"]:
+        how += (
+            " Trials are counted, but not those beyond the edges of grids, nor methods at the rates of their controls."
+        )
     return "\n".join([*table, "", f"{whole}, if they do not slow one another.", how])

@@ -75,12 +75,20 @@ def _other_rules() -> Iterator[tuple[str, Method]]:
 
 METHODS.update(dict(_other_rules()))
 
+SEARCHES = {
+    "role-search": Method(
+        words="multipliers of roles by random search", rule={"name": "ByRole", "ratios": {"other": 1.0}}
+    )
+}
+"""Methods that only a tuning makes: each trial draws multipliers for the roles of the network."""
+
 CONTROLS: dict[str, tuple[Control, str]] = {
     "mean-factor": ("mean factor", "plain at the mean factor"),
     "weighted-mean": ("weighted mean factor", "plain at the mean factor over weights"),
     "shuffled": ("shuffled layers", "factors of other layers"),
     "shuffled-in-shape": ("shuffled within shapes", "factors of other layers of the same shape"),
     "frozen": ("frozen factors", "mean factor of each layer"),
+    "frozen-at-start": ("first factors", "factor of each layer at the first update"),
     "reversed": ("reversed factors", "mean factors in reverse order"),
     "type-only": ("mean factor of each role", "mean factor of each role"),
     "shape-only": ("first factor of each shape", "first factors by shape"),
@@ -97,14 +105,14 @@ def make_arms(names: Sequence[str] = ()) -> list[Arm]:
     asked: dict[str, list[str]] = {}
     for name in names:
         control, _, method = name.partition(":")
-        if name in METHODS:
+        if name in METHODS or name in SEARCHES:
             asked.setdefault(name, [])
-        elif control in CONTROLS and method in METHODS:
+        elif control in CONTROLS and (method in METHODS or method in SEARCHES):
             asked.setdefault(method, []).append(control)
         elif name != PLAIN and name not in CONTROLS:
             own = [f"{word}:{one}" for word in CONTROLS for one in METHODS] if ":" in name else []
             raise UsageError(
-                f"arm {name!r} is not known: use {PLAIN}, {', '.join(METHODS)}, and the controls "
+                f"arm {name!r} is not known: use {PLAIN}, {', '.join([*METHODS, *SEARCHES])}, and the controls "
                 f"{', '.join(CONTROLS)}, of one method as shuffled:lars."
                 f"{nearest(name, own or [PLAIN, *METHODS, *CONTROLS])}"
             )
@@ -112,12 +120,13 @@ def make_arms(names: Sequence[str] = ()) -> list[Arm]:
         raise UsageError(f"arms={' '.join(names)!r} hold no method to compare: add one of {', '.join(METHODS)}")
     arms = [Arm(name=PLAIN, words="plain")]
     for name, own in asked.items():
-        method = METHODS[name]
+        method = METHODS.get(name) or SEARCHES[name]
         controls = [word for word in CONTROLS if word == "mean-factor" or word in own or word in names]
         titles = {word: word if len(asked) == 1 else f"{word}:{name}" for word in controls}
         others = tuple(other for other in method.against if other in asked)
         against = (PLAIN, *titles.values(), *others)
-        arms.append(Arm(name=name, words=method.words, rule=method.rule, against=against))
+        search = {"roles": ()} if name in SEARCHES else None
+        arms.append(Arm(name=name, words=method.words, rule=method.rule, against=against, search=search))
         for word, title in titles.items():
             control, words = CONTROLS[word]
             words = words if len(asked) == 1 else f"{words} ({method.words})"

@@ -80,6 +80,7 @@ Control = Literal[
     "mean factor",
     "weighted mean factor",
     "frozen factors",
+    "first factors",
     "reversed factors",
     "mean factor of each role",
     "first factor of each shape",
@@ -89,6 +90,9 @@ Control = Literal[
 CONTROLS: tuple[Control, ...] = get_args(Control)
 RATES: tuple[Control, ...] = CONTROLS[:2]
 """Those that are plain training at another rate."""
+
+TRIALS = "Runs of a tuning"
+"""How the note of a plan begins whose runs only choose settings."""
 
 Role = Literal["method", "plain", "control"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -116,6 +120,7 @@ class Arm:
     value: float | None = None
     against: tuple[str, ...] = ()  # names of the arms that it is compared with
     role: Role | None = None  # what it is to the others where that does not follow from its rule
+    search: Mapping[str, Any] | None = None  # roles whose multipliers each of its trials draws, with ``low``, ``high``
 
     def __post_init__(self) -> None:
         if self.role is not None and self.role not in ROLES:
@@ -157,6 +162,53 @@ class PaperValue:
     def label(self) -> str:
         """What tables call it; where the runs beside it are of a smaller scale, this says so."""
         return "paper, full scale" if self.full_scale else "paper"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A setting that an arm tried on validation data before the comparison."""
+
+    setting: Mapping[str, Any]
+    score: float | None  # mean of the validation over the seeds of the tuning; None where one diverged
+    extension: bool = False  # beyond the grid, as the best so far was at its edge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What an arm tried on a subject, and what it has chosen."""
+
+    subject: str
+    arm: str
+    trials: tuple[Trial, ...]
+    chosen: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> Trial:
+        """The trial of the chosen setting."""
+        return next(trial for trial in self.trials if trial.setting == self.chosen)
+
+    @property
+    def extensions(self) -> int:
+        """Number of trials beyond the grid."""
+        return sum(trial.extension for trial in self.trials)
+
+    @property
+    def diverged(self) -> int:
+        """Number of trials of which a run diverged: the worst of all."""
+        return sum(trial.score is None for trial in self.trials)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How the arms of a plan came to their settings, and what that took."""
+
+    words: str  # what was tried, by whom and on what
+    quantity: str  # of the scores, in words
+    seeds: tuple[int, ...]
+    runs: int  # different ones, those among them that only give a control its method's factors
+    seconds: float  # of all of them together
+    arms: tuple[Tuned, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +254,17 @@ class Plan:
     notes: tuple[str, ...] = ()  # what differs from the paper, and what the page does not show
     scale: str = ""  # "smoke", "reduced", "full", or "" for a user's own task
     data_title: str = ""
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "beside", tuple(self.beside))
         for name in self.beside:
             quantity_of(name)
+
+    @property
+    def of_trials(self) -> bool:
+        """Whether its runs only choose settings, so that nothing is concluded from them."""
+        return any(words.startswith(TRIALS) for words in self.notes)
 
     def arms_of(self, subject: str) -> list[Arm]:
         """List the arms that the subject of this name is tried with, in the plan's order."""

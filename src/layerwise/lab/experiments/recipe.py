@@ -3,7 +3,8 @@
 A recipe is TOML: ``[constants]`` (each ``{ value = ..., source = "..." }``), ``[[subjects]]``, ``[[arms]]``,
 ``[[grids]]`` (an arm for each value of a list), ``[[paper]]`` (the paper's numbers) and ``[scales.smoke]``,
 ``[scales.reduced]``, ``[scales.full]``, which say how long and on what the runs are; or ``[picture]``, the phases that
-a picture without runs shows. ``beside`` names quantities that are shown below the recipe's own. ``extends`` names a
+a picture without runs shows. ``beside`` names quantities that are shown below the recipe's own.
+``[tuned]`` lets every arm choose its rate on validation images first; ``tuned_recipe.py`` says how. ``extends`` names a
 recipe whose tables it takes over and changes; its ``own_notes`` stand before the ``notes`` taken over. Where subjects
 have a ``kind``, the values of a grid and the ``phases`` of a rule may be tables: kind -> what its subjects have.
 """
@@ -12,11 +13,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from layerwise.lab import data
+from layerwise.lab.data import library
 from layerwise.lab.errors import UsageError, nearest
 from layerwise.lab.experiments.plan import (
     LAYOUTS,
@@ -78,38 +82,58 @@ class Recipe:
         """Name the data sets that the runs of a scale read."""
         return {run.configuration.trial["data"] for run in self.plan(scale, seeds=1).runs}
 
+    def scale(self, scale: str) -> Table:
+        """Give what the recipe says of a scale, or refuse one that it does not have."""
+        if not self.content["scales"]:
+            raise UsageError(f"recipe {self.name} is a picture without runs: layerwise run {self.name} draws it")
+        if scale not in self.content["scales"]:
+            raise UsageError(f"scale={scale!r}: recipe {self.name} has {', '.join(self.content['scales'])}")
+        return self.content["scales"][scale]
+
+    def laid_out(self, scale: str, vary: Mapping[str, Sequence[Any]] | None = None) -> tuple[list[Subject], list[Arm]]:
+        """Give the subjects and the arms of a scale."""
+        content, chosen = self.content, self.scale(scale)
+        subjects = _subjects(content, chosen, vary or {})
+        arms = _arms(content, chosen, subjects)
+        check_names("subject", [subject.name for subject in subjects])
+        check_names("arm", [arm.name for arm in arms])
+        return subjects, arms
+
+    def runs(
+        self, scale: str, pairs: Iterable[tuple[Subject, Subject, Arm]], seeds: Sequence[int], **constants: Any
+    ) -> tuple[PlannedRun, ...]:
+        """Give the runs of subjects with arms: a subject, what it is called in the plan, an arm; ``constants`` win."""
+        own = {name: entry["value"] for name, entry in self.content["constants"].items()}
+        base = own | self.scale(scale).get("constants", {}) | constants
+        return tuple(
+            PlannedRun(subject=called.name, arm=arm, seed=seed, configuration=replace(configuration, seed=seed))
+            for subject, called, arm in pairs
+            for configuration in [_configuration(base, subject, arm)]
+            for seed in seeds
+        )
+
     def plan(self, scale: str, *, seeds: int | None = None, vary: Mapping[str, Sequence[Any]] | None = None) -> Plan:
         """Lay out the runs.
 
         Every combination of the values in ``vary``, of constants or arguments of rules, becomes a subject of its own.
         Arms whose rule does not take the argument have the same runs in each.
         """
-        content = self.content
-        if not content["scales"]:
-            raise UsageError(f"recipe {self.name} is a picture without runs: layerwise run {self.name} draws it")
-        if scale not in content["scales"]:
-            raise UsageError(f"scale={scale!r}: recipe {self.name} has {', '.join(content['scales'])}")
-        chosen = content["scales"][scale]
-        subjects = _subjects(content, chosen, vary or {})
-        arms = _arms(content, chosen, subjects)
-        check_names("subject", [subject.name for subject in subjects])
-        check_names("arm", [arm.name for arm in arms])
-        base = {name: entry["value"] for name, entry in content["constants"].items()} | chosen.get("constants", {})
+        content, chosen = self.content, self.scale(scale)
+        subjects, arms = self.laid_out(scale, vary)
         given = check_seeds(seeds if seeds is not None else chosen["seeds"])
-        runs = tuple(
-            PlannedRun(subject=subject.name, arm=arm, seed=seed, configuration=replace(configuration, seed=seed))
-            for subject in subjects
-            for arm in arms
-            if not arm.subjects or subject.name in arm.subjects
-            for configuration in [_configuration(base, subject, arm)]
-            for seed in given
-        )
+        pairs = [
+            (each, each, arm) for each in subjects for arm in arms if not arm.subjects or each.name in arm.subjects
+        ]
+        runs = self.runs(scale, pairs, given)
         layout = content["layout"]
         if layout not in LAYOUTS:
             raise UsageError(f"layout={layout!r} of recipe {self.name}: use one of {', '.join(LAYOUTS)}")
         paper = _paper(content, chosen, subjects, arms, not chosen.get("paper", scale != "smoke"))
         notes = [*chosen.get("notes", ()), *_stand_ins(content, subjects, paper)]
         notes += [*content.get("own_notes", ()), *content.get("notes", ())]
+        if any(run.configuration.trial["data"] == data.LIBRARY for run in runs):
+            with suppress(UsageError):
+                notes.append(library.load().title)
         return Plan(
             name=f"{self.name}-{scale}{_suffix(vary or {})}",
             title=f"Smoke test of: {content['title']}" if scale == "smoke" else content["title"],
@@ -173,7 +197,11 @@ def _stand_ins(content: Table, subjects: Sequence[Subject], paper: Sequence[Pape
 def _configuration(base: Table, subject: Subject, arm: Arm) -> Configuration:
     """Put together what the runs of an arm are, but for their seeds."""
     varied = {name: value for name, value in subject.varied.items() if name in CONSTANTS}
-    constants = Constants.of({**base, **subject.constants, **arm.constants, **varied})
+    given = {**base, **subject.constants, **arm.constants, **varied}
+    if given.get("data") == data.LIBRARY:  # another version of Python has another text, whose runs are other runs
+        with suppress(UsageError):  # a Python without its library can list the recipe; a run says what it lacks
+            given["data_digest"] = library.load().digest
+    constants = Constants.of(given)
     check(constants)
     rule = arm.rule
     if rule is not None and "phases" in rule:

@@ -81,12 +81,15 @@ def _plain(name: str, value: Any) -> Any:
 def make_rule(specification: Mapping[str, Any] | None, seed: int, replay: Path | None = None) -> Any:
     """Make a rule of ``{"name": ..., **arguments}``; that of an amplification has ``selection``, alike, and ``phases``.
 
+    ``layers_by`` beside the arguments is what the adapter takes as ``layers``, as ``["*"]``: one layer of all.
+
     Random choices take the seed of the run unless they name one. ``replay`` is the file of recorded factors.
     """
     if specification is None:
         return None
     arguments = dict(specification)
     name = arguments.pop("name", None)
+    arguments.pop("layers_by", None)  # how parameters form its layers, which the adapter is told
     known = public(rules.Rule)
     if replay is None:
         del known["Replay"]  # it needs a file

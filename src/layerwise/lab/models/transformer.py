@@ -39,13 +39,32 @@ class Attention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
-    """x ← x + attention(norm1(x)); x ← x + contract(gelu(expand(norm2(x)))). 12 w² + 13 w parameters at width w."""
+class SeparateAttention(nn.Module):
+    """The same by four matrices without biases, so that each part can have a rate of its own. 4 w² parameters."""
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
+        self.heads, self.causal = heads, causal
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width, bias=False) for _ in range(4))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Mix the places; shape (n, places, width), before and after."""
+        parts = (part(hidden).unflatten(2, (self.heads, -1)) for part in (self.query, self.key, self.value))
+        query, key, value = (part.transpose(1, 2) for part in parts)  # each (n, heads, places, width / heads)
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """x ← x + attention(norm1(x)); x ← x + contract(gelu(expand(norm2(x)))). 12 w² + 13 w parameters at width w.
+
+    With separate attention 4 w fewer.
+    """
+
+    def __init__(self, width: int, heads: int, *, causal: bool, separate: bool = False) -> None:
+        super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, causal=causal)
+        self.attention = (SeparateAttention if separate else Attention)(width, heads, causal=causal)
         self.norm2 = nn.LayerNorm(width)
         self.expand = nn.Linear(width, 4 * width)
         self.contract = nn.Linear(4 * width, width)
@@ -56,11 +75,11 @@ class Block(nn.Module):
         return hidden + self.contract(functional.gelu(self.expand(self.norm2(hidden))))
 
 
-def blocks(depth: int, width: int, heads: int, *, causal: bool) -> nn.ModuleList:
+def blocks(depth: int, width: int, heads: int, *, causal: bool, separate: bool = False) -> nn.ModuleList:
     """Chain blocks, or refuse heads that do not divide the width."""
     if width % heads:
         raise UsageError(f"heads={heads!r} with width={width!r}: use a number of heads that divides the width")
-    return nn.ModuleList(Block(width, heads, causal=causal) for _ in range(depth))
+    return nn.ModuleList(Block(width, heads, causal=causal, separate=separate) for _ in range(depth))
 
 
 class TransformerLanguageModel(nn.Module):
@@ -68,11 +87,21 @@ class TransformerLanguageModel(nn.Module):
 
     Modules that own parameters: embedding, position, six a block, norm. ``head`` shares ``embedding.weight``, which is
     one parameter, and has none of its own. v w + c w + depth (12 w² + 13 w) + 2 w parameters for a vocabulary of v,
-    a context of c and a width w: 112,384 with the defaults.
+    a context of c and a width w: 112,384 with the defaults. ``separate`` takes 4 w depth of these away: each block has
+    matrices of its own for queries, keys, values and output. ``tied=False`` adds v w: the head has its own weights.
     """
 
     def __init__(
-        self, seed: int, *, vocabulary: int = 128, context: int = 64, width: int = 64, depth: int = 2, heads: int = 4
+        self,
+        seed: int,
+        *,
+        vocabulary: int = 128,
+        context: int = 64,
+        width: int = 64,
+        depth: int = 2,
+        heads: int = 4,
+        separate: bool = False,
+        tied: bool = True,
     ) -> None:
         check_sizes(vocabulary=vocabulary, context=context, width=width, depth=depth, heads=heads)
         super().__init__()
@@ -81,10 +110,11 @@ class TransformerLanguageModel(nn.Module):
             self.position = nn.Embedding(context, width)
             for table in (self.embedding, self.position):
                 nn.init.normal_(table.weight, std=DEVIATION)
-            self.blocks = blocks(depth, width, heads, causal=True)
+            self.blocks = blocks(depth, width, heads, causal=True, separate=separate)
             self.norm = nn.LayerNorm(width)
             self.head = nn.Linear(width, vocabulary, bias=False)
-            self.head.weight = self.embedding.weight
+            if tied:
+                self.head.weight = self.embedding.weight
 
     def forward(self, symbols: torch.Tensor) -> torch.Tensor:
         """Score what follows each of int64 symbols, shape (n, length): (n, length, vocabulary)."""

@@ -14,7 +14,8 @@ from layerwise.lab.report.figures import Figure, Style, Table, slugs, styles
 from layerwise.lab.report.provenance import caveats, provenance, rule_words
 from layerwise.lab.report.rendering import rendered
 from layerwise.lab.report.tables import FAR, end, entry, metrics, result_table
-from layerwise.lab.report.verdicts import headline, note, verdicts
+from layerwise.lab.report.trials import cost, trial_rows
+from layerwise.lab.report.verdicts import MEANINGS, headline, note, standings, verdicts
 from layerwise.lab.report.words import SMOKE, capital, in_unit, item_of, place_words
 
 MOST_DRAWN = 24  # subjects of which the differences are drawn; all stand in the table
@@ -95,6 +96,10 @@ def _section(outcome: Outcome, key: str, prefix: str, figures: dict[str, Figure]
         "headline": headline(outcome),
         "notices": notices(outcome),
         "verdicts": [each for verdict in found for each in verdict.split()],
+        "standings": standings(results),
+        "meanings": MEANINGS,
+        "trials": trial_rows(plan),
+        "trials_cost": "" if plan.tuning is None else cost(plan.tuning),
         "place": place_words(plan),
         "note": note(max(1, results.family), len(plan.seeds)),
         "table": table,

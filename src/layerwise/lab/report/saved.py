@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.lab.errors import UsageError
-from layerwise.lab.experiments.plan import LAYOUTS, Arm, PaperValue, Plan, PlannedRun, Quantity, Subject
+from layerwise.lab.experiments.plan import (
+    LAYOUTS,
+    Arm,
+    PaperValue,
+    Plan,
+    PlannedRun,
+    Quantity,
+    Subject,
+    Trial,
+    Tuned,
+    Tuning,
+)
 from layerwise.lab.experiments.results import Key, Results
 from layerwise.lab.experiments.runner import Outcome, Settings
 from layerwise.lab.runs.configuration import Configuration
@@ -38,6 +49,7 @@ def as_json(plan: Plan) -> str:
         runs.append([run.subject, run.arm.name, run.seed, kept.setdefault(text, len(kept))])
     plain = {field.name: getattr(plan, field.name) for field in fields(Plan)}
     plain |= {name: [asdict(each) for each in plain[name]] for name in ("subjects", "arms", "paper")}
+    plain["tuning"] = None if plan.tuning is None else asdict(plan.tuning)
     plain |= {"quantity": asdict(plan.quantity), "configurations": [json.loads(text) for text in kept], "runs": runs}
     return json.dumps(plain, default=str)
 
@@ -70,10 +82,30 @@ def plan_of(content: Mapping[str, Any]) -> Plan:
             "arms": tuple(arms.values()),
             "runs": tuple(runs),
             "paper": tuple(PaperValue(**row) for row in content["paper"]),
+            "tuning": tuning_of(content.get("tuning")),
             "constants": {name: (value, str(source)) for name, (value, source) in content["constants"].items()},
             **{name: tuple(content[name]) for name in ("columns", "seeds", "claims", "notes")},
         }
     )
+
+
+def tuning_of(content: Mapping[str, Any] | None) -> Tuning | None:
+    """Read how the arms of a plan were tuned."""
+    if content is None:
+        return None
+    arms = tuple(
+        Tuned(
+            **{
+                **row,
+                "trials": tuple(Trial(**trial) for trial in row["trials"]),
+                "warnings": tuple(row["warnings"]),
+            }
+        )
+        for row in content["arms"]
+    )
+    if not all(any(trial.setting == one.chosen for trial in one.trials) for one in arms):
+        raise ValueError("an arm of the plan has chosen a setting that it did not try")
+    return Tuning(**{**content, "seeds": tuple(content["seeds"]), "arms": arms})
 
 
 def rebuilt(folder: Path) -> tuple[Results, list[str]] | None:

@@ -104,12 +104,15 @@ def paper_words(paper: PaperValue, quantity: Quantity) -> str:
 
 
 def missing(results: Results, subject: str, arms: Sequence[Arm]) -> str:
-    """Say how many runs are missing or diverged."""
+    """Say how many runs are missing or diverged, and how many of the others reach what the quantity waits for."""
     planned = sum(results.planned[subject, arm.name] for arm in arms)
     count = sum(len(results.of(subject, arm.name)) for arm in arms)
     diverged = sum(len(results.diverged(subject, arm.name)) for arm in arms)
     parts = [f"{count} of {planned} runs"] if count < planned else []
     parts += [f"{diverged} of {count} diverged"] if diverged else []
+    if results.plan.quantity.take == "first":
+        reached = sum(len(results.values(subject, arm.name)) for arm in arms)
+        parts += [f"reached by {reached} of {count - diverged}"] if reached < count - diverged else []
     return ", ".join(parts)
 
 

@@ -10,7 +10,7 @@ import json
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -23,7 +23,8 @@ from layerwise.lab.experiments.results import Results
 from layerwise.lab.experiments.runner import Outcome
 from layerwise.lab.report.saved import NAME
 from layerwise.lab.report.tables import Entry, ResultTable, Row, brief, further, result_table
-from layerwise.lab.report.verdicts import Verdict, headline, note, verdicts
+from layerwise.lab.report.trials import cost
+from layerwise.lab.report.verdicts import MEANINGS, Verdict, headline, note, standings, verdicts
 from layerwise.lab.report.words import SMOKE, capital, item_of
 from layerwise.lab.stats.comparison import MINIMUM_PAIRS
 from layerwise.lab.stats.wording import listed
@@ -201,16 +202,39 @@ def _short(verdict: Verdict) -> str:
     return f"{verdict.answer()} {difference}".rstrip() if verdict.alone else verdict.answer()
 
 
+def standing_table(results: Results) -> Table | None:
+    """Lay out what each method is on each subject, in the fixed words; None where nothing was tuned."""
+    found = standings(results)
+    if not found:
+        return None
+    made, alone, before = _bare(), len(results.plan.subjects) == 1, ""
+    for heading in ([] if alone else ["tuned arms"]) + ["tuned method" if alone else "method", ""]:
+        made.add_column(_heading(heading, LONGEST_NAME), overflow="fold")
+    for each in found:
+        begin = [] if alone else ["" if each.subject == before else each.subject_words]
+        made.add_row(*map(_text, (*begin, each.words)), Text(each.word, style="bold" if each.word == "helps" else ""))
+        before = each.subject
+    return made
+
+
 def _verdict(outcome: Outcome, *, explain: bool) -> Iterator[RenderableType]:
     """Give the table of verdicts, what makes them weigh less, and what they mean together."""
     plan, results = outcome.plan, outcome.results
+    standing = standing_table(results)
+    if standing is not None:
+        yield standing
+        yield ""
     table = verdict_table(results, whole=explain)
     if table is not None:
         yield table
         if any(words.startswith(UNTUNED) for words in plan.notes):
             yield _text(UNFAIR)
     yield _text(headline(outcome))
+    if plan.tuning is not None:
+        yield _text(cost(plan.tuning))
     if explain:
+        if standing is not None:
+            yield _text(MEANINGS)
         for verdict in verdicts(results):
             each = None if verdict.grouped else verdict.alone
             # Rows say of how many pairs they are, where these are too few.
@@ -229,9 +253,9 @@ def show(
     """Print the outcome: numbers, verdicts, where the report is, and the next command.
 
     ``quiet`` prints the verdicts, the failures and the place of the report only; ``explain`` every number and every
-    comparison too, and how comparisons are judged.
+    comparison too, and how comparisons are judged. Of a tuning that is not finished nothing but its state is printed.
     """
-    plan, count = outcome.plan, len(outcome.results.records)
+    plan, count = outcome.plan, 0 if outcome.plan.of_trials else len(outcome.results.records)
     parts: list[RenderableType] = []
     if count:
         parts = list(_verdict(outcome, explain=explain))
@@ -271,11 +295,12 @@ def _ends(outcome: Outcome, *, quiet: bool) -> Iterator[Text]:
         rest = "the same command goes on"
         if outcome.failures and not outcome.interrupted:
             rest = "correct what failed, then start the command again"
-        elif count:
+        elif count and not outcome.plan.of_trials:
             rest = "the table is of these; the same command goes on with the rest"
         if outcome.plan.name == NAME:  # made by `layerwise report`, which trains nothing
             rest = "the table is of these; the experiment's own command goes on with the rest"
-        yield _text(f"{how}: {count} of {outcome.planned} runs are finished; {rest}.")
+        runs = "runs of the tuning" if outcome.plan.of_trials else "runs"
+        yield _text(f"{how}: {count} of {outcome.planned} {runs} are finished; {rest}.")
 
 
 def as_json(outcome: Outcome) -> str:
@@ -299,10 +324,19 @@ def as_json(outcome: Outcome) -> str:
         "headline": headline(outcome),
         "table": results.table().to_dicts(),
         "verdict": [{"subject": subject, "arm": item, "comparisons": rows} for (subject, item), rows in judged.items()],
-        "report": str(outcome.report) if results.records else None,
+        **_tuned(results),
+        "report": str(outcome.report) if results.records and not plan.of_trials else None,
         "runs": str(outcome.settings.out / "store"),
     }
     return json.dumps(finite(whole), indent=2, allow_nan=False)
+
+
+def _tuned(results: Results) -> dict[str, Any]:
+    """Give how the arms were tuned, and what each method is in the fixed words; nothing where nothing was tuned."""
+    tuning = results.plan.tuning
+    if tuning is None:
+        return {}
+    return {"tuning": asdict(tuning), "standings": [vars(each) for each in standings(results)]}
 
 
 def finite(value: Any) -> Any:

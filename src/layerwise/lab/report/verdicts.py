@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from layerwise.lab.experiments.plan import Arm, Role
+from layerwise.lab.experiments.plan import RATES, Arm, Role
 from layerwise.lab.experiments.results import Results
 from layerwise.lab.experiments.runner import Outcome
 from layerwise.lab.report.words import capital, item_of, item_words, last_step, place_words, value_words
@@ -32,6 +32,7 @@ class Verdict:
     comparisons: tuple[tuple[str, Comparison], ...]  # of a group one for each value, else one with the value ""
     grouped: bool
     first: bool  # against what the method is compared with first
+    global_rate: bool = False  # whether the other is plain training at a mean factor
 
     @property
     def better(self) -> list[str]:
@@ -125,9 +126,61 @@ def _verdicts(results: Results) -> list[Verdict]:
                     comparisons=tuple((value_words(arm.value) if arm.group else "", each) for arm, _, each in rows),
                     grouped=bool(rows[0][0].group),
                     first=rows is first,
+                    global_rate=rows[0][1].control in RATES,
                 )
                 made.append(verdict)
     return made
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a method is on a subject, where every arm was tuned, in one of four fixed words."""
+
+    subject: str
+    subject_words: str
+    item: str
+    words: str
+    word: str  # "helps", "a larger rate", "hurts" or "not shown"
+
+
+MEANINGS = (
+    "helps: better than tuned plain training, and than plain training at every mean factor of the method. "
+    "a larger rate: better than tuned plain training, not than that at a mean factor. "
+    "hurts: worse than tuned plain training. not shown: none of these."
+)
+
+
+def standings(results: Results) -> list[Standing]:
+    """Give what each method is on each subject; empty where the arms were not tuned."""
+    if results.plan.tuning is None:
+        return []
+    of: dict[tuple[str, str], list[Verdict]] = {}
+    for verdict in verdicts(results):
+        arm = results.arms.get(verdict.item)  # None of a group
+        if arm is not None and arm.kind == "method" and arm.rule is not None:
+            of.setdefault((verdict.subject, verdict.item), []).append(verdict)
+    return [
+        Standing(subject, own[0].subject_words, item, own[0].words, standing(own))
+        for (subject, item), own in of.items()
+    ]
+
+
+def standing(own: Sequence[Verdict]) -> str:
+    """Give the word for a method's verdicts on a subject; without a mean factor it is never said to help."""
+    plain = [each for each in own if each.role == "plain"]
+    rates = [each for each in own if each.global_rate]
+    if plain and all(map(_beaten, plain)):
+        return "helps" if rates and all(map(_beaten, rates)) else "a larger rate"
+    return "hurts" if any(each.worse for each in plain) else "not shown"
+
+
+def _beaten(verdict: Verdict) -> bool:
+    """Tell whether the other is shown to be worse: by the comparison, or since it diverged in every run."""
+    each = verdict.alone
+    if each is None:
+        return False
+    always = each.runs >= MINIMUM_PAIRS and len(each.diverged_against) == each.runs and not each.diverged
+    return each.better or always
 
 
 def headline(outcome: Outcome) -> str:

@@ -17,16 +17,35 @@ from layerwise.lab.runs.store import versions
 IDENTITY_LENGTH = 12
 """Letters of a run's identity in its name; 48 bits, so that a million runs are distinct."""
 
-SWITCHES = ("training_accuracy", "compile", "timed")
+SWITCHES = ("training_accuracy", "flush_denormal", "compile", "timed")
 """Constants that are true or false."""
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "order": ("sequential", "shuffled"),
     "precision": ("float32", "tf32", "bfloat16"),
     "memory_format": ("channels_last", "contiguous"),
+    "measured": ("test", "validation"),
     **dict.fromkeys(SWITCHES, (False, True)),
 }
 """Constant -> the values that it may have."""
+
+TO_THE_END = ("poly", "cosine", "warmup-cosine")
+"""Rate policies that end with the run."""
+
+SHARED_WITH_PRETRAINING = (
+    "data",
+    "data_digest",
+    "validation_count",
+    "inputs",
+    "order",
+    "test_batch_size",
+    "model",
+    "width",
+    "precision",
+    "memory_format",
+    "compile",
+)
+"""Constants that a run has in common with the one whose weights it begins from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +56,13 @@ class Constants:
     data_digest: str | None = None  # tells an image folder from others; published data have checksums of their own
     train_count: int | None = None  # images, the first of the file; None for all
     test_count: int | None = None
+    validation_count: int | None = None  # training images, the last of the file, that no run trains on; None for none
+    measured: str = "test"  # what runs are measured on; a run measured on "validation" never reads the test images
+    drawn_count: int | None = None  # training images that each seed draws of those; None for all
+    shift: str | None = None  # of images or labels, a key of ``shifts.SHIFTS``
+    pretrained: Mapping[str, Any] | None = None  # constants of the run whose weights this one begins from
     inputs: str  # a key of ``inputs.INPUTS``
+    context: int | None = None  # symbols that a network of text reads at once
     order: str  # in file order without end, or shuffled anew in every epoch
     batch_size: int
     test_batch_size: int = 100  # changes no result but for rounding
@@ -48,12 +73,15 @@ class Constants:
     momentum: float = 0.0  # of the solvers that have one; decay rate rho of AdaDelta
     weight_decay: float = 0.0  # L2
     delta: float | None = None  # of AdaGrad and AdaDelta; None for the solver's own
+    beta2: float | None = None  # of AdamW's mean of squares; None for PyTorch's 0.999
     policy: str = "fixed"  # of the rate, a key of ``solvers.POLICIES``; its arguments are the next ones
     policy_unit: str = "iteration"  # or "epoch"
     gamma: float | None = None
     power: float | None = None
     stepsize: int | None = None
     steps: tuple[int, ...] = ()
+    warmup: int | None = None
+    floor: float | None = None
     iterations: int | None = None  # updates of a run, or
     epochs: int | None = None  # its passes over the training images
     test_every: int | None = None  # iterations between two tests, from 0 on; None for each epoch's end
@@ -62,6 +90,7 @@ class Constants:
     training_accuracy: bool = False  # recorded at the end of each epoch
     precision: str = "float32"  # the papers'; tf32: a GPU multiplies with 10 bits of fraction; bfloat16: autocast
     memory_format: str = "channels_last"  # of the convolutions
+    flush_denormal: bool = False  # on the CPU numbers below 1e-38 are 0: else a network that saturates is slow
     compile: bool = False  # by ``torch.compile``
     timed: bool = False  # the running time is what is asked for: no run is shared with recipes that do not ask for it
 
@@ -70,7 +99,8 @@ class Constants:
             raise UsageError(
                 f"iterations={self.iterations!r}, epochs={self.epochs!r}: give exactly one of them, the length of a run"
             )
-        optional = ("train_count", "test_count", "iterations", "epochs", "test_every")
+        counts = ("train_count", "test_count", "validation_count", "drawn_count")
+        optional = (*counts, "context", "warmup", "iterations", "epochs", "test_every")
         for name in (*optional, "batch_size", "test_batch_size", "layers_every", "factors_every"):
             value = getattr(self, name)
             if value is None and name in optional:
@@ -96,16 +126,35 @@ class Constants:
             raise UsageError("training_accuracy=True with order='sequential', which has no epochs: use 'shuffled'")
         if self.order == "sequential" and self.policy_unit == "epoch":
             raise UsageError("policy_unit='epoch' with order='sequential', which has no epochs: use 'iteration'")
-        if self.policy == "poly" and (self.policy_unit == "epoch") != (self.epochs is not None):
+        if self.measured == "validation" and self.validation_count is None:
+            raise UsageError("measured='validation' without validation images: give validation_count, their number")
+        if self.policy in TO_THE_END and (self.policy_unit == "epoch") != (self.epochs is not None):
             raise UsageError(
-                f"policy_unit={self.policy_unit!r}: policy='poly' ends with the run, so count it as the run's length is"
+                f"policy_unit={self.policy_unit!r}: policy={self.policy!r} ends with the run, so count it as the run's "
+                "length is"
             )
-        for name in ("rate", "momentum", "weight_decay", "delta", "gamma", "power", "width"):
+        for name in ("rate", "momentum", "weight_decay", "delta", "gamma", "power", "width", "beta2", "floor"):
             value = getattr(self, name)
             if value is None and name not in ("rate", "momentum", "weight_decay"):
                 continue
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0.0):
                 raise UsageError(f"{name}={value!r}: must be a finite number of at least 0")
+        if self.pretrained is not None:
+            self._check_pretrained(self.pretrained)
+
+    def _check_pretrained(self, given: object) -> None:
+        if not isinstance(given, Mapping) or given.get("train_count") is None:
+            raise UsageError(
+                f"pretrained={given!r}: give the constants of a run, train_count among them: these images of the file "
+                "are left out of the run that begins from its weights"
+            )
+        refused = [name for name in given if name in (*SHARED_WITH_PRETRAINING, "measured", "pretrained")]
+        if refused:
+            raise UsageError(
+                f"pretrained has {refused[0]}={given[refused[0]]!r}: leave it out, it follows from the run that begins "
+                "from these weights"
+            )
+        _ = self.pretraining  # checks the others
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Constants:
@@ -124,6 +173,15 @@ class Constants:
             raise UsageError(f"a constant is missing: {error}") from error
 
     @property
+    def pretraining(self) -> Constants | None:
+        """The constants of the run whose weights this one begins from; it never sees the test images if it need not."""
+        if self.pretrained is None:
+            return None
+        shared = {name: getattr(self, name) for name in SHARED_WITH_PRETRAINING}
+        measured = "test" if self.validation_count is None else "validation"
+        return Constants.of({**shared, "measured": measured, **self.pretrained})
+
+    @property
     def policy_arguments(self) -> dict[str, Any]:
         """Arguments of the rate policy, without those that are not given."""
         given = {
@@ -131,7 +189,9 @@ class Constants:
             "power": self.power,
             "stepsize": self.stepsize,
             "stepvalues": self.steps or None,
-            "max_iter": (self.iterations or self.epochs) if self.policy == "poly" else None,
+            "warmup": self.warmup,
+            "floor": self.floor,
+            "max_iter": (self.iterations or self.epochs) if self.policy in TO_THE_END else None,
         }
         return {name: value for name, value in given.items() if value is not None}
 
@@ -167,6 +227,12 @@ class Configuration:
     def constants(self) -> Constants:
         """The constants of a recipe's run."""
         return Constants.of(self.trial)
+
+    @property
+    def pretraining(self) -> Configuration | None:
+        """The run whose weights this one begins from: the same for all arms and seeds."""
+        before = self.constants.pretraining
+        return None if before is None else Configuration.make(before, threads=self.threads, device=self.device)
 
     def as_json(self) -> dict[str, Any]:
         """Give it as JSON holds it."""

@@ -130,6 +130,7 @@ ARM = {
     "subjects": [str],
     "against": [str],
     "role?": Maybe(str),
+    "search?": Maybe(Each(object)),
 }
 
 PAPER_VALUE = {
@@ -138,6 +139,18 @@ PAPER_VALUE = {
     "step": Maybe(count),
     "full_scale?": bool,
 }
+
+TRIAL = {"setting": Each(object), "score": Maybe(number), "extension": bool}
+
+TUNED = {
+    "subject": str,
+    "arm": str,
+    "trials": [TRIAL],
+    "chosen": Each(object),
+    "warnings": [str],
+}
+
+TUNING = {"words": str, "quantity": str, "seeds": [count], "runs": count, "seconds": number, "arms": [TUNED]}
 
 PLAN = {
     **dict.fromkeys(("name", "title", "source", "layout", "step_unit", "scale", "data_title"), str),
@@ -153,6 +166,7 @@ PLAN = {
     "constants": Each((object, str)),
     "notes": [str],
     "found?": bool,
+    "tuning?": Maybe(TUNING),
     "configurations": [CONFIGURATION],
 }
 """``plan.json``: an experiment."""

@@ -18,12 +18,13 @@ from torch import nn
 import layerwise
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.methods import DEFAULT_ARMS, make_arms
+from layerwise.lab.experiments.tuning import setting_words
 from layerwise.lab.progress import duration
 from layerwise.lab.runs.configuration import Configuration
 from layerwise.lab.runs.store import usable_cores
 from layerwise.lab.stats.wording import counted
 from layerwise.lab.tasks.findings import Finding, LayerNumbers, find, numbers_of
-from layerwise.lab.tasks.layout import plan, setting_words
+from layerwise.lab.tasks.layout import plan
 from layerwise.lab.tasks.network_numbers import (
     Activations,
     Outputs,

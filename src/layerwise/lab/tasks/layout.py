@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from logging.handlers import BufferingHandler
 from typing import Any, Literal
@@ -13,7 +13,6 @@ from layerwise import rules
 from layerwise.lab.experiments import rules as rule_making
 from layerwise.lab.experiments.methods import METHODS, make_arms, task_phases
 from layerwise.lab.experiments.plan import (
-    FACTORS_ALONE,
     RATES,
     Arm,
     Plan,
@@ -23,8 +22,8 @@ from layerwise.lab.experiments.plan import (
     check_names,
     check_seeds,
 )
+from layerwise.lab.experiments.tuning import Setting, at_own_settings
 from layerwise.lab.runs.configuration import Configuration
-from layerwise.lab.runs.values import Value
 from layerwise.lab.tasks.task import Stream, TaskFile, TriedTask
 from layerwise.rules.shapes import shape_of
 
@@ -50,14 +49,17 @@ class Layout:
         arms: Sequence[Arm],
         seeds: Sequence[int],
         notes: Sequence[str],
+        pairs: Sequence[tuple[Subject, Arm]] | None = None,
     ) -> Plan:
-        """Plan a run of every arm with every seed on every subject, and attach the rule of each arm once.
+        """Plan a run of every arm with every seed on every subject, or of ``pairs``; attach the rule of each arm once.
 
         So what cannot be attached is reported before anything is trained. ``suffix`` ends the name of the experiment.
         """
+        if pairs is None:
+            pairs = [(subject, arm) for subject in subjects for arm in arms]
         check_names("setting", [subject.name for subject in subjects])
         check_names("arm", [arm.name for arm in arms])
-        runs = tuple(self._run(subject, arm, seed, measure) for subject in subjects for arm in arms for seed in seeds)
+        runs = tuple(self._run(subject, arm, seed, measure) for subject, arm in pairs for seed in seeds)
         remarks = self._check(runs)
         path, label = self.task_file.path, self.task_file.label
         stem = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in path.stem)
@@ -168,7 +170,7 @@ def plan(
     *,
     arms: Sequence[str] = (),
     seeds: int = 5,
-    tuned: Mapping[str, Mapping[str, Value]] | None = None,
+    tuned: Mapping[str, Setting] | None = None,
     notes: Sequence[str] = (),
     tried: TriedTask | None = None,
 ) -> Plan:
@@ -178,7 +180,7 @@ def plan(
     the control's values.
     """
     given = check_seeds(seeds)
-    chosen = list(_at_own_values(make_arms(arms), tuned or {}))
+    chosen = list(at_own_settings(make_arms(arms), tuned or {}))
     methods = [METHODS[arm.name] for arm in chosen if arm.name in METHODS]
     if tuned is None:
         untuned = "Nothing was tuned: every arm has the task's own values, whatever method they were chosen for."
@@ -186,35 +188,9 @@ def plan(
     return Layout(task_file, tried or task_file.tried()).plan(
         "metric",
         suffix="" if tuned is None else "-tuned",
-        title=", ".join(method.words for method in methods),
+        title=", ".join(arm.words for arm in make_arms(arms) if arm.kind == "method" or arm.name in METHODS),
         subjects=[Subject(name="task", words=task_file.label)],
         arms=chosen,
         seeds=given,
         notes=notes,
     )
-
-
-def _at_own_values(arms: Sequence[Arm], tuned: Mapping[str, Mapping[str, Value]]) -> Iterator[Arm]:
-    """Give each arm its chosen values, and a control at other values than its method's a method's arm of its own."""
-    methods: dict[tuple[str, str], str] = {}
-    for arm in arms:
-        values = dict(tuned.get(arm.name, {}))
-        if arm.of is not None and values != dict(tuned.get(arm.of, {})):
-            key = (arm.of, setting_words(values))
-            if key not in methods:
-                method = next(one for one in arms if one.name == arm.of)
-                words = f"{method.words} at {key[1]}, {FACTORS_ALONE}"
-                methods[key] = f"{arm.of} {key[1]}"
-                yield replace(method, name=methods[key], words=words, constants=values, against=())
-            arm = replace(arm, of=methods[key])
-        yield replace(arm, constants=values)
-
-
-def setting_words(values: Mapping[str, Value]) -> str:
-    """Write values of parameters: "lr=0.01, weight_decay=0"."""
-    return ", ".join(f"{name}={value_words(value)}" for name, value in values.items())
-
-
-def value_words(value: Value) -> str:
-    """Write a value, a number in its shortest form."""
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,145 +1,141 @@
-"""Tuning: every arm tries the same values on the same seeds, judged by validation alone."""
+"""Tuning a user's own task: its parameters are what is tried, judged by its own validation."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.methods import make_arms
-from layerwise.lab.experiments.plan import Plan, Subject
-from layerwise.lab.experiments.runner import Display, Outcome, Settings, carry_out
-from layerwise.lab.runs.values import Value
-from layerwise.lab.tasks.layout import Layout, setting_words, value_words
+from layerwise.lab.experiments.plan import TRIALS, Arm, Plan, Subject
+from layerwise.lab.experiments.runner import Display, Outcome, Settings
+from layerwise.lab.experiments.tuning import SEEDS, Grid, Setting, Space, Tuner, space_of, with_ratios
+from layerwise.lab.experiments.tuning import tune as carry_out_trials
+from layerwise.lab.tasks.layout import Layout, plan
 from layerwise.lab.tasks.task import TaskFile, TriedTask
+from layerwise.layers import make_layers, named_parameters_of
+from layerwise.rules.roles import roles_of
 
-FIRST_SEED = 10_000
-"""Above every seed of a comparison, which are below ``plan.LARGEST_SEEDS``: what was tuned on is never judged on."""
 
-SEEDS = 2
-LARGEST_GRID = 1000
+@dataclass(frozen=True)
+class TaskBench:
+    """A task on the bench of a tuning; ``compared`` are the seeds of the comparison."""
 
-Grid = Mapping[str, Sequence[Value]]
-"""Parameter -> values."""
+    task_file: TaskFile
+    tried: TriedTask
+    arms: tuple[Arm, ...]
+    tries: Space
+    names: tuple[str, ...] = ()  # of the arms, as they were asked for
+    compared: int = 5
 
-Setting = dict[str, Value]
+    @property
+    def subjects(self) -> Sequence[Subject]:
+        """The task alone."""
+        return (Subject(name="task", words=self.task_file.label),)
+
+    def arms_of(self, subject: str) -> Sequence[Arm]:
+        """All arms."""
+        return self.arms
+
+    def space(self, subject: str, arm: Arm) -> Space:
+        """Give the same settings to every arm."""
+        return with_ratios(self.tries, arm)
+
+    def trials(self, pairs: Sequence[tuple[Subject, Subject, Arm]], arms: Sequence[Arm], seeds: Sequence[int]) -> Plan:
+        """Plan runs that never call the metric, but validation."""
+        return Layout(self.task_file, self.tried).plan(
+            "validation",
+            suffix="-tuning",
+            title="tuning",
+            subjects=list({at.name: at for _, at, _ in pairs}.values()),
+            arms=arms,
+            seeds=seeds,
+            notes=(f"{TRIALS}: they choose values, and nothing is concluded from them.",),
+            pairs=[(at, arm) for _, at, arm in pairs],
+        )
+
+    def comparison(self, tuner: Tuner) -> Plan:
+        """Plan the comparison, each arm at its own values."""
+        chosen = {arm.name: tuner.chosen("task", arm.name) for arm in self.arms}
+        given = {"tuned": chosen, "notes": tuner.notes, "tried": self.tried}
+        return plan(self.task_file, arms=self.names, seeds=self.compared, **given)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """The result of a tuning, whose plan has a subject for each setting, in the order of the settings."""
+    """The result of a tuning of a task."""
 
-    outcome: Outcome
-    grid: Grid
+    tuner: Tuner
+
+    @property
+    def outcome(self) -> Outcome:
+        """That of its last round, whose plan has all trials."""
+        assert self.tuner.outcome is not None
+        return self.tuner.outcome
 
     @property
     def plan(self) -> Plan:
-        """Of the tuning's runs."""
+        """Of the tuning's runs: a subject for each setting."""
         return self.outcome.plan
 
     def scores(self, arm: str) -> list[float]:
         """Give the mean validation of an arm at each setting; the worst of all where a seed diverged."""
-        return [self._score(subject.name, arm) for subject in self.plan.subjects]
-
-    def _score(self, subject: str, arm: str) -> float:
-        records = self.outcome.results.of(subject, arm)
-        values = [record.summary["finals"].get("validation") for record in records.values()]
-        known = [value for value in values if value is not None]
-        if len(known) < len(self.plan.seeds) or any(record.diverged for record in records.values()):
-            return -math.inf if self.plan.quantity.higher_is_better else math.inf
-        return math.fsum(known) / len(known)
+        return self.tuner.scores("task", arm)
 
     @property
     def chosen(self) -> dict[str, Setting]:
         """Give the best setting of each arm; of equal ones the first."""
-        best = max if self.plan.quantity.higher_is_better else min
-        chosen = {}
-        for arm in self.plan.arms:
-            scores = self.scores(arm.name)
-            chosen[arm.name] = dict(self.plan.subjects[scores.index(best(scores))].constants)
-        return chosen
+        arms = self.tuner.bench.arms_of("task")
+        return {arm.name: dict(self.tuner.chosen("task", arm.name)) for arm in arms}
 
     @property
     def notes(self) -> list[str]:
         """Say what was tried, on what, and what was chosen."""
-        grid = "; ".join(f"{name} of {', '.join(map(value_words, values))}" for name, values in self.grid.items())
-        seeds, count = self.plan.seeds, len(self.plan.subjects)
-        return [
-            f"Tuned: {grid}. Every arm, the plain one and the controls too, had the same {count} settings on the same "
-            f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {count * len(seeds)} runs an arm, judged by the mean "
-            "of validation alone; no seed of the tuning is among those of the comparison.",
-            *self.choices,
-        ]
+        return self.tuner.notes
 
     @property
     def choices(self) -> list[str]:
-        """Say what was chosen, and which choices are at the edge of the grid."""
-        chosen, words = self.chosen, {arm.name: arm.words for arm in self.plan.arms}
-        notes = [
-            f"Chosen: {'; '.join(f'{words[name]}: {setting_words(setting)}' for name, setting in chosen.items())}."
-        ]
-        for name, setting in chosen.items():
-            if not any(map(math.isfinite, self.scores(name))):
-                notes.append(f"Warning: {words[name]} diverged at every setting; the first one stands.")
-            for parameter in self._at_edge(setting):
-                value = value_words(setting[parameter])
-                notes.append(
-                    f"Warning: {words[name]} has {parameter}={value}, at the edge of its values: better ones may lie "
-                    "beyond, so give more of them."
-                )
-        return notes
-
-    def _at_edge(self, setting: Setting) -> list[str]:
-        """Name the parameters whose value is the lowest or highest of several numbers; 0 has nothing below it."""
-        found = []
-        for name, values in self.grid.items():
-            numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-            value = setting[name]
-            if len(numbers) < 2 or len(numbers) < len(values) or not isinstance(value, (int, float)):
-                continue
-            if value == max(numbers) or (value == min(numbers) and value != 0):
-                found.append(name)
-        return found
+        """Say what was chosen, and which choices are at the edge of what was tried."""
+        return self.tuner.choices
 
 
-def settings_of(task_file: TaskFile, grid: Grid) -> tuple[Setting, ...]:
-    """Give every combination of a grid's values, or refuse what cannot be one; the last parameter changes first."""
-    for name, given in grid.items():
-        if isinstance(given, str) or not given:
-            raise UsageError(f"tune {name}={given!r}: give a list of values, as {name}=0.01,0.03,0.1")
-        for value in given:
-            task_file.with_values({name: value})
-    values = {name: list(dict.fromkeys(given)) for name, given in grid.items()}
-    settings = tuple(dict(zip(values, row, strict=True)) for row in product(*values.values()))
-    if len(settings) > LARGEST_GRID:
-        raise UsageError(f"tune has {len(settings)} settings: must be at most {LARGEST_GRID}; give fewer values")
-    return settings
+def space(task_file: TaskFile, grid: Grid, draws: int | None = None) -> Space:
+    """Give the settings that a grid of a task's parameters has, or refuse what cannot be one."""
+    whole = [
+        name for name, value in task_file.defaults.items() if isinstance(value, int) and not isinstance(value, bool)
+    ]
+    if draws is not None and not grid:
+        raise UsageError(f"tune random:{draws} without a range: add one, as --tune lr=1e-3:1e1")
+    return space_of(grid, draws, task_file.with_values, whole)
 
 
 def tune(
     task_file: TaskFile,
     grid: Grid,
     *,
+    draws: int | None = None,
     arms: Sequence[str] = (),
     seeds: int = SEEDS,
+    compared: int = 5,
     settings: Settings,
     display: Display | None = None,
     tried: TriedTask | None = None,
 ) -> Tuning:
-    """Try every setting of a grid with every arm. The runs never call the metric, but validation."""
-    combinations = settings_of(task_file, grid)
+    """Try every setting of a grid with every arm, or ``draws`` of its ranges; ``compared`` seeds are compared later."""
+    tries = space(task_file, grid, draws)
     tried = tried or task_file.tried(settings.device, validation=True)
-    plan = Layout(task_file, tried).plan(
-        "validation",
-        suffix="-tuning",
-        title="tuning",
-        subjects=[Subject(name=(words := setting_words(each)), words=words, constants=each) for each in combinations],
-        # A control follows its method's run of the same setting and seed; settings are not compared with one another.
-        arms=[replace(arm, against=()) for arm in make_arms(arms)],
-        seeds=range(FIRST_SEED, FIRST_SEED + seeds),
-        notes=("Runs of a tuning: they choose values, and nothing is concluded from them.",),
-    )
-    grid = {name: tuple(dict.fromkeys(values)) for name, values in grid.items()}
-    return Tuning(carry_out(plan, settings, display), grid)
+    made = tuple(_searching(arm, task_file, tried) for arm in make_arms(arms))
+    bench = TaskBench(task_file, tried, made, tries, tuple(arms), compared)
+    return Tuning(carry_out_trials(bench, settings, display, seeds=seeds))
+
+
+def _searching(arm: Arm, task_file: TaskFile, tried: TriedTask) -> Arm:
+    """Tell an arm that searches which roles the network has."""
+    if arm.search is None:
+        return arm
+    trial = tried.trial
+    layers = make_layers(named_parameters_of(trial.optimizer, trial.model), "parameter", trial.model)
+    roles = sorted(set(roles_of(layers)))
+    if len(roles) < 2:
+        raise task_file.refuse(f"has layers of one role ({roles[0]}): leave the arm {arm.name!r} out")
+    return replace(arm, search={"roles": roles})

@@ -98,12 +98,17 @@ class Training:
         self._resume()
         self._clock = self._saved = time.perf_counter()
         progress(self.position.iteration)
+        if self.trial.flush_denormal:
+            torch.set_flush_denormal(True)
         try:
             with suppress(_DivergedError):
                 self._train(progress)
         except StoppedError:
             self._save("stopped")
             raise
+        finally:
+            if self.trial.flush_denormal:
+                torch.set_flush_denormal(False)
         self._tick()
         return self._summary()
 

@@ -95,7 +95,13 @@ def make(name: str, dataset: Dataset) -> Inputs:
     return INPUTS[name](dataset)
 
 
+SYMBOLS = "symbols"
+"""What the inputs of a text are called."""
+
+
 def check(name: str) -> None:
     """Refuse a form of inputs that is not known."""
     if name not in INPUTS:
-        raise UsageError(f"inputs={name!r}: use one of {', '.join(INPUTS)}, or 'crops' of an image folder")
+        raise UsageError(
+            f"inputs={name!r}: use one of {', '.join(INPUTS)}, or 'crops' of an image folder, or 'symbols' of a text"
+        )

@@ -1,4 +1,4 @@
-"""The solvers that recipes name, Caffe's, which Singh et al. 2015 used, and PyTorch's; and Caffe's rate policies.
+"""The solvers that recipes name, Caffe's, which Singh et al. 2015 used, and PyTorch's; and policies of the rate.
 
 The rate of update k, from 0, is base_lr times the multiplier of k: a pure function of k, so that a resumed run has
 the rates of one that was never interrupted. Caffe src/caffe/solvers/sgd_solver.cpp, SGDSolver::GetLearningRate.
@@ -6,6 +6,7 @@ the rates of one that was never interrupted. Caffe src/caffe/solvers/sgd_solver.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -43,7 +44,9 @@ def build(constants: Constants, model: nn.Module) -> tuple[torch.optim.Optimizer
         groups = caffe.parameter_groups(model, getattr(model, "multipliers", {}))
     else:
         groups = [{"params": list(model.named_parameters())}]
-    options = {name: value for name in names if (value := getattr(constants, name)) is not None}
+    options: dict[str, Any] = {name: value for name in names if (value := getattr(constants, name)) is not None}
+    if constants.beta2 is not None:
+        options["betas"] = (0.9, constants.beta2)
     optimizer = solver(groups, constants.rate, weight_decay=constants.weight_decay, **options)
     return optimizer, scheduler(optimizer, constants.policy, **constants.policy_arguments)
 
@@ -54,6 +57,10 @@ def check(constants: Constants) -> None:
         raise UsageError(f"solver={constants.solver!r}: use one of {', '.join(SOLVERS)}")
     if constants.solver == "caffe-adagrad" and constants.momentum:
         raise UsageError(f"momentum={constants.momentum!r} with AdaGrad: must be 0, as Caffe's AdaGrad demands")
+    if constants.beta2 is not None and constants.solver != "adamw":
+        raise UsageError(f"beta2={constants.beta2!r} of solver={constants.solver!r}: leave it out, or use 'adamw'")
+    if constants.beta2 is not None and not constants.beta2 < 1.0:
+        raise UsageError(f"beta2={constants.beta2!r}: must be below 1, as 0.95")
     if constants.solver == "adamw" and constants.momentum:
         raise UsageError(f"momentum={constants.momentum!r} with AdamW: must be 0; it has none of that name")
     multiplier(constants.policy, 0, **constants.policy_arguments)
@@ -65,6 +72,13 @@ _FORMULAS: dict[str, Callable[..., float]] = {
     "step": lambda k, gamma, stepsize: float(gamma) ** (k // stepsize),
     "multistep": lambda k, gamma, stepvalues: float(gamma) ** bisect_right(stepvalues, k),
     "poly": lambda k, power, max_iter: (1.0 - k / max_iter) ** power,
+    "cosine": lambda k, max_iter: 0.5 * (1.0 + math.cos(math.pi * k / max_iter)),  # Loshchilov and Hutter 2017, eq. 5
+    # Up in a line, which update ``warmup`` ends, then down to ``floor`` by half a cosine.
+    "warmup-cosine": lambda k, warmup, floor, max_iter: (
+        (k + 1) / warmup
+        if k < warmup
+        else floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * (k - warmup) / (max_iter - warmup)))
+    ),
 }
 
 POLICIES = {name: tuple(signature(formula).parameters)[1:] for name, formula in _FORMULAS.items()}
@@ -98,6 +112,12 @@ def _policy(name: str, arguments: Mapping[str, Any]) -> Callable[[int], float]:
         raise UsageError(f"stepsize={stepsize!r}: policy {name!r} takes a whole number from 1")
     if not _is_rising(stepvalues):
         raise UsageError(f"stepvalues={stepvalues!r}: policy {name!r} takes a list of rising whole numbers from 1")
+    if name == "warmup-cosine" and not arguments["warmup"] < arguments["max_iter"]:
+        raise UsageError(
+            f"warmup={arguments['warmup']!r}: must be below the length of the run, {arguments['max_iter']!r}"
+        )
+    if name == "warmup-cosine" and not arguments["floor"] <= 1.0:
+        raise UsageError(f"floor={arguments['floor']!r}: must be at most 1, the share of the rate that is left")
     return partial(_FORMULAS[name], **arguments)
 
 

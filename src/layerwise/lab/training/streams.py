@@ -201,6 +201,46 @@ class FolderStream:
         return Loader(self.folder, min(self.loaders, len(jobs)), pin=self.pin, stay=False).batches(jobs)
 
 
+def with_validation(dataset: Dataset, count: int | None, train_count: int | None, *, measure: bool) -> Dataset:
+    """Take the last ``count`` training images out; to ``measure`` on them, put them in the place of the test images.
+
+    The test images are then not even looked at. Training images before them are kept, ``train_count`` at most.
+    """
+    if count is None:
+        return dataset
+    left = len(dataset.train_labels) - count
+    if left < max(1, train_count or 1):
+        raise UsageError(
+            f"validation_count={count!r} of {len(dataset.train_labels):,} training images leaves {max(0, left):,}, and "
+            f"train_count={train_count!r} takes more: give fewer images of validation or of training"
+        )
+    images, labels = dataset.train_images, dataset.train_labels
+    kept = replace(dataset, train_images=images[:left], train_labels=labels[:left])
+    return replace(kept, test_images=images[left:], test_labels=labels[left:]) if measure else kept
+
+
+def without_first(dataset: Dataset, count: int, wanted: int) -> Dataset:
+    """Leave the first ``count`` training images out, which weights were trained on; ``wanted`` must be left."""
+    left = len(dataset.train_labels) - count
+    if left < max(1, wanted):
+        raise UsageError(
+            f"train_count={count!r} of pretrained leaves {max(0, left):,} images that are neither for validation nor "
+            f"trained on before, and {wanted:,} are wanted: give fewer"
+        )
+    return replace(dataset, train_images=dataset.train_images[count:], train_labels=dataset.train_labels[count:])
+
+
+def drawn(dataset: Dataset, count: int | None, seed: int) -> Dataset:
+    """Keep so many training images, which a seed draws; None keeps all."""
+    if count is None:
+        return dataset
+    if count > len(dataset.train_labels):
+        raise UsageError(f"drawn_count={count!r} of {len(dataset.train_labels):,} training images: draw fewer")
+    # Epochs count from 1, so that the generator of epoch 0 is used for nothing else.
+    index = torch.randperm(len(dataset.train_labels), generator=epoch_generator(seed, 0))[:count]
+    return replace(dataset, train_images=dataset.train_images[index], train_labels=dataset.train_labels[index])
+
+
 def shortened(dataset: Dataset, train_count: int | None, test_count: int | None) -> Dataset:
     """Keep the first images of a data set only; None keeps all."""
     return replace(

@@ -13,13 +13,22 @@ from torch import nn
 from torch.nn import functional
 
 from layerwise.lab import data
+from layerwise.lab.data import library, shifts, text
 from layerwise.lab.errors import UsageError
 from layerwise.lab.runs.configuration import Configuration, Constants
 from layerwise.lab.training import inputs, networks, solvers
-from layerwise.lab.training.streams import FolderStream, MemoryStream, shortened
+from layerwise.lab.training.streams import FolderStream, MemoryStream, drawn, shortened, with_validation, without_first
+from layerwise.lab.training.text_stream import TextStream
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 """Layouts of the convolutions. On one thread an iteration of LeNet takes 11 ms in the first, 20 ms in the second."""
+
+
+MEASURES = {
+    "test": ("test_error", "accuracy", "test_loss"),
+    "validation": ("validation_error", "validation_accuracy", "validation_loss"),
+}
+"""What a classifier is measured on -> the names of its error, accuracy and loss there."""
 
 
 class StoppedError(Exception):
@@ -46,6 +55,7 @@ class Trial:
     training_metric: str = ""  # averaged over each epoch's examples
     prepare: Callable[[Any], Any] = lambda batch: batch  # puts a batch where the network reads it
     test_batches: int | None = None
+    flush_denormal: bool = False
     whole: Callable[[int], int | None] = lambda number: None
     """Number of a batch in its epoch -> its examples, where ``batches`` gives only the part of this process."""
 
@@ -62,6 +72,11 @@ def cross_entropy(model: nn.Module, batch: Any) -> torch.Tensor:
     return functional.cross_entropy(model(batch[0]), batch[1])
 
 
+def next_symbol_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Compute the mean cross-entropy of the symbol that follows each, in nats."""
+    return functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+
 def cross_entropy_and_accuracy(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the mean cross-entropy of a batch, in nats, and the accuracy on it, in %."""
     scores = model(batch[0])
@@ -70,9 +85,13 @@ def cross_entropy_and_accuracy(model: nn.Module, batch: Any) -> tuple[torch.Tens
 
 
 def classification(
-    tests: Callable[[], Iterator[Any]], prepare: Callable[[Any], Any]
+    tests: Callable[[], Iterator[Any]], prepare: Callable[[Any], Any], measured: str = "test"
 ) -> Callable[[nn.Module, Callable[[], bool]], dict[str, float]]:
-    """Make a classifier's ``evaluate``: ``test_error`` and ``accuracy`` in %, ``test_loss`` in nats."""
+    """Make a classifier's ``evaluate``: ``test_error`` and ``accuracy`` in %, ``test_loss`` in nats.
+
+    On validation images they are called ``validation_error``, ``validation_accuracy`` and ``validation_loss``.
+    """
+    names = MEASURES[measured]
 
     def evaluate(model: nn.Module, stop: Callable[[], bool]) -> dict[str, float]:
         wrong, loss, count = 0, 0.0, 0
@@ -90,7 +109,31 @@ def classification(
         finally:
             model.train()
         right = 100.0 * (count - wrong) / count
-        return {"test_error": 100.0 * wrong / count, "accuracy": right, "test_loss": loss / count}
+        return dict(zip(names, (100.0 * wrong / count, right, loss / count), strict=True))
+
+    return evaluate
+
+
+def language_model(
+    tests: Callable[[], Iterator[Any]], prepare: Callable[[Any], Any], measured: str = "test"
+) -> Callable[[nn.Module, Callable[[], bool]], dict[str, float]]:
+    """Make a language model's ``evaluate``: ``test_loss``, in nats a symbol; see ``classification``."""
+    name = MEASURES[measured][2]
+
+    def evaluate(model: nn.Module, stop: Callable[[], bool]) -> dict[str, float]:
+        loss, count = 0.0, 0
+        model.eval()
+        try:
+            with torch.no_grad():
+                for batch in tests():
+                    if stop():
+                        raise StoppedError
+                    symbols, following = prepare(batch)
+                    loss += float(next_symbol_loss(model, (symbols, following))) * following.numel()
+                    count += following.numel()
+        finally:
+            model.train()
+        return {name: loss / count}
 
     return evaluate
 
@@ -100,23 +143,69 @@ def check(constants: Constants) -> None:
     data.known(constants.data)
     networks.check(constants.model, constants.width)
     solvers.check(constants)
+    shifts.check(constants.shift)
+    if constants.pretraining is not None:
+        check(constants.pretraining)
+    of_text = constants.model.startswith(networks.OF_TEXT)
+    if constants.data == data.LIBRARY or of_text or constants.context is not None:
+        _check_text(constants, of_text=of_text)
+        return
     if constants.data != data.FOLDER:
         inputs.check(constants.inputs)
         return
-    read = constants.train_count, constants.test_count, constants.inputs, constants.order
-    if read != (None, None, "crops", "shuffled"):
+    counts = constants.train_count, constants.test_count, constants.validation_count, constants.drawn_count
+    others = constants.shift, constants.pretrained
+    if (*counts, *others, constants.inputs, constants.order) != (*[None] * 6, "crops", "shuffled"):
         raise UsageError(
             "an image folder is read whole, shuffled, in crops: use inputs='crops' and order='shuffled', and leave "
-            "train_count and test_count out"
+            "train_count, test_count, validation_count, drawn_count, shift and pretrained out"
         )
 
 
+def _check_text(constants: Constants, *, of_text: bool) -> None:
+    """Refuse a text for a network of images, and the reverse."""
+    read = constants.data == data.LIBRARY, of_text, constants.context is not None, constants.inputs == inputs.SYMBOLS
+    if not all(read) or constants.order != "shuffled":
+        raise UsageError(
+            f"data={constants.data!r} with model={constants.model!r}, context={constants.context!r}, "
+            f"inputs={constants.inputs!r}, order={constants.order!r}: a text is {data.LIBRARY!r} for a network whose "
+            f"name begins with {networks.OF_TEXT!r}, with a context, inputs={inputs.SYMBOLS!r} and order='shuffled'"
+        )
+    others = ("train_count", "drawn_count", "shift", "pretrained")
+    given = [name for name in others if getattr(constants, name) is not None]
+    given += ["training_accuracy"] if constants.training_accuracy else []
+    if given:
+        raise UsageError(f"{given[0]} with data={constants.data!r}: a text takes none; leave it out")
+
+
 @lru_cache(maxsize=1)
-def _source(name: str, digest: str | None, train: int | None, test: int | None, data_dir: Path | None) -> Any:
+def _source(
+    name: str,
+    digest: str | None,
+    train: int | None,
+    test: int | None,
+    validation: int | None,
+    measured: str,
+    before: int,
+    shift: str | None,
+    data_dir: Path | None,
+) -> Any:
     """Read a data set once a process, shortened; open the image folder that the run was planned for, and no other."""
+    if name == data.LIBRARY:
+        found = library.load()
+        if found.digest != digest:
+            raise UsageError(
+                f"data_digest={digest!r}, and the library of this Python has {found.digest!r}: use the Python that "
+                "this run was planned with, or start the command again, which makes other runs of other text"
+            )
+        return found
     if name != data.FOLDER:
         whole = data.load(name, data_dir)
-        return shortened(whole, train, test), int(whole.train_labels.max()) + 1
+        classes = int(whole.train_labels.max()) + 1
+        whole = with_validation(whole, validation, train, measure=measured == "validation")
+        whole = without_first(whole, before, train or 0) if before else whole
+        whole = shortened(whole, train, test if measured == "test" else None)
+        return shifts.shifted(whole, shift, classes), classes
     folder = data.open_folder(data_dir)
     if folder.digest != digest:
         raise UsageError(
@@ -125,6 +214,16 @@ def _source(name: str, digest: str | None, train: int | None, test: int | None, 
             "runs of other files, or give the folder that it had with --data-dir"
         )
     return folder
+
+
+def _text_stream(source: library.Library, constants: Constants, how: Any) -> TextStream:
+    """Make the stream of a text: windows to test of its last part, or of that for validation."""
+    part, count = source.test, constants.test_count
+    if constants.measured == "validation":
+        part, count = source.validation, constants.validation_count
+    assert constants.context is not None
+    counts = {"test_count": count, "context": constants.context, "classes": text.SYMBOLS}
+    return TextStream(train=source.train, test=part, **counts, **how)
 
 
 def build(
@@ -139,18 +238,24 @@ def build(
     constants = configuration.constants
     cuda, memory_format = device.startswith("cuda"), MEMORY_FORMATS[constants.memory_format]
     wanted = constants.data, constants.data_digest, constants.train_count, constants.test_count
-    source = _source(*wanted, data_dir)
+    before = 0 if constants.pretraining is None else constants.pretraining.train_count or 0
+    kept = constants.validation_count, constants.measured, before, constants.shift
+    source = _source(*wanted, *kept, data_dir)
     sizes = {"batch_size": constants.batch_size, "test_batch_size": constants.test_batch_size}
     how: Any = {**sizes, "seed": configuration.seed}
-    stream: MemoryStream | FolderStream
-    if constants.data == data.FOLDER:
+    stream: MemoryStream | FolderStream | TextStream
+    if constants.data == data.LIBRARY:
+        stream = _text_stream(source, constants, how)
+    elif constants.data == data.FOLDER:
         stream = FolderStream(folder=source, loaders=loaders, pin=cuda, share=share, **how)
     else:
         dataset, classes = source
+        dataset = drawn(dataset, constants.drawn_count, configuration.seed)
         form = {"form": constants.inputs, "order": constants.order}
         stream = MemoryStream(dataset=dataset, classes=classes, **form, **how)
-    shape = {"classes": stream.classes, "channels": stream.channels, "width": constants.width}
-    model = networks.build(constants.model, configuration.seed, **shape)
+    shape = {"classes": stream.classes, "channels": stream.channels}
+    sizes = {"width": constants.width, "context": constants.context}
+    model = networks.build(constants.model, configuration.seed, **shape, **sizes)
     model = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     if constants.compile:
         # A graph for each shape: one for all shapes would be compiled at another moment in a run that goes on.
@@ -166,17 +271,22 @@ def build(
     def prepare(batch: Any) -> Any:
         inputs, labels = batch
         inputs, labels = (each.to(device, non_blocking=cuda) for each in (inputs, labels))
-        return inputs.contiguous(memory_format=memory_format), labels
+        return inputs if inputs.ndim < 4 else inputs.contiguous(memory_format=memory_format), labels
 
+    loss: Callable[[nn.Module, Any], Any] = next_symbol_loss
+    evaluate = language_model
+    if constants.data != data.LIBRARY:
+        loss = cross_entropy_and_accuracy if constants.training_accuracy else cross_entropy
+        evaluate = classification
     return Trial(
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
         schedule_unit=constants.policy_unit,
         batches=stream.batches,
-        loss=at_precision(cross_entropy_and_accuracy if constants.training_accuracy else cross_entropy),
+        loss=at_precision(loss),
         training_metric="training_accuracy" if constants.training_accuracy else "",
-        evaluate=at_precision(classification(stream.tests, prepare)),
+        evaluate=at_precision(evaluate(stream.tests, prepare, constants.measured)),
         iterations=constants.iterations,
         epochs=constants.epochs,
         epoch_length=stream.epoch_length,
@@ -185,5 +295,6 @@ def build(
         factors_every=constants.factors_every,
         prepare=prepare,
         test_batches=stream.test_length,
+        flush_denormal=constants.flush_denormal,
         whole=stream.whole,
     )
