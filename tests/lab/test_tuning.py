@@ -21,6 +21,7 @@ from layerwise.lab.experiments import runner as experiment
 from layerwise.lab.experiments import tuned_recipe
 from layerwise.lab.experiments.plan import LARGEST_SEEDS, Arm, Plan, Subject, Tuning
 from layerwise.lab.experiments.recipe import Recipe, load
+from layerwise.lab.experiments.recipe import names as recipe_names
 from layerwise.lab.experiments.results import Results
 from layerwise.lab.experiments.runner import Outcome, Settings
 from layerwise.lab.experiments.tuned_recipe import TunedRecipe
@@ -427,6 +428,43 @@ def test_a_tuning_that_is_stopped_goes_on_and_repeats_nothing(tuned, tmp_path, m
     for key, record in outcome.results.records.items():
         assert whole.results.records[key].summary["weights"] == record.summary["weights"]
     assert tuned_recipe.counts(tiny_tuned(), Runs(tmp_path)) == (16 + len(whole.plan.runs),) * 2
+
+
+TUNED = [name for name in recipe_names() if "tuned" in load(name).content]
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("name", TUNED)
+def test_every_tuned_recipe_is_carried_out_at_smoke(name, tmp_path):
+    bench = TunedRecipe(load(name), "smoke", seeds=1)
+    outcome = tuned_recipe.run(bench, Settings(out=tmp_path, jobs=1))
+    assert not outcome.failures, outcome.failures[0].details
+    assert outcome.complete
+    told = outcome.plan.tuning
+    assert {len(one.trials) - one.extensions for one in told.arms} == {2}
+    expected = {(subject.name, arm.name) for subject in bench.subjects for arm in bench.arms_of(subject.name)}
+    assert {(one.subject, one.arm) for one in told.arms} == expected
+    assert {(run.subject, run.arm.name) for run in outcome.plan.runs} >= expected
+    alone = {run.arm.name for run in outcome.plan.runs} - {arm for _, arm in expected}
+    assert not any(outcome.plan.arm(name).against for name in alone)
+    methods = {(each.subject, each.item) for each in standings(outcome.results)}
+    assert methods == {
+        (s, a) for s, a in expected if bench.untuned.arm(a).kind == "method" and bench.untuned.arm(a).rule
+    }
+    assert all(len(bench.untuned.arm(arm).against) >= 2 for _, arm in methods)
+    assert report.write(outcome, "").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_every_method_of_a_tuned_recipe_is_compared_with_its_mean_factor(name):
+    for scale in load(name).content["scales"]:
+        plan = load(name).plan(scale)
+        for arm in plan.arms:
+            if arm.kind == "method" and arm.rule is not None:
+                others = [plan.arm(other) for other in arm.against if other in {each.name for each in plan.arms}]
+                assert others[0].kind == "plain"
+                assert [each.of for each in others if each.control == "mean factor"] == [arm.name]
 
 
 def test_a_recipe_can_draw_its_rates():
