@@ -394,11 +394,12 @@ class Tuner:
         told = next(iter(grids))
         for words, names in list(grids.items())[1:]:
             told += f"; for {', '.join(dict.fromkeys(names))}: {words}"
-        seeds, same = self.seeds, "the same" if len(grids) == 1 else "as many,"
+        seeds, same = self.seeds, "the same " if len(grids) == 1 else ""
+        numbers = ", ".join(map(str, seeds))
         return (
-            f"Tuned: {told}. Every arm, the plain one and the controls too, had {same} {self.count} settings on the "
-            f"same {len(seeds)} seeds ({', '.join(map(str, seeds))}), {self.count * len(seeds)} runs an arm, judged by "
-            "the mean of validation alone; no seed of the tuning is among those of the comparison."
+            f"Tuned: {told}. Every arm, the plain one and the controls too, had {same}{self.count} settings on the same "
+            f"{counted(len(seeds), 'seed')} ({numbers}), {self.count * len(seeds)} runs an arm, judged by the mean of "
+            "validation alone; no seed of the tuning is among those of the comparison."
         )
 
     def told(self) -> Tuning:
