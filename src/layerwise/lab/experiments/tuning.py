@@ -395,11 +395,12 @@ class Tuner:
         for words, names in list(grids.items())[1:]:
             told += f"; for {', '.join(dict.fromkeys(names))}: {words}"
         seeds, same = self.seeds, "the same " if len(grids) == 1 else ""
-        numbers = ", ".join(map(str, seeds))
+        settings = f"{same}{self.count} settings"
+        on = f"{counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
         return (
-            f"Tuned: {told}. Every arm, the plain one and the controls too, had {same}{self.count} settings on the same "
-            f"{counted(len(seeds), 'seed')} ({numbers}), {self.count * len(seeds)} runs an arm, judged by the mean of "
-            "validation alone; no seed of the tuning is among those of the comparison."
+            f"Tuned: {told}. Every arm, the plain one and the controls too, had {settings} on the same "
+            f"{on}, {self.count * len(seeds)} runs an arm, judged by the mean of validation alone; no seed of the "
+            "tuning is among those of the comparison."
         )
 
     def told(self) -> Tuning:
