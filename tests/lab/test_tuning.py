@@ -19,7 +19,7 @@ from layerwise.lab.data import digits
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments import runner as experiment
 from layerwise.lab.experiments import tuned_recipe
-from layerwise.lab.experiments.plan import LARGEST_SEEDS, Arm, Plan, Subject, Tuning
+from layerwise.lab.experiments.plan import LARGEST_SEEDS, RATES, Arm, Plan, Subject, Tuning
 from layerwise.lab.experiments.recipe import Recipe, load
 from layerwise.lab.experiments.recipe import names as recipe_names
 from layerwise.lab.experiments.results import Results
@@ -464,7 +464,7 @@ def test_every_method_of_a_tuned_recipe_is_compared_with_its_mean_factor(name):
             if arm.kind == "method" and arm.rule is not None:
                 others = [plan.arm(other) for other in arm.against if other in {each.name for each in plan.arms}]
                 assert others[0].kind == "plain"
-                assert [each.of for each in others if each.control == "mean factor"] == [arm.name]
+                assert [each.of for each in others if each.control in RATES] == [arm.name]
 
 
 def test_a_recipe_can_draw_its_rates():
