@@ -65,7 +65,7 @@ def test_every_arm_draws_the_same_settings_within_the_ranges():
 
 def test_a_search_draws_multipliers_whose_geometric_mean_is_one():
     arm = Arm(name="search", words="search", rule={"name": "ByRole"}, search={"roles": ["qk", "vo", "ffn"]})
-    found = with_ratios(space_of({"rate": "0.1:10:20"}), arm)
+    found = with_ratios(space_of({"rate": "0.1:10:20"}), arm, [arm])
     assert [each["rate"] for each in found.settings] == list(Range(0.1, 10.0, 20).values())
     drawn = [each["ratios"] for each in found.settings]
     assert len({json.dumps(each) for each in drawn}) == 20
@@ -73,7 +73,10 @@ def test_a_search_draws_multipliers_whose_geometric_mean_is_one():
         assert list(ratios) == ["qk", "vo", "ffn"]
         assert math.prod(ratios.values()) == pytest.approx(1.0, abs=2e-3)  # of four digits each
         assert max(ratios.values()) / min(ratios.values()) <= 64.1
-    assert with_ratios(found, replace(arm, search=None)) is found
+    control = Arm(name="mean", words="mean", control="mean factor", of="search")
+    assert with_ratios(space_of({"rate": "0.1:10:20"}), control, [arm, control]).settings == found.settings
+    plain = replace(arm, search=None)
+    assert with_ratios(found, plain, [plain]) is found
     assert setting_words({"rate": 0.1, "ratios": {"qk": 2.0, "vo": 0.5}}) == "rate=0.1, ratios=qk 2 vo 0.5"
 
 
@@ -561,6 +564,11 @@ def test_a_search_over_roles_has_the_budget_of_every_arm(tmp_path, capsys):
     record = outcome.results.records["task", "role-search", 0]
     assert record.configuration.rule == {"name": "ByRole", "ratios": told["role-search"].chosen["ratios"]}
     assert record.summary["factor"]["layers"]["0.weight"] == told["role-search"].chosen["ratios"]["embedding"]
+    control = outcome.results.records["task", "mean-factor", 0]
+    drawn = told["mean-factor"].chosen["ratios"]  # of the layers 0, 1 and 2, of which 1 and 2 have a bias
+    assert told["mean-factor"].chosen in [dict(trial_.setting) for trial_ in told["role-search"].trials]
+    mean = (drawn["embedding"] + 2 * drawn["norm"] + 2 * drawn["other"]) / 5
+    assert control.configuration.rule["factors"] == {"*": pytest.approx(mean, rel=1e-6)}
     asked = ["compare", f"{path}:task", "--arms", "role-search", "--out", str(tmp_path / "none")]
     assert cli.main(asked) == 2
     assert "arm 'role-search' draws its multipliers in trials: add --tune" in capsys.readouterr().err

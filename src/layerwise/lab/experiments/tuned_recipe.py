@@ -79,7 +79,7 @@ class TunedRecipe:
         if found is not None and (draws is not None or "count" in self.table):
             count = "" if draws is not None else f":{self.table['count']}"
             given = f"{found.low!r}:{found.high!r}{count}"
-        return with_ratios(space_of({RATE: given}, draws), arm)
+        return with_ratios(space_of({RATE: given}, draws), arm, self._arms)
 
     def trials(self, pairs: Sequence[tuple[Subject, Subject, Arm]], arms: Sequence[Arm], seeds: Sequence[int]) -> Plan:
         """Plan runs that are measured on the validation images alone."""

@@ -165,14 +165,16 @@ def _words(name: str, each: Range | Sequence[Value]) -> str:
     return f"{name} of {', '.join(map(value_words, each))}"
 
 
-def with_ratios(space: Space, arm: Arm) -> Space:
-    """Let an arm that searches draw the multipliers of its roles in each trial; others have the space as it is.
+def with_ratios(space: Space, arm: Arm, arms: Sequence[Arm]) -> Space:
+    """Let an arm of ``arms`` that searches draw the multipliers of its roles in each trial, and its controls the same.
 
-    Logarithms are uniform between those of ``low`` and ``high``, less their mean: the geometric mean is 1.
+    Other arms have the space as it is. Logarithms are uniform between those of ``low`` and ``high``, less their mean:
+    the geometric mean is 1.
     """
-    if arm.search is None:
+    search = next((one.search for one in arms if one.name == (arm.of or arm.name)), None)
+    if search is None:
         return space
-    roles, low, high = arm.search["roles"], arm.search.get("low", 0.125), arm.search.get("high", 8.0)
+    roles, low, high = search["roles"], search.get("low", 0.125), search.get("high", 8.0)
 
     def drawn(number: int) -> dict[str, float]:
         source = random.Random(f"multipliers {number}")
@@ -429,7 +431,9 @@ class Tuner:
 def at_setting(arm: Arm, setting: Setting) -> Arm:
     """Put an arm at a setting."""
     constants = {name: value for name, value in setting.items() if name != RATIOS}
-    rule = {**(arm.rule or {}), RATIOS: dict(setting[RATIOS])} if RATIOS in setting else arm.rule
+    rule = arm.rule
+    if rule is not None and RATIOS in setting:
+        rule = {**rule, RATIOS: dict(setting[RATIOS])}
     return replace(arm, constants={**arm.constants, **constants}, rule=rule, search=None)
 
 

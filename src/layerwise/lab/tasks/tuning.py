@@ -39,7 +39,7 @@ class TaskBench:
 
     def space(self, subject: str, arm: Arm) -> Space:
         """Give the same settings to every arm."""
-        return with_ratios(self.tries, arm)
+        return with_ratios(self.tries, arm, self.arms)
 
     def trials(self, pairs: Sequence[tuple[Subject, Subject, Arm]], arms: Sequence[Arm], seeds: Sequence[int]) -> Plan:
         """Plan runs that never call the metric, but validation."""
