@@ -16,6 +16,8 @@ from layerwise.lab.experiments import recipe
 from layerwise.lab.experiments.runner import Settings, carry_out
 from layerwise.lab.training import pretraining
 
+pytestmark = pytest.mark.full
+
 SCRIPT = """
 import sys
 from pathlib import Path

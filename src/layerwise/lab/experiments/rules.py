@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from inspect import isabstract, isclass, signature
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ PHASES = {
 """Phases of Basodi et al. 2023, section 4, by name, and the same without the plain epochs at the end."""
 
 
-def public(base: type) -> dict[str, Any]:
+@cache
+def public(base: type) -> Mapping[str, Any]:
     """Give the public classes of ``layerwise.rules`` that derive from a class and can be made."""
     found = {name: getattr(rules, name) for name in sorted(rules.__all__, key=str.casefold)}
     return {name: one for name, one in found.items() if isclass(one) and issubclass(one, base) and not isabstract(one)}
@@ -57,9 +59,11 @@ def arguments_of(rule: Mapping[str, Any] | None) -> set[str]:
 
 def with_arguments(rule: Mapping[str, Any] | None, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Give a rule, its phases as rows, those of the values that it takes; a command line joins ``kinds`` by "+"."""
+    if rule is None or not values:
+        return rule
     known = arguments_of(rule)
     given = {name: _plain(name, value) for name, value in values.items() if name in known}
-    if rule is None or not given:
+    if not given:
         return rule
     changed = {**rule, **given}
     if rule["name"] == "GradientAmplification":
@@ -90,7 +94,7 @@ def make_rule(specification: Mapping[str, Any] | None, seed: int, replay: Path |
     arguments = dict(specification)
     name = arguments.pop("name", None)
     arguments.pop("layers_by", None)  # how parameters form its layers, which the adapter is told
-    known = public(rules.Rule)
+    known = dict(public(rules.Rule))
     if replay is None:
         del known["Replay"]  # it needs a file
     if name not in known:
