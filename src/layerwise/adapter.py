@@ -25,9 +25,9 @@ from ._places.allowed import (
     check_method,
     check_place,
     check_rows,
-    made_for_descent,
     no_effect,
     scales_writes,
+    unfit_for_adam,
 )
 from ._places.averaging import compare_gradients
 from ._places.known_groups import KnownGroups
@@ -78,8 +78,8 @@ from .optimizers import (
     PlaceName,
     acting_optimizer,
     check_backward_is_over,
-    is_captured,
-    is_capturing,
+    has_capturable,
+    is_being_captured,
     is_foreign,
     refuse,
     unwrap,
@@ -91,8 +91,8 @@ from .rules.combine import bounds as bounded
 from .rules.elementwise import check_elementwise, is_elementwise
 from .rules.replication import check_processes, refuse_stages
 from .rules.roles import roles_of
-from .rules.state import State, check_saved, copied, described, moved_tensors, write_over
-from .rules.unfreezing import Stilled
+from .rules.state import State, changed_tensors, check_saved, copied, copy_into, described
+from .rules.unfreezing import FrozenLayers
 from .sharding import absent, can_compare, find_shards
 from .statistics import (
     AS_NUMBERS,
@@ -304,7 +304,7 @@ class AttachedRule:
         self.enabled = self.attached = True
         self.state: State = {}
         self.has_stepped = False
-        self._stilled = Stilled()
+        self._frozen_layers = FrozenLayers()
         self._request, self._rule, self._finite = request, request.rule, finite
         self._idle = self._dry = self._measured = False
         self._now: list[dict[str, Any]] = []
@@ -324,7 +324,7 @@ class AttachedRule:
         )
         self._process_group = verdict.process_group if verdict is not None else None
         OptimizerHooks.add(optimizer, self)
-        self.still()
+        self.update_requires_grad()
         # ZeRO recreates its inner optimizer when a group is added.
         self._follows = None if optimizer is holder else holder.register_step_pre_hook(self._follow)
 
@@ -398,16 +398,16 @@ class AttachedRule:
         rates = [by_group[group] for group in self.found.first_group]
         return [float("nan") if rate is None else float(rate) * f for rate, f in zip(rates, factors, strict=True)]
 
-    def still(self) -> None:
+    def update_requires_grad(self) -> None:
         """Set `requires_grad` where the rule does, and only while it takes part in steps."""
         acts = self.attached and self.enabled
-        self._stilled.still(self.found.layers, self._rule.trained(self.state) if acts else None)
+        self._frozen_layers.freeze(self.found.layers, self._rule.trained(self.state) if acts else None)
 
     def end_epoch(self) -> None:
         """Let the rule go on to the next epoch."""
         if self.has_values():
             self.state = self._rule.end_epoch(self.state)
-            self.still()
+            self.update_requires_grad()
 
     def save(self) -> Any:
         """Return a copy of the rule's state."""
@@ -422,7 +422,7 @@ class AttachedRule:
         """Go on with a saved state of the rule."""
         self.state = self._rule.load(saved, self.state)
         self._last_raw, self._compared, self.has_stepped = None, False, True
-        self.still()
+        self.update_requires_grad()
 
     def detach(self) -> None:
         """Take the hooks off; a second call does nothing."""
@@ -435,7 +435,7 @@ class AttachedRule:
         if self._follows is not None:
             self._follows.remove()
         self.attached = False
-        self.still()
+        self.update_requires_grad()
 
     # --- What the optimizer's hooks call ------------------------------------------------------------------------------
 
@@ -450,7 +450,7 @@ class AttachedRule:
             self.found.renew_rows()
         if not self.found.holds(groups, self._request):
             self._take(Resolution(optimizer, self._source, self._request))
-            self.still()
+            self.update_requires_grad()
             self._now = self._groups
         if self.found.units is not None:
             self.found.units.check_dense()
@@ -497,7 +497,7 @@ class AttachedRule:
             statistics = found.statistics.compute(groups, grad_scale, found_inf)
             if found.afterwards:
                 self.rates = rates_of(groups)
-                if is_captured(found.statistics.device):
+                if is_being_captured(found.statistics.device):
                     self._check_replays_of_finished(statistics)
                 self._before = statistics
                 return True
@@ -514,8 +514,8 @@ class AttachedRule:
                 f"{described(self._rule)}.factors returned {type(result).__name__}; it must return (factors, state)"
             )
         raw, state = result
-        if is_captured(found.statistics.device):
-            write_over(self._moved_tensors(state))
+        if is_being_captured(found.statistics.device):
+            copy_into(self._changed_tensors(state))
             if self._rule.counts_epochs():
                 logger.warning(
                     "%s counts epochs, and replays keep the factors of this one: capture anew after each end_epoch()",
@@ -538,10 +538,10 @@ class AttachedRule:
             self.factors = Factors(raw, found.included, found.mask) if units is None else UnitFactors(raw, units)
             self._last_raw = (raw, raw._version)
 
-    def _moved_tensors(self, new: State) -> list[tuple[Tensor, Tensor]]:
+    def _changed_tensors(self, new: State) -> list[tuple[Tensor, Tensor]]:
         """Return what a step that a CUDA graph captures changes in the rule's state; raise if replays would not."""
         try:
-            return moved_tensors(self.state, new)
+            return changed_tensors(self.state, new)
         except ValueError as error:
             raise ValueError(
                 f"{described(self._rule)} counts in Python ({error} at this step), and replays of a CUDA graph would "
@@ -551,10 +551,10 @@ class AttachedRule:
 
     @torch.no_grad()
     def _check_replays_of_finished(self, before: Statistics) -> None:
-        """Raise before the step where `_moved_tensors` would after it, as if the step moved nothing."""
+        """Raise before the step where `_changed_tensors` would after it, as if the step moved nothing."""
         statistics = self.found.statistics
         after = statistics.after(before, statistics.squares([]), self._groups, rates_of(self._groups))
-        self._moved_tensors(self._rule.factors(after, self.state)[1])
+        self._changed_tensors(self._rule.factors(after, self.state)[1])
 
     def _scale_finished(self) -> None:
         """Ask the rule for the factors of the finished step, and let them act."""
@@ -568,7 +568,7 @@ class AttachedRule:
         layers = [statistics.layer_of[id(p)] for p in statistics.members]
         if isinstance(factors, UnitFactors):
             self._finished.scale(factors.of_members())
-        elif factors.numbers is None and is_capturing(self._source):
+        elif factors.numbers is None and has_capturable(self._source):
             each = {dtype: factors.tensor.to(dtype).unbind() for dtype in {p.dtype for p in statistics.members}}
             pairs = zip(layers, statistics.members, strict=True)
             self._finished.scale([moved(each[p.dtype][number], p.device) for number, p in pairs])
@@ -829,7 +829,7 @@ class LayerwiseLR(StaysBehind):
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self._attached.enabled = value
-        self._attached.still()
+        self._attached.update_requires_grad()
 
     def layer_table(self) -> list[Layer]:
         """The layers themselves, with their parameters."""
@@ -953,7 +953,7 @@ class LayerwiseLR(StaysBehind):
         excluded = found.included.count(False)
         place = f"apply={self.apply!r}"
         place += f", decay={self.decay!r}" if self.apply == "gradient" else f" by {self._attached.route}"
-        units = "" if found.units is None else f" of {found.units.count:,} units"
+        units = "" if found.units is None else f", {found.units.count:,} units"
         parts = [f"{described(self.rule)} on {attached}", f"{len(found.layers)} layers{units}", place]
         if self.counts_epochs:
             parts.append(f"epoch {self._epoch}")
@@ -966,7 +966,7 @@ class LayerwiseLR(StaysBehind):
     def _remarks(self, optimizer: Optimizer) -> list[str]:
         """Return what the log says about this attachment."""
         found = self._attached.found
-        remarks = [no_effect(optimizer, self.apply, self.rule) or made_for_descent(optimizer, self.rule)]
+        remarks = [no_effect(optimizer, self.apply, self.rule) or unfit_for_adam(optimizer, self.rule)]
         if found.outside:
             among = len(found.parameters)
             remarks.append(f"{found.outside} of the optimizer's {among} parameters are in no layer: factor 1")

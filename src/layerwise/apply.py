@@ -15,7 +15,7 @@ from torch import Tensor, nn, optim
 from ._rows import Rows
 from ._tensors import has_values, local, moved, warn_without_values
 from ._writes import HALF, Factor
-from .optimizers import PlaceName, decay_is_coupled, has_decay, is_capturing, takes_tensor_rate
+from .optimizers import PlaceName, decay_is_coupled, has_capturable, has_decay, takes_tensor_rate
 from .rules.base import finite_or_one
 from .sharding import settled_gradient
 
@@ -378,7 +378,7 @@ class Step:
             for group in self.view.param_groups:
                 for p in group["params"]:
                     rows += rows_of.get(id(p), ())
-        if factors.numbers is None and (is_capturing(self.view) or not self.reads):
+        if factors.numbers is None and (has_capturable(self.view) or not self.reads):
             return [(p, factors.each(p)[layer_of[id(p)]]) for p in every + rows]
         numbers = factors.read()
         scaled: list[tuple[Tensor, Factor]] = [

@@ -31,7 +31,7 @@ from .layers import (
     named_parameters,
     rows_of,
 )
-from .optimizers import SCALE_INVARIANT, acting_optimizer, decay_is_coupled, is_capturing, unwrap
+from .optimizers import SCALE_INVARIANT, acting_optimizer, decay_is_coupled, has_capturable, unwrap
 from .rules import ByRole, FreezeOut, LayerAdaptive, LayerDecay, Unfreezing, WidthDepth
 from .rules.base import is_number
 from .rules.layer_decay import depths_of
@@ -290,7 +290,7 @@ def _cost(adapter: LayerwiseLR, optimizer: Optimizer, automatic: bool) -> tuple[
         costs.append("a copy of the parameters during the step, 3 passes over them")
     elif not units and scales_writes(optimizer, place):
         route = "scaled writes: what the step writes into a weight is multiplied; no parameter group is divided"
-        if is_capturing(optimizer) and not on_cpu:
+        if has_capturable(optimizer) and not on_cpu:
             costs.append("1 launch for each tensor")
     elif place == "lr":
         route = division
@@ -323,7 +323,7 @@ def _notes(adapter: LayerwiseLR, optimizer: Optimizer) -> list[str]:
     integers = sum(not holds_weights(p) for p in parameters_of(optimizer.param_groups))
     if integers:
         notes.append(f"{_count(integers, 'parameter tensor')} of integers (quantised weights) in no layer")
-    if _device_of(optimizer) != "cpu" and not is_capturing(optimizer):
+    if _device_of(optimizer) != "cpu" and not has_capturable(optimizer):
         notes.append("factors are read from the device once a step; capturable=True avoids it, at a launch a tensor")
     if adapter.apply != "gradient" and any(
         group.get("weight_decay") and decay_is_coupled(optimizer, group) is False for group in optimizer.param_groups

@@ -360,12 +360,12 @@ def takes_tensor_rate(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> b
     )
 
 
-def is_capturing(optimizer: optim.Optimizer) -> bool:
+def has_capturable(optimizer: optim.Optimizer) -> bool:
     """Tell whether no value may be read in a step, because it is captured in a CUDA graph, or can be."""
     return any(group.get("capturable") for group in optimizer.param_groups)
 
 
-def is_captured(device: torch.device) -> bool:
+def is_being_captured(device: torch.device) -> bool:
     """Tell whether a CUDA graph captures this step, whose replays run no Python."""
     return device.type == "cuda" and torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
 

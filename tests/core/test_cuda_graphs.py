@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layerwise
-from layerwise.optimizers import is_captured
+from layerwise.optimizers import is_being_captured
 from layerwise.rules import LayerAdaptive, LDoG, Rule, Unfreezing
 from layerwise.rules.state import is_state
 from rule_cases import RULES
@@ -38,7 +38,7 @@ class Captured:
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> Captured:
     result = Captured()
-    monkeypatch.setattr("layerwise.adapter.is_captured", result)
+    monkeypatch.setattr("layerwise.adapter.is_being_captured", result)
     return result
 
 
@@ -132,15 +132,15 @@ def test_a_rule_that_counts_epochs_says_that_replays_do_not(
 
 
 def test_only_a_cuda_stream_that_captures_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not is_captured(torch.device("cpu"))
+    assert not is_being_captured(torch.device("cpu"))
     with FakeTensorMode():
         weight = nn.Parameter(torch.empty(2, 2, device="cuda"))
     if not torch.backends.cuda.is_built():
-        assert not is_captured(weight.device)
+        assert not is_being_captured(weight.device)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert is_captured(weight.device)
-    assert not is_captured(torch.device("cpu"))
+    assert is_being_captured(weight.device)
+    assert not is_being_captured(torch.device("cpu"))
 
 
 def test_without_a_capture_the_state_is_replaced() -> None:

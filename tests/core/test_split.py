@@ -206,7 +206,7 @@ def test_every_rule_finds_the_factors_of_separate_parameters(rule: str, place: A
 @pytest.mark.parametrize("capturing", [False, True])
 def test_factors_on_a_device_act_on_parts(place: Any, capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if capturing:
-        monkeypatch.setattr("layerwise.apply.is_capturing", lambda _: True)
+        monkeypatch.setattr("layerwise.apply.has_capturable", lambda _: True)
     keep_on_device(monkeypatch)
     fused, separate = networks()
     options = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1, "foreach": True}

@@ -171,7 +171,7 @@ def test_rows_are_outputs_and_vectors_are_one_unit() -> None:
     assert list(adapter.get_last_factors().values()) == pytest.approx([float(f.mean()) for f in factors])
     rates = {name: 0.01 * factor for name, factor in adapter.get_last_factors().items()}
     assert adapter.get_last_lr() == pytest.approx(rates)
-    assert f"{len(names)} layers of {sum(f.numel() for f in factors)} units" in repr(adapter)
+    assert f"{len(names)} layers, {sum(f.numel() for f in factors)} units" in repr(adapter)
 
 
 def test_a_step_that_clips_nothing_is_the_bare_one() -> None:

@@ -222,7 +222,7 @@ def test_requires_grad_is_refused_where_others_have_settled_it() -> None:
     layerwise.step_in_backward(optimizer, model, Unfreezing()).detach()
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        with pytest.raises(ValueError, match=r"DistributedDataParallel and FSDP settle that .*: leave it out"):
+        with pytest.raises(ValueError, match=r"DistributedDataParallel and FSDP, which settle .*: leave it out"):
             layerwise.LayerwiseLR(optimizer, rule, model)
         assert not optimizer._optimizer_step_pre_hooks
         layerwise.LayerwiseLR(optimizer, Unfreezing(), model).detach()

@@ -256,9 +256,9 @@ def no_effect(optimizer: optim.Optimizer, place: str, rule: Rule) -> str | None:
     )
 
 
-def made_for_descent(optimizer: optim.Optimizer, rule: Rule) -> str | None:
+def unfit_for_adam(optimizer: optim.Optimizer, rule: Rule) -> str | None:
     """Return a sentence when a rule was made for optimizers that do not divide by the size of gradients, else None."""
-    if not rule.for_descent or not (isinstance(optimizer, SCALE_INVARIANT) or divides_by_gradients(optimizer)):
+    if not rule.for_sgd or not (isinstance(optimizer, SCALE_INVARIANT) or divides_by_gradients(optimizer)):
         return None
     return (
         f"{described(rule)} is made for SGD; {type(optimizer).__name__} divides by the size of its gradients, so the "

@@ -48,7 +48,7 @@ class Rule(ABC):
       does; `"auto"` then refuses it there.
     * `scales_rates`: whether the method scales rates, so that on the gradient of such an optimizer, which would divide
       its factors out again, it is refused.
-    * `for_descent`: whether the method was made for optimizers that do not divide so; elsewhere the log says it.
+    * `for_sgd`: whether the method was made for optimizers that do not divide so; elsewhere the log says it.
     * `own_layer`: whether a layer's factor needs the statistics of no other layer, and the state stays as it is but at
       the ends of epochs. Then it can be computed before the other layers' gradients exist, by `step_in_backward`.
     * `compares_layers`: whether a layer's factor depends on what other layers there are, so that it must see those of
@@ -73,7 +73,7 @@ class Rule(ABC):
     clips: bool = False
     needs_scale: bool = False
     scales_rates: bool = False
-    for_descent: bool = False
+    for_sgd: bool = False
     own_layer: bool = False
     compares_layers: bool | None = None
 

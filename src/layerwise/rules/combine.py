@@ -33,7 +33,7 @@ class _Combined(Rule):
         self.clips = all(rule.clips for rule in self.rules)
         self.needs_scale = any(rule.needs_scale for rule in self.rules)
         self.scales_rates = any(rule.scales_rates for rule in self.rules)
-        self.for_descent = any(rule.for_descent for rule in self.rules)
+        self.for_sgd = any(rule.for_sgd for rule in self.rules)
         for name in ("default_layers", "default_place", "default_decay", "default_exclude"):
             preferences = (getattr(rule, name) for rule in self.rules)
             setattr(self, name, next((p for p in preferences if p is not None), None))

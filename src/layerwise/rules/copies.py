@@ -19,7 +19,7 @@ from .state import State, described
 COPIES = "copies"
 """The entry of the state with a tensor for each parameter."""
 MOST_ORDERS = 4
-"""Numbers of rows, and orders of their tensors, for which `LayerNorms` keeps indices."""
+"""Numbers of rows, and orders of their tensors, for which `NormsOfLayers` keeps indices."""
 
 
 def refuse_shards(layers: Sequence[Layer], rule: Rule, remedy: str) -> None:
@@ -88,11 +88,11 @@ def gradients_copied(gradients: Gradients, before: dict[str, Tensor]) -> dict[st
     return dict(zip(before, scaled, strict=True))
 
 
-class LayerNorms:
+class NormsOfLayers:
     """Measures norms of layers from tensors, one for each parameter.
 
     Example:
-        >>> norms = LayerNorms([Layer("", (torch.zeros(1), torch.zeros(1)))])
+        >>> norms = NormsOfLayers([Layer("", (torch.zeros(1), torch.zeros(1)))])
         >>> norms.of([torch.tensor([3.0]), torch.tensor([4.0])])
         [tensor([5.], dtype=torch.float64)]
     """
@@ -177,7 +177,7 @@ class RemembersGradients(RemembersTensors):
             ValueError: The parameters are sharded.
         """
         refuse_shards(layers, self, "use a rule that needs norms only, such as LayerMoment")
-        return {COPIES: no_copies(layers), "_norms": LayerNorms(layers)}
+        return {COPIES: no_copies(layers), "_norms": NormsOfLayers(layers)}
 
     def compared(self, statistics: Statistics, state: State) -> tuple[Tensor, Tensor, State]:
         """Return `previous_norm` and `difference_norm`, and the state with the gradients of this step.
@@ -226,7 +226,7 @@ class RemembersWeights(RemembersTensors):
         """
         refuse_shards(layers, self, "use a rule that needs norms only, such as LARS")
         copies = weights_copied(layers, keys_of(layers))
-        return {COPIES: copies, "started": False, "_layers": tuple(layers), "_norms": LayerNorms(layers)}
+        return {COPIES: copies, "started": False, "_layers": tuple(layers), "_norms": NormsOfLayers(layers)}
 
     def begun(self, state: State) -> State:
         """Return the state with w_l(0): the weights at the first step, which may have been loaded since `init`."""

@@ -84,7 +84,7 @@ class LARS(TrustRatio):
     trust_coefficient: float = 0.001
     eps: float = 1e-8
     needs = ("gradient_norm", "weight_norm", "decay_norm")
-    for_descent = True
+    for_sgd = True
 
     def factor(self, gradient_norm: Value, weight_norm: Value, decay_norm: Value) -> Value:
         """Return the trust ratio."""

@@ -94,16 +94,16 @@ def _rows(fresh: Tensor, old: Tensor, names: Sequence[str], old_names: Sequence[
     return result
 
 
-def moved_tensors(old: State, new: State) -> list[tuple[Tensor, Tensor]]:
+def changed_tensors(old: State, new: State) -> list[tuple[Tensor, Tensor]]:
     """Return each tensor of a state that has another value in the new one, with that value.
 
     Raises:
         ValueError: Something else than values of tensors has changed; the message names it.
 
     Example:
-        >>> moved_tensors({"epoch": 1}, {"epoch": 1})
+        >>> changed_tensors({"epoch": 1}, {"epoch": 1})
         []
-        >>> moved_tensors({"step": 3}, {"step": 4})
+        >>> changed_tensors({"step": 3}, {"step": 4})
         Traceback (most recent call last):
         ValueError: 'step' goes from 3 to 4
     """
@@ -113,7 +113,7 @@ def moved_tensors(old: State, new: State) -> list[tuple[Tensor, Tensor]]:
         if before is after:
             continue
         if is_state(before) and is_state(after):
-            pairs += moved_tensors(before, after)
+            pairs += changed_tensors(before, after)
         elif isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape == after.shape:
             pairs.append((before, after))
         elif isinstance(before, Tensor) or isinstance(after, Tensor) or before != after:
@@ -125,13 +125,13 @@ def _in_words(value: Any) -> str:
     return "a tensor" if isinstance(value, Tensor) else "a dictionary" if is_state(value) else repr(value)
 
 
-def write_over(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+def copy_into(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Write values into tensors, each of which keeps its memory, so that a replay of a CUDA graph goes on from there.
 
     Example:
         >>> import torch
         >>> first, second = torch.zeros(1), torch.ones(1)
-        >>> write_over([(first, second), (second, first)])
+        >>> copy_into([(first, second), (second, first)])
         >>> first, second
         (tensor([1.]), tensor([0.]))
     """

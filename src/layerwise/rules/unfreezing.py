@@ -129,8 +129,8 @@ class Unfreezing(Rule):
         distributed = torch.distributed
         if self.requires_grad and distributed.is_available() and distributed.is_initialized():
             raise ValueError(
-                "requires_grad=True changes which parameters get gradients, and DistributedDataParallel and FSDP "
-                "settle that when they wrap the model: leave it out; frozen layers stand still all the same"
+                "requires_grad=True does not work with DistributedDataParallel and FSDP, which settle which parameters "
+                "get gradients when they wrap the model: leave it out; the factor 0 freezes layers as well"
             )
         groups = self._groups(layers)
         device, dtype = common_device(layers)
@@ -222,16 +222,16 @@ class Unfreezing(Rule):
         return ", ".join(runs)
 
 
-class Stilled:
+class FrozenLayers:
     """The parameters whose `requires_grad` is False because their layers are not trained now.
 
     Example:
         >>> layers = [Layer(name, (torch.nn.Parameter(torch.zeros(1)),)) for name in "ab"]
-        >>> stilled = Stilled()
-        >>> stilled.still(layers, [False, True])
+        >>> frozen = FrozenLayers()
+        >>> frozen.freeze(layers, [False, True])
         >>> [layer.parameters[0].requires_grad for layer in layers]
         [False, True]
-        >>> stilled.still(layers, None)
+        >>> frozen.freeze(layers, None)
         >>> [layer.parameters[0].requires_grad for layer in layers]
         [True, True]
     """
@@ -239,10 +239,10 @@ class Stilled:
     def __init__(self) -> None:
         self._parameters: dict[int, Tensor] = {}
 
-    def still(self, layers: Sequence[Layer], trained: Sequence[bool] | None) -> None:
-        """Set `requires_grad=False` for the layers that are not trained, and True again for those of before.
+    def freeze(self, layers: Sequence[Layer], trained: Sequence[bool] | None) -> None:
+        """Set `requires_grad=False` for layers that are not trained, and restore True for those frozen before.
 
-        Excluded layers are trained, and so are all layers with None.
+        `trained=None` restores all. Excluded layers are not touched.
         """
         wanted: dict[int, Tensor] = {}
         for layer, own in zip(layers, [True] * len(layers) if trained is None else trained, strict=True):

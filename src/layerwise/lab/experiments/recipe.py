@@ -4,7 +4,7 @@ A recipe is TOML: ``[constants]`` (each ``{ value = ..., source = "..." }``), ``
 ``[[grids]]`` (an arm for each value of a list), ``[[paper]]`` (the paper's numbers) and ``[scales.smoke]``,
 ``[scales.reduced]``, ``[scales.full]``, which say how long and on what the runs are; or ``[picture]``, the phases that
 a picture without runs shows. ``beside`` names quantities that are shown below the recipe's own.
-``[tuned]`` lets every arm choose its rate on validation images first; ``tuned_recipe.py`` says how. ``extends`` names a
+``[tuned]`` lets every arm choose its rate on validation data first; ``tuned_recipe.py`` says how. ``extends`` names a
 recipe whose tables it takes over and changes; its ``own_notes`` stand before the ``notes`` taken over. Where subjects
 have a ``kind``, the values of a grid and the ``phases`` of a rule may be tables: kind -> what its subjects have.
 """

@@ -1,6 +1,6 @@
-"""Recipes whose arms choose their rate before they are compared: each on every subject, by validation images alone.
+"""Recipes whose arms choose their rate before they are compared: each on every subject, by validation data alone.
 
-``[tuned]`` has ``grid = "1e-3:1e1:9 log"``, the rates that every arm tries; ``[tuned.grids]``, arm -> another grid of
+``[tuned]`` has ``grid = "1e-3:1e1:9"``, the rates that every arm tries; ``[tuned.grids]``, arm -> another grid of
 as many, for an arm whose rates are of another size, and for its controls; ``random``, to draw so many rates from the
 grids' ranges instead; ``seeds`` of the tuning; and ``extensions``, the steps beyond a grid that an arm may take. A
 scale may change each of these in its own ``tuned``, and with ``count`` the number of values of every grid. The constant
@@ -67,6 +67,11 @@ class TunedRecipe:
         """Seeds of the tuning."""
         return self.table.get("seeds", SEEDS)
 
+    @property
+    def extensions(self) -> int:
+        """Steps beyond its grid that an arm may take."""
+        return self.table.get("extensions", EXTENSIONS)
+
     def arms_of(self, subject: str) -> Sequence[Arm]:
         """List the arms of a subject, as yet without the rates that they choose."""
         return self.untuned.arms_of(subject)
@@ -82,7 +87,7 @@ class TunedRecipe:
         return with_ratios(space_of({RATE: given}, draws), arm, self._arms)
 
     def trials(self, pairs: Sequence[tuple[Subject, Subject, Arm]], arms: Sequence[Arm], seeds: Sequence[int]) -> Plan:
-        """Plan runs that are measured on the validation images alone."""
+        """Plan runs that are measured on the validation data alone."""
         plan = self.untuned
         return replace(
             plan,
@@ -137,7 +142,7 @@ class TunedRecipe:
 
 
 def validated(quantity: Quantity) -> Quantity:
-    """Give the quantity that a trial is judged by: the same on the validation images."""
+    """Give the quantity that a trial is judged by: the same on the validation data."""
     names = dict(zip(MEASURES["test"], MEASURES["validation"], strict=True))
     if quantity.name not in names:
         raise UsageError(f"quantity={quantity.name!r} of a tuned recipe: use one of {', '.join(names)}")
@@ -147,8 +152,7 @@ def validated(quantity: Quantity) -> Quantity:
 def run(bench: TunedRecipe, settings: Settings, display: Display | None = None) -> Outcome:
     """Do the trials of a recipe, and then its comparison; interrupted or failed trials are its outcome."""
     places.ready(bench.untuned, settings.data_dir)
-    extensions = bench.table.get("extensions", EXTENSIONS)
-    tuner = tune(bench, settings, display, seeds=bench.seeds, extensions=extensions)
+    tuner = tune(bench, settings, display, seeds=bench.seeds, extensions=bench.extensions)
     return carry_out_tuned(tuner, settings, display)
 
 
@@ -158,9 +162,7 @@ def counts(bench: TunedRecipe, runs: Runs) -> tuple[int, int]:
     def found(plan: Plan, settings: Settings, display: Display | None) -> Outcome:
         return Outcome(plan, settings, load_finished(plan, runs))
 
-    tuner = tune(
-        bench, Settings(), seeds=bench.seeds, extensions=bench.table.get("extensions", EXTENSIONS), carry=found
-    )
+    tuner = tune(bench, Settings(), seeds=bench.seeds, extensions=bench.extensions, carry=found)
     assert tuner.outcome is not None
     trials, done = len(tuner.outcome.plan.runs), len(tuner.outcome.results.records)
     plan = bench.comparison(tuner) if tuner.outcome.complete else bench.untuned

@@ -71,8 +71,8 @@ def rounded(value: float) -> float:
 
 
 def range_of(name: str, given: object) -> Range | None:
-    """Read "low:high" or "low:high:count", with or without "log" behind it; None for anything else."""
-    parts = str(given).removesuffix(" log").split(":")
+    """Read "low:high" or "low:high:count"; None for anything else."""
+    parts = str(given).split(":")
     if not isinstance(given, str) or len(parts) not in (2, 3):
         return None
     try:

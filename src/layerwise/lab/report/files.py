@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import polars
 
@@ -17,7 +18,8 @@ from layerwise.lab.report.page import build
 from layerwise.lab.report.rendering import bundle, template
 from layerwise.lab.report.saved import PLAN, RUNS, as_json
 from layerwise.lab.report.tables import result_table
-from layerwise.lab.report.verdicts import headline, note, verdicts
+from layerwise.lab.report.trials import cost, trial_rows
+from layerwise.lab.report.verdicts import MEANINGS, headline, note, standings, verdicts
 from layerwise.lab.report.words import capital, place_words
 from layerwise.lab.runs.files import OwnFolder, check_page, remove_leftovers
 from layerwise.lab.runs.store import signed, write_whole
@@ -58,6 +60,8 @@ def write(
                 "metrics": outcome.results.frame(),
                 "comparisons": comparison_frame(outcome),
             }
+            if standing := standings(outcome.results):
+                frames["standings"] = polars.DataFrame(list(map(vars, standing)))
             for name, frame in frames.items():
                 buffer = io.BytesIO()
                 frame.write_parquet(buffer, compression="zstd")
@@ -93,6 +97,8 @@ def comparison_frame(outcome: Outcome) -> polars.DataFrame:
             "subject": subject,
             "arm": arm,
             "against": against,
+            "against_kind": outcome.plan.arm(against).kind,
+            "against_control": outcome.plan.arm(against).control,
             "step": step,
             "quantity": each.quantity,
             "pairs": len(each.seeds),
@@ -107,7 +113,8 @@ def comparison_frame(outcome: Outcome) -> polars.DataFrame:
     ]
     floats = dict.fromkeys(("mean", "sd", "low", "high", "p", "adjusted_p"), polars.Float64)
     lists = {"seeds": polars.List(polars.Int64), "differences": polars.List(polars.Float64)}
-    return polars.DataFrame(rows, schema_overrides={**floats, **lists, "step": polars.Int64}, infer_schema_length=None)
+    types: dict[str, Any] = {**floats, **lists, "step": polars.Int64, "against_control": polars.String}
+    return polars.DataFrame(rows, schema_overrides=types, infer_schema_length=None)
 
 
 def listing(outcome: Outcome) -> dict[str, object]:
@@ -134,8 +141,12 @@ def markdown(outcome: Outcome) -> str:
         verdicts=[each for verdict in verdicts(results) for each in verdict.split()],
         place=place_words(plan),
         note=note(max(1, results.family), len(plan.seeds)),
+        standings=standings(results),
+        meanings=MEANINGS,
+        trials=trial_rows(plan),
+        cost="" if plan.tuning is None else cost(plan.tuning),
     )
-    return f"{text}\n"
+    return f"{text.rstrip()}\n"
 
 
 def escaped(words: object) -> str:

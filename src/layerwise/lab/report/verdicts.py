@@ -145,7 +145,7 @@ class Standing:
 
 MEANINGS = (
     "helps: better than tuned plain training, and than plain training at every mean factor of the method. "
-    "a larger rate: better than tuned plain training, not than that at a mean factor. "
+    "a larger rate: better than tuned plain training, but not shown to be better than that at a mean factor. "
     "hurts: worse than tuned plain training. not shown: none of these."
 )
 
@@ -166,21 +166,28 @@ def standings(results: Results) -> list[Standing]:
 
 
 def standing(own: Sequence[Verdict]) -> str:
-    """Give the word for a method's verdicts on a subject; without a mean factor it is never said to help."""
+    """Give the word for a method's verdicts on a subject; without a mean factor nothing is shown of a better one."""
     plain = [each for each in own if each.role == "plain"]
     rates = [each for each in own if each.global_rate]
-    if plain and all(map(_beaten, plain)):
-        return "helps" if rates and all(map(_beaten, rates)) else "a larger rate"
-    return "hurts" if any(each.worse for each in plain) else "not shown"
+    if plain and rates and all(map(_beaten, plain)):
+        return "helps" if all(map(_beaten, rates)) else "a larger rate"
+    return "hurts" if any(map(_lost, plain)) else "not shown"
 
 
 def _beaten(verdict: Verdict) -> bool:
     """Tell whether the other is shown to be worse: by the comparison, or since it diverged in every run."""
     each = verdict.alone
-    if each is None:
-        return False
-    always = each.runs >= MINIMUM_PAIRS and len(each.diverged_against) == each.runs and not each.diverged
-    return each.better or always
+    return each is not None and (each.better or _diverged_always(each, each.diverged_against, each.diverged))
+
+
+def _lost(verdict: Verdict) -> bool:
+    """Tell whether the method is shown to be worse: by the comparison, or since it diverged in every run."""
+    each = verdict.alone
+    return bool(verdict.worse) or (each is not None and _diverged_always(each, each.diverged, each.diverged_against))
+
+
+def _diverged_always(each: Comparison, diverged: Sequence[int], other: Sequence[int]) -> bool:
+    return each.runs >= MINIMUM_PAIRS and len(diverged) == each.runs and not other
 
 
 def headline(outcome: Outcome) -> str:
