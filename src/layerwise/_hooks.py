@@ -204,6 +204,11 @@ class Member(Protocol):
         ...
 
     @property
+    def comes_first(self) -> bool:
+        """Whether it acts before others."""
+        ...
+
+    @property
     def takes_part(self) -> bool:
         """Whether it takes part in this step: it is enabled, or other processes may wait for it."""
         ...
@@ -479,7 +484,8 @@ class OptimizerHooks:
     @classmethod
     def add(cls, optimizer: Optimizer, member: Member) -> None:
         """Attach a member, and the hooks with the first one."""
-        cls._on(optimizer).members.append(member)
+        members = cls._on(optimizer).members
+        members.insert(0 if member.comes_first else len(members), member)
 
     @classmethod
     def watch(cls, optimizer: Optimizer, observer: Observer) -> None:

@@ -32,6 +32,7 @@ from ._places.allowed import (
 from ._places.averaging import compare_gradients
 from ._places.known_groups import KnownGroups
 from ._places.trial import try_again, verdict_of
+from ._places.units import UnitFactors, UnitStatistics, UnitStep, check_units, with_units
 from ._rows import renew, whole_of
 from ._tensors import (
     can_be_measured,
@@ -42,7 +43,6 @@ from ._tensors import (
     several_processes,
     warn_without_values,
 )
-from ._units import UnitFactors, UnitStatistics, UnitStep, check_units, with_units
 from ._writes import HALF, is_compiled
 from .apply import (
     Factors,
@@ -92,7 +92,7 @@ from .rules.elementwise import check_elementwise, is_elementwise
 from .rules.replication import check_processes, refuse_stages
 from .rules.roles import roles_of
 from .rules.state import State, changed_tensors, check_saved, copied, copy_into, described
-from .rules.unfreezing import FrozenLayers
+from .rules.unfreezing import FrozenLayers, is_trainable
 from .sharding import absent, can_compare, find_shards
 from .statistics import (
     AS_NUMBERS,
@@ -259,7 +259,7 @@ def circumstances_of(groups: Sequence[Mapping[str, Any]], parameters: Sequence[T
     # FSDP1 keeps the parameters and cuts what they hold; swap_tensors makes DTensors of them.
     shared = [(type(p), bool(getattr(p, "_fsdp_flattened", False))) for p in parameters] if processes else []
     asked = callable(request.layers) or callable(request.exclude)
-    trained = [p.requires_grad for p in parameters] if asked else []
+    trained = list(map(is_trainable, parameters)) if asked else []
     options: list[Any] = []
     for group in groups:
         decay = group.get("weight_decay")
@@ -325,6 +325,8 @@ class AttachedRule:
         self._process_group = verdict.process_group if verdict is not None else None
         OptimizerHooks.add(optimizer, self)
         self.update_requires_grad()
+        if self._rule.trained(self.state) is not None:
+            weakref.finalize(optimizer, self._frozen_layers.freeze, [], None)
         # ZeRO recreates its inner optimizer when a group is added.
         self._follows = None if optimizer is holder else holder.register_step_pre_hook(self._follow)
 
@@ -449,6 +451,7 @@ class AttachedRule:
         if self.found.rows:
             self.found.renew_rows()
         if not self.found.holds(groups, self._request):
+            self._frozen_layers.freeze([], None)  # callables may ask for requires_grad
             self._take(Resolution(optimizer, self._source, self._request))
             self.update_requires_grad()
             self._now = self._groups
@@ -515,7 +518,9 @@ class AttachedRule:
             )
         raw, state = result
         if is_being_captured(found.statistics.device):
-            copy_into(self._changed_tensors(state))
+            changed = self._changed_tensors(state)
+            raw = raw.clone() if isinstance(raw, Tensor) else raw  # it may be a tensor of the old state
+            copy_into(changed)
             if self._rule.counts_epochs():
                 logger.warning(
                     "%s counts epochs, and replays keep the factors of this one: capture anew after each end_epoch()",
@@ -594,6 +599,11 @@ class AttachedRule:
             result = self._rule.factors(statistics, self.state)
         if "gradients" not in self._rule.needs:  # else the rule's own collective leaves the step out of its sums
             self.state = result[1]
+
+    @property
+    def comes_first(self) -> bool:
+        """Whether it acts before members that multiply weight decay too, which may add it to the gradients."""
+        return self._request.decay == "plain"
 
     @property
     def takes_part(self) -> bool:
@@ -778,11 +788,15 @@ class LayerwiseLR(StaysBehind):
         self._attached = AttachedRule(holder, self._request, finite)
         self._epoch = 1
         self._has_warned = False
-        for message in self._remarks(inner):
-            logger.warning(message)
-        found = self._attached.found.layers
-        for message in flattened(found, self._request.layers) + rule.doubts(found):
-            warnings.warn(message, UserWarning, stacklevel=2)
+        try:
+            for message in self._remarks(inner):
+                logger.warning(message)
+            found = self._attached.found.layers
+            for message in flattened(found, self._request.layers) + rule.doubts(found):
+                warnings.warn(message, UserWarning, stacklevel=2)
+        except BaseException:  # warnings may be errors
+            self._attached.detach()
+            raise
 
     # --- Questions and answers ----------------------------------------------------------------------------------------
 
@@ -829,6 +843,7 @@ class LayerwiseLR(StaysBehind):
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self._attached.enabled = value
+        self._attached.has_stepped = True  # a step while it is paused is not seen
         self._attached.update_requires_grad()
 
     def layer_table(self) -> list[Layer]:

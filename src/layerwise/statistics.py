@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._arguments import has_type
-from ._moments import Moments, tensor_moments
-from ._norms import JointNorms, subtract, tensor_norm_numbers, tensor_norms
+from ._norms import JointNorms, Moments, subtract, tensor_moments, tensor_norm_numbers, tensor_norms
 from ._rows import whole_of
 from ._tensors import as_dense_real, has_values, local, moved, several_processes
 from .layers import Layer, some

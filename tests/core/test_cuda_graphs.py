@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import layerwise
 from layerwise.optimizers import is_being_captured
 from layerwise.rules import LayerAdaptive, LDoG, Rule, Unfreezing
-from layerwise.rules.state import is_state
+from layerwise.rules.state import changed_tensors, is_state
 from rule_cases import RULES
 
 COUNTING = {
@@ -129,6 +129,50 @@ def test_a_rule_that_counts_epochs_says_that_replays_do_not(
     with caplog.at_level(logging.WARNING, logger="layerwise"):
         step(model, optimizer, 0)
     assert "capture anew after each end_epoch()" in caplog.text
+
+
+class Delayed(Rule):
+    """The factor of the step before, returned from the state itself or as a view of it."""
+
+    default_layers = "parameter"
+    default_place = "lr"
+
+    def __init__(self, view: bool) -> None:
+        self.view = view
+
+    def init(self, layers: Any, device: torch.device) -> Any:
+        ones = torch.ones(len(layers), dtype=torch.float64)
+        return {"now": ones, "before": ones.clone()}
+
+    def factors(self, statistics: Any, state: Any) -> Any:
+        last = state["now"].detach()[:] if self.view else state["now"]
+        return last, {"now": 1 / (1 + statistics.gradient_norm), "before": last}
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_factors_and_entries_that_are_the_old_state_are_read_before_it_is_written(
+    captured: Captured, view: bool
+) -> None:
+    models = [network(), network()]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    adapters = [layerwise.LayerwiseLR(o, Delayed(view), m) for o, m in zip(optimizers, models, strict=True)]
+    for number in range(6):
+        for which, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            captured.now = which == 1 and number >= EAGER
+            optimizer.zero_grad()
+            model(torch.ones(3, 5, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+    states = [adapter.state_dict()["state"] for adapter in adapters]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in ("now", "before"))
+
+
+def test_a_state_of_another_type_is_refused_in_a_capture() -> None:
+    with pytest.raises(ValueError, match=r"'a' goes from a tensor of torch.float32 to a tensor of torch.float64"):
+        changed_tensors({"a": torch.ones(1)}, {"a": torch.ones(1).double()})
+    with pytest.raises(ValueError, match="'a' goes from"):
+        changed_tensors({"a": [torch.ones(2)]}, {"a": [torch.zeros(2)]})
 
 
 def test_only_a_cuda_stream_that_captures_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:

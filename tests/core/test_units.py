@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import layerwise
 from layerwise._places.allowed import check_rows
-from layerwise._units import UnitFactors
+from layerwise._places.units import UnitFactors
 from layerwise.rules import (
     AGC,
     LARC,
@@ -451,6 +451,35 @@ def test_factors_of_two_adapters_multiply(other: str) -> None:
     assert furthest(values(model), values(twin)) <= 1e-13
 
 
+@pytest.mark.parametrize("first", ["unit", "parameter"])
+def test_the_order_of_two_adapters_is_nothing_to_weight_decay(first: str) -> None:
+    """LayerAdaptive multiplies the decay too, AGC does not: f₁ (f₂ g + λw)."""
+    model, twin = network(), network()
+    options: Any = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.5}
+    optimizer, by_torch = optim.SGD(model.parameters(), **options), optim.SGD(twin.parameters(), **options)
+    for layers in (first, "parameter" if first == "unit" else "unit"):
+        rule = LayerAdaptive() if layers == "unit" else AGC(0.01)
+        layerwise.LayerwiseLR(optimizer, rule, model, layers=layers, exclude=None)
+    backward(model)
+    backward(twin)
+    with torch.no_grad():
+        for p, f in zip(twin.parameters(), by_hand(twin, of_layer_adaptive), strict=True):
+            clip = min(1.0, 0.01 * max(float(p.norm()), 1e-3) / float(p.grad.norm()))
+            p.grad = f * (clip * p.grad + 0.5 * p)
+    by_torch.param_groups[0]["weight_decay"] = 0.0
+    optimizer.step()
+    by_torch.step()
+    assert furthest(values(model), values(twin)) <= 1e-13
+
+
+def test_without_a_model_units_are_refused() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(3, 5, 2))
+    optimizer = optim.SGD(model.named_parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"which dimension of '0.weight' its outputs are; pass the model"):
+        layerwise.LayerwiseLR(optimizer, AGC(), layers="unit")
+    layerwise.LayerwiseLR(optimizer, AGC(), model, layers="unit")
+
+
 def test_a_parameter_that_comes_later() -> None:
     model, first, twin, second, adapter = pair()
     for one, optimizer in ((model, first), (twin, second)):
@@ -515,12 +544,14 @@ def test_a_device_launches_three_kernels_a_parameter_and_reads_nothing(place: An
 
     def launches(count: int, rule: Any) -> int:
         with FakeTensorMode():
-            named = [(f"{i}.weight", nn.Parameter(torch.empty(8, 8, device="cuda"))) for i in range(count)]
-            optimizer = optim.SGD(named, lr=0.1, momentum=0.9, foreach=True)
+            model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(count)))
+            for layer in model:
+                layer.weight = nn.Parameter(torch.empty(8, 8, device="cuda"))
+            optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=True)
             if rule is not None:
-                layerwise.LayerwiseLR(optimizer, rule, layers="unit", apply=place)
+                layerwise.LayerwiseLR(optimizer, rule, model, layers="unit", apply=place)
             for _ in range(3):
-                for _, p in named:
+                for p in model.parameters():
                     p.grad = torch.empty_like(p)
                 with Launches() as watching:
                     optimizer.step()

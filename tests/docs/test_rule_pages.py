@@ -117,7 +117,7 @@ def test_names_become_paths() -> None:
 
 def test_the_readme_names_rules_once_that_exist() -> None:
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Rules\n")[1].split("\n## ")[0]
-    named = re.findall(r"`(\w+)\(\)`", table)
+    named = re.findall(r"`([A-Z]\w+)`", table)
     assert len(named) >= 26
     assert len(set(named)) == len(named)
     assert set(named) <= set(NAMES)

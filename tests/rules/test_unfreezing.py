@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import layerwise
 import reference
 from layerwise.layers import Layer
-from layerwise.rules import LayerDecay, Unfreezing, chain
+from layerwise.rules import LARS, InitialSNR, LayerDecay, Unfreezing, bounds, chain, refresh
 from layerwise.statistics import Statistics
 
 NAMES = ["embedding", "blocks.0", "blocks.1", "blocks.2", "head"]
@@ -202,6 +204,88 @@ def test_own_flags_come_back_in_a_pause_and_when_detached() -> None:
     assert flags(model) == own
     layerwise.diagnose(optimizer, model, Unfreezing(requires_grad=True))
     assert flags(model) == own
+
+
+def test_layers_that_an_optimizer_has_frozen_thaw_with_the_next_one() -> None:
+    model = deep()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, Unfreezing(requires_grad=True), model)
+    adapter.end_epoch()
+    state = adapter.state_dict()
+    del optimizer
+    gc.collect()
+    assert all(flags(model))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, Unfreezing(requires_grad=True), model)
+    adapter.load_state_dict(state)
+    assert flags(model) == [False] * 2 + [True] * 4
+    adapter.end_epoch()
+    assert all(flags(model))
+
+
+def test_a_parameter_thaws_when_the_last_adapter_lets_it_go() -> None:
+    model = deep()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, second = (layerwise.LayerwiseLR(optimizer, Unfreezing(requires_grad=True), model) for _ in range(2))
+    first.detach()
+    assert flags(model) == [False] * 4 + [True] * 2
+    second.detach()
+    assert all(flags(model))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exclude": lambda name, p: not p.requires_grad},
+        {"layers": lambda name, p: name[0] if p.requires_grad else None},
+    ],
+    ids=["exclude", "layers"],
+)
+def test_a_callable_that_asks_for_requires_grad_sees_what_the_user_has_set(options: Any) -> None:
+    model = deep()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    adapter = layerwise.LayerwiseLR(optimizer, Unfreezing(requires_grad=True), model, **options)
+    before = model[0].weight.detach().clone()
+    for number in range(3):
+        step(model, optimizer, number)
+        assert flags(model) == [False] * 4 + [True] * 2
+        assert adapter.layers == ["0", "1", "2"]
+    assert torch.equal(model[0].weight, before)
+    model[2].bias.requires_grad_(False)
+    step(model, optimizer, 3)
+    assert flags(model) == [False] * 4 + [True, False]
+
+
+def test_a_rule_that_measures_in_the_first_steps_is_refused_beside_it() -> None:
+    model = deep()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for rule in (refresh(LARS(), 100), InitialSNR(), bounds(refresh(LARS(), 100), 0.0, 1.0)):
+        with pytest.raises(ValueError, match=r"in the first steps.*leave requires_grad=True out"):
+            layerwise.LayerwiseLR(optimizer, chain(rule, Unfreezing(requires_grad=True)), model)
+        assert all(flags(model))
+        layerwise.LayerwiseLR(optimizer, chain(rule, Unfreezing()), model).detach()
+    layerwise.LayerwiseLR(optimizer, chain(LARS(), Unfreezing(requires_grad=True)), model).detach()
+
+
+def test_bounds_above_zero_freeze_nothing() -> None:
+    model = deep()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    layerwise.LayerwiseLR(optimizer, Unfreezing(requires_grad=True), model, bounds=(0.1, 1.0)).detach()
+    adapter = layerwise.LayerwiseLR(optimizer, Unfreezing(requires_grad=True), model, bounds=(0.1, 1.0))
+    assert all(flags(model))
+    step(model, optimizer, 0)
+    assert adapter.get_last_factors() == {"0": 0.1, "1": 0.1, "2": 1.0}
+
+
+def test_an_error_while_attaching_leaves_no_flag_and_no_hook() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="depth"):
+            layerwise.LayerwiseLR(optimizer, Unfreezing(requires_grad=True), model)
+    assert all(flags(model))
+    assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_a_layer_that_comes_later_is_frozen_too() -> None:

@@ -115,6 +115,11 @@ class Rule(ABC):
         """Return whether the rule does something at the ends of epochs."""
         return type(self).end_epoch is not Rule.end_epoch
 
+    @property
+    def measures_early(self) -> bool:
+        """Whether it measures a layer for the first time in the first steps only, in which it must have a gradient."""
+        return False
+
     def trained(self, state: State) -> Sequence[bool] | None:
         """Return which layers are trained, for a rule that also sets `requires_grad`; None for other rules."""
         return None

@@ -88,6 +88,10 @@ class _Combined(Rule):
     def counts_epochs(self) -> bool:
         return any(rule.counts_epochs() for rule in self.rules)
 
+    @property
+    def measures_early(self) -> bool:
+        return any(rule.measures_early for rule in self.rules)
+
     def trained(self, state: State) -> Sequence[bool] | None:
         found = [own for own in (rule.trained(part) for _, rule, part in self._each(state)) if own is not None]
         return list(map(all, zip(*found, strict=True))) if found else None
@@ -108,6 +112,15 @@ class _Combined(Rule):
 
 
 class _Chain(_Combined):
+    def init(self, layers: Sequence[Layer], device: torch.device) -> State:
+        state = super().init(layers, device)
+        if self.measures_early and self.trained(state) is not None:
+            raise ValueError(
+                f"{self!r}: a rule here measures layers in the first steps, in which those with requires_grad=False "
+                "have no gradient; leave requires_grad=True out: the factor 0 freezes layers as well"
+            )
+        return state
+
     def takes_units(self) -> bool:
         return all(rule.takes_units() for rule in self.rules)
 
@@ -136,6 +149,9 @@ class _Bounds(_Combined):
     @property
     def rule_kind(self) -> str:
         return f"bounds({self.rules[0].rule_kind})"
+
+    def trained(self, state: State) -> Sequence[bool] | None:
+        return super().trained(state) if self.low <= 0 else None  # else no layer rests
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         (factors,), state = self._factors_of_each(statistics, state)
@@ -229,6 +245,10 @@ class _Refreshed(_Combined, RefreshingRule):
         self.every, self.ramp, self.smooth = every, ramp, smooth
         self.own_layer = False
         self.compares_layers = self.rules[0].depends_on_other_layers()
+
+    @property
+    def measures_early(self) -> bool:
+        return True
 
     @property
     def rule_kind(self) -> str:

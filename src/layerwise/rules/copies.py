@@ -196,7 +196,10 @@ class RemembersGradients(RemembersTensors):
         return previous, difference, {**state, COPIES: now}
 
     def gradient_inner(self, before: State, after: State) -> Tensor:
-        """Return ⟨g_l(t), g_l(t − 1)⟩ of the states before and after `compared`: one pass, some operations a tensor."""
+        """Return ⟨g_l(t), g_l(t − 1)⟩ of the states before and after `compared`: one pass, some operations a tensor.
+
+        At a step that a gradient scaler skips both are the last gradients, so it is ‖g_l(t − 1)‖².
+        """
         return after["_norms"].inner(list(before[COPIES].values()), list(after[COPIES].values()))
 
 

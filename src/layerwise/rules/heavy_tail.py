@@ -91,7 +91,7 @@ def stable_rank(weight: Tensor) -> Tensor:
 
 def _singular_values(weight: Tensor, aspect: float | None = None) -> Tensor:
     """Return the singular values of the matrix at each position of a kernel, in at least float32."""
-    if weight.ndim < 2 or hasattr(weight, "placements"):
+    if weight.ndim < 2 or not weight.numel() or hasattr(weight, "placements"):
         what = "is sharded" if hasattr(weight, "placements") else f"has shape {tuple(weight.shape)}"
         raise ValueError(
             f"weight {what}, and a spectrum is that of a whole matrix: pass a tensor of two or more dimensions, of a "

@@ -105,6 +105,11 @@ class InitialSNR(Rule):
         has_come = not {layer.name for layer in layers} <= {*old_names}
         return {**result, "step": 0} if has_come and self.kind == "snr" else result
 
+    @property
+    def measures_early(self) -> bool:
+        """Return whether the first gradients are measured."""
+        return self.kind == "snr"
+
     def asks(self, state: State) -> bool:
         """Return whether a layer's first gradient may be this step's."""
         return self.kind == "snr" and state["step"] < self.within

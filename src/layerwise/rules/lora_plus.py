@@ -72,7 +72,12 @@ class LoRAPlus(Rule):
 
     def remarks(self, layers: Sequence[Layer]) -> list[str]:
         """Return a remark where there is no matrix B."""
-        return [] if "lora_b" in roles_of(layers) else ["LoRAPlus found no layer named lora_B, as PEFT calls them"]
+        if "lora_b" in roles_of(layers):
+            return []
+        return [
+            f"LoRAPlus found no layer named lora_B, as PEFT calls them: biases and gains get {self.ratio:g} times the "
+            "rate, nothing else does; attach it to the model that PEFT has made"
+        ]
 
     def factors(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return the tensor made by `init`."""

@@ -26,6 +26,11 @@ class RefreshingRule(Rule):
     ramp: int = 0
     smooth: float = 0.0
 
+    @property
+    def measures_early(self) -> bool:
+        """Return True: a layer without a gradient in the first period waits for the next one."""
+        return True
+
     @abstractmethod
     def answer(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
         """Return new factors, not finite for a layer without an answer, and the state."""

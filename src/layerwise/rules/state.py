@@ -114,15 +114,21 @@ def changed_tensors(old: State, new: State) -> list[tuple[Tensor, Tensor]]:
             continue
         if is_state(before) and is_state(after):
             pairs += changed_tensors(before, after)
-        elif isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape == after.shape:
+        elif isinstance(before, Tensor) and isinstance(after, Tensor) and _form(before) == _form(after):
             pairs.append((before, after))
-        elif isinstance(before, Tensor) or isinstance(after, Tensor) or before != after:
+        elif isinstance(before, (Tensor, list, tuple)) or isinstance(after, Tensor) or before != after:
             raise ValueError(f"{name!r} goes from {_in_words(before)} to {_in_words(after)}")
     return pairs
 
 
+def _form(tensor: Tensor) -> Any:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
 def _in_words(value: Any) -> str:
-    return "a tensor" if isinstance(value, Tensor) else "a dictionary" if is_state(value) else repr(value)
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype}"
+    return "a dictionary" if is_state(value) else repr(value)
 
 
 def copy_into(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -135,9 +141,8 @@ def copy_into(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         >>> first, second
         (tensor([1.]), tensor([0.]))
     """
-    ours = {id(target) for target, _ in pairs}
-    # A value that is another entry's tensor would be overwritten before it is read.
-    for target, value in [(target, value.clone() if id(value) in ours else value) for target, value in pairs]:
+    # A value that is a view of another entry's tensor would be overwritten before it is read.
+    for target, value in [(target, value.clone()) for target, value in pairs]:
         target.copy_(value)
 
 

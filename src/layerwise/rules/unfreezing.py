@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import check_choice, check_count, has_type
 from ..layers import Layer, check_patterns, matches, some
@@ -222,8 +223,19 @@ class Unfreezing(Rule):
         return ", ".join(runs)
 
 
+_frozen_by: Any = WeakIdKeyDictionary()
+"""Parameter to the `FrozenLayers` that have set its `requires_grad` to False."""
+
+
+def is_trainable(parameter: Tensor) -> bool:
+    """Return whether a parameter is trained, now or once no `FrozenLayers` freezes it."""
+    return parameter.requires_grad or parameter in _frozen_by
+
+
 class FrozenLayers:
     """The parameters whose `requires_grad` is False because their layers are not trained now.
+
+    Several may freeze a parameter. It is trained again when none does, and what was frozen before stays frozen.
 
     Example:
         >>> layers = [Layer(name, (torch.nn.Parameter(torch.zeros(1)),)) for name in "ab"]
@@ -246,11 +258,15 @@ class FrozenLayers:
         """
         wanted: dict[int, Tensor] = {}
         for layer, own in zip(layers, [True] * len(layers) if trained is None else trained, strict=True):
-            for p in () if own or not layer.included else layer.parameters:
-                if p.requires_grad or id(p) in self._parameters:
-                    wanted[id(p)] = p
+            if layer.included and not own:
+                wanted |= {id(p): p for p in layer.parameters if is_trainable(p)}
         for p in wanted.values():
             p.requires_grad_(False)
+            _frozen_by.setdefault(p, set()).add(id(self))
         for number in self._parameters.keys() - wanted.keys():
-            self._parameters[number].requires_grad_(True)
+            p = self._parameters[number]
+            _frozen_by[p].discard(id(self))
+            if not _frozen_by[p]:
+                del _frozen_by[p]
+                p.requires_grad_(True)
         self._parameters = wanted

@@ -113,8 +113,8 @@ class WidthDepth(Rule):
                 raise ValueError(f"{name}={value!r} must be a width, a whole number of at least 1")
         if scaled and self.base is None:
             raise ValueError(
-                f"WidthDepth(kind={self.kind!r}) needs the base network: its width, or its shapes by parameter name, "
-                "such as {name: p.shape for name, p in Net(width=128).named_parameters()}"
+                f"WidthDepth(kind={self.kind!r}) needs the base network: pass base=, its width or the shapes of its "
+                "parameters, such as {name: p.shape for name, p in Net(width=128).named_parameters()}"
             )
         if self.base is not None and not has_type(self.base, (int, Mapping)):
             raise TypeError(f"base={self.base!r} must be a width, or a mapping of parameter names to shapes")

@@ -13,14 +13,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ._norms import row_norms, tensor_norms
-from ._tensors import FLOAT8, is_quantised, local, moved
-from ._writes import HALF, Factor
-from .apply import Factors, Step
-from .layers import Layer, inputs_first
-from .rules.base import Rule, finite_or_one
-from .rules.state import described
-from .statistics import OF_ROWS, Groups, LayerStatistics, Statistics
+from .._norms import row_norms, tensor_norms
+from .._tensors import FLOAT8, is_quantised, local, moved
+from .._writes import HALF, Factor
+from ..apply import Factors, Step
+from ..layers import Layer, inputs_first
+from ..rules.base import Rule, finite_or_one
+from ..rules.state import described
+from ..statistics import OF_ROWS, Groups, LayerStatistics, Statistics
 
 
 def check_units(rule: Rule, split: object) -> None:
@@ -51,6 +51,10 @@ def with_units(layer: Layer) -> Layer:
     if not layer.included:
         return layer
     reason = None
+    if module is None and parameter.ndim > 1:
+        raise ValueError(
+            f"layers='unit': only its module says which dimension of {layer.name!r} its outputs are; pass the model"
+        )
     if any(layer.shards) or local(parameter) is not parameter:
         reason = "is sharded, and its rows are not measured across processes"
     elif is_quantised(parameter) or parameter.dtype in FLOAT8:
