@@ -116,7 +116,7 @@ FOREACH: dict[str, Callable[[Any], optim.Optimizer]] = {
 }
 
 
-@pytest.mark.parametrize("layers", [10, 160, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("layers", [10, *(pytest.param(many, marks=pytest.mark.full) for many in (160, 1000))])
 @pytest.mark.parametrize("name", FOREACH)
 def test_an_attached_step_launches_a_constant_number_more(name: str, layers: int) -> None:
     surplus = launches(FOREACH[name], layers, LayerAdaptive()) - launches(FOREACH[name], layers, None)
@@ -130,7 +130,7 @@ def test_the_number_does_not_grow_with_the_layers(name: str, rule: Any) -> None:
     assert surplus[0] == surplus[1] <= MOST
 
 
-@pytest.mark.parametrize("name", ["SGD momentum decay", "AdamW"])
+@pytest.mark.parametrize("name", ["SGD momentum decay", pytest.param("AdamW", marks=pytest.mark.full)])
 def test_a_rule_of_the_finished_step_launches_a_constant_number_more(name: str) -> None:
     surplus = [launches(FOREACH[name], n, Trust()) - launches(FOREACH[name], n, None) for n in (20, 200)]
     assert surplus[0] == surplus[1] <= 40
@@ -189,7 +189,9 @@ def test_the_hooks_of_another_program_add_no_launch(name: str) -> None:
     assert alone == beside
 
 
-@pytest.mark.parametrize("kind", [optim.NAdam, optim.RMSprop, optim.Adam])
+@pytest.mark.parametrize(
+    "kind", [optim.RMSprop, *(pytest.param(kind, marks=pytest.mark.full) for kind in (optim.NAdam, optim.Adam))]
+)
 def test_a_capturable_step_launches_one_more_for_each_tensor(kind: Any) -> None:
     make = lambda p: kind(p, capturable=True, foreach=True)  # noqa: E731
     for layers in (10, 160):

@@ -16,7 +16,10 @@ from layerwise import rules
 from layerwise.lab.cli import main
 from layerwise.sinks import Parquet, Record
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs links and pipes")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(sys.platform == "win32", reason="needs links and pipes"),
+]
 
 
 @pytest.fixture

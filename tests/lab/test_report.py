@@ -280,6 +280,7 @@ def test_the_page_of_thresholds_holds_all_its_parts(sweep_page):
     assert wanted <= names
 
 
+@pytest.mark.full
 def test_hostile_strings_are_escaped(table_runs, tmp_path):
     outcome = hostile_outcome(table_runs, tmp_path)
     path = report.write(outcome, f"layerwise --out {HOSTILE}", figures=True)

@@ -32,6 +32,8 @@ from layerwise.rules import (
     bounds,
 )
 
+pytestmark = pytest.mark.full
+
 WORLD = 4
 CASES: dict[str, Callable[[int, int], Any]] = {}
 """What each process does, given its number and how many there are; one process alone does it too, for comparison."""

@@ -38,6 +38,7 @@ def instead(monkeypatch: pytest.MonkeyPatch):
     return replace
 
 
+@pytest.mark.full
 def test_the_page_holds_the_tables_and_what_was_left_out(tmp_path, capfd):
     tests = "tests/core/test_samples.py"
     assert gpu.main([*TINY, "--only", "tests", "steps", "graph", "--tests", tests, "--page", str(tmp_path)]) == 0

@@ -274,6 +274,7 @@ def test_ctrl_c_while_torch_is_imported_ends_without_a_word(tmp_path, start):
     assert (process.returncode, out, err) == (130, "", "")
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as on POSIX")
 def test_ctrl_c_in_the_doctor_ends_with_130_and_one_line(folder):
     process = subprocess.Popen(

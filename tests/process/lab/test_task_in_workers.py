@@ -219,6 +219,7 @@ def test_an_error_in_a_worker_points_into_the_file(write, capfd, how):
     assert f"File \"{path}\", line {line}, in __getitem__ raise KeyError('gone')" in said
 
 
+@pytest.mark.full
 def test_workers_that_are_kept_begin_anew_in_each_epoch(write, capfd):
     write(f"{FORK}, persistent_workers=True", drawn="0.01 * torch.rand(())")
     code, said = doctor(capfd)  # which refuses batches that are others when an epoch is begun a second time
