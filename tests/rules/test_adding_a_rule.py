@@ -100,6 +100,7 @@ TESTS = {
     "first_factors_are_those_of_the_reference",
     "every_rule_is_exported_and_has_a_row_and_a_reference",
     "the_docstring_of_every_rule_has_its_equation_its_parts_and_an_example",
+    "rows_have_factors_or_are_refused",
     "rules_declare_own_layer_truthfully",
     "training_goes_on_from_a_file_to_the_bit",
 }
