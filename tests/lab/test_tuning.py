@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,17 @@ ARMS = (
 )
 
 
+@dataclass
+class Scored(Results):
+    """Results of which every seed of an arm has the same score; None where it diverged."""
+
+    score: Callable[[str, str], float | None] = lambda subject, arm: None
+
+    def values(self, subject: str, arm: str, step: int | None = None) -> dict[int, float]:
+        score = self.score(subject, arm)
+        return {} if score is None else dict.fromkeys(self.plan.seeds, score)
+
+
 class Known:
     """A bench whose score is the distance of the rate's logarithm from the arm's best, by powers of ten."""
 
@@ -158,17 +170,12 @@ class Known:
         return tuner, plans
 
     def scored(self, plan: Plan) -> Results:
-        bench, results = self, Results(plan)
-
-        def values(subject: str, arm: str, step: int | None = None) -> dict[int, float]:
+        def score(subject: str, arm: str) -> float | None:
             rate = float(subject.rpartition("=")[2])
-            best = bench.best.get(f"{subject.split()[0]} {arm}", 1.0)
-            if not math.isfinite(best):
-                return {}
-            return {seed: abs(math.log10(rate) - math.log10(best)) for seed in plan.seeds}
+            best = self.best.get(f"{subject.split()[0]} {arm}", 1.0)
+            return abs(math.log10(rate) - math.log10(best)) if math.isfinite(best) else None
 
-        results.values = values  # type: ignore[method-assign]
-        return results
+        return Scored(plan, score=score)
 
 
 def test_a_best_value_at_the_edge_is_extended_by_the_same_step_until_it_is_inside():
@@ -200,12 +207,9 @@ def test_an_edge_that_stays_one_is_flagged_after_so_many_extensions():
 
 
 def test_equal_scores_inside_need_no_value_beyond_the_edge():
-    bench = Known({"one plain": 1.0})
-    tuner = Tuner(bench)
+    tuner = Tuner(Known({"one plain": 1.0}))
     plan = tuner.plan()
-    results = bench.scored(plan)
-    results.values = lambda subject, arm, step=None: dict.fromkeys(plan.seeds, 0.5)  # type: ignore[method-assign]
-    assert not tuner.read(Outcome(plan, Settings(), results))
+    assert not tuner.read(Outcome(plan, Settings(), Scored(plan, score=lambda subject, arm: 0.5)))
     assert tuner.chosen("one", "plain") == {"rate": 0.1}
     assert tuner.warnings(SUBJECTS[0], ARMS[0]) == []
 

@@ -33,16 +33,16 @@ def check_units(rule: Rule, split: object) -> None:
         raise ValueError("layers='unit' gives each row a factor, and split= joins rows; leave one of them out")
     if not rule.takes_units():
         raise ValueError(
-            f"layers='unit' needs a factor that is one formula of {', '.join(OF_ROWS)} of its own row, and "
-            f"{described(rule)} has none; use layers='parameter', or a rule such as AGC, LayerAdaptive or UpdateFloor, "
+            f"layers='unit' needs a rule whose factor is one formula of the {', '.join(OF_ROWS)} of the same unit, and "
+            f"{described(rule)} is none; use layers='parameter', or a rule such as AGC, LayerAdaptive or UpdateFloor, "
             "also in chain and bounds"
         )
 
 
 def with_units(layer: Layer) -> Layer:
-    """Return the layer of one parameter with the dimension of its output rows, if they have a factor each.
+    """Return the layer of one parameter with `dimension` set to that of its output rows.
 
-    Those of an excluded layer have none, nor has a parameter of fewer than two dimensions.
+    Excluded layers and parameters of fewer than two dimensions are returned as they are.
 
     Raises:
         ValueError: The rows of this parameter cannot be measured.
@@ -174,11 +174,14 @@ class UnitFactors(Factors):
 
     def read(self) -> list[float]:
         """Return the factors of layers; waits for the device."""
-        self._raw = self.tensor
+        self._raw = self.tensor  # anew each time: a replayed CUDA graph writes other factors into the same tensor
         return self._read()
 
     def of_layers(self) -> dict[int, Tensor]:
-        """Return by layer's number, unless all are 1, the units' factors in a shape that multiplies the parameter."""
+        """Return the factors by layer's number, shaped to broadcast over the parameter.
+
+        On the CPU, layers whose factors are all 1 are left out.
+        """
         statistics, pieces = self._statistics, dict[torch.dtype, list[Tensor]]()
         result: dict[int, Tensor] = {}
         for i in self._changed:
@@ -192,7 +195,7 @@ class UnitFactors(Factors):
         return result
 
     def of_members(self) -> list[Factor]:
-        """Return the factor of each of the statistics' members, in one of these two forms on each device."""
+        """Return the factors of each member; for one that `of_layers` leaves out 1, on accelerators as a tensor."""
         by_layer, one = self.of_layers(), 1.0 if self._units.is_cpu else self._units.new_ones(())
         return [by_layer.get(i, one) for i in range(len(self._statistics.members))]
 

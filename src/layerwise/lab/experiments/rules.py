@@ -93,7 +93,7 @@ def make_rule(specification: Mapping[str, Any] | None, seed: int, replay: Path |
         return None
     arguments = dict(specification)
     name = arguments.pop("name", None)
-    arguments.pop("layers_by", None)  # how parameters form its layers, which the adapter is told
+    arguments.pop("layers_by", None)  # an argument of the adapter
     known = dict(public(rules.Rule))
     if replay is None:
         del known["Replay"]  # it needs a file

@@ -84,58 +84,67 @@ def cross_entropy_and_accuracy(model: nn.Module, batch: Any) -> tuple[torch.Tens
     return functional.cross_entropy(scores, batch[1]), 100.0 * right
 
 
+Evaluation = Callable[[nn.Module, Callable[[], bool]], dict[str, float]]
+"""Measures a network; asks whether to stop."""
+
+
 def classification(
     tests: Callable[[], Iterator[Any]], prepare: Callable[[Any], Any], measured: str = "test"
-) -> Callable[[nn.Module, Callable[[], bool]], dict[str, float]]:
+) -> Evaluation:
     """Make a classifier's ``evaluate``: ``test_error`` and ``accuracy`` in %, ``test_loss`` in nats.
 
     On validation images they are called ``validation_error``, ``validation_accuracy`` and ``validation_loss``.
     """
     names = MEASURES[measured]
 
+    def measure(model: nn.Module, batch: Any) -> tuple[float, int, int]:
+        scores, labels = model(batch[0]), batch[1]
+        loss = float(functional.cross_entropy(scores, labels, reduction="sum"))
+        return loss, len(labels), int((scores.argmax(1) != labels).sum())
+
     def evaluate(model: nn.Module, stop: Callable[[], bool]) -> dict[str, float]:
-        wrong, loss, count = 0, 0.0, 0
-        model.eval()
-        try:
-            with torch.no_grad():
-                for batch in tests():
-                    if stop():
-                        raise StoppedError
-                    inputs, labels = prepare(batch)
-                    scores = model(inputs)
-                    wrong += int((scores.argmax(1) != labels).sum())
-                    loss += float(functional.cross_entropy(scores, labels, reduction="sum"))
-                    count += len(labels)
-        finally:
-            model.train()
-        right = 100.0 * (count - wrong) / count
-        return dict(zip(names, (100.0 * wrong / count, right, loss / count), strict=True))
+        loss, count, wrong = _summed(measure, model, tests, prepare, stop)
+        return dict(zip(names, (100.0 * wrong / count, 100.0 * (count - wrong) / count, loss / count), strict=True))
 
     return evaluate
 
 
 def language_model(
     tests: Callable[[], Iterator[Any]], prepare: Callable[[Any], Any], measured: str = "test"
-) -> Callable[[nn.Module, Callable[[], bool]], dict[str, float]]:
+) -> Evaluation:
     """Make a language model's ``evaluate``: ``test_loss``, in nats a symbol; see ``classification``."""
     name = MEASURES[measured][2]
 
+    def measure(model: nn.Module, batch: Any) -> tuple[float, int]:
+        count = batch[1].numel()
+        return float(next_symbol_loss(model, batch)) * count, count
+
     def evaluate(model: nn.Module, stop: Callable[[], bool]) -> dict[str, float]:
-        loss, count = 0.0, 0
-        model.eval()
-        try:
-            with torch.no_grad():
-                for batch in tests():
-                    if stop():
-                        raise StoppedError
-                    symbols, following = prepare(batch)
-                    loss += float(next_symbol_loss(model, (symbols, following))) * following.numel()
-                    count += following.numel()
-        finally:
-            model.train()
+        loss, count = _summed(measure, model, tests, prepare, stop)
         return {name: loss / count}
 
     return evaluate
+
+
+def _summed(
+    measure: Callable[[nn.Module, Any], tuple[float, ...]],
+    model: nn.Module,
+    tests: Callable[[], Iterator[Any]],
+    prepare: Callable[[Any], Any],
+    stop: Callable[[], bool],
+) -> list[float]:
+    """Sum what is measured of each batch of the tests, with the network in evaluation mode."""
+    found: list[tuple[float, ...]] = []
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in tests():
+                if stop():
+                    raise StoppedError
+                found.append(measure(model, prepare(batch)))
+    finally:
+        model.train()
+    return list(map(sum, zip(*found, strict=True)))
 
 
 def check(constants: Constants) -> None:
