@@ -374,6 +374,7 @@ def tuned(tmp_path_factory):
     assert not outcome.failures, outcome.failures[0].details
     # All runs of the tuning are found again, so that this trains nothing.
     again = tuning.tune(tasks.load(name), {"lr": GRID}, settings=settings)
+    assert again.outcome is not None
     assert again.outcome.found == again.outcome.planned
     assert told.words == again.choices
     return outcome, again
@@ -394,13 +395,13 @@ def test_each_arm_gets_the_value_that_is_best_by_hand(tuned):
     outcome, tuning_ = tuned
     for arm, adaptive in (("plain", False), ("layer-adaptive", True)):
         heights = [height_by_hand(rate, adaptive=adaptive) for rate in GRID]
-        assert tuning_.scores(arm) == pytest.approx(heights, rel=1e-9, abs=1e-30)
-        assert tuning_.chosen[arm] == {"lr": GRID[heights.index(min(heights))]}
-    assert tuning_.chosen["plain"] == {"lr": 1.0}
-    assert tuning_.chosen["layer-adaptive"] != {"lr": 1.0}
+        assert tuning_.scores("task", arm) == pytest.approx(heights, rel=1e-9, abs=1e-30)
+        assert tuning_.chosen("task", arm) == {"lr": GRID[heights.index(min(heights))]}
+    assert tuning_.chosen("task", "plain") == {"lr": 1.0}
+    assert tuning_.chosen("task", "layer-adaptive") != {"lr": 1.0}
     for arm in outcome.plan.arms:
-        if arm.name in tuning_.chosen:
-            assert dict(arm.constants) == tuning_.chosen[arm.name]
+        if arm.name in methods.DEFAULT_ARMS:
+            assert dict(arm.constants) == tuning_.chosen("task", arm.name)
     assert outcome.complete
     for seed, value in outcome.results.values("task", "plain").items():
         assert value == pytest.approx(height_by_hand(1.0, adaptive=False) + 0.01 * seed, abs=1e-12)
@@ -408,17 +409,17 @@ def test_each_arm_gets_the_value_that_is_best_by_hand(tuned):
 
 def test_every_arm_has_the_same_budget_on_seeds_that_are_not_compared(tuned):
     outcome, tuning_ = tuned
-    assert tuning_.plan.seeds == (10_000, 10_001)
-    assert not set(tuning_.plan.seeds) & set(outcome.plan.seeds)
-    assert min(tuning_.plan.seeds) > LARGEST_SEEDS
+    assert tuning_.results.plan.seeds == (10_000, 10_001)
+    assert not set(tuning_.results.plan.seeds) & set(outcome.plan.seeds)
+    assert min(tuning_.results.plan.seeds) > LARGEST_SEEDS
     tried: dict[str, set[tuple[str, int]]] = {}
-    for run in tuning_.plan.runs:
+    for run in tuning_.results.plan.runs:
         tried.setdefault(run.arm.name, set()).add((run.subject, run.seed))
         assert run.configuration.trial["measure"] == "validation"
     assert list(tried) == list(methods.DEFAULT_ARMS)
     assert all(cells == tried["plain"] for cells in tried.values())
     assert len(tried["plain"]) == 2 * len(GRID)
-    for record in tuning_.outcome.results.records.values():
+    for record in tuning_.results.records.values():
         assert set(record.summary["finals"]) <= {"training_loss", "validation"}
     for (_, arm, _), record in outcome.results.records.items():
         assert "validation" not in record.summary["finals"], arm
@@ -432,7 +433,7 @@ def test_the_notes_say_what_was_tried_and_chosen(tuned):
     assert "Chosen: plain: lr=1; layer-adaptive: lr=" in text
     assert tuning_.choices[0].startswith("Chosen: plain: lr=1; layer-adaptive: lr=")
     assert all(words.startswith("Warning: ") for words in tuning_.choices[1:])
-    at_edge = {arm for arm, setting in tuning_.chosen.items() if setting["lr"] in (0.25, 2.5)}
+    at_edge = {arm for arm in methods.DEFAULT_ARMS if tuning_.chosen("task", arm)["lr"] in (0.25, 2.5)}
     assert text.count("at the edge of its values") == len(at_edge)
     assert "Warning: plain" not in text
 
@@ -443,10 +444,10 @@ def test_a_setting_that_diverges_is_the_worst_and_of_equal_ones_the_first_is_tak
     grid = {"lr": [1e200, 1.0, 3.0], "kind": ["plain", "other"]}
     found = tuning.tune(tasks.load(bowl), grid, arms=["layer-adaptive"], seeds=1, settings=settings)
     assert not found.outcome.failures, found.outcome.failures[0].details
-    scores = found.scores("plain")
+    scores = found.scores("task", "plain")
     assert scores[:2] == [math.inf, math.inf]
     assert scores[2] == scores[3] == 0.0
-    assert found.chosen["plain"] == {"lr": 1.0, "kind": "plain"}
+    assert found.chosen("task", "plain") == {"lr": 1.0, "kind": "plain"}
 
 
 def test_only_a_value_beyond_which_there_could_be_better_ones_is_at_the_edge():

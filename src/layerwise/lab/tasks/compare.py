@@ -40,4 +40,4 @@ def run(
         raise UsageError(f"arm {searching[0]!r} draws its multipliers in trials: add --tune, as --tune lr=1e-3:1e1:9")
     if not asked:
         return carry_out(first, settings, display)
-    return carry_out_tuned(tune(task_file, grid or {}, draws=draws, compared=seeds, **same).tuner, settings, display)
+    return carry_out_tuned(tune(task_file, grid or {}, draws=draws, compared=seeds, **same), settings, display)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from layerwise.lab.errors import UsageError
 from layerwise.lab.experiments.methods import make_arms
 from layerwise.lab.experiments.plan import TRIALS, Arm, Plan, Subject
-from layerwise.lab.experiments.runner import Display, Outcome, Settings
-from layerwise.lab.experiments.tuning import SEEDS, Grid, Setting, Space, Tuner, space_of, with_ratios
+from layerwise.lab.experiments.runner import Display, Settings
+from layerwise.lab.experiments.tuning import SEEDS, Grid, Space, Tuner, space_of, with_ratios
 from layerwise.lab.experiments.tuning import tune as carry_out_trials
 from layerwise.lab.tasks.layout import Layout, plan
 from layerwise.lab.tasks.task import TaskFile, TriedTask
@@ -61,44 +61,6 @@ class TaskBench:
         return plan(self.task_file, arms=self.names, seeds=self.compared, **given)
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """The result of a tuning of a task."""
-
-    tuner: Tuner
-
-    @property
-    def outcome(self) -> Outcome:
-        """That of its last round, whose plan has all trials."""
-        assert self.tuner.outcome is not None
-        return self.tuner.outcome
-
-    @property
-    def plan(self) -> Plan:
-        """Of the tuning's runs: a subject for each setting."""
-        return self.outcome.plan
-
-    def scores(self, arm: str) -> list[float]:
-        """Give the mean validation of an arm at each setting; the worst of all where a seed diverged."""
-        return self.tuner.scores("task", arm)
-
-    @property
-    def chosen(self) -> dict[str, Setting]:
-        """Give the best setting of each arm; of equal ones the first."""
-        arms = self.tuner.bench.arms_of("task")
-        return {arm.name: dict(self.tuner.chosen("task", arm.name)) for arm in arms}
-
-    @property
-    def notes(self) -> list[str]:
-        """Say what was tried, on what, and what was chosen."""
-        return self.tuner.notes
-
-    @property
-    def choices(self) -> list[str]:
-        """Say what was chosen, and which choices are at the edge of what was tried."""
-        return self.tuner.choices
-
-
 def space(task_file: TaskFile, grid: Grid, draws: int | None = None) -> Space:
     """Give the settings that a grid of a task's parameters has, or refuse what cannot be one."""
     whole = [
@@ -120,13 +82,13 @@ def tune(
     settings: Settings,
     display: Display | None = None,
     tried: TriedTask | None = None,
-) -> Tuning:
+) -> Tuner:
     """Try every setting of a grid with every arm, or ``draws`` of its ranges; ``compared`` seeds are compared later."""
     tries = space(task_file, grid, draws)
     tried = tried or task_file.tried(settings.device, validation=True)
     made = tuple(_searching(arm, task_file, tried) for arm in make_arms(arms))
     bench = TaskBench(task_file, tried, made, tries, tuple(arms), compared)
-    return Tuning(carry_out_trials(bench, settings, display, seeds=seeds))
+    return carry_out_trials(bench, settings, display, seeds=seeds)
 
 
 def _searching(arm: Arm, task_file: TaskFile, tried: TriedTask) -> Arm:
